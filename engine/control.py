@@ -1,0 +1,71 @@
+"""Control words: what the ranks of a lockstep group tell each other before every step.
+
+One small all-gather on the host-side (gloo) group. It decides whether there is a step at all: ranks without work run it
+with zero tokens as long as one rank has some, and all leave the loop together. The arrival stamps of an earlier step ride
+along (see `profiling/waiting.py`). The vector's length is fixed by the model, never by what a rank has to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+
+from engine.distributed.clock import ClockOffset
+from engine.distributed.collectives import all_gather_rows
+from engine.distributed.groups import Group
+from engine.profiling.phases import Spans
+
+
+@dataclass(frozen=True, slots=True)
+class ControlWords:
+    """One rank's view before a step: tokens it is about to run, its requests, and whether its queue has run dry."""
+
+    tokens_prefill: int
+    tokens_decode: int
+    running: int
+    waiting: int
+    finished: int
+    exhausted: bool
+
+    @property
+    def busy(self) -> bool:
+        """True while this rank may still produce tokens."""
+        return self.running + self.waiting > 0 or not self.exhausted
+
+
+_NUM_WORDS = 6
+
+
+class ControlPlane:
+    """Exchanges control words over one group; `num_stamps` collectives of a step may carry a stamp."""
+
+    def __init__(self, group: Group, num_stamps: int, offset: ClockOffset) -> None:
+        self._group = group
+        self._num_stamps = num_stamps
+        self._offset = offset
+
+    def exchange(
+        self, words: ControlWords, spans: Spans | None, spans_step: int
+    ) -> tuple[list[ControlWords], np.ndarray | None]:
+        """Return every rank's words, and the arrivals [W, C] of step `spans_step` where every rank sent that step.
+
+        spans: an earlier step's spans on this rank, or None. Arrivals are in this rank's own nanoseconds.
+        Collective over the control group: every rank must call.
+        """
+        vector = np.full(_NUM_WORDS + 1 + self._num_stamps, -1, dtype=np.int64)
+        vector[:_NUM_WORDS] = astuple(words)
+        if spans is not None:
+            stamps = spans.starts[spans.collectives][: self._num_stamps]
+            vector[_NUM_WORDS] = spans_step
+            vector[_NUM_WORDS + 1 :][: len(stamps)] = stamps + self._offset.nanoseconds
+        gathered = all_gather_rows(torch.from_numpy(vector)[None], self._group).numpy()
+        everyone = [
+            ControlWords(*(int(word) for word in row[: _NUM_WORDS - 1]), bool(row[_NUM_WORDS - 1]))
+            for row in gathered
+        ]
+        if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():
+            return everyone, None
+        arrivals = gathered[:, _NUM_WORDS + 1 :][:, : len(spans.collectives)]
+        return everyone, arrivals - self._offset.nanoseconds

@@ -1,0 +1,170 @@
+"""Experts: one protocol over stacked weights, several ways to run the matrix products.
+
+`layer.py` hands over rows grouped by local expert and how many each has. All backends read the same two tensors,
+w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second copy.
+
+| backend    | runs on   | how                                                                    |
+|------------|-----------|------------------------------------------------------------------------|
+| torch      | CPU, CUDA | engine.ops.grouped_ffn: one expert after the other; native small-row kernel on CPU |
+| grouped_mm | CPU, CUDA | torch's grouped matrix product, expert boundaries stay on the device   |
+| te         | CUDA      | Transformer Engine's GroupedLinear over views of the stacked weights   |
+
+Legend: R rows, D model dim, F expert hidden dim, e experts on this rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.ops.grouped_ffn import grouped_ffn
+from engine.ops.silu_and_mul import silu_and_mul
+
+
+class ExpertWeights(nn.Module):
+    """The stacked weights of this rank's experts: w13_e2FD [e, 2F, D] and w2_eDF [e, D, F]."""
+
+    def __init__(
+        self, num_local: int, hidden: int, ffn: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.w13_e2FD = _empty(num_local, 2 * ffn, hidden, device=device, dtype=dtype)
+        self.w2_eDF = _empty(num_local, hidden, ffn, device=device, dtype=dtype)
+
+
+class ExpertsBackend(Protocol):
+    """Runs the local experts' feed-forward: y = (silu(x w1^T) * (x w3^T)) w2^T for each expert's rows."""
+
+    name: str
+
+    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+        """rows_RD: rows grouped by local expert. expert_counts: rows of each. Returns [R, D]."""
+        ...
+
+
+class TorchExperts:
+    """One expert after the other; on CPU a native kernel where an expert has few rows."""
+
+    name = "torch"
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+
+    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+        """Run the experts; see `ExpertsBackend`."""
+        return grouped_ffn(rows_RD, self._weights.w13_e2FD, self._weights.w2_eDF, expert_counts)
+
+
+class GroupedMMExperts:
+    """torch.nn.functional.grouped_mm: one call a projection whatever the number of experts."""
+
+    name = "grouped_mm"
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+
+    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+        """Run the experts; see `ExpertsBackend`."""
+        if not rows_RD.shape[0]:
+            return torch.empty_like(rows_RD)
+        counts = torch.tensor(expert_counts, dtype=torch.int32)
+        ends = counts.cumsum(0, dtype=torch.int32).to(rows_RD.device, non_blocking=True)
+        w13 = self._weights.w13_e2FD.transpose(1, 2)
+        hidden = silu_and_mul(F.grouped_mm(rows_RD, w13, offs=ends))
+        return F.grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
+
+
+class TransformerEngineExperts:
+    """Transformer Engine's GroupedLinear, its weights replaced by views of the stacked ones."""
+
+    name = "te"
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        te = import_transformer_engine()
+        self._up = _grouped_linear(te, weights.w13_e2FD)
+        self._down = _grouped_linear(te, weights.w2_eDF)
+        # From 2.17 the splits are a tensor; a list is what earlier releases take.
+        annotation = inspect.signature(te.GroupedLinear.forward).parameters["m_splits"].annotation
+        self._splits_as_tensor = "Tensor" in str(annotation)
+
+    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+        """Run the experts; see `ExpertsBackend`."""
+        if not rows_RD.shape[0]:
+            return torch.empty_like(rows_RD)
+        splits: Any = torch.tensor(expert_counts) if self._splits_as_tensor else expert_counts
+        return self._down(silu_and_mul(self._up(rows_RD, splits)), splits)
+
+
+def import_transformer_engine() -> Any:
+    """Import Transformer Engine's torch module, or say how to get it.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            "moe.experts.backend: 'te' needs Transformer Engine, which is not installed; install "
+            "lockstep-moe[cuda] or lockstep-moe[cuda13], or choose 'grouped_mm' or 'torch'"
+        )
+    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+
+    return te
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve `auto` and refuse what cannot run here, before any rank builds a layer.
+
+    auto: on CUDA `te` where it is installed, else `grouped_mm` for bfloat16, else `torch`; on CPU `torch`.
+
+    Raises:
+        ValueError: naming the backend and what it needs.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return "torch"
+        if importlib.util.find_spec("transformer_engine") is not None:
+            return "te"
+        return "grouped_mm" if dtype == torch.bfloat16 and hasattr(F, "grouped_mm") else "torch"
+    if name == "te":
+        if device.type != "cuda":
+            raise ValueError(
+                f"moe.experts.backend: 'te' runs on CUDA only and the device is {device.type}; "
+                "choose 'auto', 'torch' or 'grouped_mm'"
+            )
+        import_transformer_engine()
+    if name == "grouped_mm" and not hasattr(F, "grouped_mm"):
+        raise ValueError(
+            f"moe.experts.backend: 'grouped_mm' needs torch >= 2.10 and this is {torch.__version__}; "
+            "choose 'auto' or 'torch'"
+        )
+    return name
+
+
+def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:
+    """Build a resolved backend (never `auto`) over the weights."""
+    backends = {
+        "torch": TorchExperts,
+        "grouped_mm": GroupedMMExperts,
+        "te": TransformerEngineExperts,
+    }
+    return backends[name](weights)
+
+
+def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:
+    num_experts, num_out, num_in = weights_eOI.shape
+    module = te.GroupedLinear(
+        num_experts, num_in, num_out, bias=False, params_dtype=weights_eOI.dtype, device="meta"
+    )
+    for index in range(num_experts):
+        view = nn.Parameter(weights_eOI[index], requires_grad=False)
+        setattr(module, f"weight{index}", view)
+    return module
+
+
+def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)

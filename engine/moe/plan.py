@@ -1,0 +1,115 @@
+"""Dispatch plan: which row goes to which rank and expert, frozen before any row moves.
+
+`layer.py` makes one plan a layer: `sort_by_expert` (pure, this rank only) -> the count exchange in `dispatcher.py`
+-> `make_plan` (pure, from the exchanged counts). `dispatch` and `combine` only read it.
+
+Worked example, 2 ranks, 4 experts (0,1 on rank 0; 2,3 on rank 1), this is rank 0 with T=2 tokens, K=2:
+    topk_ids_TK = [[3, 0], [0, 2]]          assignments n = t*K+k: 0:(t0,e3) 1:(t0,e0) 2:(t1,e0) 3:(t1,e2)
+    order_N     = [1, 2, 3, 0]              stable sort by expert: e0, e0, e2, e3
+    token_N     = [0, 1, 1, 0]              the rows to send, in that order
+    slot_TK     = [[3, 0], [1, 2]]          where each assignment's result comes back
+    load_E      = [2, 0, 1, 1]              so rank 0 keeps 2 rows and sends 2: send_splits = [2, 2]
+If rank 1 sends load [1, 1, 0, 0], rank 0 receives recv_splits = [2, 2]: rows (from rank 0: e0 e0) (from rank 1: e0 e1);
+grouped by expert that is arrival_R = [0, 1, 2, 3], expert_counts = [3, 1].
+
+Legend: T tokens on this rank, K top-k, N assignments (T*K), E experts, R rows received, W expert-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOrder:
+    """This rank's assignments sorted by expert; device tensors only, no host sync.
+
+    token_N: int64 [N], the token of the n-th row to send. slot_TK: int64 [T, K], the row that carries each assignment.
+    load_E: int64 [E], assignments of each expert on this rank.
+    """
+
+    token_N: torch.Tensor
+    slot_TK: torch.Tensor
+    load_E: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchPlan:
+    """Everything dispatch and combine need.
+
+    order: what this rank sends. send_splits, recv_splits: rows to and from each rank of the group.
+    expert_counts: rows of each local expert after grouping. arrival_R: int64 [R], the arrival index of each grouped row
+    (None: rows already arrive grouped). rank_loads: rows each rank's experts work on in this layer.
+    expert_loads: int64 [E] on the host, assignments of each expert over all ranks.
+    """
+
+    order: ExpertOrder
+    send_splits: list[int]
+    recv_splits: list[int]
+    expert_counts: list[int]
+    arrival_R: torch.Tensor | None
+    rank_loads: np.ndarray
+    expert_loads: np.ndarray
+
+    @property
+    def num_received(self) -> int:
+        """Rows this rank's experts work on."""
+        return sum(self.recv_splits)
+
+
+def sort_by_expert(topk_ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
+    """Sort this rank's assignments by expert, stably, so that an expert's rows stay in token order.
+
+    topk_ids_TK: int64 [T, K]. T may be 0.
+    """
+    ids_N = topk_ids_TK.flatten()
+    order_N = ids_N.argsort(stable=True)
+    slot_N = torch.empty_like(order_N)
+    slot_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    load_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_N.device)
+    load_E.scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    token_N = order_N.div(topk_ids_TK.shape[1], rounding_mode="floor")
+    return ExpertOrder(token_N, slot_N.view_as(topk_ids_TK), load_E)
+
+
+def make_plan(
+    order: ExpertOrder, counts_WE: np.ndarray, rank: int, first_experts: list[int]
+) -> DispatchPlan:
+    """Derive the plan of one rank from every rank's counts; pure and the same arithmetic everywhere.
+
+    counts_WE: int64 [W, E] on the host, row w = load_E of rank w. first_experts: W+1 boundaries, rank w hosts experts
+    first_experts[w] .. first_experts[w+1]-1.
+    """
+    # Prefix sums rather than reduceat, which gives a rank without experts its neighbour's count.
+    upto_WE = np.concatenate(
+        (np.zeros((len(counts_WE), 1), np.int64), counts_WE.cumsum(1)), axis=1
+    )
+    bounds = np.asarray(first_experts)
+    to_rank_WW = upto_WE[:, bounds[1:]] - upto_WE[:, bounds[:-1]]
+    local_We = counts_WE[:, first_experts[rank] : first_experts[rank + 1]]
+    return DispatchPlan(
+        order=order,
+        send_splits=to_rank_WW[rank].tolist(),
+        recv_splits=to_rank_WW[:, rank].tolist(),
+        expert_counts=local_We.sum(0).tolist(),
+        arrival_R=_arrival_by_expert(local_We, order.token_N.device),
+        rank_loads=to_rank_WW.sum(0),
+        expert_loads=counts_WE.sum(0),
+    )
+
+
+def _arrival_by_expert(local_We: np.ndarray, device: torch.device) -> torch.Tensor | None:
+    """Rows arrive as (source rank, local expert); return the arrival index of each row in (expert, source) order."""
+    num_ranks, num_local = local_We.shape
+    if num_ranks == 1 or num_local <= 1:
+        return None
+    starts = np.concatenate(([0], local_We.ravel().cumsum()[:-1])).reshape(local_We.shape)
+    lengths = local_We.T.ravel()
+    grouped_starts = np.concatenate(([0], lengths.cumsum()[:-1]))
+    # Row r of the grouped order lies in block b; its arrival index is the block's arrival start plus its offset in it.
+    shift = np.repeat(starts.T.ravel() - grouped_starts, lengths)
+    arrival = torch.from_numpy(shift + np.arange(int(lengths.sum())))
+    return arrival.to(device, non_blocking=True)
