@@ -1,8 +1,9 @@
 """Control words: what the ranks of a lockstep group tell each other before every step.
 
-One small all-gather on the host-side (gloo) group. It decides whether there is a step at all: ranks without work run it
-with zero tokens as long as one rank has some, and all leave the loop together. The arrival stamps of an earlier step ride
-along (see `profiling/waiting.py`). The vector's length is fixed by the model, never by what a rank has to say.
+One small all-gather on the host-side (gloo) group. It decides whether there is a step at all: ranks
+without work run it with zero tokens as long as one rank has some, and all leave the loop together.
+The arrival stamps of an earlier step ride along (see `profiling/waiting.py`). The vector's length
+is fixed by the model, never by what a rank has to say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from engine.profiling.phases import Spans
 
 @dataclass(frozen=True, slots=True)
 class ControlWords:
-    """One rank's view before a step: tokens it is about to run, its requests, and whether its queue has run dry."""
+    """One rank's view before a step: tokens it is about to run, its requests, and whether its queue
+    has run dry.
+    """
 
     tokens_prefill: int
     tokens_decode: int
@@ -39,7 +42,7 @@ _NUM_WORDS = 6
 
 
 class ControlPlane:
-    """Exchanges control words over one group; `num_stamps` collectives of a step may carry a stamp."""
+    """Exchanges control words over one group; up to `num_stamps` collectives of a step have stamps."""
 
     def __init__(self, group: Group, num_stamps: int, offset: ClockOffset) -> None:
         self._group = group
@@ -49,10 +52,11 @@ class ControlPlane:
     def exchange(
         self, words: ControlWords, spans: Spans | None, spans_step: int
     ) -> tuple[list[ControlWords], np.ndarray | None]:
-        """Return every rank's words, and the arrivals [W, C] of step `spans_step` where every rank sent that step.
+        """Return every rank's words, and the arrivals [W, C] of step `spans_step` where every rank
+        sent that step.
 
-        spans: an earlier step's spans on this rank, or None. Arrivals are in this rank's own nanoseconds.
-        Collective over the control group: every rank must call.
+        spans: an earlier step's spans on this rank, or None. Arrivals are in this rank's own
+        nanoseconds. Collective over the control group: every rank must call.
         """
         vector = np.full(_NUM_WORDS + 1 + self._num_stamps, -1, dtype=np.int64)
         vector[:_NUM_WORDS] = astuple(words)
@@ -62,7 +66,14 @@ class ControlPlane:
             vector[_NUM_WORDS + 1 :][: len(stamps)] = stamps + self._offset.nanoseconds
         gathered = all_gather_rows(torch.from_numpy(vector)[None], self._group).numpy()
         everyone = [
-            ControlWords(*(int(word) for word in row[: _NUM_WORDS - 1]), bool(row[_NUM_WORDS - 1]))
+            ControlWords(
+                tokens_prefill=int(row[0]),
+                tokens_decode=int(row[1]),
+                running=int(row[2]),
+                waiting=int(row[3]),
+                finished=int(row[4]),
+                exhausted=bool(row[5]),
+            )
             for row in gathered
         ]
         if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():

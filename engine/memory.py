@@ -1,10 +1,11 @@
 """Memory plan: how many KV cache blocks a rank gets.
 
-Called once by `llm.py` after the weights stand in memory. A dropless MoE layer must be ready for the worst case, all
-tokens of the group choosing experts of one rank; on CUDA that much is kept free, because the caching allocator takes it
-from the same memory.
+Called once by `llm.py` after the weights stand in memory. A dropless MoE layer must be ready for
+the worst case, all tokens of the group choosing experts of one rank; on CUDA that much is kept
+free, because the caching allocator takes it from the same memory.
 
-Legend: T tokens a step and rank, W expert-parallel ranks, K top-k, e experts on this rank, D model dim, F expert dim.
+Legend: T tokens a step and rank, W expert-parallel ranks, K top-k, e experts on this rank, D model
+dim, F expert dim.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class MoEShape:
 
 
 def dropless_activation_bytes(shape: MoEShape, max_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes one MoE layer may need on one rank without capacity: W*T*min(K, e) rows of 3D + 3F numbers.
+    """Bytes one MoE layer may need on one rank without capacity: W*T*min(K, e) rows of 3D + 3F
+    numbers.
 
     Rows arrive (D), are grouped (D), give gate and up (2F) and their product (F), and leave (D).
     """
@@ -52,8 +54,9 @@ def num_kv_blocks(
 ) -> int:
     """Return the number of KV cache blocks of this rank.
 
-    `scheduler.kv_cache_blocks` and `scheduler.kv_cache_gib` decide if given; otherwise what `max_sequences` sequences of
-    `max_model_len` tokens need, within the free memory of the device less `reserve_bytes`.
+    `scheduler.kv_cache_blocks` and `scheduler.kv_cache_gib` decide if given; otherwise what
+    `max_sequences` sequences of `max_model_len` tokens need, within the free memory of the device
+    less `reserve_bytes`.
 
     Raises:
         ValueError: when not even one block fits.
@@ -73,9 +76,10 @@ def num_kv_blocks(
     fits = (free - reserve_bytes) // bytes_per_block
     if fits < 1:
         raise ValueError(
-            f"scheduler.kv_cache_gib: no memory is left for a KV cache on {device}: {free / _GIB:.2f} GiB are free "
-            f"and {reserve_bytes / _GIB:.2f} GiB are kept for the MoE layer's worst case; lower "
-            "scheduler.max_batch_tokens, use more ranks, or set scheduler.kv_cache_gib"
+            f"scheduler.kv_cache_gib: no memory is left for a KV cache on {device}: "
+            f"{free / _GIB:.2f} GiB are free and {reserve_bytes / _GIB:.2f} GiB are kept for the "
+            "MoE layer's worst case; lower scheduler.max_batch_tokens, use more ranks, or set "
+            "scheduler.kv_cache_gib"
         )
     return min(wanted, fits)
 

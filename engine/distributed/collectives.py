@@ -1,4 +1,6 @@
-"""Small collectives under names that hold across torch versions; everything else calls torch.distributed itself."""
+"""Small collectives under names that hold across torch versions; everything else calls
+torch.distributed itself.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _all_gather: Callable[..., Any] = (
 
 
 def all_gather_rows(part: torch.Tensor, group: Group) -> torch.Tensor:
-    """Stack every rank's rows: part [n, ...] gives [W * n, ...] in rank order, the same n everywhere.
+    """Stack every rank's rows: part [n, ...] gives [W * n, ...] in rank order, the same n
+    everywhere.
 
     Collective over `group`: every rank must call. A group of one returns `part` itself.
     """
@@ -29,7 +32,7 @@ def all_gather_rows(part: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def broadcast_object(value: Any, group: Group) -> Any:
-    """Return rank 0's value on every rank (pickled; for small host data). Collective over `group`."""
+    """Return rank 0's value on every rank (pickled, small host data). Collective over `group`."""
     if group.size == 1:
         return value
     box = [value]
@@ -38,7 +41,9 @@ def broadcast_object(value: Any, group: Group) -> Any:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Return every rank's value on every rank, in rank order (pickled; for small host data). Collective over `group`."""
+    """Return every rank's value on every rank, in rank order (pickled; for small host data).
+    Collective over `group`.
+    """
     if group.size == 1:
         return [value]
     values: list[Any] = [None] * group.size

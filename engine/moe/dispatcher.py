@@ -1,8 +1,9 @@
 """Dispatcher: the collectives of the MoE layer. Counts first, then rows out, then results back.
 
-Buffer sizes and splits come from the exchanged counts alone, so every rank calls the same collectives with shapes that
-match, whatever its own load: a rank without tokens sends zero rows and still takes part. The local reorderings stand
-beside the collectives as methods of their own, so that the clock can tell copying from communicating.
+Buffer sizes and splits come from the exchanged counts alone, so every rank calls the same
+collectives with shapes that match, whatever its own load: a rank without tokens sends zero rows and
+still takes part. The local reorderings stand beside the collectives as methods of their own, so
+that the clock can tell copying from communicating.
 
 Legend: T tokens on this rank, D model dim, N assignments sent, R rows received, E experts, W ranks.
 """
@@ -28,7 +29,9 @@ class Dispatcher:
         self.num_collectives = 0
 
     def exchange_counts(self, load_E: torch.Tensor) -> np.ndarray:
-        """Gather every rank's load_E; return int64 [W, E] on the host. Collective over EP: every rank must call."""
+        """Gather every rank's load_E; return int64 [W, E] on the host. Collective over EP: every
+        rank must call.
+        """
         if self.group.size == 1:
             # SYNC: the host needs the counts to size the experts' work.
             return load_E.cpu().numpy()[None]
@@ -43,7 +46,9 @@ class Dispatcher:
         return gather_rows(x_TD, plan.order.token_N)
 
     def dispatch(self, rows_ND: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
-        """Send rows to their experts' ranks: [R, D] as they arrive, by source rank. Collective over EP: every rank must call."""
+        """Send rows to their experts' ranks: [R, D] as they arrive, by source rank. Collective over
+        EP: every rank must call.
+        """
         return self._exchange(rows_ND, plan.send_splits, plan.recv_splits)
 
     def group_by_expert(self, rows_RD: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
@@ -57,7 +62,9 @@ class Dispatcher:
         return torch.empty_like(rows_RD).index_copy_(0, plan.arrival_R, rows_RD)
 
     def combine(self, rows_RD: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:
-        """Return results to their senders: [N, D] in send order. Collective over EP: every rank must call."""
+        """Return results to their senders: [N, D] in send order. Collective over EP: every rank
+        must call.
+        """
         return self._exchange(rows_RD, plan.recv_splits, plan.send_splits)
 
     def _exchange(

@@ -1,11 +1,11 @@
 """Experts: one protocol over stacked weights, several ways to run the matrix products.
 
-`layer.py` hands over rows grouped by local expert and how many each has. All backends read the same two tensors,
-w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second copy.
+`layer.py` hands over rows grouped by local expert and how many each has. All backends read the same
+two tensors, w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second copy.
 
 | backend    | runs on   | how                                                                    |
 |------------|-----------|------------------------------------------------------------------------|
-| torch      | CPU, CUDA | engine.ops.grouped_ffn: one expert after the other; native small-row kernel on CPU |
+| torch      | CPU, CUDA | engine.ops.grouped_ffn: a loop; native kernel for few rows on CPU      |
 | grouped_mm | CPU, CUDA | torch's grouped matrix product, expert boundaries stay on the device   |
 | te         | CUDA      | Transformer Engine's GroupedLinear over views of the stacked weights   |
 
@@ -38,7 +38,9 @@ class ExpertWeights(nn.Module):
 
 
 class ExpertsBackend(Protocol):
-    """Runs the local experts' feed-forward: y = (silu(x w1^T) * (x w3^T)) w2^T for each expert's rows."""
+    """Runs the local experts' feed-forward: y = (silu(x w1^T) * (x w3^T)) w2^T for each expert's
+    rows.
+    """
 
     name: str
 
@@ -119,7 +121,8 @@ def import_transformer_engine() -> Any:
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve `auto` and refuse what cannot run here, before any rank builds a layer.
 
-    auto: on CUDA `te` where it is installed, else `grouped_mm` for bfloat16, else `torch`; on CPU `torch`.
+    auto: on CUDA `te` where it is installed, else `grouped_mm` for bfloat16, else `torch`; on CPU
+    `torch`.
 
     Raises:
         ValueError: naming the backend and what it needs.
@@ -139,8 +142,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         import_transformer_engine()
     if name == "grouped_mm" and not hasattr(F, "grouped_mm"):
         raise ValueError(
-            f"moe.experts.backend: 'grouped_mm' needs torch >= 2.10 and this is {torch.__version__}; "
-            "choose 'auto' or 'torch'"
+            "moe.experts.backend: 'grouped_mm' needs torch >= 2.10 and this is "
+            f"{torch.__version__}; choose 'auto' or 'torch'"
         )
     return name
 

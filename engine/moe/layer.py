@@ -2,19 +2,21 @@
 
 One call on every rank of the expert-parallel group, whatever tokens each has (none is fine):
 
-    1. slice     under attention tensor parallelism the ranks of a tensor group hold the same tokens: each takes its part
-    2. route     gate -> scores, top-k experts, combine weights                               router.py
-    3. agree     exchange the loads: every rank learns what every rank sends to every expert  dispatcher.py
-    4. plan      who sends which row where, frozen                                            plan.py
-    5. dispatch  all-to-all: rows travel to the ranks that host their experts                 dispatcher.py
-    6. experts   the local experts' feed-forward                                              experts.py
-    7. combine   all-to-all back, then each token sums its experts' rows by weight, k = 0..K-1
-    8. shared    the shared expert, if the family has one, is added; a tensor group regathers its tokens
+    1. slice     under attention tensor parallelism the ranks of a tensor group hold the same
+    tokens: each takes its part 2. route     gate -> scores, top-k experts, combine weights
+    router.py 3. agree     exchange the loads: every rank learns what every rank sends to every
+    expert  dispatcher.py 4. plan      who sends which row where, frozen
+    plan.py 5. dispatch  all-to-all: rows travel to the ranks that host their experts
+    dispatcher.py 6. experts   the local experts' feed-forward
+    experts.py 7. combine   all-to-all back, then each token sums its experts' rows by weight, k =
+    0..K-1 8. shared    the shared expert, if the family has one, is added; a tensor group regathers
+    its tokens
 
-The sum in step 7 runs on the token's own rank in the router's order, so a token's result does not depend on how many
-ranks there are.
+The sum in step 7 runs on the token's own rank in the router's order, so a token's result does not
+depend on how many ranks there are.
 
-Legend: T tokens on this rank, D model dim, K top-k, E experts, e experts on this rank, R rows received, N assignments.
+Legend: T tokens on this rank, D model dim, K top-k, E experts, e experts on this rank, R rows
+received, N assignments.
 """
 
 from __future__ import annotations
@@ -49,10 +51,11 @@ class MoESpec:
 
 
 class MoELayer(nn.Module):
-    """Routed experts spread over `topology.expert`, plus an optional shared expert that every rank holds.
+    """Routed experts spread over `topology.expert`, plus an optional shared expert that every rank
+    holds.
 
-    gate_weight_ED: model dtype. gate_bias_E: float32 correction bias or None. experts: this rank's stacked weights, experts
-    `first_expert` .. `first_expert + num_local_experts` - 1 of the model.
+    gate_weight_ED: model dtype. gate_bias_E: float32 correction bias or None. experts: this rank's
+    stacked weights, experts `first_expert` .. `first_expert + num_local_experts` - 1 of the model.
     """
 
     def __init__(
@@ -75,8 +78,8 @@ class MoELayer(nn.Module):
         num_experts, group = spec.router.num_experts, topology.expert
         if group.size > num_experts:
             raise ValueError(
-                f"parallel.expert: {group.size} exceeds the model's {num_experts} experts; start at "
-                f"most {num_experts} ranks or set parallel.expert to a divisor of the ranks"
+                f"parallel.expert: {group.size} exceeds the model's {num_experts} experts; start "
+                f"at most {num_experts} ranks or set parallel.expert to a divisor of the ranks"
             )
         self.spec = spec
         self.layer = layer
@@ -116,7 +119,9 @@ class MoELayer(nn.Module):
         return self._dispatcher.num_collectives
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output [T, D] in x's dtype. Collective over EP: every rank must call, T may be 0."""
+        """Return the layer's output [T, D] in x's dtype. Collective over EP: every rank must call,
+        T may be 0.
+        """
         clock = self.telemetry.clock
         clock.enter(Phase.GATE)
         own_TD = self._slice.take(x_TD)
@@ -135,7 +140,9 @@ class MoELayer(nn.Module):
         return route(logits_TE, self.spec.router, self.gate_bias_E)
 
     def agree(self, routing: Routing) -> DispatchPlan:
-        """Steps 3 and 4: exchange loads and freeze the plan. Collective over EP: every rank must call."""
+        """Steps 3 and 4: exchange loads and freeze the plan. Collective over EP: every rank must
+        call.
+        """
         clock = self.telemetry.clock
         clock.enter(Phase.PLAN)
         order = sort_by_expert(routing.topk_ids_TK, self.spec.router.num_experts)
@@ -147,7 +154,9 @@ class MoELayer(nn.Module):
         return plan
 
     def run(self, x_TD: torch.Tensor, routing: Routing, plan: DispatchPlan) -> torch.Tensor:
-        """Steps 5 to 7: rows travel, experts work, rows return. Collective over EP: every rank must call."""
+        """Steps 5 to 7: rows travel, experts work, rows return. Collective over EP: every rank must
+        call.
+        """
         clock, dispatcher = self.telemetry.clock, self._dispatcher
         rows = dispatcher.pack(x_TD, plan)
         clock.enter(Phase.DISPATCH)

@@ -1,18 +1,21 @@
 """Dispatch plan: which row goes to which rank and expert, frozen before any row moves.
 
-`layer.py` makes one plan a layer: `sort_by_expert` (pure, this rank only) -> the count exchange in `dispatcher.py`
--> `make_plan` (pure, from the exchanged counts). `dispatch` and `combine` only read it.
+`layer.py` makes one plan a layer: `sort_by_expert` (pure, this rank only) -> the count exchange in
+`dispatcher.py` -> `make_plan` (pure, from the exchanged counts). `dispatch` and `combine` only read
+it.
 
-Worked example, 2 ranks, 4 experts (0,1 on rank 0; 2,3 on rank 1), this is rank 0 with T=2 tokens, K=2:
-    topk_ids_TK = [[3, 0], [0, 2]]          assignments n = t*K+k: 0:(t0,e3) 1:(t0,e0) 2:(t1,e0) 3:(t1,e2)
-    order_N     = [1, 2, 3, 0]              stable sort by expert: e0, e0, e2, e3
-    token_N     = [0, 1, 1, 0]              the rows to send, in that order
-    slot_TK     = [[3, 0], [1, 2]]          where each assignment's result comes back
-    load_E      = [2, 0, 1, 1]              so rank 0 keeps 2 rows and sends 2: send_splits = [2, 2]
-If rank 1 sends load [1, 1, 0, 0], rank 0 receives recv_splits = [2, 2]: rows (from rank 0: e0 e0) (from rank 1: e0 e1);
-grouped by expert that is arrival_R = [0, 1, 2, 3], expert_counts = [3, 1].
+Worked example, 2 ranks, 4 experts (0,1 on rank 0; 2,3 on rank 1), this is rank 0 with T=2 tokens,
+K=2:
+    topk_ids_TK = [[3, 0], [0, 2]]    assignments n = t*K+k: 0 (t0,e3) 1 (t0,e0) 2 (t1,e0) 3 (t1,e2)
+    order_N     = [1, 2, 3, 0]        stable sort by expert: e0, e0, e2, e3
+    token_N     = [0, 1, 1, 0]        the rows to send, in that order
+    slot_TK     = [[3, 0], [1, 2]]    where each assignment's result comes back
+    load_E      = [2, 0, 1, 1]        rank 0 keeps 2 rows and sends 2: send_splits = [2, 2]
+If rank 1 sends load [1, 1, 0, 0], rank 0 receives recv_splits = [2, 2]: rows (from rank 0: e0 e0)
+(from rank 1: e0 e1); grouped by expert that is arrival_R = [0, 1, 2, 3], expert_counts = [3, 1].
 
-Legend: T tokens on this rank, K top-k, N assignments (T*K), E experts, R rows received, W expert-parallel ranks.
+Legend: T tokens on this rank, K top-k, N assignments (T*K), E experts, R rows received, W expert-
+parallel ranks.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ import torch
 class ExpertOrder:
     """This rank's assignments sorted by expert; device tensors only, no host sync.
 
-    token_N: int64 [N], the token of the n-th row to send. slot_TK: int64 [T, K], the row that carries each assignment.
-    load_E: int64 [E], assignments of each expert on this rank.
+    token_N: int64 [N], the token of the n-th row to send. slot_TK: int64 [T, K], the row that
+    carries each assignment. load_E: int64 [E], assignments of each expert on this rank.
     """
 
     token_N: torch.Tensor
@@ -41,9 +44,10 @@ class DispatchPlan:
     """Everything dispatch and combine need.
 
     order: what this rank sends. send_splits, recv_splits: rows to and from each rank of the group.
-    expert_counts: rows of each local expert after grouping. arrival_R: int64 [R], the arrival index of each grouped row
-    (None: rows already arrive grouped). rank_loads: rows each rank's experts work on in this layer.
-    expert_loads: int64 [E] on the host, assignments of each expert over all ranks.
+    expert_counts: rows of each local expert after grouping. arrival_R: int64 [R], the arrival index
+    of each grouped row (None: rows already arrive grouped). rank_loads: rows each rank's experts
+    work on in this layer. expert_loads: int64 [E] on the host, assignments of each expert over all
+    ranks.
     """
 
     order: ExpertOrder
@@ -78,15 +82,13 @@ def sort_by_expert(topk_ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
 def make_plan(
     order: ExpertOrder, counts_WE: np.ndarray, rank: int, first_experts: list[int]
 ) -> DispatchPlan:
-    """Derive the plan of one rank from every rank's counts; pure and the same arithmetic everywhere.
+    """Derive the plan of one rank from every rank's counts; pure.
 
-    counts_WE: int64 [W, E] on the host, row w = load_E of rank w. first_experts: W+1 boundaries, rank w hosts experts
-    first_experts[w] .. first_experts[w+1]-1.
+    counts_WE: int64 [W, E] on the host, row w = load_E of rank w. first_experts: W+1 boundaries,
+    rank w hosts experts first_experts[w] .. first_experts[w+1]-1.
     """
     # Prefix sums rather than reduceat, which gives a rank without experts its neighbour's count.
-    upto_WE = np.concatenate(
-        (np.zeros((len(counts_WE), 1), np.int64), counts_WE.cumsum(1)), axis=1
-    )
+    upto_WE = np.concatenate((np.zeros((len(counts_WE), 1), np.int64), counts_WE.cumsum(1)), axis=1)
     bounds = np.asarray(first_experts)
     to_rank_WW = upto_WE[:, bounds[1:]] - upto_WE[:, bounds[:-1]]
     local_We = counts_WE[:, first_experts[rank] : first_experts[rank + 1]]
@@ -102,14 +104,15 @@ def make_plan(
 
 
 def _arrival_by_expert(local_We: np.ndarray, device: torch.device) -> torch.Tensor | None:
-    """Rows arrive as (source rank, local expert); return the arrival index of each row in (expert, source) order."""
+    """Arrival index of each row in (expert, source) order; rows arrive by (source, expert)."""
     num_ranks, num_local = local_We.shape
     if num_ranks == 1 or num_local <= 1:
         return None
     starts = np.concatenate(([0], local_We.ravel().cumsum()[:-1])).reshape(local_We.shape)
     lengths = local_We.T.ravel()
     grouped_starts = np.concatenate(([0], lengths.cumsum()[:-1]))
-    # Row r of the grouped order lies in block b; its arrival index is the block's arrival start plus its offset in it.
+    # Row r of the grouped order lies in block b; its arrival index is the block's arrival start
+    # plus its offset in it.
     shift = np.repeat(starts.T.ravel() - grouped_starts, lengths)
     arrival = torch.from_numpy(shift + np.arange(int(lengths.sum())))
     return arrival.to(device, non_blocking=True)

@@ -27,10 +27,10 @@ from engine.ops.linear import linear
 class RouterSpec:
     """How one family turns gate logits into experts and weights.
 
-    `scale` multiplies the combine weights (DeepSeek's routed_scaling_factor). `normalize` divides a token's
-    top-k scores by their sum plus `normalize_eps`, before `scale`. With `num_groups` > 1 only the experts of the
-    `top_groups` best groups may be chosen. `correction_bias` is added for the choice, never to the weights
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    `scale` multiplies the combine weights (DeepSeek's routed_scaling_factor). `normalize` divides a
+    token's top-k scores by their sum plus `normalize_eps`, before `scale`. With `num_groups` > 1
+    only the experts of the `top_groups` best groups may be chosen. `correction_bias` is added for
+    the choice, never to the weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     """
 
     num_experts: int
@@ -78,8 +78,9 @@ class RouterSpec:
 class Routing:
     """What the router decided for this rank's tokens.
 
-    scores_TE: float32, the family's scores before any top-k normalisation (S_te of the capacity literature).
-    topk_ids_TK: int64, the chosen experts, best first. topk_weights_TK: float32, the combine weights.
+    scores_TE: float32, the family's scores before any top-k normalisation (S_te of the capacity
+    literature). topk_ids_TK: int64, the chosen experts, best first. topk_weights_TK: float32, the
+    combine weights.
     """
 
     scores_TE: torch.Tensor
@@ -87,18 +88,14 @@ class Routing:
     topk_weights_TK: torch.Tensor
 
 
-def gate_logits(
-    x_TD: torch.Tensor, gate_weight_ED: torch.Tensor, spec: RouterSpec
-) -> torch.Tensor:
-    """Return the gate logits [T, E], float32; the product runs in float32 where the family says so."""
+def gate_logits(x_TD: torch.Tensor, gate_weight_ED: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """Return gate logits [T, E], float32; the product runs in float32 where the family says so."""
     if spec.float32_logits and x_TD.dtype != torch.float32:
         return linear(x_TD.float(), gate_weight_ED.float())
     return linear(x_TD, gate_weight_ED).float()
 
 
-def route(
-    logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None
-) -> Routing:
+def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None) -> Routing:
     """Turn float32 gate logits [T, E] into scores, chosen experts and combine weights.
 
     bias_E: float32 [E], the correction bias, required exactly when the spec says so.
@@ -122,7 +119,9 @@ def combine_weights(topk_scores_TK: torch.Tensor, spec: RouterSpec) -> torch.Ten
 
 
 def _mask_groups(choice_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Set the experts outside each token's best groups to -inf (DeepSeek-V2, arXiv 2405.04434, 2.1.2)."""
+    """Set the experts outside each token's best groups to -inf (DeepSeek-V2, arXiv 2405.04434,
+    2.1.2).
+    """
     grouped = choice_TE.unflatten(1, (spec.num_groups, -1))  # [T, groups, experts a group]
     if spec.group_score == "max":
         group_scores = grouped.amax(-1)

@@ -1,9 +1,11 @@
-"""Token slice: under attention tensor parallelism every rank of a tensor group holds the same tokens.
+"""Token slice: under attention tensor parallelism every rank of a tensor group holds the same
+tokens.
 
-Before the experts each takes one contiguous part, so that no assignment is sent twice; after them the parts are gathered.
+Before the experts each takes one contiguous part, so that no assignment is sent twice; after them
+the parts are gathered.
 
-Worked example: 7 tokens on a tensor group of 2: parts of ceil(7/2) = 4 rows, [0, 4) and [4, 7); the second is padded to 4
-rows for the gather and the padding is cut off again.
+Worked example: 7 tokens on a tensor group of 2: parts of ceil(7/2) = 4 rows, [0, 4) and [4, 7); the
+second is padded to 4 rows for the gather and the padding is cut off again.
 
 Legend: T tokens of the tensor group, t tokens of this rank's part, D model dim.
 """
@@ -17,7 +19,9 @@ from engine.distributed.groups import Group
 
 
 class TokenSlice:
-    """Takes this rank's part of a tensor group's tokens, and gathers the parts again; the identity for one rank."""
+    """Takes this rank's part of a tensor group's tokens, and gathers the parts again; the identity
+    for one rank.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -30,7 +34,9 @@ class TokenSlice:
         return x_TD[start:end]
 
     def regather(self, out_tD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Return all rows [T, D]. Collective over the tensor group: every rank must call, with the same num_tokens."""
+        """Return all rows [T, D]. Collective over the tensor group: every rank must call, with the
+        same num_tokens.
+        """
         if self._group.size == 1:
             return out_tD
         part = -(-num_tokens // self._group.size)

@@ -1,6 +1,7 @@
 """Load counters: how many assignments each expert and each rank had, layer by layer.
 
-The loads are the exchanged counts, so every rank of an expert-parallel group holds the same numbers.
+The loads are the exchanged counts, so every rank of an expert-parallel group holds the same
+numbers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 class LayerLoad:
     """Totals of one MoE layer over the run.
 
-    experts: int64 [E], assignments of each expert. slowest: sum over steps of the most loaded rank's rows.
-    mean: sum over steps of the mean rank's rows.
+    experts: int64 [E], assignments of each expert. slowest: sum over steps of the most loaded
+    rank's rows. mean: sum over steps of the mean rank's rows.
     """
 
     experts: np.ndarray
@@ -24,7 +25,9 @@ class LayerLoad:
 
     @property
     def max_over_mean(self) -> float:
-        """Rows of the most loaded rank over the mean rank, weighted by rows; 1.0 is perfect balance."""
+        """Rows of the most loaded rank over the mean rank, weighted by rows; 1.0 is perfect
+        balance.
+        """
         return self.slowest / self.mean if self.mean else 1.0
 
 
@@ -37,7 +40,9 @@ class LoadCounter:
     _step_mean: float = 0.0
 
     def record(self, layer: int, expert_loads: np.ndarray, rank_loads: np.ndarray) -> None:
-        """Add one layer of one step. expert_loads: int64 [E]; rank_loads: int64 [W], rows each rank works on."""
+        """Add one layer of one step. expert_loads: int64 [E]; rank_loads: int64 [W], rows each rank
+        works on.
+        """
         totals = self.layers.get(layer)
         if totals is None:
             totals = self.layers[layer] = LayerLoad(np.zeros_like(expert_loads))

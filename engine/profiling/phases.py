@@ -1,12 +1,12 @@
 """Phase clock: where each rank's time goes, always on, a few hundred nanoseconds a mark.
 
-A step is cut into spans by marks: `clock.enter(phase)` ends the span before it. The three phases that hold exactly one
-collective each (CONSENSUS, DISPATCH, COMBINE, plus CONTROL once a step) start at the collective's call, so a span's start
-is the rank's *arrival* at that collective; `waiting.py` compares arrivals across ranks and splits the span into waiting
-for late peers and transfer.
+A step is cut into spans by marks: `clock.enter(phase)` ends the span before it. The three phases
+that hold exactly one collective each (CONSENSUS, DISPATCH, COMBINE, plus CONTROL once a step) start
+at the collective's call, so a span's start is the rank's *arrival* at that collective; `waiting.py`
+compares arrivals across ranks and splits the span into waiting for late peers and transfer.
 
-On CUDA a mark records an event on the current stream and nothing is read before `close_step`'s caller asks, one step
-later, so the clock never synchronises the device in the middle of a step.
+On CUDA a mark records an event on the current stream and nothing is read before the next step asks
+for it, so the clock never synchronises the device in the middle of a step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Spans:
 
     @property
     def collectives(self) -> np.ndarray:
-        """Indices of the spans that hold a collective; the same number on every rank of the group."""
+        """Indices of the spans that hold a collective; as many on every rank of the group."""
         return np.flatnonzero(np.isin(self.phases, COLLECTIVE_PHASES))
 
     def seconds_by_phase(self) -> np.ndarray:
@@ -71,7 +71,9 @@ class PhaseClock(Protocol):
         ...
 
     def read(self) -> Spans | None:
-        """Return the spans of the oldest closed step that were not read yet, None when there is none."""
+        """Return the spans of the oldest closed step that were not read yet, None when there is
+        none.
+        """
         ...
 
 
@@ -99,15 +101,17 @@ class HostClock:
         self._stamps.clear()
 
     def read(self) -> Spans | None:
-        """Return the spans of the oldest closed step that were not read yet, None when there is none."""
+        """Return the spans of the oldest closed step that were not read yet, None when there is
+        none.
+        """
         return self._closed.pop(0) if self._closed else None
 
 
 class CudaClock:
     """Phase clock for CUDA: events on the current stream, read once they have passed.
 
-    Event times are turned into nanoseconds of the host's monotonic clock through one base event that was synchronised
-    when the clock was made, so ranks on one host compare directly.
+    Event times are turned into nanoseconds of the host's monotonic clock through one base event
+    that was synchronised when the clock was made, so ranks on one host compare directly.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -137,10 +141,16 @@ class CudaClock:
         self._phases, self._events = [], []
 
     def read(self) -> Spans | None:
-        """Return the spans of the oldest closed step that were not read yet, None when there is none."""
-        if not self._closed or not self._closed[0][1][-1].query():
+        """Return the spans of the oldest closed step that were not read yet, None when there is
+        none.
+        """
+        if not self._closed:
             return None
         phases, events = self._closed.pop(0)
+        # SYNC: the host has read this step's tokens, so its last event has passed or is about to.
+        # Polling instead would let ranks drift apart by a step, and stamps of different steps
+        # cannot be compared.
+        events[-1].synchronize()
         stamps = np.array([self._base.elapsed_time(event) for event in events])
         stamps = (stamps * 1e6).astype(np.int64) + self._base_ns
         self._pool.extend(events)

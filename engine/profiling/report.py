@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 class StepReport:
     """One step, summed over the ranks that run in lockstep.
 
-    tokens_prefill, tokens_decode: tokens run in this step. running, waiting, finished: requests, totals over the ranks.
-    max_over_mean: rows of the most loaded expert rank over the mean, this step. elapsed: seconds since the run began.
+    tokens_prefill, tokens_decode: tokens run in this step. running, waiting, finished: requests,
+    totals over the ranks. max_over_mean: rows of the most loaded expert rank over the mean, this
+    step. elapsed: seconds since the run began.
     """
 
     step: int
@@ -25,19 +26,28 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One rank's run: tokens it ran, rows its experts worked on, seconds in each kind of work."""
+    """One rank's run.
+
+    tokens_prefill, tokens_decode: tokens of its own requests. expert_rows: rows its experts worked
+    on. bytes_sent: to other ranks, by the MoE layers. preemptions: sequences whose K/V had to be
+    computed again. seconds: keys attention, experts, communication, waiting, other.
+    """
 
     rank: int
     host: str
     tokens_prefill: int
     tokens_decode: int
     expert_rows: int
+    bytes_sent: int
+    preemptions: int
     seconds: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One MoE layer's run: max over mean of the ranks' and of the experts' loads, and the experts' loads."""
+    """One MoE layer's run: max over mean of the ranks' and of the experts' loads, and the experts'
+    loads.
+    """
 
     layer: int
     rank_max_over_mean: float
@@ -47,10 +57,13 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """The whole run. Rank 0 holds every rank's rows; other ranks hold their own lockstep group's.
+    """The whole run, the same on every rank; `layers` are those of the rank's own expert-parallel
+    group.
 
-    seconds: wall time of the generation loop. steps: steps run. latencies: seconds, one entry a request, keys `ttft`
-    (submission to first token) and `tpot` (mean seconds per later token). preemptions: sequences recomputed.
+    seconds: wall time of the generation loop. steps: steps this group ran. max_over_mean: rows of
+    the most loaded rank over the mean rank, all layers. latencies: seconds, keys `ttft` (one entry
+    a request: pulled from the queue to first token) and `tpot` (one entry a request of two tokens
+    or more: mean seconds per later token).
     """
 
     seconds: float
@@ -58,7 +71,4 @@ class RunReport:
     ranks: list[RankReport]
     layers: list[LayerReport]
     max_over_mean: float
-    bytes_sent: int
-    collectives: int
-    preemptions: int = 0
     latencies: dict[str, list[float]] = field(default_factory=dict)

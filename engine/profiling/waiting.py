@@ -1,12 +1,12 @@
 """Waiting or transfer: splits each rank's time in collectives by comparing when the ranks arrived.
 
-A collective cannot end before its last rank arrives. So a rank that arrived `w` nanoseconds before the last one waited
-`w`, and only the rest of its span was transfer. Ranks send their arrival stamps of step n with the control words of step
-n+1 (`engine/control.py`): no collective is added for it. Stamps of ranks on other hosts are moved by the clock offset
-measured at start.
+A collective cannot end before its last rank arrives. So a rank that arrived `w` nanoseconds before
+the last one waited `w`, and only the rest of its span was transfer. Ranks send their arrival stamps
+of step n with the control words of step n+1 (`engine/control.py`): no collective is added for it.
+Stamps of ranks on other hosts are moved by the clock offset measured at start.
 
-Worked example: spans of one collective last 10, 4 and 3 ms on ranks that arrived at t = 0, 6 and 7 ms: they waited
-7, 1 and 0 ms and transferred 3, 3 and 3 ms.
+Worked example: spans of one collective last 10, 4 and 3 ms on ranks that arrived at t = 0, 6 and 7
+ms: they waited 7, 1 and 0 ms and transferred 3, 3 and 3 ms.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from engine.profiling.phases import COLLECTIVE_PHASES, Phase, Spans
 def waiting_seconds(spans: Spans, arrivals_WC: np.ndarray) -> float:
     """Seconds this rank waited for late peers in one step.
 
-    arrivals_WC: int64 [W, C], aligned nanoseconds at which each rank entered each of the step's C collectives; -1 where a
-    rank has no stamp. The row of this rank is one of them.
+    arrivals_WC: int64 [W, C], aligned nanoseconds at which each rank entered each of the step's C
+    collectives; -1 where a rank has no stamp. The row of this rank is one of them.
     """
     index = spans.collectives
     if not len(index) or arrivals_WC.shape[1] != len(index):
@@ -31,9 +31,11 @@ def waiting_seconds(spans: Spans, arrivals_WC: np.ndarray) -> float:
 
 
 def breakdown(phase_seconds: np.ndarray, waiting: float) -> dict[str, float]:
-    """Group phase seconds for the summary: attention, experts, communication, waiting, other; in seconds.
+    """Group phase seconds for the summary: attention, experts, communication, waiting, other; in
+    seconds.
 
-    phase_seconds: float64 [len(Phase)]. communication is the time in collectives that was not waiting.
+    phase_seconds: float64 [len(Phase)]. communication is the time in collectives that was not
+    waiting.
     """
     collectives = float(phase_seconds[list(COLLECTIVE_PHASES)].sum())
     attention = float(phase_seconds[Phase.ATTENTION])

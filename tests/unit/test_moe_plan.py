@@ -1,4 +1,6 @@
-"""The dispatch plan against hand-worked indices and against a slow oracle. Run: pytest tests/unit/test_moe_plan.py"""
+"""The dispatch plan against hand-worked indices and against a slow oracle. Run: pytest
+tests/unit/test_moe_plan.py
+"""
 
 import numpy as np
 import torch

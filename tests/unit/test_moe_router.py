@@ -1,4 +1,6 @@
-"""The router: hand-worked choices and weights of each family's rule. Run: pytest tests/unit/test_moe_router.py"""
+"""The router: hand-worked choices and weights of each family's rule. Run: pytest
+tests/unit/test_moe_router.py
+"""
 
 import pytest
 import torch
@@ -32,7 +34,8 @@ def test_correction_bias_changes_the_choice_and_never_the_weight():
 
 @pytest.mark.parametrize(
     ("group_score", "expected"),
-    # Groups (0,1) and (2,3). By best expert group 1 wins (0.9); by the sum of two group 0 does (1.3 against 1.0).
+    # Groups (0,1) and (2,3). By best expert group 1 wins (0.9); by the sum of two group 0 does (1.3
+    # against 1.0).
     [("max", [2, 3]), ("top2", [0, 1])],
 )
 def test_group_limited_choice_stays_inside_the_best_group(group_score, expected):

@@ -1,0 +1,186 @@
+"""The batch job: JSONL in, JSONL out, exactly one record an id however often the job is killed.
+
+`launch/infer.py` calls `run_batch` on every rank. From input to output:
+
+    1. open     rank 0 indexes the input (batch_input.py), decides whether to start, resume or
+                refuse (batch_manifest.py) and reads what the ledger has (ledger.py)
+    2. pull     each data rank takes tickets from one counter in the store, reads that line and
+                parses it (batch_lines.py): a request, or an error record
+    3. run      the engine finishes requests and hands them to `write`, which makes them durable
+    4. merge    rank 0 writes the output in input order and removes the ledger
+
+A job stopped at any moment, by a signal or a crash of any rank, goes on from its ledger when the
+same command is run again, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from engine.batch_input import TicketQueue
+from engine.batch_job import FileJob, describe, on_rank_0
+from engine.batch_lines import LineParser
+from engine.batch_manifest import JobError, beside
+from engine.batch_prompts import PromptJob
+from engine.config import Config
+from engine.config_io import to_yaml
+from engine.distributed.collectives import broadcast_object, gather_objects
+from engine.distributed.groups import Topology
+from engine.durable import write_text
+from engine.interrupts import Interrupts, Stopped
+from engine.profiling.report import RunReport, StepReport
+from engine.progress import Progress, Summary, print_summary
+from engine.request import Completion
+
+
+class JobFailed(RuntimeError):
+    """The job broke off while it ran, here or on another rank; what is in the ledger stays done."""
+
+    exit_code = 1
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one rank finished in this run."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+    def count(self, completions: list[Completion]) -> None:
+        self.requests += len(completions)
+        self.prompt_tokens += sum(item.prompt_tokens for item in completions)
+        self.generated_tokens += sum(item.completion_tokens for item in completions)
+
+
+def run_batch(
+    config: Config,
+    topology: Topology,
+    input: Path | None = None,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Run a job to its end; without an input, the built-in prompts.
+
+    Raises JobError for what the user must change, JobFailed when a rank fails on the way, Stopped
+    on SIGTERM and SIGINT. Collective over all ranks.
+    """
+    if input is not None and output is None:
+        raise JobError("--input needs --output: name the JSONL file for the results")
+    console = Console(quiet=topology.world.rank != 0)
+    if input is not None and output is not None:
+        job: FileJob | PromptJob = FileJob(config, topology, input, output)
+    else:
+        job = PromptJob(topology, console, output)
+    # A store can outlive a run that is started anew: its keys must not be taken for this run's.
+    key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
+    with Interrupts() as interrupts:
+        if not job.open(key, overwrite=overwrite):
+            console.print(f"{output} is already complete; --overwrite runs the job again")
+            return
+        tally, run = _Tally(), None
+        with _shared_failure(topology, key):
+            if len(job.lines):
+                run = _generate(job, config, topology, key, tally, interrupts)
+            job.close()
+            tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
+
+        summary = None
+
+        def finish() -> None:
+            nonlocal summary
+            errors = job.merge()
+            summary = Summary(
+                total=job.num_total,
+                resumed=job.num_resumed,
+                errors=errors,
+                requests=sum(counts[0] for counts in tallies),
+                prompt_tokens=sum(counts[1] for counts in tallies),
+                generated_tokens=sum(counts[2] for counts in tallies),
+                run=run,
+            )
+            if job.output is not None:
+                write_text(beside(job.output, "config.yaml"), to_yaml(config))
+                write_text(beside(job.output, "report.json"), summary.to_json())
+            job.seal(errors)
+
+        on_rank_0(topology, f"{key}/finish", finish, JobFailed)
+        if summary is not None:
+            print_summary(console, summary)
+
+
+def _generate(
+    job: FileJob | PromptJob,
+    config: Config,
+    topology: Topology,
+    key: str,
+    tally: _Tally,
+    interrupts: Interrupts,
+) -> RunReport:
+    """Load the model and run every pending line through it."""
+    from engine.llm import LLM  # the model code, which a job that is refused never needs
+
+    llm = LLM(config, topology)
+    parse = LineParser(
+        sampling=config.sampling,
+        tokenizer=llm.tokenizer,
+        vocab_size=llm.vocab_size,
+        max_model_len=llm.max_model_len,
+    )
+    store, progress = topology.store, None
+    queue = TicketQueue(job.lines, parse, store, f"{key}/ticket", topology.num_data)
+    if topology.world.rank == 0:
+        progress = Progress(
+            Console(stderr=True),
+            job.num_total,
+            job.num_resumed,
+            lambda: store.add(f"{key}/done", 0),
+        )
+
+    def write(completions: list[Completion]) -> None:
+        job.write(completions)
+        tally.count(completions)
+        store.add(f"{key}/done", len(completions))
+
+    def on_step(report: StepReport) -> None:
+        if progress is not None:
+            progress.update(report)
+        interrupts.check()
+
+    with interrupts.deferred(), progress or nullcontext():
+        try:
+            return llm.run(queue, write, on_step)
+        except ValueError as error:
+            # What a user can get wrong was found before: this one needs its traceback.
+            raise RuntimeError("the engine failed") from error
+
+
+@contextmanager
+def _shared_failure(topology: Topology, key: str) -> Iterator[None]:
+    """Tell the other ranks why this one leaves, so that none of them blames the connection."""
+    store, rank = topology.store, topology.world.rank
+    try:
+        yield
+    except (OSError, Stopped) as error:
+        why = describe(error) if isinstance(error, OSError) else f"stopped by {error}"
+        store.set(f"{key}/failed", json.dumps([rank, why]))
+        if isinstance(error, OSError):
+            raise JobFailed(why) from error
+        raise
+    except RuntimeError as error:
+        try:
+            told = store.check([f"{key}/failed"])
+        except RuntimeError:  # the store went with the rank that held it
+            told = False
+        if not told:
+            raise
+        failed_rank, why = json.loads(store.get(f"{key}/failed"))
+        raise JobFailed(f"rank {failed_rank} left: {why}") from error

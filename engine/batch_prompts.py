@@ -1,0 +1,100 @@
+"""A job without an input file: a few built-in prompts, to see the engine work.
+
+Has the shape of `engine/batch_job.py`'s `FileJob`, but no ledger: records travel to rank 0 through
+the store, which prints them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from engine.batch_input import Line
+from engine.batch_job import check_output, on_rank_0
+from engine.batch_manifest import JobError, beside
+from engine.distributed.groups import Topology
+from engine.durable import write_text
+from engine.request import Completion
+
+PROMPTS = (
+    "def fibonacci(n):",
+    "The mixture-of-experts layer routes every token to",
+    "import os\n\nfor name in sorted(os.listdir(path)):",
+    'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self',
+    "Return the number of",
+    "The capital of France is",
+)
+
+
+class _PromptLines:
+    """The built-in prompts as lines of an input."""
+
+    def __len__(self) -> int:
+        return len(PROMPTS)
+
+    def __getitem__(self, ticket: int) -> Line:
+        raw = json.dumps({"id": ticket, "prompt": PROMPTS[ticket]}).encode()
+        return Line(ticket, ticket + 1, raw)
+
+
+class PromptJob:
+    """One rank's part of the job of the built-in prompts. Driven like a `FileJob`."""
+
+    num_total = len(PROMPTS)
+    num_resumed = 0
+
+    def __init__(self, topology: Topology, console: Console, output: Path | None) -> None:
+        self.lines = _PromptLines()
+        self.output = output
+        self._topology = topology
+        self._console = console
+        self._key = ""
+
+    def open(self, key: str, *, overwrite: bool) -> bool:
+        """Check the output; always True. Raises JobError. Collective over all ranks."""
+        self._key = f"{key}/record"
+
+        def check() -> None:
+            if self.output is None:
+                return
+            check_output(self.output)
+            if self.output.exists() and not overwrite:
+                raise JobError(f"--output {self.output}: exists; use --overwrite to replace it")
+
+        on_rank_0(self._topology, f"{key}/open", check, JobError)
+        return True
+
+    def write(self, completions: list[Completion]) -> None:
+        """Hand finished records to rank 0."""
+        for completion in completions:
+            record = json.dumps(completion.record())
+            self._topology.store.set(f"{self._key}/{completion.index}", record)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def merge(self) -> int:
+        """Print the completions and write them if asked to; return how many are errors.
+
+        Rank 0 only, once every rank has closed. Raises OSError.
+        """
+        texts = [self._topology.store.get(f"{self._key}/{index}") for index in range(len(PROMPTS))]
+        records = [json.loads(text) for text in texts]
+        for prompt, record in zip(PROMPTS, records, strict=True):
+            error = record.get("error", {}).get("message", "")
+            body = Text.assemble((prompt, "dim"), record["text"], (error, "red"))
+            usage, reason = record["usage"], record["finish_reason"]
+            subtitle = f"{usage['completion_tokens']} tokens, {reason}"
+            self._console.print(Panel(body, subtitle=subtitle, subtitle_align="right"))
+        if self.output is not None:
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            write_text(self.output, "".join(lines))
+            beside(self.output, "job.json").unlink(missing_ok=True)
+        return sum(record["finish_reason"] == "error" for record in records)
+
+    def seal(self, num_errors: int) -> None:
+        """Nothing is left to do."""

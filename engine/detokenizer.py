@@ -1,0 +1,181 @@
+"""From token ids to text, and the end of a request: stop ids, stop strings, length.
+
+Every sequence has one `StopChecker`, asked once a token. It owns a `Detokenizer`, which turns ids
+into text only when text is needed: each token where there are stop strings, else once at the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from engine.request import SamplingParams
+
+_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not, or not yet, a character
+_CONTEXT_TOKENS = 5  # of the prompt, so that a decoder sees what the first new token follows
+_MAX_HELD = 64  # reads a text may end in half a character before its bytes are taken as invalid
+
+
+class TokenDecoder(Protocol):
+    """What is asked of a tokenizer; `tokenizers` and `transformers` ones both have it."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
+        """The text of `ids`, with U+FFFD for bytes that make no character."""
+        ...
+
+
+class Detokenizer:
+    """The text of a growing list of token ids, given out in whole characters.
+
+    A token's text depends on its neighbours (a byte completes a character, a leading space is kept
+    only inside a text), so a short window is decoded twice, with and without the new tokens, and
+    the difference is the new text. The window starts where earlier text ended, which keeps the
+    cost of a token constant. Special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: TokenDecoder, context: Sequence[int] = ()) -> None:
+        # The Rust tokenizer within a transformers one decodes faster, and never "cleans up" spaces.
+        self._tokenizer: TokenDecoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._window = list(context[-_CONTEXT_TOKENS:])
+        self._num_known = len(self._window)  # tokens of the window whose text is given out
+        self._known_chars: int | None = None  # their characters; decoded when first needed
+        self._num_held = 0
+        self._pieces: list[str] = []
+
+    def append(self, token_id: int) -> None:
+        """Add a token; its text is worked out when it is read."""
+        self._window.append(token_id)
+
+    def read(self) -> str:
+        """The text that became certain since the last read; an unfinished character is held back.
+
+        After 64 reads in a row that end in one, the bytes are given out as U+FFFD.
+        """
+        if len(self._window) == self._num_known:
+            return ""
+        known_chars = self._chars_known()
+        text = self._decode(self._window)
+        if text.endswith(_REPLACEMENT) and self._num_held < _MAX_HELD:
+            self._num_held += 1
+            return ""
+        self._num_held = 0
+        piece = text[known_chars:]
+        if not piece:  # tokens without text would only lengthen the window
+            del self._window[self._num_known :]
+            return ""
+        del self._window[: self._num_known]
+        self._num_known = len(self._window)
+        self._known_chars = len(self._decode(self._window))
+        self._pieces.append(piece)
+        return piece
+
+    def held(self) -> str:
+        """The whole characters among the text that `read` still holds back."""
+        if len(self._window) == self._num_known:
+            return ""
+        return self._decode(self._window).rstrip(_REPLACEMENT)[self._chars_known() :]
+
+    @property
+    def text(self) -> str:
+        """All text so far, in whole characters."""
+        return "".join([*self._pieces, self.held()])
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _chars_known(self) -> int:
+        if self._known_chars is None:
+            # A prompt may end inside a character: then the whole character belongs to the answer.
+            self._known_chars = len(
+                self._decode(self._window[: self._num_known]).rstrip(_REPLACEMENT)
+            )
+        return self._known_chars
+
+
+class StopChecker:
+    """Decides, token by token, whether a request is finished and what its text is.
+
+    The text ends before the stop string or stop token; the token ids keep both. Raises ValueError
+    for stop strings without a tokenizer. `tokenizer=None` leaves the text empty.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        tokenizer: TokenDecoder | None = None,
+        eos_token_ids: Collection[int] = (),
+        context: Sequence[int] = (),
+    ) -> None:
+        if params.stop and tokenizer is None:
+            raise ValueError(
+                f"stop = {list(params.stop)!r}: stop strings need the model's tokenizer, and there "
+                "is none; use stop_token_ids"
+            )
+        self._stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            self._stop_ids |= frozenset(eos_token_ids)
+        self._stop = params.stop
+        self._longest = max(map(len, params.stop), default=0)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context)
+        self._tail = ""  # the end of the text where a stop string may have begun
+        self._tail_start = 0
+        self._text_end: int | None = None
+
+    def check(self, token_id: int, *, full: bool) -> Literal["stop", "length"] | None:
+        """Take one new token in; say how the request ended, or None when it goes on.
+
+        `full`: the token is the last that fits.
+        """
+        if token_id in self._stop_ids:
+            return "stop"
+        if self._detokenizer is not None:
+            self._detokenizer.append(token_id)
+            if self._stop and self._found_stop(self._detokenizer, full):
+                return "stop"
+        return "length" if full else None
+
+    @property
+    def text(self) -> str:
+        """The text so far, without the stop string."""
+        return "" if self._detokenizer is None else self._detokenizer.text[: self._text_end]
+
+    def _found_stop(self, detokenizer: Detokenizer, full: bool) -> bool:
+        text = self._tail + detokenizer.read()
+        searched = text + detokenizer.held() if full else text
+        hits = [at for stop in self._stop if (at := searched.find(stop)) >= 0]
+        if hits:
+            self._text_end = self._tail_start + min(hits)
+            return True
+        cut = max(0, len(text) - self._longest + 1)
+        self._tail = text[cut:]
+        self._tail_start += cut
+        return False
+
+
+def load_eos_token_ids(model_path: str | Path, tokenizer: Any = None) -> frozenset[int]:
+    """The ids that end a text: of generation_config.json (else config.json) and of the tokenizer.
+
+    Empty when none of them names one. Raises ValueError when a file does not hold what it should.
+    """
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = Path(model_path) / name
+        if not file.exists():
+            continue
+        try:
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ValueError(f"{file}: must hold one JSON object ({error})") from error
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int for item in found):
+            raise ValueError(
+                f"{file}: eos_token_id = {value!r}: must be a token id or a list of them"
+            )
+        ids.update(found)
+        if ids:
+            break
+    own = getattr(tokenizer, "eos_token_id", None)
+    return frozenset(ids if own is None else ids | {own})

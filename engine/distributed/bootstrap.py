@@ -1,0 +1,206 @@
+"""From one config on many processes to a `Topology`: the first thing a rank does.
+
+    discover    the launcher's environment -> who am I                    (discovery.py)
+    check in    every rank's host, GPU, config digest and errors -> all   (checkin.py)
+    join        device, CPU threads, process groups -> Topology
+
+A mistake is raised by every rank with the same text before a process group exists.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import itertools
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.config import Config, validate_world
+from engine.config_io import digest
+from engine.distributed.checkin import Presence, check_in, choose_device, share_of_cores
+from engine.distributed.discovery import Launch, discover
+from engine.distributed.errors import RankError
+from engine.distributed.groups import Group, Topology, layout
+
+__all__ = ["Launch", "discover", "start", "stop"]
+
+logger = logging.getLogger(__name__)
+_starts = itertools.count()  # a store that outlives a run must not show its keys to the next
+
+
+def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
+    """Join the run that the launcher's environment describes.
+
+    Collective over the world. Sets the CUDA device and torch's number of CPU threads. Raises
+    ValueError (RankError where ranks had to talk to find out) with the same text on every rank.
+    """
+    if dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is already initialised in this process: one engine at a time; call "
+            "close() on the first, or destroy_process_group()"
+        )
+    launch = discover(environ)
+    if "TORCHELASTIC_RUN_ID" in environ:
+        _die_with_parent()
+    timeout = timedelta(seconds=config.runtime.timeout_s)
+    store = dist.PrefixStore(f"lockstep/{next(_starts)}", _rendezvous(launch, timeout, environ))
+    gpu_index, gpu, no_gpu = _find_gpu(config, launch)
+    own = Presence(
+        rank=launch.rank,
+        host=socket.gethostname(),
+        cores=sorted(os.sched_getaffinity(0)),
+        digest=digest(config),
+        gpu=gpu,
+        no_gpu=no_gpu,
+        error=_world_problem(config, launch),
+    )
+    present = check_in(store, own, launch.world_size, timeout)
+    kind = choose_device(config.runtime.device, present)
+    if launch.rank == 0 and kind == "cpu" != config.runtime.device and any(p.gpu for p in present):
+        logger.warning("runtime.device = auto: running on CPU, not every rank has a GPU of its own")
+    device = torch.device("cuda", gpu_index) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(_num_threads(config, launch, environ, present))
+    atexit.register(_let_gloo_finish)
+    return _join(config, launch, device, store, timeout)
+
+
+def stop(topology: Topology) -> None:
+    """Leave the run: destroy all process groups. Not collective; safe to call twice."""
+    atexit.unregister(_let_gloo_finish)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for group in (topology.world, topology.expert, topology.tensor, topology.control):
+        # The last reference: gloo's destructor joins its threads (see _let_gloo_finish).
+        object.__setattr__(group, "handle", None)
+
+
+def _let_gloo_finish() -> None:
+    """At an exit without `stop`: yield the GIL, which gloo's threads need to free their tensors.
+
+    A thread that is still about to do so when the interpreter ends aborts the process; without
+    this, one exit in eight that follows a collective at once.
+    """
+    time.sleep(0.05)
+
+
+def _world_problem(config: Config, launch: Launch) -> str | None:
+    try:
+        validate_world(config, launch.world_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) -> dist.Store:
+    """The store that all ranks of the run share; rank 0 holds it unless torchrun's agent does."""
+    if launch.source == "single":
+        return dist.HashStore()
+    agent_holds = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holds = launch.rank == 0 and not agent_holds
+    try:
+        return dist.TCPStore(launch.addr, launch.port, None, holds, timeout, wait_for_workers=False)
+    except RuntimeError as error:  # the store's network and timeout errors
+        action = "listen at" if holds else "reach the rendezvous at"
+        advice = (
+            "choose another MASTER_PORT"
+            if holds
+            else "look for rank 0's own error, or set MASTER_ADDR and MASTER_PORT"
+        )
+        raise RankError(
+            f"rank {launch.rank} on {socket.gethostname()} could not {action} "
+            f"{launch.addr}:{launch.port}: {advice} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
+    """(device index, its unique id or None, why there is none) for this rank."""
+    if config.runtime.device == "cpu":
+        return 0, None, "none"
+    if not torch.cuda.is_available():
+        return 0, None, f"no CUDA device (torch {torch.__version__} sees none)"
+    count = torch.cuda.device_count()
+    # One visible device and several local ranks: the launcher gave each rank its own GPU (Slurm's
+    # --gpus-per-task), or all share the only one. The unique ids, compared by all ranks, tell.
+    index = launch.local_rank if count > 1 else 0
+    if index >= count:
+        return 0, None, f"local rank {index} but its host only {count} CUDA devices"
+    return index, str(torch.cuda.get_device_properties(index).uuid), ""
+
+
+def _num_threads(
+    config: Config, launch: Launch, environ: Mapping[str, str], present: list[Presence]
+) -> int:
+    """`runtime.threads`, else OMP_NUM_THREADS, else this rank's share of its host's cores.
+
+    torchrun sets OMP_NUM_THREADS=1 by itself, so under torchrun a 1 counts as not set.
+    """
+    if config.runtime.threads is not None:
+        return config.runtime.threads
+    omp = environ.get("OMP_NUM_THREADS", "")
+    if omp.isdigit() and int(omp) > 0 and not (launch.source == "torchrun" and omp == "1"):
+        return int(omp)
+    return share_of_cores(launch.rank, present)
+
+
+def _join(
+    config: Config, launch: Launch, device: torch.device, store: dist.Store, timeout: timedelta
+) -> Topology:
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    expert = config.parallel.expert or launch.world_size
+    place = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
+
+    def group(ranks: tuple[int, ...], backend: str | None = None) -> Group:
+        # Every rank makes its own three groups in the same order; only their members take part.
+        if backend is None and len(ranks) == launch.world_size:
+            handle = dist.group.WORLD
+        else:
+            handle = dist.new_group(
+                list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+            )
+        assert isinstance(handle, dist.ProcessGroup)
+        return Group(ranks.index(launch.rank), len(ranks), ranks, handle)
+
+    return Topology(
+        world=group(tuple(range(launch.world_size))),
+        expert=group(place.expert),
+        tensor=group(place.tensor),
+        control=group(place.expert, "gloo"),
+        data_rank=place.data_rank,
+        num_data=place.num_data,
+        replica=place.replica,
+        num_replicas=place.num_replicas,
+        device=device,
+        store=store,
+        local_rank=launch.local_rank,
+        local_world_size=launch.local_world_size,
+        host=socket.gethostname(),
+    )
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this worker when torchrun's agent dies, even by SIGKILL.
+
+    Otherwise the workers live on as orphans, holding GPUs and ports.
+    """
+    PR_SET_PDEATHSIG = 1
+    agent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != agent:  # it died before the request
+        os._exit(1)

@@ -1,0 +1,233 @@
+"""Who am I: the launcher's environment read as a `Launch`.
+
+First step of `bootstrap.start`. The launchers, in order of precedence:
+
+    torchrun   RANK and friends are set, by torchrun or by hand. Wins inside a Slurm or MPI job.
+    mpi        mpirun or mpiexec started this process (even when Slurm started mpirun).
+    slurm      a task of an `srun` step. A script under sbatch or a shell under salloc is no task,
+               though SLURM_NTASKS and even SLURM_PROCID are set there.
+    single     none of these: one process, one rank.
+
+MASTER_ADDR and MASTER_PORT, where set, override the rendezvous address of any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """This process as its launcher describes it; rank 0 listens at `addr`:`port`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    addr: str
+    port: int
+    source: Literal["torchrun", "slurm", "mpi", "single"]
+
+
+def discover(environ: Mapping[str, str]) -> Launch:
+    """Read the launcher's environment.
+
+    Under mpirun this imports mpi4py and is collective over all ranks of the job; otherwise it
+    communicates with nobody. Raises ValueError naming the variable that is missing or wrong.
+    """
+    if "RANK" in environ:
+        return _checked(_torchrun(environ), environ)
+    in_step = "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
+    # srun's PMI sets PMI_RANK too; MPI_LOCALRANKID comes from Hydra (MPICH, Intel MPI) alone.
+    pmi = "PMI_RANK" in environ and ("MPI_LOCALRANKID" in environ or not in_step)
+    if "OMPI_COMM_WORLD_RANK" in environ or pmi:
+        return _checked(_mpi(environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")), environ)
+    if in_step:
+        return _checked(_slurm(environ), environ)
+    if "WORLD_SIZE" in environ:
+        raise ValueError(
+            "WORLD_SIZE is set but RANK is not: start with torchrun, srun or mpirun, which set "
+            "both, or unset WORLD_SIZE to run on one rank"
+        )
+    return Launch(0, 1, 0, 1, "localhost", 0, "single")
+
+
+def _torchrun(environ: Mapping[str, str]) -> Launch:
+    if missing := [name for name in _TORCHRUN if name not in environ]:
+        raise ValueError(
+            f"RANK is set but {', '.join(missing)} is not: start with torchrun, which sets all of "
+            f"{', '.join(_TORCHRUN)}, or unset RANK to run on one rank"
+        )
+    rank, world_size, local_rank, local_world_size = (
+        _integer(environ, name) for name in _TORCHRUN[:4]
+    )
+    port = _integer(environ, "MASTER_PORT")
+    addr = environ["MASTER_ADDR"]
+    return Launch(rank, world_size, local_rank, local_world_size, addr, port, "torchrun")
+
+
+def _slurm(environ: Mapping[str, str]) -> Launch:
+    # The step's own counts first: SLURM_NTASKS may still be the allocation's.
+    world = _first(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    nodes = _first(environ, "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+    tasks = _first(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+    per_node = expand_tasks_per_node(environ[tasks])
+    node = _integer(environ, "SLURM_NODEID")
+    if node >= len(per_node):
+        raise ValueError(f"SLURM_NODEID={node} is outside {tasks}={environ[tasks]}")
+    return Launch(
+        rank=_integer(environ, "SLURM_PROCID"),
+        world_size=_integer(environ, world),
+        local_rank=_integer(environ, "SLURM_LOCALID"),
+        local_world_size=per_node[node],
+        addr=environ.get("MASTER_ADDR") or _node_address(first_node(environ[nodes])),
+        port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _job_port(environ),
+        source="slurm",
+    )
+
+
+def first_node(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[003-010,012],login1` is `gpu003`."""
+    prefix = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    assert prefix is not None
+    return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", prefix.group())
+
+
+def expand_tasks_per_node(text: str) -> list[int]:
+    """Tasks of each node from Slurm's short form: `2(x3),1` is [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)):
+            raise ValueError(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _node_address(node: str) -> str:
+    """The node's name where it resolves, else the address Slurm knows it by."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError as error:
+        try:
+            shown = subprocess.run(
+                ["scontrol", "show", "node", node],
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=10,
+            ).stdout
+        except (OSError, subprocess.TimeoutExpired):  # no scontrol in the container
+            shown = ""
+        if match := re.search(r"NodeAddr=(\S+)", shown):
+            return match[1]
+        raise ValueError(
+            f"the first node of the Slurm step, {node}, does not resolve ({error}) and scontrol "
+            "does not know its address: set MASTER_ADDR to an address of it that all nodes reach"
+        ) from error
+
+
+def _job_port(environ: Mapping[str, str]) -> int:
+    """A port all tasks of a step agree on without talking; below Linux's ephemeral range."""
+    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
+    return 20000 + (job * 37 + step) % 12000
+
+
+@functools.cache  # MPI can be initialised only once in a process
+def _mpi(addr: str | None, port: str | None) -> Launch:
+    """Rank and rendezvous over MPI_COMM_WORLD; MPI is finalised before this returns.
+
+    Left running, its exit handler would make a failing rank wait for ranks that wait for it.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ValueError(
+            f"started by mpirun, but mpi4py cannot be used ({error}): pip install mpi4py, or "
+            "start with torchrun"
+        ) from error
+    ours = not MPI.Is_initialized()
+    if ours:
+        MPI.Init()
+    comm = MPI.COMM_WORLD
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = local.Get_size() == comm.Get_size()
+    head = None
+    if comm.Get_rank() == 0:
+        head = (addr or ("127.0.0.1" if one_host else _own_address()), int(port or _free_port()))
+    addr_, port_ = comm.bcast(head)
+    launch = Launch(
+        comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size(), addr_, port_, "mpi"
+    )
+    local.Free()
+    if ours:
+        MPI.Finalize()
+    return launch
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _own_address() -> str:
+    """An address of this host that other hosts reach: its name may resolve to loopback at home."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))  # sends nothing: asks for the route's own address
+            return probe.getsockname()[0]
+        except OSError:  # no route at all
+            return socket.gethostname()
+
+
+def _first(environ: Mapping[str, str], *names: str) -> str:
+    for name in names:
+        if name in environ:
+            return name
+    raise ValueError(
+        f"this is a task of a Slurm step, but none of {', '.join(names)} is set: start with srun "
+        "or torchrun"
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    text = environ.get(name, "")
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{name}={text!r} in the environment must be a whole number from 0")
+    return int(text)
+
+
+def _checked(launch: Launch, environ: Mapping[str, str]) -> Launch:
+    """The launch, if its numbers fit each other."""
+    for name, rank, size in (
+        ("rank", launch.rank, launch.world_size),
+        ("local rank", launch.local_rank, launch.local_world_size),
+    ):
+        if not rank < size:
+            raise ValueError(f"{launch.source}: {name} {rank} must be below the {size} of its kind")
+    if launch.local_world_size > launch.world_size:
+        raise ValueError(
+            f"{launch.source}: {launch.local_world_size} ranks on this host, but only "
+            f"{launch.world_size} in all"
+        )
+    if not 0 < launch.port < 65536:
+        raise ValueError(f"{launch.source}: MASTER_PORT={launch.port} must be from 1 to 65535")
+    expected = environ.get("OMPI_COMM_WORLD_SIZE") or environ.get("PMI_SIZE")
+    if launch.source == "mpi" and expected and int(expected) != launch.world_size:
+        raise ValueError(
+            f"mpirun started {expected} ranks, but mpi4py sees {launch.world_size}: mpi4py was "
+            "loaded with another MPI library than mpirun's; install the one that belongs to it"
+        )
+    return launch

@@ -1,0 +1,257 @@
+"""The offline engine: `LLM(config).generate(prompts)` on every rank.
+
+Builds a rank's share of everything and runs the generation loop. The order of construction is the
+order in which things can fail cheaply: config, launcher, checkpoint header, model, weights, cache.
+Each failure is raised with the same text on every rank, before a collective that the others would
+enter alone.
+
+    torchrun --nproc-per-node 2 my_job.py      # my_job.py:
+        llm = LLM(load_config("tiny_mixtral_ep2"))
+        for completion in llm.generate(["def main():", [1, 2, 3]]):
+            print(completion.text)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from engine.config import Config, check_supported, validate_world
+from engine.control import ControlPlane
+from engine.detokenizer import load_eos_token_ids
+from engine.distributed import bootstrap
+from engine.distributed.clock import measure_clock_offset
+from engine.distributed.collectives import gather_objects
+from engine.distributed.errors import share_errors
+from engine.distributed.groups import Topology
+from engine.kv_cache import BlockPool
+from engine.layers.kv import KVCache
+from engine.loop import GenerationLoop, OnStep, Sink
+from engine.memory import MoEShape, dropless_activation_bytes, num_kv_blocks
+from engine.models.decoder import CausalLM
+from engine.models.registry import build_model
+from engine.preflight import check_runnable
+from engine.profiling.phases import make_clock
+from engine.profiling.report import RunReport
+from engine.profiling.telemetry import Telemetry
+from engine.request import Completion, Request, SamplingParams
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.source import ListSource, RequestSource
+from engine.summary import run_report
+from engine.tokenizer import load_tokenizer
+from engine.weights import checkpoint_names, fill_dummy, load_weights
+
+_T = TypeVar("_T")
+
+
+class LLM:
+    """One rank's engine. Every rank makes one and calls the same methods in the same order.
+
+    topology: a running topology to use; by default the launcher's environment is joined, and left
+    by `close`. tokenizer: the checkpoint's tokenizer, None where it has none. weights_report: what
+    loading read.
+
+    Raises:
+        ValueError: on every rank, when the config, the launch or the checkpoint is wrong.
+    """
+
+    def __init__(self, config: Config, topology: Topology | None = None) -> None:
+        check_supported(config)
+        check_runnable(config, os.environ)
+        self.config = config
+        self._owns_topology = topology is None
+        self.topology = topology = topology or bootstrap.start(config)
+        self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled))
+        self.tokenizer: Any = self._on_all_ranks(lambda: load_tokenizer(config.model))
+        self.eos_token_ids = self._on_all_ranks(
+            lambda: load_eos_token_ids(config.model.path, self.tokenizer)
+        )
+        self.model = self._on_all_ranks(self._build)
+        self.model.observe(self._telemetry)
+        self.weights_report = self._fill()
+        self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
+        stamps = 1 + 3 * len(self.model.moe_layers) if config.profiler.enabled else 0
+        offset = measure_clock_offset(topology.control, topology.host)
+        self._control = ControlPlane(topology.control, stamps, offset)
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and new tokens together."""
+        return self.model.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.model.vocab_size
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Complete prompts, texts or token ids; return all completions, in order, on every rank.
+
+        Every rank passes the same prompts; they are dealt out round robin over the data ranks.
+        sampling: one for all, or one each; the config's by default. A prompt that cannot run comes
+        back with finish_reason "error". Collective over all ranks: every rank must call.
+
+        Raises:
+            ValueError: text without a tokenizer, or not as many SamplingParams as prompts.
+        """
+        default = SamplingParams.from_config(self.config.sampling)
+        each = sampling if isinstance(sampling, Sequence) else [sampling or default] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"sampling: {len(each)} parameters for {len(prompts)} prompts; give one for all, "
+                "or one each"
+            )
+        requests = [
+            Request(index=index, id=str(index), prompt_token_ids=self.encode(prompt), params=params)
+            for index, (prompt, params) in enumerate(zip(prompts, each, strict=True))
+        ]
+        done: list[Completion] = []
+        topology = self.topology
+        self.run(ListSource(requests[topology.data_rank :: topology.num_data]), done.extend)
+        shares = gather_objects(done, topology.world)
+        return sorted((item for share in shares for item in share), key=lambda item: item.index)
+
+    def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Turn a text into token ids; token ids pass through.
+
+        Raises:
+            ValueError: for a text where the checkpoint has no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise ValueError(
+                f"model.tokenizer: {self.config.model.path!r} has no tokenizer, so prompts must be "
+                "token ids; set model.tokenizer to a directory that has one"
+            )
+        return self.tokenizer.encode(prompt)
+
+    def run(self, source: RequestSource, sink: Sink, on_step: OnStep | None = None) -> RunReport:
+        """Run a source of requests dry. Collective over all ranks: every rank must call.
+
+        source: this data rank's queue. sink: takes each step's completions on the leading rank of a
+        tensor group. on_step: called after every step. The report is complete on every rank.
+        """
+        loop = GenerationLoop(
+            self._runner,
+            self._scheduler,
+            self._control,
+            self.topology,
+            self._telemetry,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self.eos_token_ids,
+            assignments_per_token=sum(layer.spec.router.top_k for layer in self.model.moe_layers),
+        )
+        latencies: dict[str, list[float]] = {"ttft": [], "tpot": []}
+        preempted = self._scheduler.num_preemptions
+        began = time.monotonic()
+        loop.run(source, _timed(sink, latencies), on_step)
+        return run_report(
+            time.monotonic() - began,
+            loop.totals,
+            latencies,
+            self._telemetry.loads,
+            self.model.moe_layers,
+            self.topology,
+            self._scheduler.num_preemptions - preempted,
+        )
+
+    def close(self) -> None:
+        """Leave the run this engine has joined. Safe to call twice."""
+        if self._owns_topology:
+            bootstrap.stop(self.topology)
+
+    def _build(self) -> CausalLM:
+        from transformers import AutoConfig
+
+        config, topology = self.config, self.topology
+        hf_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
+        dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
+        model = build_model(hf_config, config, topology, topology.device, dtype)
+        for layer in model.moe_layers[:1]:
+            validate_world(config, topology.world.size, layer.spec.router.num_experts)
+        return model
+
+    def _fill(self) -> Any:
+        config, model = self.config.model, self.model
+        if config.load_format == "dummy":
+            fill_dummy(model.weight_slots(), self.config.runtime.seed)
+            return None
+        names = self._on_all_ranks(lambda: checkpoint_names(config.path))
+        return load_weights(
+            config.path,
+            model.weight_slots(names),
+            ignored=model.ignored_weights,
+            group=self.topology.control,
+        )
+
+    def _build_cache(self) -> tuple[Runner, Scheduler]:
+        config, model, topology = self.config.scheduler, self.model, self.topology
+        dtype = model.embedding_VD.dtype
+        reserve = 0
+        if topology.device.type == "cuda" and model.moe_layers:
+            layer = model.moe_layers[0]
+            shape = MoEShape(
+                num_ranks=topology.expert.size,
+                top_k=layer.spec.router.top_k,
+                num_local_experts=layer.num_local_experts,
+                hidden=layer.spec.hidden,
+                ffn=layer.spec.ffn,
+            )
+            reserve = dropless_activation_bytes(shape, config.max_batch_tokens, dtype)
+        num_blocks = num_kv_blocks(
+            config,
+            bytes_per_block=model.kv_spec.bytes_per_block(config.block_size, dtype),
+            max_model_len=model.max_model_len,
+            reserve_bytes=reserve,
+            device=topology.device,
+            local_world_size=topology.local_world_size,
+        )
+        cache = KVCache(model.kv_spec, num_blocks, config.block_size, topology.device, dtype)
+        pool = BlockPool(num_blocks, config.block_size)
+        return Runner(model, cache, topology.device), Scheduler(config, pool, model.max_model_len)
+
+    def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
+        """Run `make` on every rank; where it fails on any, fail on all with who and why."""
+        error, made = None, None
+        try:
+            made = make()
+        except (ValueError, OSError) as problem:
+            error = str(problem)
+        share_errors(self.topology.control, error)
+        assert made is not None or error is None
+        return made  # pyright: ignore[reportReturnType]
+
+
+def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
+    """Resolve model.dtype: `auto` is the checkpoint's own on CUDA and float32 on CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    own = getattr(hf_config, "dtype", None)
+    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+
+
+def _timed(sink: Sink, latencies: dict[str, list[float]]) -> Sink:
+    """Wrap a sink so that it notes each completion's latencies, in seconds."""
+
+    def deliver(completions: list[Completion]) -> None:
+        for item in completions:
+            timing = item.timing
+            if timing is None or timing.first_token is None or timing.finished is None:
+                continue
+            latencies["ttft"].append(timing.first_token - timing.arrived)
+            if item.completion_tokens > 1:
+                span = timing.finished - timing.first_token
+                latencies["tpot"].append(span / (item.completion_tokens - 1))
+        sink(completions)
+
+    return deliver

@@ -1,0 +1,237 @@
+"""The generation loop: all ranks of an expert-parallel group step together until nobody has work.
+
+One turn on every rank:
+
+    1. admit      pull requests while the scheduler has room       (tensor rank 0, for its peers)
+    2. schedule   decode tokens first, then chunks of prompts      scheduler.py
+    3. agree      control words: is there a step, is anybody busy  control.py
+    4. forward    tensors -> model; without tokens, with none      runner.py
+    5. sample     next tokens, log probabilities                   sampler.py
+    6. commit     sequences grow, finished ones leave through the sink
+
+A rank never leaves the loop alone: step 3 gives all of them the same answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.control import ControlPlane, ControlWords
+from engine.detokenizer import TokenDecoder
+from engine.distributed.collectives import broadcast_object
+from engine.distributed.groups import Topology
+from engine.profiling.phases import Phase
+from engine.profiling.report import StepReport
+from engine.profiling.telemetry import Telemetry
+from engine.profiling.waiting import waiting_seconds
+from engine.request import CapacityUse, Completion, Request
+from engine.runner import Runner
+from engine.sampler import NonFiniteLogitsError, sample, token_logprobs
+from engine.scheduler import Scheduler, Step
+from engine.sequence import Sequence
+from engine.source import RequestSource
+
+# Rows whose prompt logprobs are taken at once: a whole chunk of logits over a large vocabulary is
+# gigabytes.
+_PROMPT_ROWS = 256
+
+Sink = Callable[[list[Completion]], None]
+OnStep = Callable[[StepReport], None]
+
+
+@dataclass(slots=True)
+class Totals:
+    """What one rank counted over a run. phase_seconds: float64 [len(Phase)]."""
+
+    phase_seconds: np.ndarray
+    waiting_seconds: float = 0.0
+    steps: int = 0
+    tokens_prefill: int = 0
+    tokens_decode: int = 0
+    finished: int = 0
+
+
+class GenerationLoop:
+    """Runs requests to completion on one rank, in lockstep with its group."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        control: ControlPlane,
+        topology: Topology,
+        telemetry: Telemetry,
+        *,
+        tokenizer: TokenDecoder | None,
+        eos_token_ids: Collection[int],
+        assignments_per_token: int,
+    ) -> None:
+        self.totals = Totals(np.zeros(len(Phase)))
+        self._runner = runner
+        self._scheduler = scheduler
+        self._control = control
+        self._topology = topology
+        self._telemetry = telemetry
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._assignments_per_token = assignments_per_token
+        self._leads = topology.tensor.rank == 0
+        self._spans_read = 0
+
+    def run(self, source: RequestSource, sink: Sink, on_step: OnStep | None = None) -> None:
+        """Run until every rank's source is dry and all its sequences have finished.
+
+        sink: called on the leading rank of each tensor group with the completions of a step, before
+        the next begins. Collective over EP: every rank must call.
+        """
+        began, exhausted = time.monotonic(), False
+        clock, loads = self._telemetry.clock, self._telemetry.loads
+        while True:
+            clock.enter(Phase.OTHER)
+            exhausted = self._admit(source, sink) or exhausted
+            step = self._scheduler.schedule()
+            everyone = self._agree(step, exhausted)
+            if not any(words.busy for words in everyone):
+                break
+            self._deliver(self._advance(step), sink)
+            clock.close_step()
+            self.totals.steps += 1
+            if on_step is not None:
+                on_step(_report(self.totals.steps, everyone, loads.reset_step(), began))
+        clock.close_step()
+        while (spans := clock.read()) is not None:
+            self.totals.phase_seconds += spans.seconds_by_phase()
+
+    def _admit(self, source: RequestSource, sink: Sink) -> bool:
+        """Fill the scheduler's room from the source; True when the source is dry."""
+        arrivals: list[Request] = []
+        failed: list[Completion] = []
+        exhausted = False
+        scheduler = self._scheduler
+        if self._leads:
+            in_flight = scheduler.num_running + scheduler.num_waiting
+            # One at a time: whatever cannot start at once is left to the other ranks.
+            while in_flight < source.limit and scheduler.room() > 0:
+                item = source.take()
+                if item is None:
+                    exhausted = True
+                    break
+                if isinstance(item, Completion):
+                    failed.append(item)
+                elif (failure := self._add(item)) is not None:
+                    failed.append(failure)
+                else:
+                    arrivals.append(item)
+                    in_flight += 1
+        arrivals, exhausted = broadcast_object((arrivals, exhausted), self._topology.tensor)
+        if not self._leads:
+            for request in arrivals:
+                self._add(request)
+        elif failed:
+            self.totals.finished += len(failed)
+            sink(failed)
+        return exhausted
+
+    def _add(self, request: Request) -> Completion | None:
+        """Hand a request to the scheduler; return its failure when it can never run."""
+        try:
+            self._scheduler.add(
+                Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
+            )
+        except ValueError as error:
+            return Completion.failure(
+                request.index,
+                request.id,
+                str(error),
+                prompt_tokens=len(request.prompt_token_ids),
+            )
+        return None
+
+    def _agree(self, step: Step, exhausted: bool) -> list[ControlWords]:
+        scheduler, clock = self._scheduler, self._telemetry.clock
+        leads = int(self._leads)  # a tensor group's requests count once
+        words = ControlWords(
+            tokens_prefill=(step.num_tokens - step.num_decode) * leads,
+            tokens_decode=step.num_decode * leads,
+            running=scheduler.num_running * leads,
+            waiting=scheduler.num_waiting * leads,
+            finished=self.totals.finished * leads,
+            exhausted=exhausted,
+        )
+        self.totals.tokens_prefill += words.tokens_prefill
+        self.totals.tokens_decode += words.tokens_decode
+        spans = clock.read()
+        clock.enter(Phase.CONTROL)
+        everyone, arrivals = self._control.exchange(words, spans, self._spans_read)
+        clock.enter(Phase.OTHER)
+        if spans is not None:
+            self._spans_read += 1
+            self.totals.phase_seconds += spans.seconds_by_phase()
+            if arrivals is not None:
+                self.totals.waiting_seconds += waiting_seconds(spans, arrivals)
+        return everyone
+
+    def _advance(self, step: Step) -> list[Sequence]:
+        """Run one step; return the sequences that finished."""
+        hidden_TD = self._runner.forward(step)
+        outcome = self._sample(step, hidden_TD) if self._leads else None
+        tokens, logprobs, of_prompt, errors = broadcast_object(outcome, self._topology.tensor)
+        for piece in step.slices:
+            run = piece.length - piece.num_recomputed
+            piece.seq.capacity.add(CapacityUse(run * self._assignments_per_token))
+        failed = [step.sampling[row].seq for row in errors]
+        for sequence, message in zip(failed, errors.values(), strict=True):
+            self._scheduler.abort(sequence, message)
+        return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
+
+    def _sample(
+        self, step: Step, hidden_TD: torch.Tensor
+    ) -> tuple[list[int], list[float] | None, list[float], dict[int, str]]:
+        """Return the next tokens, their logprobs, the prompt rows' logprobs, and the rows that
+        failed with why.
+        """
+        of_prompt: list[float] = []
+        for start in range(0, len(step.prompt_rows), _PROMPT_ROWS):
+            part = slice(start, start + _PROMPT_ROWS)
+            logits = self._runner.logits(hidden_TD, step.prompt_rows[part])
+            of_prompt += token_logprobs(logits, step.prompt_targets[part]).tolist()
+        if not step.sampling:
+            return [], None, of_prompt, {}
+        requests = [piece.seq.request for piece in step.sampling]
+        try:
+            tokens, logprobs = sample(
+                self._runner.logits(hidden_TD, step.sample_rows),
+                [request.params for request in requests],
+                [len(piece.seq.token_ids) for piece in step.sampling],
+                [request.index for request in requests],
+                [request.id for request in requests],
+            )
+        except NonFiniteLogitsError as error:
+            errors = {row: str(error) for row in error.rows}
+            return error.tokens, error.logprobs, of_prompt, errors
+        return tokens, logprobs, of_prompt, {}
+
+    def _deliver(self, finished: list[Sequence], sink: Sink) -> None:
+        self.totals.finished += len(finished)
+        if finished and self._leads:
+            sink([sequence.completion() for sequence in finished])
+
+
+def _report(
+    step: int, everyone: list[ControlWords], max_over_mean: float, began: float
+) -> StepReport:
+    return StepReport(
+        step=step,
+        tokens_prefill=sum(words.tokens_prefill for words in everyone),
+        tokens_decode=sum(words.tokens_decode for words in everyone),
+        running=sum(words.running for words in everyone),
+        waiting=sum(words.waiting for words in everyone),
+        finished=sum(words.finished for words in everyone),
+        max_over_mean=max_over_mean,
+        elapsed=time.monotonic() - began,
+    )

@@ -1,0 +1,222 @@
+"""From logits to tokens: greedy and seeded sampling, and logprobs. The last thing a step does.
+
+A sampled token depends on its own logits, its parameters and (seed, request index, position), and
+on nothing else: not on the other rows, the rank or the number of ranks. Each row draws one number
+from a counter-based generator and inverts the distribution's CDF, taken in order of token id. That
+order survives rounding: logits that differ in the last bit move the CDF by as little, whereas in
+order of probability two near-equal tokens could trade places and with them the outcome.
+
+Shapes: S rows that sample, V vocabulary, R rows of a subset, C candidates of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams
+
+_NUCLEUS_CANDIDATES = 1024  # tokens that top-p looks at before it resorts to sorting them all
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class NonFiniteLogitsError(ValueError):
+    """Logits that are NaN, infinite, or all -inf. The other rows are sampled all the same.
+
+    rows: the failed ones; tokens, logprobs: what `sample` would have returned, with token -1 there.
+    """
+
+    def __init__(
+        self, rows: list[int], names: list[str], tokens: list[int], logprobs: list[float] | None
+    ) -> None:
+        many = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+        super().__init__(
+            f"request {', '.join(names[:3])}{many}: its logits are not finite; look for NaN in the "
+            "checkpoint, or run with model.dtype = float32 or bfloat16 if this is an overflow"
+        )
+        self.rows = rows
+        self.tokens = tokens
+        self.logprobs = logprobs
+
+
+def uniform(
+    seeds: Sequence[int], request_indices: Sequence[int], positions: Sequence[int]
+) -> np.ndarray:
+    """One number in [0, 1) for each (seed, request, position), as float64 [S] in numpy.
+
+    Three rounds of the SplitMix64 finaliser (Steele, Lea and Flood, "Fast Splittable Pseudorandom
+    Number Generators", OOPSLA 2014), one a key; the top 53 bits make the number.
+    """
+    state = np.zeros(len(seeds), np.uint64)
+    for key in (seeds, request_indices, positions):
+        state = (state ^ np.array(key, np.uint64)) + np.uint64(_GOLDEN)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample(
+    logits_SV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    request_indices: Sequence[int],
+    request_ids: Sequence[str] | None = None,
+) -> tuple[list[int], list[float] | None]:
+    """Choose each row's next token.
+
+    logits_SV: float32 [S, V], any device; -inf forbids a token. positions: the place each new token
+    takes in its sequence. Returns the tokens and, if any row asks for them, their logprobs: natural
+    log of the softmax of the raw logits (temperature 1, unfiltered), else None. Equal logits: the
+    lower id wins, in greedy choice and at the edge of top_k and top_p. Raises
+    `NonFiniteLogitsError` (a ValueError), which names the request ids, or indices without them.
+    """
+    if not params:
+        return [], None
+    assert logits_SV.dtype == torch.float32, f"logits are {logits_SV.dtype}"
+    top_S, tokens_S = logits_SV.max(dim=1)  # of equal maxima the first; NaN counts as a maximum
+    if not all(p.greedy for p in params):
+        _sample_rows(logits_SV, top_S, tokens_S, params, positions, request_indices)
+    chosen_S = torch.where(top_S.isfinite(), tokens_S, -1)
+    logprobs: list[float] | None = None
+    if any(p.logprobs for p in params):
+        logprobs_S = token_logprobs(logits_SV, tokens_S)
+        # Both in one copy: float64 holds token ids and float32 logprobs exactly.
+        # SYNC: the host needs the tokens to see which sequences end and to schedule the next step.
+        packed = torch.stack([chosen_S.double(), logprobs_S.double()]).tolist()
+        tokens, logprobs = [int(token) for token in packed[0]], packed[1]
+    else:
+        tokens = chosen_S.tolist()  # SYNC: as above
+    if min(tokens) < 0:
+        bad = [row for row, token in enumerate(tokens) if token < 0]
+        names = [repr(request_ids[r]) if request_ids else f"#{request_indices[r]}" for r in bad]
+        raise NonFiniteLogitsError(bad, names, tokens, logprobs)
+    return tokens, logprobs
+
+
+def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tensor:
+    """The natural-log probability of one given token a row, float32 [R], on the logits' device.
+
+    token_ids: [R] int64, or a list. For prompt logprobs, the prompt's next tokens. Non-finite
+    logits give non-finite results.
+    """
+    ids_R = torch.as_tensor(token_ids, dtype=torch.int64, device=logits_RV.device)
+    return logits_RV.gather(1, ids_R[:, None])[:, 0] - logits_RV.logsumexp(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a step that sample in one way: logits, their maxima, parameters, one draw each.
+
+    All float64 [R] on the logits' device, except logits_RV (float32 [R, V]) and top_R (float32).
+    """
+
+    logits_RV: Tensor
+    top_R: Tensor
+    random_R: Tensor
+    temperature_R: Tensor
+    top_k_R: Tensor  # V where it is off
+    top_p_R: Tensor
+
+    def weights(self, logits_RC: Tensor) -> Tensor:
+        """Unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1."""
+        smallest = torch.finfo(torch.float32).tiny
+        temperature_R1 = self.temperature_R.float().clamp(min=smallest)[:, None]
+        return ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
+
+
+def _sample_rows(
+    logits_SV: Tensor,
+    top_S: Tensor,
+    tokens_S: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    request_indices: Sequence[int],
+) -> None:
+    """Overwrite `tokens_S` in the rows that are not greedy: those with filters, then the others."""
+    vocab = logits_SV.shape[1]
+    top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    drawn = [row for row, p in enumerate(params) if not p.greedy]
+    filtered = [row for row in drawn if top_k[row] < vocab or params[row].top_p < 1]
+    plain = [row for row in drawn if top_k[row] == vocab and params[row].top_p == 1]
+    for numbers in filter(None, (filtered, plain)):
+        random = uniform(
+            [params[row].seed for row in numbers],
+            [request_indices[row] for row in numbers],
+            [positions[row] for row in numbers],
+        )
+        # One small copy to the device: float64 holds the row numbers and top_k exactly.
+        table = np.array(
+            [
+                (row, draw, params[row].temperature, top_k[row], params[row].top_p)
+                for row, draw in zip(numbers, random, strict=True)
+            ]
+        )
+        row_R, *columns = torch.from_numpy(table).to(logits_SV.device).unbind(1)
+        row_R = row_R.long()
+        whole = len(numbers) == len(params)
+        logits_RV = logits_SV if whole else logits_SV.index_select(0, row_R)
+        rows = _Rows(logits_RV, top_S[row_R], *columns)
+        if numbers is plain:
+            tokens_S[row_R] = _invert(rows.weights(logits_RV), rows.random_R)
+        else:
+            limits = {top_k[row] for row in numbers}
+            nucleus = vocab in limits
+            width = max(limits - {vocab} | ({_NUCLEUS_CANDIDATES} if nucleus else set()))
+            tokens_S[row_R] = _pick_filtered(rows, min(width, vocab), nucleus=nucleus)
+
+
+def _invert(weights_RC: Tensor, random_R: Tensor) -> Tensor:
+    """The column [R] where the cumulative weight passes the share `random_R` of its total.
+
+    In float64, where u < 1 makes u * total < total: a column of weight 0 is never met.
+    """
+    cdf_RC = weights_RC.cumsum(dim=1, dtype=torch.float64)
+    target_R1 = (random_R * cdf_RC[:, -1])[:, None]
+    column_R1 = torch.searchsorted(cdf_RC, target_R1, right=True)
+    return column_R1[:, 0].clamp(
+        max=weights_RC.shape[1] - 1
+    )  # NaN, reported later, is past the end
+
+
+def _likeliest(logits_RV: Tensor, width: int) -> Tensor:
+    """Token ids [R, width] by descending logit; of equal logits the lower id comes first.
+
+    The float's bits, made to order as integers, and the id make one integer key without ties, so
+    that top-k needs no promise about them.
+    """
+    vocab = logits_RV.shape[1]
+    bits_RV = (logits_RV + 0.0).view(torch.int32)  # + 0.0: -0 equals 0
+    bits_RV = torch.where(bits_RV < 0, bits_RV ^ 0x7FFFFFFF, bits_RV)
+    low_ids_first_V = torch.arange(vocab - 1, -1, -1, device=logits_RV.device)
+    keys_RV = (bits_RV.long() << 32) | low_ids_first_V
+    return vocab - 1 - (keys_RV.topk(width, dim=1).values & 0xFFFFFFFF)
+
+
+def _pick_filtered(rows: _Rows, width: int, *, nucleus: bool) -> Tensor:
+    """Sample [R] among the top_k likeliest; of these, among the fewest that hold top_p of the mass.
+
+    width: how many candidates to look at, at least every top_k that is on. nucleus: some have none,
+    and their top_p may need more candidates than that: then all tokens are looked at.
+    """
+    vocab = rows.logits_RV.shape[1]
+    ids_RC = _likeliest(rows.logits_RV, width)
+    weights_RC = rows.weights(rows.logits_RV.gather(1, ids_RC))
+    rank_C = torch.arange(width, device=ids_RC.device)
+    weights_RC = weights_RC.masked_fill(rank_C >= rows.top_k_R[:, None], 0)
+    mass_RC = weights_RC.cumsum(dim=1, dtype=torch.float64)
+    total_R = mass_RC[:, -1]
+    if nucleus and width < vocab:
+        all_R = rows.weights(rows.logits_RV).sum(dim=1, dtype=torch.float64)
+        total_R = torch.where(rows.top_k_R < vocab, total_R, all_R)
+        # SYNC: whether to sort the whole vocabulary depends on the values; rare, so worth asking.
+        if bool((mass_RC[:, -1] < rows.top_p_R * total_R).any()):
+            return _pick_filtered(rows, vocab, nucleus=nucleus)
+    kept_RC = mass_RC - weights_RC < (rows.top_p_R * total_R)[:, None]  # by the mass before a token
+    ids_RC, order_RC = ids_RC.sort(dim=1)
+    weights_RC = (weights_RC * kept_RC).gather(1, order_RC)
+    return ids_RC.gather(1, _invert(weights_RC, rows.random_R)[:, None])[:, 0]
