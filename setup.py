@@ -1,0 +1,79 @@
+"""What Lockstep is, what it needs, and its compiled CPU kernels.
+
+Install torch first, then this with `pip install -e . --no-build-isolation`, so that the kernels are
+compiled against that torch (`make setup` does both). Without torch or a C++ compiler at build time,
+or with LOCKSTEP_NATIVE=0, the package installs all the same and runs on torch's own operators.
+
+`engine/ops` is a symbolic link to kernels/, which has no `__init__.py`: a top-level package named
+`kernels` would shadow another project's. The finder below follows the link, so a wheel holds
+`engine/ops` as a plain folder.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def native_kernels() -> list:
+    """What kernels/build.py can compile here; nothing when LOCKSTEP_NATIVE=0."""
+    if os.environ.get("LOCKSTEP_NATIVE") == "0":
+        return []
+    # By path: engine.ops.build cannot be imported before the package is installed.
+    spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "engine/ops/build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return build.ext_modules()
+
+
+setup(
+    name="lockstep-moe",
+    version="0.1.0",
+    description="Expert-parallel MoE inference that knows, and caps, its slowest rank",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_namespace_packages(
+        include=["engine", "engine.*"], exclude=["engine.ops.csrc", "*.__pycache__"]
+    ),
+    package_data={"engine.ops": ["csrc/*"]},  # a source distribution can compile them
+    install_requires=[
+        "torch>=2.8,<2.16",
+        "numpy>=1.26,<3",
+        "safetensors>=0.5,<1",
+        "transformers>=5.20,<6",
+        "PyYAML>=6.0.1,<7",
+        "rich>=13.7,<16",
+        "deepspeed>=0.18,<0.20",
+        "megatron-core>=0.16,<0.20",
+        "mpi4py>=4.0,<5",
+    ],
+    extras_require={
+        # CUDA 12 and CUDA 13 are two sets: their NCCL packages overwrite each other's files.
+        "cuda": [
+            "torch>=2.8,<2.11",
+            "transformer-engine[pytorch,core_cu12]>=2.9,<2.20",
+            "nvidia-nccl-cu12",
+            "triton",
+        ],
+        "cuda13": [
+            "torch>=2.11,<2.16",
+            "transformer-engine[pytorch,core_cu13]>=2.18,<2.21",
+            "nvidia-nccl-cu13",
+        ],
+        "dev": [
+            "setuptools>=77",
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff==0.17.6",  # its formatting is checked, and changes between versions
+            "pyright[nodejs]==1.1.414",
+        ],
+    },
+    ext_modules=native_kernels(),
+)

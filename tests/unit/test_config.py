@@ -1,0 +1,416 @@
+"""engine/config.py, config_check.py, config_io.py: what is accepted and how the rest is refused."""
+
+import dataclasses
+import pickle
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import config_io
+from engine.config import (
+    CapacityConfig,
+    Config,
+    ModelConfig,
+    MoEConfig,
+    OverlapConfig,
+    ParallelConfig,
+    SamplingConfig,
+    SchedulerConfig,
+    check_supported,
+    validate_world,
+)
+from engine.config_check import ConfigError
+from engine.config_io import (
+    PROJECT_ROOT,
+    config_from_tree,
+    digest,
+    find_config,
+    load_config,
+    to_yaml,
+)
+
+SHIPPED = sorted(file.stem for file in (PROJECT_ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config file and return its path."""
+
+    def write_config(text: str) -> str:
+        file = tmp_path / "a.yaml"
+        file.write_text(text)
+        return str(file)
+
+    return write_config
+
+
+def load(*overrides: str) -> Config:
+    return load_config("tiny_mixtral_ep2", list(overrides))
+
+
+def problems_of(*overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides)
+    return caught.value.problems
+
+
+def test_a_minimal_file_gets_the_documented_defaults(write):
+    config = load_config(write("model: {path: /some/where}"))
+    assert config == Config(model=ModelConfig(path="/some/where"))
+    assert (config.scheduler.max_batch_tokens, config.scheduler.block_size) == (2048, 16)
+    assert (config.sampling.max_new_tokens, config.sampling.temperature) == (128, 0.0)
+    assert config.moe.capacity.policy == "none" and config.moe.capacity.phases == ("prefill",)
+    assert config.runtime.timeout_s == 120.0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads_and_is_supported_on_its_number_of_ranks(name):
+    config = load_config(name)
+    num_ranks = int(name.rpartition("_ep")[2])
+    assert config.parallel.expert == num_ranks
+    validate_world(config, num_ranks)
+    check_supported(config)
+
+
+def test_the_promised_configs_are_shipped():
+    assert SHIPPED == [
+        "deepseek_v2_lite_ep8",
+        "mixtral_ep8",
+        "olmoe_ep8",
+        "qwen15_moe_ep4",
+        "qwen3_moe_ep8",
+        "tiny_mixtral_ep2",
+        "tiny_mixtral_ep8",
+        "tiny_olmoe_ep4",
+    ]
+
+
+# --set
+
+
+def test_set_values_are_yaml_and_the_last_one_wins():
+    config = load(
+        "sampling.temperature=0.5",
+        "sampling.temperature=1e-3",
+        "sampling.stop=[END, 'a: b']",
+        "sampling.ignore_eos=true",
+        "moe.overlap.chunks=auto",
+        "parallel.expert=null",
+        "runtime.timeout_s=5",
+    )
+    assert config.sampling.temperature == 0.001
+    assert config.sampling.stop == ("END", "a: b")
+    assert config.sampling.ignore_eos is True
+    assert config.moe.overlap.chunks == "auto"
+    assert config.parallel.expert is None
+    assert config.runtime.timeout_s == 5.0 and isinstance(config.runtime.timeout_s, float)
+
+
+def test_a_lone_value_stands_for_a_list_of_one():
+    config = load("sampling.stop=END", "sampling.stop_token_ids=7", "moe.capacity.phases=decode")
+    assert config.sampling.stop == ("END",)
+    assert config.sampling.stop_token_ids == (7,)
+    assert config.moe.capacity.phases == ("decode",)
+
+
+def test_set_may_open_a_section_that_the_file_left_out_or_empty(write):
+    path = write("model: {path: x}\nmoe:\n")
+    assert load_config(path, ["moe.capacity.seed=3"]).moe.capacity.seed == 3
+
+
+@pytest.mark.parametrize("override", ["sampling.top_k", "=3", "sampling..top_k=3", "seed.=3"])
+def test_a_malformed_set_is_refused_by_its_own_name(override):
+    (problem,) = problems_of(override)
+    assert problem == f"--set {override}: must be section.key=value"
+
+
+def test_set_below_a_value_is_refused():
+    (problem,) = problems_of("model.path.x=1")
+    assert problem == "--set model.path.x=1: model.path holds no keys"
+
+
+# The capacity factor is a decimal, not a binary fraction.
+
+
+@pytest.mark.parametrize("written", ["1.1", "1.10", "2", "0.3333333333333333333333333", "1e-1"])
+def test_the_capacity_factor_is_exactly_the_decimal_written(written):
+    capacity = load(f"moe.capacity.factor={written}").moe.capacity
+    assert capacity.exact_factor == Decimal(written)
+    assert f"factor: {written}\n" in to_yaml(load(f"moe.capacity.factor={written}"))
+
+
+@pytest.mark.parametrize("written", ["inf", ".inf", "'inf'"])
+def test_an_infinite_capacity_factor_is_accepted(written):
+    capacity = load(f"moe.capacity.factor={written}").moe.capacity
+    assert capacity.factor == "inf" and capacity.exact_factor == Decimal("Infinity")
+
+
+def test_a_factor_of_python_is_read_by_its_shortest_decimal():
+    assert CapacityConfig(factor=1.1).exact_factor == Decimal("1.1")
+
+
+@pytest.mark.parametrize("written", ["0", "-1", "nan", "-inf", "much", "true", "null", "[1.5]"])
+def test_a_factor_that_is_no_positive_number_is_refused(written):
+    (problem,) = problems_of(f"moe.capacity.factor={written}")
+    assert problem.startswith("moe.capacity.factor = ")
+
+
+# Errors name field, value, rule and the nearest key.
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("scheduler.max_bach_tokens=9", "did you mean scheduler.max_batch_tokens?"),
+        ("schedular.max_batch_tokens=9", "schedular: unknown key; did you mean scheduler?"),
+        ("moe.capacity.facter=2", "moe.capacity.facter: unknown key; did you mean moe.capacity.fa"),
+        ("temperature=1", "temperature: unknown key; did you mean sampling.temperature?"),
+        ("moe.policy=none", "moe.policy: unknown key; did you mean moe.capacity.policy?"),
+        ("parallel.qqqq=1", "parallel.qqqq: unknown key; the keys here are expert, tensor"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, said):
+    (problem,) = problems_of(override)
+    assert said in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "model.dtype=float33",
+            "must be one of auto, float32, bfloat16, float16; did you mean flo",
+        ),
+        ("moe.capacity.policy=tokendrop", "did you mean token_drop?"),
+        ("moe.overlap.chunks=atuo", "must be a whole number or auto; did you mean auto?"),
+        ("moe.overlap.chunks=0", "must be at least 1, or auto"),
+        ("sampling.max_new_tokens=1.5", "sampling.max_new_tokens = 1.5: must be a whole number"),
+        ("sampling.max_new_tokens=true", "sampling.max_new_tokens = True: must be a whole number"),
+        ("sampling.max_new_tokens=0", "sampling.max_new_tokens = 0: must be at least 1"),
+        ("sampling.ignore_eos=yes", "sampling.ignore_eos = 'yes': must be true or false"),
+        ("sampling.temperature=-0.1", "must be finite and at least 0"),
+        ("sampling.temperature=inf", "must be finite and at least 0"),
+        ("sampling.top_p=0", "sampling.top_p = 0.0: must be above 0 and at most 1"),
+        ("sampling.top_p=1.01", "must be above 0 and at most 1"),
+        ("sampling.stop=[a, '']", "must be free of empty text"),
+        ("sampling.stop=[1]", "must be a list, each item text"),
+        ("sampling.stop_token_ids=[-1]", "must be a list of numbers from 0"),
+        ("moe.capacity.phases=[]", "must be a list of phases, not empty and without repeats"),
+        ("moe.capacity.phases=[decode, decode]", "not empty and without repeats"),
+        ("moe.capacity.phases=[train]", "each item one of prefill, decode"),
+        ("scheduler.block_size=24", "scheduler.block_size = 24: must be a power of two"),
+        ("scheduler.kv_cache_gib=0", "must be finite and above 0"),
+        ("runtime.timeout_s=0", "must be finite and above 0"),
+        ("runtime.seed=-1", "must be from 0 to 2**63 - 1"),
+        ("model.path=''", "model.path = '': must be non-empty text"),
+        ("model.path=null", "model.path = None: must be text"),
+        ("parallel=2", "parallel = 2: must be a section of keys (expert, tensor)"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_field_value_and_rule(override, said):
+    (problem,) = problems_of(override)
+    assert said in problem and problem.startswith(override.partition("=")[0])
+
+
+def test_all_problems_are_listed_at_once(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            write("sampling: {top_p: 2, top_q: 1}\nscheduler: {block_size: 3}"),
+            ["runtime.device=gpu"],
+        )
+    text = str(caught.value)
+    assert text.startswith("5 problems in the config:")
+    for name in ("model.path: is missing", "top_p = 2.0", "top_q", "block_size = 3", "'gpu'"):
+        assert name in text
+
+
+def test_a_config_made_in_python_is_checked_like_a_file():
+    with pytest.raises(ConfigError) as caught:
+        Config(
+            model=ModelConfig(path=3),  # type: ignore[arg-type]
+            scheduler=SchedulerConfig(block_size=0),
+            sampling=SamplingConfig(stop=["a"]),  # type: ignore[arg-type]
+        )
+    assert len(caught.value.problems) == 3
+
+
+def test_a_config_error_survives_pickling_between_ranks():
+    error = ConfigError("one", "two")
+    copy = pickle.loads(pickle.dumps(error))
+    assert copy.problems == ("one", "two") and str(copy) == str(error)
+
+
+# Combinations
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.expert=4", "parallel.tensor=3"], "parallel.tensor = 3: must divide"),
+        (["moe.capacity.policy=token_drop", "moe.capacity.expand=2"], "moe.capacity.expand = 2"),
+        (["moe.capacity.expand=0"], "the policy is none"),
+        (
+            ["moe.capacity.policy=token_drop", "moe.capacity.tiers=one"],
+            "moe.capacity.tiers = 'one'",
+        ),
+        (["moe.capacity.extras=dropped"], "only moe.capacity.policy = expanded_drop uses it"),
+        (
+            ["moe.capacity={policy: expanded_drop, tiers: one, order: first}"],
+            "moe.capacity.order = 'first': must be score",
+        ),
+        (["scheduler.kv_cache_gib=1", "scheduler.kv_cache_blocks=9"], "must be null when"),
+        (["moe.experts.backend=te", "runtime.device=cpu"], "needs runtime.device = cuda"),
+    ],
+)
+def test_an_impossible_combination_is_refused(overrides, said):
+    (problem,) = problems_of(*overrides)
+    assert said in problem
+
+
+def test_expanded_drop_takes_all_its_settings():
+    capacity = load(
+        "moe.capacity={policy: expanded_drop, expand: 2, tiers: one, extras: dropped, factor: 1.5}"
+    ).moe.capacity
+    assert (capacity.expand, capacity.tiers, capacity.extras) == (2, "one", "dropped")
+
+
+def parallel_config(expert: int | None, tensor: int) -> Config:
+    return Config(
+        model=ModelConfig(path="x"), parallel=ParallelConfig(expert=expert, tensor=tensor)
+    )
+
+
+@pytest.mark.parametrize(
+    ("expert", "tensor", "world", "num_experts"),
+    [(None, 1, 7, 8), (None, 2, 4, 4), (2, 1, 8, 8), (4, 4, 4, 60), (1, 1, 3, 1)],
+)
+def test_a_world_that_fits_is_accepted(expert, tensor, world, num_experts):
+    validate_world(parallel_config(expert, tensor), world, num_experts)
+
+
+@pytest.mark.parametrize(
+    ("expert", "tensor", "world", "num_experts", "said"),
+    [
+        (8, 1, 1, 8, "parallel.expert = 8: must divide the number of ranks, 1"),
+        (3, 1, 8, None, "must divide the number of ranks, 8"),
+        (None, 2, 3, None, "parallel.tensor = 2: must divide the expert-parallel size, 3"),
+        (None, 1, 16, 8, "parallel.expert = null (all ranks): must be at most"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused(expert, tensor, world, num_experts, said):
+    with pytest.raises(ConfigError, match="parallel") as caught:
+        validate_world(parallel_config(expert, tensor), world, num_experts)
+    assert said in str(caught.value)
+
+
+def test_settings_of_a_later_version_are_valid_but_refused():
+    config = Config(
+        model=ModelConfig(path="x"),
+        moe=MoEConfig(
+            capacity=CapacityConfig(policy="token_drop"), overlap=OverlapConfig(chunks=2)
+        ),
+    )
+    with pytest.raises(ConfigError, match="not available in this version") as caught:
+        check_supported(config)
+    assert len(caught.value.problems) == 2
+
+
+# Files
+
+
+def test_a_config_is_found_by_path_then_by_name_with_or_without_suffix(
+    tmp_path, monkeypatch, write
+):
+    monkeypatch.chdir(tmp_path)
+    own = Path(write("model: {path: x}"))
+    assert find_config("a.yaml") == find_config("a") == Path("a.yaml")
+    assert find_config(str(own)) == own
+    shipped = PROJECT_ROOT / "configs" / "mixtral_ep8.yaml"
+    assert find_config("mixtral_ep8") == find_config("mixtral_ep8.yaml") == shipped
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mixtral_ep8.yaml").write_text("model: {path: mine}")
+    assert load_config("mixtral_ep8").model.path == "mine"
+
+
+def test_a_config_that_is_not_there_is_refused_with_the_nearest_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="mixtral_ep4.*did you mean mixtral_ep8"):
+        load_config("mixtral_ep4.yaml")
+    with pytest.raises(ConfigError, match="there are: deepseek_v2_lite_ep8, mixtral_ep8"):
+        load_config("/no/where")
+
+
+def test_a_relative_model_path_is_looked_up_here_then_in_the_project(tmp_path, monkeypatch, write):
+    path = write("model: {path: configs, tokenizer: nowhere}")
+    assert load_config(path).model.path in ("configs", str(PROJECT_ROOT / "configs"))
+    monkeypatch.chdir(tmp_path)
+    assert load_config(path).model.path == str(PROJECT_ROOT / "configs")
+    assert load_config(path).model.tokenizer == "nowhere"
+    (tmp_path / "configs").mkdir()
+    assert load_config(path).model.path == "configs"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {path: x}\nmodel: {path: y}", "the key 'model' stands twice"),
+        ("model: [", "is not valid YAML"),
+        ("- a", "must hold sections of keys"),
+        ("", "must hold sections of keys"),
+        ("model: !!python/object/apply:os.system [exit]", "is not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_refused_by_its_name(write, text, said):
+    with pytest.raises(ConfigError, match="a.yaml") as caught:
+        load_config(write(text))
+    assert said in str(caught.value)
+
+
+def test_words_of_old_yaml_stay_words(write):
+    config = load_config(write("model: {path: on}\nsampling: {stop: [no, y, 1:30, 2024-01-01]}"))
+    assert config.model.path == "on"
+    assert config.sampling.stop == ("no", "y", "1:30", "2024-01-01")
+
+
+# Back to YAML
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1)
+
+
+@given(
+    path=texts,
+    stop=st.lists(texts),
+    temperature=st.floats(min_value=0, allow_infinity=False),
+    factor=st.decimals(min_value=Decimal(1), max_value=Decimal(10**9), allow_nan=False),
+    expert=st.none() | st.integers(1, 99),
+)
+def test_yaml_of_a_config_reads_back_equal(path, stop, temperature, factor, expert):
+    config = Config(
+        model=ModelConfig(path=path),
+        sampling=SamplingConfig(stop=tuple(stop), temperature=temperature),
+        moe=MoEConfig(capacity=CapacityConfig(factor=str(factor))),
+        parallel=ParallelConfig(expert=expert),
+    )
+    text = to_yaml(config)
+    again = config_from_tree(yaml.load(text, Loader=config_io._Loader))
+    # A path that happens to exist below the project root comes back from there.
+    again = dataclasses.replace(again, model=config.model)
+    assert again.moe.capacity.exact_factor == config.moe.capacity.exact_factor
+    assert dataclasses.replace(again, moe=config.moe) == config
+
+
+def test_the_saved_config_of_a_run_loads_to_the_same_config(write):
+    config = load("moe.capacity.factor=1.10", "sampling.stop=['1e-3', 'true', 'null', '~', '1']")
+    again = load_config(write(to_yaml(config)))
+    assert again == config and digest(again) == digest(config)
+
+
+def test_the_digest_tells_settings_apart_and_nothing_else(write):
+    spelled = load_config(write("model: {path: x}\nruntime: {timeout_s: 120}"))
+    assert digest(spelled) == digest(load_config(write("# x\nmodel:\n    path: 'x'\n")))
+    assert digest(spelled) != digest(load_config(write("model: {path: y}")))
+    assert len(digest(spelled)) == 64

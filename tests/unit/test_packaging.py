@@ -1,0 +1,178 @@
+"""setup.py, Makefile and .ci: what is installed, from where, and that the pins agree."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "engine", "kernels")
+
+
+@pytest.fixture(scope="module")
+def declared() -> dict:
+    """The arguments that setup.py gives to setuptools, without building anything."""
+    arguments = {}
+    real_setup, real_folder = setuptools.setup, os.getcwd()
+    setuptools.setup = lambda **given: arguments.update(given)
+    os.environ["LOCKSTEP_NATIVE"] = "0"
+    try:
+        os.chdir(ROOT)
+        code = compile((ROOT / "setup.py").read_text(), "setup.py", "exec")
+        exec(code, {"__file__": str(ROOT / "setup.py"), "__name__": "__main__"})
+    finally:
+        setuptools.setup = real_setup
+        os.chdir(real_folder)
+        del os.environ["LOCKSTEP_NATIVE"]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[set[str], set[str]]:
+    """The file names in a source distribution, and in a wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source)
+    # Native kernels take minutes to compile and are another test's subject.
+    environ = {**os.environ, "LOCKSTEP_NATIVE": "0"}
+
+    def run(where: Path, *arguments: str) -> None:
+        command = [sys.executable, "setup.py", "-q", *arguments, "--dist-dir", str(folder)]
+        result = subprocess.run(command, cwd=where, env=environ, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+    run(source, "sdist")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        sdist = {name.partition("/")[2] for name in tar.getnames()}
+        tar.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    run(unpacked, "bdist_wheel")
+    (wheel,) = folder.glob("*.whl")
+    return sdist, set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_kernels_is_no_package_and_engine_ops_links_to_it():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert os.readlink(ROOT / "engine" / "ops") == "../kernels"
+
+
+def test_the_wheel_holds_every_module_and_nothing_else_at_the_top(built):
+    _, wheel = built
+    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "engine").rglob("*.py")}
+    modules |= {f"engine/ops/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    assert modules <= wheel
+    tops = {name.partition("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"engine"}
+
+
+def test_the_source_distribution_can_compile_the_kernels(built):
+    sdist, _ = built
+    sources = {f"engine/ops/csrc/{file.name}" for file in (ROOT / "kernels" / "csrc").iterdir()}
+    assert sources and sources <= sdist
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= sdist
+    # What build.py names must lie there too: an sdist has no kernels/, only engine/ops.
+    spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "engine/ops/build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    for extension in build.ext_modules():
+        assert {*extension.sources, *extension.depends} <= sdist
+
+
+def test_transformers_can_be_imported_beside_the_kernels_folder():
+    # A top-level package named kernels would be taken for another project's.
+    code = "import sys; sys.path.insert(0, ''); from transformers import AutoConfig"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    parsed = [Requirement(line) for line in lines]
+    return {requirement.name.lower(): requirement for requirement in parsed}
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    return requirements([line for line in lines if line and not line.startswith("#")])
+
+
+def test_the_core_is_installed_in_versions_that_setup_allows(declared):
+    core = requirements(declared["install_requires"])
+    assert set(core) == {
+        "torch",
+        "numpy",
+        "safetensors",
+        "transformers",
+        "pyyaml",
+        "rich",
+        "deepspeed",
+        "megatron-core",
+        "mpi4py",
+    }
+    for name, requirement in core.items():
+        assert requirement.specifier.contains(version(name)), f"{name} {version(name)}"
+        assert "<" in str(requirement.specifier), f"{name} has no upper bound"
+
+
+def test_the_constraints_pin_exact_versions_within_the_ranges_of_setup(declared):
+    ranges = requirements(declared["install_requires"] + declared["extras_require"]["dev"])
+    pins = constraints()
+    assert "torch" not in pins, "torch is chosen by LOCKSTEP_TORCH"
+    assert set(ranges) - {"torch"} <= set(pins)
+    for name, pin in pins.items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", name
+        if name in ranges:
+            assert ranges[name].specifier.contains(specifier.version), name
+
+
+def test_the_cuda_extras_never_mix_two_versions_of_nccl(declared):
+    extras = {name: requirements(lines) for name, lines in declared["extras_require"].items()}
+    assert set(extras) >= {"cuda", "cuda13", "dev"}
+    assert "nvidia-nccl-cu12" in extras["cuda"] and "nvidia-nccl-cu13" not in extras["cuda"]
+    assert "nvidia-nccl-cu13" in extras["cuda13"] and "nvidia-nccl-cu12" not in extras["cuda13"]
+    assert extras["cuda"]["transformer-engine"].extras == {"pytorch", "core_cu12"}
+    assert extras["cuda13"]["transformer-engine"].extras == {"pytorch", "core_cu13"}
+    core = requirements(declared["install_requires"])["torch"].specifier
+    for extra, torch_version in (("cuda", "2.10.0"), ("cuda13", "2.13.0")):
+        both = core & extras[extra]["torch"].specifier
+        assert both.contains(torch_version), f"{extra} and the core agree on no torch"
+
+
+def test_make_installs_the_torch_that_setup_allows_before_anything_else(declared):
+    makefile = (ROOT / "Makefile").read_text()
+    (chosen,) = re.findall(r"^LOCKSTEP_TORCH \?= torch==(\S+)$", makefile, re.MULTILINE)
+    assert requirements(declared["install_requires"])["torch"].specifier.contains(chosen)
+    installs = re.findall(r"^\t\$\(PIP\) install (.*)$", makefile, re.MULTILINE)
+    assert "$(LOCKSTEP_TORCH)" in installs[0] and "-e" not in installs[0]
+    assert "-e" in installs[1] and "--no-build-isolation" in installs[1]
+
+
+def test_ci_runs_make_test_and_is_valid_bash():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert script.read_text().splitlines()[-1] == "make test"
+
+
+def test_the_license_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
