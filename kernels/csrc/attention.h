@@ -1,0 +1,58 @@
+// Attention on the paged cache, decode and prefill alike: walks the chunks and tiles of one block of rows
+// in the form that suits its number of rows. What both forms agree on stands in attention_state.h.
+
+int64_t attention_scratch(const Attention& a) {
+  return (a.key_dim + KEYS) * BLOCK + attention_state(a);
+}
+
+// Calls f(form, width in vectors) for a block of rows.
+template <typename F>
+INLINE void with_form(const Attention& a, const AttentionItem& item, float* scratch, F&& f) {
+  constexpr std::integral_constant<int, 1> one;
+  if (item.rows == 1)
+    f(Narrow<1>(a, item, scratch), one);
+  else if (item.rows == 2)
+    f(Narrow<2>(a, item, scratch), one);
+  else if (item.rows == 3)
+    f(Narrow<3>(a, item, scratch), one);
+  else if (item.rows == NARROW)
+    f(Narrow<NARROW>(a, item, scratch), one);
+  else
+    for_each_block(item.rows, [&](auto width, int64_t, int64_t) {
+      f(Wide<decltype(width)::value>(a, item, scratch), width);
+    });
+}
+
+void attend(const Attention& a, const AttentionItem& item, float* scratch) {
+  with_form(a, item, scratch, [&](auto form, auto width) {
+    float* chunk_state = scratch + (a.key_dim + KEYS) * BLOCK;
+    const Visible<decltype(width)::value> visible(a, item);
+    form.pack_queries();
+    reset(a, item.state);
+    Rows rows[2];
+    bool first = true;
+    for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk) {
+      const int64_t from = chunk * CHUNK;
+      const int64_t begin = from > visible.lowest ? from : visible.lowest / KEYS * KEYS;
+      const int64_t end = from + CHUNK <= visible.highest ? from + CHUNK : visible.highest + 1;
+      if (begin >= end) continue;
+      float* state = first ? item.state : chunk_state;
+      if (!first) reset(a, state);
+      locate(a, item, begin, end, rows[0]);
+      for (int64_t key = begin, now = 0; key < end; key += KEYS, now = 1 - now) {
+        locate(a, item, key + KEYS, end, rows[1 - now]);
+        form.take(rows[now], rows[1 - now], key, visible, state);
+      }
+      if (!first) form.merge(item.state, state);
+      first = false;
+    }
+  });
+}
+
+void attention_merge(const Attention& a, const AttentionItem& item, float* later) {
+  with_form(a, item, nullptr, [&](auto form, auto) { form.merge(item.state, later); });
+}
+
+void attention_finish(const Attention& a, const AttentionItem& item) {
+  with_form(a, item, nullptr, [&](auto form, auto) { form.finish(item.state); });
+}

@@ -1,0 +1,72 @@
+// What the compiled kernels offer to library.cpp: plain functions on raw float pointers, one table an
+// instruction set. The same sources (simd.h, matmul.h, attention.h, elementwise.h) are compiled once a
+// set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built on one host
+// of a cluster runs on every other.
+//
+// Rows travel packed: a block of up to `block_rows` rows of x lies transposed, [depth][rows of the
+// block], so that one vector holds the same column of `lanes` rows. Every output element is then one
+// chain of fused multiply-adds over the depth in ascending order, whatever the number of rows, the
+// block a row falls in and the number of threads: a row's result never depends on its neighbours.
+#pragma once
+#include <stdint.h>
+
+namespace lockstep {
+
+// One call of paged attention. Strides count floats; the last dimension of q, k and v is contiguous.
+struct Attention {
+  const float* q;
+  const float* k;
+  const float* v;
+  float* out;                                // [T, H, value_dim], contiguous
+  int64_t q_token, q_head;                   // strides of q
+  int64_t k_block, k_head, k_slot;           // strides of k
+  int64_t v_block, v_head, v_slot;           // strides of v
+  int64_t heads, group, key_dim, value_dim;  // group: query heads a kv head
+  int64_t block_size, window;                // window 0: unlimited
+  float scale;
+};
+
+// A block of (query, head of the group) rows of one sequence and one kv head, over keys in
+// [first_chunk, last_chunk) chunks. `state` receives the running maximum, sum and values.
+struct AttentionItem {
+  const int32_t* blocks;  // the sequence's row of the block table
+  int64_t query_start, query_len, context_len;
+  int64_t kv_head, first_row, rows;
+  int64_t first_chunk, last_chunk;
+  float* state;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t lanes, block_rows;
+
+  // packed <- rows of x, transposed in blocks; lanes past the last row are zero.
+  void (*pack)(const float* x, int64_t stride, int64_t rows, int64_t depth, float* packed);
+  // out[:, first : first + count] <- x weight^T + bias for those rows of weight; bias may be null.
+  void (*linear)(const float* packed, int64_t rows, int64_t depth, const float* weight,
+                 int64_t weight_stride, const float* bias, int64_t first, int64_t count, float* out,
+                 int64_t out_stride);
+  // hidden (packed, `width` deep) rows first .. first + count <- silu(x w1^T) * (x w3^T).
+  void (*gate_up)(const float* packed, int64_t rows, int64_t depth, const float* w1, const float* w3,
+                  int64_t first, int64_t count, float* hidden, int64_t width);
+
+  int64_t chunk;  // keys of one chunk of a context
+  int64_t (*attention_state)(const Attention&);    // floats of one state
+  int64_t (*attention_scratch)(const Attention&);  // floats a thread needs besides
+  void (*attend)(const Attention&, const AttentionItem&, float* scratch);
+  void (*attention_merge)(const Attention&, const AttentionItem&, float* later);
+  void (*attention_finish)(const Attention&, const AttentionItem&);
+
+  void (*silu_and_mul)(const float* gate, const float* up, float* out, int64_t count);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t dim, float* out);
+  void (*add)(const float* x, const float* y, int64_t dim, float* out);
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+  void (*add_scaled)(const float* x, float weight, int64_t dim, float* out);
+};
+
+const Kernels* generic_kernels();
+// Null where the compiler does not target x86-64.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+}  // namespace lockstep

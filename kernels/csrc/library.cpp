@@ -1,0 +1,93 @@
+// The torch library `lockstep_cpu`: names, schemas and the choice of the instruction set.
+#include "library.h"
+
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+namespace lockstep {
+namespace {
+
+const Kernels* supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("fma"))
+    return avx512_kernels();
+  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return avx2_kernels();
+#endif
+  return name == "generic" ? generic_kernels() : nullptr;
+}
+
+const Kernels* chosen = nullptr;
+
+// Chooses `isa`, or the best the processor has when it is empty; returns its name.
+std::string select(std::string_view isa) {
+  const Kernels* found = nullptr;
+  for (const char* name : {"avx512", "avx2", "generic"})
+    if (!found && (isa.empty() || isa == name)) found = supported(name);
+  TORCH_CHECK(found, "this processor has no ", std::string(isa));
+  chosen = found;
+  return chosen->name;
+}
+
+std::string torch_version() { return TORCH_VERSION; }
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+}  // namespace
+
+const Kernels& kernels() {
+  TORCH_CHECK(chosen, "call lockstep_cpu::select first");
+  return *chosen;
+}
+
+float* scratch(int64_t floats) {
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t capacity = 0;
+  if (floats > capacity) {
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    TORCH_CHECK(memory, "out of memory: ", bytes, " bytes of kernel scratch");
+    capacity = floats;
+  }
+  return memory.get();
+}
+
+}  // namespace lockstep
+
+TORCH_LIBRARY(lockstep_cpu, m) {
+  m.def("select(str isa) -> str", &lockstep::select);
+  m.def("torch_version() -> str", &lockstep::torch_version);
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts) -> Tensor");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
+      "int[] query_lens, int[] context_lens, float scale, int window) -> Tensor");
+  m.def(
+      "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def("silu_and_mul(Tensor gate_up) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("apply_rotary(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
+  m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
+  m.impl("linear", &lockstep::linear);
+  m.impl("grouped_ffn", &lockstep::grouped_ffn);
+  m.impl("paged_attention", &lockstep::paged_attention);
+  m.impl("store_kv", &lockstep::store_kv);
+  m.impl("silu_and_mul", &lockstep::silu_and_mul);
+  m.impl("rms_norm", &lockstep::rms_norm);
+  m.impl("add_rms_norm", &lockstep::add_rms_norm);
+  m.impl("apply_rotary", &lockstep::apply_rotary);
+  m.impl("combine_rows", &lockstep::combine_rows);
+}

@@ -1,0 +1,55 @@
+// Shared by the torch-facing sources: the chosen table of kernels, work distribution, thread scratch.
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace lockstep {
+
+// The table of kernels in use; set once, when Python selects it.
+const Kernels& kernels();
+
+// Scratch of the calling thread, 64-byte aligned, kept for the next call.
+float* scratch(int64_t floats);
+
+// Calls f(i) for every i < items on torch's own threads. An idle thread takes the next item, so a core
+// that is slower than the others takes fewer of them.
+template <typename F>
+void for_each_item(int64_t items, const F& f) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < items; i = next++) f(i);
+  });
+}
+
+// Calls f(first, last) over ranges of rows worth at least a thread's wake-up.
+template <typename F>
+void for_each_row(int64_t rows, int64_t floats_per_row, const F& f) {
+  constexpr int64_t GRAIN = 32768;
+  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, floats_per_row)), f);
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias);
+at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
+                       at::IntArrayRef counts);
+at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                           const at::Tensor& block_table, at::IntArrayRef query_lens,
+                           at::IntArrayRef context_lens, double scale, int64_t window);
+void store_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
+              const at::Tensor& v_cache, const at::Tensor& slots);
+at::Tensor silu_and_mul(const at::Tensor& gate_up);
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
+std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
+                                                const at::Tensor& weight, double eps);
+void apply_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
+                  const at::Tensor& sin);
+at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
+
+}  // namespace lockstep

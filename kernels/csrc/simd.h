@@ -1,0 +1,84 @@
+// One vector of `W` floats and the few operations on it, in the compiler's own vector types: no
+// intrinsics, so the same text serves AVX-512, AVX2, NEON and SSE. Included inside a namespace an
+// instruction set, after LOCKSTEP_LANES (W) and LOCKSTEP_TILE (rows of a weight tile) are set.
+
+constexpr int W = LOCKSTEP_LANES;
+constexpr int NR = LOCKSTEP_TILE;
+
+typedef float vf __attribute__((vector_size(4 * LOCKSTEP_LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LOCKSTEP_LANES), aligned(4), may_alias));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
+INLINE void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
+INLINE vf splat(float x) { return x - vf{}; }
+// x itself, rounded to float. Where two products meet in a sum the compiler may fuse either one into the
+// addition, and not the same one in every copy of the code; this says which one is rounded first.
+INLINE vf rounded(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+// 2^x for x <= 127; exactly 0 below -125.5 (and for -inf), NaN for NaN. Rounds x to an integer n and
+// takes a polynomial of degree 6 on x - n in [-0.5, 0.5]; relative error below 2e-7.
+INLINE vf exp2_of(vf x) {
+  const vf bounded = vmax(x, splat(-126.0f));
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const vf shifted = bounded + magic;
+  const vf f = bounded - (shifted - magic);
+  vf p = splat(1.537070482e-4f);
+  p = p * f + splat(1.339984829e-3f);
+  p = p * f + splat(9.618373251e-3f);
+  p = p * f + splat(5.550329035e-2f);
+  p = p * f + splat(2.402264846e-1f);
+  p = p * f + splat(6.931472056e-1f);
+  p = p * f + splat(1.0f);
+  const vi exponent = (vi)shifted << 23;
+  const vf result = (vf)((vi)p + exponent);
+  const vf flushed = x < splat(-125.5f) ? vf{} : result;
+  return x == x ? flushed : x;
+}
+
+INLINE vf silu(vf x) {
+  const vf minus = vmin(x * splat(-1.44269504f), splat(126.0f));
+  return x / (splat(1.0f) + exp2_of(minus));
+}
+
+// Interleaves the low (High = 0) or high halves of two vectors.
+template <int High, int... I>
+INLINE vf zip_impl(vf a, vf b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (High * W / 2 + I / 2 + (I % 2) * W)...);
+#else
+  return __builtin_shuffle(a, b, vi{(High * W / 2 + I / 2 + (I % 2) * W)...});
+#endif
+}
+template <int High>
+INLINE vf zip(vf a, vf b) {
+  return zip_impl<High>(a, b, std::make_integer_sequence<int, W>{});
+}
+
+// Transposes W vectors in registers: log2(W) rounds of one perfect shuffle.
+INLINE void transpose(vf (&v)[W]) {
+#pragma GCC unroll 8
+  for (int round = 1; round < W; round *= 2) {
+    vf next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = zip<0>(v[i], v[i + W / 2]);
+      next[2 * i + 1] = zip<1>(v[i], v[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+}

@@ -1,0 +1,39 @@
+"""The gated FFN of every local expert over rows already grouped by expert.
+
+Legend: R rows received, D model dim, F expert hidden dim, e experts on this rank.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from engine.ops import native
+
+
+def grouped_ffn(
+    x_RD: torch.Tensor, w13_e2FD: torch.Tensor, w2_eDF: torch.Tensor, counts_e: list[int]
+) -> torch.Tensor:
+    """Returns (silu(x w1^T) * (x w3^T)) w2^T of each row's expert: [R, D] in x's dtype.
+
+    x_RD [R, D] holds counts_e[0] rows of local expert 0, then counts_e[1] of expert 1, and so on
+    (sum(counts_e) == R, zeros allowed). w13_e2FD [e, 2F, D]: w1 is the first F rows, w3 the other
+    F. w2_eDF is [e, D, F].
+    """
+    if native.serves(x_RD, w13_e2FD, w2_eDF):
+        return torch.ops.lockstep_cpu.grouped_ffn(x_RD, w13_e2FD, w2_eDF, counts_e)
+    return grouped_ffn_reference(x_RD, w13_e2FD, w2_eDF, counts_e)
+
+
+def grouped_ffn_reference(
+    x_RD: torch.Tensor, w13_e2FD: torch.Tensor, w2_eDF: torch.Tensor, counts_e: list[int]
+) -> torch.Tensor:
+    """Plain torch form of `grouped_ffn`: a loop over experts."""
+    y_RD = torch.empty_like(x_RD)
+    start = 0
+    for expert, count in enumerate(counts_e):
+        if count == 0:
+            continue
+        rows = slice(start, start + count)
+        gate_CF, up_CF = F.linear(x_RD[rows], w13_e2FD[expert]).chunk(2, dim=-1)
+        y_RD[rows] = F.linear(F.silu(gate_CF) * up_CF, w2_eDF[expert])
+        start += count
+    return y_RD

@@ -1,0 +1,25 @@
+"""x @ W^T + b for the dense projections of a layer.
+
+Legend: T tokens, D input dim, O output dim.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from engine.ops import native
+
+
+def linear(
+    x_TD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns x_TD @ weight_OD^T (+ bias_O): [T, O] in x's dtype; leading dims of x are kept."""
+    if native.serves(x_TD, weight_OD) and weight_OD.stride(1) == 1:
+        return torch.ops.lockstep_cpu.linear(x_TD, weight_OD, bias_O)
+    return linear_reference(x_TD, weight_OD, bias_O)
+
+
+def linear_reference(
+    x_TD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Plain torch form of `linear`."""
+    return F.linear(x_TD, weight_OD, bias_O)

@@ -1,0 +1,44 @@
+"""Writes the keys and values of this step's tokens into the paged cache.
+
+Legend: T tokens, G kv heads, Dk/Dv head dims; a slot is block * block_size + offset.
+"""
+
+import torch
+
+from engine.ops import native, triton_support
+
+
+def store_kv(
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    """Stores k_TGD [T, G, Dk] and v_TGD [T, G, Dv] at slots_T (int64) of the caches, in place.
+
+    k_cache is [num_blocks, G, block_size, Dk], v_cache [num_blocks, G, block_size, Dv]; both may be
+    strided views. Slots are distinct; T may be 0.
+    """
+    if native.serves(k_TGD, v_TGD, k_cache, v_cache):
+        torch.ops.lockstep_cpu.store_kv(k_TGD, v_TGD, k_cache, v_cache, slots_T)
+    elif triton_support.serves(k_TGD):
+        from engine.ops.store_kv_triton import store_kv_triton
+
+        store_kv_triton(k_TGD, v_TGD, k_cache, v_cache, slots_T)
+    else:
+        store_kv_reference(k_TGD, v_TGD, k_cache, v_cache, slots_T)
+
+
+def store_kv_reference(
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    """Plain torch form of `store_kv`."""
+    block_size = k_cache.shape[2]
+    blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
+    k_cache[blocks_T, :, offsets_T] = k_TGD
+    v_cache[blocks_T, :, offsets_T] = v_TGD

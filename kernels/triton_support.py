@@ -1,0 +1,20 @@
+"""Whether the Triton kernels of this folder take a tensor.
+
+They stand in files of their own (`*_triton.py`) because a Triton kernel needs `triton` at import,
+and these are imported only where it is installed and a tensor is on a CUDA device.
+"""
+
+import functools
+import importlib.util
+
+import torch
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is on a CUDA device and Triton is installed."""
+    return tensor.is_cuda and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
