@@ -1,8 +1,9 @@
 """Runs a function on several gloo ranks of this machine, for tests: `run_ranks(fn, world, *args)`.
 
-Every rank is a process that sees what torchrun would give it (RANK, WORLD_SIZE, MASTER_ADDR, ...), so `bootstrap.start`
-works in it unchanged. The rendezvous store lives in the calling process on a port the system chose: no port is guessed
-and no rank's death takes it away. Nothing hangs: after `timeout` seconds all ranks are killed.
+Every rank is a process that sees what torchrun would give it (RANK, WORLD_SIZE, MASTER_ADDR, ...),
+so `bootstrap.start` works in it unchanged. The rendezvous store lives in the calling process on a
+port the system chose: no port is guessed and no rank's death takes it away. Nothing hangs: after
+`timeout` seconds all ranks are killed.
 
     from ranks import run_ranks
 
@@ -32,9 +33,11 @@ import torch.distributed as dist
 # Ranks that outlive the first failure get this long to tell their side before they are killed.
 GRACE_S = 3.0
 
-# Children fork from a server that has imported torch and started no thread: seconds saved a rank.
+# Children fork from a server that has imported the slow libraries and started no thread, which
+# saves seconds a rank.
+_SLOW = ["torch", "torch.distributed", "transformers.models.auto.configuration_auto"]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed"])
+_context.set_forkserver_preload(_SLOW)
 
 
 class RanksFailed(AssertionError):

@@ -1,0 +1,236 @@
+"""Grouped-query attention on flattened tokens over the paged cache.
+
+One call a layer and step for decode and prefill together: project, normalise, turn, store the
+step's keys and values, and attend over the cache. Called by `models/decoder.py`; DeepSeek's variant
+is `mla.py`.
+
+Legend: T tokens of the step, S sequences, B columns of the block table, D model dim, H and G query
+and key/value heads on this rank, Dh head dim, R rotated dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from engine.distributed.groups import Group
+from engine.layers.kv import KVSpec
+from engine.layers.parallel import empty_parameter, share_heads, sum_over
+from engine.ops.linear import linear
+from engine.ops.paged_attention import paged_attention
+from engine.ops.rms_norm import rms_norm
+from engine.ops.rotary import apply_rotary
+from engine.ops.store_kv import store_kv
+from engine.weights import WeightSlot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTensors:
+    """One step's tokens, flattened: decodes first, then prefills.
+
+    Sequence s has rows query_start[s] .. query_start[s + 1].
+
+    token_ids_T, positions_T: int64. slots_T: int64, where each token's key goes (block * block_size
+    + offset). query_start: S + 1 row numbers, on the host and as int32. query_lens: tokens a
+    sequence runs now. context_lens: its tokens in the cache after this step, on the host and as
+    int32. block_table_SB: int32, the blocks of each sequence in order. num_decode: the first
+    sequences, with one query token each. T and S may be 0.
+    """
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    query_start: list[int]
+    query_start_S1: torch.Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    context_lens_S: torch.Tensor
+    block_table_SB: torch.Tensor
+    num_decode: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """One attention layer as the checkpoint has it, before any sharding.
+
+    qk_norm: "head" normalises each head (Qwen3), "projection" the whole projection of queries and
+    of keys (OLMoE). clip_qkv: bound on the absolute value of queries, keys and values. window: keys
+    a query sees, itself included.
+    """
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    norm_eps: float = 1e-6
+    clip_qkv: float | None = None
+    window: int | None = None
+
+
+class Attention(nn.Module):
+    """This tensor rank's heads of one layer.
+
+    qkv_OD: query, key and value rows in one matrix, O = (H + 2 G) * Dh. out_DO: columns of this
+    rank's heads.
+
+    Raises:
+        ValueError: when the tensor ranks do not divide the heads.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, tensor: Group, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        share = share_heads(spec.num_heads, spec.num_kv_heads, tensor)
+        self.spec, self.share, self.tensor = spec, share, tensor
+        self.scale = spec.head_dim**-0.5
+        self.q_width = share.num_heads * spec.head_dim
+        self.kv_width = share.num_kv_heads * spec.head_dim
+        rows = self.q_width + 2 * self.kv_width
+        self.qkv_OD = empty_parameter(rows, spec.hidden, device=device, dtype=dtype)
+        self.out_DO = empty_parameter(spec.hidden, self.q_width, device=device, dtype=dtype)
+        self.qkv_bias_O = self.out_bias_D = self.q_norm = self.k_norm = None
+        if spec.qkv_bias:
+            self.qkv_bias_O = empty_parameter(rows, device=device, dtype=dtype)
+        if spec.out_bias:
+            self.out_bias_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
+        if spec.qk_norm != "none":
+            whole = spec.qk_norm == "projection"
+            q_dim, k_dim = (self.q_width, self.kv_width) if whole else (spec.head_dim,) * 2
+            self.q_norm = empty_parameter(q_dim, device=device, dtype=dtype)
+            self.k_norm = empty_parameter(k_dim, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        step: StepTensors,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return [T, D]; k_cache and v_cache are [blocks, G, block_size, Dh].
+
+        Collective over TP: every rank must call.
+        """
+        spec = self.spec
+        qkv_TO = linear(x_TD, self.qkv_OD, self.qkv_bias_O)
+        q, k, v = qkv_TO.split((self.q_width, self.kv_width, self.kv_width), dim=1)
+        if spec.qk_norm == "projection":
+            q, k = self._norm_projections(q, k)
+        if spec.clip_qkv is not None:
+            bound = spec.clip_qkv
+            q, k, v = q.clamp(-bound, bound), k.clamp(-bound, bound), v.clamp(-bound, bound)
+        q_THD = q.unflatten(1, (-1, spec.head_dim))
+        k_TGD = k.unflatten(1, (-1, spec.head_dim))
+        v_TGD = v.unflatten(1, (-1, spec.head_dim))
+        if spec.qk_norm == "head":
+            assert self.q_norm is not None and self.k_norm is not None
+            q_THD = rms_norm(q_THD, self.q_norm, spec.norm_eps)
+            k_TGD = rms_norm(k_TGD, self.k_norm, spec.norm_eps)
+        q_THD, k_TGD = apply_rotary(q_THD, k_TGD, cos_TR, sin_TR)
+        store_kv(k_TGD, v_TGD, k_cache, v_cache, step.slots_T)
+        out_THD = paged_attention(
+            q_THD,
+            k_cache,
+            v_cache,
+            step.query_start_S1,
+            step.context_lens_S,
+            step.block_table_SB,
+            query_lens=step.query_lens,
+            context_lens=step.context_lens,
+            scale=self.scale,
+            window=spec.window,
+        )
+        return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.tensor)
+
+    def kv_spec(self, num_layers: int) -> KVSpec:
+        """The cache of `num_layers` such layers on this rank."""
+        dim = self.spec.head_dim
+        return KVSpec(
+            num_layers=num_layers,
+            num_kv_heads=self.share.num_kv_heads,
+            key_dim=dim,
+            value_dim=dim,
+        )
+
+    def _norm_projections(
+        self, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise the whole query and key projections, of which this rank may hold a part."""
+        assert self.q_norm is not None and self.k_norm is not None
+        spec, share = self.spec, self.share
+        if self.tensor.size == 1:
+            return rms_norm(q, self.q_norm, spec.norm_eps), rms_norm(k, self.k_norm, spec.norm_eps)
+        wide_q, wide_k = q.float(), k.float()
+        squares_T2 = torch.stack((wide_q.square().sum(1), wide_k.square().sum(1)), dim=1)
+        sum_over(squares_T2, self.tensor)
+        # Every key head was summed once for each rank that holds it.
+        q_count = spec.num_heads * spec.head_dim
+        k_count = spec.num_kv_heads * spec.head_dim * share.kv_replicas
+        q_scale_T1 = (squares_T2[:, :1] / q_count + spec.norm_eps).rsqrt()
+        k_scale_T1 = (squares_T2[:, 1:] / k_count + spec.norm_eps).rsqrt()
+        q = (wide_q * q_scale_T1).to(q.dtype) * self.q_norm
+        k = (wide_k * k_scale_T1).to(k.dtype) * self.k_norm
+        return q, k
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        """Yield the slots of this rank's heads; `prefix` is like model.layers.0.self_attn."""
+        spec, share, dim = self.spec, self.share, self.spec.head_dim
+        q_rows = slice(share.first_head * dim, share.first_head * dim + self.q_width)
+        kv_rows = slice(share.first_kv_head * dim, share.first_kv_head * dim + self.kv_width)
+        q_full, kv_full = spec.num_heads * dim, spec.num_kv_heads * dim
+        parts = (("q", q_rows, q_full), ("k", kv_rows, kv_full), ("v", kv_rows, kv_full))
+        start = 0
+        for letter, rows, full in parts:
+            end = start + rows.stop - rows.start
+            name = f"{prefix}.{letter}_proj"
+            view = self.qkv_OD[start:end]
+            everything = slice(0, spec.hidden)
+            yield WeightSlot(f"{name}.weight", view, (full, spec.hidden), (rows, everything))
+            if self.qkv_bias_O is not None:
+                bias = self.qkv_bias_O[start:end]
+                yield WeightSlot(f"{name}.bias", bias, (full,), (rows,), kind="bias")
+            start = end
+        yield from out_slots(prefix, self.out_DO, self.out_bias_D, q_rows, q_full)
+        if self.q_norm is None or self.k_norm is None:
+            return
+        if spec.qk_norm == "head":
+            yield WeightSlot(f"{prefix}.q_norm.weight", self.q_norm, (dim,), kind="norm")
+            yield WeightSlot(f"{prefix}.k_norm.weight", self.k_norm, (dim,), kind="norm")
+        else:
+            q_name, k_name = f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"
+            yield WeightSlot(q_name, self.q_norm, (q_full,), (q_rows,), kind="norm")
+            yield WeightSlot(k_name, self.k_norm, (kv_full,), (kv_rows,), kind="norm")
+
+
+def project_out(
+    x_TO: torch.Tensor, out_DO: torch.Tensor, bias_D: torch.Tensor | None, tensor: Group
+) -> torch.Tensor:
+    """Apply the output projection, whose columns are split over `tensor`: [T, D].
+
+    Collective over TP: every rank must call.
+    """
+    if tensor.size == 1:
+        return linear(x_TO, out_DO, bias_D)
+    out_TD = sum_over(linear(x_TO, out_DO), tensor)
+    # After the sum, so that the bias counts once.
+    return out_TD if bias_D is None else out_TD + bias_D
+
+
+def out_slots(
+    prefix: str, out_DO: torch.Tensor, bias_D: torch.Tensor | None, columns: slice, full: int
+) -> Iterator[WeightSlot]:
+    """Yield the slots of an output projection that takes `columns` of the `full` input width."""
+    hidden = out_DO.shape[0]
+    shard = (slice(0, hidden), columns)
+    yield WeightSlot(f"{prefix}.o_proj.weight", out_DO, (hidden, full), shard)
+    if bias_D is not None:
+        yield WeightSlot(f"{prefix}.o_proj.bias", bias_D, (hidden,), kind="bias")

@@ -1,0 +1,208 @@
+"""Multi-head latent attention, absorbed, over the paged latent cache.
+
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
+
+The cache holds one vector a token: the normalised latent c (C numbers) and one rotary key (R
+numbers) that all heads share. Instead of expanding c into keys and values, their up-projections are
+absorbed into the query and into the output:
+
+    score   q_nope . (U_k c) + q_rope . k_rope  =  (U_k^T q_nope) . c + q_rope . k_rope
+    output  sum_j p_j (U_v c_j)                 =  U_v (sum_j p_j c_j)
+
+so that attention itself is multi-query attention with key width C + R and value width C, the value
+being a prefix of the key. Called by `models/decoder.py`; under tensor parallelism heads are split
+and the latent is replicated.
+
+Legend: T tokens, D model dim, H heads on this rank, C latent (kv_lora_rank), Q query latent
+(q_lora_rank), N and R dims of a head without and with rotation, V value dim of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.distributed.groups import Group
+from engine.layers.attention import StepTensors, out_slots, project_out
+from engine.layers.kv import KVSpec
+from engine.layers.parallel import empty_parameter, share_heads
+from engine.ops.linear import linear
+from engine.ops.paged_attention import paged_attention
+from engine.ops.rms_norm import rms_norm
+from engine.ops.rotary import apply_rotary
+from engine.ops.store_kv import store_kv
+from engine.weights import WeightSlot
+
+# The norms of the two latents use this in every published DeepSeek model, whatever rms_norm_eps
+# says.
+LATENT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLASpec:
+    """One latent attention layer as the checkpoint has it, before any sharding.
+
+    q_rank: the query latent's width, None for a direct query projection. scale: on the scores,
+    YaRN's factor included. interleaved: rotary pairs are neighbours (2i, 2i + 1) rather than
+    halves. bias: on the two down-projections and the output projection.
+    """
+
+    hidden: int
+    num_heads: int
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    interleaved: bool = True
+    bias: bool = False
+
+
+class LatentAttention(nn.Module):
+    """This tensor rank's heads of one layer.
+
+    down_OD: the rows that read x in one matrix: queries (or the query latent, Q rows), then latent
+    and rotary key (C + R rows). q_up_OQ: queries from their latent. kv_up_HOC: [H, N + V, C], each
+    head's key rows, then value rows.
+
+    Raises:
+        ValueError: when the tensor ranks do not divide the heads.
+    """
+
+    def __init__(
+        self, spec: MLASpec, tensor: Group, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        # A key/value head per query head: the latent has none to share.
+        self.share = share_heads(spec.num_heads, spec.num_heads, tensor)
+        self.spec, self.tensor = spec, tensor
+        heads = self.share.num_heads
+        self.head_dim = spec.nope_dim + spec.rope_dim
+        self.q_width = heads * self.head_dim
+        self.latent_width = spec.kv_rank + spec.rope_dim
+        self.down_q = self.q_width if spec.q_rank is None else spec.q_rank
+
+        def empty(*shape: int) -> nn.Parameter:
+            return empty_parameter(*shape, device=device, dtype=dtype)
+
+        self.down_OD = empty(self.down_q + self.latent_width, spec.hidden)
+        self.kv_norm_C = empty(spec.kv_rank)
+        self.kv_up_HOC = empty(heads, spec.nope_dim + spec.value_dim, spec.kv_rank)
+        self.out_DO = empty(spec.hidden, heads * spec.value_dim)
+        self.down_bias_O = self.out_bias_D = self.q_norm_Q = self.q_up_OQ = None
+        if spec.q_rank is not None:
+            self.q_norm_Q = empty(spec.q_rank)
+            self.q_up_OQ = empty(self.q_width, spec.q_rank)
+        if spec.bias:
+            self.down_bias_O = empty(self.down_q + self.latent_width)
+            # A direct query projection has no bias in any DeepSeek model: its rows stay zero.
+            self.down_bias_O[: self.down_q] = 0
+            self.out_bias_D = empty(spec.hidden)
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        cos_TR: torch.Tensor,
+        sin_TR: torch.Tensor,
+        step: StepTensors,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return [T, D]. k_cache: [blocks, 1, block_size, C + R], v_cache its first C columns.
+
+        Collective over TP: every rank must call.
+        """
+        spec = self.spec
+        down_TO = linear(x_TD, self.down_OD, self.down_bias_O)
+        q, latent, k_rope = down_TO.split((self.down_q, spec.kv_rank, spec.rope_dim), dim=1)
+        if self.q_up_OQ is not None and self.q_norm_Q is not None:
+            q = linear(rms_norm(q, self.q_norm_Q, LATENT_NORM_EPS), self.q_up_OQ)
+        q_nope_THN, q_rope_THR = q.unflatten(1, (-1, self.head_dim)).split(
+            (spec.nope_dim, spec.rope_dim), dim=2
+        )
+        k_rope_T1R = k_rope.unsqueeze(1)
+        if spec.interleaved:
+            q_rope_THR, k_rope_T1R = split_pairs(q_rope_THR), split_pairs(k_rope_T1R)
+        apply_rotary(q_rope_THR, k_rope_T1R, cos_TR, sin_TR)
+
+        key_up_HNC, value_up_HVC = self.kv_up_HOC.split((spec.nope_dim, spec.value_dim), dim=1)
+        absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), key_up_HNC)
+        q_THL = torch.cat((absorbed_HTC.transpose(0, 1), q_rope_THR), dim=2)
+        latent_T1C = rms_norm(latent, self.kv_norm_C, LATENT_NORM_EPS).unsqueeze(1)
+        key_T1L = torch.cat((latent_T1C, k_rope_T1R), dim=2)
+        store_kv(key_T1L, latent_T1C, k_cache, v_cache, step.slots_T)
+        mixed_THC = paged_attention(
+            q_THL,
+            k_cache,
+            v_cache,
+            step.query_start_S1,
+            step.context_lens_S,
+            step.block_table_SB,
+            query_lens=step.query_lens,
+            context_lens=step.context_lens,
+            scale=spec.scale,
+            window=None,
+        )
+        out_HTV = torch.bmm(mixed_THC.transpose(0, 1), value_up_HVC.transpose(1, 2))
+        out_TO = out_HTV.transpose(0, 1).flatten(1)
+        return project_out(out_TO, self.out_DO, self.out_bias_D, self.tensor)
+
+    def kv_spec(self, num_layers: int) -> KVSpec:
+        """The cache of `num_layers` such layers; the latent is the same on every tensor rank."""
+        return KVSpec(
+            num_layers=num_layers,
+            num_kv_heads=1,
+            key_dim=self.latent_width,
+            value_dim=self.spec.kv_rank,
+            latent=True,
+        )
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        """Yield the slots of this rank's heads; `prefix` is like model.layers.0.self_attn."""
+        spec, share = self.spec, self.share
+        first, end = share.first_head, share.first_head + share.num_heads
+
+        def rows_of(width: int) -> slice:
+            return slice(first * width, end * width)
+
+        q_full, q_rows = spec.num_heads * self.head_dim, rows_of(self.head_dim)
+        down_q, down_latent = self.down_OD[: self.down_q], self.down_OD[self.down_q :]
+        hidden = slice(0, spec.hidden)
+        if self.q_up_OQ is None or self.q_norm_Q is None:
+            name = f"{prefix}.q_proj.weight"
+            yield WeightSlot(name, down_q, (q_full, spec.hidden), (q_rows, hidden))
+        else:
+            rank = self.down_q
+            yield WeightSlot(f"{prefix}.q_a_proj.weight", down_q, (rank, spec.hidden))
+            yield WeightSlot(f"{prefix}.q_a_layernorm.weight", self.q_norm_Q, (rank,), kind="norm")
+            name = f"{prefix}.q_b_proj.weight"
+            yield WeightSlot(name, self.q_up_OQ, (q_full, rank), (q_rows, slice(0, rank)))
+        name = f"{prefix}.kv_a_proj_with_mqa"
+        yield WeightSlot(f"{name}.weight", down_latent, (self.latent_width, spec.hidden))
+        if self.down_bias_O is not None:
+            q_bias, latent_bias = self.down_bias_O[: self.down_q], self.down_bias_O[self.down_q :]
+            yield WeightSlot(f"{name}.bias", latent_bias, (self.latent_width,), kind="bias")
+            if spec.q_rank is not None:
+                name = f"{prefix}.q_a_proj.bias"
+                yield WeightSlot(name, q_bias, (spec.q_rank,), kind="bias")
+        name, rank = f"{prefix}.kv_a_layernorm.weight", spec.kv_rank
+        yield WeightSlot(name, self.kv_norm_C, (rank,), kind="norm")
+        width = spec.nope_dim + spec.value_dim
+        name, full = f"{prefix}.kv_b_proj.weight", (spec.num_heads * width, rank)
+        shard = (rows_of(width), slice(0, rank))
+        yield WeightSlot(name, self.kv_up_HOC.flatten(0, 1), full, shard)
+        columns, full_width = rows_of(spec.value_dim), spec.num_heads * spec.value_dim
+        yield from out_slots(prefix, self.out_DO, self.out_bias_D, columns, full_width)
+
+
+def split_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Return x [.., R] with neighbours apart: evens in the first half, odds in the second.
+
+    Queries and keys both turn in this order, so their products are those of the interleaved
+    rotation.
+    """
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

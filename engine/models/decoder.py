@@ -1,0 +1,183 @@
+"""The decoder that every family shares: embedding, layers, final norm and head.
+
+Built by `registry.py` from a family's `ModelSpec`, called once a step by the runner. Attention is
+sharded over `topology.tensor` and experts over `topology.expert`; everything else is replicated.
+
+Legend: T tokens of the step, S rows that need logits, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.config import MoEConfig
+from engine.distributed.groups import Topology
+from engine.layers.attention import Attention, AttentionSpec, StepTensors
+from engine.layers.kv import KVCache
+from engine.layers.mla import LatentAttention
+from engine.layers.mlp import DenseMLP
+from engine.layers.parallel import empty_parameter
+from engine.layers.rotary import RotaryTable
+from engine.models.moe_weights import moe_slots
+from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
+from engine.moe.layer import MoELayer
+from engine.ops.linear import linear
+from engine.ops.rms_norm import add_rms_norm, rms_norm
+from engine.profiling.phases import Phase
+from engine.profiling.telemetry import Telemetry
+from engine.weights import WeightSlot
+
+# Tensors that old exporters saved although they follow from the configuration.
+_DERIVED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",)
+
+
+class DecoderLayer(nn.Module):
+    """The parts of one layer; `CausalLM.forward` joins them."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        layer: int,
+        topology: Topology,
+        config: MoEConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        hidden = spec.attention.hidden
+        self.input_norm_D = empty_parameter(hidden, device=device, dtype=dtype)
+        self.mlp_norm_D = empty_parameter(hidden, device=device, dtype=dtype)
+        if isinstance(spec.attention, AttentionSpec):
+            self.attention = Attention(spec.attention, topology.tensor, device, dtype)
+        else:
+            self.attention = LatentAttention(spec.attention, topology.tensor, device, dtype)
+        if isinstance(spec.mlp, DenseSpec):
+            self.mlp = DenseMLP(hidden, spec.mlp.ffn, device, dtype, bias=spec.mlp.bias)
+            return
+        shared = None
+        if spec.mlp.shared is not None:
+            ffn, bias, gate = spec.mlp.shared.ffn, spec.mlp.shared.bias, spec.mlp.shared_gate
+            shared = DenseMLP(hidden, ffn, device, dtype, bias=bias, output_gate=gate)
+        self.mlp = MoELayer(
+            spec.mlp.moe,
+            layer=layer,
+            topology=topology,
+            config=config,
+            device=device,
+            dtype=dtype,
+            shared=shared,
+        )
+
+
+class CausalLM(nn.Module):
+    """A decoder-only language model and its head.
+
+    kv_spec: the cache it needs on this rank. moe_layers: its MoE layers in order. max_model_len:
+    positions it can run. Parameters are uninitialised until `weight_slots` are filled.
+
+    Raises:
+        ValueError: when the ranks do not fit the model's heads or experts.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rotary: RotaryTable,
+        *,
+        max_model_len: int,
+        topology: Topology,
+        config: MoEConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.spec, self.max_model_len, self.dtype = spec, max_model_len, dtype
+        self.vocab_size, self.num_layers = spec.vocab_size, len(spec.layers)
+        self.telemetry = Telemetry()
+        self.rotary = rotary
+        shape = (spec.vocab_size, spec.hidden)
+        self.embedding_VD = empty_parameter(*shape, device=device, dtype=dtype)
+        self.head_VD = (
+            self.embedding_VD
+            if spec.tied_embeddings
+            else empty_parameter(*shape, device=device, dtype=dtype)
+        )
+        self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
+        self._layers = [
+            DecoderLayer(
+                layer, layer=i, topology=topology, config=config, device=device, dtype=dtype
+            )
+            for i, layer in enumerate(spec.layers)
+        ]
+        self.layers = nn.ModuleList(self._layers)
+        self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
+        self.kv_spec = self._layers[0].attention.kv_spec(self.num_layers)
+
+    def observe(self, telemetry: Telemetry) -> None:
+        """Let this model and its MoE layers write to `telemetry`."""
+        self.telemetry = telemetry
+        for moe in self.moe_layers:
+            moe.telemetry = telemetry
+
+    def forward(self, step: StepTensors, kv: KVCache) -> torch.Tensor:
+        """Return the hidden states after the final norm, [T, D]; `kv` takes keys and values.
+
+        Collective over EP and TP: every rank must call, T may be 0.
+        """
+        eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
+        num_tokens = step.token_ids_T.shape[0]
+        cos_TR, sin_TR = self.rotary.rows(step.positions_T)
+        residual_TD = F.embedding(step.token_ids_T, self.embedding_VD)
+        x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
+        next_norms = [*(layer.input_norm_D for layer in layers[1:]), self.final_norm_D]
+        for layer, k_cache, v_cache, next_norm_D in zip(
+            layers, kv.keys, kv.values, next_norms, strict=True
+        ):
+            clock.enter(Phase.ATTENTION)
+            if num_tokens:
+                x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache)
+            clock.enter(Phase.OTHER)
+            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
+            x_TD = layer.mlp(x_TD)
+            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
+        return x_TD
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [S, V] of rows of `forward`'s result."""
+        return linear(hidden_SD, self.head_VD).float()
+
+    def weight_slots(self, checkpoint: Collection[str] = ()) -> Iterator[WeightSlot]:
+        """Yield every tensor this rank needs.
+
+        checkpoint: names of the tensors in the checkpoint; they decide whether experts are read one
+        by one or stacked.
+        """
+        shape = (self.spec.vocab_size, self.spec.hidden)
+        yield WeightSlot("model.embed_tokens.weight", self.embedding_VD, shape)
+        for index, layer in enumerate(self._layers):
+            prefix = f"model.layers.{index}"
+            yield _norm_slot(f"{prefix}.input_layernorm.weight", layer.input_norm_D)
+            yield _norm_slot(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm_D)
+            yield from layer.attention.weight_slots(f"{prefix}.self_attn")
+            if isinstance(layer.mlp, MoELayer):
+                yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
+            else:
+                yield from layer.mlp.weight_slots(f"{prefix}.mlp")
+        yield _norm_slot("model.norm.weight", self.final_norm_D)
+        if not self.spec.tied_embeddings:
+            yield WeightSlot("lm_head.weight", self.head_VD, shape)
+
+    @property
+    def ignored_weights(self) -> tuple[str, ...]:
+        """Regular expressions of the checkpoint's tensors that no rank needs."""
+        tied = (r"^lm_head\.weight$",) if self.spec.tied_embeddings else ()
+        return (*_DERIVED, *self.spec.ignored, *tied)
+
+
+def _norm_slot(name: str, target: torch.Tensor) -> WeightSlot:
+    return WeightSlot(name, target, tuple(target.shape), kind="norm")

@@ -1,0 +1,94 @@
+"""DeepSeek-V2 (arXiv 2405.04434) and V2-Lite.
+
+Latent attention, dense first layers, ungated shared experts, routing limited to groups.
+
+`deepseek_spec` is what DeepSeek-V3 has in common with it: the two differ in routing and in nothing
+else that runs here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.layers.mla import MLASpec
+from engine.layers.rotary import yarn_softmax_factor
+from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec, require
+from engine.moe.layer import MoESpec
+from engine.moe.router import RouterSpec
+
+
+def read_spec(hf_config: Any) -> ModelSpec:
+    """Turn a transformers DeepseekV2Config into a `ModelSpec`.
+
+    norm_topk_prob is false in every published V2 model, and transformers ignores it for this type;
+    so does this engine.
+
+    Raises:
+        ValueError: on a topk_method other than greedy and group_limited_greedy.
+    """
+    groups = {}
+    if hf_config.topk_method == "group_limited_greedy":
+        groups = {
+            "num_groups": require(hf_config, "n_group"),
+            "top_groups": require(hf_config, "topk_group"),
+        }
+    elif hf_config.topk_method != "greedy":
+        raise ValueError(
+            f"topk_method: {hf_config.topk_method!r} in config.json is not a DeepSeek-V2 method; "
+            "known: 'greedy', 'group_limited_greedy'"
+        )
+    router = RouterSpec(
+        num_experts=hf_config.n_routed_experts,
+        top_k=require(hf_config, "num_experts_per_tok"),
+        scale=hf_config.routed_scaling_factor,
+        float32_logits=True,
+        **groups,
+    )
+    return deepseek_spec(hf_config, router, interleaved=True, mlp_bias=hf_config.mlp_bias)
+
+
+def deepseek_spec(
+    hf_config: Any, router: RouterSpec, *, interleaved: bool, mlp_bias: bool = False
+) -> ModelSpec:
+    """The DeepSeek decoder around a router. interleaved: rotary pairs are neighbours."""
+    head_width = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim
+    attention = MLASpec(
+        hidden=hf_config.hidden_size,
+        num_heads=hf_config.num_attention_heads,
+        q_rank=hf_config.q_lora_rank,
+        kv_rank=hf_config.kv_lora_rank,
+        nope_dim=hf_config.qk_nope_head_dim,
+        rope_dim=hf_config.qk_rope_head_dim,
+        value_dim=hf_config.v_head_dim,
+        scale=head_width**-0.5 * yarn_softmax_factor(hf_config.rope_parameters),
+        interleaved=interleaved,
+        bias=hf_config.attention_bias,
+    )
+    num_shared = getattr(hf_config, "n_shared_experts", None) or 0
+    shared = DenseSpec(ffn=num_shared * hf_config.moe_intermediate_size, bias=mlp_bias)
+    sparse = SparseSpec(
+        moe=MoESpec(
+            router=router, hidden=hf_config.hidden_size, ffn=hf_config.moe_intermediate_size
+        ),
+        shared=shared if num_shared else None,
+    )
+    dense = DenseSpec(ffn=hf_config.intermediate_size, bias=mlp_bias)
+    # Published configurations carry moe_layer_freq, which transformers drops because it is always
+    # 1.
+    every = getattr(hf_config, "moe_layer_freq", 1)
+    first = hf_config.first_k_dense_replace
+    num_layers = hf_config.num_hidden_layers
+    return ModelSpec(
+        vocab_size=hf_config.vocab_size,
+        hidden=hf_config.hidden_size,
+        norm_eps=hf_config.rms_norm_eps,
+        tied_embeddings=hf_config.tie_word_embeddings,
+        rotary_dim=hf_config.qk_rope_head_dim,
+        layers=tuple(
+            LayerSpec(attention=attention, mlp=sparse if i >= first and i % every == 0 else dense)
+            for i in range(num_layers)
+        ),
+        # Layers past the last are multi-token prediction heads (V3, section 2.2), which plain
+        # decoding leaves out.
+        ignored=(rf"^model\.layers\.{num_layers}\..*$",),
+    )

@@ -1,0 +1,27 @@
+"""DeepSeek-V3 (arXiv 2412.19437): V2's decoder, sigmoid scores, a bias that balances the choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.models.deepseek_v2 import deepseek_spec
+from engine.models.spec import ModelSpec, require
+from engine.moe.router import RouterSpec
+
+
+def read_spec(hf_config: Any) -> ModelSpec:
+    """Turn a transformers DeepseekV3Config into a `ModelSpec`."""
+    router = RouterSpec(
+        num_experts=hf_config.n_routed_experts,
+        top_k=require(hf_config, "num_experts_per_tok"),
+        score="sigmoid",
+        normalize=bool(hf_config.norm_topk_prob),
+        normalize_eps=1e-20,
+        scale=hf_config.routed_scaling_factor,
+        num_groups=hf_config.n_group or 1,
+        top_groups=hf_config.topk_group or 1,
+        group_score="top2",
+        correction_bias=True,
+        float32_logits=True,
+    )
+    return deepseek_spec(hf_config, router, interleaved=bool(hf_config.rope_interleave))

@@ -1,0 +1,63 @@
+"""`run_ranks`, on which all tests of several ranks stand: it returns, it tells, never hangs.
+
+python -m pytest tests/distributed/test_ranks.py
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from ranks import RanksFailed, run_ranks
+
+
+def place(rank: int, offset: int) -> tuple[int, str, str]:
+    return rank + offset, os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def tensor(rank: int) -> torch.Tensor:
+    return torch.full((2,), float(rank))
+
+
+def raise_on_one(rank: int) -> None:
+    if rank == 1:
+        raise KeyError("lost key")
+    time.sleep(60)
+
+
+def die_on_zero(rank: int) -> None:
+    if rank == 0:
+        os._exit(7)
+    time.sleep(60)
+
+
+def sleep(rank: int) -> None:
+    time.sleep(60)
+
+
+def test_results_come_back_in_rank_order():
+    assert run_ranks(place, 3, 10) == [(10, "0", "3"), (11, "1", "3"), (12, "2", "3")]
+
+
+def test_tensors_survive_the_rank_that_made_them():
+    assert [part.tolist() for part in run_ranks(tensor, 2)] == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_an_exception_is_told_with_its_traceback_and_ends_the_others():
+    started = time.monotonic()
+    with pytest.raises(RanksFailed, match="lost key") as caught:
+        run_ranks(raise_on_one, 2)
+    assert "raise_on_one" in str(caught.value) and "rank 0: killed" in str(caught.value)
+    assert time.monotonic() - started < 30
+
+
+def test_a_rank_that_dies_is_named_with_its_exit_code():
+    with pytest.raises(RanksFailed, match="rank 0: died without a word, exit code 7"):
+        run_ranks(die_on_zero, 2)
+
+
+def test_a_hang_ends_at_the_timeout():
+    with pytest.raises(RanksFailed, match="rank 0: no result in 1 s"):
+        run_ranks(sleep, 2, timeout=1.0)

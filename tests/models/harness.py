@@ -1,0 +1,141 @@
+"""Drives a `CausalLM` step by step as the runner does, with a schedule that the test chooses.
+
+A schedule is a list of steps, a step a list of pieces (sequence, start, length). Sequences belong
+to data ranks in turn; a rank runs its own pieces and an empty step where it has none.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
+from engine.distributed import bootstrap
+from engine.distributed.groups import Topology
+from engine.layers.attention import StepTensors
+from engine.layers.kv import KVCache
+from engine.models.decoder import CausalLM
+from engine.models.registry import build_model
+from engine.safetensors_file import read_catalog
+from engine.weights import load_weights
+
+BLOCK_SIZE = 4
+
+Piece = tuple[int, int, int]
+Schedule = list[list[Piece]]
+
+
+def whole(lengths: Sequence[int]) -> Schedule:
+    """Every sequence in one step."""
+    return [[(s, 0, n) for s, n in enumerate(lengths)]]
+
+
+def chunked(lengths: Sequence[int]) -> Schedule:
+    """Chunks of three tokens; sequence s joins in step s, so chunks of all kinds meet."""
+    steps: Schedule = [[] for _ in range(len(lengths) + max(lengths))]
+    for s, n in enumerate(lengths):
+        for i, start in enumerate(range(0, n, 3)):
+            steps[s + i].append((s, start, min(3, n - start)))
+    return [step for step in steps if step]
+
+
+def one_by_one(lengths: Sequence[int]) -> Schedule:
+    """The first token of every sequence, then one token a step until each has ended."""
+    return [[(s, i, 1) for s, n in enumerate(lengths) if i < n] for i in range(max(lengths))]
+
+
+def make_config(path: Path, **parallel: Any) -> Config:
+    return Config(
+        model=ModelConfig(path=str(path), dtype="float32"),
+        parallel=ParallelConfig(**parallel),
+        runtime=RuntimeConfig(device="cpu", timeout_s=30.0, threads=1),
+    )
+
+
+def load_model(config: Config, topology: Topology) -> CausalLM:
+    """Build this rank's share of a checkpoint in float32 and fill it."""
+    from transformers import AutoConfig
+
+    hf_config = AutoConfig.from_pretrained(config.model.path)
+    model = build_model(hf_config, config, topology, topology.device, torch.float32)
+    names = read_catalog(Path(config.model.path)).entries.keys()
+    load_weights(
+        config.model.path,
+        model.weight_slots(names),
+        ignored=model.ignored_weights,
+        group=topology.control,
+    )
+    return model
+
+
+@torch.inference_mode()
+def run_schedule(
+    model: CausalLM, topology: Topology, sequences: list[list[int]], schedule: Schedule
+) -> dict[int, torch.Tensor]:
+    """Run a schedule; return the logits [tokens run, V] of each sequence this rank owns."""
+    mine = set(range(topology.data_rank, len(sequences), topology.num_data))
+    needed = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
+    numbers = list(range(sum(needed)))
+    random.Random(0).shuffle(numbers)
+    tables = [[numbers.pop() for _ in range(count)] for count in needed]
+    cache = KVCache(model.kv_spec, sum(needed), BLOCK_SIZE, topology.device, model.dtype)
+    logits: dict[int, list[torch.Tensor]] = {s: [] for s in mine}
+    for step in schedule:
+        pieces = sorted((p for p in step if p[0] in mine), key=lambda p: p[2] != 1 or p[1] == 0)
+        hidden_TD = model(build_step(pieces, sequences, tables), cache)
+        rows = model.logits(hidden_TD).split([length for _, _, length in pieces])
+        for (s, _, _), part in zip(pieces, rows, strict=True):
+            logits[s].append(part)
+    return {s: torch.cat(parts) for s, parts in logits.items()}
+
+
+def build_step(
+    pieces: list[Piece], sequences: list[list[int]], tables: list[list[int]]
+) -> StepTensors:
+    """Flatten pieces, decodes first, into the model's input."""
+    tokens, positions, slots, start = [], [], [], [0]
+    for s, begin, length in pieces:
+        span = range(begin, begin + length)
+        tokens += sequences[s][begin : begin + length]
+        positions += span
+        slots += [tables[s][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in span]
+        start.append(start[-1] + length)
+    context = [begin + length for _, begin, length in pieces]
+    width = max((len(tables[s]) for s, _, _ in pieces), default=0)
+    padded = [tables[s] + [0] * (width - len(tables[s])) for s, _, _ in pieces]
+    return StepTensors(
+        token_ids_T=torch.tensor(tokens, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        slots_T=torch.tensor(slots, dtype=torch.int64),
+        query_start=start,
+        query_start_S1=torch.tensor(start, dtype=torch.int32),
+        query_lens=[length for _, _, length in pieces],
+        context_lens=context,
+        context_lens_S=torch.tensor(context, dtype=torch.int32),
+        block_table_SB=torch.tensor(padded, dtype=torch.int32).view(len(pieces), width),
+        num_decode=sum(length == 1 and begin > 0 for _, begin, length in pieces),
+    )
+
+
+def logits_on_this_rank(
+    rank: int,
+    path: Path,
+    sequences: list[list[int]],
+    schedules: dict[str, Schedule],
+    parallel: dict[str, int],
+) -> dict[str, dict[int, torch.Tensor]]:
+    """What `run_ranks` calls: load the checkpoint, run every schedule, return own logits."""
+    config = make_config(path, **parallel)
+    topology = bootstrap.start(config, os.environ)
+    model = load_model(config, topology)
+    found = {
+        name: run_schedule(model, topology, sequences, schedule)
+        for name, schedule in schedules.items()
+    }
+    bootstrap.stop(topology)
+    return found

@@ -1,0 +1,149 @@
+"""From a published config.json to a `ModelSpec`, and the configurations that are refused.
+
+python -m pytest tests/models/test_registry.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import CASES
+from transformers import AutoConfig, GPT2Config
+
+from engine.layers.attention import AttentionSpec
+from engine.layers.mla import MLASpec
+from engine.models.registry import model_length, read_spec, supported_model_types
+from engine.models.spec import DenseSpec, SparseSpec
+
+
+def published(tmp_path: Path, **settings: Any) -> Any:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    return AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_the_published_deepseek_v2_lite_configuration_is_understood(tmp_path):
+    config = published(
+        tmp_path,
+        architectures=["DeepseekV2ForCausalLM"],
+        auto_map={"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
+        model_type="deepseek_v2",
+        first_k_dense_replace=1,
+        hidden_act="silu",
+        hidden_size=2048,
+        intermediate_size=10944,
+        kv_lora_rank=512,
+        max_position_embeddings=163840,
+        moe_intermediate_size=1408,
+        moe_layer_freq=1,
+        n_group=1,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        norm_topk_prob=False,
+        num_attention_heads=16,
+        num_experts_per_tok=6,
+        num_hidden_layers=27,
+        num_key_value_heads=16,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        rms_norm_eps=1e-06,
+        rope_scaling={
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        rope_theta=10000,
+        routed_scaling_factor=1.0,
+        scoring_func="softmax",
+        topk_group=1,
+        topk_method="greedy",
+        v_head_dim=128,
+        vocab_size=102400,
+    )
+    spec = read_spec(config)
+    attention = spec.layers[0].attention
+    assert isinstance(attention, MLASpec)
+    assert attention.scale == pytest.approx(192**-0.5 * 1.5896, rel=1e-4)
+    assert spec.layers[0].mlp == DenseSpec(ffn=10944)
+    sparse = spec.layers[1].mlp
+    assert isinstance(sparse, SparseSpec)
+    assert (sparse.moe.router.num_experts, sparse.moe.router.top_k) == (64, 6)
+    assert sparse.shared == DenseSpec(ffn=2816)
+    assert all(layer.mlp == sparse for layer in spec.layers[1:])
+
+
+def test_the_published_qwen15_moe_configuration_does_not_slide(tmp_path):
+    config = published(
+        tmp_path,
+        model_type="qwen2_moe",
+        hidden_act="silu",
+        hidden_size=2048,
+        intermediate_size=5632,
+        max_position_embeddings=8192,
+        max_window_layers=21,
+        moe_intermediate_size=1408,
+        num_attention_heads=16,
+        num_experts=60,
+        num_experts_per_tok=4,
+        num_hidden_layers=24,
+        num_key_value_heads=16,
+        rms_norm_eps=1e-06,
+        rope_theta=1000000.0,
+        shared_expert_intermediate_size=5632,
+        sliding_window=32768,
+        use_sliding_window=False,
+        vocab_size=151936,
+    )
+    spec = read_spec(config)
+    layer = spec.layers[5]
+    assert isinstance(layer.attention, AttentionSpec) and isinstance(layer.mlp, SparseSpec)
+    assert layer.attention.window is None and layer.attention.qkv_bias
+    assert not layer.attention.out_bias
+    assert layer.mlp.shared_gate and not layer.mlp.moe.router.normalize
+
+
+def test_layers_follow_moe_layer_freq():
+    config = CASES["deepseek-v2-lite"].config()
+    config.num_hidden_layers, config.moe_layer_freq = 6, 2
+    kinds = [isinstance(layer.mlp, SparseSpec) for layer in read_spec(config).layers]
+    assert kinds == [False, False, True, False, True, False]
+
+
+def test_an_unknown_model_type_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="model_type: 'gpt2'") as caught:
+        read_spec(GPT2Config())
+    assert all(name in str(caught.value) for name in supported_model_types())
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "value", "message"),
+    [
+        ("mixtral", "hidden_act", "gelu", "hidden_act: 'gelu'"),
+        ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok: 5"),
+        ("deepseek-v2-lite", "topk_method", "noaux_tc", "topk_method: 'noaux_tc'"),
+        ("deepseek-v2-lite", "num_experts_per_tok", None, "num_experts_per_tok .*null"),
+        ("deepseek-v2-groups-q-lora-biases", "n_group", None, "n_group .*null"),
+    ],
+)
+def test_configurations_nothing_here_can_run_are_refused(case, field, value, message):
+    config = CASES[case].config()
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        read_spec(config)
+
+
+def test_the_context_is_the_limit_unless_scaling_is_dynamic():
+    plain = CASES["mixtral"].config()
+    assert model_length(plain, None) == 64
+    assert model_length(plain, 10) == 10
+    with pytest.raises(ValueError, match=r"model\.max_model_len: 65 .* at most 64"):
+        model_length(plain, 65)
+    assert model_length(CASES["mixtral-dynamic-rope"].config(), 65) == 65

@@ -1,0 +1,107 @@
+"""Which tensors of a checkpoint a rank asks for, and where they go. No files, no collectives.
+
+python -m pytest tests/models/test_weight_slots.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from cases import CASES
+from harness import make_config
+
+from engine.distributed.groups import Group, Topology
+from engine.models.decoder import CausalLM
+from engine.models.registry import build_model
+
+
+def model_of(case: str, rank: int = 0, world: int = 1, tensor: int = 1) -> CausalLM:
+    """Rank `rank` of a run that never communicates."""
+
+    def group(index: int, size: int) -> Group:
+        return Group(index, size, tuple(range(size)), cast(Any, None))
+
+    cpu = torch.device("cpu")
+    topology = Topology(
+        world=group(rank, world),
+        expert=group(rank, world),
+        tensor=group(rank % tensor, tensor),
+        control=group(rank, world),
+        data_rank=rank // tensor,
+        num_data=world // tensor,
+        replica=0,
+        num_replicas=1,
+        device=cpu,
+        store=cast(Any, None),
+        local_rank=rank,
+        local_world_size=world,
+        host="here",
+    )
+    config = make_config(Path("unused"), tensor=tensor)
+    return build_model(CASES[case].config(), config, topology, cpu, torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_slots_fill_every_parameter_once(case, tensor):
+    model = model_of(case, rank=1 if tensor == 2 else 0, world=tensor, tensor=tensor)
+    # A direct query projection has rows in the fused bias that stay zero and no tensor fills.
+    never_filled = {
+        id(parameter): parameter == 0
+        for name, parameter in model.named_parameters()
+        if name.endswith("down_bias_O") and model.spec.layers[0].attention.q_rank is None
+    }
+    for parameter in model.parameters():
+        parameter.fill_(0)
+    for slot in model.weight_slots():
+        shape = slot.full_shape
+        if slot.shard is not None:
+            shape = torch.empty(shape, device="meta")[slot.shard].shape
+        assert tuple(slot.target.shape) == tuple(shape), slot.name
+        slot.target.add_(1)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in never_filled:
+            attention = model.layers[0].attention
+            assert parameter[: attention.down_q].eq(0).all()
+            assert parameter[attention.down_q :].eq(1).all()
+        else:
+            assert parameter.eq(1).all(), name
+
+
+@pytest.mark.parametrize("case", ["mixtral-5-experts-top-1", "qwen2-moe", "deepseek-v3"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_expert_is_read_by_one_rank_and_everything_else_by_all(case, world):
+    readers = Counter(
+        slot.name for rank in range(world) for slot in model_of(case, rank, world).weight_slots()
+    )
+    assert set(readers) == {slot.name for slot in model_of(case).weight_slots()}
+    for name, count in readers.items():
+        assert count == (1 if ".experts." in name else world), name
+
+
+def test_stacked_experts_are_read_as_one_slice_a_rank():
+    model = model_of("mixtral", 1, 2)
+    prefix = "model.layers.1.mlp.experts"
+    slots = {slot.name: slot for slot in model.weight_slots([f"{prefix}.gate_up_proj"])}
+    assert slots[f"{prefix}.gate_up_proj"].full_shape == (4, 48, 32)
+    shard = slots[f"{prefix}.gate_up_proj"].shard
+    assert shard is not None and shard[0] == slice(2, 4)
+    assert f"{prefix}.down_proj" in slots
+    assert not any(name.startswith("model.layers.1.block_sparse_moe.experts") for name in slots)
+    # Layer 0 was not listed as stacked.
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in slots
+
+
+def test_what_plain_decoding_leaves_out_is_ignored():
+    v3 = model_of("deepseek-v3")
+    heads = ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight"]
+    assert all(any(re.search(p, name) for p in v3.ignored_weights) for name in heads)
+    tied = model_of("mixtral-window-head-dim-tied")
+    assert any(re.search(pattern, "lm_head.weight") for pattern in tied.ignored_weights)
+    untied = model_of("mixtral")
+    assert not any(re.search(pattern, "lm_head.weight") for pattern in untied.ignored_weights)
