@@ -27,7 +27,7 @@ from engine.config import Config, validate_world
 from engine.config_io import digest
 from engine.distributed.checkin import Presence, check_in, choose_device, share_of_cores
 from engine.distributed.discovery import Launch, discover
-from engine.distributed.errors import RankError
+from engine.distributed.errors import RendezvousError
 from engine.distributed.groups import Group, Topology, layout
 
 __all__ = ["Launch", "discover", "start", "stop"]
@@ -40,7 +40,7 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
     """Join the run that the launcher's environment describes.
 
     Collective over the world. Sets the CUDA device and torch's number of CPU threads. Raises
-    ValueError (RankError where ranks had to talk to find out) with the same text on every rank.
+    ValueError with the same text on every rank; RendezvousError when ranks do not meet.
     """
     if dist.is_initialized():
         raise RuntimeError(
@@ -116,7 +116,7 @@ def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) 
             if holds
             else "look for rank 0's own error, or set MASTER_ADDR and MASTER_PORT"
         )
-        raise RankError(
+        raise RendezvousError(
             f"rank {launch.rank} on {socket.gethostname()} could not {action} "
             f"{launch.addr}:{launch.port}: {advice} ({str(error).splitlines()[0]})"
         ) from error
@@ -133,7 +133,7 @@ def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
     # --gpus-per-task), or all share the only one. The unique ids, compared by all ranks, tell.
     index = launch.local_rank if count > 1 else 0
     if index >= count:
-        return 0, None, f"local rank {index} but its host only {count} CUDA devices"
+        return 0, None, f"local rank {index}, but only {count} CUDA devices"
     return index, str(torch.cuda.get_device_properties(index).uuid), ""
 
 

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from engine.distributed.errors import RankError, merge_errors, name_ranks
+from engine.distributed.errors import RankError, RendezvousError, merge_errors, name_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +38,8 @@ def check_in(
 ) -> list[Presence]:
     """All ranks' answers, in rank order. Collective over the world, through the store.
 
-    Raises RankError, with the same text on every rank: a rank missing after `timeout`, an error in
-    an answer, or configs that differ.
+    Raises RankError, with the same text on every rank, for an error in an answer or configs that
+    differ; RendezvousError when ranks are missing after `timeout`.
     """
     keys = [f"presence/{rank}" for rank in range(world_size)]
     store.set(keys[own.rank], json.dumps(dataclasses.asdict(own)))
@@ -47,7 +47,7 @@ def check_in(
         store.wait(keys, timeout)
     except RuntimeError as error:  # the store's timeout; its type differs between torch versions
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise RankError(
+        raise RendezvousError(
             f"{name_ranks(missing)} of {world_size} did not arrive within "
             f"{timeout.total_seconds():g} s: look for their own error, or raise runtime.timeout_s "
             "if they start that slowly"
@@ -93,21 +93,26 @@ def choose_device(requested: str, present: Sequence[Presence]) -> str:
     """
     if requested == "cpu":
         return "cpu"
-    without = [rank for rank in present if rank.gpu is None]
+    without: dict[tuple[str, str], list[int]] = defaultdict(list)
     owners: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank in present:
-        if rank.gpu is not None:
+        if rank.gpu is None:
+            without[rank.host, rank.no_gpu].append(rank.rank)
+        else:
             owners[rank.host, rank.gpu].append(rank.rank)
-    shared = [(host, ranks) for (host, _), ranks in owners.items() if len(ranks) > 1]
-    if not without and not shared:
+    problems = [f"{name_ranks(ranks)} on {host}: {why}" for (host, why), ranks in without.items()]
+    problems += [
+        f"{name_ranks(ranks)} on {host}: one GPU between them"
+        for (host, _), ranks in owners.items()
+        if len(ranks) > 1
+    ]
+    if not problems:
         return "cuda"
     if requested == "auto":
         return "cpu"
-    problems = [f"rank {rank.rank} on {rank.host} has {rank.no_gpu}" for rank in without[:8]]
-    problems += [f"{name_ranks(ranks)} on {host} share one GPU" for host, ranks in shared[:8]]
     raise RankError(
-        f"runtime.device = 'cuda' needs a GPU of its own for every rank, but {', '.join(problems)}:"
-        " start at most one rank a GPU (torchrun --nproc-per-node), or set runtime.device=cpu"
+        f"runtime.device = 'cuda' needs a GPU of its own for every rank ({'; '.join(problems)}): "
+        "start at most one rank a GPU (torchrun --nproc-per-node), or set runtime.device=cpu"
     )
 
 

@@ -211,12 +211,14 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 def _checked(launch: Launch, environ: Mapping[str, str]) -> Launch:
     """The launch, if its numbers fit each other."""
-    for name, rank, size in (
-        ("rank", launch.rank, launch.world_size),
-        ("local rank", launch.local_rank, launch.local_world_size),
+    for name, rank, size, of in (
+        ("rank", launch.rank, launch.world_size, "the run"),
+        ("local rank", launch.local_rank, launch.local_world_size, "its host"),
     ):
-        if not rank < size:
-            raise ValueError(f"{launch.source}: {name} {rank} must be below the {size} of its kind")
+        if rank >= size:
+            raise ValueError(
+                f"{launch.source}: {name} {rank} must be below the {size} ranks of {of}"
+            )
     if launch.local_world_size > launch.world_size:
         raise ValueError(
             f"{launch.source}: {launch.local_world_size} ranks on this host, but only "

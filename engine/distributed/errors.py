@@ -16,6 +16,10 @@ class RankError(ValueError):
     """An error found by some ranks and raised, with the same text, by all."""
 
 
+class RendezvousError(RuntimeError):
+    """Ranks did not meet: raised by those that came, each for itself."""
+
+
 def share_errors(group: Group, error: str | None, exception: type[ValueError] = RankError) -> None:
     """Raise `exception` on every rank when any rank passes an error; return None otherwise.
 

@@ -1,0 +1,233 @@
+"""The safetensors format: which tensors a checkpoint folder holds, and where their bytes are.
+
+First half of loading (`weights.py` is the second). It reads headers only, and believes none: a file
+that is truncated, overlapping, mislabelled or not safetensors at all raises `CheckpointError`.
+
+A file is 8 bytes, the header's length as a little-endian integer; the header, JSON: name ->
+{"dtype", "shape", "data_offsets": [begin, end) counted from the header's end} and `__metadata__`;
+then the data, without gaps. (https://github.com/huggingface/safetensors, "Format")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the text names tensor, file and remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `num_bytes` from byte `offset` of `file`; `dtype` as the file says."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """All tensors of a checkpoint by name, and how many bytes it took to learn of them."""
+
+    entries: Mapping[str, TensorEntry]
+    bytes_read: int
+
+
+def read_catalog(folder: Path) -> Catalog:
+    """The tensors of `folder`: `model.safetensors`, else the files that the index names.
+
+    Raises CheckpointError.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"model.path = {str(folder)!r}: no such folder; it must be a local Hugging Face model "
+            "folder with config.json and safetensors files"
+        )
+    if (folder / SINGLE).exists():
+        entries, num_bytes = read_header(folder / SINGLE)
+        return Catalog(entries, num_bytes)
+    if not (folder / INDEX).exists():
+        raise CheckpointError(_nothing_to_load(folder))
+    weight_map, total = _read_index(folder / INDEX)
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(set(weight_map.values())):
+        found, num_bytes = read_header(folder / file)
+        total += num_bytes
+        for name, entry in found.items():
+            if weight_map.get(name, file) == file and name not in entries:
+                entries[name] = entry
+    if lost := sorted(weight_map.keys() - entries.keys()):
+        raise CheckpointError(
+            f"{folder / INDEX} places {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
+            f"{f' ({len(lost)} such tensors)' if len(lost) > 1 else ''}: index and files do not "
+            "belong together; download the checkpoint again"
+        )
+    return Catalog(entries, total)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
+    """The tensors of one file, and the bytes read to find them. Raises CheckpointError."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(_read(file, 8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(_bad_length(path, size, length))
+            header = _parse(path, _read(file, length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    start = 8 + length
+    entries = {
+        name: _entry(path, name, value, start)
+        for name, value in header.items()
+        if name != "__metadata__"
+    }
+    _check_layout(path, entries, start, size)
+    return entries, start
+
+
+def _read(file: Any, length: int) -> bytes:
+    data = b""
+    while len(data) < length and (part := file.read(length - len(data))):
+        data = data + part if data else part
+    return data
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            raise ValueError("a name stands twice")
+        return mapping
+
+    try:
+        value = json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the header is not valid JSON ({error}): the file is damaged; download or "
+            "write it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object: the file is damaged")
+    return value
+
+
+def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
+    """One header item, checked; `start` is where the data begins."""
+    try:
+        dtype, shape = value["dtype"], value["shape"]
+        begin, end = value["data_offsets"]
+        numbers = [begin, end, *shape]
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
+        if not sound or begin > end:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has a damaged header item {str(value)[:120]}: it needs "
+            "dtype, shape and data_offsets [begin, end]"
+        ) from None
+    bits = math.prod(shape) * _BITS.get(dtype, 0)
+    if dtype in _BITS and bits != 8 * (end - begin):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} of dtype {dtype} and shape {shape} takes {bits / 8:g} bytes, "
+            f"but the header gives it {end - begin}: the file is damaged"
+        )
+    return TensorEntry(path, dtype, tuple(shape), start + begin, end - begin)
+
+
+def _check_layout(path: Path, entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    """Tensors must follow each other without gap or overlap up to the file's end."""
+    position = start
+    for name, entry in sorted(
+        entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)
+    ):
+        if entry.offset != position:
+            fault = "overlaps the tensor before it" if entry.offset < position else "follows a gap"
+            raise CheckpointError(f"{path}: tensor {name!r} {fault}: the file is damaged")
+        position += entry.num_bytes
+        if position > size:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {name!r} ends at byte {position}, the file at byte "
+                f"{size}; download or copy it again"
+            )
+    if position != size:
+        raise CheckpointError(
+            f"{path} holds {size - position} bytes after its last tensor: the file is damaged"
+        )
+
+
+def _bad_length(path: Path, size: int, length: int) -> str:
+    try:
+        pointer = size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
+    except OSError:
+        pointer = False
+    if pointer:
+        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+    return (
+        f"{path} is truncated or no safetensors file: it announces a header of {length} bytes, the "
+        f"file has {size} (limit {MAX_HEADER_BYTES}); download or copy it again"
+    )
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], int]:
+    """The index's weight_map (tensor -> file name in its folder) and its size in bytes."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    weight_map = _parse(path, data).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    files = set(weight_map.values())
+    if outside := sorted(file for file in files if Path(file).name != file or "\0" in file):
+        raise CheckpointError(
+            f"{path} names {outside[0]!r}: files must lie beside the index, without a folder"
+        )
+    if missing := sorted(file for file in files if not (path.parent / file).exists()):
+        raise CheckpointError(
+            f"{path} names {len(missing)} files that are not there: {', '.join(missing[:10])}"
+            f"{', ...' if len(missing) > 10 else ''}; download the rest of the checkpoint"
+        )
+    return weight_map, len(data)
+
+
+def _nothing_to_load(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code "
+            "when loaded and are refused. Convert them where you trust their origin: "
+            "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new_folder)"
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = f", though {', '.join(others[:3])} is there: add an index" if others else ""
+    return (
+        f"{folder} holds neither {SINGLE} nor {INDEX}{found}; point model.path at a model folder, "
+        "or set model.load_format=dummy to run on random weights"
+    )

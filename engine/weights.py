@@ -1,0 +1,231 @@
+"""Checkpoint weights into a rank's tensors: a rank reads what it owns and nothing else.
+
+A model yields one `WeightSlot` for each tensor of the checkpoint that this rank wants. Loading
+compares the names of all ranks with the headers of all files (`safetensors_file.py`), so that every
+mistake is found before data is read and by all ranks alike, then reads this rank's part
+(`weight_reader.py`). `fill_dummy` puts random weights there instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engine.distributed.collectives import gather_objects
+from engine.distributed.errors import merge_errors
+from engine.distributed.groups import Group
+from engine.safetensors_file import Catalog, CheckpointError, read_catalog
+from engine.weight_reader import DTYPES, ReadJob, read_all
+
+__all__ = ["CheckpointError", "LoadReport", "WeightSlot", "fill_dummy", "load_weights"]
+
+_SHOWN = 10  # names of each kind in one error
+_DUMMY_STD = 0.02
+_DUMMY_CHUNK = 1 << 20  # values drawn from one seed; part of what a seed means
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """One tensor of the checkpoint and where this rank wants it.
+
+    `target` is the destination view, of the shard's shape; `full_shape` is the shape in the file;
+    `shard` is the part of it this rank takes, slices without step for its first dimensions (None:
+    all of it). `aliases` are other names under which a file may have the tensor. One tensor may
+    fill several slots.
+    """
+
+    name: str
+    target: torch.Tensor
+    full_shape: tuple[int, ...]
+    shard: tuple[slice, ...] | None = None
+    kind: Literal["matrix", "norm", "bias"] = "matrix"
+    aliases: tuple[str, ...] = ()
+
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of the shard in every dimension of the file's tensor."""
+        whole = slice(None)
+        shard = (self.shard or ()) + (whole,) * (len(self.full_shape) - len(self.shard or ()))
+        parts = [part.indices(size) for part, size in zip(shard, self.full_shape, strict=True)]
+        assert all(step == 1 for _, _, step in parts), self.name
+        assert tuple(self.target.shape) == tuple(stop - start for start, stop, _ in parts), (
+            f"{self.name}: target {tuple(self.target.shape)}, shard {self.shard} of "
+            f"{self.full_shape}"
+        )
+        return tuple((start, stop) for start, stop, _ in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What one rank read: bytes from files (headers and index included), tensors, wall seconds."""
+
+    bytes_read: int
+    tensors_read: int
+    seconds: float
+
+
+def load_weights(
+    path: str | Path,
+    slots: Iterable[WeightSlot],
+    *,
+    ignored: Iterable[str] = (),
+    group: Group | None = None,
+) -> LoadReport:
+    """Fill every slot from the safetensors checkpoint in the folder `path`.
+
+    Collective over `group`, a gloo group whose ranks together own all of the model's tensors
+    (`topology.control`): every rank must call. None: this rank owns them all. A tensor that no rank
+    wants must match one of the regular expressions `ignored` (by re.search).
+
+    Raises CheckpointError, with the same text on every rank: before any data is read when names,
+    shapes, dtypes or files are wrong; within seconds when a rank cannot read, or finds NaN,
+    infinity or a value that the target's dtype cannot hold.
+    """
+    began = time.perf_counter()
+    slots = list(slots)
+    catalog = _agree_on_catalog(Path(path), slots, ignored, group)
+    jobs = [
+        ReadJob(name, catalog.entries[name], slot.target, slot.bounds())
+        for slot in slots
+        if (name := _name_in(catalog, slot.name, slot.aliases)) is not None
+    ]
+    bytes_read = catalog.bytes_read + read_all(jobs, group)
+    return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
+
+
+def _agree_on_catalog(
+    path: Path, slots: Sequence[WeightSlot], ignored: Iterable[str], group: Group | None
+) -> Catalog:
+    """The checkpoint's tensors, once all ranks see the same ones and all of theirs are there."""
+    catalog, error = Catalog({}, 0), None
+    try:
+        catalog = read_catalog(path)
+    except CheckpointError as caught:
+        error = str(caught)
+    names = {slot.name: (slot.full_shape, slot.aliases) for slot in slots}
+    answers = _gather((error, _digest(catalog), names), group)
+    _raise_any([error for error, _, _ in answers], group)
+    if len({digest for _, digest, _ in answers}) > 1:
+        raise CheckpointError(
+            f"the hosts of this run hold different files in {path}: copy the same to all"
+        )
+    wanted = {name: want for _, _, names in answers for name, want in names.items()}
+    # All ranks check everything, so they agree, unless they were told to ignore different names.
+    problems = list(_mismatches(wanted, catalog, ignored))
+    error = "\n  - ".join([f"{path} does not fit the model:", *problems]) if problems else None
+    _raise_any(_gather(error, group), group)
+    return catalog
+
+
+def _gather(value: Any, group: Group | None) -> list[Any]:
+    return [value] if group is None else gather_objects(value, group)
+
+
+def _raise_any(errors: Sequence[str | None], group: Group | None) -> None:
+    ranks = (0,) if group is None else group.ranks
+    if found := {rank: text for rank, text in zip(ranks, errors, strict=True) if text is not None}:
+        raise CheckpointError(merge_errors(found, len(ranks)))
+
+
+def _name_in(catalog: Catalog, name: str, aliases: tuple[str, ...]) -> str | None:
+    return next((known for known in (name, *aliases) if known in catalog.entries), None)
+
+
+def _mismatches(
+    wanted: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
+    catalog: Catalog,
+    ignored: Iterable[str],
+) -> Iterator[str]:
+    """One sentence for each kind of disagreement between the model's tensors and the files'."""
+    missing, misshapen, refused = [], [], []
+    for name, (shape, aliases) in wanted.items():
+        if (found := _name_in(catalog, name, aliases)) is None:
+            missing.append(name)
+            continue
+        entry = catalog.entries[found]
+        if entry.shape != tuple(shape):
+            misshapen.append(
+                f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(shape)}"
+            )
+        if entry.dtype not in DTYPES:
+            refused.append(f"{found} in {entry.file.name} is {entry.dtype}")
+    known = set(wanted).union(*(aliases for _, aliases in wanted.values()))
+    skip = [re.compile(pattern) for pattern in ignored]
+    extra = [
+        name
+        for name in catalog.entries
+        if name not in known and not any(pattern.search(name) for pattern in skip)
+    ]
+    yield from _listed(
+        "tensors are missing; is config.json of this checkpoint?",
+        [_with_nearest(name, extra) if i < _SHOWN else name for i, name in enumerate(missing)],
+    )
+    yield from _listed(
+        "tensors belong to no part of the model",
+        [f"{name} in {catalog.entries[name].file.name}" for name in extra],
+    )
+    yield from _listed("tensors have the wrong shape; is config.json theirs?", misshapen)
+    yield from _listed(
+        "tensors are not F32, BF16 or F16; quantised weights need scales that this engine "
+        "does not apply: convert the checkpoint to bfloat16",
+        refused,
+    )
+
+
+def _listed(what: str, items: Sequence[str]) -> Iterator[str]:
+    if items:
+        more = "; ..." if len(items) > _SHOWN else ""
+        yield f"{len(items)} {what}: {'; '.join(items[:_SHOWN])}{more}"
+
+
+def _with_nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names[:5000], n=1)
+    return f"{name} (the files have {near[0]})" if near else name
+
+
+def _digest(catalog: Catalog) -> str:
+    state = hashlib.sha256()
+    for name, entry in sorted(catalog.entries.items()):
+        line = (name, entry.file.name, entry.dtype, entry.shape, entry.offset)
+        state.update(repr(line).encode(errors="backslashreplace"))
+    return state.hexdigest()
+
+
+def fill_dummy(slots: Iterable[WeightSlot], seed: int) -> None:
+    """Fill every slot with random weights that depend on `seed` and the tensor's name alone.
+
+    Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn
+    (in chunks of rows, each from its own seed, of which a shard draws only its own), so the values
+    are the same for every number of ranks and every tensor-parallel size. Not collective.
+    """
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        for _ in pool.map(lambda slot: _fill(slot, seed), list(slots)):
+            pass  # takes the results, so that an error is raised
+
+
+def _fill(slot: WeightSlot, seed: int) -> None:
+    target, bounds = slot.target.detach(), slot.bounds()
+    if slot.kind != "matrix" or not bounds:
+        target.fill_(0.0 if slot.kind == "bias" else 1.0)
+        return
+    (first, last), *columns = bounds
+    cut = tuple(slice(start, stop) for start, stop in columns)
+    row_shape = slot.full_shape[1:]
+    step = max(1, _DUMMY_CHUNK // max(1, math.prod(row_shape)))
+    for low in range(first - first % step, last, step):
+        high = min(low + step, slot.full_shape[0])
+        key = hashlib.blake2b(f"{seed}\0{slot.name}\0{low}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        values = torch.empty(high - low, *row_shape).normal_(0.0, _DUMMY_STD, generator=generator)
+        start, stop = max(low, first), min(high, last)
+        part = values[start - low : stop - low][(slice(None), *cut)]
+        target[start - first : stop - first].copy_(part)

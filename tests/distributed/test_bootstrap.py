@@ -1,0 +1,279 @@
+"""Ranks that meet, and ranks that must not run together: real processes over gloo.
+
+python -m pytest tests/distributed/test_bootstrap.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
+from engine.distributed import bootstrap
+from engine.distributed.errors import RankError, RendezvousError, share_errors
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_config(expert: int | None = None, tensor: int = 1, **runtime) -> Config:
+    return Config(
+        model=ModelConfig(path="unused"),
+        parallel=ParallelConfig(expert=expert, tensor=tensor),
+        runtime=RuntimeConfig(**{"timeout_s": 30.0, "device": "cpu"} | runtime),
+    )
+
+
+def error_of(rank: int, config: Config) -> str:
+    try:
+        bootstrap.start(config)
+    except (RankError, RendezvousError) as error:
+        return str(error)
+    return ""
+
+
+def sums_of_all_groups(rank: int) -> tuple:
+    topology = bootstrap.start(make_config(expert=2, tensor=2))
+    sums = []
+    for group in (topology.world, topology.expert, topology.tensor, topology.control):
+        value = torch.tensor([10.0**rank])
+        dist.all_reduce(value, group=group.handle)
+        sums.append(int(value))
+        assert group.ranks[group.rank] == rank
+    ticket = topology.store.add("ticket", 1)
+    bootstrap.stop(topology)
+    bootstrap.stop(topology)  # safe to call twice
+    assert not dist.is_initialized()
+    return (*sums, topology.data_rank, topology.replica, ticket)
+
+
+def test_every_group_reduces_over_its_own_ranks_and_tickets_are_unique():
+    results = run_ranks(sums_of_all_groups, 4)
+    assert [result[:-1] for result in results] == [
+        (1111, 11, 11, 11, 0, 0),
+        (1111, 11, 11, 11, 0, 0),
+        (1111, 1100, 1100, 1100, 1, 1),
+        (1111, 1100, 1100, 1100, 1, 1),
+    ]
+    assert sorted(result[-1] for result in results) == [1, 2, 3, 4]
+
+
+def start_twice(rank: int) -> list[int]:
+    sums = []
+    for step in (1, 10):
+        topology = bootstrap.start(make_config())
+        value = torch.tensor([step])
+        dist.all_reduce(value, group=topology.expert.handle)
+        sums.append(int(value))
+        bootstrap.stop(topology)
+    return sums
+
+
+def test_a_process_can_run_twice_over_a_store_that_remembers():
+    assert run_ranks(start_twice, 2) == [[2, 20], [2, 20]]
+
+
+def test_an_expert_size_that_does_not_divide_the_world_is_one_error_on_all_ranks():
+    errors = run_ranks(error_of, 4, make_config(expert=3))
+    assert len(set(errors)) == 1
+    assert "parallel.expert = 3" in errors[0] and "4" in errors[0]
+
+
+def error_of_different(rank: int) -> str:
+    return error_of(rank, make_config(seed=1 if rank == 2 else 0))
+
+
+def test_ranks_with_different_configs_are_refused_and_the_odd_one_named():
+    errors = run_ranks(error_of_different, 4)
+    assert len(set(errors)) == 1
+    assert "different configs" in errors[0]
+    assert "ranks 0, 1, 3 (" in errors[0] and "; rank 2 (" in errors[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_a_gpu_is_one_error_on_all_ranks():
+    errors = run_ranks(error_of, 2, make_config(device="cuda"))
+    assert len(set(errors)) == 1
+    assert "runtime.device = 'cuda'" in errors[0] and "ranks 0, 1 on" in errors[0]
+
+
+def absent(rank: int) -> str:
+    return error_of(rank, make_config(timeout_s=2.0)) if rank != 1 else "absent"
+
+
+def test_a_rank_that_never_arrives_is_named():
+    errors = run_ranks(absent, 3)
+    assert "rank 1 of 3 did not arrive within 2 s" in errors[0]
+    assert errors[2] == errors[0]
+
+
+def share(rank: int) -> str:
+    topology = bootstrap.start(make_config())
+    share_errors(topology.control, None)
+    try:
+        share_errors(topology.control, f"disk {rank} is full" if rank else None)
+    except RankError as error:
+        bootstrap.stop(topology)
+        return str(error)
+    return ""
+
+
+def test_an_error_of_some_ranks_is_raised_by_all_with_one_text():
+    assert run_ranks(share, 3) == ["rank 1: disk 1 is full\nrank 2: disk 2 is full"] * 3
+
+
+def threads(rank: int, omp: str, config: Config) -> int:
+    os.environ["OMP_NUM_THREADS"] = omp
+    bootstrap.start(config)
+    return torch.get_num_threads()
+
+
+def test_torchruns_own_omp_setting_is_ignored_and_any_other_is_kept():
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert run_ranks(threads, 2, "1", make_config()) == [share, share]
+    assert run_ranks(threads, 2, "3", make_config()) == [3, 3]
+    assert run_ranks(threads, 2, "3", make_config(threads=5)) == [5, 5]
+
+
+# --- Real launchers -------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, time
+from engine.config import Config, ModelConfig, RuntimeConfig
+from engine.distributed import bootstrap
+from engine.distributed.errors import share_errors
+config = Config(model=ModelConfig(path="unused"), runtime=RuntimeConfig(timeout_s=30.0))
+try:
+    topology = bootstrap.start(config)
+    share_errors(topology.control, None)
+    source = bootstrap.discover(os.environ).source
+    world = topology.world
+    sys.stdout.write(f"{source} {world.rank} of {world.size} pid {os.getpid()}\\n")
+    sys.stdout.flush()
+    if sys.argv[1:] == ["wait"]:
+        time.sleep(60)
+    share_errors(topology.control, sys.argv[1] if sys.argv[1:] and topology.world.rank else None)
+except ValueError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def launch(tmp_path: Path, command: list[str], *args: str, **environ: str) -> subprocess.Popen:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "MASTER_"))
+        and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
+    return subprocess.Popen(
+        [*command, str(script), *args],
+        env=clean | {"PYTHONPATH": str(ROOT)} | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_a_process_without_a_launcher_is_a_world_of_one(tmp_path):
+    code, out, err = finish(launch(tmp_path, [sys.executable]))
+    assert code == 0, err
+    assert out.startswith("single 0 of 1")
+
+
+def test_torchrun_starts_two_ranks_and_an_error_of_one_fails_the_job(tmp_path):
+    code, out, err = finish(launch(tmp_path, TORCHRUN, "no more room"))
+    assert "torchrun 0 of 2" in out and "torchrun 1 of 2" in out
+    assert code != 0 and "error: rank 1: no more room" in err
+
+
+def test_workers_die_with_a_killed_torchrun_agent(tmp_path):
+    process = launch(tmp_path, TORCHRUN, "wait")
+    assert process.stdout is not None
+    pids = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_slurm_tasks_meet_at_the_steps_own_port(tmp_path):
+    step = {
+        "SLURM_JOB_ID": str(free_port()),  # the port is derived from it
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+    tasks = [
+        launch(tmp_path, [sys.executable], SLURM_PROCID=rank, SLURM_LOCALID=rank, **step)
+        for rank in "01"
+    ]
+    for rank, (code, out, err) in enumerate([finish(task) for task in tasks]):
+        assert code == 0, err
+        assert out.startswith(f"slurm {rank} of 2")
+
+
+def why_no_mpi() -> str:
+    if shutil.which("mpirun") is None:
+        return "mpirun is not installed"
+    probe = subprocess.run(
+        [sys.executable, "-c", "from mpi4py import MPI"], check=False, capture_output=True
+    )
+    return "mpi4py cannot be imported" if probe.returncode else ""
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["meet", "fail"])
+def test_mpi_ranks_meet_and_fail_together(tmp_path, fails):
+    if why := why_no_mpi():
+        pytest.skip(why)
+    command = ["mpirun", "-n", "2", sys.executable]
+    # For Open MPI: run as root in a container, and more ranks than cores.
+    allow = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    }
+    code, out, err = finish(launch(tmp_path, command, *(["gone"] if fails else []), **allow))
+    assert "mpi 0 of 2" in out and "mpi 1 of 2" in out, err
+    assert (code != 0) == fails
+    assert ("error: rank 1: gone" in err) == fails
