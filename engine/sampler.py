@@ -178,9 +178,8 @@ def _invert(weights_RC: Tensor, random_R: Tensor) -> Tensor:
     cdf_RC = weights_RC.cumsum(dim=1, dtype=torch.float64)
     target_R1 = (random_R * cdf_RC[:, -1])[:, None]
     column_R1 = torch.searchsorted(cdf_RC, target_R1, right=True)
-    return column_R1[:, 0].clamp(
-        max=weights_RC.shape[1] - 1
-    )  # NaN, reported later, is past the end
+    # A row of NaN, reported later, would be past the end.
+    return column_R1[:, 0].clamp(max=weights_RC.shape[1] - 1)
 
 
 def _likeliest(logits_RV: Tensor, width: int) -> Tensor:

@@ -1,0 +1,106 @@
+"""What a request may say, and what a completion writes. Run: pytest tests/unit/test_request.py"""
+
+from dataclasses import fields
+
+import pytest
+
+from engine.config import SamplingConfig
+from engine.request import CapacityUse, Completion, Request, SamplingParams
+
+
+def test_sampling_params_have_exactly_the_fields_and_defaults_of_the_config():
+    of_config = {field.name: field.default for field in fields(SamplingConfig)}
+    assert {field.name: field.default for field in fields(SamplingParams)} == of_config
+
+
+def test_overrides_are_put_over_the_config_and_none_keeps_it():
+    config = SamplingConfig(temperature=0.5, top_k=7, stop=("a",))
+    params = SamplingParams.from_config(config, temperature=0.0, top_k=None, stop=["x", "y"])
+    assert (params.temperature, params.top_k, params.stop) == (0.0, 7, ("x", "y"))
+    assert SamplingParams.from_config(config, stop="end").stop == ("end",)
+    assert SamplingParams.from_config(config).stop == ("a",)
+
+
+def test_an_unknown_override_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="'temprature'.*did you mean 'temperature'"):
+        SamplingParams.from_config(SamplingConfig(), temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", -1),
+        ("max_new_tokens", True),
+        ("max_new_tokens", 2.0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("stop", ("",)),
+        ("stop", (3,)),
+        ("stop_token_ids", (-1,)),
+        ("stop_token_ids", ("a",)),
+        ("ignore_eos", 1),
+        ("logprobs", None),
+        ("prompt_logprobs", 5),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} = .*: must be "):
+        SamplingParams(**{name: value})
+
+
+def test_the_widest_values_are_accepted():
+    params = SamplingParams(max_new_tokens=0, temperature=1e-9, top_p=1, top_k=0, seed=2**63 - 1)
+    assert not params.greedy
+    assert SamplingParams(temperature=2.0, top_k=1).greedy
+    assert SamplingParams(temperature=0).greedy
+
+
+@pytest.mark.parametrize("prompt", [[], [3, -1], [1.0], [True], ["a"]])
+def test_a_prompt_that_is_empty_or_no_token_ids_is_refused(prompt):
+    with pytest.raises(ValueError, match="request 'r'.*(no tokens|must be a whole number)"):
+        Request(index=0, id="r", prompt_token_ids=prompt)
+
+
+def test_capacity_use_averages_gate_mass_by_assignments():
+    use = CapacityUse()
+    use.add(CapacityUse(assignments=30, dropped=3, added=1, gate_mass_kept=1.0))
+    use.add(CapacityUse(assignments=10, dropped=5, added=0, gate_mass_kept=0.6))
+    use.add(CapacityUse())
+    assert (use.assignments, use.dropped, use.added) == (40, 8, 1)
+    assert use.gate_mass_kept == pytest.approx(0.9)
+
+
+def test_a_record_has_optional_keys_only_when_present():
+    done = Completion(
+        index=4, id="a", text="hi", token_ids=[5, 6], finish_reason="stop",
+        prompt_tokens=3, completion_tokens=2,
+    )  # fmt: skip
+    capacity = {"assignments": 0, "dropped": 0, "added": 0, "gate_mass_kept": 1.0}
+    assert done.record() == {
+        "id": "a",
+        "text": "hi",
+        "token_ids": [5, 6],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
+        "capacity": capacity,
+    }
+    done.logprobs, done.prompt_logprobs = [-0.5, -1.0], [None, -2.0, -3.0]
+    assert done.record()["logprobs"] == [-0.5, -1.0]
+    assert done.record()["prompt_logprobs"] == [None, -2.0, -3.0]
+    assert "error" not in done.record()
+
+
+def test_a_failure_says_why_and_where():
+    record = Completion.failure(2, "b", "bad line", line=7, prompt_tokens=9).record()
+    assert record["finish_reason"] == "error"
+    assert record["error"] == {"message": "bad line", "line": 7}
+    assert record["usage"] == {"prompt_tokens": 9, "completion_tokens": 0}
+    assert (record["text"], record["token_ids"]) == ("", [])
