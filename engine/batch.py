@@ -22,8 +22,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from engine.batch_input import TicketQueue
 from engine.batch_job import FileJob, describe, on_rank_0
 from engine.batch_lines import LineParser
@@ -36,7 +34,7 @@ from engine.distributed.groups import Topology
 from engine.durable import write_text
 from engine.interrupts import Interrupts, Stopped
 from engine.profiling.report import RunReport, StepReport
-from engine.progress import Progress, Summary, print_summary
+from engine.progress import Progress, Summary, make_console, print_summary
 from engine.request import Completion
 
 
@@ -75,7 +73,7 @@ def run_batch(
     """
     if input is not None and output is None:
         raise JobError("--input needs --output: name the JSONL file for the results")
-    console = Console(quiet=topology.world.rank != 0)
+    console = make_console(quiet=topology.world.rank != 0)
     if input is not None and output is not None:
         job: FileJob | PromptJob = FileJob(config, topology, input, output)
     else:
@@ -139,7 +137,7 @@ def _generate(
     queue = TicketQueue(job.lines, parse, store, f"{key}/ticket", topology.num_data)
     if topology.world.rank == 0:
         progress = Progress(
-            Console(stderr=True),
+            make_console(stderr=True),
             job.num_total,
             job.num_resumed,
             lambda: store.add(f"{key}/done", 0),

@@ -33,7 +33,7 @@ _HEAR_S = 10.0
 
 
 class FileJob:
-    """One rank's part of a job. num_total: its requests. num_resumed: those done by earlier runs."""
+    """One rank's part of a job. num_total: its requests. num_resumed: those done earlier."""
 
     def __init__(self, config: Config, topology: Topology, input: Path, output: Path) -> None:
         self.input = input

@@ -286,10 +286,11 @@ def _conversation(messages: Any) -> Iterator[dict[str, Any]]:
             raise _LineError(f"{where} = {_show(message)}: must be an object with role and content")
         content = message.get("content")
         if isinstance(content, list):
-            texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            if not all(isinstance(text, str) for text in texts):
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            words = [text for text in texts if isinstance(text, str)]
+            if len(words) < len(content):
                 raise _LineError(f"{where}.content: only parts of type text are supported")
-            content = "".join(texts)
+            content = "".join(words)
         if not isinstance(content, str):
             raise _LineError(f"{where}.content = {_show(content)}: must be text")
         yield {**message, "content": content}

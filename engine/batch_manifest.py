@@ -148,6 +148,8 @@ def _job_file(output: Path) -> Path:
 def _manifest(path: Path) -> dict[str, Any] | str | None:
     """Return the manifest in a file, None without a file, the complaint where it is damaged."""
     try:
-        return read_json(path)
+        value = read_json(path)
     except ValueError as error:
         return str(error)
+    keys = {"version", "input", "settings"}
+    return f"{path}: is damaged (must hold {keys})" if value and not keys <= value.keys() else value

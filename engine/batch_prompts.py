@@ -86,7 +86,8 @@ class PromptJob:
         records = [json.loads(text) for text in texts]
         for prompt, record in zip(PROMPTS, records, strict=True):
             error = record.get("error", {}).get("message", "")
-            body = Text.assemble((prompt, "dim"), record["text"], (error, "red"))
+            text = record["text"].replace("\x1b", "\ufffd")  # a model must not drive the terminal
+            body = Text.assemble((prompt, "dim"), text, (error, "red"))
             usage, reason = record["usage"], record["finish_reason"]
             subtitle = f"{usage['completion_tokens']} tokens, {reason}"
             self._console.print(Panel(body, subtitle=subtitle, subtitle_align="right"))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as an exception, raised at once or, where it must wait, at the next `check`."""
+"""SIGTERM and SIGINT as an exception, raised at once or, where it must wait, at a `check`."""
 
 from __future__ import annotations
 

@@ -24,12 +24,23 @@ from rich.table import Table
 
 from engine.profiling.report import RankReport, RunReport, StepReport
 
+_WIDTH = 100
 _LINE_EVERY_S = 5.0
 _BAR_EVERY_S = 0.2
 _RATE_OVER_S = 5.0
 _COMPUTE = ("attention", "experts")
-# A rank that computes this much longer than the others is called slow; less is noise.
-_SLOW = 1.1
+# A rank is called slow when it computes this much longer than the others and when the difference
+# is this share of its run; less is noise.
+_SLOW, _MATTERS = 1.1, 0.02
+_HEADINGS = {"communication": "communi-\ncation"}
+
+
+def make_console(**options: Any) -> Console:
+    """Return a console; into a file or a pipe it writes lines of a width that the tables need."""
+    console = Console(**options)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
 
 
 class Progress:
@@ -162,7 +173,8 @@ def slowest_rank(ranks: list[RankReport]) -> str | None:
     slow = max(range(len(ranks)), key=compute.__getitem__)
     others = [place for place in range(len(ranks)) if place != slow]
     mean = statistics.fmean(compute[place] for place in others)
-    if mean <= 0 or compute[slow] < _SLOW * mean:
+    excess = compute[slow] - mean
+    if excess <= _MATTERS * sum(ranks[slow].seconds.values()) or compute[slow] < _SLOW * mean:
         return None
     rows = statistics.fmean(ranks[place].expert_rows for place in others)
     share = ranks[slow].expert_rows / rows if rows else 1.0
@@ -174,7 +186,7 @@ def slowest_rank(ranks: list[RankReport]) -> str | None:
     waited = statistics.fmean(ranks[place].seconds.get("waiting", 0.0) for place in others)
     return (
         f"Rank {ranks[slow].rank} ({ranks[slow].host}) is the slowest: it computed for "
-        f"{compute[slow]:.2f} s, {compute[slow] / mean:.2f}x the mean of the others, who waited "
+        f"{compute[slow]:.2f} s, {excess:.2f} s longer than the others on average, who waited "
         f"{waited:.2f} s; {cause}."
     )
 
@@ -199,7 +211,7 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 def _throughput(summary: Summary, run: RunReport) -> Table:
     seconds = max(run.seconds, 1e-9)
-    table = _table("Throughput", "", "count", "per second")
+    table = _table("Throughput", "count", "per second")
     for name, count in (
         ("requests", summary.requests),
         ("prompt tokens", summary.prompt_tokens),
@@ -211,7 +223,7 @@ def _throughput(summary: Summary, run: RunReport) -> Table:
 
 
 def _latency(latencies: dict[str, dict[str, float]]) -> Table:
-    table = _table("Latency", "", "p50", "p99")
+    table = _table("Latency", "p50", "p99")
     for key, name in (("ttft", "time to first token"), ("tpot", "time per later token")):
         if key in latencies:
             table.add_row(name, *(_duration(latencies[key][point]) for point in ("p50", "p99")))
@@ -220,11 +232,9 @@ def _latency(latencies: dict[str, dict[str, float]]) -> Table:
 
 def _ranks(run: RunReport) -> Table:
     kinds = list(dict.fromkeys(kind for rank in run.ranks for kind in rank.seconds))
-    table = _table(
-        "Ranks (seconds in each kind of work)",
-        *("rank", "host", "prefill tok", "decode tok", "expert rows"),
-        *kinds,
-    )
+    counted = ("host", "prefill\ntokens", "decode\ntokens", "expert\nrows")
+    timed = [_HEADINGS.get(kind, kind) for kind in kinds]
+    table = _table("Rank", *counted, *timed)
     for rank in run.ranks:
         counts = (rank.tokens_prefill, rank.tokens_decode, rank.expert_rows)
         table.add_row(
@@ -233,14 +243,15 @@ def _ranks(run: RunReport) -> Table:
             *(f"{count:,}" for count in counts),
             *(f"{rank.seconds.get(kind, 0.0):.2f}" for kind in kinds),
         )
+    table.caption = "seconds in each kind of work"
     return table
 
 
-def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="left" if column == "host" else "right")
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
+    for place, column in enumerate(columns):
+        words = place == 0 or column == "host"
+        table.add_column(column, justify="left" if words else "right", vertical="bottom")
     return table
 
 

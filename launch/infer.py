@@ -1,0 +1,77 @@
+"""Batch inference: a JSONL file of requests in, a JSONL file of completions out.
+
+    python launch/infer.py --config tiny_mixtral_ep2
+    torchrun --nproc-per-node 8 launch/infer.py --config mixtral_ep8.yaml \\
+        --input requests.jsonl --output completions.jsonl
+
+Started by torchrun, srun, mpirun or by hand; every rank runs this file. Once killed, the same
+command resumes. Without --input it completes a few built-in prompts. Exit codes: 0 done, 1 broke
+off, 2 wrong command, config or files, 128 + signal when stopped by one.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
+
+from engine.batch import JobFailed, Stopped, run_batch
+from engine.config import check_supported
+from engine.config_io import PROJECT_ROOT, load_config, to_yaml
+from engine.distributed import bootstrap
+from engine.preflight import check_runnable
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}\n{self.format_usage()}")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="infer.py", description="Batch inference over JSONL.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="NAME", help="a YAML file, here or in configs/")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
+    parser.add_argument("--input", type=Path, metavar="JSONL", help="requests, one a line")
+    parser.add_argument("--output", type=Path, metavar="JSONL", help="completions, in input order")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    parser.add_argument("--print-config", action="store_true", help="show every setting and exit")
+    args = parser.parse_args(argv)
+    if args.config is None:
+        names = sorted(path.stem for path in (PROJECT_ROOT / "configs").glob("*.yaml"))
+        parser.error(f"--config is missing; in configs/ there are {', '.join(names)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, build, run; return the exit code."""
+    rank = 0
+    try:
+        rank = bootstrap.discover(os.environ).rank
+        args = _parse(argv)
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(to_yaml(config) if rank == 0 else "", end="")
+            return 0
+        check_supported(config)
+        check_runnable(config, os.environ)
+        topology = bootstrap.start(config)
+        run_batch(config, topology, args.input, args.output, overwrite=args.overwrite)
+        bootstrap.stop(topology)
+    except ValueError as error:  # the user's to mend, and the same on every rank
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (JobFailed, Stopped) as error:
+        print(f"rank {rank}: {error}; the same command goes on from here", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the others an orderly farewell of the process groups can hang or abort.
+    os._exit(code) if code else sys.exit()

@@ -1,0 +1,210 @@
+"""The index of a batch input and the ticket queue: every line once, found again by its offset."""
+
+import hashlib
+import json
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.batch_input import Line, Pending, TicketQueue, line_id, scan_input
+from engine.request import Completion, Request
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def pending(path: Path, done: list[int] = ()) -> Pending:
+    index = scan_input(path)
+    done_n = np.zeros(len(index), dtype=bool)
+    done_n[list(done)] = True
+    return Pending(path, Pending.select(index, done_n))
+
+
+def test_offsets_and_line_numbers_by_hand(tmp_path):
+    content = b'{"id": 1}\n\n  \t\n{"id": 2}\r\n{"id": 3}'
+    index = scan_input(write(tmp_path / "in.jsonl", content))
+    assert index.offsets_n.tolist() == [0, 15, 26]
+    assert index.numbers_n.tolist() == [1, 4, 5]
+    assert index.size == len(content)
+    assert index.sha256 == hashlib.sha256(content).hexdigest()
+    assert index.duplicates == {}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    lines = pending(write(tmp_path / "in.jsonl", b'\xef\xbb\xbf{"id": 1}\n{"id": 2}\n'))
+    assert [lines[0].raw, lines[1].raw] == [b'{"id": 1}\n', b'{"id": 2}\n']
+    empty = scan_input(write(tmp_path / "bom.jsonl", b"\xef\xbb\xbf\n"))
+    assert len(empty) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n \n\t"])
+def test_an_input_without_lines_has_no_requests(tmp_path, content):
+    index = scan_input(write(tmp_path / "in.jsonl", content))
+    assert len(index) == 0
+    assert Pending.select(index, np.zeros(0, dtype=bool)).shape == (0, 4)
+
+
+def test_what_is_no_file_is_refused_in_words(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        scan_input(tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        scan_input(tmp_path)
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+newlines = st.sampled_from([b"\n", b"\r\n"])
+bodies = st.one_of(
+    st.builds(lambda i: json.dumps({"id": i, "prompt": "a"}).encode(), text | st.integers()),
+    st.binary(max_size=12).filter(lambda raw: b"\n" not in raw),
+    st.sampled_from([b"", b" ", b"\t\r"]),
+)
+
+
+@given(lines=st.lists(st.tuples(bodies, newlines), max_size=12), end=st.booleans())
+def test_every_line_that_is_not_blank_is_found_again(tmp_path_factory, lines, end):
+    content = b"".join(body + newline for body, newline in lines)
+    if not end:
+        content = content.removesuffix(b"\n")
+    path = write(tmp_path_factory.mktemp("scan") / "in.jsonl", content)
+    expected = [
+        (number, raw)
+        for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+        if raw.strip(b" \t\r\n\v\f")
+    ]
+    found = pending(path)
+    lines_found = [found[ticket] for ticket in range(len(found))]
+    assert [(line.number, line.raw.removesuffix(b"\n")) for line in lines_found] == expected
+    assert [line.index for line in lines_found] == list(range(len(expected)))
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (b'{"id": "a", "prompt": "x"}', "a"),
+        (b'{"id":7,"prompt":"x"}', 7),
+        (b'{"prompt": "x", "id": -7}', -7),
+        (b'{"custom_id": "a", "body": {"id": "b"}}', "a"),
+        (b'{"body": {"id": "b"}, "custom_id": "a"}', "a"),
+        (b'{"prompt": "has \\"id\\": 3 inside"}', None),
+        (b'{"id": "\\u00e9"}', "\u00e9"),
+        (b'{"id": "\xc3\xa9"}', "\u00e9"),
+        (b'{"id": "a", "prompt": "broken', "a"),
+        (b'{"id": 7.5}', None),
+        (b'{"id": 7, "x": NaN', 7),
+        (b'{"id": true}', None),
+        (b'{"id": null}', None),
+        (b'{"id": ["a"]}', None),
+        (b'{"id": "\xff"}', None),
+        (b"[1]", None),
+        (b"[" * 100_000, None),
+        (b"{", None),
+    ],
+)
+def test_the_id_of_a_line(raw, expected):
+    assert line_id(raw) == expected
+    assert type(line_id(raw)) is type(expected)
+
+
+def test_the_later_line_of_an_id_is_the_duplicate(tmp_path):
+    ids = ['"a"', "1", '"1"', '"a"', "1", "01", '"\\u0061"']
+    content = "".join(f'{{"prompt": "x", "id": {name}}}\n' for name in ids)
+    index = scan_input(write(tmp_path / "in.jsonl", content.encode()))
+    # Text "1" is not the number 1, 01 is no JSON, and an escape changes nothing.
+    assert index.duplicates == {3: 1, 4: 2, 6: 1}
+
+
+def test_lines_without_an_id_are_no_duplicates_of_each_other(tmp_path):
+    index = scan_input(write(tmp_path / "in.jsonl", b'{"prompt": "x"}\n{"prompt": "x"}\n[]\n'))
+    assert index.duplicates == {}
+
+
+def test_equal_hashes_of_different_ids_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.batch_input._hash", lambda name: 42)
+    index = scan_input(write(tmp_path / "in.jsonl", b'{"id": 1}\n{"id": 2}\n{"x": 3}\n{"id": 1}'))
+    assert index.duplicates == {3: 1}
+
+
+@given(names=st.lists(st.integers(0, 5) | st.sampled_from("abc01"), max_size=20))
+def test_duplicates_are_those_a_dictionary_finds(tmp_path_factory, names):
+    content = "".join(json.dumps({"id": name}) + "\n" for name in names)
+    path = write(tmp_path_factory.mktemp("scan") / "in.jsonl", content.encode())
+    first: dict = {}
+    expected = {}
+    for place, name in enumerate(names):
+        number = first.setdefault(json.dumps(name), place + 1)
+        if number != place + 1:
+            expected[place] = number
+    assert scan_input(path).duplicates == expected
+
+
+def test_pending_lines_are_those_not_done_with_their_own_numbers(tmp_path):
+    path = write(tmp_path / "in.jsonl", b'{"id": 1}\n\n{"id": 2}\n{"id": 1}\n')
+    lines = pending(path, done=[0])
+    assert len(lines) == 2
+    assert lines[0] == Line(1, 3, b'{"id": 2}\n')
+    assert lines[1] == Line(2, 4, b'{"id": 1}\n', duplicate_of=1)
+    assert lines.number_of(2) == 4
+
+
+class Numbers:
+    """Lines 0 to n - 1."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, ticket: int) -> Line:
+        return Line(ticket, ticket + 1, b"")
+
+
+def parse(line: Line) -> Request | Completion:
+    if line.index % 5 == 4:
+        return Completion.failure(line.index, "bad", "bad line", line=line.number)
+    return Request(index=line.index, id="x", prompt_token_ids=[1])
+
+
+def test_eight_requests_on_two_ranks_go_four_and_four():
+    queue = TicketQueue(Numbers(8), parse, dist.HashStore(), "ticket", num_data=2)
+    assert queue.limit == 4
+
+
+@pytest.mark.parametrize("count, num_data, limit", [(0, 2, 1), (1, 4, 1), (9, 2, 5), (9, 9, 1)])
+def test_the_limit_is_a_fair_share_and_at_least_one(count, num_data, limit):
+    queue = TicketQueue(Numbers(count), parse, dist.HashStore(), "ticket", num_data)
+    assert queue.limit == limit
+
+
+def test_a_dry_queue_stays_dry_without_asking_the_store_again():
+    store = dist.HashStore()
+    queue = TicketQueue(Numbers(1), parse, store, "ticket", 1)
+    assert isinstance(queue.take(), Request)
+    assert [queue.take() for _ in range(5)] == [None] * 5
+    assert store.add("ticket", 0) == 2
+
+
+def test_ranks_that_pull_at_once_share_every_line_exactly_once():
+    server = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=30))
+    taken: list[list[int]] = [[] for _ in range(4)]
+
+    def pull(place: int) -> None:
+        store = dist.TCPStore("localhost", server.port, timeout=timedelta(seconds=30))
+        queue = TicketQueue(Numbers(200), parse, store, "ticket", 4)
+        while (item := queue.take()) is not None:
+            taken[place].append(item.index)
+
+    threads = [threading.Thread(target=pull, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(index for share in taken for index in share) == list(range(200))
