@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,11 +41,12 @@ from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import Completion, Request, SamplingParams
 from engine.runner import Runner
+from engine.safetensors_file import read_catalog
 from engine.scheduler import Scheduler
 from engine.source import ListSource, RequestSource
 from engine.summary import run_report
 from engine.tokenizer import load_tokenizer
-from engine.weights import checkpoint_names, fill_dummy, load_weights
+from engine.weights import LoadReport, fill_dummy, load_weights
 
 _T = TypeVar("_T")
 
@@ -153,6 +155,8 @@ class LLM:
         )
         latencies: dict[str, list[float]] = {"ttft": [], "tpot": []}
         preempted = self._scheduler.num_preemptions
+        sent = sum(layer.bytes_sent for layer in self.model.moe_layers)
+        self._telemetry.loads.clear()
         began = time.monotonic()
         loop.run(source, _timed(sink, latencies), on_step)
         return run_report(
@@ -162,7 +166,8 @@ class LLM:
             self._telemetry.loads,
             self.model.moe_layers,
             self.topology,
-            self._scheduler.num_preemptions - preempted,
+            bytes_sent=sum(layer.bytes_sent for layer in self.model.moe_layers) - sent,
+            preemptions=self._scheduler.num_preemptions - preempted,
         )
 
     def close(self) -> None:
@@ -181,14 +186,15 @@ class LLM:
             validate_world(config, topology.world.size, layer.spec.router.num_experts)
         return model
 
-    def _fill(self) -> Any:
+    def _fill(self) -> LoadReport | None:
         config, model = self.config.model, self.model
         if config.load_format == "dummy":
             fill_dummy(model.weight_slots(), self.config.runtime.seed)
             return None
-        names = self._on_all_ranks(lambda: checkpoint_names(config.path))
+        path = Path(config.path)
+        names = self._on_all_ranks(lambda: frozenset(read_catalog(path).entries))
         return load_weights(
-            config.path,
+            path,
             model.weight_slots(names),
             ignored=model.ignored_weights,
             group=self.topology.control,

@@ -14,6 +14,7 @@ A rank never leaves the loop alone: step 3 gives all of them the same answer.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class GenerationLoop:
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
             piece.seq.capacity.add(CapacityUse(run * self._assignments_per_token))
-        failed = [step.sampling[row].seq for row in errors]
+        failed = [step.slices[index].seq for index in errors]
         for sequence, message in zip(failed, errors.values(), strict=True):
             self._scheduler.abort(sequence, message)
         return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
@@ -192,16 +193,18 @@ class GenerationLoop:
     def _sample(
         self, step: Step, hidden_TD: torch.Tensor
     ) -> tuple[list[int], list[float] | None, list[float], dict[int, str]]:
-        """Return the next tokens, their logprobs, the prompt rows' logprobs, and the rows that
-        failed with why.
+        """Return next tokens, their logprobs, the prompt rows' logprobs, and the failures.
+
+        Failures map the index of a slice whose logits are not finite to what to tell its user.
         """
         of_prompt: list[float] = []
         for start in range(0, len(step.prompt_rows), _PROMPT_ROWS):
             part = slice(start, start + _PROMPT_ROWS)
             logits = self._runner.logits(hidden_TD, step.prompt_rows[part])
             of_prompt += token_logprobs(logits, step.prompt_targets[part]).tolist()
+        errors = _prompt_failures(step, of_prompt)
         if not step.sampling:
-            return [], None, of_prompt, {}
+            return [], None, of_prompt, errors
         requests = [piece.seq.request for piece in step.sampling]
         try:
             tokens, logprobs = sample(
@@ -212,14 +215,29 @@ class GenerationLoop:
                 [request.id for request in requests],
             )
         except NonFiniteLogitsError as error:
-            errors = {row: str(error) for row in error.rows}
-            return error.tokens, error.logprobs, of_prompt, errors
-        return tokens, logprobs, of_prompt, {}
+            tokens, logprobs = error.tokens, error.logprobs
+            failed = {id(step.sampling[row]) for row in error.rows}
+            for index, piece in enumerate(step.slices):
+                if id(piece) in failed:
+                    errors.setdefault(index, str(error))
+        return tokens, logprobs, of_prompt, errors
 
     def _deliver(self, finished: list[Sequence], sink: Sink) -> None:
         self.totals.finished += len(finished)
         if finished and self._leads:
             sink([sequence.completion() for sequence in finished])
+
+
+def _prompt_failures(step: Step, of_prompt: list[float]) -> dict[int, str]:
+    """Slices with a prompt logprob that is not a number, by index, and what to tell their user."""
+    failures: dict[int, str] = {}
+    taken = 0
+    for index, piece in enumerate(step.slices):
+        count = len(piece.prompt_logprob_rows)
+        if count and not all(map(math.isfinite, of_prompt[taken : taken + count])):
+            failures[index] = str(NonFiniteLogitsError([], [repr(piece.seq.request.id)], [], None))
+        taken += count
+    return failures
 
 
 def _report(

@@ -20,6 +20,8 @@ def run_report(
     loads: LoadCounter,
     moe_layers: Sequence[MoELayer],
     topology: Topology,
+    *,
+    bytes_sent: int,
     preemptions: int,
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank; layers are of this rank's
@@ -37,7 +39,7 @@ def run_report(
         tokens_prefill=totals.tokens_prefill,
         tokens_decode=totals.tokens_decode,
         expert_rows=rows,
-        bytes_sent=sum(layer.bytes_sent for layer in moe_layers),
+        bytes_sent=bytes_sent,
         preemptions=preemptions,
         seconds=breakdown(totals.phase_seconds, totals.waiting_seconds),
     )

@@ -53,6 +53,11 @@ class LoadCounter:
         self._step_slowest += slowest
         self._step_mean += mean
 
+    def clear(self) -> None:
+        """Forget everything; a new run begins."""
+        self.layers.clear()
+        self._step_slowest = self._step_mean = 0.0
+
     def reset_step(self) -> float:
         """Return max over mean rank load of the step that ends here, and start the next one."""
         ratio = self._step_slowest / self._step_mean if self._step_mean else 1.0

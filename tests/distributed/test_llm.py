@@ -1,0 +1,217 @@
+"""The whole engine on real gloo ranks: the same tokens however the job is spread.
+
+Run: pytest tests/distributed/test_llm.py
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+
+from engine.config import Config, ModelConfig, ParallelConfig, SchedulerConfig
+from engine.llm import LLM
+from engine.request import Completion, Request, SamplingParams
+from engine.source import ListSource
+from tools.make_random_checkpoint import make_checkpoint
+
+PROMPTS = [
+    [random.Random(seed).randrange(90) for _ in range(length)]
+    for seed, length in enumerate([5, 17, 1, 30, 8, 12, 3])
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    make_checkpoint("mixtral", path, overrides={"vocab_size": 97, "num_local_experts": 5})
+    return path
+
+
+def config_of(path: Path, scheduler: dict[str, Any], parallel: dict[str, Any]) -> Config:
+    return Config(
+        model=ModelConfig(path=str(path), max_model_len=64),
+        scheduler=SchedulerConfig(**{"kv_cache_blocks": 64, "block_size": 4, **scheduler}),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def generate(
+    rank: int,
+    path: Path,
+    scheduler: dict[str, Any],
+    parallel: dict[str, Any],
+    params: SamplingParams,
+    prompts: list[list[int]],
+) -> tuple[list[Completion], int]:
+    llm = LLM(config_of(path, scheduler, parallel))
+    done = llm.generate(prompts, params)
+    preemptions = llm._scheduler.num_preemptions  # the only witness that a preemption took place
+    llm.close()
+    return done, preemptions
+
+
+def run(path, world=1, *, scheduler=None, parallel=None, params=None, prompts=PROMPTS):
+    params = params or SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
+    results = run_ranks(
+        generate, world, path, scheduler or {}, parallel or {}, params, prompts, timeout=90
+    )
+    first = results[0][0]
+    for done, _ in results:
+        assert [item.token_ids for item in done] == [item.token_ids for item in first]
+    return first, sum(preempted for _, preempted in results)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint) -> list[Completion]:
+    return run(checkpoint)[0]
+
+
+def assert_same(done: list[Completion], expected: list[Completion]) -> None:
+    assert [item.index for item in done] == [item.index for item in expected]
+    assert [item.token_ids for item in done] == [item.token_ids for item in expected]
+    for item, other in zip(done, expected, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(item.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, {}),
+        (3, {}),
+        (2, {"expert": 1}),  # two replicas of the whole model
+        (2, {"tensor": 2}),
+        (4, {"expert": 2, "tensor": 2}),
+    ],
+)
+def test_every_layout_of_ranks_gives_the_tokens_of_one_rank(checkpoint, alone, world, parallel):
+    done, _ = run(checkpoint, world, parallel=parallel)
+    assert_same(done, alone)
+
+
+def test_ranks_without_any_request_take_part_until_the_end(checkpoint, alone):
+    done, _ = run(checkpoint, 3, prompts=PROMPTS[:1])
+    assert_same(done, alone[:1])
+
+
+def test_chunked_prefill_and_one_sequence_at_a_time_change_nothing(checkpoint, alone):
+    done, _ = run(checkpoint, scheduler={"max_batch_tokens": 4, "max_sequences": 2})
+    assert_same(done, alone)
+
+
+def test_preempted_sequences_are_recomputed_and_lose_nothing(checkpoint):
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True, logprobs=True)
+    calm, none = run(checkpoint, params=params)
+    # 14 blocks of 4 hold 56 tokens; the seven sequences grow to 244.
+    tight, some = run(checkpoint, params=params, scheduler={"kv_cache_blocks": 14})
+    assert none == 0 and some > 0
+    assert_same(tight, calm)
+    assert [item.capacity.assignments for item in tight] == [
+        item.capacity.assignments for item in calm
+    ], "recomputed tokens were counted twice"
+
+
+def test_seeded_sampling_does_not_depend_on_ranks_or_batch(checkpoint):
+    params = SamplingParams(
+        max_new_tokens=8, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True, logprobs=True
+    )
+    one, _ = run(checkpoint, params=params)
+    two, _ = run(checkpoint, 2, params=params, scheduler={"max_sequences": 2})
+    assert_same(two, one)
+    greedy, _ = run(checkpoint, prompts=PROMPTS[:2])
+    assert one[0].token_ids[:6] != greedy[0].token_ids, "sampling at 0.9 chose as greedy does"
+
+
+def test_prompt_logprobs_are_those_of_every_prompt_token(checkpoint):
+    params = SamplingParams(max_new_tokens=1, prompt_logprobs=True, ignore_eos=True)
+    whole, _ = run(checkpoint, params=params)
+    chunked, _ = run(checkpoint, 2, params=params, scheduler={"max_batch_tokens": 5})
+    for item, other, prompt in zip(whole, chunked, PROMPTS, strict=True):
+        assert item.prompt_logprobs is not None and other.prompt_logprobs is not None
+        assert len(item.prompt_logprobs) == len(prompt) and item.prompt_logprobs[0] is None
+        values = torch.tensor(item.prompt_logprobs[1:])
+        assert (values < 0).all()
+        torch.testing.assert_close(
+            values, torch.tensor(other.prompt_logprobs[1:]), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_assignments_count_each_token_once_for_each_expert_and_layer(checkpoint, alone):
+    import json
+
+    hf = json.loads((checkpoint / "config.json").read_text())
+    per_token = hf["num_experts_per_tok"] * hf["num_hidden_layers"]
+    for item, prompt in zip(alone, PROMPTS, strict=True):
+        # The last sampled token is never run.
+        assert item.capacity.assignments == (len(prompt) + 5) * per_token
+        assert (item.capacity.dropped, item.capacity.added) == (0, 0)
+        assert item.capacity.gate_mass_kept == 1.0
+
+
+def test_a_prompt_that_cannot_run_fails_alone(checkpoint):
+    prompts = [PROMPTS[0], [1] * 80, PROMPTS[2]]
+    done, _ = run(checkpoint, 2, prompts=prompts)
+    assert [item.finish_reason for item in done] == ["length", "error", "length"]
+    assert done[1].error is not None
+    assert "80" in done[1].error["message"] and "64" in done[1].error["message"]
+
+
+def report_of(rank: int, path: Path) -> Any:
+    llm = LLM(config_of(path, {}, {}))
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    requests = [
+        Request(index=index, id=str(index), prompt_token_ids=prompt, params=params)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    share = requests[llm.topology.data_rank :: llm.topology.num_data]
+    steps = []
+    for _ in range(2):  # the second run's report must not contain the first's
+        steps.clear()
+        report = llm.run(ListSource(share), lambda done: None, steps.append)
+    llm.close()
+    return report, steps
+
+
+def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
+    results = run_ranks(report_of, 2, checkpoint)
+    report, steps = results[0]
+    prefill = sum(map(len, PROMPTS))
+    decode = 3 * len(PROMPTS)
+    assert sum(rank.tokens_prefill for rank in report.ranks) == prefill
+    assert sum(rank.tokens_decode for rank in report.ranks) == decode
+    assert sum(step.tokens_prefill for step in steps) == prefill
+    assert steps[-1].finished <= len(PROMPTS) and report.steps == len(steps)
+    layers = report.layers
+    assert sum(rank.expert_rows for rank in report.ranks) == sum(
+        sum(layer.expert_loads) for layer in layers
+    )
+    assert sum(layers[0].expert_loads) == (prefill + decode) * 2
+    assert report.max_over_mean >= 1.0
+    assert len(report.latencies["ttft"]) == len(report.latencies["tpot"]) == len(PROMPTS)
+    for rank in report.ranks:
+        assert set(rank.seconds) == {"attention", "experts", "communication", "waiting", "other"}
+        assert all(value >= 0 for value in rank.seconds.values())
+        assert 0 < sum(rank.seconds.values()) <= report.seconds * 1.01
+        assert rank.bytes_sent > 0
+
+
+def load_broken(rank: int, path: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        LLM(config_of(path, {}, {}))
+    return str(caught.value)
+
+
+def test_a_weight_that_is_nan_on_one_rank_stops_all_with_its_name(checkpoint, tmp_path):
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in tensors if ".experts.4." in key)  # the last rank's alone
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    messages = run_ranks(load_broken, 2, tmp_path)
+    assert messages[0] == messages[1] and name in messages[0]

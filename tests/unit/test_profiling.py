@@ -1,0 +1,101 @@
+"""Phase clock, waiting split and load counters on hand-worked numbers.
+
+Run: pytest tests/unit/test_profiling.py
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.profiling.loads import LoadCounter
+from engine.profiling.phases import HostClock, NoClock, Phase, Spans, make_clock
+from engine.profiling.waiting import breakdown, waiting_seconds
+
+MS = 1_000_000
+
+
+def spans(*pieces: tuple[Phase, int, int]) -> Spans:
+    phases, starts, ends = (np.array(column) for column in zip(*pieces, strict=True))
+    return Spans(phases, starts * MS, ends * MS)
+
+
+def test_spans_of_a_step_touch_and_add_up_to_its_length():
+    clock = HostClock()
+    for phase in (Phase.OTHER, Phase.ATTENTION, Phase.EXPERTS, Phase.ATTENTION):
+        clock.enter(phase)
+    clock.close_step()
+    step = clock.read()
+    assert step is not None and clock.read() is None
+    assert step.phases.tolist() == [0, 1, 6, 1]
+    assert (step.starts[1:] == step.ends[:-1]).all()
+    total = (step.ends[-1] - step.starts[0]) * 1e-9
+    assert step.seconds_by_phase().sum() == pytest.approx(total)
+    assert step.seconds_by_phase()[Phase.DISPATCH] == 0
+
+
+def test_steps_are_read_in_the_order_they_were_closed():
+    clock = HostClock()
+    for phase in (Phase.GATE, Phase.PLAN):
+        clock.enter(phase)
+        clock.close_step()
+    clock.close_step()  # nothing entered: no step
+    first, second = clock.read(), clock.read()
+    assert first is not None and second is not None
+    assert (first.phases.tolist(), second.phases.tolist()) == ([Phase.GATE], [Phase.PLAN])
+    assert clock.read() is None
+
+
+def test_a_disabled_clock_has_nothing_to_read():
+    clock = make_clock(torch.device("cpu"), enabled=False)
+    clock.enter(Phase.EXPERTS)
+    clock.close_step()
+    assert isinstance(clock, NoClock) and clock.read() is None
+
+
+def test_the_worked_example_of_waiting_holds_on_each_rank():
+    arrivals = np.array([[0], [6], [7]]) * MS
+    for start, end, expected in ((0, 10, 7), (6, 10, 1), (7, 10, 0)):
+        own = spans((Phase.DISPATCH, start, end))
+        assert waiting_seconds(own, arrivals) == pytest.approx(expected * 1e-3)
+
+
+def test_waiting_never_exceeds_the_collective_itself():
+    # A peer's stamp far in the future (a bad clock offset) cannot claim more than this rank's span.
+    own = spans((Phase.COMBINE, 0, 4))
+    assert waiting_seconds(own, np.array([[0], [900]]) * MS) == pytest.approx(4e-3)
+
+
+def test_work_between_collectives_is_no_waiting():
+    own = spans((Phase.EXPERTS, 0, 50), (Phase.COMBINE, 50, 52), (Phase.OTHER, 52, 60))
+    assert waiting_seconds(own, np.array([[50], [10]]) * MS) == 0.0
+
+
+def test_breakdown_adds_up_to_all_time():
+    seconds = np.zeros(len(Phase))
+    seconds[Phase.ATTENTION], seconds[Phase.EXPERTS], seconds[Phase.GATE] = 1.0, 2.0, 0.25
+    seconds[Phase.DISPATCH], seconds[Phase.CONTROL] = 0.5, 0.5
+    parts = breakdown(seconds, waiting=0.75)
+    assert parts == pytest.approx(
+        {
+            "attention": 1.0,
+            "experts": 2.0,
+            "communication": 0.25,
+            "waiting": 0.75,
+            "other": 0.25,
+        }
+    )
+
+
+def test_load_counter_weighs_layers_by_their_rows():
+    loads = LoadCounter()
+    loads.record(0, np.array([6, 2]), np.array([6, 2]))  # max 6, mean 4
+    loads.record(1, np.array([1, 1]), np.array([1, 1]))  # max 1, mean 1
+    assert loads.layers[0].max_over_mean == pytest.approx(1.5)
+    assert loads.max_over_mean() == pytest.approx(7 / 5)
+    assert loads.reset_step() == pytest.approx(7 / 5)
+    assert loads.reset_step() == 1.0, "an empty step is balanced"
+    loads.record(0, np.array([0, 4]), np.array([0, 4]))
+    assert loads.layers[0].experts.tolist() == [6, 6]
+    assert loads.reset_step() == pytest.approx(2.0)
+    loads.clear()
+    assert loads.max_over_mean() == 1.0 and not loads.layers
