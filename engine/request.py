@@ -106,12 +106,12 @@ class SamplingParams:
 class Request:
     """One prompt to complete.
 
-    `index` is the request's number in the whole job, the same on every rank: it seeds sampling and
+    `id` is the user's name for it. `index` is the request's number in the whole job, the same on every rank: it seeds sampling and
     breaks routing ties. Raises ValueError when the prompt is empty or holds what is no token id.
     """
 
     index: int
-    id: str
+    id: str | int
     prompt_token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
 
@@ -166,7 +166,7 @@ class Completion:
     """The outcome of one request. Logprobs are natural logarithms; `prompt_logprobs[0]` is None."""
 
     index: int
-    id: str
+    id: str | int | None
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
@@ -180,7 +180,7 @@ class Completion:
 
     @classmethod
     def failure(
-        cls, index: int, id: str, message: str, *, line: int | None = None, prompt_tokens: int = 0
+        cls, index: int, id: str | int | None, message: str, *, line: int | None = None, prompt_tokens: int = 0
     ) -> Completion:
         """The completion of a request that could not be run: no tokens, and why."""
         return cls(

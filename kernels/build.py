@@ -39,8 +39,8 @@ def ext_modules() -> "list[Extension]":
     return [
         Extension(
             "engine._native",
-            sources=sorted(f"kernels/csrc/{path.name}" for path in _SOURCES.glob("*.cpp")),
-            depends=sorted(f"kernels/csrc/{path.name}" for path in _SOURCES.glob("*.h")),
+            sources=sorted(f"engine/ops/csrc/{path.name}" for path in _SOURCES.glob("*.cpp")),
+            depends=sorted(f"engine/ops/csrc/{path.name}" for path in _SOURCES.glob("*.h")),
             include_dirs=include_paths(),
             library_dirs=[str(libraries)],
             libraries=["torch_cpu", "c10"],

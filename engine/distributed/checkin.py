@@ -7,6 +7,7 @@ meeting in a collective. Everything below `check_in` is a pure function of the a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -45,18 +46,29 @@ def check_in(
     store.set(keys[own.rank], json.dumps(dataclasses.asdict(own)))
     try:
         store.wait(keys, timeout)
-    except RuntimeError as error:  # the store's timeout; its type differs between torch versions
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise RendezvousError(
-            f"{name_ranks(missing)} of {world_size} did not arrive within "
-            f"{timeout.total_seconds():g} s: look for their own error, or raise runtime.timeout_s "
-            "if they start that slowly"
-        ) from error
+    except RuntimeError as error:  # a timeout or a lost store; types differ between torch versions
+        raise RendezvousError(_who_is_missing(store, keys, timeout)) from error
     present = [Presence(**json.loads(value)) for value in store.multi_get(keys)]
     if problem := _problem(present):
         _leave_together(store, own.rank, world_size)
         raise RankError(problem)
     return present
+
+
+def _who_is_missing(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> str:
+    try:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError:
+        return (
+            "the store that introduces the ranks is gone: look for the error of rank 0, or of "
+            "torchrun on its host"
+        )
+    late = name_ranks(missing) if missing else "the last"  # that one came while we counted
+    return (
+        f"{late} of {len(keys)} did not arrive within "
+        f"{timeout.total_seconds():g} s: look for their own error, or raise runtime.timeout_s if "
+        "they start that slowly"
+    )
 
 
 def _problem(present: Sequence[Presence]) -> str | None:
@@ -79,10 +91,11 @@ def _problem(present: Sequence[Presence]) -> str | None:
 
 def _leave_together(store: dist.Store, rank: int, world_size: int) -> None:
     """Keep rank 0, which may hold the store, until the others have read it (5 s at most)."""
-    store.add("read", 1)
     deadline = time.monotonic() + 5
-    while rank == 0 and store.add("read", 0) < world_size and time.monotonic() < deadline:
-        time.sleep(0.02)
+    with contextlib.suppress(RuntimeError):  # rank 0 has waited and left: no matter, all is read
+        store.add("read", 1)
+        while rank == 0 and store.add("read", 0) < world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def choose_device(requested: str, present: Sequence[Presence]) -> str:

@@ -134,7 +134,8 @@ def test_an_error_of_some_ranks_is_raised_by_all_with_one_text():
 
 def threads(rank: int, omp: str, config: Config) -> int:
     os.environ["OMP_NUM_THREADS"] = omp
-    bootstrap.start(config)
+    topology = bootstrap.start(config)
+    share_errors(topology.control, None)  # no rank leaves while another still connects
     return torch.get_num_threads()
 
 

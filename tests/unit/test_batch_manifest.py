@@ -35,7 +35,7 @@ def manifest(output: Path, **sections):
 
 
 def run(output: Path, job: dict, *, records: int = 2, overwrite: bool = False) -> str:
-    """Admit a job, append that many of the two records that are missing, finish it when all are there."""
+    """Admit a job, append that many of the missing records, finish it when both are there."""
     ledger = Ledger(output)
     try:
         state = admit(ledger, job, overwrite=overwrite)

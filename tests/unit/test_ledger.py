@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ledger as ledger_module
@@ -86,7 +86,7 @@ def test_a_torn_part_is_cut_at_its_last_line_end_and_written_on(tmp_path):
     content = b"".join(lines)
     ledger = open_ledger(tmp_path, num_data=1)
     path = part_path(ledger.parts, 0)
-    for cut in range(len(content) + 1):
+    for cut in [0, 1, *range(len(content) - len(lines[2]) - 1, len(content) + 1)]:
         path.write_bytes(content[:cut])
         ledger.create_parts(1)
         whole = indices(content[:cut])
@@ -291,6 +291,7 @@ def test_start_over_discards_records_before_it_writes_the_manifest(tmp_path, mon
     ledger.close()
 
 
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
 def test_random_kills_on_changing_numbers_of_ranks_lose_and_double_nothing(tmp_path_factory, seed):
     chance = random.Random(seed)

@@ -1,0 +1,391 @@
+"""The batch job from command line to output, on one and two ranks, through every kind of death.
+
+python -m pytest tests/distributed/test_batch_job.py
+
+Most deaths are arranged at an exact moment (a rank kills itself inside its n-th write to the
+ledger), so that what must be done and what must be left is known to the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import RanksFailed, run_ranks
+
+from engine.ledger import Ledger, part_path, parts_dir, scan_part
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = 96
+NUM_GOOD = 24
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small random model, its config and an input of good and bad lines."""
+    path = tmp_path_factory.mktemp("job")
+    make_model(path / "model")
+    (path / "config.yaml").write_text(
+        f"model: {{path: {path / 'model'}}}\n"
+        "scheduler: {max_sequences: 3}\n"
+        "sampling: {max_new_tokens: 12, ignore_eos: true}\n"
+        "runtime: {device: cpu, timeout_s: 30}\n"
+    )
+    (path / "in.jsonl").write_text("\n".join(LINES) + "\n")
+    return path
+
+
+def make_model(path: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {name: place for place, name in enumerate(["<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+    )
+    MixtralForCausalLM(config).save_pretrained(path)
+
+
+def good_lines() -> list[str]:
+    chance = random.Random(0)
+    lines = []
+    for number in range(NUM_GOOD - 3):
+        text = "".join(chance.choices("abcdefgh .", k=chance.randint(1, 50)))
+        # Lengths that differ, so that requests finish a few at a time.
+        own = {"max_new_tokens": 2 + 5 * (number % 4), "answer": "the user's own"}
+        lines.append(json.dumps({"id": f"r{number}", "prompt": text} | own))
+    message = {"role": "user", "content": "hi"}
+    chat = {"messages": [message], "max_tokens": 5, "logprobs": True}
+    lines += [
+        json.dumps({"id": 7, "prompt_token_ids": [5, 6, 7], "prompt_logprobs": True}),
+        json.dumps({"id": "m", "messages": [message], "temperature": 1.5, "seed": 3}),
+        json.dumps({"custom_id": "o", "url": "/v1/chat/completions", "body": chat}),
+    ]
+    return lines
+
+
+GOOD = good_lines()
+BAD = [
+    '{"id": "r0", "prompt": "again"}',
+    '{"id": "broken", "prompt": "no end',
+    json.dumps({"id": "long", "prompt": "x" * 200}),
+    '{"prompt": "nobody"}',
+]
+# Line numbers from 1: a blank line on 2 and bad lines on 4, 6, 8 and 10.
+LINES = [GOOD[0], "", GOOD[1], BAD[0], GOOD[2], BAD[1], GOOD[3], BAD[2], GOOD[4], BAD[3], *GOOD[5:]]
+IDS = ["r0", "r1", "r0", "r2", "broken", "r3", "long", "r4", None]
+IDS += [f"r{number}" for number in range(5, NUM_GOOD - 3)] + [7, "m", "o"]
+ALL = len(IDS)
+
+
+def infer(rank: int, argv: list[str], trap: Any = None) -> tuple[int, str, str]:
+    """Run launch/infer.py in this rank; return its exit code and what it printed.
+
+    trap: (rank, number of a write to the ledger, what happens in it).
+    """
+    from launch import infer as script
+
+    if trap is not None and trap[0] == rank:
+        set_trap(*trap[1:])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = script.main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def set_trap(number: int, event: str) -> None:
+    from engine.ledger import PartWriter
+
+    append, count = PartWriter.append, 0
+
+    def trapped(self: PartWriter, completions: Any) -> None:
+        nonlocal count
+        count += 1
+        if count < number:
+            return append(self, completions)
+        if event == "kill before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "kill inside":
+            real = os.write
+
+            def torn(fd: int, data: Any) -> int:
+                real(fd, data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+                return 0
+
+            os.write = torn
+        if event == "disk full":
+            real_write = os.write
+
+            def full(fd: int, data: Any) -> int:
+                if len(data) > 10:
+                    return real_write(fd, data[:10])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            os.write = full
+        if event in ("SIGTERM", "SIGINT"):
+            os.kill(os.getpid(), getattr(signal, event))
+        append(self, completions)
+        if event == "kill after":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    PartWriter.append = trapped
+
+
+def command(job: Path, output: Path, *more: str) -> list[str]:
+    files = ["--input", str(job / "in.jsonl"), "--output", str(output)]
+    return ["--config", str(job / "config.yaml"), *files, *more]
+
+
+def run(world: int, argv: list[str], trap: Any = None) -> list[tuple[int, str, str]]:
+    return run_ranks(infer, world, argv, trap, timeout=120.0)
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def committed(output: Path, num_parts: int) -> set[int]:
+    done: set[int] = set()
+    for data_rank in range(num_parts):
+        with part_path(parts_dir(output), data_rank).open("rb") as file:
+            done |= {index for index, _, _ in scan_part(file)}
+    return done
+
+
+def report(output: Path) -> dict[str, Any]:
+    return json.loads(output.with_name(output.name + ".report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Path) -> list[dict[str, Any]]:
+    """The records of a run on one rank that nothing happened to."""
+    output = job / "undisturbed.jsonl"
+    ((code, _, err),) = run(1, command(job, output))
+    assert code == 0, err
+    return records(output)
+
+
+def test_every_line_has_its_record_in_input_order(undisturbed):
+    assert [record["id"] for record in undisturbed] == IDS
+    first = undisturbed[0]
+    assert first["finish_reason"] == "length" and "error" not in first and "logprobs" not in first
+    prompt = json.loads(GOOD[0])["prompt"]
+    assert first["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 2}
+    assert len(first["token_ids"]) == 2
+    assert first["capacity"]["assignments"] == (len(prompt) + 1) * 2 * 2  # layers, top-2
+    by_id = {record["id"]: record for record in undisturbed}
+    assert by_id[7]["prompt_logprobs"][0] is None and len(by_id[7]["prompt_logprobs"]) == 3
+    assert len(by_id["o"]["logprobs"]) == 5 and all(value <= 0 for value in by_id["o"]["logprobs"])
+    assert by_id["m"]["usage"]["prompt_tokens"] == len("[user]hi")
+
+
+def test_a_bad_line_becomes_an_error_record_with_its_line_number(undisturbed):
+    errors = {
+        place: record["error"] for place, record in enumerate(undisturbed) if "error" in record
+    }
+    assert [(place, error["line"]) for place, error in errors.items()] == [
+        (2, 4),
+        (4, 6),
+        (6, 8),
+        (8, 10),
+    ]
+    assert "on line 1" in errors[2]["message"]
+    assert "not valid JSON" in errors[4]["message"]
+    assert "200 tokens" in errors[6]["message"] and str(CONTEXT) in errors[6]["message"]
+    assert "no id" in errors[8]["message"]
+    assert all(undisturbed[place]["text"] == "" for place in errors)
+
+
+def test_the_job_leaves_its_config_and_report_beside_the_output_and_no_ledger(job, undisturbed):
+    output = job / "undisturbed.jsonl"
+    assert {path.name for path in job.glob("undisturbed*")} == {
+        "undisturbed.jsonl",
+        "undisturbed.jsonl.config.yaml",
+        "undisturbed.jsonl.job.json",
+        "undisturbed.jsonl.report.json",
+    }
+    values = report(output)
+    assert (values["total"], values["errors"], values["requests"], values["resumed"]) == (
+        ALL,
+        len(BAD),
+        ALL,
+        0,
+    )
+    generated = sum(record["usage"]["completion_tokens"] for record in undisturbed)
+    assert values["generated_tokens"] == generated
+    assert values["run"]["ranks"][0]["tokens_prefill"] > 0
+
+
+def test_two_ranks_give_the_records_of_one_and_share_the_work(job, undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    (code, out, err), (other_code, other_out, other_err) = run(2, command(job, output))
+    assert (code, other_code) == (0, 0), err + other_err
+    assert records(output) == undisturbed
+    assert f"{ALL} requests, {len(BAD)} with an error record." in out
+    assert other_out == "" and other_err == "", "only rank 0 speaks"
+    assert all(rank["tokens_prefill"] > 0 for rank in report(output)["run"]["ranks"])
+
+
+@pytest.mark.parametrize("event", ["kill before", "kill inside", "kill after"])
+@pytest.mark.parametrize("victim, again", [(0, 2), (1, 1)])
+def test_a_killed_job_resumes_with_nothing_lost_doubled_or_redone(
+    job, undisturbed, tmp_path, event, victim, again
+):
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(RanksFailed, match=f"rank {victim}: died without a word, exit code -9"):
+        run(2, command(job, output), (victim, 3, event))
+    done = committed(output, 2)
+    assert 0 < len(done) < ALL and not output.exists()
+    for code, _, err in run(again, command(job, output)):
+        assert code == 0, err
+    assert records(output) == undisturbed
+    values = report(output)
+    assert (values["resumed"], values["requests"]) == (len(done), ALL - len(done))
+    assert not parts_dir(output).exists()
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_all_ranks_after_what_is_done_is_written(
+    job, undisturbed, tmp_path, name, code
+):
+    output = tmp_path / "out.jsonl"
+    outcomes = run(2, command(job, output), (1, 2, name))
+    assert outcomes[1][0] == code
+    assert outcomes[0][0] != 0, "a rank whose peer stopped does not claim success"
+    assert f"stopped by {name}" in outcomes[0][2] and "Traceback" not in outcomes[0][2]
+    done = committed(output, 2)
+    assert done
+    assert [item[0] for item in run(2, command(job, output))] == [0, 0]
+    assert records(output) == undisturbed and report(output)["resumed"] == len(done)
+
+
+def test_a_full_disk_ends_all_ranks_and_keeps_the_ledger(job, undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    outcomes = run(2, command(job, output), (1, 3, "disk full"))
+    assert [code for code, _, _ in outcomes] == [1, 1]
+    assert all("No space left on device" in err for _, _, err in outcomes)
+    assert "rank 1 left" in outcomes[0][2]
+    done = committed(output, 2)
+    assert 0 < len(done) < ALL and not output.exists()
+    assert [item[0] for item in run(2, command(job, output))] == [0, 0]
+    assert records(output) == undisturbed and report(output)["resumed"] == len(done)
+
+
+def test_a_finished_job_is_not_run_again_unless_asked_to(job, undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    assert run(1, command(job, output))[0][0] == 0
+    changed = output.stat().st_mtime_ns
+    for code, out, _ in run(2, command(job, output)):
+        assert code == 0 and ("already complete" in out or out == "")
+    assert output.stat().st_mtime_ns == changed
+    hot = ("--set", "sampling.max_new_tokens=3")
+    ((code, _, err),) = run(1, command(job, output, *hot))
+    assert code == 2 and "sampling.max_new_tokens was 12, is 3" in err
+    assert records(output) == undisturbed
+    assert run(1, command(job, output, "--overwrite", *hot))[0][0] == 0
+    assert records(output) != undisturbed and len(records(output)) == ALL
+
+
+def test_a_second_process_on_the_same_output_is_refused(job, tmp_path):
+    output = tmp_path / "out.jsonl"
+    held = Ledger(output)
+    outcomes = run(2, command(job, output))
+    held.close()
+    assert [code for code, _, _ in outcomes] == [2, 2]
+    assert "is being run by another process" in outcomes[0][2] and outcomes[1][2] == ""
+
+
+def test_an_empty_input_makes_an_empty_output_without_loading_the_model(job, tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n")
+    output = tmp_path / "out.jsonl"
+    argv = ["--config", str(job / "config.yaml"), "--input", str(tmp_path / "in.jsonl")]
+    assert [item[0] for item in run(2, [*argv, "--output", str(output)])] == [0, 0]
+    assert output.read_text() == ""
+
+
+def test_what_is_wrong_with_the_files_is_told_once_before_anything_runs(job, tmp_path):
+    config, real = ["--config", str(job / "config.yaml")], str(job / "in.jsonl")
+    (tmp_path / "file").touch()
+    cases = {
+        f"--input {tmp_path}/no.jsonl: does not exist": (f"{tmp_path}/no.jsonl", "out"),
+        f"--input {tmp_path}: is not a regular file": (str(tmp_path), "out"),
+        "the directory": (real, "missing/out"),
+        "is not a regular file; name a file": (real, "."),
+        "is the input": (real, real),
+        "/proc/self/out": (real, "/proc/self/out"),
+        "the directory ": (real, "file/out"),
+        "--input needs --output": (real, None),
+    }
+    for part, (source, target) in cases.items():
+        more = [] if target is None else ["--output", str(tmp_path / target)]
+        (code, _, err), (other, _, quiet) = run(2, [*config, "--input", source, *more])
+        assert (code, other) == (2, 2), err + quiet
+        assert part in err and err.startswith("error: ") and quiet == "", err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_without_an_input_built_in_prompts_are_completed(job, tmp_path):
+    output = tmp_path / "out.jsonl"
+    argv = ["--config", str(job / "config.yaml"), "--output", str(output)]
+    (code, out, err), (other, quiet, _) = run(2, argv)
+    assert (code, other, quiet) == (0, 0, ""), err
+    assert "The capital of France is" in out
+    lines = records(output)
+    assert [line["id"] for line in lines] == list(range(len(lines)))
+    assert all(line["finish_reason"] == "length" for line in lines)
+    ((code, _, err),) = run(1, argv)
+    assert code == 2 and "exists; use --overwrite" in err
+    assert run(1, [*argv, "--overwrite"])[0][0] == 0
+
+
+def test_the_script_runs_by_hand_is_killed_and_goes_on(job, undisturbed, tmp_path):
+    """No launcher and no helper: the command a user types, and kill -9 from outside."""
+    output = tmp_path / "out.jsonl"
+    argv = [sys.executable, str(ROOT / "launch/infer.py"), *command(job, output)]
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    process = subprocess.Popen(argv, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL)
+    part = part_path(parts_dir(output), 0)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = len(committed(output, 1)) if part.exists() else ALL
+    again = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert records(output) == undisturbed
+    if done < ALL:
+        assert report(output)["resumed"] == done

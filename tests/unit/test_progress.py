@@ -1,0 +1,173 @@
+"""What a job shows while it runs and at its end."""
+
+import io
+import json
+
+from rich.console import Console
+
+from engine.profiling.report import RankReport, RunReport, StepReport
+from engine.progress import Progress, Summary, percentiles, print_summary, slowest_rank
+
+
+def step(number: int, prefill: int = 0, decode: int = 0) -> StepReport:
+    return StepReport(
+        step=number,
+        tokens_prefill=prefill,
+        tokens_decode=decode,
+        running=1,
+        waiting=0,
+        finished=0,
+        max_over_mean=1.25,
+        elapsed=0.0,
+    )
+
+
+def rank(
+    number: int, *, attention=1.0, experts=1.0, waiting=0.0, rows=100, host="node"
+) -> RankReport:
+    return RankReport(
+        rank=number,
+        host=host,
+        tokens_prefill=10,
+        tokens_decode=20,
+        expert_rows=rows,
+        bytes_sent=0,
+        preemptions=0,
+        seconds={
+            "attention": attention,
+            "experts": experts,
+            "communication": 0.5,
+            "waiting": waiting,
+            "other": 0.1,
+        },
+    )
+
+
+def run_report(*ranks: RankReport, **changes) -> RunReport:
+    values = {
+        "seconds": 2.0,
+        "steps": 7,
+        "ranks": list(ranks),
+        "layers": [],
+        "max_over_mean": 1.5,
+        "latencies": {"ttft": [0.1, 0.2, 0.3], "tpot": [0.01]},
+    }
+    return RunReport(**(values | changes))
+
+
+def summary(run: RunReport | None, **changes) -> Summary:
+    values = {
+        "total": 5,
+        "resumed": 2,
+        "errors": 1,
+        "requests": 3,
+        "prompt_tokens": 30,
+        "generated_tokens": 40,
+    }
+    return Summary(run=run, **(values | changes))
+
+
+def console(**options) -> Console:
+    return Console(file=io.StringIO(), width=120, **options)
+
+
+def printed(out: Console) -> str:
+    assert isinstance(out.file, io.StringIO)
+    return out.file.getvalue()
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_without_a_terminal_a_line_appears_every_five_seconds():
+    out, clock = console(), Clock()
+    with Progress(out, total=10, resumed=2, num_done=lambda: 3, clock=clock) as progress:
+        for number in range(12):
+            clock.now += 1
+            progress.update(step(number, prefill=1000, decode=50))
+    first, second = printed(out).splitlines()
+    assert first == ("5/10 requests, prefill 1.0k tok/s, decode 50 tok/s, max/mean load 1.25, 5 s")
+    assert second.endswith("10 s")
+
+
+def test_rates_are_of_the_last_seconds_only():
+    out, clock = console(), Clock()
+    progress = Progress(out, total=10, resumed=0, num_done=lambda: 0, clock=clock)
+    for number in range(20):
+        clock.now += 1
+        progress.update(step(number, prefill=100 if number < 10 else 0, decode=7))
+    last = printed(out).splitlines()[-1]
+    assert "prefill 0 tok/s, decode 7 tok/s" in last
+
+
+def test_what_is_done_is_only_asked_for_when_it_is_shown():
+    asked = []
+    clock = Clock()
+    progress = Progress(console(), 10, 0, lambda: asked.append(1) or 0, clock)
+    for number in range(40):
+        clock.now += 0.25
+        progress.update(step(number))
+    assert len(asked) == 2
+
+
+def test_a_terminal_gets_a_bar():
+    out, clock = console(force_terminal=True), Clock()
+    with Progress(out, total=10, resumed=4, num_done=lambda: 2, clock=clock) as progress:
+        clock.now += 1
+        progress.update(step(1, prefill=10, decode=3))
+    assert "6/10" in printed(out) and "max/mean load 1.25" in printed(out)
+
+
+def test_percentiles_by_hand():
+    assert percentiles(run_report(latencies={"ttft": [1.0, 2.0, 3.0], "tpot": []})) == {
+        "ttft": {"p50": 2.0, "p99": 2.98}
+    }
+
+
+def test_the_slow_rank_is_the_one_that_computes_longest_and_not_the_one_that_waits():
+    ranks = [rank(0, waiting=3.0), rank(1, experts=4.0, rows=100), rank(2, waiting=3.0)]
+    sentence = slowest_rank(ranks)
+    assert sentence is not None and sentence.startswith("Rank 1 (node) is the slowest")
+    assert "5.00 s, 3.00 s longer" in sentence and "waited 3.00 s" in sentence
+    assert "the rank itself is slow" in sentence
+
+
+def test_a_rank_is_slow_because_its_experts_had_more_rows():
+    sentence = slowest_rank([rank(0, rows=100), rank(1, experts=3.0, rows=250)])
+    assert sentence is not None and "its experts had 2.50x the others' rows" in sentence
+
+
+def test_no_rank_is_named_where_none_stands_out():
+    assert slowest_rank([rank(0)]) is None
+    assert slowest_rank([rank(0), rank(1, attention=1.05)]) is None
+    assert slowest_rank([rank(0, attention=0, experts=0), rank(1, attention=0, experts=0)]) is None
+    # Twice the time, but of a run that did something else all along.
+    small = [rank(0, attention=0.005, experts=0), rank(1, attention=0.01, experts=0)]
+    assert slowest_rank(small) is None
+
+
+def test_the_summary_shows_throughput_latency_and_every_rank():
+    out = console()
+    print_summary(out, summary(run_report(rank(0), rank(1, experts=9.0, host="far"))))
+    text = printed(out)
+    for part in ("15.0", "20.0", "200.0 ms", "298.0 ms", "10.0 ms", "far", "9.00", "Rank 1 (far)"):
+        assert part in text, f"{part} is missing in\n{text}"
+    assert "5 requests, 2 of them by earlier runs, 1 with an error record." in text
+
+
+def test_a_run_with_nothing_left_to_do_still_says_what_the_job_is():
+    out = console()
+    print_summary(out, summary(None, resumed=5, errors=0))
+    assert printed(out) == "5 requests, 5 of them by earlier runs.\n"
+
+
+def test_the_summary_as_json_has_percentiles_in_place_of_latencies():
+    values = json.loads(summary(run_report(rank(0))).to_json())
+    assert values["total"] == 5 and values["run"]["steps"] == 7
+    assert values["run"]["latencies"]["tpot"] == {"p50": 0.01, "p99": 0.01}
+    assert values["run"]["ranks"][0]["seconds"]["attention"] == 1.0
+    assert "run" not in json.loads(summary(None).to_json())
