@@ -42,7 +42,7 @@ _NUM_WORDS = 6
 
 
 class ControlPlane:
-    """Exchanges control words over one group; up to `num_stamps` collectives of a step have stamps."""
+    """Exchanges control words over one group; `num_stamps` collectives of a step have stamps."""
 
     def __init__(self, group: Group, num_stamps: int, offset: ClockOffset) -> None:
         self._group = group

@@ -210,12 +210,10 @@ def _lock_directory(parts: Path) -> int:
     name.
     """
     while True:
+        parts.mkdir(exist_ok=True)
         try:
-            parts.mkdir(exist_ok=True)
             fd = os.open(parts / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            if not parts.parent.is_dir():
-                raise
+        except FileNotFoundError:  # the directory is gone again
             continue
         try:
             lock(fd, f"{parts}: the job is being run")

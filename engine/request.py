@@ -106,8 +106,8 @@ class SamplingParams:
 class Request:
     """One prompt to complete.
 
-    `id` is the user's name for it. `index` is the request's number in the whole job, the same on every rank: it seeds sampling and
-    breaks routing ties. Raises ValueError when the prompt is empty or holds what is no token id.
+    `id` is the user's name for it. `index` is its number in the whole job, the same on every rank:
+    it seeds sampling and breaks routing ties. Raises ValueError when the prompt is empty or holds what is no token id.
     """
 
     index: int
@@ -180,7 +180,13 @@ class Completion:
 
     @classmethod
     def failure(
-        cls, index: int, id: str | int | None, message: str, *, line: int | None = None, prompt_tokens: int = 0
+        cls,
+        index: int,
+        id: str | int | None,
+        message: str,
+        *,
+        line: int | None = None,
+        prompt_tokens: int = 0,
     ) -> Completion:
         """The completion of a request that could not be run: no tokens, and why."""
         return cls(

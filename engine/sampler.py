@@ -65,7 +65,7 @@ def sample(
     params: Sequence[SamplingParams],
     positions: Sequence[int],
     request_indices: Sequence[int],
-    request_ids: Sequence[str] | None = None,
+    request_ids: Sequence[str | int] | None = None,
 ) -> tuple[list[int], list[float] | None]:
     """Choose each row's next token.
 

@@ -128,7 +128,7 @@ def test_two_ranks_call_three_collectives_and_count_remote_bytes_only():
     assert [result["collectives"] for result in results] == [3, 3]
     row = HIDDEN * 4
     for rank, result in enumerate(results):
-        # Rows out and rows back are this rank's remote assignments and those it serves for its peer.
+        # Rows out and rows back: this rank's remote assignments and those it serves for its peer.
         remote = [_remote(tokens_of(r, counts[r]), r, num_experts, top_k) for r in range(2)]
         expected = remote[rank] * row + remote[1 - rank] * row + num_experts * 8
         assert result["bytes"] == expected
