@@ -1,0 +1,88 @@
+"""Who takes part in bench_generate.py, and with which settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.contender import Contender
+
+REFERENCE = "transformers-eager"  # whose greedy tokens are right by definition
+
+
+def generation_contenders(
+    peers: Mapping[str, str], threads: int, settings: Sequence[str], transformers_batch: int | None
+) -> list[Contender]:
+    """Everybody who can take part, in the order of the table.
+
+    peers: interpreters of 'vllm' and 'transformers' (default: this one). threads: CPU threads of a
+    contender, shared by its ranks. settings: config keys for this engine. transformers_batch: see
+    `workers/generate_transformers.py`.
+    """
+    python = peers.get("transformers", sys.executable)
+    half = max(1, threads // 2)
+    batch = {"batch": transformers_batch}
+    found = [
+        _lockstep("lockstep-1-rank", 1, threads, settings),
+        _lockstep("lockstep-2-ranks", 2, half, settings),
+        _transformers(REFERENCE, python, threads, experts="eager", **batch),
+        _transformers("transformers-grouped_mm", python, threads, experts="grouped_mm", **batch),
+    ]
+    if _has_package(python, "accelerate"):  # transformers refuses to distribute a model without it
+        split = {"ranks": 2, "experts": "grouped_mm", **batch}
+        for how in ("all_to_all", "all_reduce"):
+            name = f"transformers-2-ranks-{how}"
+            found.append(_transformers(name, python, half, expert_parallel=how, **split))
+    if "vllm" in peers:
+        found.append(_vllm(peers["vllm"], threads))
+    return found
+
+
+def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> Contender:
+    return Contender(
+        name=name,
+        module="bench.workers.generate_lockstep",
+        python=sys.executable,
+        ranks=ranks,
+        threads=threads,
+        # Room for every sequence of the largest job; by default the cache would take what is free.
+        load={"settings": ["scheduler.kv_cache_gib=0.25", *settings]},
+        needs_engine=True,
+    )
+
+
+def _transformers(
+    name: str, python: str, threads: int, *, ranks: int = 1, **load: Any
+) -> Contender:
+    return Contender(
+        name=name,
+        module="bench.workers.generate_transformers",
+        python=python,
+        ranks=ranks,
+        threads=threads,
+        load=load,
+    )
+
+
+def _vllm(python: str, threads: int) -> Contender:
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return Contender(
+        name="vllm",
+        module="bench.workers.generate_vllm",
+        python=python,
+        threads=threads,
+        env={
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+        },
+    )
+
+
+def _has_package(python: str, package: str) -> bool:
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0

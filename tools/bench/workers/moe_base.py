@@ -1,0 +1,73 @@
+"""What the MoE-layer workers share: make weights and tokens, time a forward, save an output.
+
+A worker says how to build its layer and how to run it; tokens of a case are split over its ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.moe_case import MoEShape, MoEWeights, make_ids, make_tokens, make_weights, share
+from bench.protocol import memory_mib
+
+
+class MoEWorker:
+    """Base of the workers. Subclasses implement `build` and `forward`."""
+
+    def build(self, shape: MoEShape, weights: MoEWeights, **settings: Any) -> None:
+        """Make the layer and copy the weights (of this rank's experts) into it."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Run the layer on this rank's tokens; collective where there are several ranks."""
+        raise NotImplementedError
+
+    def prepare(self, topk_ids_TK: torch.Tensor) -> None:
+        """Told before a run which experts all ranks' tokens choose; a layer need not know."""
+
+    def load(
+        self, shape: dict[str, int], seed: int, threads: int, **settings: Any
+    ) -> dict[str, Any]:
+        """Build the layer once. threads: CPU threads of this rank."""
+        torch.set_num_threads(threads)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self._shape, self._seed = MoEShape(**shape), seed
+        self._weights = make_weights(self._shape, seed)
+        self.build(self._shape, self._weights, **settings)
+        torch.set_num_threads(threads)  # a framework may have chosen its own while it was built
+        return memory_mib()
+
+    @torch.inference_mode()
+    def run(self, tokens: int, load: str, iterations: int) -> dict[str, Any]:
+        """Seconds of each of `iterations` forwards, all ranks starting together."""
+        x_TD = self._tokens(tokens, load)
+        seconds = []
+        for _ in range(iterations):
+            self._barrier()
+            begin = time.perf_counter()
+            self.forward(x_TD)
+            seconds.append(time.perf_counter() - begin)
+        return {"seconds": seconds}
+
+    @torch.inference_mode()
+    def output(self, tokens: int, load: str, path: str) -> dict[str, Any]:
+        """Save this rank's output rows as `path`.RANK.npy, to be checked against float64."""
+        out_TD = self.forward(self._tokens(tokens, load))
+        np.save(f"{path}.{self.rank}.npy", out_TD.float().numpy())
+        return memory_mib()
+
+    def _tokens(self, tokens: int, load: str) -> torch.Tensor:
+        topk_ids_TK = make_ids(self._shape, tokens, load, self._seed)
+        self.prepare(topk_ids_TK)
+        x_TD = make_tokens(self._weights, topk_ids_TK, self._seed)
+        return x_TD[share(tokens, self.ranks, self.rank)].contiguous()
+
+    def _barrier(self) -> None:
+        if self.ranks > 1:
+            torch.distributed.barrier()

@@ -1,0 +1,58 @@
+"""Worker: the machine's own bounds on a MoE layer, nothing else done.
+
+gemm: the experts' matrix products at the case's rows an expert, into buffers that are there
+already. read: all experts' weights summed once, the least a layer with few rows can do. With
+several ranks each does its own experts' part.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.moe_case import MoEShape, MoEWeights, share
+from bench.protocol import serve
+from bench.workers.moe_base import MoEWorker
+
+
+class Worker(MoEWorker):
+    """A bound in the shape of a layer; its output is the input and is not checked."""
+
+    def build(self, shape: MoEShape, weights: MoEWeights, what: str = "gemm") -> None:
+        """what: 'gemm' or 'read'."""
+        if self.ranks > 1:
+            torch.distributed.init_process_group("gloo")
+        own = share(shape.experts, self.ranks, self.rank)
+        self._experts = range(own.start, own.stop)
+        self._w13_e2FD, self._w2_eDF = weights.w13_E2FD[own].clone(), weights.w2_EDF[own].clone()
+        self._shape, self._what = shape, what
+
+    def prepare(self, topk_ids_TK: torch.Tensor) -> None:
+        """Allocate inputs and outputs of every local expert's products."""
+        rows = torch.bincount(topk_ids_TK.flatten(), minlength=self._shape.experts).tolist()
+        hidden, ffn = self._shape.hidden, self._shape.ffn
+        self._buffers = [
+            (
+                torch.randn(rows[index], hidden),
+                torch.randn(rows[index], ffn),
+                torch.empty(rows[index], 2 * ffn),
+                torch.empty(rows[index], hidden),
+            )
+            for index in self._experts
+        ]
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Do the bound's work and nothing else."""
+        if self._what == "read":
+            self._w13_e2FD.sum()
+            self._w2_eDF.sum()
+            return x_TD
+        for w13_2FD, w2_DF, (x, hidden, up, down) in zip(
+            self._w13_e2FD, self._w2_eDF, self._buffers, strict=True
+        ):
+            torch.mm(x, w13_2FD.T, out=up)
+            torch.mm(hidden, w2_DF.T, out=down)
+        return x_TD
+
+
+if __name__ == "__main__":
+    serve(Worker())

@@ -1,0 +1,72 @@
+"""Worker: DeepSpeed's MoE layer, expert-parallel over all ranks on gloo.
+
+Its all-to-all sends equal, padded buffers. Dropless pads every expert to the busiest one's rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.moe_case import MoEShape, MoEWeights, share
+from bench.protocol import serve
+from bench.workers.moe_base import MoEWorker
+
+
+class GatedExpert(nn.Module):
+    """Mixtral's expert; DeepSpeed brings none of its own."""
+
+    def __init__(self, shape: MoEShape) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(shape.hidden, 2 * shape.ffn, bias=False)
+        self.w2 = nn.Linear(shape.ffn, shape.hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(silu(x w1^T) * (x w3^T)) w2^T."""
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Worker(MoEWorker):
+    """`deepspeed.moe.layer.MoE`, top-2 with normalised weights as Mixtral's."""
+
+    def build(
+        self, shape: MoEShape, weights: MoEWeights, capacity_factor: float | None = None
+    ) -> None:
+        """capacity_factor: None runs dropless. Collective over all ranks."""
+        import deepspeed
+
+        # Otherwise init_distributed compiles an extension for a minute or two.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", verbose=False)
+        from deepspeed.moe.layer import MoE
+
+        self._layer = MoE(
+            hidden_size=shape.hidden,
+            expert=GatedExpert(shape),
+            num_experts=shape.experts,
+            ep_size=self.ranks,
+            k=shape.top_k,
+            eval_capacity_factor=capacity_factor or 1.0,
+            drop_tokens=capacity_factor is not None,
+            top2_2nd_expert_sampling=False,  # else the second expert is drawn with noise
+        ).eval()
+        self._layer.set_deepspeed_parallelism()
+        inner = self._layer.deepspeed_moe
+        own = share(shape.experts, self.ranks, self.rank)
+        with torch.no_grad():
+            inner.gate.wg.weight.copy_(weights.gate_ED)
+            for expert, index in zip(
+                inner.experts.deepspeed_experts, range(own.start, own.stop), strict=True
+            ):
+                expert.w13.weight.copy_(weights.w13_E2FD[index])
+                expert.w2.weight.copy_(weights.w2_EDF[index])
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Run the layer on one sequence of this rank's tokens."""
+        return self._layer(x_TD[None])[0][0]
+
+
+if __name__ == "__main__":
+    serve(Worker())

