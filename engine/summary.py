@@ -43,11 +43,11 @@ def run_report(
         preemptions=preemptions,
         seconds=breakdown(totals.phase_seconds, totals.waiting_seconds),
     )
-    everyone = gather_objects((own, latencies), topology.world)
+    everyone = gather_objects((own, latencies, seconds), topology.world)
     return RunReport(
-        seconds=seconds,
+        seconds=max(each for _, _, each in everyone),
         steps=totals.steps,
-        ranks=[rank for rank, _ in everyone],
+        ranks=[rank for rank, _, _ in everyone],
         layers=[
             LayerReport(
                 layer=layer,
@@ -59,6 +59,6 @@ def run_report(
         ],
         max_over_mean=loads.max_over_mean(),
         latencies={
-            key: [value for _, each in everyone for value in each[key]] for key in latencies
+            key: [value for _, each, _ in everyone for value in each[key]] for key in latencies
         },
     )

@@ -35,6 +35,7 @@ class Phase(IntEnum):
 
 
 COLLECTIVE_PHASES = (Phase.CONSENSUS, Phase.DISPATCH, Phase.COMBINE, Phase.CONTROL)
+_IS_COLLECTIVE = np.isin(np.arange(len(Phase)), COLLECTIVE_PHASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Spans:
     @property
     def collectives(self) -> np.ndarray:
         """Indices of the spans that hold a collective; as many on every rank of the group."""
-        return np.flatnonzero(np.isin(self.phases, COLLECTIVE_PHASES))
+        return np.flatnonzero(_IS_COLLECTIVE[self.phases])
 
     def seconds_by_phase(self) -> np.ndarray:
         """float64 [len(Phase)], seconds in each phase."""

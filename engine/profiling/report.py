@@ -60,10 +60,10 @@ class RunReport:
     """The whole run, the same on every rank; `layers` are those of the rank's own expert-parallel
     group.
 
-    seconds: wall time of the generation loop. steps: steps this group ran. max_over_mean: rows of
-    the most loaded rank over the mean rank, all layers. latencies: seconds, keys `ttft` (one entry
-    a request: pulled from the queue to first token) and `tpot` (one entry a request of two tokens
-    or more: mean seconds per later token).
+    seconds: wall time of the generation loop, the longest rank's. steps: steps this group ran.
+    max_over_mean: rows of the most loaded rank over the mean rank, all layers. latencies: seconds,
+    keys `ttft` (one entry a request: pulled from the queue to first token) and `tpot` (one entry a
+    request of two tokens or more: mean seconds per later token).
     """
 
     seconds: float
