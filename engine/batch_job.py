@@ -45,6 +45,7 @@ class FileJob:
         self._topology = topology
         self._ledger: Ledger | None = None
         self._manifest: dict[str, Any] = {}
+        self._size = 0
         self._modified_ns = 0
         self._writer: PartWriter | None = None
 
@@ -61,7 +62,7 @@ class FileJob:
             found = self._scan(overwrite)
             if found is not None:
                 table = found
-                return {"pending": len(table), "total": self.num_total}
+                return {"pending": len(table), "total": self.num_total, "size": self._size}
             return None
 
         opened = on_rank_0(topology, f"{key}/open", scan, JobError)
@@ -72,6 +73,11 @@ class FileJob:
         table = _broadcast_table(table, opened["pending"], topology)
         problem = None
         try:
+            if (size := self.input.stat().st_size) != opened["size"]:
+                raise ValueError(
+                    f"--input {self.input}: has {size} bytes here and {opened['size']} on rank 0; "
+                    "all hosts must see the same file"
+                )
             self.lines = Pending(self.input, table)
             if topology.tensor.rank == 0:
                 self._writer = PartWriter(parts_dir(self.output), topology.data_rank)
@@ -107,8 +113,8 @@ class FileJob:
         assert self._ledger is not None, "only rank 0 merges"
         if (now := self.input.stat()).st_mtime_ns != self._modified_ns:
             raise ValueError(
-                f"--input {self.input}: was written to while the job ran ({now.st_size} bytes now),"
-                " so its records may be of either version; run again with --overwrite"
+                f"--input {self.input}: was written to while the job ran ({now.st_size} bytes now); "
+                "the same command says whether its content is still what was run"
             )
         return self._ledger.merge(self.num_total)
 
@@ -123,7 +129,8 @@ class FileJob:
         check_output(self.output, self.input)
         index = scan_input(self.input)
         self._manifest = make_manifest(index, self._config)
-        self._modified_ns, self.num_total = index.modified_ns, len(index)
+        self._size, self._modified_ns = index.size, index.modified_ns
+        self.num_total = len(index)
         ledger = Ledger(self.output)
         try:
             if admit(ledger, self._manifest, overwrite=overwrite) == "complete":
@@ -177,22 +184,27 @@ def on_rank_0(
         if outcome["error"] is not None:
             raise exception(outcome["error"])
         return outcome["result"]
-    error, result = "rank 0 was stopped", None
     try:
         result = work()
-        error = None
-        return result
     except (OSError, ValueError) as failure:
-        error = describe(failure)
-        raise exception(error) from failure
-    finally:
-        store.set(key, json.dumps({"error": error, "result": result}))
-        # The store may be this very process: it must not end before the others have heard.
-        deadline = time.monotonic() + _HEAR_S
-        while store.add(f"{key}/heard", 0) < topology.world.size - 1:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_S)
+        _tell(topology, key, error=describe(failure))
+        raise exception(describe(failure)) from failure
+    except BaseException as failure:
+        _tell(topology, key, error=f"rank 0 broke off: {failure!r}", patience_s=0)
+        raise
+    _tell(topology, key, result)
+    return result
+
+
+def _tell(
+    topology: Topology, key: str, result: Any = None, error: str | None = None, patience_s=_HEAR_S
+) -> None:
+    """Publish an outcome and wait until all have heard: the store may be this very process."""
+    store = topology.store
+    store.set(key, json.dumps({"error": error, "result": result}))
+    deadline = time.monotonic() + patience_s
+    while store.add(f"{key}/heard", 0) < topology.world.size - 1 and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
 
 
 def describe(error: Exception) -> str:

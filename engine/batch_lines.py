@@ -19,7 +19,6 @@ OpenAI's defaults.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from typing import Any
 
 from engine.batch_input import Line, line_id
 from engine.request import Completion, Request, SamplingParams
+from engine.strict_json import parse_object, show
 
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OURS = frozenset(field.name for field in fields(SamplingParams))
@@ -92,10 +92,13 @@ class LineParser:
             )
 
     def _request(self, line: Line, name: str | int | None) -> Request:
-        record = _load(line.raw)
+        try:
+            record = parse_object(line.raw)
+        except ValueError as error:
+            raise _LineError(str(error)) from error
         if name is None:
             key = "custom_id" if "custom_id" in record else "id"
-            given = f"{key} = {_show(record[key])}" if key in record else f"the line has no {key}"
+            given = f"{key} = {show(record[key])}" if key in record else f"the line has no {key}"
             raise _LineError(f"{given}: must be text or a whole number")
         if line.duplicate_of:
             raise _LineError(
@@ -120,7 +123,7 @@ class LineParser:
             raise _LineError(str(error)) from error
         if params.stop and self.tokenizer is None:
             raise _LineError(
-                f"stop = {_show(params.stop)}: needs a tokenizer and the model has none; "
+                f"stop = {show(params.stop)}: needs a tokenizer and the model has none; "
                 "use stop_token_ids"
             )
         return params
@@ -155,14 +158,14 @@ class LineParser:
     def _token_ids(self, key: str, value: Any) -> list[int]:
         if not isinstance(value, list):
             kind = "text or a list of token ids" if key == "prompt" else "a list of token ids"
-            raise _LineError(f"{key} = {_show(value)}: must be {kind}")
+            raise _LineError(f"{key} = {show(value)}: must be {kind}")
         if not value:
             raise _LineError(f"{key}: is empty; give at least one token")
         for place, token in enumerate(value):
             if type(token) is not int:
                 several = ", one prompt a line" if key == "prompt" else ""
                 raise _LineError(
-                    f"{key}[{place}] = {_show(token)}: must be a whole number (a token id){several}"
+                    f"{key}[{place}] = {show(token)}: must be a whole number (a token id){several}"
                 )
             if not 0 <= token < self.vocab_size:
                 raise _LineError(
@@ -185,36 +188,6 @@ class LineParser:
             raise _LineError(f"messages: the chat template refuses them: {error}") from error
 
 
-def _load(raw: bytes) -> dict[str, Any]:
-    """Parse strictly: one object, no key twice, no NaN or Infinity."""
-    try:
-        record = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise _LineError(f"is not valid JSON: {error.msg} at character {error.pos}") from error
-    except UnicodeDecodeError as error:
-        raise _LineError(f"is not valid UTF-8 at byte {error.start}") from error
-    except RecursionError as error:
-        raise _LineError("is not valid JSON: nested too deeply") from error
-    except ValueError as error:
-        raise _LineError(f"is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise _LineError(f"{_show(record)}: must be a JSON object; {_SHAPE}")
-    return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return record
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _is_openai(record: dict[str, Any]) -> bool:
     return "custom_id" in record or "body" in record
 
@@ -235,13 +208,13 @@ def _openai(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if "id" in record:
         raise _LineError("the line has both id and custom_id or body: an OpenAI line has custom_id")
     if (method := record.get("method", "POST")) != "POST":
-        raise _LineError(f"method = {_show(method)}: must be POST")
+        raise _LineError(f"method = {show(method)}: must be POST")
     body = record.get("body")
     if not isinstance(body, dict):
-        raise _LineError(f"body = {_show(body)}: must be an object with prompt or messages")
+        raise _LineError(f"body = {show(body)}: must be an object with prompt or messages")
     url = record.get("url")
     if url is not None and (not isinstance(url, str) or url not in _URLS):
-        raise _LineError(f"url = {_show(url)}: must be one of {', '.join(_URLS)}")
+        raise _LineError(f"url = {show(url)}: must be one of {', '.join(_URLS)}")
     prompts = _PROMPTS if url is None else _URLS[url]
     settings = {}
     for key, value in body.items():
@@ -262,7 +235,7 @@ def _translate(settings: dict[str, Any], *, chat: bool) -> dict[str, Any]:
             continue
         if key in _NEUTRAL:
             if value not in _NEUTRAL[key]:
-                raise _LineError(f"{key} = {_show(value)}: {key} is not supported")
+                raise _LineError(f"{key} = {show(value)}: {key} is not supported")
             continue
         name = _ALIASES.get(key, key)
         if name in ours:
@@ -279,11 +252,11 @@ def _translate(settings: dict[str, Any], *, chat: bool) -> dict[str, Any]:
 def _conversation(messages: Any) -> Iterator[dict[str, Any]]:
     """Check the messages and join contents given as parts, which must all be text."""
     if not isinstance(messages, list) or not messages:
-        raise _LineError(f"messages = {_show(messages)}: must be a list of messages, not empty")
+        raise _LineError(f"messages = {show(messages)}: must be a list of messages, not empty")
     for place, message in enumerate(messages):
         where = f"messages[{place}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _LineError(f"{where} = {_show(message)}: must be an object with role and content")
+            raise _LineError(f"{where} = {show(message)}: must be an object with role and content")
         content = message.get("content")
         if isinstance(content, list):
             texts = [part.get("text") for part in content if isinstance(part, dict)]
@@ -292,7 +265,7 @@ def _conversation(messages: Any) -> Iterator[dict[str, Any]]:
                 raise _LineError(f"{where}.content: only parts of type text are supported")
             content = "".join(words)
         if not isinstance(content, str):
-            raise _LineError(f"{where}.content = {_show(content)}: must be text")
+            raise _LineError(f"{where}.content = {show(content)}: must be text")
         yield {**message, "content": content}
 
 
@@ -308,9 +281,3 @@ def _meant(key: str) -> str | None:
 
 def _letters(key: str) -> str:
     return re.sub("[^a-z0-9]", "", key.lower())
-
-
-def _show(value: Any) -> str:
-    """A value as JSON, cut to what an error message can hold."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -107,7 +107,8 @@ class Request:
     """One prompt to complete.
 
     `id` is the user's name for it. `index` is its number in the whole job, the same on every rank:
-    it seeds sampling and breaks routing ties. Raises ValueError when the prompt is empty or holds what is no token id.
+    it seeds sampling and breaks routing ties. Raises ValueError when the prompt is empty or holds
+    what is no token id.
     """
 
     index: int

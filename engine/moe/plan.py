@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.ops import sort_by_expert as sort_op
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertOrder:
@@ -55,7 +57,7 @@ class DispatchPlan:
     recv_splits: list[int]
     expert_counts: list[int]
     arrival_R: torch.Tensor | None
-    rank_loads: np.ndarray
+    rank_loads: list[int]
     expert_loads: np.ndarray
 
     @property
@@ -69,14 +71,7 @@ def sort_by_expert(topk_ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
 
     topk_ids_TK: int64 [T, K]. T may be 0.
     """
-    ids_N = topk_ids_TK.flatten()
-    order_N = ids_N.argsort(stable=True)
-    slot_N = torch.empty_like(order_N)
-    slot_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    load_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_N.device)
-    load_E.scatter_add_(0, ids_N, torch.ones_like(ids_N))
-    token_N = order_N.div(topk_ids_TK.shape[1], rounding_mode="floor")
-    return ExpertOrder(token_N, slot_N.view_as(topk_ids_TK), load_E)
+    return ExpertOrder(*sort_op.sort_by_expert(topk_ids_TK, num_experts))
 
 
 def make_plan(
@@ -87,6 +82,11 @@ def make_plan(
     counts_WE: int64 [W, E] on the host, row w = load_E of rank w. first_experts: W+1 boundaries,
     rank w hosts experts first_experts[w] .. first_experts[w+1]-1.
     """
+    if len(counts_WE) == 1:  # one rank keeps everything
+        load = counts_WE[0]
+        rows = load.tolist()
+        total = sum(rows)
+        return DispatchPlan(order, [total], [total], rows, None, [total], load)
     # Prefix sums rather than reduceat, which gives a rank without experts its neighbour's count.
     upto_WE = np.concatenate((np.zeros((len(counts_WE), 1), np.int64), counts_WE.cumsum(1)), axis=1)
     bounds = np.asarray(first_experts)
@@ -98,7 +98,7 @@ def make_plan(
         recv_splits=to_rank_WW[:, rank].tolist(),
         expert_counts=local_We.sum(0).tolist(),
         arrival_R=_arrival_by_expert(local_We, order.token_N.device),
-        rank_loads=to_rank_WW.sum(0),
+        rank_loads=to_rank_WW.sum(0).tolist(),
         expert_loads=counts_WE.sum(0),
     )
 

@@ -39,15 +39,15 @@ class LoadCounter:
     _step_slowest: float = 0.0
     _step_mean: float = 0.0
 
-    def record(self, layer: int, expert_loads: np.ndarray, rank_loads: np.ndarray) -> None:
-        """Add one layer of one step. expert_loads: int64 [E]; rank_loads: int64 [W], rows each rank
+    def record(self, layer: int, expert_loads: np.ndarray, rank_loads: list[int]) -> None:
+        """Add one layer of one step. expert_loads: int64 [E]; rank_loads: rows each rank
         works on.
         """
         totals = self.layers.get(layer)
         if totals is None:
             totals = self.layers[layer] = LayerLoad(np.zeros_like(expert_loads))
         totals.experts += expert_loads
-        slowest, mean = float(rank_loads.max()), float(rank_loads.mean())
+        slowest, mean = max(rank_loads), sum(rank_loads) / len(rank_loads)
         totals.slowest += slowest
         totals.mean += mean
         self._step_slowest += slowest

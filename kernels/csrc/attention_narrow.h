@@ -37,13 +37,13 @@ struct Narrow {
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     for (int64_t t = 0; t < rows.count; t += W) {
-      fetch(t, t + W);
       const float* const* keys = rows.keys + t;
       vf acc[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r] = vf{};
       for (int64_t d = 0; d < a.key_dim; d += W) {
         const int64_t columns = a.key_dim - d < W ? a.key_dim - d : W;
+        fetch.line(t, t + W, d);
         vf v[W];
         if (columns == W) {
 #pragma GCC unroll 16

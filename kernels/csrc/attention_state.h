@@ -8,7 +8,7 @@
 // prefill, in chunked prefill and in decode, alone and in any batch.
 // Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 
-constexpr int64_t KEYS = 64;
+constexpr int64_t KEYS = 32;
 constexpr int64_t CHUNK = 1024;
 constexpr int64_t SPARE = W > NR ? W : NR;
 
@@ -87,9 +87,15 @@ struct Fetch {
   const float* const* rows;
   int64_t count, floats;
 
+  // Rows first .. last, whole.
   INLINE void operator()(int64_t first, int64_t last) const {
     for (int64_t t = first; t < last && t < count; ++t)
       for (int64_t d = 0; d < floats; d += 16) __builtin_prefetch(rows[t] + d);
+  }
+  // Rows first .. last, the line that holds column d.
+  INLINE void line(int64_t first, int64_t last, int64_t d) const {
+    for (int64_t t = first; t < last && t < count && d < floats; ++t)
+      __builtin_prefetch(rows[t] + d);
   }
 };
 

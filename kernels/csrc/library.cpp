@@ -77,6 +77,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("apply_rotary(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
+  m.def("sort_by_expert(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
 }
 
@@ -89,5 +90,6 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("rms_norm", &lockstep::rms_norm);
   m.impl("add_rms_norm", &lockstep::add_rms_norm);
   m.impl("apply_rotary", &lockstep::apply_rotary);
+  m.impl("sort_by_expert", &lockstep::sort_by_expert);
   m.impl("combine_rows", &lockstep::combine_rows);
 }

@@ -50,6 +50,8 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
                                                 const at::Tensor& weight, double eps);
 void apply_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
                   const at::Tensor& sin);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert(const at::Tensor& topk_ids,
+                                                              int64_t num_experts);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
 
 }  // namespace lockstep

@@ -27,7 +27,7 @@ def test_the_worked_example_of_the_module_docstring_holds():
     assert plan.recv_splits == [2, 2]
     assert plan.expert_counts == [3, 1]
     assert plan.arrival_R is not None and plan.arrival_R.tolist() == [0, 1, 2, 3]
-    assert plan.rank_loads.tolist() == [4, 2]
+    assert plan.rank_loads == [4, 2]
     assert plan.num_received == 4
 
 

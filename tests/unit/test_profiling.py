@@ -88,13 +88,13 @@ def test_breakdown_adds_up_to_all_time():
 
 def test_load_counter_weighs_layers_by_their_rows():
     loads = LoadCounter()
-    loads.record(0, np.array([6, 2]), np.array([6, 2]))  # max 6, mean 4
-    loads.record(1, np.array([1, 1]), np.array([1, 1]))  # max 1, mean 1
+    loads.record(0, np.array([6, 2]), [6, 2])  # max 6, mean 4
+    loads.record(1, np.array([1, 1]), [1, 1])  # max 1, mean 1
     assert loads.layers[0].max_over_mean == pytest.approx(1.5)
     assert loads.max_over_mean() == pytest.approx(7 / 5)
     assert loads.reset_step() == pytest.approx(7 / 5)
     assert loads.reset_step() == 1.0, "an empty step is balanced"
-    loads.record(0, np.array([0, 4]), np.array([0, 4]))
+    loads.record(0, np.array([0, 4]), [0, 4])
     assert loads.layers[0].experts.tolist() == [6, 6]
     assert loads.reset_step() == pytest.approx(2.0)
     loads.clear()

@@ -1,0 +1,42 @@
+"""JSON as the standard has it: no key twice, no NaN or Infinity. For lines that users wrote."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Parse one object. Raises ValueError that says what is wrong and where."""
+    try:
+        value = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON: {error.msg} at character {error.pos}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not valid UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError("is not valid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{show(value)}: must be a JSON object")
+    return value
+
+
+def show(value: Any) -> str:
+    """A value as JSON, cut to what an error message can hold."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return record
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

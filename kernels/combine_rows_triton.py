@@ -1,0 +1,56 @@
+"""combine_rows on CUDA: one Triton program a (token, run of columns); terms are added in order of k.
+
+`combine_rows` imports this file only where Triton and a CUDA tensor are at hand.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _combine_rows_kernel(
+    rows,
+    slot_TK,
+    weights_TK,
+    out,
+    rows_stride,
+    dim,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for k in range(TOP_K):
+        slot = tl.load(slot_TK + token * TOP_K + k)
+        weight = tl.load(weights_TK + token * TOP_K + k).to(tl.float32)
+        present = slot >= 0
+        row = tl.load(rows + slot * rows_stride + column, mask=present & (column < dim), other=0.0)
+        # where, not a product with zero: the weight of an absent slot may be anything.
+        acc += tl.where(present, weight * row.to(tl.float32), 0.0)
+    tl.store(out + token * dim + column, acc.to(out.dtype.element_ty), mask=column < dim)
+
+
+def combine_rows_triton(
+    rows_ND: torch.Tensor, slot_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Triton form of `combine_rows`: same arguments and result."""
+    num_tokens, top_k = slot_TK.shape
+    dim = rows_ND.shape[1]
+    out_TD = rows_ND.new_empty(num_tokens, dim)
+    if num_tokens == 0:
+        return out_TD
+    rows_ND = rows_ND if rows_ND.stride(1) == 1 else rows_ND.contiguous()
+    block = min(1024, triton.next_power_of_2(dim))
+    _combine_rows_kernel[(num_tokens, triton.cdiv(dim, block))](
+        rows_ND,
+        slot_TK.contiguous(),
+        weights_TK.contiguous(),
+        out_TD,
+        rows_ND.stride(0),
+        dim,
+        TOP_K=top_k,
+        BLOCK=block,
+    )
+    return out_TD

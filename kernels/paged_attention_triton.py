@@ -1,0 +1,199 @@
+"""paged_attention on CUDA: one Triton kernel for decode, prefill and any mixture of both.
+
+A program takes BLOCK_M rows of one sequence and one kv head, a row being a (query, head of the group)
+pair, and walks the keys that those rows see with an online softmax. Its result depends on nothing but
+the sequence. `paged_attention` imports this file only where Triton and a CUDA tensor are at hand.
+
+Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sequence_of(query_start_S1, num_sequences, block, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    # Blocks of sequence s start at (rows before s) // BLOCK_M + s: room for every partial block
+    # without a table from the host. Finds the last sequence that starts at or before `block`.
+    low, high = 0, num_sequences
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_S1 + middle) * GROUP // BLOCK_M + middle <= block:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def _paged_attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    query_start_S1,
+    context_lens_S,
+    block_table_SB,
+    num_sequences,
+    scale_log2,
+    window,
+    q_token,
+    q_head,
+    k_block,
+    k_head,
+    k_slot,
+    v_block,
+    v_head,
+    v_slot,
+    out_token,
+    out_head,
+    table_row,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_MAIN: tl.constexpr,
+    KEY_REST: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = _sequence_of(query_start_S1, num_sequences, block, GROUP, BLOCK_M)
+    start = tl.load(query_start_S1 + sequence)
+    queries = tl.load(query_start_S1 + sequence + 1) - start
+    first_row = (block - (start * GROUP // BLOCK_M + sequence)) * BLOCK_M
+    rows = queries * GROUP
+    if first_row >= rows:
+        return
+    computed = tl.load(context_lens_S + sequence) - queries
+
+    row_M = first_row + tl.arange(0, BLOCK_M)
+    token_M = (start + row_M // GROUP).to(tl.int64)
+    head_M = kv_head * GROUP + row_M % GROUP
+    position_M = computed + row_M // GROUP
+    exists_M1 = (row_M < rows)[:, None]
+    # The head dimension in two powers of two: 576 = 512 + 64, not 1024.
+    main_D = tl.arange(0, KEY_MAIN)
+    q_M1 = q + (token_M * q_token + head_M * q_head)[:, None]
+    q_main_MD = tl.load(
+        q_M1 + main_D[None, :], mask=exists_M1 & (main_D < KEY_DIM)[None, :], other=0.0
+    )
+    if KEY_REST:
+        rest_D = KEY_MAIN + tl.arange(0, KEY_REST)
+        rest_1D = (rest_D < KEY_DIM)[None, :]
+        q_rest_MD = tl.load(q_M1 + rest_D[None, :], mask=exists_M1 & rest_1D, other=0.0)
+    value_D = tl.arange(0, VALUE_PAD)
+    value_1D = (value_D < VALUE_DIM)[None, :]
+
+    peak_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    acc_MD = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    last_row = tl.minimum(first_row + BLOCK_M, rows) - 1
+    end = computed + last_row // GROUP + 1
+    begin = tl.maximum(computed + first_row // GROUP - window + 1, 0) // BLOCK_N * BLOCK_N
+    for key in range(begin, end, BLOCK_N):
+        key_N = key + tl.arange(0, BLOCK_N)
+        loaded_N = key_N < end
+        table_N = block_table_SB + sequence.to(tl.int64) * table_row + key_N // BLOCK_SIZE
+        block_N = tl.load(table_N, mask=loaded_N, other=0).to(tl.int64)
+        slot_N = key_N % BLOCK_SIZE
+        k_1N = k_cache + (block_N * k_block + kv_head * k_head + slot_N * k_slot)[None, :]
+        main_D1 = (main_D < KEY_DIM)[:, None]
+        k_DN = tl.load(k_1N + main_D[:, None], mask=main_D1 & loaded_N[None, :], other=0.0)
+        scores_MN = tl.dot(q_main_MD, k_DN, input_precision="ieee")
+        if KEY_REST:
+            rest_D1 = (rest_D < KEY_DIM)[:, None]
+            k_DN = tl.load(k_1N + rest_D[:, None], mask=rest_D1 & loaded_N[None, :], other=0.0)
+            scores_MN += tl.dot(q_rest_MD, k_DN, input_precision="ieee")
+        distance_MN = position_M[:, None] - key_N[None, :]
+        seen_MN = (distance_MN >= 0) & (distance_MN < window)
+        scores_MN = tl.where(seen_MN, scores_MN * scale_log2, float("-inf"))
+
+        new_peak_M = tl.maximum(peak_M, tl.max(scores_MN, 1))
+        # A row that has seen no key yet keeps -inf; its weights are taken against 0 and come out 0.
+        base_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
+        weights_MN = tl.exp2(scores_MN - base_M[:, None])
+        shrink_M = tl.exp2(peak_M - base_M)
+        sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
+        v_N1 = v_cache + (block_N * v_block + kv_head * v_head + slot_N * v_slot)[:, None]
+        v_ND = tl.load(v_N1 + value_D[None, :], mask=loaded_N[:, None] & value_1D, other=0.0)
+        acc_MD = acc_MD * shrink_M[:, None]
+        acc_MD += tl.dot(weights_MN.to(v_ND.dtype), v_ND, input_precision="ieee")
+        peak_M = new_peak_M
+
+    out_MD = out + (token_M * out_token + head_M * out_head)[:, None] + value_D[None, :]
+    # Rows past the last one saw no key: their sum is 0 and they are not stored.
+    result_MD = acc_MD / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
+    tl.store(out_MD, result_MD.to(out.dtype.element_ty), mask=exists_M1 & value_1D)
+
+
+def paged_attention_triton(
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    query_start_S1: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    block_table_SB: torch.Tensor,
+    *,
+    query_lens: list[int],
+    context_lens: list[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Triton form of `paged_attention`: same arguments and result; needs no copy to the host."""
+    num_tokens, num_heads, key_dim = q_THD.shape
+    num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    value_dim = v_cache.shape[3]
+    out_THD = q_THD.new_empty(num_tokens, num_heads, value_dim)
+    if num_tokens == 0:
+        return out_THD
+    if q_THD.stride(2) != 1:
+        q_THD = q_THD.contiguous()
+    assert k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and block_table_SB.stride(1) == 1
+    group = num_heads // num_kv_heads
+    # tl.dot wants at least 16 of everything; wide heads leave room for fewer rows and keys.
+    wide = max(key_dim, value_dim) > 256
+    decode = max(query_lens) * group <= 16
+    block_m = 16 if wide or decode else 64
+    block_n = 32 if wide or q_THD.dtype == torch.float32 else 64
+    main = max(16, 1 << (key_dim.bit_length() - 1))
+    rest = max(16, triton.next_power_of_2(key_dim - main)) if key_dim > main else 0
+    grid = (num_tokens * group // block_m + len(query_lens), num_kv_heads)
+    _paged_attention_kernel[grid](
+        q_THD,
+        k_cache,
+        v_cache,
+        out_THD,
+        query_start_S1,
+        context_lens_S,
+        block_table_SB,
+        len(query_lens),
+        scale * 1.4426950408889634,
+        window if window is not None else 2**30,
+        q_THD.stride(0),
+        q_THD.stride(1),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        k_cache.stride(2),
+        v_cache.stride(0),
+        v_cache.stride(1),
+        v_cache.stride(2),
+        out_THD.stride(0),
+        out_THD.stride(1),
+        block_table_SB.stride(0),
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        KEY_MAIN=main,
+        KEY_REST=rest,
+        VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8 if wide else 4,
+        num_stages=1 if wide else 2,
+    )
+    return out_THD
