@@ -113,7 +113,7 @@ class FileJob:
         assert self._ledger is not None, "only rank 0 merges"
         if (now := self.input.stat()).st_mtime_ns != self._modified_ns:
             raise ValueError(
-                f"--input {self.input}: was written to while the job ran ({now.st_size} bytes now); "
+                f"--input {self.input}: was written to while the job ran ({now.st_size} bytes); "
                 "the same command says whether its content is still what was run"
             )
         return self._ledger.merge(self.num_total)

@@ -1,4 +1,4 @@
-"""combine_rows on CUDA: one Triton program a (token, run of columns); terms are added in order of k.
+"""combine_rows on CUDA: one Triton program a (token, run of columns), terms added in order of k.
 
 `combine_rows` imports this file only where Triton and a CUDA tensor are at hand.
 """

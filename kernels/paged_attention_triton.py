@@ -1,8 +1,8 @@
 """paged_attention on CUDA: one Triton kernel for decode, prefill and any mixture of both.
 
-A program takes BLOCK_M rows of one sequence and one kv head, a row being a (query, head of the group)
-pair, and walks the keys that those rows see with an online softmax. Its result depends on nothing but
-the sequence. `paged_attention` imports this file only where Triton and a CUDA tensor are at hand.
+A program takes BLOCK_M rows of one sequence and one kv head, a row being a (query, head of the
+group) pair, and walks the keys that those rows see with an online softmax. `paged_attention`
+imports this file only where Triton and a CUDA tensor are at hand.
 
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
@@ -154,11 +154,11 @@ def paged_attention_triton(
         q_THD = q_THD.contiguous()
     assert k_cache.stride(3) == 1 and v_cache.stride(3) == 1 and block_table_SB.stride(1) == 1
     group = num_heads // num_kv_heads
-    # tl.dot wants at least 16 of everything; wide heads leave room for fewer rows and keys.
-    wide = max(key_dim, value_dim) > 256
+    # tl.dot wants at least 16 of everything; wide heads and float32 leave room for fewer.
+    wide, single = max(key_dim, value_dim) > 256, q_THD.dtype == torch.float32
     decode = max(query_lens) * group <= 16
-    block_m = 16 if wide or decode else 64
-    block_n = 32 if wide or q_THD.dtype == torch.float32 else 64
+    block_m = 16 if wide or decode else 32 if single else 64
+    block_n = 32 if wide or single else 64
     main = max(16, 1 << (key_dim.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(key_dim - main)) if key_dim > main else 0
     grid = (num_tokens * group // block_m + len(query_lens), num_kv_heads)

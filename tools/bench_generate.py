@@ -20,7 +20,7 @@ ignored, prefix caching off. From the medians over the rounds:
     total s          tN
 
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
-it takes part, else the first contender). Peak MiB is each rank's VmHWM, weights and cache included.
+it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import Running, select, start
+from bench.contender import Running, WorkerError, select, start
 from bench.generation import REFERENCE, generation_contenders
 from bench.interleave import interleave
 from bench.jobs import JOBS, Job, make_job
@@ -122,12 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         options.contenders,
     )
-    record: dict[str, Any] = {
-        "bench": "generate",
-        **stamp(),
-        "options": _plain(options),
-        "jobs": {},
-    }
+    record: dict[str, Any] = {"bench": "generate", **stamp(), "options": _plain(options)}
+    record |= {"contenders": {}, "jobs": {}}
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
@@ -164,9 +160,10 @@ def _vocab_size(checkpoint: Path) -> int:
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    # Interpreters are paths of one machine; which peers took part is what another reader can use.
-    plain = {**vars(options), "peer": [name for name, _ in options.peer]}
-    return {name: str(v) if isinstance(v, Path) else v for name, v in plain.items()}
+    # Paths of one machine mean nothing to another reader: peers and checkpoint go by name.
+    plain = {**vars(options), "checkpoint": options.checkpoint.name}
+    plain["peer"] = [name for name, _ in options.peer]
+    return {name: value for name, value in plain.items() if name != "out"}
 
 
 def _peer(text: str) -> tuple[str, str]:
@@ -219,6 +216,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.contender import Contender, Running, select, start
+from bench.contender import Contender, Running, WorkerError, select, start
 from bench.interleave import interleave
 from bench.moe_case import LOADS, MoEShape, make_ids, make_tokens, make_weights, reference
 from bench.report import emit, spread, table
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {
         "bench": "moe_layer",
         **stamp(("torch", "transformers", "deepspeed")),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": {name: value for name, value in vars(options).items() if name != "out"},
         "cases": {},
     }
     texts = []
@@ -210,6 +210,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -18,66 +18,17 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tiny import corpus, demo, evaluate, export, report, runtime, tasks
+from tiny.arch import ARCHS
 from tiny.data import Batches
-from tiny.model import ARCHS, TinyMoe
+from tiny.model import TinyMoe
 from tiny.optim import make_optimizers
+from tiny.recipe import RECIPES, Recipe
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
-    """A stretch of training: up to `until` (share of all steps), rows of `length` tokens."""
-
-    until: float
-    num_rows: int
-    length: int
-    num_task_rows: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """Everything that decides the result, besides the architecture."""
-
-    steps: int = 3200
-    seed: int = 20
-    learning_rate: float = 4e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    decay_from: float = 0.40  # share of the steps after which the rate falls linearly to zero
-    balance_coefficient: float = 0.005
-    gradient_clip: float = 1.0
-    phases: tuple[Phase, ...] = (
-        Phase(until=0.60, num_rows=12, length=256, num_task_rows=4),
-        Phase(until=1.00, num_rows=6, length=512, num_task_rows=3),
-    )
-
-    def phase(self, step: int) -> Phase:
-        """The phase that `step` (0-based) belongs to."""
-        return next(p for p in self.phases if step < p.until * self.steps)
-
-    def rate(self, step: int) -> float:
-        """Learning rate at `step`: linear warm-up, constant, linear decay."""
-        warm = min(1.0, (step + 1) / self.warmup_steps)
-        decay = (self.steps - step) / (self.steps * (1 - self.decay_from))
-        return self.learning_rate * min(warm, decay, 1.0)
-
-
-RECIPES = {
-    "mixtral": Recipe(),
-    "olmoe": Recipe(
-        steps=2000,
-        phases=(
-            Phase(until=0.60, num_rows=12, length=256, num_task_rows=6),
-            Phase(until=1.00, num_rows=6, length=512, num_task_rows=3),
-        ),
-    ),
-}
 
 
 class Trainer:
@@ -132,17 +83,17 @@ class Trainer:
         answers = losses[: phase.num_task_rows][weights_BS[: phase.num_task_rows] > 1]
         return text_loss, answers.mean().item()
 
-    def run(self, *, log_every: int, probe_every: int, save_every: int) -> None:
-        """Train to the last step, resuming from the saved state when there is one."""
+    def run(self, num_steps: int, *, log_every: int, probe_every: int, save_every: int) -> None:
+        """Train up to `num_steps` in all, resuming from the saved state when there is one."""
         self.load_state()
         text_losses, answer_losses, num_tokens, started = [], [], 0, time.perf_counter()
-        while self.step < self.recipe.steps:
+        while self.step < num_steps:
             phase = self.recipe.phase(self.step)
             text_loss, answer_loss = self.train_step()
             text_losses.append(text_loss)
             answer_losses.append(answer_loss)
             num_tokens += phase.num_rows * phase.length
-            if self.step % log_every == 0 or self.step == self.recipe.steps:
+            if self.step % log_every == 0 or self.step == num_steps:
                 seconds = time.perf_counter() - started
                 self.seconds += seconds
                 row = {
@@ -158,7 +109,7 @@ class Trainer:
                 print(json.dumps(row), flush=True)
                 text_losses, answer_losses, num_tokens = [], [], 0
                 started = time.perf_counter()
-            if self.step % save_every == 0:
+            if self.step % save_every == 0 or self.step == num_steps:
                 self.save_state()
 
     @torch.no_grad()
@@ -212,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", choices=[*ARCHS, "both"], default="both")
     parser.add_argument("--out", type=Path, required=True, help="folder that receives tiny_<arch>/")
-    parser.add_argument("--steps", type=int, help="default: the recipe's own")
+    parser.add_argument("--steps", type=int, help="stop after so many (default: the whole recipe)")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--state", type=Path, default=Path(".train_tiny"), help="resumable state")
@@ -231,20 +182,21 @@ def main() -> None:
     export.write_jsonl(args.out / "demo_prompts.jsonl", demo.demo_prompts())
     for name in ARCHS if args.arch == "both" else [args.arch]:
         recipe = RECIPES[name]
-        recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
-        state_path = args.state / f"{name}_{recipe.steps}.pt"
+        num_steps = min(args.steps or recipe.steps, recipe.steps)
+        state_path = args.state / f"{name}.pt"
         trainer = Trainer(name, recipe, tokenizer, text, dtype, state_path)
         print(
             f"{name}: {sum(p.numel() for p in trainer.model.parameters())} parameters, "
-            f"{trainer.num_stream_tokens} training tokens, {dtype}, {recipe.steps} steps",
+            f"{trainer.num_stream_tokens} training tokens, {dtype}, {num_steps} steps",
             flush=True,
         )
-        trainer.run(log_every=50, probe_every=400, save_every=200)
+        trainer.run(num_steps, log_every=50, probe_every=400, save_every=200)
         out = args.out / f"tiny_{name}"
         export.save_checkpoint(trainer.model, tokenizer, out)
         metrics = report.measure(trainer.model, tokenizer, text, out)
         metrics |= {
-            "steps": recipe.steps,
+            "steps": trainer.step,
+            "training_tokens": recipe.num_tokens,
             "training_seconds": round(trainer.seconds),
             "training_dtype": str(dtype).removeprefix("torch."),
             "hardware": runtime.hardware(),

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import MixtralForCausalLM, OlmoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from tiny import corpus, demo, evaluate, tasks
+from tiny import corpus, demo, evaluate, export, tasks
+from tiny.arch import ARCHS
 from tiny.data import ANSWER_WEIGHT, FILLER_WEIGHT, Batches, record_tokens
-from tiny.model import ARCHS, BLOCK_ROWS, TinyMoe, block_rows
+from tiny.model import TinyMoe
+from tiny.moe import BLOCK_ROWS, block_rows
+from tiny.recipe import RECIPES
 
 NUM_DRAWS = 300
 
@@ -247,3 +252,33 @@ def test_training_step_in_bfloat16_stays_near_float32(name: str):
         )
     similarity = torch.nn.functional.cosine_similarity(*grads, dim=0)
     assert similarity > 0.97
+
+
+@pytest.mark.parametrize("name", sorted(ARCHS))
+def test_training_module_gives_the_logits_of_transformers_own_family(name: str):
+    arch = replace(ARCHS[name], vocab_size=61, hidden_size=32, num_heads=4, num_layers=2)
+    arch = replace(arch, num_kv_heads=arch.num_kv_heads // 2)
+    family = {"mixtral": MixtralForCausalLM, "olmoe": OlmoeForCausalLM}[name]
+    exported = family(export.hugging_face_config(arch)).eval()
+    exported.load_state_dict(TinyMoe(arch, seed=3).state_dict())
+    ids_BS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(1))
+    assert export.logits_error(TinyMoe(arch, seed=4), exported, ids_BS) < 1e-5
+
+
+def test_logits_of_another_rule_are_refused():
+    arch = replace(ARCHS["olmoe"], vocab_size=61, hidden_size=32, num_layers=1)
+    exported = OlmoeForCausalLM(export.hugging_face_config(arch)).eval()
+    renormalising = TinyMoe(replace(arch, norm_topk_prob=True), seed=0)
+    with pytest.raises(ValueError, match="exported logits differ"):
+        export.logits_error(renormalising, exported, torch.arange(20)[None])
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_rate_rises_for_the_warm_up_and_never_after(name: str):
+    recipe = RECIPES[name]
+    rates = [recipe.rate(step) for step in range(recipe.steps)]
+    peak = recipe.warmup_steps - 1
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[peak] == recipe.learning_rate
+    assert 0 < rates[-1] < 0.001 * recipe.learning_rate

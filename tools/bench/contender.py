@@ -115,16 +115,9 @@ class Running:
             for stream in self._streams:
                 stream.write(line)
                 stream.flush()
-            answers = [stream.readline() for stream in self._streams]
-        except (OSError, TimeoutError) as error:
+            return [self._answer(stream, method) for stream in self._streams]
+        except OSError as error:  # among them TimeoutError
             raise self._failure(f"gave no answer to {method!r} ({error})") from error
-        if not all(answers):
-            raise self._failure(f"died in {method!r}")
-        replies = [json.loads(answer) for answer in answers]
-        for reply in replies:
-            if "error" in reply:
-                raise WorkerError(f"{self.contender.name}: {method!r} failed\n{reply['error']}")
-        return replies
 
     def close(self) -> None:
         """End all processes of this contender."""
@@ -136,6 +129,15 @@ class Running:
                 os.killpg(self._process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=5)
+
+    def _answer(self, stream: TextIO, method: str) -> dict[str, Any]:
+        answer = stream.readline()
+        if not answer:
+            raise self._failure(f"died in {method!r}")
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise WorkerError(f"{self.contender.name}: {method!r} failed\n{reply['error']}")
+        return reply
 
     def _failure(self, what: str) -> WorkerError:
         tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])

@@ -24,7 +24,7 @@ def generation_contenders(
     """
     python = peers.get("transformers", sys.executable)
     half = max(1, threads // 2)
-    batch = {"batch": transformers_batch}
+    batch: dict[str, Any] = {"batch": transformers_batch}
     found = [
         _lockstep("lockstep-1-rank", 1, threads, settings),
         _lockstep("lockstep-2-ranks", 2, half, settings),
@@ -32,7 +32,7 @@ def generation_contenders(
         _transformers("transformers-grouped_mm", python, threads, experts="grouped_mm", **batch),
     ]
     if _has_package(python, "accelerate"):  # transformers refuses to distribute a model without it
-        split = {"ranks": 2, "experts": "grouped_mm", **batch}
+        split: dict[str, Any] = {"ranks": 2, "experts": "grouped_mm", **batch}
         for how in ("all_to_all", "all_reduce"):
             name = f"transformers-2-ranks-{how}"
             found.append(_transformers(name, python, half, expert_parallel=how, **split))

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 import torch
+from tiny.arch import TinyArch
 from tiny.corpus import BOS_ID, EOS_ID, PAD_ID
-from tiny.model import TinyArch, TinyMoe
+from tiny.model import TinyMoe
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,

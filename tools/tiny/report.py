@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from tiny import evaluate, export
+from tiny.arch import TinyArch
 from tiny.corpus import Corpus
-from tiny.model import TinyArch, TinyMoe
+from tiny.model import TinyMoe
 from tiny.tasks import TASKS, evaluation_records
 from transformers import PreTrainedTokenizerFast
 
@@ -106,9 +107,11 @@ def readme(arch: TinyArch, metrics: dict[str, Any], command: str) -> str:
         "logits against the training module": f"{metrics['logits_error_to_transformers']:.0e}",
     }
     accuracy = {
-        f"{task} | {metrics['task_accuracy'][task]:.3f}": " ".join((make.__doc__ or "").split())
+        f"{task} | {metrics['task_accuracy'][task]:.3f}": (make.__doc__ or "").partition("\n")[0]
         for task, make in TASKS.items()
     }
+    tokens = f"{metrics['training_tokens'] / 1e6:.1f}M tokens"
+    minutes = f"{metrics['training_seconds'] / 60:.0f} minutes"
     return f"""# tiny_{arch.model_type}
 
 A {metrics["parameters"] / 1e6:.2f}M-parameter {arch.model_type}: {sizes}.
@@ -117,8 +120,8 @@ Made by
 
     python {command}
 
-in {metrics["steps"]} steps and {metrics["training_seconds"] / 60:.0f} minutes
-({metrics["hardware"]}, {metrics["training_dtype"]} autocast)
+in {metrics["steps"]} steps, {tokens} and {minutes} of wall clock
+({metrics["hardware"]}, {metrics["training_dtype"]} autocast),
 on the standard library of Python {metrics["corpus_python"]}, one file in sixteen held out, and
 synthetic tasks.
 

@@ -43,9 +43,10 @@ class Worker:
             extra["distributed_config"] = DistributedConfig(
                 tp_size=ranks, ep_size=ranks, ep_implementation=expert_parallel
             )
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, experts_implementation=experts, **extra
-        ).eval()
+        )
+        self._model = model.eval()
         self._model.generation_config.eos_token_id = None
         return {
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

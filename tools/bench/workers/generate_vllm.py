@@ -17,7 +17,7 @@ class Worker:
     def load(self, checkpoint: str, threads: int) -> dict[str, Any]:
         """threads is what VLLM_CPU_OMP_THREADS_BIND already decided; it is ignored here."""
         import torch
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]
 
         before = memory_mib()
         self._llm = vllm.LLM(
@@ -30,7 +30,7 @@ class Worker:
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
         """Continue every prompt greedily by `new_tokens`; seconds around `LLM.generate`."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         params = SamplingParams(
             temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False

@@ -5,6 +5,8 @@ Its all-to-all sends equal, padded buffers. Dropless pads every expert to the bu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,7 +44,7 @@ class Worker(MoEWorker):
         deepspeed.init_distributed("gloo", verbose=False)
         from deepspeed.moe.layer import MoE
 
-        self._layer = MoE(
+        layer: Any = MoE(
             hidden_size=shape.hidden,
             expert=GatedExpert(shape),
             num_experts=shape.experts,
@@ -52,8 +54,9 @@ class Worker(MoEWorker):
             drop_tokens=capacity_factor is not None,
             top2_2nd_expert_sampling=False,  # else the second expert is drawn with noise
         ).eval()
-        self._layer.set_deepspeed_parallelism()
-        inner = self._layer.deepspeed_moe
+        layer.set_deepspeed_parallelism()
+        inner = layer.deepspeed_moe
+        self._layer = layer
         own = share(shape.experts, self.ranks, self.rank)
         with torch.no_grad():
             inner.gate.wg.weight.copy_(weights.gate_ED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -16,14 +18,14 @@ class Worker(MoEWorker):
 
     def build(self, shape: MoEShape, weights: MoEWeights, experts: str = "eager") -> None:
         """experts: 'eager', 'grouped_mm' or 'batched_mm'."""
-        config = MixtralConfig(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.ffn,
-            num_local_experts=shape.experts,
-            num_experts_per_tok=shape.top_k,
-            experts_implementation=experts,
-        )
-        block = MixtralSparseMoeBlock(config).eval()
+        sizes: dict[str, Any] = {
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.ffn,
+            "num_local_experts": shape.experts,
+            "num_experts_per_tok": shape.top_k,
+            "experts_implementation": experts,
+        }
+        block: Any = MixtralSparseMoeBlock(MixtralConfig(**sizes)).eval()
         with torch.no_grad():
             block.gate.weight.copy_(weights.gate_ED)
             block.experts.gate_up_proj.copy_(weights.w13_E2FD)

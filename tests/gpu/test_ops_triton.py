@@ -1,0 +1,156 @@
+"""The Triton kernels against the torch references.
+
+On a CUDA device they run there. Elsewhere Triton's interpreter runs them on CPU tensors:
+
+    TRITON_INTERPRET=1 python -m pytest tests/gpu/test_ops_triton.py
+
+Without that variable the last test starts the line above by itself, if triton is installed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from ops_cases import PagedCase, paged_case
+
+from engine.ops.paged_attention import paged_attention_reference
+from engine.ops.permute import combine_rows_reference
+from engine.ops.silu_and_mul import silu_and_mul_reference
+from engine.ops.store_kv import store_kv_reference
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# bfloat16 dot products are wrong under the interpreter: float32 and float16 stand for all dtypes.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+kernel = pytest.mark.skipif(
+    not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED),
+    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1",
+)
+
+
+def run_attention(case: PagedCase, **arguments) -> torch.Tensor:
+    from engine.ops.paged_attention_triton import paged_attention_triton
+
+    return paged_attention_triton(*(x.to(DEVICE) for x in case.tensors), **case.lens, **arguments)
+
+
+def compare(case: PagedCase, window: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+    case.q_THD, case.k_cache = case.q_THD.to(dtype), case.k_cache.to(dtype)
+    shared = case.v_cache.shape[3] < case.k_cache.shape[3]
+    case.v_cache = case.k_cache[..., : case.v_cache.shape[3]] if shared else case.v_cache.to(dtype)
+    scale = case.q_THD.shape[-1] ** -0.5
+    got = run_attention(case, scale=scale, window=window).cpu()
+    expected = paged_attention_reference(*case.tensors, **case.lens, scale=scale, window=window)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@kernel
+@pytest.mark.parametrize("dim", [7, 16, 24, 80])
+def test_head_dims_match_the_reference(dim):
+    lens = [(1, 20), (5, 5), (3, 40), (1, 1)]
+    compare(paged_case(lens, heads=4, kv_heads=2, key_dim=dim, value_dim=dim))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lens", [[(1, 33)], [(40, 40), (1, 7)], [(0, 4), (2, 2)]])
+def test_dtypes_match_the_reference(dtype, lens):
+    compare(paged_case(lens, heads=2, kv_heads=1, key_dim=32, value_dim=32), dtype=dtype)
+
+
+@kernel
+@pytest.mark.parametrize("window", [1, 5, 32, 100])
+def test_sliding_windows_match_the_reference(window):
+    case = paged_case([(1, 70), (20, 60)], heads=2, kv_heads=2, key_dim=16, value_dim=16)
+    compare(case, window)
+
+
+@kernel
+@pytest.mark.parametrize(("heads", "block_size"), [(3, 16), (20, 4), (1, 7)])
+def test_groups_and_block_sizes_match_the_reference(heads, block_size):
+    case = paged_case(
+        [(1, 19), (9, 11)], heads=heads, kv_heads=1, key_dim=16, value_dim=8, block_size=block_size
+    )
+    compare(case)
+
+
+@kernel
+def test_a_latent_cache_with_values_as_a_strided_prefix_matches_the_reference():
+    compare(paged_case([(1, 17), (2, 5)], heads=16, kv_heads=1, key_dim=576))
+
+
+@kernel
+def test_an_empty_step_returns_an_empty_result():
+    case = paged_case([], heads=2, kv_heads=1, key_dim=16, value_dim=16)
+    assert run_attention(case, scale=1.0, window=None).shape == (0, 2, 16)
+
+
+@kernel
+def test_a_sequence_gives_the_same_result_alone_and_in_any_batch():
+    case = paged_case([(1, 50), (6, 30), (1, 3)], heads=4, kv_heads=2, key_dim=16, value_dim=16)
+    whole = run_attention(case, scale=0.25, window=None)
+    alone = [run_attention(case.only(s), scale=0.25, window=None) for s in range(3)]
+    # Alone a decode step may take smaller blocks of rows: the same sums, so equal up to rounding.
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
+@kernel
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_store_kv_matches_the_reference(tokens):
+    from engine.ops.store_kv_triton import store_kv_triton
+
+    k, v = torch.randn(tokens, 2, 34).split([24, 10], dim=-1)
+    slots = torch.randperm(4 * 6)[:tokens]
+    expected = [torch.zeros(4, 2, 6, 24), torch.zeros(4, 2, 6, 10)]
+    caches = [cache.to(DEVICE) for cache in expected]
+    store_kv_reference(k, v, *expected, slots)
+    store_kv_triton(k.to(DEVICE), v.to(DEVICE), caches[0], caches[1], slots.to(DEVICE))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(caches, expected, strict=True))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "top_k", "dim"), [(0, 2, 8), (5, 3, 37), (2, 1, 1500)])
+def test_combine_rows_matches_the_reference(dtype, tokens, top_k, dim):
+    from engine.ops.combine_rows_triton import combine_rows_triton
+
+    rows = torch.randn(tokens * top_k + 2, dim).to(dtype)
+    slot = torch.randint(-1, rows.shape[0], (tokens, top_k))
+    weights = torch.rand(tokens, top_k)
+    rows[0], weights[slot < 0] = 1.0, float("nan")
+    got = combine_rows_triton(rows.to(DEVICE), slot.to(DEVICE), weights.to(DEVICE)).cpu()
+    expected = combine_rows_reference(rows, slot, weights)
+    torch.testing.assert_close(
+        got, expected, rtol=1e-3 if dtype != torch.float32 else 1e-6, atol=1e-3
+    )
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 30), (2, 2, 2100)])
+def test_silu_and_mul_matches_the_reference(dtype, shape):
+    from engine.ops.silu_and_mul_triton import silu_and_mul_triton
+
+    x = (torch.randn(shape) * 4).to(dtype)
+    got = silu_and_mul_triton(x.to(DEVICE)).cpu()
+    expected = silu_and_mul_reference(x)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install triton")
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels are already being run")
+def test_the_kernels_pass_under_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -1,0 +1,78 @@
+"""What is trained for how long, on what, at which rate: everything that decides the result.
+
+Read by tools/train_tiny.py. Steps are absolute, so a run can be cut short and resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """Steps up to `until`: rows of `length` tokens, the first `num_task_rows` of them tasks."""
+
+    until: int
+    num_rows: int
+    length: int
+    num_task_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Phases, learning rate and coefficients of one run."""
+
+    phases: tuple[Phase, ...]
+    rate_knots: tuple[tuple[int, float], ...]  # (step, share of the rate), joined by lines
+    seed: int = 20
+    learning_rate: float = 4e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    balance_coefficient: float = 0.005
+    gradient_clip: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Length of the whole run."""
+        return self.phases[-1].until
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen in the whole run."""
+        starts = (0, *(phase.until for phase in self.phases))
+        return sum(
+            (phase.until - start) * phase.num_rows * phase.length
+            for start, phase in zip(starts, self.phases, strict=False)
+        )
+
+    def phase(self, step: int) -> Phase:
+        """The phase that `step` (0-based) belongs to."""
+        return next(phase for phase in self.phases if step < phase.until)
+
+    def rate(self, step: int) -> float:
+        """Learning rate at `step`: linear warm-up, then the knots."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        for (start, high), (end, low) in zip(self.rate_knots, self.rate_knots[1:], strict=False):
+            if step < end:
+                share = high + (low - high) * (step - start) / (end - start)
+                return self.learning_rate * min(warm, share)
+        return 0.0
+
+
+RECIPES = {
+    "mixtral": Recipe(
+        phases=(
+            Phase(until=1920, num_rows=12, length=256, num_task_rows=4),
+            Phase(until=3200, num_rows=6, length=512, num_task_rows=3),
+        ),
+        rate_knots=((0, 1.0), (1280, 1.0), (3200, 0.0)),
+    ),
+    # Learns copying and recall sooner, for its share of task rows; sums come last.
+    "olmoe": Recipe(
+        phases=(
+            Phase(until=1200, num_rows=12, length=256, num_task_rows=6),
+            Phase(until=2500, num_rows=6, length=512, num_task_rows=4),
+        ),
+        rate_knots=((0, 1.0), (800, 1.0), (1200, 2 / 3), (2500, 0.0)),
+    ),
+}
