@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -169,14 +169,15 @@ def _shared_failure(topology: Topology, key: str) -> Iterator[None]:
         yield
     except (OSError, Stopped) as error:
         why = describe(error) if isinstance(error, OSError) else f"stopped by {error}"
-        store.set(f"{key}/failed", json.dumps([rank, why]))
+        with suppress(RuntimeError):  # the store may be gone, with the rank that held it
+            store.set(f"{key}/failed", json.dumps([rank, why]))
         if isinstance(error, OSError):
             raise JobFailed(why) from error
         raise
     except RuntimeError as error:
         try:
             told = store.check([f"{key}/failed"])
-        except RuntimeError:  # the store went with the rank that held it
+        except RuntimeError:  # as above
             told = False
         if not told:
             raise

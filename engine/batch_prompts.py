@@ -20,13 +20,15 @@ from engine.distributed.groups import Topology
 from engine.durable import write_text
 from engine.request import Completion
 
+# Something for any model, and four tasks that the bundled ones were trained on.
 PROMPTS = (
     "def fibonacci(n):",
-    "The mixture-of-experts layer routes every token to",
-    "import os\n\nfor name in sorted(os.listdir(path)):",
-    'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self',
-    "Return the number of",
     "The capital of France is",
+    'class Queue:\n    """A first-in, first-out queue."""\n\n    def __init__(self',
+    "sum: 47 + 38 =",
+    "copy: queen stone clay bone clay apple =>",
+    "recall: black shoe, heart car, cat school, hat flag, ring hair, map cake, army milk? ring",
+    "brackets: [ { } ] { ( ) [ =>",
 )
 
 

@@ -1,10 +1,11 @@
-"""Describes the compiled CPU kernels to setup.py; never imported by the engine.
+"""Describes the compiled CPU kernels to setup.py, and their sources to native.py.
 
 The library is optional: without torch at build time, without a compiler, or when compiling fails,
 the install goes on and every op falls back to its torch reference (native.py says so in words).
 setup.py stands in the project root and calls `ext_modules()`; the result is engine/_native*.so.
 """
 
+import hashlib
 import os
 import shutil
 import sys
@@ -44,13 +45,26 @@ def ext_modules() -> "list[Extension]":
             include_dirs=include_paths(),
             library_dirs=[str(libraries)],
             libraries=["torch_cpu", "c10"],
-            define_macros=[("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi())))],
+            define_macros=[
+                ("_GLIBCXX_USE_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi()))),
+                ("LOCKSTEP_SOURCES", source_digest()),
+            ],
             extra_compile_args=["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"],
             extra_link_args=openmp[:1] or ["-fopenmp"],
             language="c++",
             optional=True,
         )
     ]
+
+
+def source_digest() -> str:
+    """Sixteen hex digits of the C++ sources: a library compiled from others is out of date."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.glob("*.*")):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    # It begins with a letter: the preprocessor must not take it for a number.
+    return f"s{digest.hexdigest()[:16]}"
 
 
 def _obstacle() -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import engine
+from engine.ops.build import source_digest
 
 ISAS = ("avx512", "avx2", "generic")
 
@@ -58,9 +59,9 @@ def _load() -> tuple[bool, str]:
         )
     try:
         torch.ops.load_library(str(files[0]))
-        built_for = torch.ops.lockstep_cpu.torch_version()
+        built_for, sources = torch.ops.lockstep_cpu.built_from().split()
         isa = torch.ops.lockstep_cpu.select("" if wanted == "1" else wanted)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, AttributeError) as error:
         return False, f"native CPU kernels do not load ({error}); torch serves. {again}"
     running = torch.__version__.split("+")[0]
     if built_for != running:
@@ -68,4 +69,6 @@ def _load() -> tuple[bool, str]:
             f"native CPU kernels were built for torch {built_for} and torch {running} runs; "
             f"torch serves. {again}"
         )
+    if sources != source_digest():
+        return False, f"native CPU kernels were built from other sources; torch serves. {again}"
     return True, f"native CPU kernels run ({isa})"

@@ -40,7 +40,7 @@ def paged_attention(
         )
     attend = paged_attention_reference
     if triton_support.serves(q_THD):
-        from engine.ops.paged_attention_triton import paged_attention_triton as attend
+        from engine.ops.gpu.paged_attention import paged_attention_triton as attend
     return attend(
         q_THD,
         k_cache,

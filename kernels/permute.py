@@ -24,7 +24,7 @@ def combine_rows(
     if native.serves(rows_ND, weights_TK):
         return torch.ops.lockstep_cpu.combine_rows(rows_ND, slot_TK, weights_TK)
     if triton_support.serves(rows_ND):
-        from engine.ops.combine_rows_triton import combine_rows_triton
+        from engine.ops.gpu.combine_rows import combine_rows_triton
 
         return combine_rows_triton(rows_ND, slot_TK, weights_TK)
     return combine_rows_reference(rows_ND, slot_TK, weights_TK)

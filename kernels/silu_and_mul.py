@@ -14,7 +14,7 @@ def silu_and_mul(gate_up_R2F: torch.Tensor) -> torch.Tensor:
     if native.serves(gate_up_R2F):
         return torch.ops.lockstep_cpu.silu_and_mul(gate_up_R2F)
     if triton_support.serves(gate_up_R2F):
-        from engine.ops.silu_and_mul_triton import silu_and_mul_triton
+        from engine.ops.gpu.silu_and_mul import silu_and_mul_triton
 
         return silu_and_mul_triton(gate_up_R2F)
     return silu_and_mul_reference(gate_up_R2F)

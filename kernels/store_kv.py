@@ -23,7 +23,7 @@ def store_kv(
     if native.serves(k_TGD, v_TGD, k_cache, v_cache):
         torch.ops.lockstep_cpu.store_kv(k_TGD, v_TGD, k_cache, v_cache, slots_T)
     elif triton_support.serves(k_TGD):
-        from engine.ops.store_kv_triton import store_kv_triton
+        from engine.ops.gpu.store_kv import store_kv_triton
 
         store_kv_triton(k_TGD, v_TGD, k_cache, v_cache, slots_T)
     else:

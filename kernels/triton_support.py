@@ -1,7 +1,7 @@
-"""Whether the Triton kernels of this folder take a tensor.
+"""Whether the Triton kernels (gpu/) take a tensor.
 
-They stand in files of their own (`*_triton.py`) because a Triton kernel needs `triton` at import,
-and these are imported only where it is installed and a tensor is on a CUDA device.
+They stand in a folder of their own because a Triton kernel needs `triton` at import: an op imports
+its kernel only where Triton is installed and a tensor is on a CUDA device.
 """
 
 import functools

@@ -5,7 +5,8 @@
 
 Default sizes: hidden 512, ffn 1024, 8 experts top-2, float32. Default cases: 4096 tokens (about
 1,024 rows an expert, bound by GEMM), 64 tokens (16 rows) and 8 tokens (2 rows, bound by reading
-weights). Everybody gets all cores; contenders run in turns, A B C, A B C, ..., and the table shows
+weights). Four equal layers take turns, as in a model, so that weights come from memory and not from
+a cache. Everybody gets all cores; contenders run in turns, A B C, A B C, ..., and the table shows
 medians, then one JSON line follows.
 
     tok/s           tokens / median seconds of one forward (several ranks: the slowest rank's)
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shape=dataclasses.asdict(shape),
                 seed=options.seed,
                 threads=contender.threads,
+                layers=options.layers,
                 **contender.load,
             )
         for tokens in options.tokens:
@@ -196,6 +198,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4, help="equal layers that take turns")
     parser.add_argument("--load", choices=LOADS, default="uniform", help="who gets how many rows")
     parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B")
     parser.add_argument("--rounds", type=int, default=7)

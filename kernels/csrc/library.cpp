@@ -36,7 +36,11 @@ std::string select(std::string_view isa) {
   return chosen->name;
 }
 
-std::string torch_version() { return TORCH_VERSION; }
+#define LOCKSTEP_TEXT(x) #x
+#define LOCKSTEP_QUOTE(x) LOCKSTEP_TEXT(x)
+
+// "torch version, digest of the sources": what native.py compares with what it finds.
+std::string built_from() { return TORCH_VERSION " " LOCKSTEP_QUOTE(LOCKSTEP_SOURCES); }
 
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
@@ -65,7 +69,7 @@ float* scratch(int64_t floats) {
 
 TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("select(str isa) -> str", &lockstep::select);
-  m.def("torch_version() -> str", &lockstep::torch_version);
+  m.def("built_from() -> str", &lockstep::built_from);
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts) -> Tensor");
   m.def(

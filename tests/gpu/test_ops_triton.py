@@ -37,7 +37,7 @@ kernel = pytest.mark.skipif(
 
 
 def run_attention(case: PagedCase, **arguments) -> torch.Tensor:
-    from engine.ops.paged_attention_triton import paged_attention_triton
+    from engine.ops.gpu.paged_attention import paged_attention_triton
 
     return paged_attention_triton(*(x.to(DEVICE) for x in case.tensors), **case.lens, **arguments)
 
@@ -106,7 +106,7 @@ def test_a_sequence_gives_the_same_result_alone_and_in_any_batch():
 @kernel
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 def test_store_kv_matches_the_reference(tokens):
-    from engine.ops.store_kv_triton import store_kv_triton
+    from engine.ops.gpu.store_kv import store_kv_triton
 
     k, v = torch.randn(tokens, 2, 34).split([24, 10], dim=-1)
     slots = torch.randperm(4 * 6)[:tokens]
@@ -121,7 +121,7 @@ def test_store_kv_matches_the_reference(tokens):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "top_k", "dim"), [(0, 2, 8), (5, 3, 37), (2, 1, 1500)])
 def test_combine_rows_matches_the_reference(dtype, tokens, top_k, dim):
-    from engine.ops.combine_rows_triton import combine_rows_triton
+    from engine.ops.gpu.combine_rows import combine_rows_triton
 
     rows = torch.randn(tokens * top_k + 2, dim).to(dtype)
     slot = torch.randint(-1, rows.shape[0], (tokens, top_k))
@@ -138,7 +138,7 @@ def test_combine_rows_matches_the_reference(dtype, tokens, top_k, dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 8), (3, 30), (2, 2, 2100)])
 def test_silu_and_mul_matches_the_reference(dtype, shape):
-    from engine.ops.silu_and_mul_triton import silu_and_mul_triton
+    from engine.ops.gpu.silu_and_mul import silu_and_mul_triton
 
     x = (torch.randn(shape) * 4).to(dtype)
     got = silu_and_mul_triton(x.to(DEVICE)).cpu()

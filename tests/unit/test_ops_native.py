@@ -85,3 +85,10 @@ def test_avx2_and_avx512_give_the_same_bits():
     with on_isa("avx2"):
         narrow = run()
     assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+@needs_native
+def test_a_library_built_from_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "source_digest", lambda: "s0")
+    loaded, reason = native._load.__wrapped__()
+    assert not loaded and "built from other sources" in reason and "pip install -e ." in reason

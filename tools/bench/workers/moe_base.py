@@ -1,12 +1,13 @@
 """What the MoE-layer workers share: make weights and tokens, time a forward, save an output.
 
-A worker says how to build its layer and how to run it; tokens of a case are split over its ranks.
+A worker says how to build its layer; tokens of a case are split over its ranks.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,50 +16,60 @@ import torch
 from bench.moe_case import MoEShape, MoEWeights, make_ids, make_tokens, make_weights, share
 from bench.protocol import memory_mib
 
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
 
 class MoEWorker:
-    """Base of the workers. Subclasses implement `build` and `forward`."""
+    """Base of the workers. Subclasses implement `build`, and `setup` if there is anything to it."""
 
-    def build(self, shape: MoEShape, weights: MoEWeights, **settings: Any) -> None:
-        """Make the layer and copy the weights (of this rank's experts) into it."""
-        raise NotImplementedError
+    def setup(self, threads: int) -> None:
+        """Whatever comes once before the layers: process groups, for one."""
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Run the layer on this rank's tokens; collective where there are several ranks."""
+    def build(self, shape: MoEShape, weights: MoEWeights, **settings: Any) -> Layer:
+        """Make one layer with the weights (of this rank's experts) copied into it.
+
+        The layer maps this rank's tokens [T, D] to their outputs; collective where there are
+        several ranks.
+        """
         raise NotImplementedError
 
     def prepare(self, topk_ids_TK: torch.Tensor) -> None:
         """Told before a run which experts all ranks' tokens choose; a layer need not know."""
 
     def load(
-        self, shape: dict[str, int], seed: int, threads: int, **settings: Any
+        self, shape: dict[str, int], seed: int, threads: int, layers: int, **settings: Any
     ) -> dict[str, Any]:
-        """Build the layer once. threads: CPU threads of this rank."""
+        """Build `layers` equal layers in memory of their own. threads: CPU threads of this rank."""
         torch.set_num_threads(threads)
         self.rank = int(os.environ.get("RANK", "0"))
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self._shape, self._seed = MoEShape(**shape), seed
         self._weights = make_weights(self._shape, seed)
-        self.build(self._shape, self._weights, **settings)
-        torch.set_num_threads(threads)  # a framework may have chosen its own while it was built
+        self.setup(threads)
+        self._layers = [self.build(self._shape, self._weights, **settings) for _ in range(layers)]
+        torch.set_num_threads(threads)  # a framework may have chosen its own in the meantime
         return memory_mib()
 
     @torch.inference_mode()
     def run(self, tokens: int, load: str, iterations: int) -> dict[str, Any]:
-        """Seconds of each of `iterations` forwards, all ranks starting together."""
+        """Seconds of each of `iterations` forwards, all ranks starting together.
+
+        The layers take turns, as in a model: one layer's weights would stay in the caches.
+        """
         x_TD = self._tokens(tokens, load)
         seconds = []
-        for _ in range(iterations):
+        for index in range(iterations):
+            layer = self._layers[index % len(self._layers)]
             self._barrier()
             begin = time.perf_counter()
-            self.forward(x_TD)
+            layer(x_TD)
             seconds.append(time.perf_counter() - begin)
         return {"seconds": seconds}
 
     @torch.inference_mode()
     def output(self, tokens: int, load: str, path: str) -> dict[str, Any]:
         """Save this rank's output rows as `path`.RANK.npy, to be checked against float64."""
-        out_TD = self.forward(self._tokens(tokens, load))
+        out_TD = self._layers[-1](self._tokens(tokens, load))
         np.save(f"{path}.{self.rank}.npy", out_TD.float().numpy())
         return memory_mib()
 

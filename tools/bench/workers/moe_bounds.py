@@ -11,20 +11,37 @@ import torch
 
 from bench.moe_case import MoEShape, MoEWeights, share
 from bench.protocol import serve
-from bench.workers.moe_base import MoEWorker
+from bench.workers.moe_base import Layer, MoEWorker
 
 
 class Worker(MoEWorker):
     """A bound in the shape of a layer; its output is the input and is not checked."""
 
-    def build(self, shape: MoEShape, weights: MoEWeights, what: str = "gemm") -> None:
-        """what: 'gemm' or 'read'."""
+    def setup(self, threads: int) -> None:
+        """Join the other ranks, to start each run together with them."""
         if self.ranks > 1:
             torch.distributed.init_process_group("gloo")
-        own = share(shape.experts, self.ranks, self.rank)
-        self._experts = range(own.start, own.stop)
-        self._w13_e2FD, self._w2_eDF = weights.w13_E2FD[own].clone(), weights.w2_EDF[own].clone()
-        self._shape, self._what = shape, what
+
+    def build(self, shape: MoEShape, weights: MoEWeights, what: str = "gemm") -> Layer:
+        """what: 'gemm' or 'read'."""
+        self._shape = shape
+        self._own = share(shape.experts, self.ranks, self.rank)
+        w13_e2FD, w2_eDF = weights.w13_E2FD[self._own].clone(), weights.w2_EDF[self._own].clone()
+
+        def read(x_TD: torch.Tensor) -> torch.Tensor:
+            w13_e2FD.sum()
+            w2_eDF.sum()
+            return x_TD
+
+        def multiply(x_TD: torch.Tensor) -> torch.Tensor:
+            for w13_2FD, w2_DF, (x, hidden, up, down) in zip(
+                w13_e2FD, w2_eDF, self._buffers, strict=True
+            ):
+                torch.mm(x, w13_2FD.T, out=up)
+                torch.mm(hidden, w2_DF.T, out=down)
+            return x_TD
+
+        return read if what == "read" else multiply
 
     def prepare(self, topk_ids_TK: torch.Tensor) -> None:
         """Allocate inputs and outputs of every local expert's products."""
@@ -37,21 +54,8 @@ class Worker(MoEWorker):
                 torch.empty(rows[index], 2 * ffn),
                 torch.empty(rows[index], hidden),
             )
-            for index in self._experts
+            for index in range(self._own.start, self._own.stop)
         ]
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Do the bound's work and nothing else."""
-        if self._what == "read":
-            self._w13_e2FD.sum()
-            self._w2_eDF.sum()
-            return x_TD
-        for w13_2FD, w2_DF, (x, hidden, up, down) in zip(
-            self._w13_e2FD, self._w2_eDF, self._buffers, strict=True
-        ):
-            torch.mm(x, w13_2FD.T, out=up)
-            torch.mm(hidden, w2_DF.T, out=down)
-        return x_TD
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.moe_case import MoEShape, MoEWeights, share
 from bench.protocol import serve
-from bench.workers.moe_base import MoEWorker
+from bench.workers.moe_base import Layer, MoEWorker
 
 
 class GatedExpert(nn.Module):
@@ -33,15 +33,18 @@ class GatedExpert(nn.Module):
 class Worker(MoEWorker):
     """`deepspeed.moe.layer.MoE`, top-2 with normalised weights as Mixtral's."""
 
-    def build(
-        self, shape: MoEShape, weights: MoEWeights, capacity_factor: float | None = None
-    ) -> None:
-        """capacity_factor: None runs dropless. Collective over all ranks."""
+    def setup(self, threads: int) -> None:
+        """Join the run. Collective over all ranks."""
         import deepspeed
 
         # Otherwise init_distributed compiles an extension for a minute or two.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", verbose=False)
+
+    def build(
+        self, shape: MoEShape, weights: MoEWeights, capacity_factor: float | None = None
+    ) -> Layer:
+        """capacity_factor: None runs dropless. Collective over all ranks."""
         from deepspeed.moe.layer import MoE
 
         layer: Any = MoE(
@@ -56,7 +59,6 @@ class Worker(MoEWorker):
         ).eval()
         layer.set_deepspeed_parallelism()
         inner = layer.deepspeed_moe
-        self._layer = layer
         own = share(shape.experts, self.ranks, self.rank)
         with torch.no_grad():
             inner.gate.wg.weight.copy_(weights.gate_ED)
@@ -65,10 +67,8 @@ class Worker(MoEWorker):
             ):
                 expert.w13.weight.copy_(weights.w13_E2FD[index])
                 expert.w2.weight.copy_(weights.w2_EDF[index])
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Run the layer on one sequence of this rank's tokens."""
-        return self._layer(x_TD[None])[0][0]
+        # One sequence of this rank's tokens.
+        return lambda x_TD: layer(x_TD[None])[0][0]
 
 
 if __name__ == "__main__":

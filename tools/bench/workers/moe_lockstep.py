@@ -6,7 +6,7 @@ import torch
 
 from bench.moe_case import MoEShape, MoEWeights
 from bench.protocol import serve
-from bench.workers.moe_base import MoEWorker
+from bench.workers.moe_base import Layer, MoEWorker
 from engine.config_io import config_from_tree
 from engine.distributed import bootstrap
 from engine.moe.layer import MoELayer, MoESpec
@@ -16,23 +16,25 @@ from engine.moe.router import RouterSpec
 class Worker(MoEWorker):
     """`engine.moe.layer.MoELayer` as Mixtral uses it."""
 
-    def build(self, shape: MoEShape, weights: MoEWeights, backend: str = "auto") -> None:
-        """backend: `moe.experts.backend`. Collective over all ranks."""
-        config = config_from_tree(
+    def setup(self, threads: int) -> None:
+        """Join the run. Collective over all ranks."""
+        self._config = config_from_tree(
             {
                 "model": {"path": "."},  # no checkpoint is read: the layer stands alone
-                "moe": {"experts": {"backend": backend}},
-                "runtime": {"device": "cpu", "threads": torch.get_num_threads()},
+                "runtime": {"device": "cpu", "threads": threads},
             }
         )
-        topology = bootstrap.start(config)
+        self._topology = bootstrap.start(self._config)
+
+    def build(self, shape: MoEShape, weights: MoEWeights) -> Layer:
+        """Make one layer. Collective over all ranks."""
         router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
         layer = MoELayer(
             MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
             layer=0,
-            topology=topology,
-            config=config.moe,
-            device=topology.device,
+            topology=self._topology,
+            config=self._config.moe,
+            device=self._topology.device,
             dtype=torch.float32,
         )
         own = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
@@ -40,11 +42,7 @@ class Worker(MoEWorker):
             layer.gate_weight_ED.copy_(weights.gate_ED)
             layer.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
             layer.experts.w2_eDF.copy_(weights.w2_EDF[own])
-        self._layer = layer
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Run the layer."""
-        return self._layer(x_TD)
+        return layer
 
 
 if __name__ == "__main__":

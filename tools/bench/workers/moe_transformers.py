@@ -10,13 +10,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from bench.moe_case import MoEShape, MoEWeights
 from bench.protocol import serve
-from bench.workers.moe_base import MoEWorker
+from bench.workers.moe_base import Layer, MoEWorker
 
 
 class Worker(MoEWorker):
     """`MixtralSparseMoeBlock` with one of transformers' experts implementations."""
 
-    def build(self, shape: MoEShape, weights: MoEWeights, experts: str = "eager") -> None:
+    def build(self, shape: MoEShape, weights: MoEWeights, experts: str = "eager") -> Layer:
         """experts: 'eager', 'grouped_mm' or 'batched_mm'."""
         sizes: dict[str, Any] = {
             "hidden_size": shape.hidden,
@@ -30,11 +30,8 @@ class Worker(MoEWorker):
             block.gate.weight.copy_(weights.gate_ED)
             block.experts.gate_up_proj.copy_(weights.w13_E2FD)
             block.experts.down_proj.copy_(weights.w2_EDF)
-        self._block = block
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Run the block on one sequence of all tokens."""
-        return self._block(x_TD[None])[0]
+        # One sequence of all tokens.
+        return lambda x_TD: block(x_TD[None])[0]
 
 
 if __name__ == "__main__":
