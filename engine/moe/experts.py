@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.ops.grouped_ffn import grouped_ffn
+from engine.ops.huge_pages import prefer_huge_pages
 from engine.ops.silu_and_mul import silu_and_mul
 
 
@@ -170,4 +171,7 @@ def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
+    weights = torch.empty(*shape, device=device, dtype=dtype)
+    # Decode reads every weight once a step and waits for memory, not for arithmetic.
+    prefer_huge_pages(weights)
+    return nn.Parameter(weights, requires_grad=False)
