@@ -122,14 +122,14 @@ def import_transformer_engine() -> Any:
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve `auto` and refuse what cannot run here, before any rank builds a layer.
 
-    auto: on CUDA `te` where it is installed, else `grouped_mm` for bfloat16, else `torch`; on CPU
-    `torch`.
+    auto: `torch` on CPU and for float32, which Transformer Engine multiplies in TF32; on CUDA `te`
+    where it is installed, else `grouped_mm` for bfloat16, else `torch`.
 
     Raises:
         ValueError: naming the backend and what it needs.
     """
     if name == "auto":
-        if device.type != "cuda":
+        if device.type != "cuda" or dtype == torch.float32:
             return "torch"
         if importlib.util.find_spec("transformer_engine") is not None:
             return "te"

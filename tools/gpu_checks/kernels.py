@@ -20,6 +20,7 @@ from engine.ops import (
     rms_norm,
     rotary,
     silu_and_mul,
+    sort_by_expert,
     store_kv,
 )
 from gpu_checks.check import Check, at_most, guarded, relative_error
@@ -108,6 +109,12 @@ def _cases() -> Iterator[Case]:
         permute.gather_rows,
         permute.gather_rows_reference,
         [random(17, 64), torch.randint(17, (50,))],
+    )
+    yield (
+        "sort_by_expert",
+        lambda ids: sort_by_expert.sort_by_expert(ids, 8),
+        lambda ids: sort_by_expert.sort_by_expert_reference(ids, 8),
+        [torch.rand(17, 8).argsort(1)[:, :3]],
     )
     slot_TK = torch.randperm(60)[:51].view(17, 3)
     slot_TK[::4, 1] = -1
