@@ -21,6 +21,7 @@ from engine.batch import JobFailed, Stopped, run_batch
 from engine.config import check_supported
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
 from engine.distributed import bootstrap
+from engine.distributed.errors import RendezvousError
 from engine.preflight import check_runnable
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except (JobFailed, Stopped) as error:
+    except (JobFailed, RendezvousError, Stopped) as error:
         print(f"rank {rank}: {error}; the same command goes on from here", file=sys.stderr)
         return error.exit_code
     return 0

@@ -19,6 +19,8 @@ class RankError(ValueError):
 class RendezvousError(RuntimeError):
     """Ranks did not meet: raised by those that came, each for itself."""
 
+    exit_code = 1
+
 
 def share_errors(group: Group, error: str | None, exception: type[ValueError] = RankError) -> None:
     """Raise `exception` on every rank when any rank passes an error; return None otherwise.

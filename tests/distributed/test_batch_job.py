@@ -15,6 +15,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -370,6 +371,32 @@ def test_what_is_wrong_with_the_files_is_told_once_before_anything_runs(job, tmp
         assert (code, other) == (2, 2), err + quiet
         assert part in err and err.startswith("error: ") and quiet == "", err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_rank_that_waits_in_vain_says_for_whom_and_exits(job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = os.environ | {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    done = subprocess.run(
+        [sys.executable, "launch/infer.py", "--config", str(job / "config.yaml"), "--set"]
+        + ["runtime.timeout_s=2"],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 1
+    assert "rank 1 of 2 did not arrive within 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_an_input_built_in_prompts_are_completed(job, tmp_path):
