@@ -1,5 +1,9 @@
 """The gated FFN of every local expert over rows already grouped by expert.
 
+The compiled CPU kernel reads every weight once a wave of rows and spreads strips of weights over
+the cores, so that one row an expert keeps all of them busy as well as a thousand do. Its result for
+a row does not depend on the others, bit for bit.
+
 Legend: R rows received, D model dim, F expert hidden dim, e experts on this rank.
 """
 

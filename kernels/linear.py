@@ -1,5 +1,8 @@
 """x @ W^T + b for the dense projections of a layer.
 
+The compiled CPU kernel takes any number of rows; its result for a row does not depend on the
+others, bit for bit, which BLAS does not promise.
+
 Legend: T tokens, D input dim, O output dim.
 """
 

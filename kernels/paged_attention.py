@@ -1,7 +1,8 @@
 """Causal attention of a ragged step (decode and prefill together) over the paged KV cache.
 
 The keys and values of this step's own tokens are already in the cache (store_kv runs first), so a
-sequence is one query range and one block table, whatever mixture of decode and prefill it is.
+sequence is one query range and one block table, whatever mixture of decode and prefill it is. With
+the compiled CPU kernel a token's output is the same bits in prefill, chunked prefill and decode.
 
 Legend: T query tokens of the step, S sequences, H query heads, G kv heads (H = G * n), Dk/Dv head
 dims, B columns of the block table.

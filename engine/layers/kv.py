@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.ops.huge_pages import prefer_huge_pages
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
@@ -77,4 +79,6 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
         return torch.zeros(shape, device=device, dtype=dtype)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    cache = torch.frombuffer(pages, dtype=dtype).view(shape)
+    prefer_huge_pages(cache)
+    return cache

@@ -5,7 +5,7 @@ two tensors, w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second 
 
 | backend    | runs on   | how                                                                    |
 |------------|-----------|------------------------------------------------------------------------|
-| torch      | CPU, CUDA | engine.ops.grouped_ffn: a loop; native kernel for few rows on CPU      |
+| torch      | CPU, CUDA | engine.ops.grouped_ffn: native kernel on CPU in float32, else a loop   |
 | grouped_mm | CPU, CUDA | torch's grouped matrix product, expert boundaries stay on the device   |
 | te         | CUDA      | Transformer Engine's GroupedLinear over views of the stacked weights   |
 
@@ -51,7 +51,7 @@ class ExpertsBackend(Protocol):
 
 
 class TorchExperts:
-    """One expert after the other; on CPU a native kernel where an expert has few rows."""
+    """engine.ops.grouped_ffn: a native kernel on CPU in float32, else one expert after the other."""
 
     name = "torch"
 

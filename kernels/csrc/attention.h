@@ -1,5 +1,6 @@
-// Attention on the paged cache, decode and prefill alike: walks the chunks and tiles of one block of rows
-// in the form that suits its number of rows. What both forms agree on stands in attention_state.h.
+// Attention on the paged cache, decode and prefill alike: walks the chunks and tiles of one block
+// of rows in the form that suits its number of rows. What both forms agree on stands in
+// attention_state.h.
 
 int64_t attention_scratch(const Attention& a) {
   return (a.key_dim + KEYS) * BLOCK + attention_state(a);
@@ -8,19 +9,13 @@ int64_t attention_scratch(const Attention& a) {
 // Calls f(form, width in vectors) for a block of rows.
 template <typename F>
 INLINE void with_form(const Attention& a, const AttentionItem& item, float* scratch, F&& f) {
-  constexpr std::integral_constant<int, 1> one;
-  if (item.rows == 1)
-    f(Narrow<1>(a, item, scratch), one);
-  else if (item.rows == 2)
-    f(Narrow<2>(a, item, scratch), one);
-  else if (item.rows == 3)
-    f(Narrow<3>(a, item, scratch), one);
-  else if (item.rows == NARROW)
-    f(Narrow<NARROW>(a, item, scratch), one);
-  else
-    for_each_block(item.rows, [&](auto width, int64_t, int64_t) {
-      f(Wide<decltype(width)::value>(a, item, scratch), width);
-    });
+  const bool narrow = with_narrow(item.rows, [&](auto rows) {
+    f(Narrow<decltype(rows)::value>(a, item, scratch), std::integral_constant<int, 1>{});
+  });
+  if (narrow) return;
+  for_each_block(item.rows, [&](auto width, int64_t, int64_t) {
+    f(Wide<decltype(width)::value>(a, item, scratch), width);
+  });
 }
 
 void attend(const Attention& a, const AttentionItem& item, float* scratch) {

@@ -1,9 +1,7 @@
-// Attention of a block of one to four rows, which is decode with small groups: rows would leave most
-// lanes idle, so scores take one key a lane (keys are transposed on the fly) and weighted values one
-// column a lane. Every single sum keeps the order that it has in attention_wide.h.
-// Queries lie as [row][key_dim], scores as [row][key], values of a state as [row][value_dim].
-
-constexpr int NARROW = 4;
+// Attention of a block of one to four rows, which is decode with small groups: scores take one key
+// a lane (narrow.h) and weighted values one column a lane. Every single sum keeps the order that it
+// has in attention_wide.h. Queries lie as [row][key_dim], scores as [row][key], values of a state
+// as [row][value_dim].
 
 template <int R>
 struct Narrow {
@@ -37,32 +35,10 @@ struct Narrow {
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     for (int64_t t = 0; t < rows.count; t += W) {
-      const float* const* keys = rows.keys + t;
       vf acc[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r] = vf{};
-      for (int64_t d = 0; d < a.key_dim; d += W) {
-        const int64_t columns = a.key_dim - d < W ? a.key_dim - d : W;
-        fetch.line(t, t + W, d);
-        vf v[W];
-        if (columns == W) {
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) v[i] = load(keys[i] + d);
-          transpose(v);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i)
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) acc[r] += splat(queries[r * a.key_dim + d + i]) * v[i];
-        } else {
-          for (int i = 0; i < W; ++i) {
-            v[i] = vf{};
-            memcpy(&v[i], keys[i] + d, sizeof(float) * columns);
-          }
-          transpose(v);
-          for (int64_t i = 0; i < columns; ++i)
-            for (int r = 0; r < R; ++r) acc[r] += splat(queries[r * a.key_dim + d + i]) * v[i];
-        }
-      }
+      narrow_dot<R>(
+          rows.keys + t, a.key_dim, queries, 1, a.key_dim,
+          [&](int64_t d) { fetch.line(t, t + W, d); }, acc);
       const vi key = lane + static_cast<int32_t>(from + t);
       const vi past = lane >= static_cast<int32_t>(rows.count - t) - vi{};
 #pragma GCC unroll 4
@@ -114,7 +90,8 @@ struct Narrow {
       weigh_columns<1, 1>(rows, column, fetch, 0, 0, shrink, sums);
   }
 
-  // COUNT vectors of columns, of which LANES floats each exist; fetches rows [first, last) meanwhile.
+  // COUNT vectors of columns, of which LANES floats each exist; fetches rows [first, last)
+  // meanwhile.
   template <int COUNT, int LANES>
   INLINE void weigh_columns(const Rows& rows, int64_t column, const Fetch& fetch, int64_t first,
                             int64_t last, const float (&shrink)[W], float* sums) {

@@ -1,19 +1,19 @@
-// What both forms of attention share (attention_wide.h, attention_narrow.h): the order in which keys are
-// taken, the running state of a block of rows, which keys a row sees and where they lie.
+// What both forms of attention share (attention_wide.h, attention_narrow.h): the order in which
+// keys are taken, the running state of a block of rows, which keys a row sees and where they lie.
 //
 // A block of rows is (query, head) pairs of one kv head, so a key or value is read once for all of
-// them. Keys are taken in tiles of KEYS from position 0 and in chunks of CHUNK whose states are merged
-// in order: both stand at fixed positions of the context. Within a tile every sum runs over the head
-// dimension or the keys in ascending order, in both forms. So a token's output is the same bits in
-// prefill, in chunked prefill and in decode, alone and in any batch.
-// Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+// them. Keys are taken in tiles of KEYS from position 0 and in chunks of CHUNK whose states are
+// merged in order: both stand at fixed positions of the context. Within a tile every sum runs over
+// the head dimension or the keys in ascending order, in both forms. So a token's output is the same
+// bits in prefill, in chunked prefill and in decode, alone and in any batch. Source: Milakov and
+// Gimelshein, Online normalizer calculation for softmax, 2018.
 
 constexpr int64_t KEYS = 32;
 constexpr int64_t CHUNK = 1024;
 constexpr int64_t SPARE = W > NR ? W : NR;
 
-// The running state of a block: maximum and sum of weights, a row a lane, then the weighted values in
-// the order of the form that fills them.
+// The running state of a block: maximum and sum of weights, a row a lane, then the weighted values
+// in the order of the form that fills them.
 INLINE float* state_max(float* state) { return state; }
 INLINE float* state_sum(float* state) { return state + BLOCK; }
 INLINE float* state_values(float* state) { return state + 2 * BLOCK; }

@@ -1,6 +1,7 @@
-// Attention of a block of many rows: one row a lane, as in matmul.h, so that scores and weighted values
-// are the register tiles of a matrix product and softmax runs down the keys without crossing lanes.
-// Queries lie as [key_dim][rows], scores as [key][rows], values of a state as [value_dim][rows].
+// Attention of a block of many rows: one row a lane, as in matmul.h, so that scores and weighted
+// values are the register tiles of a matrix product and softmax runs down the keys without crossing
+// lanes. Queries lie as [key_dim][rows], scores as [key][rows], values of a state as
+// [value_dim][rows].
 
 template <int COLUMNS, int MV>
 INLINE void weigh_columns(const Rows& rows, int64_t column, const float* weights,
@@ -63,7 +64,8 @@ struct Wide {
     vf shrink[MV];
     score(now, from, visible);
     soften(now.count, state, shrink);
-    // One vector of rows: memory sets the pace. More of them are prefill, which finds keys in cache.
+    // One vector of rows: memory sets the pace. More of them are prefill, which finds keys in
+    // cache.
     weigh(now, {next.keys, MV == 1 ? next.count : 0, a.key_dim}, shrink, state_values(state));
   }
 

@@ -13,7 +13,8 @@ void silu_and_mul(const float* gate, const float* up, float* out, int64_t count)
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t dim, float* out) {
-  // Sixteen partial sums whatever the vector width: the same bits on every instruction set with FMA.
+  // Sixteen partial sums whatever the vector width: the same bits on every instruction set with
+  // FMA.
   constexpr int PARTS = 16;
   float part[PARTS] = {};
   int64_t i = 0;

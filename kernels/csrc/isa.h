@@ -1,11 +1,12 @@
-// The body of one isa_*.cpp: compiles every kernel for the instruction set in force and fills a table.
-// The including file defines LOCKSTEP_ISA (a namespace), LOCKSTEP_LANES and LOCKSTEP_TILE.
+// The body of one isa_*.cpp: compiles every kernel for the instruction set in force and fills a
+// table. The including file defines LOCKSTEP_ISA (a namespace), LOCKSTEP_LANES and LOCKSTEP_TILE.
 
 namespace lockstep {
 namespace LOCKSTEP_ISA {
 namespace {
 
 #include "simd.h"
+#include "narrow.h"
 #include "matmul.h"
 #include "attention_state.h"
 #include "attention_narrow.h"

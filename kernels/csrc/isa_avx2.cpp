@@ -1,5 +1,5 @@
-// The kernels for x86-64 with AVX2 and FMA: 8 lanes, 16 registers (12 of them accumulators).
-// The pragma comes after every standard header: nothing inline from there may be compiled for this set.
+// The kernels for x86-64 with AVX2 and FMA: 8 lanes, 16 registers (12 of them accumulators). The
+// pragma comes after every standard header: nothing inline from there may be compiled for this set.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

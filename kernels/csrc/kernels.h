@@ -1,18 +1,20 @@
-// What the compiled kernels offer to library.cpp: plain functions on raw float pointers, one table an
-// instruction set. The same sources (simd.h, matmul.h, attention.h, elementwise.h) are compiled once a
-// set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built on one host
-// of a cluster runs on every other.
+// What the compiled kernels offer to library.cpp: plain functions on raw float pointers, one table
+// an instruction set. The same sources (simd.h, matmul.h, attention.h, elementwise.h) are compiled
+// once a set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built
+// on one host of a cluster runs on every other.
 //
 // Rows travel packed: a block of up to `block_rows` rows of x lies transposed, [depth][rows of the
-// block], so that one vector holds the same column of `lanes` rows. Every output element is then one
-// chain of fused multiply-adds over the depth in ascending order, whatever the number of rows, the
-// block a row falls in and the number of threads: a row's result never depends on its neighbours.
+// block], so that one vector holds the same column of `lanes` rows. Every output element is then
+// one chain of fused multiply-adds over the depth in ascending order, whatever the number of rows,
+// the block a row falls in and the number of threads: a row's result never depends on its
+// neighbours.
 #pragma once
 #include <stdint.h>
 
 namespace lockstep {
 
-// One call of paged attention. Strides count floats; the last dimension of q, k and v is contiguous.
+// One call of paged attention. Strides count floats; the last dimension of q, k and v is
+// contiguous.
 struct Attention {
   const float* q;
   const float* k;

@@ -1,4 +1,5 @@
-// Shared by the torch-facing sources: the chosen table of kernels, work distribution, thread scratch.
+// Shared by the torch-facing sources: the chosen table of kernels, work distribution, thread
+// scratch.
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -17,8 +18,8 @@ const Kernels& kernels();
 // Scratch of the calling thread, 64-byte aligned, kept for the next call.
 float* scratch(int64_t floats);
 
-// Calls f(i) for every i < items on torch's own threads. An idle thread takes the next item, so a core
-// that is slower than the others takes fewer of them.
+// Calls f(i) for every i < items on torch's own threads. An idle thread takes the next item, so a
+// core that is slower than the others takes fewer of them.
 template <typename F>
 void for_each_item(int64_t items, const F& f) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);

@@ -1,12 +1,16 @@
-// Matrix products on packed rows: one register tile, NR weight rows by MV vectors of x rows, reads each
-// weight once by broadcast while the packed rows stream from the second-level cache.
-// Weights stay as the checkpoint stores them ([out, in], row-major): nothing is prepacked or copied.
+// Matrix products on packed rows: one register tile, NR weight rows by MV vectors of x rows, reads
+// each weight once by broadcast while the packed rows stream from the second-level cache. Blocks of
+// a few rows go to narrow.h, which has the same results. Weights stay as the checkpoint stores them
+// ([out, in], row-major): nothing is prepacked or copied.
 
 constexpr int MAX_MV = 3;
 constexpr int64_t BLOCK = MAX_MV * W;
+// Outputs transposed at a time: whole tiles and whole vectors.
+constexpr int OUT = W > NR ? W : NR;
 
 // Where the weights of the next tile lie: two runs of NR / 2 rows each, or null. A core on its own
-// reads NR rows side by side at half of what memory gives; fetching the next tile ahead doubles that.
+// reads NR rows side by side at half of what memory gives; fetching the next tile ahead doubles
+// that.
 struct Ahead {
   const float *first, *second;
 };
@@ -96,14 +100,19 @@ void linear(const float* packed, int64_t rows, int64_t depth, const float* weigh
             int64_t weight_stride, const float* bias, int64_t first, int64_t count, float* out,
             int64_t out_stride) {
   const int64_t end = first + count;
-  for (int64_t n0 = first; n0 < end; n0 += W) {
-    const int64_t columns = end - n0 < W ? end - n0 : W;
-    const float* row[W];  // past the end the last row again: computed, never stored
-    for (int64_t i = 0; i < W; ++i)
+  const bool done = with_narrow(rows, [&](auto r) {
+    linear_narrow<decltype(r)::value>(packed, depth, weight, weight_stride, bias, first, end, out,
+                                      out_stride);
+  });
+  if (done) return;
+  for (int64_t n0 = first; n0 < end; n0 += OUT) {
+    const int64_t columns = end - n0 < OUT ? end - n0 : OUT;
+    const float* row[OUT];  // past the end the last row again: computed, never stored
+    for (int64_t i = 0; i < OUT; ++i)
       row[i] = weight + (n0 + (i < columns ? i : columns - 1)) * weight_stride;
     for_each_block(rows, [&](auto mv, int64_t block, int64_t block_rows) {
       constexpr int MV = decltype(mv)::value;
-      float result[W * MV * W];  // [output][row]
+      float result[OUT * MV * W];  // [output][row]
       for (int64_t i = 0; i < columns; i += NR) {
         Ahead ahead = {nullptr, nullptr};
         if (block == 0 && n0 + i + 2 * NR <= end && weight_stride == depth)
@@ -117,15 +126,18 @@ void linear(const float* packed, int64_t rows, int64_t depth, const float* weigh
           for (int m = 0; m < MV; ++m) store(result + ((i + n) * MV + m) * W, acc[n][m] + b);
         }
       }
-      for (int m = 0; m < MV; ++m) {
-        vf v[W];
-        load_transposed(result + m * W, MV * W, columns, W, v);
-        for (int64_t r = 0; r < W && m * W + r < block_rows; ++r) {
-          float* to = out + (block + m * W + r) * out_stride + n0;
-          if (columns == W)
-            store(to, v[r]);
-          else
-            memcpy(to, &v[r], sizeof(float) * columns);
+      for (int64_t c = 0; c < columns; c += W) {
+        const int64_t width = columns - c < W ? columns - c : W;
+        for (int m = 0; m < MV; ++m) {
+          vf v[W];
+          load_transposed(result + (c * MV + m) * W, MV * W, width, W, v);
+          for (int64_t r = 0; r < W && m * W + r < block_rows; ++r) {
+            float* to = out + (block + m * W + r) * out_stride + n0 + c;
+            if (width == W)
+              store(to, v[r]);
+            else
+              memcpy(to, &v[r], sizeof(float) * width);
+          }
         }
       }
     });
@@ -136,6 +148,10 @@ void gate_up(const float* packed, int64_t rows, int64_t depth, const float* w1, 
              int64_t first, int64_t count, float* hidden, int64_t width) {
   constexpr int HALF = NR / 2;
   const int64_t end = first + count;
+  const bool done = with_narrow(rows, [&](auto r) {
+    gate_up_narrow<decltype(r)::value>(packed, depth, w1, w3, first, end, hidden);
+  });
+  if (done) return;
   for (int64_t f0 = first; f0 < end; f0 += HALF) {
     const int64_t columns = end - f0 < HALF ? end - f0 : HALF;
     const float* row[NR];

@@ -1,5 +1,5 @@
-// paged_attention and store_kv: one piece of work a (sequence, kv head, block of rows), and a chunk of
-// the context besides when there are too few sequences to occupy every core.
+// paged_attention and store_kv: one piece of work a (sequence, kv head, block of rows), and a chunk
+// of the context besides when there are too few sequences to occupy every core.
 #include <ATen/ops/empty.h>
 
 #include <cstring>

@@ -1,6 +1,6 @@
-// linear and grouped_ffn: cuts the work into strips of weights by passes of rows and spreads the pieces
-// over the cores, so that every weight is read from memory once a wave and all cores work even when an
-// expert has one row.
+// linear and grouped_ffn: cuts the work into strips of weights by passes of rows and spreads the
+// pieces over the cores, so that every weight is read from memory once a wave and all cores work
+// even when an expert has one row.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -13,7 +13,8 @@ namespace {
 
 // Packed rows one strip of weights passes over at a time: they stay in the second-level cache.
 constexpr int64_t PASS_BYTES = 512 * 1024;
-// Packed rows and hidden rows that exist at a time: bounds the memory, and keeps both in a shared cache.
+// Packed rows and hidden rows that exist at a time: bounds the memory, and keeps both in a shared
+// cache.
 constexpr int64_t WAVE_BYTES = 8 * 1024 * 1024;
 // Most weight rows of one piece of work. Inside a piece each tile fetches the next one ahead.
 constexpr int64_t STRIP = 256;
@@ -30,8 +31,8 @@ int64_t rows_within(int64_t bytes, int64_t depth) {
   return std::max(block, rows / block * block);
 }
 
-// Consecutive rows of one expert inside a wave. `packed` counts rows before it in the packed buffer,
-// where every segment starts on a whole vector.
+// Consecutive rows of one expert inside a wave. `packed` counts rows before it in the packed
+// buffer, where every segment starts on a whole vector.
 struct Segment {
   int64_t expert, first, rows, packed;
 };

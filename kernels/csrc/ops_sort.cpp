@@ -1,5 +1,5 @@
-// sort_by_expert: a stable counting sort of assignments. Two passes over a few thousand integers: one
-// thread, because waking a second costs more.
+// sort_by_expert: a stable counting sort of assignments. Two passes over a few thousand integers:
+// one thread, because waking a second costs more.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
