@@ -51,7 +51,7 @@ class ExpertsBackend(Protocol):
 
 
 class TorchExperts:
-    """engine.ops.grouped_ffn: a native kernel on CPU in float32, else one expert after the other."""
+    """engine.ops.grouped_ffn: native on CPU in float32, else one expert after the other."""
 
     name = "torch"
 
