@@ -32,6 +32,7 @@ _COMPUTE = ("attention", "experts")
 # A rank is called slow when it computes this much longer than the others and when the difference
 # is this share of its run; less is noise.
 _SLOW, _MATTERS = 1.1, 0.02
+_ENOUGH_S = 0.5  # seconds of compute below which a difference is noise
 _HEADINGS = {"communication": "communi-\ncation"}
 
 
@@ -162,8 +163,9 @@ def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
 
 
 def slowest_rank(ranks: list[RankReport]) -> str | None:
-    """Name the rank that the others wait for and why, in words; None when they are about even.
+    """Name the rank that the others wait for and why, in words.
 
+    None when they are about even, or when the run is too short for a rank's speed to show.
     Compares the time that ranks compute (attention and experts), never the time in collectives:
     a slow rank waits for its peers too.
     """
@@ -174,13 +176,16 @@ def slowest_rank(ranks: list[RankReport]) -> str | None:
     others = [place for place in range(len(ranks)) if place != slow]
     mean = statistics.fmean(compute[place] for place in others)
     excess = compute[slow] - mean
+    if compute[slow] < _ENOUGH_S:
+        return None
     if excess <= _MATTERS * sum(ranks[slow].seconds.values()) or compute[slow] < _SLOW * mean:
         return None
     rows = statistics.fmean(ranks[place].expert_rows for place in others)
     share = ranks[slow].expert_rows / rows if rows else 1.0
+    # Rows are the cause when they explain most of the time: compute grows no faster than they do.
     cause = (
         f"its experts had {share:.2f}x the others' rows"
-        if share >= _SLOW
+        if (share - 1) * mean >= 0.5 * excess
         else f"with {share:.2f}x the others' expert rows, so the rank itself is slow"
     )
     waited = statistics.fmean(ranks[place].seconds.get("waiting", 0.0) for place in others)

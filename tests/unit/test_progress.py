@@ -141,12 +141,17 @@ def test_a_rank_is_slow_because_its_experts_had_more_rows():
     assert sentence is not None and "its experts had 2.50x the others' rows" in sentence
 
 
+def test_a_little_more_rows_does_not_excuse_a_rank_that_takes_twice_the_time():
+    sentence = slowest_rank([rank(0, rows=100), rank(1, experts=3.0, rows=115)])
+    assert sentence is not None and "with 1.15x the others' expert rows" in sentence
+
+
 def test_no_rank_is_named_where_none_stands_out():
     assert slowest_rank([rank(0)]) is None
     assert slowest_rank([rank(0), rank(1, attention=1.05)]) is None
     assert slowest_rank([rank(0, attention=0, experts=0), rank(1, attention=0, experts=0)]) is None
     # Twice the time, but of a run that did something else all along.
-    small = [rank(0, attention=0.005, experts=0), rank(1, attention=0.01, experts=0)]
+    small = [rank(0, experts=0, waiting=99.0), rank(1, attention=2.0, experts=0, waiting=99.0)]
     assert slowest_rank(small) is None
 
 
