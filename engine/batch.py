@@ -104,6 +104,7 @@ def run_batch(
                 prompt_tokens=sum(counts[1] for counts in tallies),
                 generated_tokens=sum(counts[2] for counts in tallies),
                 run=run,
+                capacity=config.moe.capacity,
             )
             if job.output is not None:
                 write_text(beside(job.output, "config.yaml"), to_yaml(config))

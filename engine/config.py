@@ -80,6 +80,8 @@ class CapacityConfig:
     )
     renormalize: bool = False  # rescale the kept weights of a token to their sum before dropping
     seed: int = field(default=0, metadata=_SEED)  # of order: random
+    selection: Literal["auto", "gather", "radix"] = "auto"  # how consensus: global finds its cut;
+    # the result is the same, auto takes what moves less
 
     @property
     def exact_factor(self) -> Decimal:
@@ -202,6 +204,11 @@ def _combination_problems(config: Config) -> Iterator[str]:
                     f"moe.capacity.{name} = {value!r}: only moe.capacity.policy = expanded_drop "
                     f"uses it, and the policy is {capacity.policy}"
                 )
+    if capacity.tiers == "one" and capacity.extras == "dropped":
+        yield (
+            "moe.capacity.extras = 'dropped': must be all with moe.capacity.tiers = one, where "
+            "extras compete before anybody has lost an assignment; use tiers = two"
+        )
     if capacity.tiers == "one" and capacity.order != "score":
         yield (
             f"moe.capacity.order = {capacity.order!r}: must be score with moe.capacity.tiers = "
@@ -247,14 +254,34 @@ def validate_world(config: Config, world_size: int, num_experts: int | None = No
         raise ConfigError(*problems)
 
 
+def validate_capacity(
+    config: CapacityConfig, *, num_experts: int, top_k: int, expert_ranks: int
+) -> None:
+    """Check the capacity settings that depend on the model and on how its experts are spread.
+
+    Raises `ConfigError`. Pure: every rank gets the same answer without communication.
+    """
+    if config.policy != "expanded_drop":
+        return
+    most_local = -(-num_experts // expert_ranks)
+    problems = []
+    if config.expand is not None and config.expand > most_local:
+        problems.append(
+            f"moe.capacity.expand = {config.expand}: must be at most {most_local}, the experts "
+            f"of one rank ({num_experts} experts on {expert_ranks} ranks); null means all of them"
+        )
+    if top_k == num_experts:
+        problems.append(
+            f"moe.capacity.policy = 'expanded_drop': has nothing to add, because every token "
+            f"already chooses all {num_experts} experts of this model; use token_drop"
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
 def check_supported(config: Config) -> None:
     """Refuse settings that are valid but not available in this version. Raises `ConfigError`."""
     problems = []
-    if config.moe.capacity.policy != "none":
-        problems.append(
-            f"moe.capacity.policy = {config.moe.capacity.policy!r}: is not available in this "
-            "version; use none (dropless routing)"
-        )
     if config.moe.overlap.chunks not in (1, "auto"):
         problems.append(
             f"moe.overlap.chunks = {config.moe.overlap.chunks}: is not available in this version; "

@@ -21,8 +21,8 @@ from engine.profiling.phases import Spans
 
 @dataclass(frozen=True, slots=True)
 class ControlWords:
-    """One rank's view before a step: tokens it is about to run, its requests, and whether its queue
-    has run dry.
+    """One rank's view before a step: tokens it is about to run, its requests, whether its queue
+    has run dry, and how many of the tokens compete for expert capacity.
     """
 
     tokens_prefill: int
@@ -31,6 +31,7 @@ class ControlWords:
     waiting: int
     finished: int
     exhausted: bool
+    competing: int = 0
 
     @property
     def busy(self) -> bool:
@@ -38,28 +39,38 @@ class ControlWords:
         return self.running + self.waiting > 0 or not self.exhausted
 
 
-_NUM_WORDS = 6
+_NUM_WORDS = 7
 
 
 class ControlPlane:
-    """Exchanges control words over one group; `num_stamps` collectives of a step have stamps."""
+    """Exchanges control words over one group.
 
-    def __init__(self, group: Group, num_stamps: int, offset: ClockOffset) -> None:
+    num_stamps: collectives of a step that have stamps. num_layers: MoE layers, whose row counts of
+    the step before ride along.
+    """
+
+    def __init__(self, group: Group, num_stamps: int, num_layers: int, offset: ClockOffset) -> None:
         self._group = group
+        self._num_layers = num_layers
         self._num_stamps = num_stamps
         self._offset = offset
 
     def exchange(
-        self, words: ControlWords, spans: Spans | None, spans_step: int
-    ) -> tuple[list[ControlWords], np.ndarray | None]:
-        """Return every rank's words, and the arrivals [W, C] of step `spans_step` where every rank
-        sent that step.
+        self, words: ControlWords, rows: list[int], spans: Spans | None, spans_step: int
+    ) -> tuple[list[ControlWords], np.ndarray | None, np.ndarray | None]:
+        """Return every rank's words, every rank's `rows` [W, L], and the arrivals [W, C] of step
+        `spans_step` where every rank sent that step.
 
-        spans: an earlier step's spans on this rank, or None. Arrivals are in this rank's own
-        nanoseconds. Collective over the control group: every rank must call.
+        rows: what this rank's experts worked on in each MoE layer of the step before, [] when there
+        was none; then None is returned for it. spans: an earlier step's spans on this rank, or
+        None. Arrivals are in this rank's own nanoseconds. Collective over the control group: every
+        rank must call.
         """
-        vector = np.full(_NUM_WORDS + 1 + self._num_stamps, -1, dtype=np.int64)
+        last = _NUM_WORDS + 1 + self._num_stamps
+        vector = np.full(last + self._num_layers, -1, dtype=np.int64)
         vector[:_NUM_WORDS] = astuple(words)
+        if rows:
+            vector[last:] = rows
         if spans is not None:
             stamps = spans.starts[spans.collectives][: self._num_stamps]
             vector[_NUM_WORDS] = spans_step
@@ -73,10 +84,12 @@ class ControlPlane:
                 waiting=int(row[3]),
                 finished=int(row[4]),
                 exhausted=bool(row[5]),
+                competing=int(row[6]),
             )
             for row in gathered
         ]
+        rows_WL = gathered[:, last:] if rows else None
         if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():
-            return everyone, None
-        arrivals = gathered[:, _NUM_WORDS + 1 :][:, : len(spans.collectives)]
-        return everyone, arrivals - self._offset.nanoseconds
+            return everyone, rows_WL, None
+        arrivals = gathered[:, _NUM_WORDS + 1 : last][:, : len(spans.collectives)]
+        return everyone, rows_WL, arrivals - self._offset.nanoseconds

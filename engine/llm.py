@@ -16,12 +16,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from engine.config import Config, check_supported, validate_world
+from engine.config import CapacityConfig, Config, check_supported, validate_world
 from engine.control import ControlPlane
 from engine.detokenizer import load_eos_token_ids
 from engine.distributed import bootstrap
@@ -32,10 +33,11 @@ from engine.distributed.groups import Topology
 from engine.kv_cache import BlockPool
 from engine.layers.kv import KVCache
 from engine.loop import GenerationLoop, OnStep, Sink
-from engine.memory import MoEShape, dropless_activation_bytes, num_kv_blocks
+from engine.memory import MoEShape, num_kv_blocks, row_bound
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
 from engine.preflight import check_runnable
+from engine.profiling.decisions import LayerDecision
 from engine.profiling.phases import make_clock
 from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
@@ -79,7 +81,7 @@ class LLM:
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
         stamps = 1 + 3 * len(self.model.moe_layers) if config.profiler.enabled else 0
         offset = measure_clock_offset(topology.control, topology.host)
-        self._control = ControlPlane(topology.control, stamps, offset)
+        self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
 
     @property
     def max_model_len(self) -> int:
@@ -143,6 +145,7 @@ class LLM:
         source: this data rank's queue. sink: takes each step's completions on the leading rank of a
         tensor group. on_step: called after every step. The report is complete on every rank.
         """
+        capacity = self.config.moe.capacity
         loop = GenerationLoop(
             self._runner,
             self._scheduler,
@@ -152,10 +155,15 @@ class LLM:
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
             assignments_per_token=sum(layer.spec.router.top_k for layer in self.model.moe_layers),
+            capacity_phases=() if capacity.policy == "none" else capacity.phases,
         )
         latencies: dict[str, list[float]] = {"ttft": [], "tpot": []}
         preempted = self._scheduler.num_preemptions
-        sent = sum(layer.bytes_sent for layer in self.model.moe_layers)
+        layers = self.model.moe_layers
+        sent = sum(layer.bytes_sent for layer in layers)
+        called = sum(layer.num_collectives for layer in layers)
+        for layer in layers:
+            layer.account.take()
         self._telemetry.loads.clear()
         began = time.monotonic()
         loop.run(source, _timed(sink, latencies), on_step)
@@ -164,11 +172,29 @@ class LLM:
             loop.totals,
             latencies,
             self._telemetry.loads,
-            self.model.moe_layers,
             self.topology,
-            bytes_sent=sum(layer.bytes_sent for layer in self.model.moe_layers) - sent,
+            bytes_sent=sum(layer.bytes_sent for layer in layers) - sent,
+            num_collectives=sum(layer.num_collectives for layer in layers) - called,
             preemptions=self._scheduler.num_preemptions - preempted,
+            drops={layer.layer: layer.account.take() for layer in layers},
         )
+
+    def set_capacity(self, capacity: CapacityConfig) -> None:
+        """Change moe.capacity between runs; every rank calls with the same settings.
+
+        Raises:
+            ValueError: settings that contradict each other, or that this model on this many ranks
+            cannot honour.
+        """
+        config = replace(self.config, moe=replace(self.config.moe, capacity=capacity))
+        for layer in self.model.moe_layers:
+            layer.set_capacity(capacity)
+        self.config = config
+        self._reserve_rows()
+
+    def record_decisions(self) -> list[LayerDecision]:
+        """Record every later decision of capacity on this rank's tokens, into the returned list."""
+        return self._telemetry.decisions.start()
 
     def close(self) -> None:
         """Leave the run this engine has joined. Safe to call twice."""
@@ -203,28 +229,44 @@ class LLM:
     def _build_cache(self) -> tuple[Runner, Scheduler]:
         config, model, topology = self.config.scheduler, self.model, self.topology
         dtype = model.embedding_VD.dtype
-        reserve = 0
-        if topology.device.type == "cuda" and model.moe_layers:
-            layer = model.moe_layers[0]
-            shape = MoEShape(
-                num_ranks=topology.expert.size,
-                top_k=layer.spec.router.top_k,
-                num_local_experts=layer.num_local_experts,
-                hidden=layer.spec.hidden,
-                ffn=layer.spec.ffn,
-            )
-            reserve = dropless_activation_bytes(shape, config.max_batch_tokens, dtype)
+        reserve = self._reserve_rows()
         num_blocks = num_kv_blocks(
             config,
             bytes_per_block=model.kv_spec.bytes_per_block(config.block_size, dtype),
             max_model_len=model.max_model_len,
-            reserve_bytes=reserve,
+            reserve_bytes=reserve if topology.device.type == "cuda" else 0,
             device=topology.device,
             local_world_size=topology.local_world_size,
         )
         cache = KVCache(model.kv_spec, num_blocks, config.block_size, topology.device, dtype)
         pool = BlockPool(num_blocks, config.block_size)
         return Runner(model, cache, topology.device), Scheduler(config, pool, model.max_model_len)
+
+    def _reserve_rows(self) -> int:
+        """Make the MoE layers' row buffers where capacity bounds them; return the bytes that the
+        layers' activations may still take.
+        """
+        model, config = self.model, self.config
+        if not model.moe_layers:
+            return 0
+        layer, capacity = model.moe_layers[0], config.moe.capacity
+        shape = MoEShape(
+            num_ranks=self.topology.expert.size,
+            top_k=layer.spec.router.top_k,
+            num_experts=layer.spec.router.num_experts,
+            num_local_experts=layer.num_local_experts,
+            hidden=layer.spec.hidden,
+            ffn=layer.spec.ffn,
+        )
+        limits = config.scheduler
+        bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
+        dtype = model.embedding_VD.dtype
+        needed = bound.activation_bytes(shape, dtype)
+        if capacity.policy == "none":
+            return needed
+        workspace = model.workspace
+        workspace.reserve(bound.sent, bound.received, shape.hidden, dtype, self.topology.device)
+        return needed - workspace.num_bytes
 
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """Run `make` on every rank; where it fails on any, fail on all with who and why."""

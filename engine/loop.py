@@ -5,7 +5,7 @@ One turn on every rank:
     1. admit      pull requests while the scheduler has room       (tensor rank 0, for its peers)
     2. schedule   decode tokens first, then chunks of prompts      scheduler.py
     3. agree      control words: is there a step, is anybody busy  control.py
-    4. forward    tensors -> model; without tokens, with none      runner.py
+    4. forward    tensors -> model; without tokens, with none      runner.py, competition.py
     5. sample     next tokens, log probabilities                   sampler.py
     6. commit     sequences grow, finished ones leave through the sink
 
@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.competition import build_moe_step, capacity_uses, count_competing
+from engine.config import Phase as ConfigPhase
 from engine.control import ControlPlane, ControlWords
 from engine.detokenizer import TokenDecoder
 from engine.distributed.collectives import broadcast_object
@@ -71,7 +73,11 @@ class GenerationLoop:
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
         assignments_per_token: int,
+        capacity_phases: Collection[ConfigPhase] = (),
     ) -> None:
+        """assignments_per_token: top-k over all MoE layers. capacity_phases: the phases whose
+        tokens compete for expert capacity; none without a capacity policy.
+        """
         self.totals = Totals(np.zeros(len(Phase)))
         self._runner = runner
         self._scheduler = scheduler
@@ -81,6 +87,7 @@ class GenerationLoop:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._assignments_per_token = assignments_per_token
+        self._phases = tuple(capacity_phases)
         self._leads = topology.tensor.rank == 0
         self._spans_read = 0
 
@@ -99,8 +106,9 @@ class GenerationLoop:
             everyone = self._agree(step, exhausted)
             if not any(words.busy for words in everyone):
                 break
-            self._deliver(self._advance(step), sink)
+            self._deliver(self._advance(step, everyone), sink)
             clock.close_step()
+            self._telemetry.decisions.next_step()
             self.totals.steps += 1
             if on_step is not None:
                 on_step(_report(self.totals.steps, everyone, loads.reset_step(), began))
@@ -163,13 +171,18 @@ class GenerationLoop:
             waiting=scheduler.num_waiting * leads,
             finished=self.totals.finished * leads,
             exhausted=exhausted,
+            competing=count_competing(step, self._phases) * leads,
         )
         self.totals.tokens_prefill += words.tokens_prefill
         self.totals.tokens_decode += words.tokens_decode
         spans = clock.read()
         clock.enter(Phase.CONTROL)
-        everyone, arrivals = self._control.exchange(words, spans, self._spans_read)
+        everyone, rows_WL, arrivals = self._control.exchange(
+            words, self._telemetry.loads.take_rows(), spans, self._spans_read
+        )
         clock.enter(Phase.OTHER)
+        if rows_WL is not None:
+            self._telemetry.loads.settle(rows_WL)
         if spans is not None:
             self._spans_read += 1
             self.totals.phase_seconds += spans.seconds_by_phase()
@@ -177,14 +190,21 @@ class GenerationLoop:
                 self.totals.waiting_seconds += waiting_seconds(spans, arrivals)
         return everyone
 
-    def _advance(self, step: Step) -> list[Sequence]:
+    def _advance(self, step: Step, everyone: list[ControlWords]) -> list[Sequence]:
         """Run one step; return the sequences that finished."""
-        hidden_TD = self._runner.forward(step)
+        moe_step = None
+        if self._phases:
+            moe_step = build_moe_step(step, everyone, self._phases, self._topology)
+        hidden_TD = self._runner.forward(step, moe_step)
         outcome = self._sample(step, hidden_TD) if self._leads else None
         tokens, logprobs, of_prompt, errors = broadcast_object(outcome, self._topology.tensor)
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
             piece.seq.capacity.add(CapacityUse(run * self._assignments_per_token))
+        if moe_step is not None:
+            uses = capacity_uses(step, moe_step, self._topology)
+            for piece, use in zip(step.slices, uses, strict=True):
+                piece.seq.capacity.add(use)
         failed = [step.slices[index].seq for index in errors]
         for sequence, message in zip(failed, errors.values(), strict=True):
             self._scheduler.abort(sequence, message)

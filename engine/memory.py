@@ -1,21 +1,37 @@
-"""Memory plan: how many KV cache blocks a rank gets.
+"""Memory plan: rows an MoE layer may have to hold, and how many KV cache blocks that leaves.
 
 Called once by `llm.py` after the weights stand in memory. A dropless MoE layer must be ready for
-the worst case, all tokens of the group choosing experts of one rank; on CUDA that much is kept
-free, because the caching allocator takes it from the same memory.
+the worst case, all tokens of the group choosing experts of one rank:
 
-Legend: T tokens a step and rank, W expert-parallel ranks, K top-k, e experts on this rank, D model
-dim, F expert dim.
+    received = W * T * min(K, e)
+
+With a capacity factor gamma that every token competes under, a rank receives at most what its
+experts may keep, whatever the router does:
+
+    received = e * C,  C = max(1, ceil(gamma * W * T * K / E))
+
+8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows against 24,576 at gamma = 1.5.
+Tokens of a phase without capacity add min(K, e) rows each, and `local` consensus rounds once a
+rank: e * (W - 1) rows more. A rank sends its tokens' K rows and, with Expanded Drop, what its own
+experts add. From the rows:
+
+    bytes = (sent + 2 * received) * D      the buffers of engine/moe/workspace.py
+          + received * 3 * F               gate, up and their product, where the backend holds them
+
+Legend: T tokens a step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
+rank, D model dim, F expert dim.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
-from engine.config import SchedulerConfig
+from engine.config import CapacityConfig, SchedulerConfig
 
 _GIB = 1 << 30
 _CUDA_SHARE = 0.92  # of the free device memory; the rest is for fragmentation and libraries
@@ -28,19 +44,55 @@ class MoEShape:
 
     num_ranks: int
     top_k: int
+    num_experts: int
     num_local_experts: int
     hidden: int
     ffn: int
 
 
-def dropless_activation_bytes(shape: MoEShape, max_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes one MoE layer may need on one rank without capacity: W*T*min(K, e) rows of 3D + 3F
-    numbers.
+@dataclass(frozen=True, slots=True)
+class RowBound:
+    """Most rows one rank may send from, and receive in, one call of a MoE layer."""
 
-    Rows arrive (D), are grouped (D), give gate and up (2F) and their product (F), and leave (D).
+    sent: int
+    received: int
+
+    def activation_bytes(self, shape: MoEShape, dtype: torch.dtype) -> int:
+        """Bytes of the row buffers and of the experts' inner activations."""
+        numbers = (self.sent + 2 * self.received) * shape.hidden + self.received * 3 * shape.ffn
+        return numbers * dtype.itemsize
+
+
+def row_bound(
+    shape: MoEShape, capacity: CapacityConfig, max_tokens: int, max_sequences: int
+) -> RowBound:
+    """The bound of the module's formulas.
+
+    max_tokens: T, of one step on one rank. max_sequences: decode tokens of one step and rank, at
+    most; they pass capacity unless it covers their phase.
     """
-    rows = shape.num_ranks * max_tokens * min(shape.top_k, shape.num_local_experts)
-    return rows * (3 * shape.hidden + 3 * shape.ffn) * dtype.itemsize
+    num_ranks, most = shape.num_ranks, min(shape.top_k, shape.num_local_experts)
+    tokens = num_ranks * max_tokens
+    dropless = RowBound(max_tokens * shape.top_k, tokens * most)
+    factor = capacity.exact_factor
+    if capacity.policy == "none" or not factor.is_finite():
+        return dropless
+    share = Fraction(factor) * shape.top_k
+    if share >= shape.num_experts:
+        return dropless
+    slots = shape.num_local_experts * max(1, math.ceil(share * tokens / shape.num_experts))
+    if capacity.consensus == "local":
+        slots += shape.num_local_experts * (num_ranks - 1)
+    passing = 0
+    if "prefill" not in capacity.phases:
+        passing = tokens
+    elif "decode" not in capacity.phases:
+        passing = num_ranks * min(max_sequences, max_tokens)
+    sent, limit = max_tokens * shape.top_k, dropless.received
+    if capacity.policy == "expanded_drop":
+        limit = tokens * shape.num_local_experts  # a rank's experts may take what nobody chose
+        sent += min(slots, max_tokens * shape.num_local_experts)
+    return RowBound(sent, min(limit, slots + passing * most))
 
 
 def num_kv_blocks(

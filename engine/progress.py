@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from engine.capacity_summary import print_capacity
+from engine.config import CapacityConfig
 from engine.profiling.report import RankReport, RunReport, StepReport
 
 _WIDTH = 100
@@ -128,7 +130,8 @@ class Summary:
     """A finished job. requests, prompt_tokens and generated_tokens are this run's alone.
 
     total: requests of the job. resumed: done by earlier runs. errors: error records in the output.
-    run: what the engine measured, None where nothing was left to run.
+    run: what the engine measured, None where nothing was left to run. capacity: the policy it ran
+    under.
     """
 
     total: int
@@ -138,12 +141,16 @@ class Summary:
     prompt_tokens: int
     generated_tokens: int
     run: RunReport | None
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
 
     def to_json(self) -> str:
         """Everything as JSON, latencies as percentiles."""
         values: dict[str, Any] = {
-            key: getattr(self, key) for key in self.__dataclass_fields__ if key != "run"
+            key: getattr(self, key)
+            for key in self.__dataclass_fields__
+            if key not in ("run", "capacity")
         }
+        values["capacity"] = asdict(self.capacity)
         if self.run is not None:
             values["run"] = asdict(self.run) | {"latencies": percentiles(self.run)}
             values["slowest_rank"] = slowest_rank(self.run.ranks)
@@ -204,6 +211,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         if latencies := percentiles(run):
             console.print(_latency(latencies))
         console.print(_ranks(run))
+        print_capacity(console, run, summary.capacity)
         if sentence := slowest_rank(run.ranks):
             console.print(sentence, highlight=False)
     words = [f"{summary.total} requests"]

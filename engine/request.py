@@ -134,23 +134,28 @@ class Request:
 class CapacityUse:
     """What expert capacity did to one request, in (token, expert) assignments over all MoE layers.
 
-    `gate_mass_kept` is the share of the router's gate mass that was computed, in [0, 1].
+    mass, mass_kept: combine weights of the assignments that competed for capacity, and of those
+    that survived; extras do not count.
     """
 
     assignments: int = 0
     dropped: int = 0
     added: int = 0
-    gate_mass_kept: float = 1.0
+    mass: float = 0.0
+    mass_kept: float = 0.0
+
+    @property
+    def gate_mass_kept(self) -> float:
+        """Share of the gate mass that was computed, in [0, 1]; 1 where nothing competed."""
+        return self.mass_kept / self.mass if self.mass else 1.0
 
     def add(self, other: CapacityUse) -> None:
-        """Count `other` in; shares are averaged by their number of assignments."""
-        total = self.assignments + other.assignments
-        if total:
-            mass = self.gate_mass_kept * self.assignments + other.gate_mass_kept * other.assignments
-            self.gate_mass_kept = mass / total
-        self.assignments = total
+        """Count `other` in."""
+        self.assignments += other.assignments
         self.dropped += other.dropped
         self.added += other.added
+        self.mass += other.mass
+        self.mass_kept += other.mass_kept
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Runner: one scheduler step becomes tensors, goes through the model, and comes back as hidden rows
 that need logits.
 
-Between `lockstep.py`, which drives it, and `models/decoder.py`. It owns the KV cache tensors.
+Between `loop.py`, which drives it, and `models/decoder.py`. It owns the KV cache tensors.
 
 Legend: T tokens of the step, S sequences, B columns of the block table, D model dim.
 """
@@ -14,6 +14,7 @@ import torch
 from engine.layers.attention import StepTensors
 from engine.layers.kv import KVCache
 from engine.models.decoder import CausalLM
+from engine.moe.step import MoEStep
 from engine.scheduler import Step
 
 
@@ -28,13 +29,15 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def forward(self, step: Step) -> torch.Tensor:
+    def forward(self, step: Step, moe_step: MoEStep | None = None) -> torch.Tensor:
         """Run the step's tokens; return their final hidden states [T, D]. Collective over EP: every
         rank must call.
 
+        moe_step: who competes for expert capacity; None where nobody does.
+
         An empty step is fine: the rank takes part in the MoE layers with zero tokens.
         """
-        return self.model(self.build(step), self.cache)
+        return self.model(self.build(step), self.cache, moe_step)
 
     @torch.inference_mode()
     def logits(self, hidden_TD: torch.Tensor, rows: list[int]) -> torch.Tensor:

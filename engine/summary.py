@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
 from engine.loop import Totals
-from engine.moe.layer import MoELayer
-from engine.profiling.loads import LoadCounter
+from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.report import LayerReport, RankReport, RunReport
 from engine.profiling.waiting import breakdown
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one rank hands in. after: layer -> first expert and rows of each of its experts."""
+
+    rank: RankReport
+    replica: int
+    latencies: dict[str, list[float]]
+    seconds: float
+    after: dict[int, tuple[int, list[int]]]
+    drops: dict[int, LayerDrops]
 
 
 def run_report(
@@ -18,47 +32,85 @@ def run_report(
     totals: Totals,
     latencies: dict[str, list[float]],
     loads: LoadCounter,
-    moe_layers: Sequence[MoELayer],
     topology: Topology,
     *,
     bytes_sent: int,
+    num_collectives: int,
     preemptions: int,
+    drops: dict[int, LayerDrops],
 ) -> RunReport:
-    """Gather every rank's totals into one report, the same on every rank; layers are of this rank's
-    own group.
+    """Gather every rank's totals into one report, the same on every rank of a replica; layers are
+    of this rank's own group.
 
-    Collective over all ranks: every rank must call.
+    bytes_sent, num_collectives: of the MoE layers. drops: layer -> what capacity did to this rank's
+    own tokens. Collective over all ranks: every rank must call.
     """
-    first, count = 0, 0
-    for layer in moe_layers:
-        first, count = layer.first_expert, layer.num_local_experts  # the same in every layer
-    rows = sum(int(load.experts[first : first + count].sum()) for load in loads.layers.values())
-    own = RankReport(
-        rank=topology.world.rank,
-        host=topology.host,
-        tokens_prefill=totals.tokens_prefill,
-        tokens_decode=totals.tokens_decode,
-        expert_rows=rows,
-        bytes_sent=bytes_sent,
-        preemptions=preemptions,
-        seconds=breakdown(totals.phase_seconds, totals.waiting_seconds),
+    own = _Share(
+        rank=RankReport(
+            rank=topology.world.rank,
+            host=topology.host,
+            tokens_prefill=totals.tokens_prefill,
+            tokens_decode=totals.tokens_decode,
+            expert_rows=sum(int(load.own_after.sum()) for load in loads.layers.values()),
+            bytes_sent=bytes_sent,
+            num_collectives=num_collectives,
+            preemptions=preemptions,
+            seconds=breakdown(totals.phase_seconds, totals.waiting_seconds),
+        ),
+        replica=topology.replica,
+        latencies=latencies,
+        seconds=seconds,
+        after={
+            layer: (load.first_expert, load.own_after.tolist())
+            for layer, load in loads.layers.items()
+        },
+        drops=drops,
     )
-    everyone = gather_objects((own, latencies, seconds), topology.world)
+    everyone: list[_Share] = gather_objects(own, topology.world)
+    group = [share for share in everyone if share.replica == topology.replica]
     return RunReport(
-        seconds=max(each for _, _, each in everyone),
+        seconds=max(share.seconds for share in everyone),
         steps=totals.steps,
-        ranks=[rank for rank, _, _ in everyone],
-        layers=[
+        ranks=[share.rank for share in everyone],
+        layers=_layers(loads, group),
+        max_over_mean=loads.max_over_mean(),
+        max_over_mean_after=loads.max_over_mean_after(),
+        speed_bound=loads.speed_bound(),
+        latencies={
+            key: [value for share in everyone for value in share.latencies[key]]
+            for key in latencies
+        },
+    )
+
+
+def _layers(loads: LoadCounter, group: Sequence[_Share]) -> list[LayerReport]:
+    reports = []
+    for layer, load in sorted(loads.layers.items()):
+        after = np.zeros_like(load.experts)
+        drops = LayerDrops()
+        for share in group:
+            first, rows = share.after[layer]
+            after[first : first + len(rows)] += rows
+            drops.add(share.drops.get(layer, LayerDrops()))
+        reports.append(
             LayerReport(
                 layer=layer,
                 rank_max_over_mean=load.max_over_mean,
-                expert_max_over_mean=float(load.experts.max() / max(load.experts.mean(), 1e-9)),
+                rank_max_over_mean_after=load.max_over_mean_after,
+                expert_max_over_mean=_max_over_mean(load.experts),
+                expert_max_over_mean_after=_max_over_mean(after),
                 expert_loads=load.experts.tolist(),
+                expert_loads_after=after.tolist(),
+                assignments=drops.routed,
+                dropped=drops.dropped,
+                added=drops.added,
+                orphans=drops.orphans,
+                gate_mass_kept=drops.mass_kept / drops.mass if drops.mass else 1.0,
+                drop_rate=drops.dropped / drops.routed if drops.routed else 0.0,
             )
-            for layer, load in sorted(loads.layers.items())
-        ],
-        max_over_mean=loads.max_over_mean(),
-        latencies={
-            key: [value for _, each, _ in everyone for value in each[key]] for key in latencies
-        },
-    )
+        )
+    return reports
+
+
+def _max_over_mean(loads_E: np.ndarray) -> float:
+    return float(loads_E.max() / loads_E.mean()) if loads_E.any() else 1.0

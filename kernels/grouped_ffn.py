@@ -14,24 +14,33 @@ from engine.ops import native
 
 
 def grouped_ffn(
-    x_RD: torch.Tensor, w13_e2FD: torch.Tensor, w2_eDF: torch.Tensor, counts_e: list[int]
+    x_RD: torch.Tensor,
+    w13_e2FD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    counts_e: list[int],
+    out_RD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns (silu(x w1^T) * (x w3^T)) w2^T of each row's expert: [R, D] in x's dtype.
 
     x_RD [R, D] holds counts_e[0] rows of local expert 0, then counts_e[1] of expert 1, and so on
     (sum(counts_e) == R, zeros allowed). w13_e2FD [e, 2F, D]: w1 is the first F rows, w3 the other
     F. w2_eDF is [e, D, F].
+    out_RD: where to write the result, x's shape and dtype, not x itself; a new tensor by default.
     """
     if native.serves(x_RD, w13_e2FD, w2_eDF):
-        return torch.ops.lockstep_cpu.grouped_ffn(x_RD, w13_e2FD, w2_eDF, counts_e)
-    return grouped_ffn_reference(x_RD, w13_e2FD, w2_eDF, counts_e)
+        return torch.ops.lockstep_cpu.grouped_ffn(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD)
+    return grouped_ffn_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD)
 
 
 def grouped_ffn_reference(
-    x_RD: torch.Tensor, w13_e2FD: torch.Tensor, w2_eDF: torch.Tensor, counts_e: list[int]
+    x_RD: torch.Tensor,
+    w13_e2FD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    counts_e: list[int],
+    out_RD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain torch form of `grouped_ffn`: a loop over experts."""
-    y_RD = torch.empty_like(x_RD)
+    y_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
     start = 0
     for expert, count in enumerate(counts_e):
         if count == 0:

@@ -8,9 +8,16 @@ import torch
 from engine.ops import native, triton_support
 
 
-def gather_rows(x_TD: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
-    """Returns x_TD[index_N]: [N, D]; index_N is int64 or int32 in 0 .. T - 1."""
-    return gather_rows_reference(x_TD, index_N)
+def gather_rows(
+    x_TD: torch.Tensor, index_N: torch.Tensor, out_ND: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns x_TD[index_N]: [N, D]; index_N is int64 or int32 in 0 .. T - 1.
+
+    out_ND: where to write it; a new tensor by default.
+    """
+    if out_ND is None:
+        return gather_rows_reference(x_TD, index_N)
+    return torch.index_select(x_TD, 0, index_N, out=out_ND)
 
 
 def combine_rows(

@@ -5,7 +5,7 @@ torch.distributed itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -49,3 +49,91 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
     values: list[Any] = [None] * group.size
     dist.all_gather_object(values, value, group=group.handle)
     return values
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> torch.Tensor:
+        """Return its result once it is there; on CUDA the current stream waits, not the host."""
+        ...
+
+
+class Collectives(Protocol):
+    """The two collectives that agreement needs, counted; every rank calls the same in one order.
+
+    rank, size: this rank's place in the group. bytes_sent: what this rank handed to other ranks, by
+    the ring algorithm's count for all_reduce. num_collectives: calls so far. A group of one calls
+    nothing and counts nothing.
+    """
+
+    rank: int
+    size: int
+    bytes_sent: int
+    num_collectives: int
+
+    def all_gather(self, part: torch.Tensor) -> Pending:
+        """Start gathering parts of equal shape: [W, *part.shape]."""
+        ...
+
+    def all_reduce(self, part: torch.Tensor) -> Pending:
+        """Start adding parts of equal shape up, in place."""
+        ...
+
+
+class Done:
+    """A `Pending` whose result was there from the start."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> torch.Tensor:
+        """Return the result."""
+        return self._result
+
+
+class _Started:
+    def __init__(self, work: dist.Work | None, result: torch.Tensor) -> None:
+        self._work, self._result = work, result
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._result
+
+
+class GroupCollectives:
+    """`Collectives` of a process group: NCCL on CUDA, gloo on CPU."""
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.size = group.rank, group.size
+        self.bytes_sent = 0
+        self.num_collectives = 0
+        self._group = group
+
+    def all_gather(self, part: torch.Tensor) -> Pending:
+        """Start gathering parts of equal shape: [W, *part.shape]. Collective."""
+        if self.size == 1:
+            return Done(part[None])
+        out = part.new_empty((self.size, *part.shape))
+        work = _all_gather(
+            out.view(-1, *part.shape[1:]),
+            part.contiguous(),
+            group=self._group.handle,
+            async_op=True,
+        )
+        self._count(part, self.size - 1)
+        return _Started(work, out)
+
+    def all_reduce(self, part: torch.Tensor) -> Pending:
+        """Start adding parts of equal shape up, in place. Collective."""
+        if self.size == 1:
+            return Done(part)
+        work = dist.all_reduce(part, group=self._group.handle, async_op=True)
+        self._count(part, 2 * (self.size - 1) / self.size)
+        return _Started(work, part)
+
+    def _count(self, part: torch.Tensor, times: float) -> None:
+        self.bytes_sent += round(part.numel() * part.element_size() * times)
+        self.num_collectives += 1

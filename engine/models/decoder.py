@@ -25,6 +25,8 @@ from engine.layers.rotary import RotaryTable
 from engine.models.moe_weights import moe_slots
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
 from engine.moe.layer import MoELayer
+from engine.moe.step import MoEStep
+from engine.moe.workspace import Workspace
 from engine.ops.linear import linear
 from engine.ops.rms_norm import add_rms_norm, rms_norm
 from engine.profiling.phases import Phase
@@ -47,6 +49,7 @@ class DecoderLayer(nn.Module):
         config: MoEConfig,
         device: torch.device,
         dtype: torch.dtype,
+        workspace: Workspace,
     ) -> None:
         super().__init__()
         hidden = spec.attention.hidden
@@ -71,6 +74,7 @@ class DecoderLayer(nn.Module):
             device=device,
             dtype=dtype,
             shared=shared,
+            workspace=workspace,
         )
 
 
@@ -108,9 +112,16 @@ class CausalLM(nn.Module):
             else empty_parameter(*shape, device=device, dtype=dtype)
         )
         self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
+        self.workspace = Workspace()
         self._layers = [
             DecoderLayer(
-                layer, layer=i, topology=topology, config=config, device=device, dtype=dtype
+                layer,
+                layer=i,
+                topology=topology,
+                config=config,
+                device=device,
+                dtype=dtype,
+                workspace=self.workspace,
             )
             for i, layer in enumerate(spec.layers)
         ]
@@ -124,8 +135,12 @@ class CausalLM(nn.Module):
         for moe in self.moe_layers:
             moe.telemetry = telemetry
 
-    def forward(self, step: StepTensors, kv: KVCache) -> torch.Tensor:
+    def forward(
+        self, step: StepTensors, kv: KVCache, moe_step: MoEStep | None = None
+    ) -> torch.Tensor:
         """Return the hidden states after the final norm, [T, D]; `kv` takes keys and values.
+
+        moe_step: who competes for expert capacity, of this rank's slice; None where nobody does.
 
         Collective over EP and TP: every rank must call, T may be 0.
         """
@@ -143,7 +158,8 @@ class CausalLM(nn.Module):
                 x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache)
             clock.enter(Phase.OTHER)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
-            x_TD = layer.mlp(x_TD)
+            mlp = layer.mlp
+            x_TD = mlp(x_TD, moe_step) if isinstance(mlp, MoELayer) else mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
         return x_TD
 

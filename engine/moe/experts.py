@@ -45,8 +45,12 @@ class ExpertsBackend(Protocol):
 
     name: str
 
-    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
-        """rows_RD: rows grouped by local expert. expert_counts: rows of each. Returns [R, D]."""
+    def __call__(
+        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """rows_RD: rows grouped by local expert. expert_counts: rows of each. out_RD: a buffer for
+        the result, which a backend may use. Returns [R, D].
+        """
         ...
 
 
@@ -58,9 +62,12 @@ class TorchExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
 
-    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+    def __call__(
+        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
-        return grouped_ffn(rows_RD, self._weights.w13_e2FD, self._weights.w2_eDF, expert_counts)
+        weights = self._weights
+        return grouped_ffn(rows_RD, weights.w13_e2FD, weights.w2_eDF, expert_counts, out_RD)
 
 
 class GroupedMMExperts:
@@ -71,7 +78,9 @@ class GroupedMMExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
 
-    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+    def __call__(
+        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
         if not rows_RD.shape[0]:
             return torch.empty_like(rows_RD)
@@ -95,7 +104,9 @@ class TransformerEngineExperts:
         annotation = inspect.signature(te.GroupedLinear.forward).parameters["m_splits"].annotation
         self._splits_as_tensor = "Tensor" in str(annotation)
 
-    def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+    def __call__(
+        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
         if not rows_RD.shape[0]:
             return torch.empty_like(rows_RD)

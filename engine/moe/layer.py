@@ -2,43 +2,51 @@
 
 One call on every rank of the expert-parallel group, whatever tokens each has (none is fine):
 
-    1. slice     under attention tensor parallelism the ranks of a tensor group hold the same
-    tokens: each takes its part 2. route     gate -> scores, top-k experts, combine weights
-    router.py 3. agree     exchange the loads: every rank learns what every rank sends to every
-    expert  dispatcher.py 4. plan      who sends which row where, frozen
-    plan.py 5. dispatch  all-to-all: rows travel to the ranks that host their experts
-    dispatcher.py 6. experts   the local experts' feed-forward
-    experts.py 7. combine   all-to-all back, then each token sums its experts' rows by weight, k =
-    0..K-1 8. shared    the shared expert, if the family has one, is added; a tensor group regathers
-    its tokens
+    1. slice     tensor ranks hold the same tokens: each takes its part     token_slice.py
+    2. route     gate -> scores, top-k experts, combine weights             router.py
+    3. agree     overloaded experts drop, idle ones are filled, and every   agreement.py
+                 rank learns what every rank sends to every expert
+    4. plan      who sends which row where, frozen                          plan.py
+    5. dispatch  all-to-all: rows travel to the ranks of their experts      dispatcher.py
+    6. experts   the local experts' feed-forward                            experts.py
+    7. combine   all-to-all back, then each token sums its experts' rows    dispatcher.py
+                 by weight, k = 0 .. K - 1, then its extras
+    8. shared    the shared expert, if there is one, is added (it ran       dispatcher.py
+                 during step 3); a tensor group regathers its tokens
+
+Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads.
 
 The sum in step 7 runs on the token's own rank in the router's order, so a token's result does not
-depend on how many ranks there are.
+depend on how many ranks there are. Nor does what is dropped, under `global` consensus.
 
-Legend: T tokens on this rank, D model dim, K top-k, E experts, e experts on this rank, R rows
-received, N assignments.
+Legend: T tokens on this rank, D model dim, K top-k, M columns of the decision (K, with extras one
+more for each local expert), E experts, e experts on this rank, R rows received, A rows sent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
+from engine.config import CapacityConfig, MoEConfig, validate_capacity
+from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology, expert_range
+from engine.moe.accounting import DropAccount
+from engine.moe.agreement import CapacityAgreement, Decision
 from engine.moe.dispatcher import Dispatcher
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
 from engine.moe.plan import DispatchPlan, make_plan, sort_by_expert
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
+from engine.moe.step import MoEStep
 from engine.moe.token_slice import TokenSlice
+from engine.moe.workspace import Workspace
 from engine.ops.permute import combine_rows
+from engine.profiling.decisions import LayerDecision
 from engine.profiling.phases import Phase
 from engine.profiling.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from engine.config import MoEConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +64,8 @@ class MoELayer(nn.Module):
 
     gate_weight_ED: model dtype. gate_bias_E: float32 correction bias or None. experts: this rank's
     stacked weights, experts `first_expert` .. `first_expert + num_local_experts` - 1 of the model.
+    account: what capacity did to this rank's tokens. workspace: row buffers, shared between the
+    layers of a model.
     """
 
     def __init__(
@@ -68,6 +78,7 @@ class MoELayer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         shared: nn.Module | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         """Allocate the weights, uninitialised; `engine/weights.py` fills them.
 
@@ -84,13 +95,16 @@ class MoELayer(nn.Module):
         self.spec = spec
         self.layer = layer
         self.telemetry = Telemetry()
+        self.account = DropAccount()
+        self.workspace = workspace or Workspace()
         self.first_expert, self.num_local_experts = expert_range(
             num_experts, group.size, group.rank
         )
         starts = [expert_range(num_experts, group.size, rank)[0] for rank in range(group.size)]
         self._first_experts = [*starts, num_experts]
-        self._rank = group.rank
-        self._dispatcher = Dispatcher(group)
+        self._group = group
+        self._collectives = GroupCollectives(group)
+        self._dispatcher = Dispatcher(group, self._collectives, self.workspace)
         self._slice = TokenSlice(topology.tensor)
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
         self.gate_bias_E = (
@@ -102,6 +116,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         backend = choose_backend(config.experts.backend, device, dtype)
         self._run_experts = make_backend(backend, self.experts)
+        self.set_capacity(config.capacity)
 
     @property
     def backend(self) -> str:
@@ -111,26 +126,57 @@ class MoELayer(nn.Module):
     @property
     def bytes_sent(self) -> int:
         """Bytes this rank has sent to other ranks in this layer's collectives."""
-        return self._dispatcher.bytes_sent
+        return self._collectives.bytes_sent
 
     @property
     def num_collectives(self) -> int:
         """Collectives this layer has called."""
-        return self._dispatcher.num_collectives
+        return self._collectives.num_collectives
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def set_capacity(self, config: CapacityConfig) -> None:
+        """Change the capacity policy, between steps and alike on every rank.
+
+        Raises:
+            ValueError: settings that this model or number of ranks cannot honour.
+        """
+        router = self.spec.router
+        validate_capacity(
+            config,
+            num_experts=router.num_experts,
+            top_k=router.top_k,
+            expert_ranks=self._group.size,
+        )
+        self._agreement = CapacityAgreement(
+            router,
+            config,
+            layer=self.layer,
+            first_experts=self._first_experts,
+            collectives=self._collectives,
+            ranks=self._group.ranks,
+        )
+
+    def forward(self, x_TD: torch.Tensor, step: MoEStep | None = None) -> torch.Tensor:
         """Return the layer's output [T, D] in x's dtype. Collective over EP: every rank must call,
         T may be 0.
+
+        step: who the tokens are, of this rank's slice; needed under a capacity policy, where None
+        means that no token competes.
         """
         clock = self.telemetry.clock
         clock.enter(Phase.GATE)
         own_TD = self._slice.take(x_TD)
         routing = self.route(own_TD)
-        plan = self.agree(routing)
-        out_TD = self.run(own_TD, routing, plan)
+        shared: list[torch.Tensor] = []
+        if step is not None and self._agreement.applies(step):
+            plan, weights_TM = self._agree(own_TD, routing, step, shared)
+        else:
+            plan, weights_TM = self._exchange(routing), routing.topk_weights_TK
+            if step is not None:
+                self.account.add(routing, None, step)
+        out_TD = self.run(own_TD, plan, weights_TM)
         if self.shared is not None:
             clock.enter(Phase.EXPERTS)
-            out_TD = out_TD + self.shared(own_TD)
+            out_TD = out_TD + (shared[0] if shared else self.shared(own_TD))
         clock.enter(Phase.OTHER)
         return self._slice.regather(out_TD, x_TD.shape[0])
 
@@ -139,21 +185,70 @@ class MoELayer(nn.Module):
         logits_TE = gate_logits(x_TD, self.gate_weight_ED, self.spec.router)
         return route(logits_TE, self.spec.router, self.gate_bias_E)
 
-    def agree(self, routing: Routing) -> DispatchPlan:
-        """Steps 3 and 4: exchange loads and freeze the plan. Collective over EP: every rank must
-        call.
-        """
+    def _exchange(self, routing: Routing) -> DispatchPlan:
+        """Steps 3 and 4, dropless: exchange loads and freeze the plan. Collective."""
         clock = self.telemetry.clock
         clock.enter(Phase.PLAN)
         order = sort_by_expert(routing.topk_ids_TK, self.spec.router.num_experts)
         clock.enter(Phase.CONSENSUS)
         counts_WE = self._dispatcher.exchange_counts(order.load_E)
         clock.enter(Phase.PLAN)
-        plan = make_plan(order, counts_WE, self._rank, self._first_experts)
-        self.telemetry.loads.record(self.layer, plan.expert_loads, plan.rank_loads)
+        plan = make_plan(order, counts_WE, self._group.rank, self._first_experts)
+        self._record(counts_WE, plan)
         return plan
 
-    def run(self, x_TD: torch.Tensor, routing: Routing, plan: DispatchPlan) -> torch.Tensor:
+    def _agree(
+        self, x_TD: torch.Tensor, routing: Routing, step: MoEStep, shared: list[torch.Tensor]
+    ) -> tuple[DispatchPlan, torch.Tensor]:
+        """Steps 3 and 4 under capacity; the plan and the weights [T, M]. Collective.
+
+        The shared expert runs while the ranks agree; its output is appended to `shared`.
+        """
+        meanwhile = None
+        if (module := self.shared) is not None:
+            meanwhile = lambda: shared.append(module(x_TD))  # noqa: E731
+        decision = self._agreement.decide(
+            routing, step, clock=self.telemetry.clock, meanwhile=meanwhile
+        )
+        self.account.add(routing, decision, step)
+        plan = make_plan(decision.order, decision.counts_WE, self._group.rank, self._first_experts)
+        self._record(decision.before_WE, plan)
+        if (entries := self.telemetry.decisions.entries) is not None:
+            entries.append(self._entry(routing, decision, step))
+        return plan, decision.weights_TM
+
+    def _entry(self, routing: Routing, decision: Decision, step: MoEStep) -> LayerDecision:
+        # SYNC: only while somebody records decisions.
+        extra, competes_T = decision.extra_Te, step.competes_T
+        if competes_T is None:
+            competes_T = torch.ones_like(step.request_T, dtype=torch.bool)
+        return LayerDecision(
+            step=self.telemetry.decisions.step,
+            layer=self.layer,
+            request_T=step.request_T.cpu().numpy(),
+            position_T=step.position_T.cpu().numpy(),
+            competes_T=competes_T.cpu().numpy(),
+            topk_ids_TK=routing.topk_ids_TK.cpu().numpy(),
+            keep_TK=decision.keep_TK.cpu().numpy(),
+            extra_Te=None if extra is None else extra.cpu().numpy(),
+            first_expert=self.first_expert,
+            before_WE=decision.before_WE,
+            after_WE=decision.counts_WE,
+        )
+
+    def _record(self, before_WE: np.ndarray, plan: DispatchPlan) -> None:
+        """Note the loads: before capacity of all ranks, and what this rank's experts get."""
+        before_E = before_WE.sum(0)
+        upto_E = np.concatenate(([0], before_E.cumsum()))[self._first_experts]
+        self.telemetry.loads.record(
+            self.layer,
+            before_E=before_E,
+            rank_before=np.diff(upto_E).tolist(),
+            own_after=plan.expert_counts,
+            first_expert=self.first_expert,
+        )
+
+    def run(self, x_TD: torch.Tensor, plan: DispatchPlan, weights_TM: torch.Tensor) -> torch.Tensor:
         """Steps 5 to 7: rows travel, experts work, rows return. Collective over EP: every rank must
         call.
         """
@@ -162,12 +257,13 @@ class MoELayer(nn.Module):
         clock.enter(Phase.DISPATCH)
         rows = dispatcher.dispatch(rows, plan)
         clock.enter(Phase.EXPERTS)
-        rows = self._run_experts(dispatcher.group_by_expert(rows, plan), plan.expert_counts)
+        rows = dispatcher.group_by_expert(rows, plan)
+        rows = self._run_experts(rows, plan.expert_counts, dispatcher.results(rows, plan))
         rows = dispatcher.ungroup(rows, plan)
         clock.enter(Phase.COMBINE)
         rows = dispatcher.combine(rows, plan)
         clock.enter(Phase.PLAN)
-        return combine_rows(rows, plan.order.slot_TK, routing.topk_weights_TK)
+        return combine_rows(rows, plan.order.slot_TK, weights_TM)
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -32,8 +32,9 @@ from engine.ops import sort_by_expert as sort_op
 class ExpertOrder:
     """This rank's assignments sorted by expert; device tensors only, no host sync.
 
-    token_N: int64 [N], the token of the n-th row to send. slot_TK: int64 [T, K], the row that
-    carries each assignment. load_E: int64 [E], assignments of each expert on this rank.
+    token_N: int64 [N], the token of the n-th row to send; the places of dropped assignments come
+    last and mean nothing. slot_TK: int64 [T, K], the row that carries each assignment, -1 where it
+    is dropped. load_E: int64 [E], assignments of each expert on this rank.
     """
 
     token_N: torch.Tensor
@@ -45,11 +46,10 @@ class ExpertOrder:
 class DispatchPlan:
     """Everything dispatch and combine need.
 
-    order: what this rank sends. send_splits, recv_splits: rows to and from each rank of the group.
-    expert_counts: rows of each local expert after grouping. arrival_R: int64 [R], the arrival index
-    of each grouped row (None: rows already arrive grouped). rank_loads: rows each rank's experts
-    work on in this layer. expert_loads: int64 [E] on the host, assignments of each expert over all
-    ranks.
+    order: what this rank sends, without the places of what was dropped. send_splits, recv_splits:
+    rows to and from each rank of the group. expert_counts: rows of each local expert after
+    grouping. arrival_R: int64 [R], the arrival index of each grouped row (None: rows already arrive
+    grouped).
     """
 
     order: ExpertOrder
@@ -57,8 +57,6 @@ class DispatchPlan:
     recv_splits: list[int]
     expert_counts: list[int]
     arrival_R: torch.Tensor | None
-    rank_loads: list[int]
-    expert_loads: np.ndarray
 
     @property
     def num_received(self) -> int:
@@ -69,7 +67,7 @@ class DispatchPlan:
 def sort_by_expert(topk_ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
     """Sort this rank's assignments by expert, stably, so that an expert's rows stay in token order.
 
-    topk_ids_TK: int64 [T, K]. T may be 0.
+    topk_ids_TK: int64 [T, K], -1 where an assignment is dropped. T may be 0.
     """
     return ExpertOrder(*sort_op.sort_by_expert(topk_ids_TK, num_experts))
 
@@ -79,28 +77,33 @@ def make_plan(
 ) -> DispatchPlan:
     """Derive the plan of one rank from every rank's counts; pure.
 
-    counts_WE: int64 [W, E] on the host, row w = load_E of rank w. first_experts: W+1 boundaries,
+    counts_WE: int64 [W, E] on the host, row w = load_E of rank w; rows that another rank keeps for
+    itself (its extras) may be missing. first_experts: W+1 boundaries,
     rank w hosts experts first_experts[w] .. first_experts[w+1]-1.
     """
     if len(counts_WE) == 1:  # one rank keeps everything
-        load = counts_WE[0]
-        rows = load.tolist()
+        rows = counts_WE[0].tolist()
         total = sum(rows)
-        return DispatchPlan(order, [total], [total], rows, None, [total], load)
+        return DispatchPlan(_cut(order, total), [total], [total], rows, None)
     # Prefix sums rather than reduceat, which gives a rank without experts its neighbour's count.
     upto_WE = np.concatenate((np.zeros((len(counts_WE), 1), np.int64), counts_WE.cumsum(1)), axis=1)
     bounds = np.asarray(first_experts)
     to_rank_WW = upto_WE[:, bounds[1:]] - upto_WE[:, bounds[:-1]]
     local_We = counts_WE[:, first_experts[rank] : first_experts[rank + 1]]
     return DispatchPlan(
-        order=order,
+        order=_cut(order, int(to_rank_WW[rank].sum())),
         send_splits=to_rank_WW[rank].tolist(),
         recv_splits=to_rank_WW[:, rank].tolist(),
         expert_counts=local_We.sum(0).tolist(),
         arrival_R=_arrival_by_expert(local_We, order.token_N.device),
-        rank_loads=to_rank_WW.sum(0).tolist(),
-        expert_loads=counts_WE.sum(0),
     )
+
+
+def _cut(order: ExpertOrder, num_rows: int) -> ExpertOrder:
+    """The order without the places of dropped assignments, now that the host knows how many."""
+    if num_rows == order.token_N.numel():
+        return order
+    return ExpertOrder(order.token_N[:num_rows], order.slot_TK, order.load_E)
 
 
 def _arrival_by_expert(local_We: np.ndarray, device: torch.device) -> torch.Tensor | None:

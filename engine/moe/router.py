@@ -112,10 +112,20 @@ def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None
 
 def combine_weights(topk_scores_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
     """The family's combine weights for the original top-k scores, both float32 [T, K]."""
-    weights_TK = topk_scores_TK
+    return score_weights(topk_scores_TK, topk_scores_TK, spec)
+
+
+def score_weights(
+    scores_TX: torch.Tensor, topk_scores_TK: torch.Tensor, spec: RouterSpec
+) -> torch.Tensor:
+    """The weights the family gives to any scores of tokens whose original top-k scores are known.
+
+    scores_TX, topk_scores_TK: float32. Returns float32 [T, X].
+    """
+    weights_TX = scores_TX
     if spec.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + spec.normalize_eps)
-    return weights_TK if spec.scale == 1.0 else weights_TK * spec.scale
+        weights_TX = weights_TX / (topk_scores_TK.sum(-1, keepdim=True) + spec.normalize_eps)
+    return weights_TX if spec.scale == 1.0 else weights_TX * spec.scale
 
 
 def _mask_groups(choice_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:

@@ -18,6 +18,13 @@ from engine.distributed.collectives import all_gather_rows
 from engine.distributed.groups import Group
 
 
+def part_bounds(num_tokens: int, size: int, rank: int) -> tuple[int, int]:
+    """First row and end of a rank's part of `num_tokens` rows, in a tensor group of `size`."""
+    part = -(-num_tokens // size)
+    start = min(rank * part, num_tokens)
+    return start, min(start + part, num_tokens)
+
+
 class TokenSlice:
     """Takes this rank's part of a tensor group's tokens, and gathers the parts again; the identity
     for one rank.
@@ -30,7 +37,7 @@ class TokenSlice:
         """Return this rank's rows [t, D]; possibly none."""
         if self._group.size == 1:
             return x_TD
-        start, end = self._bounds(x_TD.shape[0])
+        start, end = part_bounds(x_TD.shape[0], self._group.size, self._group.rank)
         return x_TD[start:end]
 
     def regather(self, out_tD: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -43,8 +50,3 @@ class TokenSlice:
         padded = out_tD.new_zeros((part, out_tD.shape[1]))
         padded[: out_tD.shape[0]] = out_tD
         return all_gather_rows(padded, self._group)[:num_tokens]
-
-    def _bounds(self, num_tokens: int) -> tuple[int, int]:
-        part = -(-num_tokens // self._group.size)
-        start = min(self._group.rank * part, num_tokens)
-        return start, min(start + part, num_tokens)

@@ -1,7 +1,11 @@
-"""Load counters: how many assignments each expert and each rank had, layer by layer.
+"""Load counters: how many rows each expert and each rank had, layer by layer, before capacity and
+after it.
 
-The loads are the exchanged counts, so every rank of an expert-parallel group holds the same
-numbers.
+Loads before capacity come out of the agreement, so every rank of an expert-parallel group holds the
+same numbers. Loads after it a rank knows of its own experts alone (extras never leave their rank);
+the ranks tell each other with the control words of the next step, see `engine/control.py`.
+
+Legend: E experts, W expert-parallel ranks, L MoE layers.
 """
 
 from __future__ import annotations
@@ -15,56 +19,136 @@ import numpy as np
 class LayerLoad:
     """Totals of one MoE layer over the run.
 
-    experts: int64 [E], assignments of each expert. slowest: sum over steps of the most loaded
-    rank's rows. mean: sum over steps of the mean rank's rows.
+    experts: int64 [E], top-k assignments of each expert, before capacity. own_after: int64, rows
+    that each of this rank's experts worked on; first_expert: the number of the first of them.
+    slowest, mean: sums over steps of the most loaded rank's rows and of the mean rank's, before
+    capacity; slowest_after, mean_after: after it.
     """
 
     experts: np.ndarray
+    own_after: np.ndarray
+    first_expert: int
     slowest: float = 0.0
     mean: float = 0.0
+    slowest_after: float = 0.0
+    mean_after: float = 0.0
 
     @property
     def max_over_mean(self) -> float:
-        """Rows of the most loaded rank over the mean rank, weighted by rows; 1.0 is perfect
-        balance.
+        """Rows of the most loaded rank over the mean rank before capacity, weighted by rows; 1.0 is
+        perfect balance.
         """
         return self.slowest / self.mean if self.mean else 1.0
+
+    @property
+    def max_over_mean_after(self) -> float:
+        """The same after capacity."""
+        return self.slowest_after / self.mean_after if self.mean_after else 1.0
+
+
+@dataclass(slots=True)
+class LayerDrops:
+    """What capacity did to one rank's own competing tokens in one layer, over a run.
+
+    routed, dropped, added: assignments. orphans: tokens that kept no expert. mass: combine weights
+    of the original top-k; mass_kept: of those that survived.
+    """
+
+    routed: int = 0
+    dropped: int = 0
+    added: int = 0
+    orphans: int = 0
+    mass: float = 0.0
+    mass_kept: float = 0.0
+
+    def add(self, other: LayerDrops) -> None:
+        """Count `other` in."""
+        self.routed += other.routed
+        self.dropped += other.dropped
+        self.added += other.added
+        self.orphans += other.orphans
+        self.mass += other.mass
+        self.mass_kept += other.mass_kept
 
 
 @dataclass(slots=True)
 class LoadCounter:
-    """Collects `LayerLoad`s; `step_max_over_mean` is the imbalance since the last `reset_step`."""
+    """Collects `LayerLoad`s."""
 
     layers: dict[int, LayerLoad] = field(default_factory=dict)
+    _rows: dict[int, int] = field(default_factory=dict)
+    _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0
     _step_mean: float = 0.0
 
-    def record(self, layer: int, expert_loads: np.ndarray, rank_loads: list[int]) -> None:
-        """Add one layer of one step. expert_loads: int64 [E]; rank_loads: rows each rank
-        works on.
+    def record(
+        self,
+        layer: int,
+        *,
+        before_E: np.ndarray,
+        rank_before: list[int],
+        own_after: list[int],
+        first_expert: int,
+    ) -> None:
+        """Add one layer of one step.
+
+        before_E: int64 [E], top-k assignments of every expert over all ranks. rank_before: the same
+        summed for the experts of each rank. own_after: rows each of this rank's experts works on.
+        first_expert: the number of the first of them.
         """
         totals = self.layers.get(layer)
         if totals is None:
-            totals = self.layers[layer] = LayerLoad(np.zeros_like(expert_loads))
-        totals.experts += expert_loads
-        slowest, mean = max(rank_loads), sum(rank_loads) / len(rank_loads)
+            totals = self.layers[layer] = LayerLoad(
+                np.zeros_like(before_E), np.zeros(len(own_after), dtype=np.int64), first_expert
+            )
+        totals.experts += before_E
+        totals.own_after += own_after
+        self._rows[layer] = sum(own_after)
+        slowest, mean = max(rank_before), sum(rank_before) / len(rank_before)
         totals.slowest += slowest
         totals.mean += mean
         self._step_slowest += slowest
         self._step_mean += mean
 
+    def take_rows(self) -> list[int]:
+        """Rows this rank's experts worked on in each layer of the step just run, [] without one."""
+        self._taken = sorted(self._rows)
+        rows = [self._rows[layer] for layer in self._taken]
+        self._rows.clear()
+        return rows
+
+    def settle(self, rows_WL: np.ndarray) -> None:
+        """Add what all ranks took of one step: int64 [W, L], the layers of the last `take_rows`."""
+        for layer, rows_W in zip(self._taken, rows_WL.T, strict=True):
+            totals = self.layers[layer]
+            totals.slowest_after += float(rows_W.max())
+            totals.mean_after += float(rows_W.mean())
+
     def clear(self) -> None:
         """Forget everything; a new run begins."""
         self.layers.clear()
+        self._rows.clear()
         self._step_slowest = self._step_mean = 0.0
 
     def reset_step(self) -> float:
-        """Return max over mean rank load of the step that ends here, and start the next one."""
-        ratio = self._step_slowest / self._step_mean if self._step_mean else 1.0
+        """Return max over mean of the ranks' rows before capacity since the last call."""
+        value = self._step_slowest / self._step_mean if self._step_mean else 1.0
         self._step_slowest = self._step_mean = 0.0
-        return ratio
+        return value
 
     def max_over_mean(self) -> float:
-        """Max over mean rank load of the whole run, layers weighted by their rows."""
+        """Max over mean of the ranks' rows before capacity, all layers, weighted by rows."""
         mean = sum(load.mean for load in self.layers.values())
         return sum(load.slowest for load in self.layers.values()) / mean if mean else 1.0
+
+    def max_over_mean_after(self) -> float:
+        """The same after capacity."""
+        mean = sum(load.mean_after for load in self.layers.values())
+        return sum(load.slowest_after for load in self.layers.values()) / mean if mean else 1.0
+
+    def speed_bound(self) -> float:
+        """The most loaded rank's rows before capacity over those after it, all layers and steps: no
+        policy makes the MoE layers faster than that.
+        """
+        after = sum(load.slowest_after for load in self.layers.values())
+        return sum(load.slowest for load in self.layers.values()) / after if after else 1.0

@@ -29,8 +29,9 @@ class RankReport:
     """One rank's run.
 
     tokens_prefill, tokens_decode: tokens of its own requests. expert_rows: rows its experts worked
-    on. bytes_sent: to other ranks, by the MoE layers. preemptions: sequences whose K/V had to be
-    computed again. seconds: keys attention, experts, communication, waiting, other.
+    on. bytes_sent, num_collectives: to other ranks and with them, by the MoE layers. preemptions:
+    sequences whose K/V had to be computed again. seconds: keys attention, experts, communication,
+    waiting, other.
     """
 
     rank: int
@@ -39,20 +40,35 @@ class RankReport:
     tokens_decode: int
     expert_rows: int
     bytes_sent: int
+    num_collectives: int
     preemptions: int
     seconds: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One MoE layer's run: max over mean of the ranks' and of the experts' loads, and the experts'
-    loads.
+    """One MoE layer's run.
+
+    rank_max_over_mean, expert_max_over_mean: rows of the most loaded over the mean, before capacity
+    and after it. expert_loads, expert_loads_after: rows of each expert. assignments: top-k
+    assignments that competed for capacity; dropped, added: of them, and extras beside them.
+    orphans: tokens that kept no expert. gate_mass_kept: share of the competing tokens' combine
+    weights that survived, extras not counted.
     """
 
     layer: int
     rank_max_over_mean: float
+    rank_max_over_mean_after: float
     expert_max_over_mean: float
+    expert_max_over_mean_after: float
     expert_loads: list[int]
+    expert_loads_after: list[int]
+    assignments: int = 0
+    dropped: int = 0
+    added: int = 0
+    orphans: int = 0
+    gate_mass_kept: float = 1.0
+    drop_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +77,11 @@ class RunReport:
     group.
 
     seconds: wall time of the generation loop, the longest rank's. steps: steps this group ran.
-    max_over_mean: rows of the most loaded rank over the mean rank, all layers. latencies: seconds,
-    keys `ttft` (one entry a request: pulled from the queue to first token) and `tpot` (one entry a
-    request of two tokens or more: mean seconds per later token).
+    max_over_mean, max_over_mean_after: rows of the most loaded rank over the mean rank, all layers,
+    before capacity and after it. speed_bound: how much faster the MoE layers can have become by it,
+    the sum of the most loaded rank's rows before over that after. latencies: seconds, keys `ttft`
+    (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
+    two tokens or more: mean seconds per later token).
     """
 
     seconds: float
@@ -71,4 +89,6 @@ class RunReport:
     ranks: list[RankReport]
     layers: list[LayerReport]
     max_over_mean: float
+    max_over_mean_after: float = 1.0
+    speed_bound: float = 1.0
     latencies: dict[str, list[float]] = field(default_factory=dict)

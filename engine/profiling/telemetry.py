@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.profiling.decisions import DecisionLog
 from engine.profiling.loads import LoadCounter
 from engine.profiling.phases import NoClock, PhaseClock
 
 
 @dataclass(slots=True)
 class Telemetry:
-    """clock: who spends time where. loads: who had how many rows."""
+    """clock: who spends time where. loads: who had how many rows. decisions: what capacity kept,
+    when somebody asked for it.
+    """
 
     clock: PhaseClock = field(default_factory=NoClock)
     loads: LoadCounter = field(default_factory=LoadCounter)
+    decisions: DecisionLog = field(default_factory=DecisionLog)

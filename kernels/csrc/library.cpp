@@ -71,7 +71,9 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("select(str isa) -> str", &lockstep::select);
   m.def("built_from() -> str", &lockstep::built_from);
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts) -> Tensor");
+  m.def(
+      "grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts, Tensor(a!)? into=None) -> "
+      "Tensor(a!)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "int[] query_lens, int[] context_lens, float scale, int window) -> Tensor");
@@ -82,6 +84,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
   m.def("apply_rotary(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
   m.def("sort_by_expert(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("select_top(Tensor[] words, Tensor pool, Tensor need) -> (Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
 }
 
@@ -95,5 +98,6 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("add_rms_norm", &lockstep::add_rms_norm);
   m.impl("apply_rotary", &lockstep::apply_rotary);
   m.impl("sort_by_expert", &lockstep::sort_by_expert);
+  m.impl("select_top", &lockstep::select_top);
   m.impl("combine_rows", &lockstep::combine_rows);
 }

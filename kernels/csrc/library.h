@@ -39,7 +39,7 @@ void for_each_row(int64_t rows, int64_t floats_per_row, const F& f) {
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias);
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                       at::IntArrayRef counts);
+                       at::IntArrayRef counts, const std::optional<at::Tensor>& into);
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, at::IntArrayRef query_lens,
                            at::IntArrayRef context_lens, double scale, int64_t window);
@@ -53,6 +53,8 @@ void apply_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& co
                   const at::Tensor& sin);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert(const at::Tensor& topk_ids,
                                                               int64_t num_experts);
+std::tuple<at::Tensor, at::Tensor> select_top(at::TensorList words, const at::Tensor& pool,
+                                              const at::Tensor& need);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
 
 }  // namespace lockstep

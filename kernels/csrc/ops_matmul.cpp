@@ -123,14 +123,17 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
 }
 
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                       at::IntArrayRef counts) {
+                       at::IntArrayRef counts, const std::optional<at::Tensor>& into) {
   const int64_t experts = w2.size(0), depth = w2.size(1), width = w2.size(2);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == depth && w13.size(0) == experts &&
                   w13.size(1) == 2 * width && w13.size(2) == depth && w13.is_contiguous() &&
                   w2.is_contiguous() && static_cast<int64_t>(counts.size()) == experts,
               "grouped_ffn: shapes x ", x.sizes(), ", w13 ", w13.sizes(), ", w2 ", w2.sizes());
   const at::Tensor in = x.stride(1) == 1 ? x : x.contiguous();
-  const at::Tensor out = at::empty({x.size(0), depth}, x.options());
+  TORCH_CHECK(!into || (into->sizes() == x.sizes() && into->is_contiguous() &&
+                        into->scalar_type() == at::kFloat),
+              "grouped_ffn: out of shape ", x.sizes(), " expected");
+  const at::Tensor out = into ? *into : at::empty({x.size(0), depth}, x.options());
   const int64_t lanes = kernels().lanes, wave = rows_within(WAVE_BYTES, depth + width);
 
   // Greedy waves of at most `wave` packed rows; an expert with more rows continues in the next one.
@@ -156,6 +159,7 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
   const at::Tensor buffer = at::empty({largest * (depth + width)}, x.options());
   float* packed = buffer.mutable_data_ptr<float>();
   float* hidden = packed + largest * depth;
+  float* result = out.mutable_data_ptr<float>();
   const float* w13_data = w13.const_data_ptr<float>();
   const float* w2_data = w2.const_data_ptr<float>();
   for (const std::vector<Segment>& segments : waves) {
@@ -176,7 +180,7 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
       const Piece& p = down[i];
       kernels().linear(hidden + (p.segment->packed + p.row) * width, p.rows, width,
                        w2_data + p.segment->expert * depth * width, width, nullptr, p.first, p.count,
-                       out.mutable_data_ptr<float>() + (p.segment->first + p.row) * depth, depth);
+                       result + (p.segment->first + p.row) * depth, depth);
     });
   }
   return out;

@@ -21,6 +21,7 @@ from engine.config import (
     SamplingConfig,
     SchedulerConfig,
     check_supported,
+    validate_capacity,
     validate_world,
 )
 from engine.config_check import ConfigError
@@ -273,9 +274,31 @@ def test_an_impossible_combination_is_refused(overrides, said):
 
 def test_expanded_drop_takes_all_its_settings():
     capacity = load(
-        "moe.capacity={policy: expanded_drop, expand: 2, tiers: one, extras: dropped, factor: 1.5}"
+        "moe.capacity={policy: expanded_drop, expand: 2, tiers: two, extras: dropped, factor: 1.5}"
     ).moe.capacity
-    assert (capacity.expand, capacity.tiers, capacity.extras) == (2, "one", "dropped")
+    assert (capacity.expand, capacity.tiers, capacity.extras) == (2, "two", "dropped")
+
+
+def test_extras_for_losers_alone_need_two_tiers():
+    with pytest.raises(ConfigError, match=r"moe\.capacity\.extras = 'dropped': must be all"):
+        load("moe.capacity={policy: expanded_drop, tiers: one, extras: dropped}")
+
+
+def test_a_token_cannot_add_more_experts_than_a_rank_holds():
+    capacity = CapacityConfig(policy="expanded_drop", expand=5)
+    validate_capacity(capacity, num_experts=10, top_k=2, expert_ranks=2)
+    with pytest.raises(
+        ConfigError, match=r"moe\.capacity\.expand = 5: must be at most 4"
+    ) as caught:
+        validate_capacity(capacity, num_experts=10, top_k=2, expert_ranks=3)
+    assert "10 experts on 3 ranks" in str(caught.value)
+
+
+def test_expansion_needs_experts_outside_the_top_k():
+    with pytest.raises(ConfigError, match="already chooses all 4 experts"):
+        validate_capacity(
+            CapacityConfig(policy="expanded_drop"), num_experts=4, top_k=4, expert_ranks=2
+        )
 
 
 def parallel_config(expert: int | None, tensor: int) -> Config:
@@ -310,13 +333,11 @@ def test_a_world_that_does_not_fit_is_refused(expert, tensor, world, num_experts
 def test_settings_of_a_later_version_are_valid_but_refused():
     config = Config(
         model=ModelConfig(path="x"),
-        moe=MoEConfig(
-            capacity=CapacityConfig(policy="token_drop"), overlap=OverlapConfig(chunks=2)
-        ),
+        moe=MoEConfig(overlap=OverlapConfig(chunks=2)),
     )
     with pytest.raises(ConfigError, match="not available in this version") as caught:
         check_supported(config)
-    assert len(caught.value.problems) == 2
+    assert len(caught.value.problems) == 1
 
 
 # Files

@@ -27,7 +27,6 @@ def test_the_worked_example_of_the_module_docstring_holds():
     assert plan.recv_splits == [2, 2]
     assert plan.expert_counts == [3, 1]
     assert plan.arrival_R is not None and plan.arrival_R.tolist() == [0, 1, 2, 3]
-    assert plan.rank_loads == [4, 2]
     assert plan.num_received == 4
 
 
@@ -68,7 +67,7 @@ def test_every_assignment_reaches_its_expert_and_finds_its_way_back(
 
     for target, plan in enumerate(plans):
         arrived = [row for source in range(num_ranks) for row in sent(source, target)]
-        assert len(arrived) == plan.num_received == plan.rank_loads[target]
+        assert len(arrived) == plan.num_received
         assert plan.recv_splits == [len(sent(source, target)) for source in range(num_ranks)]
         if plan.arrival_R is not None:
             assert sorted(plan.arrival_R.tolist()) == list(range(len(arrived)))

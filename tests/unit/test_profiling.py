@@ -86,15 +86,41 @@ def test_breakdown_adds_up_to_all_time():
     )
 
 
+def record(loads: LoadCounter, layer: int, before: list[int], own_after: int | None = None):
+    """One expert a rank; this is rank 1 of 2."""
+    after = before[1] if own_after is None else own_after
+    loads.record(
+        layer,
+        before_E=np.array(before),
+        rank_before=before,
+        own_after=[after],
+        first_expert=1,
+    )
+
+
+def test_rows_after_capacity_count_once_all_ranks_have_told_them():
+    loads = LoadCounter()
+    record(loads, 3, [6, 2])
+    record(loads, 5, [1, 7], own_after=4)
+    assert loads.take_rows() == [2, 4] and loads.take_rows() == []
+    record(loads, 3, [6, 2])
+    assert loads.take_rows() == [2]
+    loads.settle(np.array([[4], [2]]))
+    assert loads.layers[3].max_over_mean_after == pytest.approx(4 / 3)
+    assert loads.layers[3].own_after.tolist() == [4]
+    assert loads.layers[5].max_over_mean_after == 1.0, "nobody has told of layer 5 yet"
+    assert loads.speed_bound() == pytest.approx((6 + 6 + 7) / 4)
+
+
 def test_load_counter_weighs_layers_by_their_rows():
     loads = LoadCounter()
-    loads.record(0, np.array([6, 2]), [6, 2])  # max 6, mean 4
-    loads.record(1, np.array([1, 1]), [1, 1])  # max 1, mean 1
+    record(loads, 0, [6, 2])  # max 6, mean 4
+    record(loads, 1, [1, 1])  # max 1, mean 1
     assert loads.layers[0].max_over_mean == pytest.approx(1.5)
     assert loads.max_over_mean() == pytest.approx(7 / 5)
     assert loads.reset_step() == pytest.approx(7 / 5)
     assert loads.reset_step() == 1.0, "an empty step is balanced"
-    loads.record(0, np.array([0, 4]), [0, 4])
+    record(loads, 0, [0, 4])
     assert loads.layers[0].experts.tolist() == [6, 6]
     assert loads.reset_step() == pytest.approx(2.0)
     loads.clear()

@@ -32,6 +32,7 @@ def rank(
         tokens_decode=20,
         expert_rows=rows,
         bytes_sent=0,
+        num_collectives=0,
         preemptions=0,
         seconds={
             "attention": attention,

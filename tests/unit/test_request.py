@@ -69,12 +69,13 @@ def test_a_prompt_that_is_empty_or_no_token_ids_is_refused(prompt):
         Request(index=0, id="r", prompt_token_ids=prompt)
 
 
-def test_capacity_use_averages_gate_mass_by_assignments():
+def test_gate_mass_kept_is_the_share_of_all_mass_that_competed():
     use = CapacityUse()
-    use.add(CapacityUse(assignments=30, dropped=3, added=1, gate_mass_kept=1.0))
-    use.add(CapacityUse(assignments=10, dropped=5, added=0, gate_mass_kept=0.6))
-    use.add(CapacityUse())
-    assert (use.assignments, use.dropped, use.added) == (40, 8, 1)
+    assert use.gate_mass_kept == 1.0, "nothing competed, nothing was lost"
+    use.add(CapacityUse(assignments=30, dropped=3, added=1, mass=3.0, mass_kept=3.0))
+    use.add(CapacityUse(assignments=10, dropped=5, added=0, mass=1.0, mass_kept=0.6))
+    use.add(CapacityUse(assignments=7))
+    assert (use.assignments, use.dropped, use.added) == (47, 8, 1)
     assert use.gate_mass_kept == pytest.approx(0.9)
 
 

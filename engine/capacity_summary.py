@@ -1,0 +1,86 @@
+"""What expert capacity did to a run, for the terminal: a table, the totals, one sentence.
+
+Printed by `progress.py` after the throughput. Without a policy there is no table, and a sentence
+only where capping would pay.
+
+Legend: gamma, the capacity factor.
+"""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine.config import CapacityConfig
+from engine.profiling.report import LayerReport, RunReport
+
+_MOST_LAYERS = 8  # more than these would hide the summary; the worst of them are shown
+_WORST = 6
+_IMBALANCED = 1.3  # max over mean rows of the ranks from which capping pays
+
+
+def print_capacity(console: Console, run: RunReport, capacity: CapacityConfig) -> None:
+    """Print what the policy dropped, added and gained, or what one would gain."""
+    if capacity.policy == "none":
+        if len(run.ranks) > 1 and run.max_over_mean > _IMBALANCED:
+            console.print(_advice(run), highlight=False)
+        return
+    competed = [layer for layer in run.layers if layer.assignments]
+    if competed:
+        console.print(_table(competed))
+    console.print(describe(run, capacity), highlight=False)
+
+
+def describe(run: RunReport, capacity: CapacityConfig) -> str:
+    """One sentence: what was dropped and added, and what the layers can have gained."""
+    scope = f"{capacity.scope} scope, {capacity.consensus} consensus"
+    name = f"{capacity.policy} at gamma {capacity.factor} ({scope})"
+    routed = sum(layer.assignments for layer in run.layers)
+    if not routed:
+        phases = " and ".join(capacity.phases)
+        return f"{name} had nothing to do: no token of phase {phases} competed for capacity."
+    dropped = sum(layer.dropped for layer in run.layers)
+    added = sum(layer.added for layer in run.layers)
+    words = f"{name} dropped {dropped / routed:.1%} of the {routed:,} competing assignments"
+    if capacity.policy == "expanded_drop":
+        words += f" and added {added:,} on idle local experts"
+    return (
+        f"{words}; over the run the most loaded rank had {run.max_over_mean_after:.2f}x the mean "
+        f"rows instead of {run.max_over_mean:.2f}x: MoE layers at most {run.speed_bound:.2f}x "
+        "faster."
+    )
+
+
+def _advice(run: RunReport) -> str:
+    return (
+        f"The most loaded rank had {run.max_over_mean:.2f}x the mean rows and the others waited "
+        f"for it: a capacity would make the MoE layers up to {run.max_over_mean:.2f}x faster. Try "
+        "--set moe.capacity.policy=token_drop --set moe.capacity.scope=rank "
+        "--set moe.capacity.factor=1.5, and compare the outputs."
+    )
+
+
+def _table(layers: list[LayerReport]) -> Table:
+    shown = layers
+    if len(layers) > _MOST_LAYERS:
+        worst = sorted(layers, key=lambda layer: -layer.drop_rate)[:_WORST]
+        shown = sorted(worst, key=lambda layer: layer.layer)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
+    table.add_column("Capacity", vertical="bottom")
+    columns = ("ranks: max/mean", "experts: max/mean", "dropped", "added", "orphans", "gate mass")
+    for name in columns:
+        table.add_column(name, justify="right", vertical="bottom")
+    for layer in shown:
+        table.add_row(
+            f"layer {layer.layer}",
+            f"{layer.rank_max_over_mean:.2f} -> {layer.rank_max_over_mean_after:.2f}",
+            f"{layer.expert_max_over_mean:.2f} -> {layer.expert_max_over_mean_after:.2f}",
+            f"{layer.drop_rate:.1%}",
+            f"{layer.added:,}",
+            f"{layer.orphans:,}",
+            f"{layer.gate_mass_kept:.3f}",
+        )
+    if len(shown) < len(layers):
+        table.caption = f"the {len(shown)} of {len(layers)} layers that dropped most"
+    return table

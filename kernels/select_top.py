@@ -1,0 +1,74 @@
+"""The best `need` claims of every pool, exactly: radix selection, most significant digit first.
+
+A claim is ranked by a list of int32 words, compared one after the other, larger first. No sort: a
+pass counts the claims of each pool by their next eight bits, finds the digit at which the pool is
+full, keeps what lies above it and goes on with the claims that share it. The same passes serve one
+rank alone and, with the histograms added up over ranks (`reduce`), a selection over all of them.
+
+Legend: N claims, P pools.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.ops import native
+
+DIGITS = 256
+_SHIFTS = (24, 16, 8, 0)
+PASSES_A_WORD = len(_SHIFTS)
+
+
+def select_top(
+    words: Sequence[torch.Tensor], pool_N: torch.Tensor, need_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Marks the best need_P claims of each pool. words: int32 [N] each, most significant first.
+
+    pool_N: int64 [N], the pool a claim is in, -1 for none. need_P: int64 [P], at least 0; a pool
+    with fewer claims keeps them all. Returns keep_N (bool) and tied (bool, a scalar tensor): equal
+    words at the cut of some pool. Of such a pool's equal claims none is marked.
+    """
+    if pool_N.is_cpu and native.available():
+        return torch.ops.lockstep_cpu.select_top(list(words), pool_N, need_P)
+    return select_top_reference(words, pool_N, need_P)
+
+
+def select_top_reference(
+    words: Sequence[torch.Tensor],
+    pool_N: torch.Tensor,
+    need_P: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch form of `select_top`, without a host sync.
+
+    reduce: adds int32 histograms [P * 256] up over ranks; called four times a word, so that all
+    ranks find the same cut and each marks its own claims.
+    """
+    num_pools = need_P.numel()
+    alive_N = pool_N >= 0
+    row_N = pool_N.clamp(min=0)
+    keep_N = torch.zeros_like(alive_N)
+    last_P = torch.zeros_like(need_P)
+    for word_N in words:
+        unsigned_N = word_N.long() + 2**31
+        for shift in _SHIFTS:
+            digit_N = unsigned_N.bitwise_right_shift(shift).bitwise_and(DIGITS - 1)
+            count = torch.zeros(num_pools * DIGITS, dtype=torch.int32, device=pool_N.device)
+            count.scatter_add_(0, row_N * DIGITS + digit_N, alive_N.to(torch.int32))
+            if reduce is not None:
+                count = reduce(count)
+            # at_least[p, d]: claims of pool p with this digit at least d; one column past the end.
+            at_least = count.view(num_pools, DIGITS).flip(1).cumsum(1).flip(1)
+            at_least = torch.nn.functional.pad(at_least, (0, 1))
+            # The largest digit at which the pool is full; -1 where it never is, and all are kept.
+            cut_P1 = (at_least[:, :DIGITS] >= need_P[:, None]).sum(1, keepdim=True) - 1
+            above_P = at_least.gather(1, cut_P1 + 1).squeeze(1)
+            last_P = at_least.gather(1, cut_P1.clamp(min=0)).squeeze(1) - above_P
+            last_P = last_P.where(cut_P1.squeeze(1) >= 0, 0)
+            cut_N = cut_P1.squeeze(1)[row_N]
+            keep_N |= alive_N & (digit_N > cut_N)
+            alive_N = alive_N & (digit_N == cut_N)
+            need_P = need_P - above_P
+    tied_P = (last_P > need_P) & (need_P > 0)
+    fits_P = (need_P > 0) & ~tied_P
+    return keep_N | (alive_N & fits_P[row_N]), tied_P.any()
