@@ -297,7 +297,8 @@ class CapacityAgreement:
             changed_T1 = changed_T1 | extra_Te.any(1, keepdim=True)
         kept_T1 = kept_TM.sum(1, keepdim=True)
         changed_T1 = changed_T1 & (kept_T1 > 0)
-        rescaled_TM = kept_TM * (weights_TK.sum(1, keepdim=True) / kept_T1)
+        # Shares first: the old sum over a tiny new one would overflow.
+        rescaled_TM = kept_TM / kept_T1 * weights_TK.sum(1, keepdim=True)
         return rescaled_TM.where(changed_T1, kept_TM)
 
     def _table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,77 @@
+"""Ranks as threads of one process: collectives without sockets, for thousands of small cases.
+
+`run_threads(fn, world)` calls `fn(collectives)` on every rank and returns the results in rank
+order. A rank that fails breaks the barrier, so the others fail too instead of waiting for it; the
+first real failure is raised.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.distributed.collectives import Done, Pending
+
+
+class ThreadCollectives:
+    """`engine.distributed.collectives.Collectives` over a barrier and a shared list.
+
+    log: what was called, in order, with its shape: it must be the same on every rank.
+    """
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, box: list) -> None:
+        self.rank, self.size = rank, size
+        self.bytes_sent = self.num_collectives = 0
+        self.log: list[tuple[str, torch.Size]] = []
+        self._barrier, self._box = barrier, box
+
+    def all_gather(self, part: torch.Tensor) -> Pending:
+        """Gather equal shapes: [W, *part.shape]."""
+        return Done(torch.stack(self._exchange("all_gather", part)))
+
+    def all_reduce(self, part: torch.Tensor) -> Pending:
+        """Add up over ranks."""
+        return Done(torch.stack(self._exchange("all_reduce", part)).sum(0).to(part.dtype))
+
+    def _exchange(self, name: str, part: torch.Tensor) -> list[torch.Tensor]:
+        self.log.append((name, part.shape))
+        self.num_collectives += 1
+        self.bytes_sent += part.numel() * part.element_size()
+        self._box[self.rank] = (name, part.clone())
+        self._barrier.wait(20)
+        parts = list(self._box)
+        self._barrier.wait(20)
+        assert {other for other, _ in parts} == {name}, "ranks call different collectives"
+        assert len({tensor.shape for _, tensor in parts}) == 1, "ranks send different shapes"
+        return [tensor for _, tensor in parts]
+
+
+def run_threads(fn: Callable[[ThreadCollectives], Any], world: int) -> list[Any]:
+    """Call `fn` on `world` ranks at once; return the results in rank order."""
+    barrier, box = threading.Barrier(world), [None] * world
+    results: list[Any] = [None] * world
+    failures: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = fn(ThreadCollectives(rank, world, barrier, box))
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as failure:
+            failures.append(failure)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(1, world)]
+    for thread in threads:
+        thread.start()
+    work(0)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    if barrier.broken:
+        raise TimeoutError("a rank did not come to a collective")
+    return results

@@ -1,0 +1,82 @@
+"""The engine's decisions against the slow reference, on 1 to 8 ranks. Run: pytest
+tests/unit/test_capacity_agreement.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from capacity_cases import Case, cases, expected, make_tokens, run_engine
+from hypothesis import HealthCheck, given, settings
+
+MANY = settings(
+    max_examples=350,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def assert_same(case: Case) -> None:
+    tokens = make_tokens(case)
+    outcome = expected(case, tokens)
+    decisions = run_engine(case, tokens)
+    bounds = case.bounds
+    for rank, (decision, wanted) in enumerate(zip(decisions, outcome.ranks, strict=True)):
+        if decision is None:
+            assert wanted.keep.all() and not any(wanted.extras), "nothing could be dropped or added"
+            continue
+        np.testing.assert_array_equal(decision.keep_TK.numpy(), wanted.keep)
+        got = [[] for _ in wanted.extras]
+        if decision.extra_Te is not None:
+            for t, e in decision.extra_Te.nonzero().tolist():
+                got[t].append(e + bounds[rank])
+        assert got == wanted.extras
+        for t, weights in enumerate(wanted.weights):
+            ids, values = decision.ids_TM[t].tolist(), decision.weights_TM[t].tolist()
+            computed = {e: v for e, v in zip(ids, values, strict=True) if e >= 0}
+            assert computed == pytest.approx(weights, rel=1e-5)
+            assert all(v == 0.0 for e, v in zip(ids, values, strict=True) if e < 0)
+    if all(decision is not None for decision in decisions):
+        for rank, decision in enumerate(decisions):
+            assert decision.before_WE.sum() == sum(case.tokens) * case.top_k
+            own = slice(bounds[rank], bounds[rank + 1])
+            # Extras stay on their rank, so each rank knows its own experts' rows exactly.
+            received = decision.counts_WE.sum(0)[own]
+            assert received.tolist() == outcome.computed[own]
+
+
+@MANY
+@given(cases())
+def test_every_decision_is_the_references(case):
+    assert_same(case)
+
+
+@MANY
+@given(cases(policy="token_drop", consensus="global"))
+def test_token_drop_by_global_consensus_is_the_references(case):
+    assert_same(case)
+
+
+@MANY
+@given(cases(policy="expanded_drop"))
+def test_expanded_drop_is_the_references(case):
+    assert_same(case)
+
+
+@MANY
+@given(cases(consensus="global"))
+def test_gather_and_radix_find_identical_sets(case):
+    tokens = make_tokens(case)
+    gather = run_engine(dataclasses.replace(case, selection="gather"), tokens)
+    radix = run_engine(dataclasses.replace(case, selection="radix"), tokens)
+    chosen = run_engine(dataclasses.replace(case, selection="auto"), tokens)
+    for one, other, auto in zip(gather, radix, chosen, strict=True):
+        if one is None:
+            assert other is None and auto is None
+            continue
+        np.testing.assert_array_equal(one.ids_TM.numpy(), other.ids_TM.numpy())
+        np.testing.assert_array_equal(one.ids_TM.numpy(), auto.ids_TM.numpy())
+        np.testing.assert_array_equal(one.weights_TM.numpy(), other.weights_TM.numpy())
