@@ -72,7 +72,7 @@ class CapacityConfig:
     # may add; default: all local experts
     tiers: Literal["two", "one"] = "two"  # two: extras only fill slots that top-k leaves free
     extras: Literal["all", "dropped"] = "all"  # which tokens may take free slots
-    phases: tuple[Phase, ...] = field(
+    phases: tuple[Phase, ...] = field(  # whose tokens compete; both: prefill and decode
         default=("prefill",),
         metadata=rule(
             "a list of phases, not empty and without repeats", lambda v: 0 < len(v) == len(set(v))

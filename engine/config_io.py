@@ -212,6 +212,8 @@ def _convert(value: Any, hint: Any) -> Any:
     """Shape a YAML value as the field holds it; what does not fit is left for the checks."""
     if get_origin(hint) is tuple and value is not None:
         items = value if isinstance(value, list) else [value]
+        if value == "both":  # of two choices: moe.capacity.phases
+            items = list(get_args(get_args(hint)[0])) or items
         return tuple(_convert(item, get_args(hint)[0]) for item in items)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if _is_written(hint):

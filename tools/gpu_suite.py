@@ -4,6 +4,7 @@
     PYTHONPATH=/path/to/transformer_engine python tools/gpu_suite.py --only experts,kernels
 
     experts    backends torch, grouped_mm, te against float64, float32 and bfloat16, skewed loads
+    capacity   every policy's decisions, device against CPU: identical
     kernels    every op on the device (Triton) against its plain torch reference
     engine     greedy tokens and log probabilities of every family, CUDA against CPU; the batch job
                under torchrun with one rank over NCCL; peak memory against its budget
@@ -30,13 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 
 from bench.report import emit, table
 from bench.stamp import stamp
+from gpu_checks.capacity import check_capacity
 from gpu_checks.check import Check, guarded
 from gpu_checks.engine import check_engine
 from gpu_checks.experts import check_experts
 from gpu_checks.kernels import check_kernels
 from make_random_checkpoint import FAMILIES
 
-SUBJECTS = ("experts", "kernels", "engine")
+SUBJECTS = ("experts", "capacity", "kernels", "engine")
 PACKAGES = ("torch", "transformers", "triton", "transformer_engine", "nvidia-nccl-cu12")
 PACKAGES += ("nvidia-nccl-cu13",)
 
@@ -47,6 +49,8 @@ def run_checks(device: str, only: Sequence[str], families: Sequence[str]) -> lis
     where = torch.device(device)
     if "experts" in only:
         found += check_experts(where)
+    if "capacity" in only:
+        found += check_capacity(where)
     if "kernels" in only:
         found += check_kernels(where)
     if "engine" in only:

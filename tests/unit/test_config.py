@@ -116,6 +116,8 @@ def test_a_lone_value_stands_for_a_list_of_one():
     assert config.sampling.stop == ("END",)
     assert config.sampling.stop_token_ids == (7,)
     assert config.moe.capacity.phases == ("decode",)
+    assert load("moe.capacity.phases=both").moe.capacity.phases == ("prefill", "decode")
+    assert load("sampling.stop=both").sampling.stop == ("both",)
 
 
 def test_set_may_open_a_section_that_the_file_left_out_or_empty(write):

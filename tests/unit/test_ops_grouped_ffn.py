@@ -100,3 +100,12 @@ def test_counts_that_do_not_sum_to_the_rows_are_refused():
     w13, w2 = weights(2, 8, 8)
     with pytest.raises(RuntimeError, match="counts sum to 3, x has 4 rows"):
         grouped_ffn(torch.randn(4, 8), w13, w2, [1, 2])
+
+
+@pytest.mark.parametrize("run", [grouped_ffn, grouped_ffn_reference])
+def test_the_result_goes_where_it_is_asked_to(run):
+    w13, w2 = weights(2, 8, 4)
+    x, buffer = torch.randn(3, 8), torch.full((5, 8), 9.0)
+    got = run(x, w13, w2, [1, 2], buffer[:3])
+    assert got.data_ptr() == buffer.data_ptr() and (buffer[3:] == 9.0).all()
+    torch.testing.assert_close(got, grouped_ffn_reference(x, w13, w2, [1, 2]))

@@ -14,6 +14,9 @@ def test_gather_takes_rows_in_the_order_of_the_index():
     x = torch.arange(8.0).view(4, 2)
     assert gather_rows(x, torch.tensor([2, 0, 2])).tolist() == [[4, 5], [0, 1], [4, 5]]
     assert gather_rows(x, torch.empty(0, dtype=torch.int64)).shape == (0, 2)
+    buffer = torch.full((5, 2), -1.0)
+    assert gather_rows(x, torch.tensor([1, 1]), buffer[:2]).data_ptr() == buffer.data_ptr()
+    assert buffer[:3].tolist() == [[2, 3], [2, 3], [-1, -1]]
 
 
 def test_combine_adds_the_weighted_rows_of_each_token():

@@ -22,3 +22,11 @@ def test_equal_experts_keep_token_order():
     assert token.tolist() == [1, 3, 0, 2]
     assert slot.flatten().tolist() == [2, 0, 3, 1]
     assert load.tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize("sort", [sort_by_expert, sort_by_expert_reference])
+def test_an_id_of_minus_one_is_no_assignment(sort):
+    token, slot, load = sort(torch.tensor([[1, -1], [-1, -1], [0, 1]]), 3)
+    assert load.tolist() == [1, 2, 0]
+    assert token[:3].tolist() == [2, 0, 2] and token.numel() == 6
+    assert slot.tolist() == [[1, -1], [-1, -1], [0, 2]]

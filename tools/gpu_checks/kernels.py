@@ -19,6 +19,7 @@ from engine.ops import (
     permute,
     rms_norm,
     rotary,
+    select_top,
     silu_and_mul,
     sort_by_expert,
     store_kv,
@@ -70,6 +71,10 @@ def _error(
     return max(relative_error(mine, theirs) for mine, theirs in pairs)
 
 
+def _need(pool_N: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([5, 0, 400], device=pool_N.device)
+
+
 def _cases() -> Iterator[Case]:
     random = torch.randn
     yield (
@@ -115,6 +120,18 @@ def _cases() -> Iterator[Case]:
         lambda ids: sort_by_expert.sort_by_expert(ids, 8),
         lambda ids: sort_by_expert.sort_by_expert_reference(ids, 8),
         [torch.rand(17, 8).argsort(1)[:, :3]],
+    )
+    yield (
+        "select_top",
+        lambda first, second, pool: select_top.select_top([first, second], pool, _need(pool))[0],
+        lambda first, second, pool: select_top.select_top_reference(
+            [first, second], pool, _need(pool)
+        )[0],
+        [
+            torch.randint(-3, 3, (300,), dtype=torch.int32),
+            torch.randperm(300).int(),
+            torch.randint(-1, 3, (300,)),
+        ],
     )
     slot_TK = torch.randperm(60)[:51].view(17, 3)
     slot_TK[::4, 1] = -1
