@@ -25,6 +25,7 @@ more for each local expert), E experts, e experts on this rank, R rows received,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,16 +168,14 @@ class MoELayer(nn.Module):
         own_TD = self._slice.take(x_TD)
         routing = self.route(own_TD)
         shared: list[torch.Tensor] = []
-        if step is not None and self._agreement.applies(step):
-            plan, weights_TM = self._agree(own_TD, routing, step, shared)
-        else:
-            plan, weights_TM = self._exchange(routing), routing.topk_weights_TK
-            if step is not None:
-                self.account.add(routing, None, step)
+        meanwhile = None
+        if (module := self.shared) is not None:
+            meanwhile = lambda: shared.append(module(own_TD))  # noqa: E731
+        plan, weights_TM = self.agree(routing, step, meanwhile)
         out_TD = self.run(own_TD, plan, weights_TM)
-        if self.shared is not None:
+        if module is not None:
             clock.enter(Phase.EXPERTS)
-            out_TD = out_TD + (shared[0] if shared else self.shared(own_TD))
+            out_TD = out_TD + (shared[0] if shared else module(own_TD))
         clock.enter(Phase.OTHER)
         return self._slice.regather(out_TD, x_TD.shape[0])
 
@@ -185,28 +184,21 @@ class MoELayer(nn.Module):
         logits_TE = gate_logits(x_TD, self.gate_weight_ED, self.spec.router)
         return route(logits_TE, self.spec.router, self.gate_bias_E)
 
-    def _exchange(self, routing: Routing) -> DispatchPlan:
-        """Steps 3 and 4, dropless: exchange loads and freeze the plan. Collective."""
-        clock = self.telemetry.clock
-        clock.enter(Phase.PLAN)
-        order = sort_by_expert(routing.topk_ids_TK, self.spec.router.num_experts)
-        clock.enter(Phase.CONSENSUS)
-        counts_WE = self._dispatcher.exchange_counts(order.load_E)
-        clock.enter(Phase.PLAN)
-        plan = make_plan(order, counts_WE, self._group.rank, self._first_experts)
-        self._record(counts_WE, plan)
-        return plan
-
-    def _agree(
-        self, x_TD: torch.Tensor, routing: Routing, step: MoEStep, shared: list[torch.Tensor]
+    def agree(
+        self,
+        routing: Routing,
+        step: MoEStep | None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> tuple[DispatchPlan, torch.Tensor]:
-        """Steps 3 and 4 under capacity; the plan and the weights [T, M]. Collective.
+        """Steps 3 and 4: the plan, and the combine weights [T, M]. Collective over EP: every rank
+        must call.
 
-        The shared expert runs while the ranks agree; its output is appended to `shared`.
+        meanwhile: work to do while the ranks agree; left undone where there is nothing to agree on.
         """
-        meanwhile = None
-        if (module := self.shared) is not None:
-            meanwhile = lambda: shared.append(module(x_TD))  # noqa: E731
+        if step is None or not self._agreement.applies(step):
+            if step is not None:
+                self.account.add(routing, None, step)
+            return self._exchange(routing), routing.topk_weights_TK
         decision = self._agreement.decide(
             routing, step, clock=self.telemetry.clock, meanwhile=meanwhile
         )
@@ -216,6 +208,18 @@ class MoELayer(nn.Module):
         if (entries := self.telemetry.decisions.entries) is not None:
             entries.append(self._entry(routing, decision, step))
         return plan, decision.weights_TM
+
+    def _exchange(self, routing: Routing) -> DispatchPlan:
+        """Dropless: exchange loads and freeze the plan. Collective."""
+        clock = self.telemetry.clock
+        clock.enter(Phase.PLAN)
+        order = sort_by_expert(routing.topk_ids_TK, self.spec.router.num_experts)
+        clock.enter(Phase.CONSENSUS)
+        counts_WE = self._dispatcher.exchange_counts(order.load_E)
+        clock.enter(Phase.PLAN)
+        plan = make_plan(order, counts_WE, self._group.rank, self._first_experts)
+        self._record(counts_WE, plan)
+        return plan
 
     def _entry(self, routing: Routing, decision: Decision, step: MoEStep) -> LayerDecision:
         # SYNC: only while somebody records decisions.

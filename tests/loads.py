@@ -1,0 +1,26 @@
+"""Skewed loads for tests; the generators themselves stand with the benches that share them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from bench.loads import (
+    cap_loads,
+    fit,
+    hot_loads,
+    rank_loads,
+    recorded_loads,
+    routing_of,
+    zipf_loads,
+)
+
+__all__ = [
+    "cap_loads",
+    "fit",
+    "hot_loads",
+    "rank_loads",
+    "recorded_loads",
+    "routing_of",
+    "zipf_loads",
+]

@@ -1,0 +1,112 @@
+"""What a run says about capacity. Run: pytest tests/unit/test_capacity_summary.py"""
+
+from __future__ import annotations
+
+import io
+import json
+
+from engine.capacity_summary import describe, print_capacity
+from engine.config import CapacityConfig
+from engine.profiling.report import LayerReport, RankReport, RunReport
+from engine.progress import Summary, make_console
+
+TOKEN_DROP = CapacityConfig(policy="token_drop", factor="1.5")
+
+
+def layer(number: int, dropped: int = 116, assignments: int = 1000, added: int = 0) -> LayerReport:
+    return LayerReport(
+        layer=number,
+        rank_max_over_mean=1.87,
+        rank_max_over_mean_after=1.24,
+        expert_max_over_mean=2.5,
+        expert_max_over_mean_after=1.5,
+        expert_loads=[600, 400],
+        expert_loads_after=[500, 384 + added],
+        assignments=assignments,
+        dropped=dropped,
+        added=added,
+        orphans=3,
+        gate_mass_kept=0.935,
+        drop_rate=dropped / assignments if assignments else 0.0,
+    )
+
+
+def run(layers: list[LayerReport], ranks: int = 2, imbalance: float = 1.87) -> RunReport:
+    rank = RankReport(
+        rank=0,
+        host="a",
+        tokens_prefill=1,
+        tokens_decode=1,
+        expert_rows=1,
+        bytes_sent=0,
+        num_collectives=0,
+        preemptions=0,
+        seconds={},
+    )
+    return RunReport(
+        seconds=1.0,
+        steps=1,
+        ranks=[rank] * ranks,
+        layers=layers,
+        max_over_mean=imbalance,
+        max_over_mean_after=1.24,
+        speed_bound=1.51,
+    )
+
+
+def printed(report: RunReport, capacity: CapacityConfig) -> str:
+    out = io.StringIO()
+    print_capacity(make_console(file=out), report, capacity)
+    return out.getvalue()
+
+
+def test_one_sentence_says_what_was_dropped_and_gained():
+    assert describe(run([layer(0), layer(1, dropped=84)]), TOKEN_DROP) == (
+        "token_drop at gamma 1.5 (expert scope, global consensus) dropped 10.0% of the 2,000 "
+        "competing assignments; over the run the most loaded rank had 1.24x the mean rows instead "
+        "of 1.87x: MoE layers at most 1.51x faster."
+    )
+    expanded = CapacityConfig(policy="expanded_drop", factor="1.5")
+    assert "and added 40 on idle local experts" in describe(run([layer(0, added=40)]), expanded)
+
+
+def test_the_table_has_every_layer_or_the_six_that_dropped_most():
+    few = printed(run([layer(number) for number in range(8)]), TOKEN_DROP)
+    assert all(f"layer {number}" in few for number in range(8))
+    assert "1.87 -> 1.24" in few and "11.6%" in few and "0.935" in few
+    many = printed(run([layer(number, dropped=10 * number) for number in range(9)]), TOKEN_DROP)
+    assert [number for number in range(9) if f"layer {number}" in many] == [3, 4, 5, 6, 7, 8]
+    assert "the 6 of 9 layers that dropped most" in many.replace("\n", " ")
+
+
+def test_phases_with_nothing_to_do_are_said():
+    text = printed(run([layer(0, dropped=0, assignments=0)]), TOKEN_DROP)
+    assert "had nothing to do: no token of phase prefill competed" in text.replace("\n", " ")
+    assert "layer 0" not in text
+
+
+def test_an_imbalanced_run_without_a_policy_is_told_what_one_would_bound():
+    none = CapacityConfig()
+    text = printed(run([layer(0)]), none)
+    assert "--set moe.capacity.policy=token_drop" in text and "1.87x" in text
+    assert printed(run([layer(0)], imbalance=1.2), none) == ""
+    assert printed(run([layer(0)], ranks=1), none) == "", "one rank waits for nobody"
+
+
+def test_the_json_beside_the_output_has_policy_and_layers():
+    summary = Summary(
+        total=1,
+        resumed=0,
+        errors=0,
+        requests=1,
+        prompt_tokens=1,
+        generated_tokens=1,
+        run=run([layer(4)]),
+        capacity=TOKEN_DROP,
+    )
+    values = json.loads(summary.to_json())
+    assert values["capacity"]["policy"] == "token_drop" and values["capacity"]["factor"] == "1.5"
+    (entry,) = values["run"]["layers"]
+    assert (entry["layer"], entry["dropped"], entry["drop_rate"]) == (4, 116, 0.116)
+    assert (entry["rank_max_over_mean"], entry["rank_max_over_mean_after"]) == (1.87, 1.24)
+    assert entry["orphans"] == 3 and values["run"]["speed_bound"] == 1.51

@@ -1,0 +1,141 @@
+"""Virtual ranks: what a layer would take on more ranks than this machine has cores for.
+
+Every rank's own work (pack its tokens' rows, its experts on the rows they would receive, bring
+results back, weigh them) is run alone, one rank after the other, on the whole machine; the layer
+takes as long as the slowest, plus its two all-to-alls. Nothing of the network is simulated: the
+all-to-all's seconds are a table measured between two real processes and interpolated by the bytes
+of the busiest rank. Figures made this way are labelled virtual.
+
+Legend: W ranks, E experts, D model dim, F expert hidden dim, K top-k, A rows sent, R rows received.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bench.moe_case import MoEShape
+from engine.ops.grouped_ffn import grouped_ffn
+from engine.ops.permute import combine_rows, gather_rows
+
+ROW_BYTES = 4  # float32
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """Seconds of an all-to-all by the bytes a rank sends to others, as measured; sorted."""
+
+    num_bytes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def of(self, num_bytes: float) -> float:
+        """Interpolated; beyond the table in proportion to its last entry."""
+        if num_bytes > self.num_bytes[-1]:
+            return self.seconds[-1] * num_bytes / self.num_bytes[-1]
+        return float(np.interp(num_bytes, self.num_bytes, self.seconds))
+
+
+NO_TRANSFERS = Transfers((0, 1), (0.0, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """rank_seconds: work of each rank, run alone. collective_seconds: both all-to-alls."""
+
+    rank_seconds: tuple[float, ...]
+    collective_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The layer: the slowest rank's work and the all-to-alls."""
+        return max(self.rank_seconds) + self.collective_seconds
+
+
+class VirtualLayer:
+    """Weights and rows of one rank, used for every rank in turn. counts are int64 [W, E]."""
+
+    def __init__(self, shape: MoEShape, num_ranks: int, seed: int = 0) -> None:
+        self.shape, self.num_ranks = shape, num_ranks
+        random = torch.Generator().manual_seed(seed)
+        local = -(-shape.experts // num_ranks)
+        scale = shape.hidden**-0.5
+        self._w13 = torch.randn(local, 2 * shape.ffn, shape.hidden, generator=random).mul_(scale)
+        self._w2 = torch.randn(local, shape.hidden, shape.ffn, generator=random).mul_(scale)
+        self._rows = torch.empty(0, shape.hidden)
+        self._random = random
+        parts = np.array_split(np.arange(shape.experts), num_ranks)
+        self._owned = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+    def time(
+        self, counts_WE: np.ndarray, transfers: Transfers = NO_TRANSFERS, rounds: int = 3
+    ) -> LayerTime:
+        """Time one layer call in which rank w sends counts_WE[w, e] rows to expert e."""
+        return self.compare([counts_WE], transfers, rounds)[0]
+
+    @torch.inference_mode()
+    def compare(
+        self, cases: Sequence[np.ndarray], transfers: Transfers = NO_TRANSFERS, rounds: int = 3
+    ) -> list[LayerTime]:
+        """Time several calls in turns, so that they meet the same state of the machine."""
+        ranks = range(self.num_ranks)
+        times: list[list[list[float]]] = [[[] for _ in ranks] for _ in cases]
+        for turn in range(rounds + 1):
+            for case, counts_WE in enumerate(cases):
+                for rank in ranks:
+                    seconds = self._work(counts_WE, rank)
+                    if turn:
+                        times[case][rank].append(seconds)
+        return [
+            LayerTime(
+                tuple(statistics.median(each) for each in times[case]),
+                2 * transfers.of(self._busiest(counts_WE)),
+            )
+            for case, counts_WE in enumerate(cases)
+        ]
+
+    def _work(self, counts_WE: np.ndarray, rank: int) -> float:
+        expert_counts = counts_WE.sum(0)[self._owned[rank]].tolist()
+        sent, received = int(counts_WE[rank].sum()), sum(expert_counts)
+        top_k = self.shape.top_k
+        num_tokens = -(-sent // top_k)
+        rows = self._some_rows(max(sent, received, num_tokens))
+        index_A = torch.arange(sent) // max(top_k, 1)
+        slot_TK = torch.arange(num_tokens * top_k).view(num_tokens, top_k)
+        slot_TK = slot_TK.where(slot_TK < sent, -1)
+        weights_TK = torch.full((num_tokens, top_k), 1 / top_k)
+        regroup_R = torch.arange(received).flip(0)
+        local = len(expert_counts)
+        begin = time.perf_counter()
+        gather_rows(rows[:num_tokens], index_A)
+        grouped = gather_rows(rows, regroup_R)
+        results = grouped_ffn(grouped, self._w13[:local], self._w2[:local], expert_counts)
+        torch.empty_like(results).index_copy_(0, regroup_R, results)
+        combine_rows(rows[:sent], slot_TK, weights_TK)
+        return time.perf_counter() - begin
+
+    def _some_rows(self, count: int) -> torch.Tensor:
+        if len(self._rows) < count:
+            self._rows = torch.randn(count, self.shape.hidden, generator=self._random)
+        return self._rows[:count]
+
+    def _busiest(self, counts_WE: np.ndarray) -> int:
+        """Bytes of the rank that sends or receives most to or from others, in one all-to-all."""
+        to_rank_WW = np.stack([counts_WE[:, owned].sum(1) for owned in self._owned], axis=1)
+        remote = to_rank_WW - np.diag(np.diag(to_rank_WW))
+        rows = max(int(remote.sum(0).max()), int(remote.sum(1).max()))
+        return rows * self.shape.hidden * ROW_BYTES
+
+
+def layer_seconds(
+    shape: MoEShape,
+    counts_WE: np.ndarray,
+    transfers: Transfers = NO_TRANSFERS,
+    rounds: int = 3,
+) -> LayerTime:
+    """Time one layer call with these counts on as many virtual ranks as it has rows."""
+    return VirtualLayer(shape, len(counts_WE)).time(counts_WE, transfers, rounds)

@@ -1,0 +1,186 @@
+"""Worker: one MoE layer under one capacity policy after the other, all in one process a rank.
+
+Each rank is pinned to a core of its own with one thread. The policies take turns inside a call, so
+that they meet the same state of the machine.
+
+Legend: T tokens on this rank, E experts, W ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bench.loads import routing_of
+from bench.moe_case import MoEShape, make_tokens, make_weights
+from bench.protocol import memory_mib, serve
+from engine.config import CapacityConfig
+from engine.config_io import config_from_tree
+from engine.distributed import bootstrap
+from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.router import RouterSpec
+from engine.moe.step import MoEStep
+from engine.profiling.phases import HostClock, NoClock, Phase
+
+
+class Worker:
+    """One rank."""
+
+    def load(self, shape: dict[str, int], seed: int, threads: int) -> dict[str, Any]:
+        """Build the layer with seeded weights. Collective."""
+        rank = int(os.environ.get("RANK", "0"))
+        cores = sorted(os.sched_getaffinity(0))
+        if int(os.environ.get("WORLD_SIZE", "1")) <= len(cores) and threads == 1:
+            os.sched_setaffinity(0, {cores[rank]})
+        tree = {"model": {"path": "."}, "runtime": {"device": "cpu", "threads": threads}}
+        config = config_from_tree(tree)
+        self._topology = bootstrap.start(config)
+        torch.set_num_threads(threads)
+        self._shape = MoEShape(**shape)
+        self._weights, self._seed = make_weights(self._shape, seed), seed
+        router = RouterSpec(
+            num_experts=self._shape.experts, top_k=self._shape.top_k, normalize=True
+        )
+        self._layer = MoELayer(
+            MoESpec(router=router, hidden=self._shape.hidden, ffn=self._shape.ffn),
+            layer=0,
+            topology=self._topology,
+            config=config.moe,
+            device=self._topology.device,
+            dtype=torch.float32,
+        )
+        layer, weights = self._layer, self._weights
+        own = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
+        with torch.no_grad():
+            layer.gate_weight_ED.copy_(weights.gate_ED)
+            layer.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
+            layer.experts.w2_eDF.copy_(weights.w2_EDF[own])
+        return memory_mib()
+
+    @torch.inference_mode()
+    def compare(
+        self, loads: list[int], tokens: int, policies: dict[str, dict[str, Any]], rounds: int
+    ) -> dict[str, Any]:
+        """Time every policy `rounds` times, in turns, after one unmeasured turn.
+
+        loads: of every expert over all ranks. tokens: of one rank. Returns by policy: seconds of
+        each round, mean seconds by phase, rows of this rank's experts, bytes, collectives, and a
+        digest of the output. Collective.
+        """
+        x_TD, step = self._tokens(loads, tokens)
+        settings = {name: CapacityConfig(**fields) for name, fields in policies.items()}
+        found: dict[str, dict[str, Any]] = {
+            name: {"seconds": [], "phases": np.zeros(len(Phase))} for name in policies
+        }
+        for turn in range(rounds + 1):
+            names = list(settings)
+            shift = turn % len(names)  # nobody always runs after the same neighbour
+            for name in names[shift:] + names[:shift]:
+                self._once(found[name], settings[name], x_TD, step, measured=turn > 0)
+        for entry in found.values():
+            entry["phases"] = (entry["phases"] / rounds).tolist()
+        return found
+
+    @torch.inference_mode()
+    def agree(
+        self, loads: list[int], tokens: int, policies: dict[str, dict[str, Any]], rounds: int
+    ) -> dict[str, Any]:
+        """Time the agreement alone, all ranks starting together: seconds of each round by policy.
+
+        A policy's is deciding, sorting and accounting; that of `none`, which every layer needs, is
+        sorting and exchanging the counts. Collective.
+        """
+        x_TD, step = self._tokens(loads, tokens)
+        layer = self._layer
+        routing = layer.route(x_TD)
+        found: dict[str, list[float]] = {name: [] for name in policies}
+        for turn in range(rounds + 1):
+            for name, fields in policies.items():
+                layer.set_capacity(CapacityConfig(**fields))
+                dist.barrier()
+                begin = time.perf_counter()
+                layer.agree(routing, step)
+                if turn:
+                    found[name].append(time.perf_counter() - begin)
+        return found
+
+    def _tokens(self, loads: list[int], tokens: int) -> tuple[torch.Tensor, MoEStep]:
+        """This rank's tokens, which the gate sends where the loads say."""
+        rank, world = self._topology.world.rank, self._topology.world.size
+        ids_TK = routing_of(np.array(loads), tokens * world, self._seed)
+        x_TD = make_tokens(self._weights, ids_TK, self._seed)
+        # How sure the router is differs between tokens, or every score would be a tie.
+        random = torch.Generator().manual_seed(self._seed)
+        x_TD *= 0.75 + 0.5 * torch.rand(len(x_TD), 1, generator=random)
+        own = slice(tokens * rank, tokens * (rank + 1))
+        step = MoEStep.whole(torch.full((tokens,), rank), torch.arange(tokens), (tokens,) * world)
+        return x_TD[own].contiguous(), step
+
+    def _once(
+        self,
+        entry: dict[str, Any],
+        settings: CapacityConfig,
+        x_TD: torch.Tensor,
+        step: MoEStep,
+        *,
+        measured: bool,
+    ) -> None:
+        layer = self._layer
+        layer.set_capacity(settings)
+        layer.telemetry.clock = clock = HostClock()
+        layer.telemetry.loads.clear()
+        sent, called = layer.bytes_sent, layer.num_collectives
+        dist.barrier()
+        begin = time.perf_counter()
+        out_TD = layer(x_TD, step)
+        seconds = time.perf_counter() - begin
+        clock.close_step()
+        spans = clock.read()
+        layer.telemetry.clock = NoClock()
+        if not measured:
+            loads = layer.telemetry.loads.layers[0]
+            entry["before"] = loads.experts.tolist()
+            entry["rows"] = int(loads.own_after.sum())
+            entry["bytes"] = layer.bytes_sent - sent
+            entry["collectives"] = layer.num_collectives - called
+            entry["digest"] = hashlib.sha256(out_TD.numpy().tobytes()).hexdigest()
+            return
+        assert spans is not None
+        entry["seconds"].append(seconds)
+        entry["phases"] += spans.seconds_by_phase()
+
+    @torch.inference_mode()
+    def exchange(self, num_bytes: list[int], rounds: int) -> dict[str, Any]:
+        """Median seconds of an all-to-all in which each of two ranks sends the other so many bytes.
+
+        Collective.
+        """
+        medians = []
+        for size in num_bytes:
+            rows = torch.zeros(2 * size, dtype=torch.uint8)
+            into = torch.empty_like(rows)
+            medians.append(
+                _median(lambda rows=rows, into=into: dist.all_to_all_single(into, rows), rounds)
+            )
+        return {"seconds": medians}
+
+
+def _median(call: Callable[[], Any], rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 1):
+        dist.barrier()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))
+
+
+if __name__ == "__main__":
+    serve(Worker())
