@@ -160,8 +160,7 @@ class LLM:
         latencies: dict[str, list[float]] = {"ttft": [], "tpot": []}
         preempted = self._scheduler.num_preemptions
         layers = self.model.moe_layers
-        sent = sum(layer.bytes_sent for layer in layers)
-        called = sum(layer.num_collectives for layer in layers)
+        before = {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in layers}
         for layer in layers:
             layer.account.take()
         self._telemetry.loads.clear()
@@ -173,8 +172,13 @@ class LLM:
             latencies,
             self._telemetry.loads,
             self.topology,
-            bytes_sent=sum(layer.bytes_sent for layer in layers) - sent,
-            num_collectives=sum(layer.num_collectives for layer in layers) - called,
+            traffic={
+                layer.layer: (
+                    layer.bytes_sent - before[layer.layer][0],
+                    layer.num_collectives - before[layer.layer][1],
+                )
+                for layer in layers
+            },
             preemptions=self._scheduler.num_preemptions - preempted,
             drops={layer.layer: layer.account.take() for layer in layers},
         )

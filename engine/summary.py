@@ -17,7 +17,9 @@ from engine.profiling.waiting import breakdown
 
 @dataclass(slots=True)
 class _Share:
-    """What one rank hands in. after: layer -> first expert and rows of each of its experts."""
+    """What one rank hands in. after: layer -> first expert and rows of each of its experts.
+    traffic: layer -> bytes sent, collectives called.
+    """
 
     rank: RankReport
     replica: int
@@ -25,6 +27,7 @@ class _Share:
     seconds: float
     after: dict[int, tuple[int, list[int]]]
     drops: dict[int, LayerDrops]
+    traffic: dict[int, tuple[int, int]]
 
 
 def run_report(
@@ -34,16 +37,15 @@ def run_report(
     loads: LoadCounter,
     topology: Topology,
     *,
-    bytes_sent: int,
-    num_collectives: int,
+    traffic: dict[int, tuple[int, int]],
     preemptions: int,
     drops: dict[int, LayerDrops],
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
     of this rank's own group.
 
-    bytes_sent, num_collectives: of the MoE layers. drops: layer -> what capacity did to this rank's
-    own tokens. Collective over all ranks: every rank must call.
+    traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
+    capacity did to this rank's own tokens. Collective over all ranks: every rank must call.
     """
     own = _Share(
         rank=RankReport(
@@ -52,8 +54,8 @@ def run_report(
             tokens_prefill=totals.tokens_prefill,
             tokens_decode=totals.tokens_decode,
             expert_rows=sum(int(load.own_after.sum()) for load in loads.layers.values()),
-            bytes_sent=bytes_sent,
-            num_collectives=num_collectives,
+            bytes_sent=sum(sent for sent, _ in traffic.values()),
+            num_collectives=sum(called for _, called in traffic.values()),
             preemptions=preemptions,
             seconds=breakdown(totals.phase_seconds, totals.waiting_seconds),
         ),
@@ -65,6 +67,7 @@ def run_report(
             for layer, load in loads.layers.items()
         },
         drops=drops,
+        traffic=traffic,
     )
     everyone: list[_Share] = gather_objects(own, topology.world)
     group = [share for share in everyone if share.replica == topology.replica]
@@ -107,6 +110,8 @@ def _layers(loads: LoadCounter, group: Sequence[_Share]) -> list[LayerReport]:
                 orphans=drops.orphans,
                 gate_mass_kept=drops.mass_kept / drops.mass if drops.mass else 1.0,
                 drop_rate=drops.dropped / drops.routed if drops.routed else 0.0,
+                bytes_sent=sum(share.traffic[layer][0] for share in group),
+                num_collectives=group[0].traffic[layer][1],
             )
         )
     return reports

@@ -53,7 +53,8 @@ class LayerReport:
     and after it. expert_loads, expert_loads_after: rows of each expert. assignments: top-k
     assignments that competed for capacity; dropped, added: of them, and extras beside them.
     orphans: tokens that kept no expert. gate_mass_kept: share of the competing tokens' combine
-    weights that survived, extras not counted.
+    weights that survived, extras not counted. bytes_sent: to other ranks, by all ranks of the
+    group. num_collectives: that each rank called.
     """
 
     layer: int
@@ -69,6 +70,8 @@ class LayerReport:
     orphans: int = 0
     gate_mass_kept: float = 1.0
     drop_rate: float = 0.0
+    bytes_sent: int = 0
+    num_collectives: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,15 +105,15 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
   if (rows == 0 || outputs == 0) return out;
   const at::Tensor in = rows_of(x, depth);
   const int64_t wave = std::min(rows_within(WAVE_BYTES, depth), round_up(rows, kernels().lanes));
-  const at::Tensor packed = at::empty({wave * depth}, x.options());
+  float* packed = scratch(wave * depth);
   for (int64_t first = 0; first < rows; first += wave) {
     const std::vector<Segment> segment = {{0, first, std::min(wave, rows - first), 0}};
     pack_segments(segment, in.const_data_ptr<float>(), in.stride(0), depth,
-                  packed.mutable_data_ptr<float>());
+                  packed);
     const std::vector<Piece> pieces = cut(segment, depth, outputs);
     run(pieces.size(), segment[0].rows * outputs * depth, [&](int64_t i) {
       const Piece& p = pieces[i];
-      kernels().linear(packed.const_data_ptr<float>() + p.row * depth, p.rows, depth,
+      kernels().linear(packed + p.row * depth, p.rows, depth,
                        weight.const_data_ptr<float>(), weight.stride(0),
                        bias ? bias->const_data_ptr<float>() : nullptr, p.first, p.count,
                        out.mutable_data_ptr<float>() + (first + p.row) * outputs, outputs);
@@ -156,8 +156,7 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
   }
   TORCH_CHECK(row == x.size(0), "grouped_ffn: counts sum to ", row, ", x has ", x.size(0), " rows");
 
-  const at::Tensor buffer = at::empty({largest * (depth + width)}, x.options());
-  float* packed = buffer.mutable_data_ptr<float>();
+  float* packed = scratch(largest * (depth + width));
   float* hidden = packed + largest * depth;
   float* result = out.mutable_data_ptr<float>();
   const float* w13_data = w13.const_data_ptr<float>();
