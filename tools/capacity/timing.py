@@ -1,0 +1,104 @@
+"""Measured layer speedup: the recorded rows, timed on virtual ranks beside the bound.
+
+`bench/virtual.py` runs each rank's own work (pack, experts, combine) alone on all cores; a layer
+takes as long as its slowest rank. Timed are the layers of the fullest step, before capacity and
+after it in turns, at a layer shape of one's choice and rows scaled down in proportion: the tiny
+checkpoints' own experts are too small to be bound by their rows. The all-to-alls, whose bytes
+capacity also cuts, are left out, so the figure says what the experts' work gains and no more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from bench.moe_case import MoEShape
+from bench.virtual import VirtualLayer
+
+from capacity.panel import Panel, Result
+from capacity.speed import CallLoads
+from capacity.tables import panel_fronts
+
+# The slowest of many ranks is taken, so one disturbed median among them is the layer's time.
+ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedShape:
+    """The layer that is timed: hidden and expert dims, and tokens of a step over all ranks."""
+
+    hidden: int
+    ffn: int
+    tokens: int
+
+    @property
+    def text(self) -> str:
+        """For the table's legend."""
+        cores = len(os.sched_getaffinity(0))
+        return (
+            f"virtual ranks (each rank's work alone on {cores} cores, the slowest counts, no "
+            f"all-to-all), hidden {self.hidden}, ffn {self.ffn}, {self.tokens:,} tokens a step"
+        )
+
+
+def time_panel(panel: Panel, shape: TimedShape, *, everything: bool = False) -> Panel:
+    """Fill in `measured` of the settings on a Pareto front, or of all that capacity applied to."""
+    fronts = panel_fronts(panel).values()
+    chosen = range(len(panel.results)) if everything else {i for front in fronts for i in front}
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    results = []
+    for index, result in enumerate(panel.results):
+        if index in chosen and result.calls:
+            result = replace(result, measured=measured_speedup(result, shape, panel.ranks))
+        results.append(result)
+    return replace(panel, results=results)
+
+
+def measured_speedup(result: Result, shape: TimedShape, ranks: int) -> float:
+    """Seconds of the fullest step's layers before capacity over those after it."""
+    calls = scaled(fullest_step(result), shape.tokens * result.top_k)
+    layer = VirtualLayer(
+        MoEShape(
+            hidden=shape.hidden,
+            ffn=shape.ffn,
+            experts=calls[0].before_WE.shape[1],
+            top_k=result.top_k,
+        ),
+        ranks,
+    )
+    before = after = 0.0
+    for call in calls:
+        first, second = layer.compare([call.before_WE, call.after_WE], rounds=ROUNDS)
+        before += first.seconds
+        after += second.seconds
+    return before / after
+
+
+def fullest_step(result: Result) -> list[CallLoads]:
+    """The layer calls of the first of the steps that ran most tokens."""
+    num_layers = len(result.calls) // len(result.tokens)
+    step = result.tokens.index(max(result.tokens))
+    return result.calls[step * num_layers : (step + 1) * num_layers]
+
+
+def scaled(calls: Sequence[CallLoads], rows: int) -> list[CallLoads]:
+    """The same loads in proportion, about `rows` rows before capacity; never more than there are.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    total = int(calls[0].before_WE.sum())
+    share = min(1.0, rows / total)
+    made = [
+        CallLoads(
+            np.floor(call.before_WE * share).astype(np.int64),
+            np.floor(call.after_WE * share).astype(np.int64),
+        )
+        for call in calls
+    ]
+    if not all(call.after_WE.any() for call in made):
+        raise ValueError(f"--timing: no rows are left of {total} when scaled to {rows}; use more")
+    return made
