@@ -30,7 +30,46 @@ def select_top(
     """
     if pool_N.is_cpu and native.available():
         return torch.ops.lockstep_cpu.select_top(list(words), pool_N, need_P)
+    if pool_N.is_cuda:
+        return select_top_sorted(words, pool_N, need_P)
     return select_top_reference(words, pool_N, need_P)
+
+
+def select_top_sorted(
+    words: Sequence[torch.Tensor], pool_N: torch.Tensor, need_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_top` by stable sorts, without a host sync: the form with the fewest kernel launches.
+
+    One sort a word, the least significant first, the last by pool and leading word together.
+    """
+    num_pools, num_claims = need_P.numel(), pool_N.numel()
+    if not num_claims:
+        return pool_N.bool(), need_P.new_zeros((), dtype=torch.bool)
+    order_N = torch.arange(num_claims, device=pool_N.device)
+    for word_N in reversed(words[1:]):
+        order_N = order_N[(~word_N[order_N]).argsort(stable=True)]
+    row_N = pool_N.where(pool_N >= 0, num_pools)[order_N]
+    # ~word is smallest for the largest word; moved into 0 .. 2**32 - 1 it leaves the pool intact.
+    key_N = row_N.bitwise_left_shift(32) + ((~words[0][order_N]).long() + 2**31)
+    key_N, place_N = key_N.sort(stable=True)
+    order_N, row_N = order_N[place_N], key_N.bitwise_right_shift(32)
+    pools_P = torch.arange(num_pools + 1, device=pool_N.device)
+    first_P = torch.searchsorted(row_N, pools_P)
+    need_P = torch.cat((need_P, need_P.new_zeros(1)))  # of claims in no pool nothing stays
+    rank_N = torch.arange(num_claims, device=pool_N.device) - first_P[row_N]
+    keep_N = rank_N < need_P[row_N]
+    # The last claim that stays, and the one after it: equal words mean a tie.
+    last_P = (first_P + need_P - 1).clamp(0, num_claims - 1)
+    next_P = (first_P + need_P).clamp(0, num_claims - 1)
+    tied_P = (need_P > 0) & (row_N[last_P] == pools_P) & (row_N[next_P] == pools_P)
+    tied_P &= last_P != next_P
+    like_cut_N = torch.ones_like(keep_N)
+    for word_N in words:
+        sorted_N = word_N[order_N]
+        tied_P = tied_P & (sorted_N[last_P] == sorted_N[next_P])
+        like_cut_N &= sorted_N == sorted_N[last_P][row_N]
+    keep_N &= ~(tied_P[row_N] & like_cut_N)
+    return torch.zeros_like(keep_N).scatter_(0, order_N, keep_N), tied_P.any()
 
 
 def select_top_reference(

@@ -8,18 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.ops import native
-from engine.ops.select_top import select_top, select_top_reference
+from engine.ops.select_top import select_top, select_top_reference, select_top_sorted
 
 
 def words(*columns: list[int]) -> list[torch.Tensor]:
     return [torch.tensor(column, dtype=torch.int32) for column in columns]
 
 
-BOTH = [select_top, select_top_reference]
+ALL = [select_top, select_top_reference, select_top_sorted]
 
 
-@pytest.mark.parametrize("select", BOTH)
+@pytest.mark.parametrize("select", ALL)
 def test_each_pool_keeps_its_largest_words(select):
     pool = torch.tensor([0, 0, 1, 0, -1, 1])
     keep, tied = select(words([3, -9, 5, 4, 99, 6]), pool, torch.tensor([2, 1]))
@@ -27,7 +26,7 @@ def test_each_pool_keeps_its_largest_words(select):
     assert not tied
 
 
-@pytest.mark.parametrize("select", BOTH)
+@pytest.mark.parametrize("select", ALL)
 def test_later_words_break_ties_and_a_tie_that_stays_keeps_none_of_its_claims(select):
     pool = torch.zeros(4, dtype=torch.int64)
     first, second = [7, 7, 7, 9], [1, 3, 2, 0]
@@ -39,7 +38,7 @@ def test_later_words_break_ties_and_a_tie_that_stays_keeps_none_of_its_claims(se
     assert keep.tolist() == [False, False, False, True] and not tied, "the tie is below the cut"
 
 
-@pytest.mark.parametrize("select", BOTH)
+@pytest.mark.parametrize("select", ALL)
 def test_extreme_words_and_needs(select):
     low, high = -(2**31), 2**31 - 1
     pool = torch.zeros(3, dtype=torch.int64)
@@ -57,15 +56,14 @@ def test_extreme_words_and_needs(select):
     ),
     st.lists(st.integers(0, 12), min_size=4, max_size=4),
 )
-def test_the_compiled_selection_equals_its_reference(claims, needs):
-    if not native.available():
-        pytest.skip(native.reason())
+def test_the_compiled_and_the_sorting_selection_equal_their_reference(claims, needs):
     pool = torch.tensor([claim[0] for claim in claims], dtype=torch.int64)
     columns = words([claim[1] for claim in claims], [claim[2] for claim in claims])
     for depth in (1, 2):
-        keep, tied = select_top(columns[:depth], pool, torch.tensor(needs))
         expected, expected_tied = select_top_reference(columns[:depth], pool, torch.tensor(needs))
-        assert torch.equal(keep, expected) and bool(tied) == bool(expected_tied)
+        for select in (select_top, select_top_sorted):
+            keep, tied = select(columns[:depth], pool, torch.tensor(needs))
+            assert torch.equal(keep, expected) and bool(tied) == bool(expected_tied)
 
 
 def test_histograms_added_over_parts_give_the_selection_of_the_whole():
