@@ -152,11 +152,10 @@ def _generate(
     def on_step(report: StepReport) -> None:
         if progress is not None:
             progress.update(report)
-        interrupts.check()
 
     with interrupts.deferred(), progress or nullcontext():
         try:
-            return llm.run(queue, write, on_step)
+            return llm.run(queue, write, on_step, lambda: interrupts.received)
         except ValueError as error:
             # What a user can get wrong was found before: this one needs its traceback.
             raise RuntimeError("the engine failed") from error

@@ -22,7 +22,8 @@ from engine.profiling.phases import Spans
 @dataclass(frozen=True, slots=True)
 class ControlWords:
     """One rank's view before a step: tokens it is about to run, its requests, whether its queue
-    has run dry, and how many of the tokens compete for expert capacity.
+    has run dry, how many of the tokens compete for expert capacity, and the signal that asked
+    it to stop (0: none).
     """
 
     tokens_prefill: int
@@ -32,6 +33,7 @@ class ControlWords:
     finished: int
     exhausted: bool
     competing: int = 0
+    signal: int = 0
 
     @property
     def busy(self) -> bool:
@@ -39,7 +41,7 @@ class ControlWords:
         return self.running + self.waiting > 0 or not self.exhausted
 
 
-_NUM_WORDS = 7
+_NUM_WORDS = 8
 
 
 class ControlPlane:
@@ -85,6 +87,7 @@ class ControlPlane:
                 finished=int(row[4]),
                 exhausted=bool(row[5]),
                 competing=int(row[6]),
+                signal=int(row[7]),
             )
             for row in gathered
         ]

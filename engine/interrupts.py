@@ -58,6 +58,11 @@ class Interrupts:
             self._deferred = False
         self.check()
 
+    @property
+    def received(self) -> int:
+        """The signal that came, 0 for none."""
+        return self._received or 0
+
     def check(self) -> None:
         """Raise `Stopped` if a signal came."""
         if self._received is not None:

@@ -139,11 +139,19 @@ class LLM:
             )
         return self.tokenizer.encode(prompt)
 
-    def run(self, source: RequestSource, sink: Sink, on_step: OnStep | None = None) -> RunReport:
+    def run(
+        self,
+        source: RequestSource,
+        sink: Sink,
+        on_step: OnStep | None = None,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> RunReport:
         """Run a source of requests dry. Collective over all ranks: every rank must call.
 
         source: this data rank's queue. sink: takes each step's completions on the leading rank of a
-        tensor group. on_step: called after every step. The report is complete on every rank.
+        tensor group. on_step: called after every step. stop_signal: the signal that asks this rank
+        to stop, 0 for none; all ranks then raise `Stopped` before the same step. The report is
+        complete on every rank.
         """
         capacity = self.config.moe.capacity
         loop = GenerationLoop(
@@ -165,7 +173,7 @@ class LLM:
             layer.account.take()
         self._telemetry.loads.clear()
         began = time.monotonic()
-        loop.run(source, _timed(sink, latencies), on_step)
+        loop.run(source, _timed(sink, latencies), on_step, stop_signal)
         return run_report(
             time.monotonic() - began,
             loop.totals,

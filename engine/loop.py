@@ -28,6 +28,7 @@ from engine.control import ControlPlane, ControlWords
 from engine.detokenizer import TokenDecoder
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
+from engine.interrupts import Stopped
 from engine.profiling.phases import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
@@ -91,11 +92,21 @@ class GenerationLoop:
         self._leads = topology.tensor.rank == 0
         self._spans_read = 0
 
-    def run(self, source: RequestSource, sink: Sink, on_step: OnStep | None = None) -> None:
+    def run(
+        self,
+        source: RequestSource,
+        sink: Sink,
+        on_step: OnStep | None = None,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> None:
         """Run until every rank's source is dry and all its sequences have finished.
 
         sink: called on the leading rank of each tensor group with the completions of a step, before
-        the next begins. Collective over EP: every rank must call.
+        the next begins. stop_signal: the signal that asks this rank to stop, 0 for none. Collective
+        over EP: every rank must call.
+
+        Raises:
+            Stopped: a rank was asked to stop; on all ranks, before the same step.
         """
         began, exhausted = time.monotonic(), False
         clock, loads = self._telemetry.clock, self._telemetry.loads
@@ -103,7 +114,9 @@ class GenerationLoop:
             clock.enter(Phase.OTHER)
             exhausted = self._admit(source, sink) or exhausted
             step = self._scheduler.schedule()
-            everyone = self._agree(step, exhausted)
+            everyone = self._agree(step, exhausted, stop_signal())
+            if asked := max(words.signal for words in everyone):
+                raise Stopped(asked)
             if not any(words.busy for words in everyone):
                 break
             self._deliver(self._advance(step, everyone), sink)
@@ -161,7 +174,7 @@ class GenerationLoop:
             )
         return None
 
-    def _agree(self, step: Step, exhausted: bool) -> list[ControlWords]:
+    def _agree(self, step: Step, exhausted: bool, asked: int) -> list[ControlWords]:
         scheduler, clock = self._scheduler, self._telemetry.clock
         leads = int(self._leads)  # a tensor group's requests count once
         words = ControlWords(
@@ -172,6 +185,7 @@ class GenerationLoop:
             finished=self.totals.finished * leads,
             exhausted=exhausted,
             competing=count_competing(step, self._phases) * leads,
+            signal=asked,
         )
         self.totals.tokens_prefill += words.tokens_prefill
         self.totals.tokens_decode += words.tokens_decode
