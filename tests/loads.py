@@ -9,9 +9,11 @@ from bench.loads import (
     cap_loads,
     fit,
     hot_loads,
+    ragged_sizes,
     rank_loads,
     recorded_loads,
     routing_of,
+    scores_of,
     zipf_loads,
 )
 
@@ -19,8 +21,10 @@ __all__ = [
     "cap_loads",
     "fit",
     "hot_loads",
+    "ragged_sizes",
     "rank_loads",
     "recorded_loads",
     "routing_of",
+    "scores_of",
     "zipf_loads",
 ]

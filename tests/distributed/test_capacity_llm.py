@@ -112,10 +112,13 @@ def test_9_a_job_keeps_the_same_assignments_on_1_2_and_4_ranks(checkpoint, capac
             assert other.capacity.gate_mass_kept == pytest.approx(item.capacity.gate_mass_kept)
 
 
-def test_tensor_ranks_count_a_request_once(checkpoint):
-    # Their scores differ in the last bits (attention is summed in parts), so sets may differ.
-    capacity = {"policy": "token_drop", "factor": "1", "order": "first"}
-    done, kept = run(checkpoint, 4, capacity, expert=4, tensor=2)
+@pytest.mark.parametrize("parallel", [{"expert": 4, "tensor": 2}, {"expert": 2}])
+@pytest.mark.parametrize("scope", ["expert", "rank"])
+def test_tensor_ranks_and_replicas_count_a_request_once(checkpoint, parallel, scope):
+    # Tensor ranks' scores differ in the last bits (attention is summed in parts), and each replica
+    # is a capacity group of its own, so sets may differ from those of four plain ranks.
+    capacity = {"policy": "token_drop", "factor": "1", "order": "first", "scope": scope}
+    done, kept = run(checkpoint, 4, capacity, **parallel)
     num_layers, _ = layers_and_k(checkpoint)
     assert len(kept) == num_layers * sum(map(len, PROMPTS))
     lost = sum(keep.count(False) for _, keep, _ in kept.values())
