@@ -3,7 +3,7 @@
 A leaf of the import graph: everybody reads it. `Config` checks itself when it is made, so a valid
 one is all there is; all problems are reported at once. YAML, `--set` and the search for config
 files live in `config_io.py`. What depends on the number of ranks is checked by `validate_world`,
-what this version cannot do yet by `check_supported`, what this machine lacks by `preflight.py`.
+what depends on the model by `validate_capacity`, what this machine lacks by `preflight.py`.
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ class ExpertsConfig:
 class OverlapConfig:
     """Hiding communication behind the experts' work."""
 
-    chunks: int | Literal["auto"] = field(  # parts a layer's tokens are cut into; 1: no overlap
-        default=1, metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1)
+    chunks: int | Literal["auto"] = field(  # parts a rank's experts are cut into, one part's rows
+        # travel while another's are worked on; 1: no overlap; auto: what never loses, 1 today
+        default=1,
+        metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
     )
 
 
@@ -274,18 +276,6 @@ def validate_capacity(
         problems.append(
             f"moe.capacity.policy = 'expanded_drop': has nothing to add, because every token "
             f"already chooses all {num_experts} experts of this model; use token_drop"
-        )
-    if problems:
-        raise ConfigError(*problems)
-
-
-def check_supported(config: Config) -> None:
-    """Refuse settings that are valid but not available in this version. Raises `ConfigError`."""
-    problems = []
-    if config.moe.overlap.chunks not in (1, "auto"):
-        problems.append(
-            f"moe.overlap.chunks = {config.moe.overlap.chunks}: is not available in this version; "
-            "use 1 or auto"
         )
     if problems:
         raise ConfigError(*problems)

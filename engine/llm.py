@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.config import CapacityConfig, Config, check_supported, validate_world
+from engine.config import CapacityConfig, Config, validate_world
 from engine.control import ControlPlane
 from engine.detokenizer import load_eos_token_ids
 from engine.distributed import bootstrap
@@ -65,7 +65,6 @@ class LLM:
     """
 
     def __init__(self, config: Config, topology: Topology | None = None) -> None:
-        check_supported(config)
         check_runnable(config, os.environ)
         self.config = config
         self._owns_topology = topology is None
@@ -79,7 +78,8 @@ class LLM:
         self.model.observe(self._telemetry)
         self.weights_report = self._fill()
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
-        stamps = 1 + 3 * len(self.model.moe_layers) if config.profiler.enabled else 0
+        stamps = 1 + sum(1 + 2 * layer.num_chunks for layer in self.model.moe_layers)
+        stamps = stamps if config.profiler.enabled else 0
         offset = measure_clock_offset(topology.control, topology.host)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
 

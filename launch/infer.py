@@ -18,7 +18,6 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
 from engine.batch import JobFailed, Stopped, run_batch
-from engine.config import check_supported
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
 from engine.distributed import bootstrap
 from engine.distributed.errors import RendezvousError
@@ -55,7 +54,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(to_yaml(config) if rank == 0 else "", end="")
             return 0
-        check_supported(config)
         check_runnable(config, os.environ)
         topology = bootstrap.start(config)
         run_batch(config, topology, args.input, args.output, overwrite=args.overwrite)

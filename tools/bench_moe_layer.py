@@ -22,8 +22,8 @@ DeepSpeed takes part where it is installed; its capacity-1.0 row drops tokens, s
     python tools/bench_moe_layer.py --capacity --experts 64 --top-k 8
     python tools/bench_moe_layer.py --capacity --virtual --ranks 8
 
-compares this engine's capacity policies with its own dropless layer on skewed loads, beside the
-speed that the loads allow; see `bench/capacity_mode.py`.
+compare this engine's capacity policies with its own dropless layer on skewed loads, beside the
+speed that the loads allow; see `bench/capacity_mode.py` and `bench/virtual_mode.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import capacity_mode
+from bench import capacity_run
 from bench.contender import Contender, Running, WorkerError, select, start
 from bench.interleave import interleave
 from bench.moe_case import LOADS, MoEShape, make_ids, make_tokens, make_weights, reference
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     make_weights(shape, options.seed)  # a shape that cannot be made fails here
     if options.capacity:
-        text, cases = capacity_mode.run(options, shape, sys.executable)
+        text, cases = capacity_run.run(options, shape, sys.executable)
         kept = {name: str(value) for name, value in vars(options).items() if name != "out"}
         record = {"bench": "moe_capacity", **stamp(("torch",)), "options": kept, "cases": cases}
         emit(text, record, options.out, "bench_moe_capacity")
@@ -216,11 +216,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     capacity.add_argument("--capacity", action="store_true", help="compare capacity policies")
     words: Any = lambda text: text.split(",")  # noqa: E731
     capacity.add_argument(
-        "--loads", type=words, default=["hot1.6", "zipf0.5", "zipf1.0"], metavar="A,B",
+        "--loads", type=words, default=["zipf0.3", "zipf0.5", "zipf1.0", "hot1.6"], metavar="A,B",
         help="uniform, zipfS, hotR, recorded",
     )  # fmt: skip
     capacity.add_argument("--gammas", type=words, default=["2", "1.5", "1"], metavar="A,B")
-    capacity.add_argument("--recorded", type=Path, help="report.json of a batch job")
+    capacity.add_argument(
+        "--recorded", type=Path, metavar="FILE",
+        help="for --loads recorded: a batch job's report.json or an .npz of chosen experts",
+    )  # fmt: skip
     capacity.add_argument("--virtual", action="store_true", help="work out one rank at a time")
     capacity.add_argument("--ranks", type=int, default=8, help="virtual ranks")
     parser.add_argument("--layers", type=int, default=4, help="equal layers that take turns")

@@ -92,11 +92,14 @@ class Done:
         return self._result
 
 
-class _Started:
+class Started:
+    """A collective of torch.distributed under way. work: its handle."""
+
     def __init__(self, work: dist.Work | None, result: torch.Tensor) -> None:
         self._work, self._result = work, result
 
     def wait(self) -> torch.Tensor:
+        """Wait, on CUDA on the current stream alone, and return the result."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -124,7 +127,7 @@ class GroupCollectives:
             async_op=True,
         )
         self._count(part, self.size - 1)
-        return _Started(work, out)
+        return Started(work, out)
 
     def all_reduce(self, part: torch.Tensor) -> Pending:
         """Start adding parts of equal shape up, in place. Collective."""
@@ -132,7 +135,7 @@ class GroupCollectives:
             return Done(part)
         work = dist.all_reduce(part, group=self._group.handle, async_op=True)
         self._count(part, 2 * (self.size - 1) / self.size)
-        return _Started(work, part)
+        return Started(work, part)
 
     def _count(self, part: torch.Tensor, times: float) -> None:
         self.bytes_sent += round(part.numel() * part.element_size() * times)

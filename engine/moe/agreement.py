@@ -30,7 +30,8 @@ from engine.moe.capacity import Pools, cannot_bind, expert_capacity, order_words
 from engine.moe.consensus import Claims, Consensus, Verdict
 from engine.moe.consensus_registry import make_consensus
 from engine.moe.expansion import candidates, choose_extras
-from engine.moe.plan import ExpertOrder, sort_by_expert
+from engine.moe.overlap import ExpertLayout
+from engine.moe.plan import ExpertOrder
 from engine.moe.router import RouterSpec, Routing, score_weights
 from engine.moe.step import MoEStep
 from engine.profiling.phases import NoClock, Phase, PhaseClock
@@ -59,9 +60,9 @@ class Decision:
 class CapacityAgreement:
     """Decides one MoE layer's drops and extras together with the other ranks.
 
-    first_experts: W + 1 boundaries, rank w hosts first_experts[w] .. first_experts[w + 1] - 1.
-    ranks: what to call the group's ranks in errors, 0 .. W - 1 by default. Build it with the same
-    arguments on every rank.
+    layout: which rank hosts which experts, and in which order their rows travel. ranks: what to
+    call the group's ranks in errors, 0 .. W - 1 by default. Build it with the same arguments on
+    every rank.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class CapacityAgreement:
         config: CapacityConfig,
         *,
         layer: int,
-        first_experts: list[int],
+        layout: ExpertLayout,
         collectives: Collectives,
         ranks: Sequence[int] | None = None,
     ) -> None:
@@ -78,6 +79,8 @@ class CapacityAgreement:
         self.collectives = collectives
         self._router, self._layer = router, layer
         self._ranks = ranks or range(collectives.size)
+        self._layout = layout
+        first_experts = layout.first_experts
         self._own = slice(*first_experts[collectives.rank : collectives.rank + 2])
         self._most_local = max(
             end - start for start, end in zip(first_experts, first_experts[1:], strict=False)
@@ -136,7 +139,7 @@ class CapacityAgreement:
             verdict = round.verdict(exact=exact)
             keep_TK, extra_Te = self._apply(verdict, routing, step, claims)
             ids_TM = _merge(routing.topk_ids_TK, keep_TK, extra_Te, self._own.start)
-            order = sort_by_expert(ids_TM, self._router.num_experts)
+            order = self._layout.sort(ids_TM)
             rows_WE2 = self._rows(verdict, claims, order, clock)
             # SYNC: all_to_all takes its splits as host integers; the layer's only copy. The flags
             # for ties and bad scores ride along.

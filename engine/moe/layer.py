@@ -6,12 +6,13 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
     2. route     gate -> scores, top-k experts, combine weights             router.py
     3. agree     overloaded experts drop, idle ones are filled, and every   agreement.py
                  rank learns what every rank sends to every expert
-    4. plan      who sends which row where, frozen                          plan.py
-    5. dispatch  all-to-all: rows travel to the ranks of their experts      dispatcher.py
+    4. plan      who sends which row where, frozen; a plan a chunk          plan.py, overlap.py
+    5. dispatch  all-to-all: rows travel to the ranks of their experts      pipeline.py,
+                                                                            dispatcher.py
     6. experts   the local experts' feed-forward                            experts.py
-    7. combine   all-to-all back, then each token sums its experts' rows    dispatcher.py
+    7. combine   all-to-all back, then each token sums its experts' rows    pipeline.py
                  by weight, k = 0 .. K - 1, then its extras
-    8. shared    the shared expert, if there is one, is added (it ran       dispatcher.py
+    8. shared    the shared expert, if there is one, is added (it ran
                  during step 3); a tensor group regathers its tokens
 
 Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads.
@@ -39,7 +40,9 @@ from engine.moe.accounting import DropAccount
 from engine.moe.agreement import CapacityAgreement, Decision
 from engine.moe.dispatcher import Dispatcher
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
-from engine.moe.plan import DispatchPlan, make_plan, sort_by_expert
+from engine.moe.overlap import ExpertLayout
+from engine.moe.pipeline import Pipeline
+from engine.moe.plan import DispatchPlan
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
 from engine.moe.step import MoEStep
 from engine.moe.token_slice import TokenSlice
@@ -106,6 +109,8 @@ class MoELayer(nn.Module):
         self._group = group
         self._collectives = GroupCollectives(group)
         self._dispatcher = Dispatcher(group, self._collectives, self.workspace)
+        chunks = config.overlap.chunks
+        self._layout = ExpertLayout(self._first_experts, 1 if chunks == "auto" else chunks)
         self._slice = TokenSlice(topology.tensor)
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
         self.gate_bias_E = (
@@ -117,12 +122,18 @@ class MoELayer(nn.Module):
         self.shared = shared
         backend = choose_backend(config.experts.backend, device, dtype)
         self._run_experts = make_backend(backend, self.experts)
+        self._pipeline = Pipeline(self._dispatcher, self._run_experts)
         self.set_capacity(config.capacity)
 
     @property
     def backend(self) -> str:
         """The experts backend that `auto` was resolved to."""
         return self._run_experts.name
+
+    @property
+    def num_chunks(self) -> int:
+        """Parts in which rows travel: moe.overlap.chunks, at most the most experts of a rank."""
+        return self._layout.num_chunks
 
     @property
     def bytes_sent(self) -> int:
@@ -151,7 +162,7 @@ class MoELayer(nn.Module):
             router,
             config,
             layer=self.layer,
-            first_experts=self._first_experts,
+            layout=self._layout,
             collectives=self._collectives,
             ranks=self._group.ranks,
         )
@@ -171,8 +182,8 @@ class MoELayer(nn.Module):
         meanwhile = None
         if (module := self.shared) is not None:
             meanwhile = lambda: shared.append(module(own_TD))  # noqa: E731
-        plan, weights_TM = self.agree(routing, step, meanwhile)
-        out_TD = self.run(own_TD, plan, weights_TM)
+        plans, weights_TM = self.agree(routing, step, meanwhile)
+        out_TD = self.run(own_TD, plans, weights_TM)
         if module is not None:
             clock.enter(Phase.EXPERTS)
             out_TD = out_TD + (shared[0] if shared else module(own_TD))
@@ -189,9 +200,9 @@ class MoELayer(nn.Module):
         routing: Routing,
         step: MoEStep | None,
         meanwhile: Callable[[], None] | None = None,
-    ) -> tuple[DispatchPlan, torch.Tensor]:
-        """Steps 3 and 4: the plan, and the combine weights [T, M]. Collective over EP: every rank
-        must call.
+    ) -> tuple[list[DispatchPlan], torch.Tensor]:
+        """Steps 3 and 4: a plan a chunk, and the combine weights [T, M]. Collective over EP: every
+        rank must call.
 
         meanwhile: work to do while the ranks agree; left undone where there is nothing to agree on.
         """
@@ -203,23 +214,23 @@ class MoELayer(nn.Module):
             routing, step, clock=self.telemetry.clock, meanwhile=meanwhile
         )
         self.account.add(routing, decision, step)
-        plan = make_plan(decision.order, decision.counts_WE, self._group.rank, self._first_experts)
-        self._record(decision.before_WE, plan)
+        plans = self._layout.plans(decision.order, decision.counts_WE, self._group.rank)
+        self._record(decision.before_WE, plans)
         if (entries := self.telemetry.decisions.entries) is not None:
             entries.append(self._entry(routing, decision, step))
-        return plan, decision.weights_TM
+        return plans, decision.weights_TM
 
-    def _exchange(self, routing: Routing) -> DispatchPlan:
-        """Dropless: exchange loads and freeze the plan. Collective."""
+    def _exchange(self, routing: Routing) -> list[DispatchPlan]:
+        """Dropless: exchange loads and freeze the plans. Collective."""
         clock = self.telemetry.clock
         clock.enter(Phase.PLAN)
-        order = sort_by_expert(routing.topk_ids_TK, self.spec.router.num_experts)
+        order = self._layout.sort(routing.topk_ids_TK)
         clock.enter(Phase.CONSENSUS)
         counts_WE = self._dispatcher.exchange_counts(order.load_E)
         clock.enter(Phase.PLAN)
-        plan = make_plan(order, counts_WE, self._group.rank, self._first_experts)
-        self._record(counts_WE, plan)
-        return plan
+        plans = self._layout.plans(order, counts_WE, self._group.rank)
+        self._record(counts_WE, plans)
+        return plans
 
     def _entry(self, routing: Routing, decision: Decision, step: MoEStep) -> LayerDecision:
         # SYNC: only while somebody records decisions.
@@ -240,7 +251,7 @@ class MoELayer(nn.Module):
             after_WE=decision.counts_WE,
         )
 
-    def _record(self, before_WE: np.ndarray, plan: DispatchPlan) -> None:
+    def _record(self, before_WE: np.ndarray, plans: list[DispatchPlan]) -> None:
         """Note the loads: before capacity of all ranks, and what this rank's experts get."""
         before_E = before_WE.sum(0)
         upto_E = np.concatenate(([0], before_E.cumsum()))[self._first_experts]
@@ -248,26 +259,20 @@ class MoELayer(nn.Module):
             self.layer,
             before_E=before_E,
             rank_before=np.diff(upto_E).tolist(),
-            own_after=plan.expert_counts,
+            own_after=np.sum([plan.expert_counts for plan in plans], axis=0).tolist(),
             first_expert=self.first_expert,
         )
 
-    def run(self, x_TD: torch.Tensor, plan: DispatchPlan, weights_TM: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, x_TD: torch.Tensor, plans: list[DispatchPlan], weights_TM: torch.Tensor
+    ) -> torch.Tensor:
         """Steps 5 to 7: rows travel, experts work, rows return. Collective over EP: every rank must
         call.
         """
-        clock, dispatcher = self.telemetry.clock, self._dispatcher
-        rows = dispatcher.pack(x_TD, plan)
-        clock.enter(Phase.DISPATCH)
-        rows = dispatcher.dispatch(rows, plan)
-        clock.enter(Phase.EXPERTS)
-        rows = dispatcher.group_by_expert(rows, plan)
-        rows = self._run_experts(rows, plan.expert_counts, dispatcher.results(rows, plan))
-        rows = dispatcher.ungroup(rows, plan)
-        clock.enter(Phase.COMBINE)
-        rows = dispatcher.combine(rows, plan)
+        clock = self.telemetry.clock
+        rows_AD = self._pipeline.run(x_TD, plans, clock)
         clock.enter(Phase.PLAN)
-        return combine_rows(rows, plan.order.slot_TK, weights_TM)
+        return combine_rows(rows_AD, plans[0].order.slot_TK, weights_TM)
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

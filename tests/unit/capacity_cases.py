@@ -17,6 +17,7 @@ from threads import run_threads
 from engine.config import CapacityConfig
 from engine.distributed.groups import expert_range
 from engine.moe.agreement import CapacityAgreement, Decision
+from engine.moe.overlap import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep
 
@@ -104,7 +105,7 @@ def run_engine(case: Case, tokens: Tokens | None = None) -> list[Decision]:
             case.spec,
             config,
             layer=case.capacity_rules.layer,
-            first_experts=case.bounds,
+            layout=ExpertLayout(case.bounds, 1 + case.seed % 3),
             collectives=collectives,
         )
         mine = torch.from_numpy(tokens.owner == rank)

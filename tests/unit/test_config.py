@@ -16,11 +16,9 @@ from engine.config import (
     Config,
     ModelConfig,
     MoEConfig,
-    OverlapConfig,
     ParallelConfig,
     SamplingConfig,
     SchedulerConfig,
-    check_supported,
     validate_capacity,
     validate_world,
 )
@@ -74,7 +72,6 @@ def test_every_shipped_config_loads_and_is_supported_on_its_number_of_ranks(name
     num_ranks = int(name.rpartition("_ep")[2])
     assert config.parallel.expert == num_ranks
     validate_world(config, num_ranks)
-    check_supported(config)
 
 
 def test_the_promised_configs_are_shipped():
@@ -330,16 +327,6 @@ def test_a_world_that_does_not_fit_is_refused(expert, tensor, world, num_experts
     with pytest.raises(ConfigError, match="parallel") as caught:
         validate_world(parallel_config(expert, tensor), world, num_experts)
     assert said in str(caught.value)
-
-
-def test_settings_of_a_later_version_are_valid_but_refused():
-    config = Config(
-        model=ModelConfig(path="x"),
-        moe=MoEConfig(overlap=OverlapConfig(chunks=2)),
-    )
-    with pytest.raises(ConfigError, match="not available in this version") as caught:
-        check_supported(config)
-    assert len(caught.value.problems) == 1
 
 
 # Files

@@ -19,6 +19,7 @@ from engine.moe.agreement import CapacityAgreement, Decision
 from engine.moe.capacity import Pools, cannot_bind, order_words, random_key, sortable
 from engine.moe.consensus_quota import shares
 from engine.moe.expansion import candidates, choose_extras
+from engine.moe.overlap import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
 
@@ -38,7 +39,7 @@ def decide(
             spec,
             CapacityConfig(**settings),
             layer=0,
-            first_experts=[0, num_experts],
+            layout=ExpertLayout([0, num_experts], 1),
             collectives=collectives,
         )
         return agreement.decide(routing, step)

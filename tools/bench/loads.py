@@ -7,7 +7,8 @@ ranks, so the first ranks are the loaded ones.
     zipf       N_i proportional to i ** -s, capped at T
     hot        the first rank's experts have `ratio` times the mean rank's rows, as much of it as
                possible on its first expert
-    recorded   the loads of a real run, layer by layer, from a report.json of the batch job
+    recorded   the loads of a real run, layer by layer, from a report.json of the batch job, or of
+               any routing saved as topk_ids_TK arrays in an .npz
 
 Legend: T tokens of all ranks, K top-k, E experts, W ranks.
 """
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from engine.moe.capacity import expert_capacity
 
 
 def zipf_loads(num_tokens: int, num_experts: int, top_k: int, exponent: float) -> np.ndarray:
@@ -51,43 +53,64 @@ def hot_loads(
         loads_E[expert] = max(even, min(num_tokens, rest // 2 if others else rest))
         rest -= int(loads_E[expert])
     idle = num_tokens * top_k - rows
-    loads_E[local:] = _integers(np.ones(num_experts - local), idle)
+    if others := num_experts - local:
+        loads_E[local:] = idle // others
+        loads_E[local : local + idle % others] += 1
     assert loads_E.sum() == num_tokens * top_k and loads_E.max() <= num_tokens
     return loads_E
 
 
 def recorded_loads(path: Path) -> dict[int, np.ndarray]:
-    """Loads before capacity of every layer of a run, from the batch job's report.json.
+    """Loads before capacity of every layer of a run.
+
+    path: report.json of a batch job, or an .npz whose arrays `layer0`, `layer1`, ... hold the
+    chosen experts [T, K] and whose `num_experts` says how many there are.
 
     Raises:
         ValueError: a file that holds no layers.
     """
+    hint = "name the report.json of a finished batch job, or an .npz of layer0, layer1, ..."
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            names = sorted(name for name in arrays.files if name.removeprefix("layer").isdigit())
+            if not names or "num_experts" not in arrays.files:
+                raise ValueError(f"{path}: holds no layers or no num_experts; {hint}")
+            num_experts = int(arrays["num_experts"])
+            return {
+                int(name.removeprefix("layer")): np.bincount(
+                    arrays[name].ravel(), minlength=num_experts
+                ).astype(np.int64)
+                for name in names
+            }
     report = json.loads(path.read_text(encoding="utf-8"))
     layers = (report.get("run") or {}).get("layers") or report.get("layers")
     if not layers:
-        raise ValueError(f"{path}: holds no layers; name the report.json of a finished batch job")
+        raise ValueError(f"{path}: holds no layers; {hint}")
     return {entry["layer"]: np.array(entry["expert_loads"], dtype=np.int64) for entry in layers}
 
 
 def fit(weights_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
     """Whole loads in proportion to weights, none above T, T * K in all.
 
-    What exceeds T goes to the others in proportion, as often as needed.
+    What exceeds T goes to the others in proportion, as often as needed. Shares are rounded down,
+    and the assignments left over go to the most loaded experts, one each.
     """
     weights = np.asarray(weights_E, dtype=np.float64)
     full = np.zeros(len(weights), dtype=bool)
     shares = np.zeros(len(weights))
     while True:
         left = num_tokens * (top_k - int(full.sum()))
+        others = weights[~full] if weights[~full].any() else np.ones((~full).sum())
         shares[full] = num_tokens
-        shares[~full] = weights[~full] / max(weights[~full].sum(), 1e-300) * left
+        shares[~full] = others / max(others.sum(), 1e-300) * left
         if not (shares > num_tokens + 1e-9).any():
             break
         full |= shares > num_tokens
-    loads_E = np.minimum(_integers(shares, num_tokens * top_k), num_tokens)
-    for expert in np.argsort(-shares, kind="stable"):  # what rounding above T has cut off
-        missing = num_tokens * top_k - int(loads_E.sum())
-        loads_E[expert] += min(missing, num_tokens - int(loads_E[expert]))
+    loads_E = np.minimum(np.floor(shares + 1e-9).astype(np.int64), num_tokens)
+    order = np.argsort(-shares, kind="stable")
+    order = order[loads_E[order] < num_tokens]
+    loads_E[order[: num_tokens * top_k - int(loads_E.sum())]] += 1
+    assert loads_E.sum() == num_tokens * top_k
     return loads_E
 
 
@@ -109,22 +132,39 @@ def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Ten
     return torch.from_numpy(ids_TK.astype(np.int64))
 
 
+def scores_of(topk_ids_TK: torch.Tensor, num_experts: int, *, ties: bool = False) -> torch.Tensor:
+    """Router scores, float32 [T, E], whose top-k are these experts.
+
+    ties: all chosen scores are equal, so that only token ids can order them; otherwise a token's
+    choices are a clear step apart, and no two tokens score an expert alike.
+    """
+    num_tokens, top_k = topk_ids_TK.shape
+    scores_TE = torch.zeros(num_tokens, num_experts)
+    if ties:
+        return scores_TE.scatter_(1, topk_ids_TK, 1.0)
+    # Whole numbers over a power of two: exact in float32 below 2 ** 20 tokens and up to top-16.
+    steps_TK = (top_k - torch.arange(top_k)).expand(num_tokens, top_k)
+    whole_TK = steps_TK * 2**20 - torch.arange(num_tokens)[:, None]
+    return scores_TE.scatter_(1, topk_ids_TK, whole_TK.float() / 2**24)
+
+
+def ragged_sizes(num_tokens: int, num_ranks: int) -> list[int]:
+    """Tokens of every rank, each about half of the rank before it and the last without any."""
+    if num_ranks == 1:
+        return [num_tokens]
+    weights = 0.5 ** np.arange(num_ranks)
+    weights[-1] = 0.0
+    sizes = np.floor(weights / weights.sum() * num_tokens).astype(np.int64)
+    sizes[0] += num_tokens - sizes.sum()
+    return sizes.tolist()
+
+
 def cap_loads(loads_E: np.ndarray, factor: str, num_tokens: int, top_k: int) -> np.ndarray:
     """What Token Drop with expert scope leaves: min(N_e, C)."""
-    share = Fraction(Decimal(factor)) * num_tokens * top_k / len(loads_E)
-    return np.minimum(loads_E, max(1, -(-share.numerator // share.denominator)))
+    return np.minimum(loads_E, expert_capacity(Decimal(factor), num_tokens, top_k, len(loads_E)))
 
 
 def rank_loads(loads_E: np.ndarray, num_ranks: int) -> np.ndarray:
     """Rows of each rank, experts placed contiguously, the remainder on the first ranks."""
     sizes = [len(part) for part in np.array_split(np.arange(len(loads_E)), num_ranks)]
     return np.add.reduceat(loads_E, np.concatenate(([0], np.cumsum(sizes)[:-1])))
-
-
-def _integers(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in proportion to shares, by largest remainder, `total` in all."""
-    scaled = shares / max(shares.sum(), 1e-300) * total
-    whole = np.floor(scaled + 1e-9).astype(np.int64)
-    order = np.argsort(whole - scaled, kind="stable")
-    whole[order[: total - int(whole.sum())]] += 1
-    return whole

@@ -98,6 +98,12 @@ def make_tokens(weights: MoEWeights, topk_ids_TK: torch.Tensor, seed: int = 0) -
     return noise_TD - (noise_TD @ gate_ED.T) @ gate_ED + logits_TE @ gate_ED
 
 
+def vary_margins(x_TD: torch.Tensor, seed: int = 0) -> None:
+    """Make the router surer of some tokens than of others, in place, or every score would tie."""
+    random = torch.Generator().manual_seed(seed)
+    x_TD *= 0.75 + 0.5 * torch.rand(len(x_TD), 1, generator=random)
+
+
 def reference(weights: MoEWeights, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor) -> torch.Tensor:
     """The layer's output [T, D] in float64: softmax over the chosen experts' logits, as Mixtral."""
     x_TD, gate_ED = x_TD.double(), weights.gate_ED.double()

@@ -1,10 +1,11 @@
-"""Virtual ranks: what a layer would take on more ranks than this machine has cores for.
+"""Virtual ranks from counts: a layer on more ranks than this machine has cores for.
 
 Every rank's own work (pack its tokens' rows, its experts on the rows they would receive, bring
 results back, weigh them) is run alone, one rank after the other, on the whole machine; the layer
-takes as long as the slowest, plus its two all-to-alls. Nothing of the network is simulated: the
-all-to-all's seconds are a table measured between two real processes and interpolated by the bytes
-of the busiest rank. Figures made this way are labelled virtual.
+takes as long as the slowest, plus its two all-to-alls, which `transfers.py` has measured between
+two real processes and which are looked up by the bytes of the busiest rank. Gate and agreement are
+left out, since counts are all that is known; `virtual_ranks.py` has them. Figures made this way are
+labelled virtual.
 
 Legend: W ranks, E experts, D model dim, F expert hidden dim, K top-k, A rows sent, R rows received.
 """
@@ -20,27 +21,11 @@ import numpy as np
 import torch
 
 from bench.moe_case import MoEShape
+from bench.transfers import NO_TRANSFERS, Transfers
 from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.permute import combine_rows, gather_rows
 
 ROW_BYTES = 4  # float32
-
-
-@dataclass(frozen=True, slots=True)
-class Transfers:
-    """Seconds of an all-to-all by the bytes a rank sends to others, as measured; sorted."""
-
-    num_bytes: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def of(self, num_bytes: float) -> float:
-        """Interpolated; beyond the table in proportion to its last entry."""
-        if num_bytes > self.num_bytes[-1]:
-            return self.seconds[-1] * num_bytes / self.num_bytes[-1]
-        return float(np.interp(num_bytes, self.num_bytes, self.seconds))
-
-
-NO_TRANSFERS = Transfers((0, 1), (0.0, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +51,7 @@ class VirtualLayer:
         scale = shape.hidden**-0.5
         self._w13 = torch.randn(local, 2 * shape.ffn, shape.hidden, generator=random).mul_(scale)
         self._w2 = torch.randn(local, shape.hidden, shape.ffn, generator=random).mul_(scale)
-        self._rows = torch.empty(0, shape.hidden)
+        self._buffers = [torch.empty(0, shape.hidden) for _ in range(3)]
         self._random = random
         parts = np.array_split(np.arange(shape.experts), num_ranks)
         self._owned = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
@@ -81,13 +66,18 @@ class VirtualLayer:
     def compare(
         self, cases: Sequence[np.ndarray], transfers: Transfers = NO_TRANSFERS, rounds: int = 3
     ) -> list[LayerTime]:
-        """Time several calls in turns, so that they meet the same state of the machine."""
+        """Time several calls in turns, so that they meet the same state of the machine.
+
+        The first one says how many tokens a rank has: it sends K rows for each. The others may
+        have dropped some or added more.
+        """
+        tokens = [-(-int(sent) // self.shape.top_k) for sent in cases[0].sum(1)]
         ranks = range(self.num_ranks)
         times: list[list[list[float]]] = [[[] for _ in ranks] for _ in cases]
         for turn in range(rounds + 1):
             for case, counts_WE in enumerate(cases):
                 for rank in ranks:
-                    seconds = self._work(counts_WE, rank)
+                    seconds = self._work(counts_WE, rank, tokens[rank])
                     if turn:
                         times[case][rank].append(seconds)
         return [
@@ -98,30 +88,35 @@ class VirtualLayer:
             for case, counts_WE in enumerate(cases)
         ]
 
-    def _work(self, counts_WE: np.ndarray, rank: int) -> float:
+    def _work(self, counts_WE: np.ndarray, rank: int, num_tokens: int) -> float:
         expert_counts = counts_WE.sum(0)[self._owned[rank]].tolist()
         sent, received = int(counts_WE[rank].sum()), sum(expert_counts)
-        top_k = self.shape.top_k
-        num_tokens = -(-sent // top_k)
-        rows = self._some_rows(max(sent, received, num_tokens))
-        index_A = torch.arange(sent) // max(top_k, 1)
-        slot_TK = torch.arange(num_tokens * top_k).view(num_tokens, top_k)
-        slot_TK = slot_TK.where(slot_TK < sent, -1)
-        weights_TK = torch.full((num_tokens, top_k), 1 / top_k)
+        columns = max(self.shape.top_k, -(-sent // max(num_tokens, 1)))
+        slot_TM = torch.full((num_tokens, columns), -1)
+        # What is missing of T * M is spread over the tokens, as what a step drops.
+        place_A = torch.arange(sent) * slot_TM.numel() // max(sent, 1)
+        slot_TM.view(-1)[place_A] = torch.arange(sent)
+        weights_TM = torch.full((num_tokens, columns), 1 / columns)
         regroup_R = torch.arange(received).flip(0)
         local = len(expert_counts)
+        rows = self._buffer(0, max(sent, received, num_tokens))
+        packed, grouped = self._buffer(1, max(sent, received)), self._buffer(2, received)
         begin = time.perf_counter()
-        gather_rows(rows[:num_tokens], index_A)
-        grouped = gather_rows(rows, regroup_R)
-        results = grouped_ffn(grouped, self._w13[:local], self._w2[:local], expert_counts)
-        torch.empty_like(results).index_copy_(0, regroup_R, results)
-        combine_rows(rows[:sent], slot_TK, weights_TK)
+        gather_rows(rows[:num_tokens], place_A // columns, packed[:sent])
+        gather_rows(rows[:received], regroup_R, grouped)
+        results = grouped_ffn(
+            grouped, self._w13[:local], self._w2[:local], expert_counts, packed[:received]
+        )
+        grouped.index_copy_(0, regroup_R, results)
+        combine_rows(rows[:sent], slot_TM, weights_TM)
         return time.perf_counter() - begin
 
-    def _some_rows(self, count: int) -> torch.Tensor:
-        if len(self._rows) < count:
-            self._rows = torch.randn(count, self.shape.hidden, generator=self._random)
-        return self._rows[:count]
+    def _buffer(self, number: int, num_rows: int) -> torch.Tensor:
+        """Rows that stay from call to call, as the engine's do: new memory would be paged in."""
+        if len(self._buffers[number]) < num_rows:
+            made = torch.randn(num_rows, self.shape.hidden, generator=self._random)
+            self._buffers[number] = made
+        return self._buffers[number][:num_rows]
 
     def _busiest(self, counts_WE: np.ndarray) -> int:
         """Bytes of the rank that sends or receives most to or from others, in one all-to-all."""

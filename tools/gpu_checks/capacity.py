@@ -14,6 +14,7 @@ from engine.config import CapacityConfig
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Group
 from engine.moe.agreement import CapacityAgreement
+from engine.moe.overlap import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep
 from gpu_checks.check import Check, at_most, guarded
@@ -70,7 +71,7 @@ def _decide(config: CapacityConfig, routing: Routing, device: torch.device) -> t
         SPEC,
         config,
         layer=1,
-        first_experts=[0, SPEC.num_experts],
+        layout=ExpertLayout([0, SPEC.num_experts], 1),
         collectives=GroupCollectives(alone),  # a group of one calls nothing
     )
     token_T = torch.arange(TOKENS, device=device)

@@ -12,6 +12,8 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,15 @@ import torch
 import torch.distributed as dist
 
 from bench.loads import routing_of
-from bench.moe_case import MoEShape, make_tokens, make_weights
+from bench.moe_case import MoEShape, make_tokens, make_weights, vary_margins
 from bench.protocol import memory_mib, serve
 from engine.config import CapacityConfig
 from engine.config_io import config_from_tree
 from engine.distributed import bootstrap
+from engine.distributed.collectives import GroupCollectives
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
-from engine.moe.step import MoEStep
+from engine.moe.step import MoEStep, TokenTally
 from engine.profiling.phases import HostClock, NoClock, Phase
 
 
@@ -42,6 +45,7 @@ class Worker:
         tree = {"model": {"path": "."}, "runtime": {"device": "cpu", "threads": threads}}
         config = config_from_tree(tree)
         self._topology = bootstrap.start(config)
+        self._collectives = GroupCollectives(self._topology.expert)
         torch.set_num_threads(threads)
         self._shape = MoEShape(**shape)
         self._weights, self._seed = make_weights(self._shape, seed), seed
@@ -94,8 +98,8 @@ class Worker:
     ) -> dict[str, Any]:
         """Time the agreement alone, all ranks starting together: seconds of each round by policy.
 
-        A policy's is deciding, sorting and accounting; that of `none`, which every layer needs, is
-        sorting and exchanging the counts. Collective.
+        A policy's is deciding, sorting, planning and accounting; that of `none`, which every layer
+        needs, is sorting, exchanging the counts and planning. Collective.
         """
         x_TD, step = self._tokens(loads, tokens)
         layer = self._layer
@@ -103,10 +107,11 @@ class Worker:
         found: dict[str, list[float]] = {name: [] for name in policies}
         for turn in range(rounds + 1):
             for name, fields in policies.items():
-                layer.set_capacity(CapacityConfig(**fields))
+                layer.set_capacity(settings := CapacityConfig(**fields))
+                known = _step_under(settings, step)
                 dist.barrier()
                 begin = time.perf_counter()
-                layer.agree(routing, step)
+                layer.agree(routing, known)
                 if turn:
                     found[name].append(time.perf_counter() - begin)
         return found
@@ -116,11 +121,10 @@ class Worker:
         rank, world = self._topology.world.rank, self._topology.world.size
         ids_TK = routing_of(np.array(loads), tokens * world, self._seed)
         x_TD = make_tokens(self._weights, ids_TK, self._seed)
-        # How sure the router is differs between tokens, or every score would be a tie.
-        random = torch.Generator().manual_seed(self._seed)
-        x_TD *= 0.75 + 0.5 * torch.rand(len(x_TD), 1, generator=random)
+        vary_margins(x_TD, self._seed)
         own = slice(tokens * rank, tokens * (rank + 1))
         step = MoEStep.whole(torch.full((tokens,), rank), torch.arange(tokens), (tokens,) * world)
+        step = replace(step, tally=TokenTally.zeros(tokens, torch.device("cpu")))
         return x_TD[own].contiguous(), step
 
     def _once(
@@ -137,9 +141,10 @@ class Worker:
         layer.telemetry.clock = clock = HostClock()
         layer.telemetry.loads.clear()
         sent, called = layer.bytes_sent, layer.num_collectives
+        known = _step_under(settings, step)
         dist.barrier()
         begin = time.perf_counter()
-        out_TD = layer(x_TD, step)
+        out_TD = layer(x_TD, known)
         seconds = time.perf_counter() - begin
         clock.close_step()
         spans = clock.read()
@@ -157,19 +162,26 @@ class Worker:
         entry["phases"] += spans.seconds_by_phase()
 
     @torch.inference_mode()
-    def exchange(self, num_bytes: list[int], rounds: int) -> dict[str, Any]:
-        """Median seconds of an all-to-all in which each of two ranks sends the other so many bytes.
+    def exchange(self, kind: str, num_bytes: list[int], rounds: int) -> dict[str, Any]:
+        """Median seconds of a collective in which each of two ranks sends the other so many bytes.
 
-        Collective.
+        kind: all_to_all, all_gather or all_reduce. Collective.
         """
         medians = []
         for size in num_bytes:
-            rows = torch.zeros(2 * size, dtype=torch.uint8)
-            into = torch.empty_like(rows)
-            medians.append(
-                _median(lambda rows=rows, into=into: dist.all_to_all_single(into, rows), rounds)
-            )
+            part = torch.zeros(2 * size if kind == "all_to_all" else size, dtype=torch.uint8)
+            calls: dict[str, Callable[[], Any]] = {
+                "all_to_all": partial(dist.all_to_all_single, torch.empty_like(part), part),
+                "all_gather": lambda part=part: self._collectives.all_gather(part).wait(),
+                "all_reduce": lambda part=part: self._collectives.all_reduce(part).wait(),
+            }
+            medians.append(_median(calls[kind], rounds))
         return {"seconds": medians}
+
+
+def _step_under(settings: CapacityConfig, step: MoEStep) -> MoEStep | None:
+    """A job without a policy counts nobody's drops."""
+    return None if settings.policy == "none" else step
 
 
 def _median(call: Callable[[], Any], rounds: int) -> float:

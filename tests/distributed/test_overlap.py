@@ -1,0 +1,136 @@
+"""Chunked layers on real gloo ranks: the serial result, bit for bit. Run: pytest
+tests/distributed/test_overlap.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RanksFailed, run_ranks
+from test_capacity_layer import DEEPSEEK, MIXTRAL, OLMOE, Doubled, build, step_of, tokens_of
+
+from engine.config import (
+    CapacityConfig,
+    Config,
+    ModelConfig,
+    MoEConfig,
+    OverlapConfig,
+    ParallelConfig,
+)
+from engine.distributed import bootstrap
+from engine.moe.router import RouterSpec
+
+POLICIES = [
+    {"policy": "none"},
+    {"policy": "token_drop", "factor": "1"},
+    {"policy": "token_drop", "factor": "1", "selection": "radix", "scope": "rank"},
+    {"policy": "expanded_drop", "factor": "1"},
+]
+
+
+def chunked(
+    rank: int, counts: list[int], spec: RouterSpec, chunks: list[int], tensor: int
+) -> list[list[dict]]:
+    """Outputs by chunk count and policy."""
+    config = Config(model=ModelConfig(path="unused"), parallel=ParallelConfig(tensor=tensor))
+    topology = bootstrap.start(config)
+    x = tokens_of(topology.data_rank, counts[topology.data_rank])
+    found = []
+    for number in chunks:
+        parts = Config(
+            model=ModelConfig(path="unused"),
+            moe=MoEConfig(overlap=OverlapConfig(chunks=number)),
+            parallel=ParallelConfig(tensor=tensor),
+        )
+        layer = build(topology, parts, spec, Doubled())
+        row = []
+        for settings in POLICIES:
+            layer.set_capacity(CapacityConfig(**settings))
+            calls, sent = layer.num_collectives, layer.bytes_sent
+            out = layer(x, step_of(topology, counts, tensor))
+            row.append(
+                {
+                    "out": out,
+                    "collectives": layer.num_collectives - calls,
+                    "bytes": layer.bytes_sent - sent,
+                    "rows": layer.telemetry.loads.take_rows()[0],
+                    "chunks": layer.num_chunks,
+                }
+            )
+        found.append(row)
+    bootstrap.stop(topology)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("counts", "spec", "tensor"),
+    [
+        ([13, 9], MIXTRAL, 1),
+        ([7, 0, 12], OLMOE, 1),
+        ([0, 0], MIXTRAL, 1),
+        ([1, 0, 2], DEEPSEEK, 1),
+        ([20], MIXTRAL, 1),
+        ([9, 6], MIXTRAL, 2),
+    ],
+)
+def test_any_number_of_chunks_gives_the_serial_result_bit_for_bit(counts, spec, tensor):
+    chunks = [1, 2, 3, 50]
+    world = len(counts) * tensor
+    most = -(-spec.num_experts // world)
+    for result in run_ranks(chunked, world, counts, spec, chunks, tensor, timeout=120):
+        for number, row in zip(chunks, result, strict=True):
+            made = 1 if world == 1 else min(number, most)
+            for one, serial in zip(row, result[0], strict=True):
+                assert torch.equal(one["out"], serial["out"])
+                assert one["chunks"] == made
+                assert (one["bytes"], one["rows"]) == (serial["bytes"], serial["rows"])
+                # The agreement costs what it costs; rows go out and back once a chunk.
+                extra = 2 * (made - 1) if world > 1 else 0
+                assert one["collectives"] == serial["collectives"] + extra
+
+
+def broken(rank: int, chunk: int) -> None:
+    """Rank 1's experts fail in one chunk; nothing that was started is left behind."""
+    config = Config(
+        model=ModelConfig(path="unused"), moe=MoEConfig(overlap=OverlapConfig(chunks=4))
+    )
+    topology = bootstrap.start(config)
+    layer = build(topology, config, MIXTRAL, None)
+    started: list = []
+    waited: list = []
+    start = layer._dispatcher.start
+
+    def watched(*arguments):
+        pending = start(*arguments)
+        wait = pending.wait
+        pending.wait = lambda: (waited.append(pending), wait())[1]
+        started.append(pending)
+        return pending
+
+    layer._dispatcher.start = watched
+    if rank == 1:
+        experts, calls = layer._pipeline._experts, []
+
+        def fail(*arguments):
+            calls.append(1)
+            if len(calls) == chunk + 1:
+                raise FloatingPointError("the experts of rank 1 broke")
+            return experts(*arguments)
+
+        layer._pipeline._experts = fail
+    try:
+        layer(tokens_of(rank, 11))
+    finally:
+        if rank == 1:
+            # Rows of chunks 0 .. chunk + 1 went out, those of 0 .. chunk - 1 back.
+            assert len(started) == min(chunk + 2, 4) + chunk
+            assert {id(one) for one in started} <= {id(one) for one in waited}, "a handle leaked"
+
+
+@pytest.mark.parametrize("chunk", [0, 2, 3])
+def test_a_failure_inside_a_chunk_drains_the_pipeline_and_ends_all_ranks(chunk):
+    with pytest.raises(RanksFailed) as caught:
+        run_ranks(broken, 2, chunk, timeout=60)
+    text = str(caught.value)
+    assert "the experts of rank 1 broke" in text and "a handle leaked" not in text
+    assert "rank 0:" in text and "returned" not in text, "rank 0 does not claim success"

@@ -1,0 +1,164 @@
+"""One rank of the MoE layer without the others: the engine's code, its collectives replaced.
+
+What `virtual_ranks.py` runs one at a time. Agreement gets answers that were worked out beforehand;
+an all-to-all returns as many rows as would arrive, with any contents, so outputs mean nothing.
+
+Legend: T tokens of this rank, D model dim, W ranks.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bench.moe_case import MoEShape, MoEWeights
+from bench.transfers import Kind
+from engine.config import MoEConfig
+from engine.distributed.collectives import Done, GroupCollectives, Pending
+from engine.distributed.groups import Group, Topology
+from engine.moe.dispatcher import Dispatcher
+from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.pipeline import Pipeline
+from engine.moe.plan import DispatchPlan
+from engine.moe.router import RouterSpec
+from engine.moe.step import MoEStep
+from engine.moe.workspace import Workspace
+from engine.profiling.phases import HostClock, NoClock, Phase
+
+CPU = torch.device("cpu")
+TRAVEL = (Phase.DISPATCH, Phase.COMBINE)
+
+
+class Unanswered(Exception):
+    """A rank asks for a collective that not all ranks have come to yet."""
+
+    def __init__(self, kind: Kind, part: torch.Tensor) -> None:
+        super().__init__(kind)
+        self.kind, self.part = kind, part
+
+
+class AnsweredCollectives:
+    """`Collectives` of one virtual rank: returns the answers it was given, in order."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.bytes_sent = self.num_collectives = 0
+        self._ready: list[torch.Tensor] = []
+
+    def rewind(self, answers: list[torch.Tensor]) -> None:
+        """Begin with the first of these; the caller may write into what it gets."""
+        self._ready = [answer.clone() for answer in reversed(answers)]
+
+    def all_gather(self, part: torch.Tensor) -> Pending:
+        """Return [W, *part.shape].
+
+        Raises:
+            Unanswered: there is no answer yet.
+        """
+        return self._next("all_gather", part)
+
+    def all_reduce(self, part: torch.Tensor) -> Pending:
+        """Return the sum over ranks.
+
+        Raises:
+            Unanswered: there is no answer yet.
+        """
+        return self._next("all_reduce", part)
+
+    def _next(self, kind: Kind, part: torch.Tensor) -> Pending:
+        if not self._ready:
+            raise Unanswered(kind, part.clone())
+        return Done(self._ready.pop())
+
+
+class RowlessDispatcher(Dispatcher):
+    """All-to-alls that move nothing."""
+
+    def start(
+        self, rows: torch.Tensor, into: torch.Tensor, send_splits: list[int], recv_splits: list[int]
+    ) -> Pending:
+        """Return `into` with rows of some kind."""
+        return Done(into.fill_(0.5))  # new memory may hold subnormal numbers, which are slow
+
+
+class LoneRank(MoELayer):
+    """One rank's layer and tokens x_TD. workspace may be another rank's too: they take turns."""
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        weights: MoEWeights,
+        rank: int,
+        size: int,
+        x_TD: torch.Tensor,
+        workspace: Workspace,
+    ) -> None:
+        topology = _topology(rank, size)
+        router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
+        super().__init__(
+            MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
+            layer=0,
+            topology=topology,
+            config=MoEConfig(),
+            device=CPU,
+            dtype=torch.float32,
+            workspace=workspace,
+        )
+        self.answered = AnsweredCollectives(rank, size)
+        self._collectives = cast(GroupCollectives, self.answered)
+        self._dispatcher = RowlessDispatcher(topology.expert, self._collectives, self.workspace)
+        self._pipeline = Pipeline(self._dispatcher, self._run_experts)
+        own = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        with torch.no_grad():
+            self.gate_weight_ED.copy_(weights.gate_ED)
+            self.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
+            self.experts.w2_eDF.copy_(weights.w2_EDF[own])
+        self.x_TD = x_TD
+
+    def ask(self, answers: list[torch.Tensor], step: MoEStep | None) -> DispatchPlan | Unanswered:
+        """Route and agree as far as these answers go."""
+        self.answered.rewind(answers)
+        try:
+            (plan,), _ = self.agree(self.route(self.x_TD), step)  # one chunk
+            return plan
+        except Unanswered as asked:
+            return asked
+
+    def timed(self, answers: list[torch.Tensor], step: MoEStep | None) -> tuple[float, float]:
+        """Run the layer; seconds until dispatch, and of what follows, without the all-to-alls."""
+        self.answered.rewind(answers)
+        self.telemetry.clock = clock = HostClock()
+        self(self.x_TD, step)
+        clock.close_step()
+        self.telemetry.clock = NoClock()
+        spans = clock.read()
+        assert spans is not None
+        seconds = (spans.ends - spans.starts) * 1e-9
+        dispatch = int(np.flatnonzero(spans.phases == Phase.DISPATCH)[0])
+        work = seconds[dispatch:][~np.isin(spans.phases[dispatch:], TRAVEL)]
+        return float(seconds[:dispatch].sum()), float(work.sum())
+
+
+def _topology(rank: int, size: int) -> Topology:
+    """Ranks that nobody can reach: the layer's collectives are replaced."""
+    nobody = cast(dist.ProcessGroup, None)
+    world = Group(rank, size, tuple(range(size)), nobody)
+    alone = Group(0, 1, (rank,), nobody)
+    return Topology(
+        world=world,
+        expert=world,
+        tensor=alone,
+        control=world,
+        data_rank=rank,
+        num_data=size,
+        replica=0,
+        num_replicas=1,
+        device=CPU,
+        store=dist.HashStore(),
+        local_rank=rank,
+        local_world_size=size,
+        host="virtual",
+    )

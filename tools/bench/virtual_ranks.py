@@ -1,0 +1,182 @@
+"""The engine's own MoE layer on virtual ranks: each rank's work run alone, one after the other.
+
+`virtual.py` times rows that somebody else has counted; here every rank routes its tokens, agrees,
+packs, computes and combines by the code of `engine/moe`, so what a policy costs is in the figure
+too. Only what travels is missing:
+
+    agreement   a first pass, not timed, answers the ranks' collectives: a rank runs until it asks
+                for one that has no answer yet; when all have asked, all get the answer and begin
+                again. Timed runs find every answer ready, so the decisions are those of real ranks.
+    rows        an all-to-all returns as many rows as would arrive, with any contents: outputs mean
+                nothing, loads and times do.
+
+The spans of both all-to-alls are left out of a rank's seconds. Ranks wait for each other there, so
+the layer takes the slowest rank's gate, agreement and packing, plus the slowest rank's experts and
+weighing, plus its collectives as `transfers.py` has measured them.
+
+Legend: T tokens of a rank, D model dim, W ranks, E experts, K top-k.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bench.loads import routing_of
+from bench.lone_rank import CPU, LoneRank, Unanswered
+from bench.moe_case import MoEShape, MoEWeights, make_tokens, share, vary_margins
+from bench.transfers import Kind, Transfers
+from engine.config import CapacityConfig
+from engine.moe.plan import DispatchPlan
+from engine.moe.step import MoEStep, TokenTally
+from engine.moe.workspace import Workspace
+
+ROW_BYTES = 4  # float32
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the ranks of a policy agreed on. answers: of their collectives, with the kind and bytes
+    of a rank's part in `calls`. plans: by rank.
+    """
+
+    answers: list[torch.Tensor]
+    calls: list[tuple[Kind, int]]
+    plans: list[DispatchPlan]
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that each rank's experts work on."""
+        return [plan.num_received for plan in self.plans]
+
+    def travel_rows(self) -> int:
+        """Rows that the busiest rank sends to others, or receives, in one all-to-all."""
+        remote = [
+            max(sum(splits) - splits[rank] for splits in (plan.send_splits, plan.recv_splits))
+            for rank, plan in enumerate(self.plans)
+        ]
+        return max(remote)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTime:
+    """One policy's layer on virtual ranks.
+
+    agree_seconds, work_seconds: of every rank, before and after dispatch. collective_seconds: all
+    of them, those of the agreement included. rows: of each rank's experts.
+    """
+
+    agree_seconds: tuple[float, ...]
+    work_seconds: tuple[float, ...]
+    collective_seconds: float
+    rows: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The layer."""
+        return max(self.agree_seconds) + max(self.work_seconds) + self.collective_seconds
+
+
+class VirtualRanks:
+    """W ranks with their experts and tokens in this process. loads_E: of all tokens together."""
+
+    def __init__(
+        self,
+        shape: MoEShape,
+        weights: MoEWeights,
+        num_ranks: int,
+        loads_E: np.ndarray,
+        seed: int = 0,
+    ) -> None:
+        num_tokens = int(loads_E.sum()) // shape.top_k
+        x_TD = make_tokens(weights, routing_of(loads_E, num_tokens, seed), seed)
+        vary_margins(x_TD, seed)
+        parts = [share(num_tokens, num_ranks, rank) for rank in range(num_ranks)]
+        sizes = tuple(part.stop - part.start for part in parts)
+        self._shape, workspace = shape, Workspace()
+        self._ranks = [
+            LoneRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), workspace)
+            for rank, part in enumerate(parts)
+        ]
+        self._steps = [_step(rank, sizes) for rank in range(num_ranks)]
+
+    @torch.inference_mode()
+    def agree(self, config: CapacityConfig) -> Agreed:
+        """Let all ranks agree under this policy; none runs without a step, as in a job without."""
+        answers: list[torch.Tensor] = []
+        calls: list[tuple[Kind, int]] = []
+        for layer in self._ranks:
+            layer.set_capacity(config)
+        while True:
+            found = [
+                layer.ask(answers, self._step(config, rank))
+                for rank, layer in enumerate(self._ranks)
+            ]
+            plans = [each for each in found if isinstance(each, DispatchPlan)]
+            if len(plans) == len(found):
+                return Agreed(answers, calls, plans)
+            asked = [each for each in found if isinstance(each, Unanswered)]
+            assert len(asked) == len(found), "some ranks call one collective more than others"
+            (kind,) = {each.kind for each in asked}
+            parts = torch.stack([each.part for each in asked])
+            calls.append((kind, parts[0].numel() * parts.element_size()))
+            answers.append(parts if kind == "all_gather" else parts.sum(0, dtype=parts.dtype))
+
+    @torch.inference_mode()
+    def compare(
+        self,
+        policies: Mapping[str, CapacityConfig],
+        transfers: Mapping[Kind, Transfers],
+        rounds: int = 3,
+    ) -> dict[str, PolicyTime]:
+        """Time every policy `rounds` times, in turns, after one unmeasured turn."""
+        agreed = {name: self.agree(config) for name, config in policies.items()}
+        ranks = range(len(self._ranks))
+        pairs: dict[str, list[list[tuple[float, float]]]] = {
+            name: [[] for _ in ranks] for name in policies
+        }
+        for turn in range(rounds + 1):
+            for name, config in policies.items():
+                for rank, layer in enumerate(self._ranks):
+                    layer.set_capacity(config)
+                    pair = layer.timed(agreed[name].answers, self._step(config, rank))
+                    if turn:
+                        pairs[name][rank].append(pair)
+        return {
+            name: PolicyTime(
+                tuple(statistics.median(first for first, _ in pairs[name][rank]) for rank in ranks),
+                tuple(statistics.median(after for _, after in pairs[name][rank]) for rank in ranks),
+                self._collective_seconds(agreed[name], transfers),
+                tuple(agreed[name].rows),
+            )
+            for name in policies
+        }
+
+    def _step(self, config: CapacityConfig, rank: int) -> MoEStep | None:
+        return None if config.policy == "none" else self._steps[rank]
+
+    def _collective_seconds(self, agreed: Agreed, transfers: Mapping[Kind, Transfers]) -> float:
+        others = len(self._ranks) - 1
+        times = {"all_gather": others, "all_reduce": 2 * others / len(self._ranks)}
+        agreement = sum(
+            transfers[kind].of(part_bytes * times[kind]) for kind, part_bytes in agreed.calls
+        )
+        travel_bytes = agreed.travel_rows() * self._shape.hidden * ROW_BYTES
+        return agreement + 2 * transfers["all_to_all"].of(travel_bytes)
+
+
+def _step(rank: int, sizes: tuple[int, ...]) -> MoEStep:
+    num_tokens = sizes[rank]
+    return MoEStep(
+        request_T=torch.full((num_tokens,), rank, dtype=torch.int32),
+        position_T=torch.arange(num_tokens, dtype=torch.int32),
+        competes_T=None,
+        num_own_competing=num_tokens,
+        num_tokens_W=sizes,
+        num_competing=sum(sizes),
+        tally=TokenTally.zeros(num_tokens, CPU),
+    )
