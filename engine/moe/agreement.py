@@ -2,7 +2,7 @@
 
 Step 3 of `layer.py` when a capacity policy is on. In order:
 
-    claims     every competing assignment gets its order words              capacity.py
+    claims     every competing assignment gets its order words              claims.py
     consensus  overloaded pools are cut                                     consensus.py
     extras     Expanded Drop: this rank's free slots for its own tokens     expansion.py
     order      what is left, sorted by expert                               plan.py
@@ -26,7 +26,8 @@ import torch
 
 from engine.config import CapacityConfig
 from engine.distributed.collectives import Collectives
-from engine.moe.capacity import Pools, cannot_bind, expert_capacity, order_words
+from engine.moe.capacity import cannot_bind
+from engine.moe.claims import ClaimMaker
 from engine.moe.consensus import Claims, Consensus, Verdict
 from engine.moe.consensus_registry import make_consensus
 from engine.moe.expansion import candidates, choose_extras
@@ -80,21 +81,21 @@ class CapacityAgreement:
         self._router, self._layer = router, layer
         self._ranks = ranks or range(collectives.size)
         self._layout = layout
-        first_experts = layout.first_experts
-        self._own = slice(*first_experts[collectives.rank : collectives.rank + 2])
-        self._most_local = max(
-            end - start for start, end in zip(first_experts, first_experts[1:], strict=False)
+        self._claims = ClaimMaker(
+            router,
+            config,
+            layer=layer,
+            first_experts=layout.first_experts,
+            rank=collectives.rank,
         )
+        self._own = self._claims.own
         self._binds = config.policy != "none" and not cannot_bind(
             config.exact_factor, router.top_k, router.num_experts
         )
         self._expands = config.policy == "expanded_drop" and config.expand != 0
-        self._pools = Pools.make(config.scope, first_experts)
         self._consensus: Consensus = make_consensus(
-            config.consensus, config.selection, self._pools, collectives
+            config.consensus, config.selection, self._claims.pools, collectives
         )
-        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._limits: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def applies(self, step: MoEStep) -> bool:
         """Whether anything may be dropped or added in this step; the same on every rank."""
@@ -103,7 +104,7 @@ class CapacityAgreement:
         if self._expands or self.config.consensus == "local":
             return True
         # No expert can be chosen by more tokens than there are.
-        return self._capacity(step.num_competing) < step.num_competing
+        return self._claims.capacity(step.num_competing) < step.num_competing
 
     def decide(
         self,
@@ -123,7 +124,7 @@ class CapacityAgreement:
         """
         clock, consensus = clock or NoClock(), self._consensus
         clock.enter(Phase.PLAN)
-        claims = self._claims(routing, step)
+        claims = self._claims.make(routing, step)
         if consensus.communicates and meanwhile is None:
             clock.enter(Phase.CONSENSUS)
         round = consensus.begin(claims)
@@ -159,64 +160,6 @@ class CapacityAgreement:
             before_WE=host[:, num_experts : 2 * num_experts],
         )
 
-    def _capacity(self, num_competing: int) -> int:
-        router = self._router
-        return expert_capacity(
-            self.config.exact_factor, num_competing, router.top_k, router.num_experts
-        )
-
-    def _claims(self, routing: Routing, step: MoEStep) -> Claims:
-        num_experts, config = self._router.num_experts, self.config
-        code_TN, score_TN = routing.topk_ids_TK, routing.scores_TE.gather(1, routing.topk_ids_TK)
-        columns = self._router.top_k
-        if step.competes_T is not None:
-            code_TN = code_TN + num_experts * (~step.competes_T[:, None]).long()
-        if self._expands and config.tiers == "one":
-            extra_TX, score_TX = self._competing_extras(routing, step)
-            code_TN = torch.cat((code_TN, extra_TX), dim=1)
-            score_TN = torch.cat((score_TN, score_TX), dim=1)
-            columns += self._most_local
-        expert_N = None
-        if any(size > 1 for size in self._pools.sizes):
-            expert_N = code_TN.flatten() % num_experts
-        words, leading = order_words(
-            config.order,
-            score_N=score_TN.flatten(),
-            request_N=_each(step.request_T, columns),
-            position_N=_each(step.position_T, columns),
-            expert_N=expert_N,
-            seed=config.seed,
-            layer=self._layer,
-        )
-        device = code_TN.device
-        local = config.consensus == "local"
-        return Claims(
-            words=words,
-            leading=leading,
-            code_N=code_TN.flatten(),
-            pool_of_code=self._table(device)[0],
-            limit_P=self._limit(device, step.num_own_competing if local else step.num_competing),
-            bad=(~routing.scores_TE.isfinite().all()).long()[None],
-            padded=max(step.num_tokens_W) * columns,
-        )
-
-    def _competing_extras(
-        self, routing: Routing, step: MoEStep
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [T, X] and scores [T, X] of extras that compete with top-k; -1 pads to X."""
-        scores_Te = routing.scores_TE[:, self._own]
-        num_tokens, num_local = scores_Te.shape
-        allowed_Te = self._outside_topk(routing, step)
-        budget = self._most_local if self.config.expand is None else self.config.expand
-        wanted_Te = candidates(scores_Te, allowed_Te, budget)
-        device, num_experts = scores_Te.device, self._router.num_experts
-        codes_e = torch.arange(self._own.start, self._own.stop, device=device) + 2 * num_experts
-        code_TX = torch.full((num_tokens, self._most_local), -1, device=device)
-        code_TX[:, :num_local] = codes_e.expand(num_tokens, -1).where(wanted_Te, -1)
-        score_TX = scores_Te.new_zeros((num_tokens, self._most_local))
-        score_TX[:, :num_local] = scores_Te
-        return code_TX, score_TX
-
     def _apply(
         self, verdict: Verdict, routing: Routing, step: MoEStep, claims: Claims
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -237,7 +180,7 @@ class CapacityAgreement:
             return keep_TK, keep_TN[:, top_k : top_k + num_local]
         free_P = claims.limit_P - verdict.pool_kept_P
         pool_e = claims.pool_of_code[self._own]
-        allowed_Te = self._outside_topk(routing, step) & (free_P[pool_e] > 0)
+        allowed_Te = self._claims.outside_topk(routing, step) & (free_P[pool_e] > 0)
         budget: torch.Tensor | int = num_local if self.config.expand is None else self.config.expand
         if self.config.extras == "dropped":
             budget = (~keep_TK).sum(1, keepdim=True).clamp(max=budget)
@@ -246,12 +189,6 @@ class CapacityAgreement:
         return keep_TK, choose_extras(
             scores_Te, wanted_Te, pool_e, free_P, step.request_T, step.position_T
         )
-
-    def _outside_topk(self, routing: Routing, step: MoEStep) -> torch.Tensor:
-        """bool [T, e]: the local experts that a competing token has not chosen."""
-        chosen_TE = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
-        outside_Te = ~chosen_TE.scatter_(1, routing.topk_ids_TK, True)[:, self._own]
-        return outside_Te if step.competes_T is None else outside_Te & step.competes_T[:, None]
 
     def _rows(
         self, verdict: Verdict, claims: Claims, order: ExpertOrder, clock: PhaseClock
@@ -303,29 +240,6 @@ class CapacityAgreement:
         # Shares first: the old sum over a tiny new one would overflow.
         rescaled_TM = kept_TM / kept_T1 * weights_TK.sum(1, keepdim=True)
         return rescaled_TM.where(changed_T1, kept_TM)
-
-    def _table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pool of every code, int64 [3E + 1], and the experts in each pool, int64 [P]."""
-        if device not in self._tables:
-            pools = list(self._pools.pool_of_expert)
-            codes = [*pools, *([-1] * len(pools)), *pools, -1]
-            self._tables[device] = (
-                torch.tensor(codes, device=device),
-                torch.tensor(self._pools.sizes, device=device),
-            )
-        return self._tables[device]
-
-    def _limit(self, device: torch.device, num_competing: int) -> torch.Tensor:
-        """Slots of every pool, int64 [P]; kept for the next layer call with as many tokens."""
-        capacity = self._capacity(num_competing)
-        if (device, capacity) not in self._limits:
-            self._limits = {(device, capacity): self._table(device)[1] * capacity}
-        return self._limits[device, capacity]
-
-
-def _each(numbers_T: torch.Tensor, times: int) -> torch.Tensor:
-    """Repeat each token's number for its claims: [T * times]."""
-    return numbers_T[:, None].expand(-1, times).flatten()
 
 
 def _merge(
