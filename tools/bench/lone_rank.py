@@ -37,7 +37,8 @@ class Unanswered(Exception):
 
     def __init__(self, kind: Kind, part: torch.Tensor) -> None:
         super().__init__(kind)
-        self.kind, self.part = kind, part
+        self.kind: Kind = kind
+        self.part = part
 
 
 class AnsweredCollectives:

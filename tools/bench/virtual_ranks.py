@@ -121,7 +121,8 @@ class VirtualRanks:
                 return Agreed(answers, calls, plans)
             asked = [each for each in found if isinstance(each, Unanswered)]
             assert len(asked) == len(found), "some ranks call one collective more than others"
-            (kind,) = {each.kind for each in asked}
+            kind = asked[0].kind
+            assert {each.kind for each in asked} == {kind}, "ranks call different collectives"
             parts = torch.stack([each.part for each in asked])
             calls.append((kind, parts[0].numel() * parts.element_size()))
             answers.append(parts if kind == "all_gather" else parts.sum(0, dtype=parts.dtype))
