@@ -89,16 +89,17 @@ class ClaimMaker:
     def _competing_extras(
         self, routing: Routing, step: MoEStep
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [T, X] and scores [T, X] of extras that compete with top-k; -1 pads to X."""
+        """Codes [T, X] and scores [T, X] of extras that compete with top-k; 3E is none."""
         scores_Te = routing.scores_TE[:, self.own]
         num_tokens, num_local = scores_Te.shape
         allowed_Te = self.outside_topk(routing, step)
         budget = self._most_local if self._config.expand is None else self._config.expand
         wanted_Te = candidates(scores_Te, allowed_Te, budget)
         device, num_experts = scores_Te.device, self._router.num_experts
+        nothing = 3 * num_experts
         codes_e = torch.arange(self.own.start, self.own.stop, device=device) + 2 * num_experts
-        code_TX = torch.full((num_tokens, self._most_local), -1, device=device)
-        code_TX[:, :num_local] = codes_e.expand(num_tokens, -1).where(wanted_Te, -1)
+        code_TX = torch.full((num_tokens, self._most_local), nothing, device=device)
+        code_TX[:, :num_local] = codes_e.expand(num_tokens, -1).where(wanted_Te, nothing)
         score_TX = scores_Te.new_zeros((num_tokens, self._most_local))
         score_TX[:, :num_local] = scores_Te
         return code_TX, score_TX

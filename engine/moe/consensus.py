@@ -35,10 +35,10 @@ class Claims:
 
     words: int32 [N] each, larger is kept first; the first `leading` tell most claims apart.
     code_N: int64, what the claim is: e for a top-k assignment that competes, E + e for one that
-    passes (its token's phase is not under capacity), 2E + e for an extra that competes, -1 for
-    nothing. pool_of_code: int64 [3E + 1], the pool of each code, -1 where none (the last entry
-    serves code -1). limit_P: int64, slots of each pool. bad: int64 [1], 1 where a router score is
-    not finite. padded: claims of the rank that has most.
+    passes (its token's phase is not under capacity), 2E + e for an extra that competes, 3E for
+    nothing. pool_of_code: int64 [3E + 1], the pool of each code, -1 where none. limit_P: int64,
+    slots of each pool. bad: int64 [1], 1 where a router score is not finite. padded: claims of the
+    rank that has most.
     """
 
     words: list[torch.Tensor]
@@ -62,8 +62,7 @@ class Claims:
     def count_codes(self) -> torch.Tensor:
         """int64 [3E]: claims of each code."""
         counts = torch.zeros_like(self.pool_of_code)
-        code_N = self.code_N.where(self.code_N >= 0, counts.numel() - 1)
-        return counts.scatter_add_(0, code_N, torch.ones_like(code_N))[:-1]
+        return counts.scatter_add_(0, self.code_N, torch.ones_like(self.code_N))[:-1]
 
     def by_pool(self, counts_E: torch.Tensor) -> torch.Tensor:
         """Sum counts [..., E] of experts to counts [..., P] of pools."""

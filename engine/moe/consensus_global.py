@@ -117,15 +117,15 @@ class _GatherRound:
         code_M = self._code_WB.flatten()
         pool_M = claims.pool_of_code[code_M]
         keep_M, tied = select_top(self._words, pool_M, claims.limit_P)
-        expert_M = code_M % num_experts  # -1 becomes the last expert, and counts nothing there
-        place_WB = torch.arange(num_ranks, device=code_M.device)[:, None] * num_experts
-        place_M = (place_WB + expert_M.view(num_ranks, size)).flatten()
-        competed_M = (code_M >= 0) & (code_M < num_experts)
-        passes_M = (code_M >= num_experts) & (code_M < 2 * num_experts)
-        counts = torch.zeros((3, num_ranks * num_experts), dtype=torch.int64, device=code_M.device)
-        for row, counted_M in zip(counts, (keep_M, passes_M, competed_M), strict=True):
-            row.scatter_add_(0, place_M, counted_M.long())
-        keep_WE, passes_WE, before_WE = counts.view(3, num_ranks, num_experts)
+        num_codes = 3 * num_experts + 1
+        first_W1 = torch.arange(num_ranks, device=code_M.device)[:, None] * num_codes
+        place_M = (first_W1 + self._code_WB).flatten()
+        counts = torch.zeros((2, num_ranks * num_codes), dtype=torch.int64, device=code_M.device)
+        counts[0].scatter_add_(0, place_M, torch.ones_like(place_M))
+        counts[1].scatter_add_(0, place_M, keep_M.long())
+        claimed_W, kept_W = counts.view(2, num_ranks, num_codes)
+        before_WE, passes_WE = claimed_W[:, : 2 * num_experts].chunk(2, dim=1)
+        keep_WE = kept_W[:, :num_experts] + kept_W[:, 2 * num_experts : -1]
         rows = torch.cat((keep_WE + passes_WE, before_WE + passes_WE, self._bad_W1), dim=1)
         own_N = keep_M.view(num_ranks, size)[self._collectives.rank, : claims.code_N.numel()]
         kept_P = claims.by_pool(before_WE.sum(0)).minimum(claims.limit_P)
@@ -175,6 +175,6 @@ def _pack(claims: Claims) -> torch.Tensor:
         buffer[index * size : index * size + count] = claims.words[index]
     codes = buffer[claims.leading * size : -1].view(torch.int16)
     codes[:count] = claims.code_N
-    codes[count:] = -1
+    codes[count:] = 3 * claims.num_experts
     buffer[-1:] = claims.bad
     return buffer
