@@ -159,7 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_weights(shape, options.seed)  # a shape that cannot be made fails here
     if options.capacity:
         text, cases = capacity_run.run(options, shape, sys.executable)
-        kept = {name: str(value) for name, value in vars(options).items() if name != "out"}
+        kept = {  # a path of one machine means nothing to another reader
+            name: value.name if isinstance(value, Path) else str(value)
+            for name, value in vars(options).items()
+            if name != "out"
+        }
         record = {"bench": "moe_capacity", **stamp(("torch",)), "options": kept, "cases": cases}
         emit(text, record, options.out, "bench_moe_capacity")
         return 0
