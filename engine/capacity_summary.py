@@ -17,6 +17,7 @@ from engine.profiling.report import LayerReport, RunReport
 
 _MOST_LAYERS = 8  # more than these would hide the summary; the worst of them are shown
 _WORST = 6
+_NOT_SLOWER = 0.99  # of the speed bound; what is less is not rounding
 _IMBALANCED = 1.3  # max over mean rows of the ranks from which capping pays
 
 
@@ -45,10 +46,15 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
     words = f"{name} dropped {dropped / routed:.1%} of the {routed:,} competing assignments"
     if capacity.policy == "expanded_drop":
         words += f" and added {added:,} on idle local experts"
+    words += (
+        f"; over the run the most loaded rank had {run.max_over_mean_after:.2f}x the mean rows "
+        f"instead of {run.max_over_mean:.2f}x: "
+    )
+    if run.speed_bound >= _NOT_SLOWER:
+        return f"{words}MoE layers at most {run.speed_bound:.2f}x faster."
     return (
-        f"{words}; over the run the most loaded rank had {run.max_over_mean_after:.2f}x the mean "
-        f"rows instead of {run.max_over_mean:.2f}x: MoE layers at most {run.speed_bound:.2f}x "
-        "faster."
+        f"{words}MoE layers {1 / run.speed_bound:.2f}x SLOWER, because extras fill experts up to "
+        "their capacity; set moe.capacity.extras=dropped, or a moe.capacity.factor nearer to 1."
     )
 
 

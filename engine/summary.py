@@ -11,7 +11,7 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
 from engine.loop import Totals
 from engine.profiling.loads import LayerDrops, LoadCounter
-from engine.profiling.report import LayerReport, RankReport, RunReport
+from engine.profiling.report import LayerReport, LayerTotals, RankReport, RunReport
 from engine.profiling.waiting import breakdown
 
 
@@ -71,14 +71,16 @@ def run_report(
     )
     everyone: list[_Share] = gather_objects(own, topology.world)
     group = [share for share in everyone if share.replica == topology.replica]
+    layers = _layers(loads, group)
     return RunReport(
         seconds=max(share.seconds for share in everyone),
         steps=totals.steps,
         ranks=[share.rank for share in everyone],
-        layers=_layers(loads, group),
+        layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
         speed_bound=loads.speed_bound(),
+        totals=_totals(layers, group, totals.steps),
         latencies={
             key: [value for share in everyone for value in share.latencies[key]]
             for key in latencies
@@ -108,13 +110,39 @@ def _layers(loads: LoadCounter, group: Sequence[_Share]) -> list[LayerReport]:
                 dropped=drops.dropped,
                 added=drops.added,
                 orphans=drops.orphans,
-                gate_mass_kept=drops.mass_kept / drops.mass if drops.mass else 1.0,
-                drop_rate=drops.dropped / drops.routed if drops.routed else 0.0,
+                gate_mass_kept=_ratio(drops.mass_kept, drops.mass, nothing=1.0),
+                drop_rate=_ratio(drops.dropped, drops.routed, nothing=0.0),
                 bytes_sent=sum(share.traffic[layer][0] for share in group),
                 num_collectives=group[0].traffic[layer][1],
             )
         )
     return reports
+
+
+def _totals(layers: list[LayerReport], group: Sequence[_Share], steps: int) -> LayerTotals:
+    """Every layer runs once a step, on ranks without tokens too."""
+    drops = LayerDrops()
+    for share in group:
+        for of_layer in share.drops.values():
+            drops.add(of_layer)
+    calls = steps * len(layers)
+    return LayerTotals(
+        assignments=drops.routed,
+        dropped=drops.dropped,
+        added=drops.added,
+        orphans=drops.orphans,
+        gate_mass_kept=_ratio(drops.mass_kept, drops.mass, nothing=1.0),
+        drop_rate=_ratio(drops.dropped, drops.routed, nothing=0.0),
+        bytes_sent=sum(layer.bytes_sent for layer in layers),
+        collectives_per_call=_ratio(
+            sum(layer.num_collectives for layer in layers), calls, nothing=0.0
+        ),
+    )
+
+
+def _ratio(part: float, whole: float, *, nothing: float) -> float:
+    """part / whole, or `nothing` where there is no whole."""
+    return part / whole if whole else nothing
 
 
 def _max_over_mean(loads_E: np.ndarray) -> float:

@@ -75,9 +75,28 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTotals:
+    """All MoE layers of one expert-parallel group together, over a run.
+
+    assignments, dropped, added, gate_mass_kept, drop_rate: as in `LayerReport`. orphans: (token,
+    layer) pairs that kept no expert. bytes_sent: to other ranks, by all ranks of the group.
+    collectives_per_call: that each rank called in one layer of one step, the mean.
+    """
+
+    assignments: int = 0
+    dropped: int = 0
+    added: int = 0
+    orphans: int = 0
+    gate_mass_kept: float = 1.0
+    drop_rate: float = 0.0
+    bytes_sent: int = 0
+    collectives_per_call: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
-    """The whole run, the same on every rank; `layers` are those of the rank's own expert-parallel
-    group.
+    """The whole run, the same on every rank; `layers` and their `totals` are those of the rank's
+    own expert-parallel group.
 
     seconds: wall time of the generation loop, the longest rank's. steps: steps this group ran.
     max_over_mean, max_over_mean_after: rows of the most loaded rank over the mean rank, all layers,
@@ -94,4 +113,5 @@ class RunReport:
     max_over_mean: float
     max_over_mean_after: float = 1.0
     speed_bound: float = 1.0
+    totals: LayerTotals = field(default_factory=LayerTotals)
     latencies: dict[str, list[float]] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -68,6 +69,13 @@ def test_one_sentence_says_what_was_dropped_and_gained():
     )
     expanded = CapacityConfig(policy="expanded_drop", factor="1.5")
     assert "and added 40 on idle local experts" in describe(run([layer(0, added=40)]), expanded)
+
+
+def test_extras_that_slow_the_layers_down_are_named_with_their_remedy():
+    expanded = CapacityConfig(policy="expanded_drop", factor="2")
+    slower = dataclasses.replace(run([layer(0, added=900)]), speed_bound=0.8)
+    text = describe(slower, expanded)
+    assert "MoE layers 1.25x SLOWER" in text and "moe.capacity.extras=dropped" in text
 
 
 def test_the_table_has_every_layer_or_the_six_that_dropped_most():

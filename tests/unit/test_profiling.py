@@ -112,6 +112,43 @@ def test_rows_after_capacity_count_once_all_ranks_have_told_them():
     assert loads.speed_bound() == pytest.approx((6 + 6 + 7) / 4)
 
 
+def test_one_rank_is_balanced_before_and_after_whatever_it_dropped():
+    loads = LoadCounter()
+    for settled in (False, True):
+        loads.record(
+            0, before_E=np.array([6, 2]), rank_before=[8], own_after=[4, 2], first_expert=0
+        )
+        assert loads.take_rows() == [6]
+        if settled:
+            loads.settle(np.array([[6]]))
+        assert loads.max_over_mean() == loads.max_over_mean_after() == 1.0
+    assert loads.layers[0].own_after.tolist() == [8, 4]
+
+
+def test_the_bound_is_of_the_slowest_rank_of_each_step_not_of_the_sums():
+    # Each rank is the slow one once: over both steps their rows are even, and yet all waited.
+    loads = LoadCounter()
+    for before, after in (([6, 2], [4, 2]), ([2, 6], [2, 4])):
+        record(loads, 0, before, own_after=after[1])
+        loads.take_rows()
+        loads.settle(np.array([[after[0]], [after[1]]]))
+    assert loads.layers[0].experts.tolist() == [8, 8]
+    assert loads.max_over_mean() == (6 + 6) / (4 + 4)
+    assert loads.max_over_mean_after() == (4 + 4) / (3 + 3)
+    assert loads.speed_bound() == (6 + 6) / (4 + 4)
+
+
+def test_a_new_run_starts_from_nothing_even_when_the_last_was_broken_off():
+    loads = LoadCounter()
+    record(loads, 0, [6, 2])  # stopped before anybody took its rows
+    loads.clear()
+    assert loads.take_rows() == [] and loads.reset_step() == 1.0
+    record(loads, 4, [3, 3])
+    assert loads.take_rows() == [3]
+    loads.settle(np.array([[3], [3]]))
+    assert list(loads.layers) == [4] and loads.speed_bound() == 1.0
+
+
 def test_load_counter_weighs_layers_by_their_rows():
     loads = LoadCounter()
     record(loads, 0, [6, 2])  # max 6, mean 4

@@ -5,7 +5,8 @@ import json
 
 from rich.console import Console
 
-from engine.profiling.report import RankReport, RunReport, StepReport
+from engine.config import CapacityConfig
+from engine.profiling.report import LayerTotals, RankReport, RunReport, StepReport
 from engine.progress import Progress, Summary, percentiles, print_summary, slowest_rank
 
 
@@ -169,6 +170,40 @@ def test_a_run_with_nothing_left_to_do_still_says_what_the_job_is():
     out = console()
     print_summary(out, summary(None, resumed=5, errors=0))
     assert printed(out) == "5 requests, 5 of them by earlier runs.\n"
+
+
+def test_the_json_has_the_run_s_totals_and_the_settings_they_were_made_under():
+    totals = LayerTotals(
+        assignments=200,
+        dropped=30,
+        added=5,
+        orphans=2,
+        gate_mass_kept=0.9,
+        drop_rate=0.15,
+        bytes_sent=4096,
+        collectives_per_call=3.0,
+    )
+    capacity = CapacityConfig(policy="expanded_drop", factor="1.25", phases=("prefill", "decode"))
+    values = json.loads(summary(run_report(totals=totals), capacity=capacity).to_json())
+    assert values["run"]["totals"] == {
+        "assignments": 200,
+        "dropped": 30,
+        "added": 5,
+        "orphans": 2,
+        "gate_mass_kept": 0.9,
+        "drop_rate": 0.15,
+        "bytes_sent": 4096,
+        "collectives_per_call": 3.0,
+    }
+    names = ("policy", "factor", "scope", "consensus", "order", "phases")
+    assert {name: values["capacity"][name] for name in names} == {
+        "policy": "expanded_drop",
+        "factor": "1.25",
+        "scope": "expert",
+        "consensus": "global",
+        "order": "score",
+        "phases": ["prefill", "decode"],
+    }
 
 
 def test_the_summary_as_json_has_percentiles_in_place_of_latencies():

@@ -1,7 +1,9 @@
 """What a request may say, and what a completion writes. Run: pytest tests/unit/test_request.py"""
 
+import json
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from engine.config import SamplingConfig
@@ -77,6 +79,24 @@ def test_gate_mass_kept_is_the_share_of_all_mass_that_competed():
     use.add(CapacityUse(assignments=7))
     assert (use.assignments, use.dropped, use.added) == (47, 8, 1)
     assert use.gate_mass_kept == pytest.approx(0.9)
+
+
+def test_the_share_of_gate_mass_is_the_same_however_a_prompt_was_cut():
+    # Token sums are float32 and added in float64, which holds their sum exactly: a request's record
+    # has the same digits for any chunks, and survives being written and read.
+    generator = np.random.default_rng(0)
+    mass_T = generator.uniform(0.5, 2.0, 500).astype(np.float32).astype(np.float64)
+    kept_T = (mass_T * generator.uniform(0.0, 1.0, 500)).astype(np.float32).astype(np.float64)
+    records = set()
+    for chunk in (1, 7, 64, 500):
+        use = CapacityUse()
+        for start in range(0, 500, chunk):
+            part = slice(start, start + chunk)
+            mass, kept = mass_T[part].sum(), kept_T[part].sum()
+            use.add(CapacityUse(2, 1, 0, mass=mass.item(), mass_kept=kept.item()))
+        records.add(json.dumps(use.gate_mass_kept))
+        assert json.loads(json.dumps(use.gate_mass_kept)) == use.gate_mass_kept
+    assert len(records) == 1
 
 
 def test_a_record_has_optional_keys_only_when_present():

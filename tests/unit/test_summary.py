@@ -1,0 +1,223 @@
+"""From two ranks' counters to one report, on hand-worked numbers.
+
+4 experts on 2 ranks, 2 MoE layers (numbers 1 and 3), 2 steps. Rows of each expert, and what the
+ranks' experts worked on:
+
+    layer  step  before       ranks   after                       ranks
+    1      1     6 2 | 3 1    8  4    4 2 | 3 1 (two dropped)      6  4
+    1      2     2 0 | 1 1    2  2    2 0 | 1 1                    2  2
+    3      1     1 1 | 5 5    2 10    1 2 | 4 4 (two, one extra)   3  8
+    3      2     1 1 | 1 1    2  2    1 1 | 1 1                    2  2
+
+Run: pytest tests/unit/test_summary.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import engine.summary
+from engine.loop import Totals
+from engine.profiling.loads import LayerDrops, LoadCounter
+from engine.profiling.phases import Phase
+from engine.profiling.report import LayerTotals, RunReport
+from engine.summary import run_report
+
+BEFORE = {1: [[6, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 1, 5, 5], [1, 1, 1, 1]]}
+AFTER = {1: [[4, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 2, 4, 4], [1, 1, 1, 1]]}
+STEPS = 2
+
+
+def loads_of(expert_rank: int) -> LoadCounter:
+    """The counter of one of the two ranks after both steps."""
+    loads = LoadCounter()
+    own = slice(2 * expert_rank, 2 * expert_rank + 2)
+    for step in range(STEPS):
+        for layer, before in BEFORE.items():
+            before_E = np.array(before[step])
+            loads.record(
+                layer,
+                before_E=before_E,
+                rank_before=[int(before_E[:2].sum()), int(before_E[2:].sum())],
+                own_after=AFTER[layer][step][own],
+                first_expert=own.start,
+            )
+        assert loads.take_rows() == [sum(after[step][own]) for after in AFTER.values()]
+        rows_LW = [[sum(after[step][:2]), sum(after[step][2:])] for after in AFTER.values()]
+        loads.settle(np.array(rows_LW).T)
+    return loads
+
+
+@dataclass
+class Rank:
+    """What one rank hands to `run_report`."""
+
+    rank: int
+    replica: int = 0
+    seconds: float = 1.0
+    steps: int = STEPS
+    latencies: dict[str, list[float]] = field(default_factory=lambda: {"ttft": [], "tpot": []})
+    loads: LoadCounter = field(default_factory=LoadCounter)
+    traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
+    drops: dict[int, LayerDrops] = field(default_factory=dict)
+
+    def report(self) -> RunReport:
+        topology: Any = SimpleNamespace(
+            world=SimpleNamespace(rank=self.rank), replica=self.replica, host=f"host{self.rank}"
+        )
+        totals = Totals(np.zeros(len(Phase)), steps=self.steps, tokens_prefill=10 + self.rank)
+        return run_report(
+            self.seconds,
+            totals,
+            self.latencies,
+            self.loads,
+            topology,
+            traffic=self.traffic,
+            preemptions=self.rank,
+            drops=self.drops,
+        )
+
+
+def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunReport]:
+    """Every rank's report: the first round collects what each hands in, the second deals it out."""
+    shares: list[Any] = []
+
+    def hand_in(share: Any, group: Any) -> list[Any]:
+        shares.append(share)
+        return [share]
+
+    monkeypatch.setattr(engine.summary, "gather_objects", hand_in)
+    for rank in ranks:
+        rank.report()
+    monkeypatch.setattr(engine.summary, "gather_objects", lambda share, group: shares)
+    return [rank.report() for rank in ranks]
+
+
+def two_ranks(first: int = 0, replica: int = 0) -> list[Rank]:
+    return [
+        Rank(
+            first,
+            replica,
+            seconds=2.0,
+            latencies={"ttft": [0.1], "tpot": [0.01, 0.02]},
+            loads=loads_of(0),
+            traffic={1: (100, 6), 3: (10, 8)},
+            drops={
+                1: LayerDrops(routed=9, dropped=2, added=0, orphans=1, mass=4.5, mass_kept=3.5),
+                3: LayerDrops(routed=9, dropped=0, added=0, orphans=0, mass=4.5, mass_kept=4.5),
+            },
+        ),
+        Rank(
+            first + 1,
+            replica,
+            seconds=3.0,
+            latencies={"ttft": [0.3], "tpot": []},
+            loads=loads_of(1),
+            traffic={1: (50, 6), 3: (20, 8)},
+            drops={
+                1: LayerDrops(routed=7, dropped=0, added=0, orphans=0, mass=3.5, mass_kept=3.5),
+                3: LayerDrops(routed=7, dropped=2, added=1, orphans=2, mass=3.5, mass_kept=2.0),
+            },
+        ),
+    ]
+
+
+def test_a_layer_has_all_ranks_loads_before_and_after(monkeypatch):
+    report, other = reports(monkeypatch, two_ranks())
+    assert report == other, "the same on every rank"
+    one, three = report.layers
+    assert (one.layer, three.layer) == (1, 3)
+    assert (one.expert_loads, one.expert_loads_after) == ([8, 2, 4, 2], [6, 2, 4, 2])
+    assert (three.expert_loads, three.expert_loads_after) == ([2, 2, 6, 6], [2, 3, 5, 5])
+    assert one.expert_max_over_mean == 8 / 4
+    assert one.expert_max_over_mean_after == pytest.approx(6 / 3.5)
+    # The most loaded rank of each step, over the mean rank of each step.
+    assert one.rank_max_over_mean == (8 + 2) / (6 + 2)
+    assert one.rank_max_over_mean_after == pytest.approx((6 + 2) / (5 + 2))
+    assert three.rank_max_over_mean == (10 + 2) / (6 + 2)
+    assert three.rank_max_over_mean_after == pytest.approx((8 + 2) / (5.5 + 2))
+
+
+def test_what_ranks_dropped_of_their_own_tokens_is_added_up(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    one, three = report.layers
+    assert (one.assignments, one.dropped, one.added, one.orphans) == (16, 2, 0, 1)
+    assert (three.assignments, three.dropped, three.added, three.orphans) == (16, 2, 1, 2)
+    assert (one.drop_rate, one.gate_mass_kept) == (2 / 16, 7 / 8)
+    assert (three.drop_rate, three.gate_mass_kept) == (2 / 16, 6.5 / 8)
+    for layer in report.layers:  # here every token competes
+        after = sum(layer.expert_loads) - layer.dropped + layer.added
+        assert sum(layer.expert_loads_after) == after
+
+
+def test_the_run_has_totals_over_its_layers(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    assert report.totals == LayerTotals(
+        assignments=32,
+        dropped=4,
+        added=1,
+        orphans=3,
+        gate_mass_kept=13.5 / 16,  # by mass, not the mean of the layers' shares
+        drop_rate=4 / 32,
+        bytes_sent=180,
+        collectives_per_call=(6 + 8) / (2 * STEPS),
+    )
+    assert report.max_over_mean == (10 + 12) / (8 + 8)
+    assert report.max_over_mean_after == pytest.approx((8 + 10) / (7 + 7.5))
+    assert report.speed_bound == pytest.approx((10 + 12) / (8 + 10))
+
+
+def test_traffic_is_told_by_layer_and_by_rank(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    assert [(layer.bytes_sent, layer.num_collectives) for layer in report.layers] == [
+        (150, 6),
+        (30, 8),
+    ]
+    assert [(rank.bytes_sent, rank.num_collectives) for rank in report.ranks] == [
+        (110, 14),
+        (70, 14),
+    ]
+    # Rows after capacity, extras included: 6 + 2 + 2 + 3 and 4 + 2 + 5 + 5.
+    assert [rank.expert_rows for rank in report.ranks] == [13, 16]
+    assert [rank.tokens_prefill for rank in report.ranks] == [10, 11]
+    assert [rank.preemptions for rank in report.ranks] == [0, 1]
+
+
+def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
+    quiet = two_ranks(first=2, replica=1)
+    for rank in quiet:
+        rank.drops, rank.seconds = {}, 9.0
+        rank.traffic = dict.fromkeys(BEFORE, (7, 6))
+    everyone = reports(monkeypatch, two_ranks() + quiet)
+    assert everyone[0] == everyone[1] and everyone[2] == everyone[3]
+    first, second = everyone[0], everyone[2]
+    assert first.totals.dropped == 4 and first.totals.bytes_sent == 180
+    assert second.totals.dropped == 0 and second.totals.bytes_sent == 4 * 7
+    assert first.layers[0].expert_loads == [8, 2, 4, 2], "not the rows of both replicas"
+    for report in (first, second):
+        assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3]
+        assert report.seconds == 9.0, "the slowest rank's"
+        assert report.latencies == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
+
+
+def test_where_nothing_competed_nothing_was_lost(monkeypatch):
+    ranks = two_ranks()
+    for rank in ranks:
+        rank.drops = {layer: LayerDrops() for layer in BEFORE}
+    report, _ = reports(monkeypatch, ranks)
+    for part in (*report.layers, report.totals):
+        assert (part.assignments, part.dropped, part.added, part.orphans) == (0, 0, 0, 0)
+        assert (part.gate_mass_kept, part.drop_rate) == (1.0, 0.0)
+
+
+def test_a_run_without_steps_or_without_moe_layers_has_a_report(monkeypatch):
+    for steps in (0, 5):
+        (report,) = reports(monkeypatch, [Rank(0, steps=steps)])
+        assert report.layers == [] and report.totals == LayerTotals()
+        assert (report.max_over_mean, report.max_over_mean_after) == (1.0, 1.0)
+        assert report.speed_bound == 1.0
