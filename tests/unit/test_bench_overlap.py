@@ -1,0 +1,45 @@
+"""The overlap bench: its arithmetic by hand, and a small run over loopback.
+
+Run: pytest tests/unit/test_bench_overlap.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import bench_overlap  # noqa: E402
+
+
+def reply(seconds: list[float], exposed: float, digest: str = "a") -> dict:
+    return {"seconds": seconds, "median_exposed": exposed, "digest": digest}
+
+
+def test_hidden_is_the_share_of_exposed_time_that_is_gone():
+    ranks = [
+        {"1": reply([0.4, 0.5, 0.6], 0.10), "4": reply([0.3, 0.3, 0.4], 0.02)},
+        {"1": reply([0.3, 0.6, 0.5], 0.06), "4": reply([0.2, 0.4, 0.3], 0.02, "b")},
+    ]
+    found = bench_overlap.figures(ranks)
+    assert found["1"]["hidden"] == 0 and found["1"]["speedup"] == 1 and found["1"]["equal"]
+    assert found["4"]["exposed"] == pytest.approx(0.02)
+    assert found["4"]["hidden"] == pytest.approx(0.75)
+    assert found["4"]["seconds"]["all"] == [0.3, 0.4, 0.4], "the slower rank counts"
+    assert found["4"]["speedup"] == pytest.approx(1.5)  # of 4/3, 3/2 and 3/2
+    assert not found["4"]["equal"]
+
+
+def test_a_small_run_over_loopback_gives_equal_outputs():
+    command = [sys.executable, str(TOOLS / "bench_overlap.py")]
+    command += "--tokens 32 --hidden 32 --ffn 16 --chunks 1,3 --rounds 2 --timeout 60".split()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 0, result.stderr
+    assert "bitwise equal" in result.stdout
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert list(record["chunks"]) == ["1", "3"]
+    assert all(len(entry["seconds"]["all"]) == 2 for entry in record["chunks"].values())

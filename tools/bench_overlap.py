@@ -1,0 +1,169 @@
+"""How much communication overlap hides: one MoE layer on two ranks, with and without chunks.
+
+    python tools/bench_overlap.py                      # over loopback
+    python tools/bench_overlap.py --link 2gbit         # two network namespaces, as root
+
+Two real ranks over gloo, each pinned to a core of its own, balanced or zipf loads, dropless. The
+chunk counts take turns, A B C, A B C, ...; the table shows medians, then one JSON line follows.
+
+    layer ms     the slower rank's forward
+    exposed ms   time that a rank waits in dispatch and combine, the mean of both ranks; what is
+                 hidden behind the experts is not in it
+    hidden       share of one chunk's exposed time that is gone
+    speedup      against one chunk in the same round
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.link import End, limited, loopback
+from bench.report import emit, spread, table
+from bench.stamp import stamp
+
+HEADER = ["chunks", "layer ms", "exposed ms", "hidden", "speedup"]
+
+
+def figures(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each chunk count's figures from both ranks' replies; the first is the baseline."""
+    names = list(ranks[0])
+    seconds = {
+        name: [max(pair) for pair in zip(*(reply[name]["seconds"] for reply in ranks), strict=True)]
+        for name in names
+    }
+    exposed = {
+        name: statistics.fmean(reply[name]["median_exposed"] for reply in ranks) for name in names
+    }
+    base = names[0]
+    return {
+        name: {
+            "seconds": spread(seconds[name]),
+            "exposed": exposed[name],
+            "hidden": 1 - exposed[name] / exposed[base],
+            "speedup": statistics.median(
+                one / other for one, other in zip(seconds[base], seconds[name], strict=True)
+            ),
+            "equal": [reply[name]["digest"] for reply in ranks]
+            == [reply[base]["digest"] for reply in ranks],
+        }
+        for name in names
+    }
+
+
+def run_ranks(ends: tuple[End, End], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start both ranks; return their replies.
+
+    Raises:
+        WorkerError: a rank failed or did not end in time.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {
+        "shape": {
+            "hidden": options.hidden,
+            "ffn": options.ffn,
+            "experts": options.experts,
+            "top_k": options.top_k,
+        },
+        "tokens": options.tokens,
+        "chunks": options.chunks,
+        "rounds": options.rounds,
+        "zipf": options.zipf,
+        "seed": options.seed,
+    }
+    running = []
+    for rank, end in enumerate(ends):
+        environ = {
+            **os.environ,
+            **end.env,
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            # Each end is a host of its own as far as gloo can tell.
+            "LOCAL_RANK": "0" if end.command else str(rank),
+            "LOCAL_WORLD_SIZE": "1" if end.command else "2",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(TOOLS), str(REPOSITORY)]),
+        }
+        command = [*end.command, sys.executable, "-m", "bench.workers.moe_overlap", json.dumps(job)]
+        running.append(
+            subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    replies = []
+    try:
+        for rank, process in enumerate(running):
+            out, err = process.communicate(timeout=options.timeout)
+            if process.returncode:
+                text = err.decode(errors="replace")
+                raise WorkerError(f"rank {rank} failed:\n{text[-2000:]}")
+            replies.append(json.loads(out.decode().splitlines()[-1]))
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(f"no result in {options.timeout} s") from error
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return replies
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; print the table and the JSON line."""
+    options = _parse(argv)
+    with limited(options.link) if options.link else loopback() as ends:
+        found = figures(run_ranks(ends, options))
+    rows = [
+        [
+            name,
+            entry["seconds"]["median"] * 1e3,
+            entry["exposed"] * 1e3,
+            f"{entry['hidden']:.0%}",
+            entry["speedup"],
+        ]
+        for name, entry in found.items()
+    ]
+    equal = all(entry["equal"] for entry in found.values())
+    text = (
+        f"{options.tokens:,} tokens a rank, 2 ranks, link {options.link or 'loopback'}, outputs "
+        f"{'bitwise equal' if equal else 'DIFFER'}\n{table(HEADER, rows)}"
+    )
+    kept = {name: value for name, value in vars(options).items() if name != "out"}
+    record = {"bench": "overlap", **stamp(("torch",)), "options": kept, "chunks": found}
+    emit(text, record, options.out, "bench_overlap")
+    return 0 if equal else 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    numbers: Any = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--link", metavar="RATE", help="as tc writes it: 1gbit; default: loopback")
+    parser.add_argument("--chunks", type=numbers, default=[1, 2, 4], metavar="N,N")
+    parser.add_argument("--tokens", type=int, default=4096, help="of one rank")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--zipf", type=float, default=0.0, help="exponent; 0: balanced")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=int, default=300, help="seconds")
+    parser.add_argument("--out", type=Path, help="folder for bench_overlap.txt and .json")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
