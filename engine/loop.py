@@ -209,7 +209,9 @@ class GenerationLoop:
         moe_step = None
         if self._phases:
             moe_step = build_moe_step(step, everyone, self._phases, self._topology)
-        hidden_TD = self._runner.forward(step, moe_step)
+        # Of each tensor group only the leader's words count.
+        group_tokens = sum(words.tokens_prefill + words.tokens_decode for words in everyone)
+        hidden_TD = self._runner.forward(step, moe_step, group_tokens)
         outcome = self._sample(step, hidden_TD) if self._leads else None
         tokens, logprobs, of_prompt, errors = broadcast_object(outcome, self._topology.tensor)
         for piece in step.slices:

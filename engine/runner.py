@@ -29,15 +29,18 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def forward(self, step: Step, moe_step: MoEStep | None = None) -> torch.Tensor:
+    def forward(
+        self, step: Step, moe_step: MoEStep | None = None, group_tokens: int | None = None
+    ) -> torch.Tensor:
         """Run the step's tokens; return their final hidden states [T, D]. Collective over EP: every
         rank must call.
 
-        moe_step: who competes for expert capacity; None where nobody does.
+        moe_step: who competes for expert capacity; None where nobody does. group_tokens: tokens of
+        the step over all ranks of the expert-parallel group.
 
         An empty step is fine: the rank takes part in the MoE layers with zero tokens.
         """
-        return self.model(self.build(step), self.cache, moe_step)
+        return self.model(self.build(step), self.cache, moe_step, group_tokens)
 
     @torch.inference_mode()
     def logits(self, hidden_TD: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -136,11 +136,16 @@ class CausalLM(nn.Module):
             moe.telemetry = telemetry
 
     def forward(
-        self, step: StepTensors, kv: KVCache, moe_step: MoEStep | None = None
+        self,
+        step: StepTensors,
+        kv: KVCache,
+        moe_step: MoEStep | None = None,
+        group_tokens: int | None = None,
     ) -> torch.Tensor:
         """Return the hidden states after the final norm, [T, D]; `kv` takes keys and values.
 
         moe_step: who competes for expert capacity, of this rank's slice; None where nobody does.
+        group_tokens: tokens of this step over all ranks of the expert-parallel group, where known.
 
         Collective over EP and TP: every rank must call, T may be 0.
         """
@@ -159,7 +164,8 @@ class CausalLM(nn.Module):
             clock.enter(Phase.OTHER)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             mlp = layer.mlp
-            x_TD = mlp(x_TD, moe_step) if isinstance(mlp, MoELayer) else mlp(x_TD)
+            sparse = isinstance(mlp, MoELayer)
+            x_TD = mlp(x_TD, moe_step, group_tokens) if sparse else mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
         return x_TD
 

@@ -113,11 +113,13 @@ class CapacityAgreement:
         *,
         clock: PhaseClock | None = None,
         meanwhile: Callable[[], None] | None = None,
+        layout: ExpertLayout | None = None,
     ) -> Decision:
         """Agree on this layer's drops and extras. Collective over EP: every rank must call.
 
         clock: told PLAN and, exactly once, CONSENSUS. meanwhile: work that needs no answer, done
-        while the first collective is under way.
+        while the first collective is under way. layout: the order of travel in this call, the same
+        on every rank; by default the one given at the start.
 
         Raises:
             ValueError: a router score is NaN or infinite on some rank; on every rank.
@@ -140,7 +142,7 @@ class CapacityAgreement:
             verdict = round.verdict(exact=exact)
             keep_TK, extra_Te = self._apply(verdict, routing, step, claims)
             ids_TM = _merge(routing.topk_ids_TK, keep_TK, extra_Te, self._own.start)
-            order = self._layout.sort(ids_TM)
+            order = (layout or self._layout).sort(ids_TM)
             rows_WE2 = self._rows(verdict, claims, order, clock)
             # SYNC: all_to_all takes its splits as host integers; the layer's only copy. The flags
             # for ties and bad scores ride along.

@@ -111,6 +111,7 @@ class MoELayer(nn.Module):
         self._dispatcher = Dispatcher(group, self._collectives, self.workspace)
         chunks = config.overlap.chunks
         self._layout = ExpertLayout(self._first_experts, 1 if chunks == "auto" else chunks)
+        self._serial_layout = ExpertLayout(self._first_experts, 1)
         self._slice = TokenSlice(topology.tensor)
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
         self.gate_bias_E = (
@@ -167,12 +168,15 @@ class MoELayer(nn.Module):
             ranks=self._group.ranks,
         )
 
-    def forward(self, x_TD: torch.Tensor, step: MoEStep | None = None) -> torch.Tensor:
+    def forward(
+        self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
+    ) -> torch.Tensor:
         """Return the layer's output [T, D] in x's dtype. Collective over EP: every rank must call,
         T may be 0.
 
         step: who the tokens are, of this rank's slice; needed under a capacity policy, where None
-        means that no token competes.
+        means that no token competes. group_tokens: tokens of all ranks of the group in this step,
+        the same on every rank: few are not cut into chunks. None: cut as configured.
         """
         clock = self.telemetry.clock
         clock.enter(Phase.GATE)
@@ -182,7 +186,10 @@ class MoELayer(nn.Module):
         meanwhile = None
         if (module := self.shared) is not None:
             meanwhile = lambda: shared.append(module(own_TD))  # noqa: E731
-        plans, weights_TM = self.agree(routing, step, meanwhile)
+        layout = self._layout
+        if group_tokens is not None and not layout.pays(group_tokens, self.spec.router.top_k):
+            layout = self._serial_layout
+        plans, weights_TM = self.agree(routing, step, meanwhile, layout)
         out_TD = self.run(own_TD, plans, weights_TM)
         if module is not None:
             clock.enter(Phase.EXPERTS)
@@ -200,35 +207,38 @@ class MoELayer(nn.Module):
         routing: Routing,
         step: MoEStep | None,
         meanwhile: Callable[[], None] | None = None,
+        layout: ExpertLayout | None = None,
     ) -> tuple[list[DispatchPlan], torch.Tensor]:
         """Steps 3 and 4: a plan a chunk, and the combine weights [T, M]. Collective over EP: every
         rank must call.
 
         meanwhile: work to do while the ranks agree; left undone where there is nothing to agree on.
+        layout: in which chunks rows travel; as configured by default.
         """
+        layout = layout or self._layout
         if step is None or not self._agreement.applies(step):
             if step is not None:
                 self.account.add(routing, None, step)
-            return self._exchange(routing), routing.topk_weights_TK
+            return self._exchange(routing, layout), routing.topk_weights_TK
         decision = self._agreement.decide(
-            routing, step, clock=self.telemetry.clock, meanwhile=meanwhile
+            routing, step, clock=self.telemetry.clock, meanwhile=meanwhile, layout=layout
         )
         self.account.add(routing, decision, step)
-        plans = self._layout.plans(decision.order, decision.counts_WE, self._group.rank)
+        plans = layout.plans(decision.order, decision.counts_WE, self._group.rank)
         self._record(decision.before_WE, plans)
         if (entries := self.telemetry.decisions.entries) is not None:
             entries.append(self._entry(routing, decision, step))
         return plans, decision.weights_TM
 
-    def _exchange(self, routing: Routing) -> list[DispatchPlan]:
+    def _exchange(self, routing: Routing, layout: ExpertLayout) -> list[DispatchPlan]:
         """Dropless: exchange loads and freeze the plans. Collective."""
         clock = self.telemetry.clock
         clock.enter(Phase.PLAN)
-        order = self._layout.sort(routing.topk_ids_TK)
+        order = layout.sort(routing.topk_ids_TK)
         clock.enter(Phase.CONSENSUS)
         counts_WE = self._dispatcher.exchange_counts(order.load_E)
         clock.enter(Phase.PLAN)
-        plans = self._layout.plans(order, counts_WE, self._group.rank)
+        plans = layout.plans(order, counts_WE, self._group.rank)
         self._record(counts_WE, plans)
         return plans
 

@@ -134,3 +134,25 @@ def test_a_failure_inside_a_chunk_drains_the_pipeline_and_ends_all_ranks(chunk):
     text = str(caught.value)
     assert "the experts of rank 1 broke" in text and "a handle leaked" not in text
     assert "rank 0:" in text and "returned" not in text, "rank 0 does not claim success"
+
+
+def cut_or_not(rank: int, group_tokens: list[int | None]) -> list[tuple[torch.Tensor, int]]:
+    config = Config(
+        model=ModelConfig(path="unused"), moe=MoEConfig(overlap=OverlapConfig(chunks=4))
+    )
+    topology = bootstrap.start(config)
+    layer = build(topology, config, MIXTRAL, None)
+    found = []
+    for tokens in group_tokens:
+        calls = layer.num_collectives
+        out = layer(tokens_of(rank, 11), None, tokens)
+        found.append((out, layer.num_collectives - calls))
+    bootstrap.stop(topology)
+    return found
+
+
+def test_a_step_of_few_tokens_is_not_cut():
+    # Top-2 on two ranks: as many rows a rank as tokens; 4 chunks of 256 rows need 1,024.
+    for found in run_ranks(cut_or_not, 2, [None, 22, 1023, 1024]):
+        assert [calls for _, calls in found] == [9, 3, 3, 9]
+        assert all(torch.equal(out, found[0][0]) for out, _ in found)

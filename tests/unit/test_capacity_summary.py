@@ -8,7 +8,7 @@ import json
 
 from engine.capacity_summary import describe, print_capacity
 from engine.config import CapacityConfig
-from engine.profiling.report import LayerReport, RankReport, RunReport
+from engine.profiling.report import LayerReport, LayerTotals, RankReport, RunReport
 from engine.progress import Summary, make_console
 
 TOKEN_DROP = CapacityConfig(policy="token_drop", factor="1.5")
@@ -52,6 +52,12 @@ def run(layers: list[LayerReport], ranks: int = 2, imbalance: float = 1.87) -> R
         max_over_mean=imbalance,
         max_over_mean_after=1.24,
         speed_bound=1.51,
+        totals=LayerTotals(
+            added=sum(layer.added for layer in layers),
+            orphans=sum(layer.orphans for layer in layers),
+            gate_mass_kept=0.935,
+            drop_rate=sum(layer.drop_rate for layer in layers) / len(layers),
+        ),
     )
 
 
@@ -64,8 +70,8 @@ def printed(report: RunReport, capacity: CapacityConfig) -> str:
 def test_one_sentence_says_what_was_dropped_and_gained():
     assert describe(run([layer(0), layer(1, dropped=84)]), TOKEN_DROP) == (
         "token_drop at gamma 1.5 (expert scope, global consensus) dropped 10.0% of the 2,000 "
-        "competing assignments; over the run the most loaded rank had 1.24x the mean rows instead "
-        "of 1.87x: MoE layers at most 1.51x faster."
+        "competing assignments; over the run the most loaded rank worked on 33.8% fewer rows "
+        "(max/mean 1.87 -> 1.24): MoE layers at most 1.51x faster."
     )
     expanded = CapacityConfig(policy="expanded_drop", factor="1.5")
     assert "and added 40 on idle local experts" in describe(run([layer(0, added=40)]), expanded)
@@ -76,6 +82,12 @@ def test_extras_that_slow_the_layers_down_are_named_with_their_remedy():
     slower = dataclasses.replace(run([layer(0, added=900)]), speed_bound=0.8)
     text = describe(slower, expanded)
     assert "MoE layers 1.25x SLOWER" in text and "moe.capacity.extras=dropped" in text
+
+
+def test_the_last_row_is_the_whole_run():
+    text = printed(run([layer(number, added=2) for number in range(9)]), TOKEN_DROP)
+    (row,) = [line.split() for line in text.splitlines() if "all 9" in line]
+    assert row == ["all", "9", "1.87", "->", "1.24", "11.6%", "18", "27", "0.935"]
 
 
 def test_the_table_has_every_layer_or_the_six_that_dropped_most():
@@ -97,6 +109,8 @@ def test_an_imbalanced_run_without_a_policy_is_told_what_one_would_bound():
     none = CapacityConfig()
     text = printed(run([layer(0)]), none)
     assert "--set moe.capacity.policy=token_drop" in text and "1.87x" in text
+    # A factor above the imbalance drops next to nothing; only 1 can reach the bound it promises.
+    assert "--set moe.capacity.factor=1," in " ".join(text.split())
     assert printed(run([layer(0)], imbalance=1.2), none) == ""
     assert printed(run([layer(0)], ranks=1), none) == "", "one rank waits for nobody"
 
