@@ -11,9 +11,8 @@ Step 3 of `layer.py` when a capacity policy is on. In order:
 Equal claims at a cut are the exception that costs a second round; then all ranks see the same flag
 and all go round again.
 
-Legend: T tokens on this rank, K top-k, X extra columns (most experts on any rank), M columns of the
-result (K, or K + e), N claims (T * K, or T * (K + X) when extras compete), E experts, e experts on
-this rank, P pools, W expert-parallel ranks.
+Legend: T tokens on this rank, K top-k, M columns of the result (K, or K + e), N columns that
+compete, E experts, e experts on this rank, P pools, W expert-parallel ranks.
 """
 
 from __future__ import annotations
