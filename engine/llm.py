@@ -31,6 +31,7 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
 from engine.distributed.groups import Topology
 from engine.kv_cache import BlockPool
+from engine.latency import timed
 from engine.layers.kv import KVCache
 from engine.loop import GenerationLoop, OnStep, Sink
 from engine.memory import MoEShape, num_kv_blocks, row_bound
@@ -173,7 +174,7 @@ class LLM:
             layer.account.take()
         self._telemetry.loads.clear()
         began = time.monotonic()
-        loop.run(source, _timed(sink, latencies), on_step, stop_signal)
+        loop.run(source, timed(sink, latencies), on_step, stop_signal)
         return run_report(
             time.monotonic() - began,
             loop.totals,
@@ -298,20 +299,3 @@ def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype
         return getattr(torch, name)
     own = getattr(hf_config, "dtype", None)
     return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
-
-
-def _timed(sink: Sink, latencies: dict[str, list[float]]) -> Sink:
-    """Wrap a sink so that it notes each completion's latencies, in seconds."""
-
-    def deliver(completions: list[Completion]) -> None:
-        for item in completions:
-            timing = item.timing
-            if timing is None or timing.first_token is None or timing.finished is None:
-                continue
-            latencies["ttft"].append(timing.first_token - timing.arrived)
-            if item.completion_tokens > 1:
-                span = timing.finished - timing.first_token
-                latencies["tpot"].append(span / (item.completion_tokens - 1))
-        sink(completions)
-
-    return deliver

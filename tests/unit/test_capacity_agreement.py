@@ -66,7 +66,7 @@ def test_expanded_drop_is_the_references(case):
     assert_same(case)
 
 
-@MANY
+@settings(MANY, max_examples=2000)
 @given(cases(consensus="global"))
 def test_gather_and_radix_find_identical_sets(case):
     tokens = make_tokens(case)
