@@ -50,6 +50,7 @@ setup(
         "transformers>=5.20,<6",
         "PyYAML>=6.0.1,<7",
         "rich>=13.7,<16",
+        "prometheus-client>=0.20,<1",
         "deepspeed>=0.18,<0.20",
         "megatron-core>=0.16,<0.20",
         "mpi4py>=4.0,<5",

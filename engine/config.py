@@ -157,9 +157,18 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerConfig:
-    """What the profiler measures."""
+    """What the profiler measures, and where it tells."""
 
     enabled: bool = True
+    spans: str | None = None  # a folder: every rank writes the spans of every step there
+    spans_mib: float = field(default=64.0, metadata=_POSITIVE)  # of one rank's span files; the
+    # newest steps are kept
+    metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics there; null: nobody
+        default=None, metadata=rule("a port, 0 to 65535; 0: any free one", lambda v: 0 <= v < 65536)
+    )
+    metrics_host: str = field(  # the address it listens at
+        default="127.0.0.1", metadata=rule("an address", bool)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

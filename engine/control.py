@@ -47,8 +47,8 @@ _NUM_WORDS = 8
 class ControlPlane:
     """Exchanges control words over one group.
 
-    num_stamps: collectives of a step that have stamps. num_layers: MoE layers, whose row counts of
-    the step before ride along.
+    num_stamps: collectives of a step that have stamps; those that a step has beyond have none.
+    num_layers: MoE layers, whose row counts of the step before ride along.
     """
 
     def __init__(self, group: Group, num_stamps: int, num_layers: int, offset: ClockOffset) -> None:
@@ -74,7 +74,7 @@ class ControlPlane:
         if rows:
             vector[last:] = rows
         if spans is not None:
-            stamps = spans.starts[spans.collectives][: self._num_stamps]
+            stamps = spans.arrivals[: self._num_stamps]
             vector[_NUM_WORDS] = spans_step
             vector[_NUM_WORDS + 1 :][: len(stamps)] = stamps + self._offset.nanoseconds
         gathered = all_gather_rows(torch.from_numpy(vector)[None], self._group).numpy()
@@ -94,5 +94,10 @@ class ControlPlane:
         rows_WL = gathered[:, last:] if rows else None
         if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():
             return everyone, rows_WL, None
-        arrivals = gathered[:, _NUM_WORDS + 1 : last][:, : len(spans.collectives)]
+        arrivals = gathered[:, _NUM_WORDS + 1 : last][:, : len(spans.arrivals)]
         return everyone, rows_WL, arrivals - self._offset.nanoseconds
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this rank sends in an exchange."""
+        return 8 * (_NUM_WORDS + 1 + self._num_stamps + self._num_layers) * (self._group.size - 1)

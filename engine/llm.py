@@ -34,15 +34,19 @@ from engine.kv_cache import BlockPool
 from engine.latency import timed
 from engine.layers.kv import KVCache
 from engine.loop import GenerationLoop, OnStep, Sink
-from engine.memory import MoEShape, num_kv_blocks, row_bound
+from engine.measuring import open_outlets
+from engine.memory import num_kv_blocks
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
 from engine.preflight import check_runnable
+from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
+from engine.profiling.outlets import Outlets
 from engine.profiling.phases import make_clock
 from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import Completion, Request, SamplingParams
+from engine.row_buffers import reserve_rows
 from engine.runner import Runner
 from engine.safetensors_file import read_catalog
 from engine.scheduler import Scheduler
@@ -81,7 +85,7 @@ class LLM:
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
         stamps = 1 + sum(1 + 2 * layer.num_chunks for layer in self.model.moe_layers)
         stamps = stamps if config.profiler.enabled else 0
-        offset = measure_clock_offset(topology.control, topology.host)
+        self._clock_offset = offset = measure_clock_offset(topology.control, topology.host)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
 
     @property
@@ -155,6 +159,8 @@ class LLM:
         complete on every rank.
         """
         capacity = self.config.moe.capacity
+        outlets = self._on_all_ranks(self._open_outlets)
+        profile = Collector(self.model.num_layers, self.topology.expert.size)
         loop = GenerationLoop(
             self._runner,
             self._scheduler,
@@ -163,6 +169,8 @@ class LLM:
             self._telemetry,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
+            profile=profile,
+            outlets=outlets,
             assignments_per_token=sum(layer.spec.router.top_k for layer in self.model.moe_layers),
             capacity_phases=() if capacity.policy == "none" else capacity.phases,
         )
@@ -174,10 +182,14 @@ class LLM:
             layer.account.take()
         self._telemetry.loads.clear()
         began = time.monotonic()
-        loop.run(source, timed(sink, latencies), on_step, stop_signal)
+        try:
+            loop.run(source, timed(sink, latencies), on_step, stop_signal)
+        finally:
+            outlets.close()
         return run_report(
             time.monotonic() - began,
             loop.totals,
+            profile,
             latencies,
             self._telemetry.loads,
             self.topology,
@@ -190,6 +202,8 @@ class LLM:
             },
             preemptions=self._scheduler.num_preemptions - preempted,
             drops={layer.layer: layer.account.take() for layer in layers},
+            policy=capacity.policy,
+            clock_error=self._clock_offset.error * 1e-9,
         )
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
@@ -203,7 +217,7 @@ class LLM:
         for layer in self.model.moe_layers:
             layer.set_capacity(capacity)
         self.config = config
-        self._reserve_rows()
+        reserve_rows(self.model, config, self.topology)
 
     def record_decisions(self) -> list[LayerDecision]:
         """Record every later decision of capacity on this rank's tokens, into the returned list."""
@@ -213,6 +227,9 @@ class LLM:
         """Leave the run this engine has joined. Safe to call twice."""
         if self._owns_topology:
             bootstrap.stop(self.topology)
+
+    def _open_outlets(self) -> Outlets:
+        return open_outlets(self.config, self.topology, self.model, self._clock_offset)
 
     def _build(self) -> CausalLM:
         from transformers import AutoConfig
@@ -242,7 +259,7 @@ class LLM:
     def _build_cache(self) -> tuple[Runner, Scheduler]:
         config, model, topology = self.config.scheduler, self.model, self.topology
         dtype = model.embedding_VD.dtype
-        reserve = self._reserve_rows()
+        reserve = reserve_rows(model, self.config, topology)
         num_blocks = num_kv_blocks(
             config,
             bytes_per_block=model.kv_spec.bytes_per_block(config.block_size, dtype),
@@ -254,32 +271,6 @@ class LLM:
         cache = KVCache(model.kv_spec, num_blocks, config.block_size, topology.device, dtype)
         pool = BlockPool(num_blocks, config.block_size)
         return Runner(model, cache, topology.device), Scheduler(config, pool, model.max_model_len)
-
-    def _reserve_rows(self) -> int:
-        """Make the MoE layers' row buffers where capacity bounds them; return the bytes that the
-        layers' activations may still take.
-        """
-        model, config = self.model, self.config
-        if not model.moe_layers:
-            return 0
-        layer, capacity = model.moe_layers[0], config.moe.capacity
-        shape = MoEShape(
-            num_ranks=self.topology.expert.size,
-            top_k=layer.spec.router.top_k,
-            num_experts=layer.spec.router.num_experts,
-            num_local_experts=layer.num_local_experts,
-            hidden=layer.spec.hidden,
-            ffn=layer.spec.ffn,
-        )
-        limits = config.scheduler
-        bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
-        dtype = model.embedding_VD.dtype
-        needed = bound.activation_bytes(shape, dtype)
-        if capacity.policy == "none":
-            return needed
-        workspace = model.workspace
-        workspace.reserve(bound.sent, bound.received, shape.hidden, dtype, self.topology.device)
-        return needed - workspace.num_bytes
 
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """Run `make` on every rank; where it fails on any, fail on all with who and why."""

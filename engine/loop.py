@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from engine.competition import build_moe_step, capacity_uses, count_competing
@@ -29,10 +28,11 @@ from engine.detokenizer import TokenDecoder
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
 from engine.interrupts import Stopped
+from engine.profiling.collector import Collector
+from engine.profiling.outlets import Outlets
 from engine.profiling.phases import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
-from engine.profiling.waiting import waiting_seconds
 from engine.request import CapacityUse, Completion, Request
 from engine.runner import Runner
 from engine.sampler import NonFiniteLogitsError, sample, token_logprobs
@@ -50,10 +50,8 @@ OnStep = Callable[[StepReport], None]
 
 @dataclass(slots=True)
 class Totals:
-    """What one rank counted over a run. phase_seconds: float64 [len(Phase)]."""
+    """What one rank counted over a run."""
 
-    phase_seconds: np.ndarray
-    waiting_seconds: float = 0.0
     steps: int = 0
     tokens_prefill: int = 0
     tokens_decode: int = 0
@@ -73,13 +71,19 @@ class GenerationLoop:
         *,
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
+        profile: Collector,
+        outlets: Outlets | None = None,
         assignments_per_token: int,
         capacity_phases: Collection[ConfigPhase] = (),
     ) -> None:
-        """assignments_per_token: top-k over all MoE layers. capacity_phases: the phases whose
-        tokens compete for expert capacity; none without a capacity policy.
+        """profile: takes every step's spans. outlets: where they go besides.
+        assignments_per_token: top-k over all MoE layers. capacity_phases: the phases whose tokens
+        compete for expert capacity; none without a capacity policy.
         """
-        self.totals = Totals(np.zeros(len(Phase)))
+        self.totals = Totals()
+        self.profile = profile
+        self._outlets = outlets or Outlets()
+        self._tokens_run = (0, 0)  # this rank's prefill and decode tokens of the last step
         self._runner = runner
         self._scheduler = scheduler
         self._control = control
@@ -110,6 +114,7 @@ class GenerationLoop:
         """
         began, exhausted = time.monotonic(), False
         clock, loads = self._telemetry.clock, self._telemetry.loads
+        self._outlets.start(loads)
         while True:
             clock.enter(Phase.OTHER)
             exhausted = self._admit(source, sink) or exhausted
@@ -120,14 +125,16 @@ class GenerationLoop:
             if not any(words.busy for words in everyone):
                 break
             self._deliver(self._advance(step, everyone), sink)
-            clock.close_step()
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
+            report = _report(self.totals.steps, everyone, loads.reset_step(), began)
+            self._outlets.update(report, self.profile, loads)
             if on_step is not None:
-                on_step(_report(self.totals.steps, everyone, loads.reset_step(), began))
+                on_step(report)
+            clock.close_step()
         clock.close_step()
         while (spans := clock.read()) is not None:
-            self.totals.phase_seconds += spans.seconds_by_phase()
+            self.profile.add(spans, None)
 
     def _admit(self, source: RequestSource, sink: Sink) -> bool:
         """Fill the scheduler's room from the source; True when the source is dry."""
@@ -190,7 +197,8 @@ class GenerationLoop:
         self.totals.tokens_prefill += words.tokens_prefill
         self.totals.tokens_decode += words.tokens_decode
         spans = clock.read()
-        clock.enter(Phase.CONTROL)
+        clock.meet(Phase.CONTROL)
+        clock.sent(self._control.num_bytes)
         everyone, rows_WL, arrivals = self._control.exchange(
             words, self._telemetry.loads.take_rows(), spans, self._spans_read
         )
@@ -199,9 +207,10 @@ class GenerationLoop:
             self._telemetry.loads.settle(rows_WL)
         if spans is not None:
             self._spans_read += 1
-            self.totals.phase_seconds += spans.seconds_by_phase()
-            if arrivals is not None:
-                self.totals.waiting_seconds += waiting_seconds(spans, arrivals)
+            self.profile.add(spans, arrivals)
+            tokens, loads = self._tokens_run, self._telemetry.loads
+            self._outlets.write(self._spans_read, spans, arrivals, tokens, loads)
+        self._tokens_run = (words.tokens_prefill, words.tokens_decode)
         return everyone
 
     def _advance(self, step: Step, everyone: list[ControlWords]) -> list[Sequence]:

@@ -8,7 +8,6 @@ counted itself. The last table is the straggler's: the slowest rank sets the tim
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,17 +23,13 @@ from rich.table import Table
 
 from engine.capacity_summary import print_capacity
 from engine.config import CapacityConfig
-from engine.profiling.report import RankReport, RunReport, StepReport
+from engine.profiling.report import RunReport, StepReport
+from engine.straggler_summary import print_stragglers
 
 _WIDTH = 100
 _LINE_EVERY_S = 5.0
 _BAR_EVERY_S = 0.2
 _RATE_OVER_S = 5.0
-_COMPUTE = ("attention", "experts")
-# A rank is called slow when it computes this much longer than the others and when the difference
-# is this share of its run; less is noise.
-_SLOW, _MATTERS = 1.1, 0.02
-_ENOUGH_S = 0.5  # seconds of compute below which a difference is noise
 _HEADINGS = {"communication": "communi-\ncation"}
 
 
@@ -153,7 +148,6 @@ class Summary:
         values["capacity"] = asdict(self.capacity)
         if self.run is not None:
             values["run"] = asdict(self.run) | {"latencies": percentiles(self.run)}
-            values["slowest_rank"] = slowest_rank(self.run.ranks)
         return json.dumps(values, indent=2) + "\n"
 
 
@@ -169,40 +163,6 @@ def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
     }
 
 
-def slowest_rank(ranks: list[RankReport]) -> str | None:
-    """Name the rank that the others wait for and why, in words.
-
-    None when they are about even, or when the run is too short for a rank's speed to show.
-    Compares the time that ranks compute (attention and experts), never the time in collectives:
-    a slow rank waits for its peers too.
-    """
-    if len(ranks) < 2:
-        return None
-    compute = [sum(rank.seconds.get(kind, 0.0) for kind in _COMPUTE) for rank in ranks]
-    slow = max(range(len(ranks)), key=compute.__getitem__)
-    others = [place for place in range(len(ranks)) if place != slow]
-    mean = statistics.fmean(compute[place] for place in others)
-    excess = compute[slow] - mean
-    if compute[slow] < _ENOUGH_S:
-        return None
-    if excess <= _MATTERS * sum(ranks[slow].seconds.values()) or compute[slow] < _SLOW * mean:
-        return None
-    rows = statistics.fmean(ranks[place].expert_rows for place in others)
-    share = ranks[slow].expert_rows / rows if rows else 1.0
-    # Rows are the cause when they explain most of the time: compute grows no faster than they do.
-    cause = (
-        f"its experts had {share:.2f}x the others' rows"
-        if (share - 1) * mean >= 0.5 * excess
-        else f"with {share:.2f}x the others' expert rows, so the rank itself is slow"
-    )
-    waited = statistics.fmean(ranks[place].seconds.get("waiting", 0.0) for place in others)
-    return (
-        f"Rank {ranks[slow].rank} ({ranks[slow].host}) is the slowest: it computed for "
-        f"{compute[slow]:.2f} s, {excess:.2f} s longer than the others on average, who waited "
-        f"{waited:.2f} s; {cause}."
-    )
-
-
 def print_summary(console: Console, summary: Summary) -> None:
     """Print throughput, latency and where each rank's time went."""
     run = summary.run
@@ -212,8 +172,7 @@ def print_summary(console: Console, summary: Summary) -> None:
             console.print(_latency(latencies))
         console.print(_ranks(run))
         print_capacity(console, run, summary.capacity)
-        if sentence := slowest_rank(run.ranks):
-            console.print(sentence, highlight=False)
+        print_stragglers(console, run)
     words = [f"{summary.total} requests"]
     if summary.resumed:
         words.append(f"{summary.resumed} of them by earlier runs")

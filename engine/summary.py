@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
 from engine.loop import Totals
+from engine.profiling.collector import Collector, PhaseTotals
 from engine.profiling.loads import LayerDrops, LoadCounter
-from engine.profiling.report import LayerReport, LayerTotals, RankReport, RunReport
+from engine.profiling.phases import Phase
+from engine.profiling.report import (
+    LayerReport,
+    LayerTotals,
+    PhaseReport,
+    RankReport,
+    RunReport,
+)
+from engine.profiling.straggler import Analysis, RankBlame, RankProfile, analyse
+from engine.profiling.verdict import HotExpert, verdicts
 from engine.profiling.waiting import breakdown
 
 
 @dataclass(slots=True)
 class _Share:
-    """What one rank hands in. after: layer -> first expert and rows of each of its experts.
-    traffic: layer -> bytes sent, collectives called.
+    """What one rank hands in. traffic: layer -> bytes sent, collectives called. clock_error: of its
+    clock against the others', seconds.
     """
 
     rank: RankReport
+    profile: RankProfile
     replica: int
     latencies: dict[str, list[float]]
     seconds: float
-    after: dict[int, tuple[int, list[int]]]
+    clock_error: float
     drops: dict[int, LayerDrops]
     traffic: dict[int, tuple[int, int]]
 
@@ -33,6 +44,7 @@ class _Share:
 def run_report(
     seconds: float,
     totals: Totals,
+    profile: Collector,
     latencies: dict[str, list[float]],
     loads: LoadCounter,
     topology: Topology,
@@ -40,13 +52,17 @@ def run_report(
     traffic: dict[int, tuple[int, int]],
     preemptions: int,
     drops: dict[int, LayerDrops],
+    policy: str = "none",
+    clock_error: float = 0.0,
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
     of this rank's own group.
 
     traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
-    capacity did to this rank's own tokens. Collective over all ranks: every rank must call.
+    capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
+    Collective over all ranks: every rank must call.
     """
+    phases = profile.totals()
     own = _Share(
         rank=RankReport(
             rank=topology.world.rank,
@@ -57,25 +73,39 @@ def run_report(
             bytes_sent=sum(sent for sent, _ in traffic.values()),
             num_collectives=sum(called for _, called in traffic.values()),
             preemptions=preemptions,
-            seconds=breakdown(totals.phase_seconds, totals.waiting_seconds),
+            seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
+            phases=_phases(phases),
+        ),
+        profile=RankProfile(
+            rank=topology.world.rank,
+            host=topology.host,
+            totals=phases,
+            experts=profile.experts.table,
+            attention=profile.attention.table,
+            loads_after={
+                layer: (load.first_expert, load.own_after.tolist())
+                for layer, load in loads.layers.items()
+            },
         ),
         replica=topology.replica,
         latencies=latencies,
         seconds=seconds,
-        after={
-            layer: (load.first_expert, load.own_after.tolist())
-            for layer, load in loads.layers.items()
-        },
+        clock_error=clock_error,
         drops=drops,
         traffic=traffic,
     )
     everyone: list[_Share] = gather_objects(own, topology.world)
     group = [share for share in everyone if share.replica == topology.replica]
-    layers = _layers(loads, group)
+    imbalance_L = np.ones(len(phases.seconds))
+    for layer, load in loads.layers.items():
+        imbalance_L[layer + 1] = load.max_over_mean_after
+    analysis = analyse([share.profile for share in group], profile.charges(), imbalance_L)
+    blamed = {blame.rank: blame for blame in analysis.ranks}
+    layers = _layers(loads, group, analysis)
     return RunReport(
         seconds=max(share.seconds for share in everyone),
         steps=totals.steps,
-        ranks=[share.rank for share in everyone],
+        ranks=[_blame(share.rank, blamed.get(share.rank.rank)) for share in everyone],
         layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
@@ -85,16 +115,57 @@ def run_report(
             key: [value for share in everyone for value in share.latencies[key]]
             for key in latencies
         },
+        verdict=verdicts(analysis, _hottest(group), policy),
+        lost=analysis.lost,
+        clock_error=max(share.clock_error for share in everyone),
     )
 
 
-def _layers(loads: LoadCounter, group: Sequence[_Share]) -> list[LayerReport]:
+def _phases(totals: PhaseTotals) -> dict[str, PhaseReport]:
+    return {
+        phase.name.lower(): PhaseReport(
+            seconds=float(totals.seconds[:, phase].sum()),
+            waiting=float(totals.waiting[:, phase].sum()),
+            tokens=int(totals.tokens[:, phase].sum()),
+            bytes_sent=int(totals.num_bytes[:, phase].sum()),
+        )
+        for phase in Phase
+        if totals.calls[:, phase].any()
+    }
+
+
+def _blame(report: RankReport, blame: RankBlame | None) -> RankReport:
+    """Add what the analysis says; ranks of other replicas are analysed by their own."""
+    if blame is None:
+        return report
+    return replace(
+        report, slowness=blame.slowness, late_share=blame.late_share, lost=dict(blame.lost)
+    )
+
+
+def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
+    """The expert of every rank that stands out most in its layer, after capacity."""
+    found: dict[int, HotExpert] = {}
+    for layer in group[0].profile.loads_after:
+        shares = [share.profile.loads_after[layer] for share in group]
+        mean = sum(sum(rows) for _, rows in shares) / max(1, sum(len(rows) for _, rows in shares))
+        for share, (first, rows) in zip(group, shares, strict=True):
+            rank = share.rank.rank
+            for expert, count in enumerate(rows, first):
+                over = count / mean if mean else 0.0
+                if over > (found[rank].over_mean if rank in found else 0.0):
+                    found[rank] = HotExpert(layer, expert, over)
+    return found
+
+
+def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> list[LayerReport]:
+    seconds_LP = np.mean([share.profile.totals.seconds for share in group], axis=0)
     reports = []
     for layer, load in sorted(loads.layers.items()):
         after = np.zeros_like(load.experts)
         drops = LayerDrops()
         for share in group:
-            first, rows = share.after[layer]
+            first, rows = share.profile.loads_after[layer]
             after[first : first + len(rows)] += rows
             drops.add(share.drops.get(layer, LayerDrops()))
         reports.append(
@@ -114,6 +185,12 @@ def _layers(loads: LoadCounter, group: Sequence[_Share]) -> list[LayerReport]:
                 drop_rate=_ratio(drops.dropped, drops.routed, nothing=0.0),
                 bytes_sent=sum(share.traffic[layer][0] for share in group),
                 num_collectives=group[0].traffic[layer][1],
+                seconds={
+                    phase.name.lower(): float(seconds_LP[layer + 1, phase])
+                    for phase in Phase
+                    if seconds_LP[layer + 1, phase]
+                },
+                lost=analysis.layers[layer],
             )
         )
     return reports

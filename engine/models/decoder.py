@@ -155,13 +155,13 @@ class CausalLM(nn.Module):
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
         next_norms = [*(layer.input_norm_D for layer in layers[1:]), self.final_norm_D]
-        for layer, k_cache, v_cache, next_norm_D in zip(
-            layers, kv.keys, kv.values, next_norms, strict=True
+        for index, (layer, k_cache, v_cache, next_norm_D) in enumerate(
+            zip(layers, kv.keys, kv.values, next_norms, strict=True)
         ):
-            clock.enter(Phase.ATTENTION)
+            clock.enter(Phase.ATTENTION, index, num_tokens)
             if num_tokens:
                 x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache)
-            clock.enter(Phase.OTHER)
+            clock.enter(Phase.OTHER, index)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             mlp = layer.mlp
             sparse = isinstance(mlp, MoELayer)

@@ -124,18 +124,28 @@ class CapacityAgreement:
             ValueError: a router score is NaN or infinite on some rank; on every rank.
         """
         clock, consensus = clock or NoClock(), self._consensus
-        clock.enter(Phase.PLAN)
+        layer, sent = self._layer, self.collectives.bytes_sent
+        clock.enter(Phase.PLAN, layer)
         claims = self._claims.make(routing, step)
-        if consensus.communicates and meanwhile is None:
-            clock.enter(Phase.CONSENSUS)
+        started = None
+        if consensus.communicates:
+            if meanwhile is None:
+                clock.meet(Phase.CONSENSUS, layer)
+            else:
+                started = clock.arrive()
         round = consensus.begin(claims)
         if meanwhile is not None:
-            clock.enter(Phase.EXPERTS)
+            clock.enter(Phase.EXPERTS, layer)
             meanwhile()
-            clock.enter(Phase.CONSENSUS if consensus.communicates else Phase.PLAN)
+            if started is not None:
+                clock.meet(Phase.CONSENSUS, layer, collective=started)
+            else:
+                clock.enter(Phase.PLAN, layer)
         round.wait()
+        if consensus.communicates:
+            clock.sent(self.collectives.bytes_sent - sent)
         if round.complete:
-            clock.enter(Phase.PLAN)
+            clock.enter(Phase.PLAN, layer)
         exact = False
         while True:
             verdict = round.verdict(exact=exact)
@@ -204,9 +214,11 @@ class CapacityAgreement:
         before_E = claims.count_codes()[: 2 * num_experts].view(2, num_experts).sum(0)
         own = torch.cat((order.load_E, before_E, claims.bad, tied[None]))
         if not self._consensus.communicates:
-            clock.enter(Phase.CONSENSUS)
+            clock.meet(Phase.CONSENSUS, self._layer)
+        sent = self.collectives.bytes_sent
         gathered = self.collectives.all_gather(own).wait()
-        clock.enter(Phase.PLAN)
+        clock.sent(self.collectives.bytes_sent - sent)
+        clock.enter(Phase.PLAN, self._layer)
         return gathered
 
     def _check_finite(self, bad_W: np.ndarray) -> None:

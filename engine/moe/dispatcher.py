@@ -74,7 +74,11 @@ class Dispatcher:
         work = dist.all_to_all_single(
             into, rows, recv_splits, send_splits, group=group.handle, async_op=True
         )
-        remote = rows.shape[0] - send_splits[group.rank]
-        self._collectives.bytes_sent += remote * rows.shape[1] * rows.element_size()
+        self._collectives.bytes_sent += self.remote_bytes(rows, send_splits)
         self._collectives.num_collectives += 1
         return Started(work, into)
+
+    def remote_bytes(self, rows: torch.Tensor, send_splits: list[int]) -> int:
+        """Bytes of `rows` that go to other ranks."""
+        remote = rows.shape[0] - send_splits[self._group.rank]
+        return remote * rows.shape[1] * rows.element_size()

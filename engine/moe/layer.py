@@ -123,7 +123,7 @@ class MoELayer(nn.Module):
         self.shared = shared
         backend = choose_backend(config.experts.backend, device, dtype)
         self._run_experts = make_backend(backend, self.experts)
-        self._pipeline = Pipeline(self._dispatcher, self._run_experts)
+        self._pipeline = Pipeline(self._dispatcher, self._run_experts, layer)
         self.set_capacity(config.capacity)
 
     @property
@@ -179,8 +179,8 @@ class MoELayer(nn.Module):
         the same on every rank: few are not cut into chunks. None: cut as configured.
         """
         clock = self.telemetry.clock
-        clock.enter(Phase.GATE)
         own_TD = self._slice.take(x_TD)
+        clock.enter(Phase.GATE, self.layer, own_TD.shape[0])
         routing = self.route(own_TD)
         shared: list[torch.Tensor] = []
         meanwhile = None
@@ -192,9 +192,9 @@ class MoELayer(nn.Module):
         plans, weights_TM = self.agree(routing, step, meanwhile, layout)
         out_TD = self.run(own_TD, plans, weights_TM)
         if module is not None:
-            clock.enter(Phase.EXPERTS)
+            clock.enter(Phase.EXPERTS, self.layer)
             out_TD = out_TD + (shared[0] if shared else module(own_TD))
-        clock.enter(Phase.OTHER)
+        clock.enter(Phase.OTHER, self.layer)
         return self._slice.regather(out_TD, x_TD.shape[0])
 
     def route(self, x_TD: torch.Tensor) -> Routing:
@@ -233,11 +233,13 @@ class MoELayer(nn.Module):
     def _exchange(self, routing: Routing, layout: ExpertLayout) -> list[DispatchPlan]:
         """Dropless: exchange loads and freeze the plans. Collective."""
         clock = self.telemetry.clock
-        clock.enter(Phase.PLAN)
+        clock.enter(Phase.PLAN, self.layer)
         order = layout.sort(routing.topk_ids_TK)
-        clock.enter(Phase.CONSENSUS)
+        clock.meet(Phase.CONSENSUS, self.layer)
+        sent = self._collectives.bytes_sent
         counts_WE = self._dispatcher.exchange_counts(order.load_E)
-        clock.enter(Phase.PLAN)
+        clock.sent(self._collectives.bytes_sent - sent)
+        clock.enter(Phase.PLAN, self.layer)
         plans = layout.plans(order, counts_WE, self._group.rank)
         self._record(counts_WE, plans)
         return plans
@@ -281,7 +283,7 @@ class MoELayer(nn.Module):
         """
         clock = self.telemetry.clock
         rows_AD = self._pipeline.run(x_TD, plans, clock)
-        clock.enter(Phase.PLAN)
+        clock.enter(Phase.PLAN, self.layer)
         return combine_rows(rows_AD, plans[0].order.slot_TK, weights_TM)
 
 

@@ -73,9 +73,14 @@ class LayerDrops:
 
 @dataclass(slots=True)
 class LoadCounter:
-    """Collects `LayerLoad`s."""
+    """Collects `LayerLoad`s.
+
+    step: where it is a dict, the loads of the step that runs: layer -> rows of every expert before
+    capacity, of this rank's own after it.
+    """
 
     layers: dict[int, LayerLoad] = field(default_factory=dict)
+    step: dict[int, tuple[np.ndarray, list[int]]] | None = None
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0
@@ -104,6 +109,8 @@ class LoadCounter:
         totals.experts += before_E
         totals.own_after += own_after
         self._rows[layer] = sum(own_after)
+        if self.step is not None:
+            self.step[layer] = (before_E, own_after)
         slowest, mean = max(rank_before), sum(rank_before) / len(rank_before)
         totals.slowest += slowest
         totals.mean += mean

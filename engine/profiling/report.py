@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.profiling.verdict import Verdict
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -25,13 +27,27 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """One phase of one rank over a run. seconds: all of it; waiting: of them, for late peers.
+    tokens: that it worked on, rows in dispatch, experts and combine. bytes_sent: to other ranks.
+    """
+
+    seconds: float
+    waiting: float
+    tokens: int
+    bytes_sent: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankReport:
     """One rank's run.
 
     tokens_prefill, tokens_decode: tokens of its own requests. expert_rows: rows its experts worked
     on. bytes_sent, num_collectives: to other ranks and with them, by the MoE layers. preemptions:
     sequences whose K/V had to be computed again. seconds: keys attention, experts, communication,
-    waiting, other.
+    waiting, other. phases: the same time phase by phase. slowness: its seconds of compute over what
+    its peers would have needed for the same calls. late_share: share of the steps in which the
+    others lost most to this rank. lost: seconds that its being late cost the others, by cause.
     """
 
     rank: int
@@ -43,6 +59,10 @@ class RankReport:
     num_collectives: int
     preemptions: int
     seconds: dict[str, float]
+    phases: dict[str, PhaseReport] = field(default_factory=dict)
+    slowness: float = 1.0
+    late_share: float = 0.0
+    lost: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +74,8 @@ class LayerReport:
     assignments that competed for capacity; dropped, added: of them, and extras beside them.
     orphans: tokens that kept no expert. gate_mass_kept: share of the competing tokens' combine
     weights that survived, extras not counted. bytes_sent: to other ranks, by all ranks of the
-    group. num_collectives: that each rank called.
+    group. num_collectives: that each rank called. seconds: of each phase, a mean rank's, waiting
+    included. lost: seconds that a mean rank waited in this layer for late ones.
     """
 
     layer: int
@@ -72,6 +93,8 @@ class LayerReport:
     drop_rate: float = 0.0
     bytes_sent: int = 0
     num_collectives: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    lost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +126,9 @@ class RunReport:
     before capacity and after it. speed_bound: how much faster the MoE layers can have become by it,
     the sum of the most loaded rank's rows before over that after. latencies: seconds, keys `ttft`
     (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
-    two tokens or more: mean seconds per later token).
+    two tokens or more: mean seconds per later token). verdict: who was slow and why, of the rank's
+    own group. lost: seconds that its mean rank lost, by cause. clock_error: uncertainty of the
+    ranks' clocks against each other, seconds, the worst rank's.
     """
 
     seconds: float
@@ -115,3 +140,6 @@ class RunReport:
     speed_bound: float = 1.0
     totals: LayerTotals = field(default_factory=LayerTotals)
     latencies: dict[str, list[float]] = field(default_factory=dict)
+    verdict: list[Verdict] = field(default_factory=list)
+    lost: dict[str, float] = field(default_factory=dict)
+    clock_error: float = 0.0

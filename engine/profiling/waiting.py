@@ -16,18 +16,18 @@ import numpy as np
 from engine.profiling.phases import COLLECTIVE_PHASES, Phase, Spans
 
 
-def waiting_seconds(spans: Spans, arrivals_WC: np.ndarray) -> float:
-    """Seconds this rank waited for late peers in one step.
+def waiting_ns(spans: Spans, arrivals_WC: np.ndarray) -> np.ndarray:
+    """Nanoseconds of every span that this rank waited for late peers, int64 [n].
 
-    arrivals_WC: int64 [W, C], aligned nanoseconds at which each rank entered each of the step's C
-    collectives; -1 where a rank has no stamp. The row of this rank is one of them.
+    arrivals_WC: int64 [W, C], aligned nanoseconds at which each rank started each of the step's
+    first C collectives; negative where a rank has no stamp. This rank's is one of the rows.
     """
-    index = spans.collectives
-    if not len(index) or arrivals_WC.shape[1] != len(index):
-        return 0.0
-    durations = spans.ends[index] - spans.starts[index]
-    late = arrivals_WC.max(0) - spans.starts[index]
-    return float(np.clip(late, 0, durations).sum()) * 1e-9
+    waited = np.zeros_like(spans.starts)
+    index = np.flatnonzero((spans.collectives >= 0) & (spans.collectives < arrivals_WC.shape[1]))
+    last = arrivals_WC.max(0, initial=-1)[spans.collectives[index]]
+    starts, ends = spans.starts[index], spans.ends[index]
+    waited[index] = (last - starts).clip(0, ends - starts)
+    return waited
 
 
 def breakdown(phase_seconds: np.ndarray, waiting: float) -> dict[str, float]:

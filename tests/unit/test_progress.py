@@ -2,12 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console
 
 from engine.config import CapacityConfig
 from engine.profiling.report import LayerTotals, RankReport, RunReport, StepReport
-from engine.progress import Progress, Summary, percentiles, print_summary, slowest_rank
+from engine.profiling.verdict import Verdict
+from engine.progress import Progress, Summary, percentiles, print_summary
 
 
 def step(number: int, prefill: int = 0, decode: int = 0) -> StepReport:
@@ -130,38 +132,40 @@ def test_percentiles_by_hand():
     }
 
 
-def test_the_slow_rank_is_the_one_that_computes_longest_and_not_the_one_that_waits():
-    ranks = [rank(0, waiting=3.0), rank(1, experts=4.0, rows=100), rank(2, waiting=3.0)]
-    sentence = slowest_rank(ranks)
-    assert sentence is not None and sentence.startswith("Rank 1 (node) is the slowest")
-    assert "5.00 s, 3.00 s longer" in sentence and "waited 3.00 s" in sentence
-    assert "the rank itself is slow" in sentence
+def test_the_verdict_and_the_late_ranks_are_shown_with_what_they_cost():
+    late = replace(
+        rank(3), late_share=0.78, slowness=1.31, lost={"load": 0.25, "device": 1.5, "host": 0.0}
+    )
+    verdict = [Verdict("rank 3 computes 31% slower", "device", [3], 0.4)]
+    out = console()
+    print_summary(out, summary(run_report(rank(0), late, verdict=verdict)))
+    text = printed(out)
+    assert "Straggler: rank 3 computes 31% slower." in text
+    row = next(line for line in text.splitlines() if line.startswith(" 3 ") and "78%" in line)
+    assert row.split() == ["3", "78%", "+31%", "0.25", "0.00", "1.50", "0.00"]
 
 
-def test_a_rank_is_slow_because_its_experts_had_more_rows():
-    sentence = slowest_rank([rank(0, rows=100), rank(1, experts=3.0, rows=250)])
-    assert sentence is not None and "its experts had 2.50x the others' rows" in sentence
+def test_where_nobody_was_late_there_is_no_table_of_late_ranks():
+    out = console()
+    verdict = [Verdict("balanced", "balanced", [], 0.01)]
+    print_summary(out, summary(run_report(rank(0), rank(1), verdict=verdict)))
+    assert "Late rank" not in printed(out) and "Straggler: balanced." in printed(out)
 
 
-def test_a_little_more_rows_does_not_excuse_a_rank_that_takes_twice_the_time():
-    sentence = slowest_rank([rank(0, rows=100), rank(1, experts=3.0, rows=115)])
-    assert sentence is not None and "with 1.15x the others' expert rows" in sentence
-
-
-def test_no_rank_is_named_where_none_stands_out():
-    assert slowest_rank([rank(0)]) is None
-    assert slowest_rank([rank(0), rank(1, attention=1.05)]) is None
-    assert slowest_rank([rank(0, attention=0, experts=0), rank(1, attention=0, experts=0)]) is None
-    # Twice the time, but of a run that did something else all along.
-    small = [rank(0, experts=0, waiting=99.0), rank(1, attention=2.0, experts=0, waiting=99.0)]
-    assert slowest_rank(small) is None
+def test_of_many_ranks_the_eight_that_cost_most_are_shown():
+    ranks = [replace(rank(n), late_share=0.1, lost={"host": float(n)}) for n in range(10)]
+    out = console()
+    print_summary(out, summary(run_report(*ranks)))
+    table = printed(out)[printed(out).index("Late rank") :]
+    shown = [line.split()[0] for line in table.splitlines() if "10%" in line]
+    assert shown == [str(n) for n in range(2, 10)] and "2 ranks cost less" in table
 
 
 def test_the_summary_shows_throughput_latency_and_every_rank():
     out = console()
     print_summary(out, summary(run_report(rank(0), rank(1, experts=9.0, host="far"))))
     text = printed(out)
-    for part in ("15.0", "20.0", "200.0 ms", "298.0 ms", "10.0 ms", "far", "9.00", "Rank 1 (far)"):
+    for part in ("15.0", "20.0", "200.0 ms", "298.0 ms", "10.0 ms", "far", "9.00"):
         assert part in text, f"{part} is missing in\n{text}"
     assert "5 requests, 2 of them by earlier runs, 1 with an error record." in text
 

@@ -23,8 +23,8 @@ import pytest
 
 import engine.summary
 from engine.loop import Totals
+from engine.profiling.collector import Collector
 from engine.profiling.loads import LayerDrops, LoadCounter
-from engine.profiling.phases import Phase
 from engine.profiling.report import LayerTotals, RunReport
 from engine.summary import run_report
 
@@ -70,10 +70,11 @@ class Rank:
         topology: Any = SimpleNamespace(
             world=SimpleNamespace(rank=self.rank), replica=self.replica, host=f"host{self.rank}"
         )
-        totals = Totals(np.zeros(len(Phase)), steps=self.steps, tokens_prefill=10 + self.rank)
+        totals = Totals(steps=self.steps, tokens_prefill=10 + self.rank)
         return run_report(
             self.seconds,
             totals,
+            Collector(4, 2),
             self.latencies,
             self.loads,
             topology,

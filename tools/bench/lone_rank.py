@@ -111,7 +111,7 @@ class LoneRank(MoELayer):
         self.answered = AnsweredCollectives(rank, size)
         self._collectives = cast(GroupCollectives, self.answered)
         self._dispatcher = RowlessDispatcher(topology.expert, self._collectives, self.workspace)
-        self._pipeline = Pipeline(self._dispatcher, self._run_experts)
+        self._pipeline = Pipeline(self._dispatcher, self._run_experts, 0)
         own = slice(self.first_expert, self.first_expert + self.num_local_experts)
         with torch.no_grad():
             self.gate_weight_ED.copy_(weights.gate_ED)

@@ -1,0 +1,177 @@
+"""Collector: from the spans of every step to one rank's totals, layer by layer and phase by phase.
+
+`loop.py` hands it each step's spans, with every rank's arrivals where the control words have
+brought them. It adds up where this rank's time, tokens and bytes went, how long it waited, and for
+whom the group waited: at every collective the rank that arrived last is charged with what the
+others lost, on average, by its coming late. The charge depends on the exchanged arrivals alone, so
+every rank of the group holds the same numbers.
+
+Several steps are added up at a time: per step that costs microseconds.
+
+Worked example, 3 ranks that arrive at a COMBINE of layer 4 at 0, 2 and 8 ms: rank 2 is charged with
+8 - (0 + 2 + 8) / 3 = 4.67 ms of layer 4's experts.
+
+Legend: W ranks of the group, C collectives of a step, L layers + 1 (the first row is outside of the
+layers), P phases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.profiling.costs import CostCurve
+from engine.profiling.phases import Phase, Spans
+from engine.profiling.waiting import waiting_ns
+
+_BATCH = 16
+# Steps that charge nobody: kernels and connections are made in them.
+_WARM_UP = 2
+_NUM_PHASES = len(Phase)
+# Lost time of a step by size: bucket b holds [2^b, 2^(b+1)) microseconds.
+NUM_BUCKETS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseTotals:
+    """Totals of one rank, each [L, P]: seconds, seconds of them spent waiting for late peers,
+    tokens, bytes sent to other ranks, spans.
+    """
+
+    seconds: np.ndarray
+    waiting: np.ndarray
+    tokens: np.ndarray
+    num_bytes: np.ndarray
+    calls: np.ndarray
+
+    def by_phase(self) -> np.ndarray:
+        """float64 [P], seconds."""
+        return self.seconds.sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Charges:
+    """For whom the group waited; the same on every rank of it.
+
+    seconds: float64 [W, L, P], by the phase of the collective at which the rank came late. steps:
+    steps with arrivals of all ranks. late_steps: int64 [W], steps in which this rank cost the group
+    most, of those that lost a fiftieth of their length. lost, count: [W, NUM_BUCKETS], the rank's
+    charge a step by its size: seconds and steps. step_seconds: the length of all those steps.
+    """
+
+    seconds: np.ndarray
+    steps: int
+    late_steps: np.ndarray
+    lost: np.ndarray
+    count: np.ndarray
+    step_seconds: float
+
+
+class Collector:
+    """Adds up the steps of one run on one rank.
+
+    num_layers: decoder layers of the model. num_ranks: of the lockstep group.
+    """
+
+    def __init__(self, num_layers: int, num_ranks: int) -> None:
+        self._rows = num_layers + 1
+        cells = self._rows * _NUM_PHASES
+        self._sums = np.zeros((4, cells))  # ns, waiting ns, tokens, bytes
+        self._calls = np.zeros(cells, dtype=np.int64)
+        self._charge_WLP = np.zeros((num_ranks, cells))
+        self._late_W = np.zeros(num_ranks, dtype=np.int64)
+        self._lost_WB = np.zeros((num_ranks, NUM_BUCKETS))
+        self._count_WB = np.zeros((num_ranks, NUM_BUCKETS), dtype=np.int64)
+        self._step_ns = 0
+        self._seen = 0
+        self._steps = 0
+        self._pending: list[tuple[Spans, np.ndarray | None]] = []
+        self.experts = CostCurve()
+        self.attention = CostCurve()
+
+    def add(self, spans: Spans, arrivals_WC: np.ndarray | None) -> None:
+        """Count a step. arrivals_WC: int64 [W, C] as in `waiting.py`, None where unknown."""
+        self._pending.append((spans, arrivals_WC))
+        if len(self._pending) == _BATCH:
+            self._flush()
+
+    def totals(self) -> PhaseTotals:
+        """What was added so far."""
+        self._flush()
+        seconds, waiting, tokens, num_bytes = self._sums.reshape(4, self._rows, _NUM_PHASES)
+        return PhaseTotals(
+            seconds * 1e-9,
+            waiting * 1e-9,
+            tokens.astype(np.int64),
+            num_bytes.astype(np.int64),
+            self._calls.reshape(self._rows, _NUM_PHASES).copy(),
+        )
+
+    def charges(self) -> Charges:
+        """For whom the group waited so far."""
+        self._flush()
+        shape = (len(self._late_W), self._rows, _NUM_PHASES)
+        return Charges(
+            seconds=(self._charge_WLP * 1e-9).reshape(shape),
+            steps=self._steps,
+            late_steps=self._late_W.copy(),
+            lost=self._lost_WB * 1e-9,
+            count=self._count_WB.copy(),
+            step_seconds=self._step_ns * 1e-9,
+        )
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        steps = [spans for spans, _ in self._pending]
+        waits = [
+            np.zeros_like(spans.starts) if arrivals is None else waiting_ns(spans, arrivals)
+            for spans, arrivals in self._pending
+        ]
+        phases = np.concatenate([spans.phases for spans in steps])
+        cell = np.concatenate([spans.layers for spans in steps]) + 1
+        cell = cell * _NUM_PHASES + phases
+        durations = np.concatenate([spans.ends - spans.starts for spans in steps])
+        tokens = np.concatenate([spans.tokens for spans in steps])
+        num_bytes = np.concatenate([spans.num_bytes for spans in steps])
+        cells = len(self._calls)
+        for row, values in zip(
+            self._sums, (durations, np.concatenate(waits), tokens, num_bytes), strict=True
+        ):
+            row += np.bincount(cell, weights=values, minlength=cells)
+        self._calls += np.bincount(cell, minlength=cells)
+        for curve, phase in ((self.experts, Phase.EXPERTS), (self.attention, Phase.ATTENTION)):
+            of_phase = np.flatnonzero((phases == phase) & (tokens > 0))
+            curve.add(tokens[of_phase], durations[of_phase])
+        for spans, arrivals in self._pending:
+            if arrivals is not None and len(arrivals) > 1 and arrivals.shape[1]:
+                self._charge(spans, arrivals)
+        self._pending.clear()
+
+    def _charge(self, spans: Spans, arrivals_WC: np.ndarray) -> None:
+        """Charge the last rank of every collective of one step."""
+        self._seen += 1
+        if self._seen <= _WARM_UP:
+            return
+        length = arrivals_WC.shape[1]
+        waits = (spans.collectives >= 0) & (spans.collectives < length)
+        cell_C = np.zeros(length, dtype=np.int64)
+        cell_C[spans.collectives[waits]] = (spans.layers[waits] + 1) * _NUM_PHASES + spans.phases[
+            waits
+        ]
+        last_C = arrivals_WC.argmax(0)
+        lost_C = arrivals_WC.max(0) - arrivals_WC.mean(0)
+        np.add.at(self._charge_WLP, (last_C, cell_C), lost_C)
+        lost_W = np.bincount(last_C, weights=lost_C, minlength=len(self._late_W))
+        step_ns = int(spans.ends[-1] - spans.starts[0])
+        self._step_ns += step_ns
+        self._steps += 1
+        worst = int(lost_W.argmax())
+        if lost_W[worst] * 50 > step_ns:
+            self._late_W[worst] += 1
+        bucket_W = np.log2(np.maximum(lost_W, 1000.0) * 1e-3).astype(np.int64)
+        bucket_W = bucket_W.clip(0, NUM_BUCKETS - 1)
+        ranks = np.arange(len(lost_W))
+        self._lost_WB[ranks, bucket_W] += lost_W
+        self._count_WB[ranks, bucket_W] += 1

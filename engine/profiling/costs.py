@@ -1,0 +1,56 @@
+"""Cost curves: how long a rank's calls take at every size, so that ranks with unequal loads can be
+compared at equal load.
+
+Small calls are bound by the weights that they read and large ones by arithmetic: seconds a token
+alone says nothing about a device. So calls are put into buckets by their number of tokens (a bucket
+is a quarter of a doubling) and a rank's whole work is priced with its peers' curve.
+
+Worked example: peers need 2 ms for 100 tokens and 6 ms for 500. A rank that had 10 calls of 300 and
+spent 60 ms on them is priced at 10 * 4 ms, so it is 1.5 times slower than they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_PER_DOUBLING = 4
+_BUCKETS = 26 * _PER_DOUBLING
+
+
+class CostCurve:
+    """Calls of one kind on one rank: calls, tokens and seconds of every bucket."""
+
+    def __init__(self) -> None:
+        self.table = np.zeros((3, _BUCKETS))
+
+    def add(self, tokens_N: np.ndarray, nanoseconds_N: np.ndarray) -> None:
+        """Count calls: int64 [N] tokens, at least 1 each, and int64 [N] nanoseconds."""
+        bucket_N = (np.log2(tokens_N) * _PER_DOUBLING).astype(np.int64).clip(0, _BUCKETS - 1)
+        self.table[0] += np.bincount(bucket_N, minlength=_BUCKETS)
+        self.table[1] += np.bincount(bucket_N, weights=tokens_N, minlength=_BUCKETS)
+        self.table[2] += np.bincount(bucket_N, weights=nanoseconds_N, minlength=_BUCKETS) * 1e-9
+
+
+def price(own: np.ndarray, peers: Sequence[np.ndarray]) -> float:
+    """Seconds that the peers would have needed for `own`'s calls; nan where they had none.
+
+    own, peers: tables [3, buckets] of `CostCurve`. Several peers: each prices, the median counts.
+    Between its buckets a peer's curve is straight; below its smallest call it costs what that one
+    cost, above its largest one the seconds a token are those of that one.
+    """
+    calls, tokens = own[0], own[1]
+    used = calls > 0
+    prices = []
+    for table in peers:
+        known = table[0] > 0
+        if not known.any() or not used.any():
+            continue
+        sizes = table[1, known] / table[0, known]
+        seconds = table[2, known] / table[0, known]
+        mine = tokens[used] / calls[used]
+        each = np.interp(mine, sizes, seconds)
+        each = np.where(mine > sizes[-1], seconds[-1] * mine / sizes[-1], each)
+        prices.append(float((each * calls[used]).sum()))
+    return float(np.median(prices)) if prices else float("nan")

@@ -1,0 +1,161 @@
+"""Live metrics: rank 0 serves Prometheus' text format over HTTP while a job runs.
+
+The loop hands over a snapshot at most once a second; the server thread only reads the last one, so
+a scrape costs the job nothing. Label sets are bounded: of ranks and layers only the worst few are
+shown, whatever the size of the run. The numbers are those of rank 0's expert-parallel group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector as Source
+
+from engine.profiling.collector import Collector
+from engine.profiling.loads import LoadCounter
+from engine.profiling.phases import Phase
+from engine.profiling.report import StepReport
+
+_EVERY_S = 1.0
+WORST = 8
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What a scrape shows.
+
+    tokens: prefill, decode. phases: rank 0's seconds by phase; waited: of them, for late ranks.
+    late_W: share of the steps in which each rank of the group cost the others most. lost_W, lost_L:
+    seconds that the others waited for each rank, and in each layer. before, after: layer -> rows of
+    the most loaded rank over the mean rank.
+    """
+
+    steps: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    running: int = 0
+    waiting: int = 0
+    finished: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
+    ranks: tuple[int, ...] = ()
+    late_W: list[float] = field(default_factory=list)
+    lost_W: list[float] = field(default_factory=list)
+    lost_L: list[float] = field(default_factory=list)
+    before: dict[int, float] = field(default_factory=dict)
+    after: dict[int, float] = field(default_factory=dict)
+
+
+class Metrics(Source):
+    """Serves one run's metrics. ranks: global ranks of the group.
+
+    Raises:
+        OSError: nobody can listen at this host and port.
+    """
+
+    def __init__(self, host: str, port: int, ranks: tuple[int, ...]) -> None:
+        self._ranks = ranks
+        self._snapshot = Snapshot()
+        self._shown = 0.0
+        self._tokens = [0, 0]
+        registry = CollectorRegistry()
+        registry.register(self)
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def update(self, report: StepReport, profile: Collector, loads: LoadCounter) -> None:
+        """Count a step, and take a snapshot when the last one is a second old."""
+        self._tokens[0] += report.tokens_prefill
+        self._tokens[1] += report.tokens_decode
+        now = time.monotonic()
+        if now - self._shown < _EVERY_S:
+            return
+        self._shown = now
+        totals, charges = profile.totals(), profile.charges()
+        seconds_P = totals.by_phase()
+        steps = max(1, charges.steps)
+        self._snapshot = Snapshot(
+            steps=report.step,
+            tokens=(self._tokens[0], self._tokens[1]),
+            running=report.running,
+            waiting=report.waiting,
+            finished=report.finished,
+            phases={phase.name.lower(): float(seconds_P[phase]) for phase in Phase},
+            waited=float(totals.waiting.sum()),
+            ranks=self._ranks,
+            late_W=(charges.late_steps / steps).tolist(),
+            lost_W=charges.seconds.sum((1, 2)).tolist(),
+            lost_L=charges.seconds.sum((0, 2))[1:].tolist(),
+            before={layer: load.max_over_mean for layer, load in loads.layers.items()},
+            after={layer: load.max_over_mean_after for layer, load in loads.layers.items()},
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """What a scrape gets; called by the server's thread."""
+        now = self._snapshot
+        yield _counter("lockstep_steps", "Steps that the group has run.", {(): now.steps})
+        prefill, decode = now.tokens
+        kinds = {("prefill",): prefill, ("decode",): decode}
+        yield _counter("lockstep_tokens", "Tokens that the group has run.", kinds, "kind")
+        yield _counter("lockstep_requests_finished", "Requests finished.", {(): now.finished})
+        states = {("running",): now.running, ("waiting",): now.waiting}
+        yield _gauge("lockstep_requests", "Requests that the ranks hold.", states, "state")
+        phases = {(name,): value for name, value in now.phases.items()}
+        text = "Rank 0's seconds in each phase, waiting included."
+        yield _counter("lockstep_phase_seconds", text, phases, "phase")
+        text = "Rank 0's seconds of waiting for late ranks in collectives."
+        yield _counter("lockstep_waiting_seconds", text, {(): now.waited})
+        worst = _worst(now.lost_W)
+        late = {(str(now.ranks[place]),): now.late_W[place] for place in worst}
+        text = f"Share of steps in which this rank cost the others most; the {WORST} worst ranks."
+        yield _gauge("lockstep_rank_late_ratio", text, late, "rank")
+        lost = {(str(now.ranks[place]),): now.lost_W[place] for place in worst}
+        text = f"Seconds that the others waited for this rank; the {WORST} worst ranks."
+        yield _gauge("lockstep_rank_lost_seconds", text, lost, "rank")
+        layers = {(str(layer),): now.lost_L[layer] for layer in _worst(now.lost_L)}
+        text = f"Seconds lost to late ranks in this layer; the {WORST} worst layers."
+        yield _gauge("lockstep_layer_lost_seconds", text, layers, "layer")
+        uneven = sorted(now.before, key=lambda layer: -now.before[layer])[:WORST]
+        loads = {
+            (str(layer), when): values[layer]
+            for layer in uneven
+            for when, values in (("before", now.before), ("after", now.after))
+        }
+        text = (
+            "Rows of the most loaded rank over the mean rank, before and after capacity; the "
+            f"{WORST} most uneven layers."
+        )
+        yield _gauge("lockstep_layer_load_ratio", text, loads, "layer", "when")
+
+
+def _worst(values: list[float]) -> list[int]:
+    """Places of the largest values above 0, at most `WORST`."""
+    return [int(place) for place in np.argsort(values)[::-1][:WORST] if values[place] > 0]
+
+
+def _counter(
+    name: str, text: str, values: Mapping[Any, float], *labels: str
+) -> CounterMetricFamily:
+    """values: label values, a tuple -> the sample."""
+    family = CounterMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
+
+
+def _gauge(name: str, text: str, values: Mapping[Any, float], *labels: str) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family

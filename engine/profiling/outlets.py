@@ -1,0 +1,58 @@
+"""Outlets: where a run's measurements go while it runs: span files, live metrics.
+
+`llm.py` opens them on every rank before a run and closes them after it; `loop.py` hands over what
+it has. None of them is needed for the report at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.profiling.collector import Collector
+from engine.profiling.loads import LoadCounter
+from engine.profiling.phases import Spans
+from engine.profiling.report import StepReport
+from engine.profiling.spans_file import SpanWriter
+
+if TYPE_CHECKING:  # its HTTP server is only imported where somebody wants it
+    from engine.profiling.metrics import Metrics
+
+
+@dataclass(slots=True)
+class Outlets:
+    """spans: this rank's span file, None where none was asked for. metrics: rank 0's server."""
+
+    spans: SpanWriter | None = None
+    metrics: Metrics | None = None
+
+    def start(self, loads: LoadCounter) -> None:
+        """A run begins."""
+        loads.step = {} if self.spans is not None else None
+
+    def write(
+        self,
+        step: int,
+        spans: Spans,
+        arrivals_WC: np.ndarray | None,
+        tokens: tuple[int, int],
+        loads: LoadCounter,
+    ) -> None:
+        """Take one step's spans; arguments as in `SpanWriter.write`."""
+        if self.spans is not None and loads.step is not None:
+            self.spans.write(step, spans, arrivals_WC, tokens, loads.step)
+            loads.step = {}
+
+    def update(self, report: StepReport, profile: Collector, loads: LoadCounter) -> None:
+        """Take one step's report."""
+        if self.metrics is not None:
+            self.metrics.update(report, profile, loads)
+
+    def close(self) -> None:
+        """A run is over."""
+        if self.spans is not None:
+            self.spans.close()
+        if self.metrics is not None:
+            self.metrics.close()

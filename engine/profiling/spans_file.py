@@ -1,0 +1,116 @@
+"""Span files: everything the phase clock saw, one JSON line a step, one file a rank, bounded.
+
+Written while `profiler.spans` names a folder; read by `tools/straggler_report.py`. The first line
+of a file is a header. All stamps are on rank 0's clock. A file that reaches half of the bound
+becomes `.old` in place of the one before it, so the newest steps are always there.
+
+    {"format": "lockstep-spans", "version": 1, "rank": 0, ...}
+    {"step": 17, "start_ns": 123, "prefill": 512, "decode": 3,
+     "spans": [[phase, layer, offset_ns, duration_ns, tokens, bytes, waited_ns], ...],
+     "before": {"3": [rows of every expert]}, "after": {"3": [rows of this rank's own experts]}}
+
+waited_ns is -1 where the other ranks' arrivals are not known.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from engine.profiling.phases import Phase, Spans
+from engine.profiling.waiting import waiting_ns
+
+FORMAT, VERSION = "lockstep-spans", 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpansHeader:
+    """Who wrote a span file. group: global ranks in lockstep with this one. clock_offset_ns: what
+    was added to this rank's own stamps; clock_error_ns: its uncertainty.
+    """
+
+    rank: int
+    host: str
+    world_size: int
+    group: list[int]
+    clock_offset_ns: int
+    clock_error_ns: int
+    num_layers: int
+    num_experts: int
+    first_expert: int
+    num_local_experts: int
+    policy: str
+    phases: list[str] = field(default_factory=lambda: [phase.name.lower() for phase in Phase])
+    format: str = FORMAT
+    version: int = VERSION
+
+
+class SpanWriter:
+    """Writes one rank's span files into a folder that exists.
+
+    max_bytes: of both files together. Raises OSError where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, header: SpansHeader, max_bytes: int) -> None:
+        self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
+        self._old = self._path.with_suffix(".old.jsonl")
+        self._header = json.dumps(asdict(header)) + "\n"
+        self._offset = header.clock_offset_ns
+        self._limit = max_bytes // 2
+        self._old.unlink(missing_ok=True)
+        self._file = self._open()
+
+    def write(
+        self,
+        step: int,
+        spans: Spans,
+        arrivals_WC: np.ndarray | None,
+        tokens: tuple[int, int],
+        loads: dict[int, tuple[np.ndarray, list[int]]],
+    ) -> None:
+        """Write one step. arrivals_WC: as in `waiting.py`. tokens: prefill and decode. loads: layer
+        -> rows of every expert before capacity, of this rank's own after it.
+        """
+        if not len(spans.starts):
+            return
+        start = int(spans.starts[0])
+        unknown = np.full_like(spans.starts, -1)
+        table = np.stack(
+            (
+                spans.phases,
+                spans.layers,
+                spans.starts - start,
+                spans.ends - spans.starts,
+                spans.tokens,
+                spans.num_bytes,
+                unknown if arrivals_WC is None else waiting_ns(spans, arrivals_WC),
+            ),
+            axis=1,
+        )
+        line = {
+            "step": step,
+            "start_ns": start + self._offset,
+            "prefill": tokens[0],
+            "decode": tokens[1],
+            "spans": table.tolist(),
+            "before": {layer: before.tolist() for layer, (before, _) in loads.items()},
+            "after": {layer: after for layer, (_, after) in loads.items()},
+        }
+        self._written += self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        if self._written >= self._limit:
+            self._file.close()
+            self._path.replace(self._old)
+            self._file = self._open()
+
+    def close(self) -> None:
+        """Write what is buffered. Safe to call twice."""
+        self._file.close()
+
+    def _open(self) -> IO[str]:
+        file = self._path.open("w", encoding="utf-8")
+        self._written = file.write(self._header)
+        return file

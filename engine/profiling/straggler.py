@@ -1,0 +1,199 @@
+"""Straggler analysis: for what the group waited, and whose doing it was. Pure; no communication.
+
+`summary.py` gathers every rank's totals at the end of a run and calls `analyse`. What the others
+lost to a rank that came late (see `collector.py`) is split by cause:
+
+    device   the rank's own calls priced at its peers' speed (`costs.py`) tell how much slower it
+             is at equal load; that share of all its compute is the device's
+    load     what is left of coming late to a combine, as far as the rows of the most loaded rank
+             exceed the mean rank's: the experts' load
+    tokens   what is left of coming late to a consensus or dispatch, as far as its attention and
+             gate had more to do than the others'
+    host     the rest: time between the layers (scheduling, sampling, reading, writing), and stalls;
+             all of it where a rank loses most of its time in few steps
+    network  no rank's: transfer beyond what a collective costs without bytes
+
+A collective's cost without bytes is taken from the control words, the smallest there is.
+
+Legend: W ranks of the group, L layers + 1 (the first row is outside of the layers), P phases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.profiling.collector import Charges, PhaseTotals
+from engine.profiling.costs import price
+from engine.profiling.phases import Phase
+
+CAUSES = ("load", "tokens", "device", "host", "network")
+_DENSE = (Phase.ATTENTION, Phase.GATE, Phase.PLAN, Phase.OTHER)
+_TRAVEL = (Phase.DISPATCH, Phase.COMBINE)
+# A rank is a slow device from here on; below, ranks differ by chance.
+_SLOW = 1.1
+# Stalls: most of a rank's charge in at most this share of the steps, and this many a second.
+_MOST, _FEW, _RARE = 0.8, 0.1, 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankProfile:
+    """What one rank hands in. experts, attention: tables of its cost curves (`costs.py`).
+    loads_after: layer -> first expert and rows of each of its experts, after capacity.
+    """
+
+    rank: int
+    host: str
+    totals: PhaseTotals
+    experts: np.ndarray
+    attention: np.ndarray
+    loads_after: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RankBlame:
+    """What a rank cost the others. lost: seconds by cause, the others' mean. late_share: share of
+    the steps in which it cost the group most. slowness: its seconds over its peers' for the same
+    calls. load: its experts' rows over the mean rank's. stalls: (steps, seconds each) where few
+    steps hold most of its charge, otherwise None. host_ms: milliseconds a step between the layers.
+    """
+
+    rank: int
+    host: str
+    lost: dict[str, float]
+    late_share: float
+    slowness: float
+    load: float
+    stalls: tuple[int, float] | None
+    host_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """Where the group's time was lost. seconds: length of the steps that were compared. lost:
+    seconds by cause, a mean rank's. bytes_per_second: of dispatch and combine while they
+    transferred, a mean rank's; 0 where nothing travelled. layers: seconds lost to late ranks in
+    each decoder layer.
+    """
+
+    seconds: float
+    lost: dict[str, float]
+    ranks: list[RankBlame]
+    bytes_per_second: float
+    layers: list[float]
+
+    def share(self, cause: str) -> float:
+        """Share of the run that was lost to a cause."""
+        return self.lost[cause] / self.seconds if self.seconds else 0.0
+
+
+def analyse(profiles: list[RankProfile], charges: Charges, imbalance_L: np.ndarray) -> Analysis:
+    """Split what the group lost by cause.
+
+    profiles: every rank of the group, in order. imbalance_L: float64 [L], rows of the most loaded
+    rank over the mean rank after capacity, of every step; 1 outside of MoE layers.
+    """
+    slowness = [_slowness(profiles, index) for index in range(len(profiles))]
+    blames = [
+        _blame(profiles, index, slowness[index], charges, imbalance_L)
+        for index in range(len(profiles))
+    ]
+    network, rate = _network(profiles)
+    lost: dict[str, float] = {cause: sum(blame.lost[cause] for blame in blames) for cause in CAUSES}
+    lost["network"] = network
+    return Analysis(
+        seconds=charges.step_seconds,
+        lost=lost,
+        ranks=blames,
+        bytes_per_second=rate,
+        layers=charges.seconds.sum((0, 2))[1:].tolist(),
+    )
+
+
+def _slowness(profiles: list[RankProfile], index: int) -> float:
+    """A rank's seconds over what its peers would have needed for the same calls."""
+    own = profiles[index]
+    peers = [profile for other, profile in enumerate(profiles) if other != index]
+    spent = priced = 0.0
+    for name in ("experts", "attention"):
+        table = getattr(own, name)
+        worth = price(table, [getattr(peer, name) for peer in peers])
+        if np.isfinite(worth) and worth > 0:
+            spent += float(table[2].sum())
+            priced += worth
+    return spent / priced if priced else 1.0
+
+
+def _blame(
+    profiles: list[RankProfile],
+    index: int,
+    slowness: float,
+    charges: Charges,
+    imbalance_L: np.ndarray,
+) -> RankBlame:
+    own, seconds_WLP = profiles[index], np.stack([item.totals.seconds for item in profiles])
+    charge_LP = charges.seconds[index]
+    stalls = _stalls(charges, index)
+    lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+    if stalls is not None:
+        lost["host"] = float(charge_LP.sum())
+    else:
+        slow = 1 - 1 / slowness if slowness >= _SLOW else 0.0
+        experts = float(charge_LP[:, Phase.COMBINE].sum())
+        lost["device"] = min(experts, slow * float(own.totals.seconds[:, Phase.EXPERTS].sum()))
+        mean_L = seconds_WLP[:, :, Phase.EXPERTS].mean(0)
+        lost["load"] = min(experts - lost["device"], float((mean_L * (imbalance_L - 1)).sum()))
+        lost["host"] = experts - lost["device"] - lost["load"]
+        dense = float(charge_LP.sum()) - experts
+        own_P = own.totals.seconds.sum(0)
+        others_P = np.delete(seconds_WLP, index, 0).sum(1).mean(0) if len(profiles) > 1 else own_P
+        excess = {phase: max(0.0, float(own_P[phase] - others_P[phase])) for phase in _DENSE}
+        device = min(dense, slow * float(own_P[list(_DENSE)].sum()))
+        left = dense - device
+        unequal = excess[Phase.ATTENTION] + excess[Phase.GATE]
+        unequal = unequal / total if (total := sum(excess.values())) else 0.0
+        lost["device"] += device
+        lost["tokens"] = left * unequal
+        lost["host"] += left * (1 - unequal)
+    rows_W = [sum(sum(rows) for _, rows in item.loads_after.values()) for item in profiles]
+    mean = sum(rows_W) / len(rows_W)
+    steps = max(1, charges.steps)
+    return RankBlame(
+        rank=own.rank,
+        host=own.host,
+        lost=lost,
+        late_share=float(charges.late_steps[index]) / steps,
+        slowness=slowness,
+        load=rows_W[index] / mean if mean else 1.0,
+        stalls=stalls,
+        host_ms=1e3 * float(own.totals.seconds[0, Phase.OTHER]) / steps,
+    )
+
+
+def _stalls(charges: Charges, index: int) -> tuple[int, float] | None:
+    """(steps, mean seconds) of a rank's stalls where they hold most of its charge."""
+    lost_B, count_B = charges.lost[index][::-1], charges.count[index][::-1]
+    total = float(lost_B.sum())
+    if not total:
+        return None
+    upto = int(np.searchsorted(lost_B.cumsum(), _MOST * total)) + 1
+    steps, seconds = int(count_B[:upto].sum()), float(lost_B[:upto].sum())
+    few = steps <= _FEW * charges.steps and steps <= _RARE * max(1.0, charges.step_seconds)
+    return (steps, seconds / steps) if few and steps else None
+
+
+def _network(profiles: list[RankProfile]) -> tuple[float, float]:
+    """Seconds that a mean rank's bytes took to travel, and bytes a second meanwhile."""
+    seconds = num_bytes = 0.0
+    for profile in profiles:
+        totals = profile.totals
+        transfer_P = (totals.seconds - totals.waiting).sum(0)
+        calls_P, bytes_P = totals.calls.sum(0), totals.num_bytes.sum(0)
+        empty = transfer_P[Phase.CONTROL] / max(1, calls_P[Phase.CONTROL])
+        for phase in (*_TRAVEL, Phase.CONSENSUS):
+            if bytes_P[phase]:
+                seconds += max(0.0, float(transfer_P[phase] - calls_P[phase] * empty))
+        num_bytes += float(bytes_P[list(_TRAVEL)].sum())
+    mean = seconds / len(profiles)
+    return mean, num_bytes / len(profiles) / mean if mean else 0.0

@@ -1,0 +1,87 @@
+"""Span files: what is written can be read back, on one clock, within the bound.
+
+Run: pytest tests/unit/test_spans_file.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from engine.profiling.phases import Phase, Spans
+from engine.profiling.spans_file import SpansHeader, SpanWriter
+from tests.profiles import MS, make_spans
+
+OFFSET = 5_000_000_000
+
+
+def header(rank: int = 3) -> SpansHeader:
+    return SpansHeader(
+        rank=rank,
+        host="h1",
+        world_size=4,
+        group=[2, 3],
+        clock_offset_ns=OFFSET,
+        clock_error_ns=800,
+        num_layers=1,
+        num_experts=4,
+        first_expert=2,
+        num_local_experts=2,
+        policy="token_drop",
+    )
+
+
+def step_spans(start: float = 10) -> Spans:
+    return make_spans(
+        (Phase.EXPERTS, 0, start, start + 3, 40), (Phase.COMBINE, 0, start + 3, start + 5, 8)
+    )
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_step_is_written_with_aligned_start_offsets_waiting_and_loads(tmp_path):
+    writer = SpanWriter(tmp_path, header(), 1 << 20)
+    arrivals = np.array([[14 * MS], [13 * MS]])
+    loads = {0: (np.array([1, 2, 3, 4]), [2, 3])}
+    writer.write(7, step_spans(), arrivals, (12, 1), loads)
+    writer.write(8, step_spans(20), None, (0, 2), {})
+    writer.close()
+    first, step, unknown = read(tmp_path / "spans.rank00003.jsonl")
+    assert (first["format"], first["version"], first["rank"]) == ("lockstep-spans", 1, 3)
+    assert first["phases"][Phase.EXPERTS] == "experts" and first["group"] == [2, 3]
+    assert step["start_ns"] == 10 * MS + OFFSET and (step["prefill"], step["decode"]) == (12, 1)
+    assert step["spans"] == [
+        [Phase.EXPERTS, 0, 0, 3 * MS, 40, 0, 0],
+        [Phase.COMBINE, 0, 3 * MS, 2 * MS, 8, 1000, 1 * MS],
+    ]
+    assert step["before"] == {"0": [1, 2, 3, 4]} and step["after"] == {"0": [2, 3]}
+    assert [span[-1] for span in unknown["spans"]] == [-1, -1], "nobody's arrivals are known"
+
+
+def test_files_stay_within_the_bound_and_keep_the_newest_steps(tmp_path):
+    bound = 20_000
+    writer = SpanWriter(tmp_path, header(), bound)
+    for step in range(1000):
+        writer.write(step, step_spans(10 * step), None, (1, 0), {})
+    writer.close()
+    current = tmp_path / "spans.rank00003.jsonl"
+    old = tmp_path / "spans.rank00003.old.jsonl"
+    line = len((old.read_text().splitlines())[-1])
+    assert current.stat().st_size + old.stat().st_size <= bound + 2 * line
+    (head, *before), (again, *after) = read(old), read(current)
+    assert head == again and head["format"] == "lockstep-spans"
+    steps = [line["step"] for line in before + after]
+    assert steps == list(range(steps[0], 1000)), "no step is missing between the two"
+    assert len(steps) > 50
+
+
+def test_a_new_run_leaves_nothing_of_the_last_one(tmp_path):
+    for steps in (1000, 1):
+        writer = SpanWriter(tmp_path, header(), 20_000)
+        for step in range(steps):
+            writer.write(step, step_spans(), None, (1, 0), {})
+        writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["spans.rank00003.jsonl"]
+    assert len(read(tmp_path / "spans.rank00003.jsonl")) == 2
