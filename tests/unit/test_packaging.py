@@ -122,6 +122,7 @@ def test_the_core_is_installed_in_versions_that_setup_allows(declared):
         "transformers",
         "pyyaml",
         "rich",
+        "prometheus-client",
         "deepspeed",
         "megatron-core",
         "mpi4py",
