@@ -33,12 +33,13 @@ def build_moe_step(
     everyone: Sequence[ControlWords],
     phases: Sequence[Phase],
     topology: Topology,
+    shares_W: tuple[int, ...] | None = None,
 ) -> MoEStep | None:
     """What the MoE layers must know of this rank's tokens; None where no token of the group
     competes, which all ranks see alike.
 
     everyone: the agreed words of every rank of the expert-parallel group; those of a tensor group
-    are its leader's.
+    are its leader's. shares_W: each rank's share of the capacity, None: all the same.
     """
     tensor = topology.tensor.size
     leaders = [everyone[rank // tensor * tensor] for rank in range(len(everyone))]
@@ -62,6 +63,7 @@ def build_moe_step(
         num_tokens_W=tuple(last - first for first, last in sizes_W),
         num_competing=num_competing,
         tally=TokenTally.zeros(end - start, device),
+        shares_W=shares_W,
     )
 
 

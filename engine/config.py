@@ -82,6 +82,7 @@ class CapacityConfig:
     seed: int = field(default=0, metadata=_SEED)  # of order: random
     selection: Literal["auto", "gather", "radix"] = "auto"  # how consensus: global finds its cut;
     # the result is the same, auto takes what moves less
+    speed_aware: bool = False  # a rank's share of the capacity follows its measured speed
 
     @property
     def exact_factor(self) -> Decimal:
@@ -225,6 +226,16 @@ def _combination_problems(config: Config) -> Iterator[str]:
             f"moe.capacity.order = {capacity.order!r}: must be score with moe.capacity.tiers = "
             "one, where top-k and extras compete by score"
         )
+    if capacity.speed_aware and capacity.policy == "none":
+        yield (
+            "moe.capacity.speed_aware = True: shares out a capacity, and moe.capacity.policy = "
+            "none has none; use token_drop or expanded_drop"
+        )
+    if capacity.speed_aware and not config.profiler.enabled:
+        yield (
+            "moe.capacity.speed_aware = True: needs what the profiler measures; set "
+            "profiler.enabled = true"
+        )
     if scheduler.kv_cache_gib is not None and scheduler.kv_cache_blocks is not None:
         yield (
             f"scheduler.kv_cache_blocks = {scheduler.kv_cache_blocks}: must be null when "
@@ -235,56 +246,3 @@ def _combination_problems(config: Config) -> Iterator[str]:
             "moe.experts.backend = 'te': needs runtime.device = cuda (Transformer Engine has no "
             "CPU kernels); use torch, grouped_mm or auto on a CPU"
         )
-
-
-def validate_world(config: Config, world_size: int, num_experts: int | None = None) -> None:
-    """Check the settings that depend on the number of ranks and, when known, of experts.
-
-    Raises `ConfigError`. Pure: every rank gets the same answer without communication.
-    """
-    parallel = config.parallel
-    expert = world_size if parallel.expert is None else parallel.expert
-    written = "null (all ranks)" if parallel.expert is None else str(expert)
-    problems = []
-    if world_size % expert:
-        problems.append(
-            f"parallel.expert = {written}: must divide the number of ranks, {world_size}; start "
-            f"a multiple of {expert} ranks, or pass --set parallel.expert=null to use all ranks"
-        )
-    if expert % parallel.tensor:
-        problems.append(
-            f"parallel.tensor = {parallel.tensor}: must divide the expert-parallel size, {expert}"
-        )
-    if num_experts is not None and expert > num_experts:
-        problems.append(
-            f"parallel.expert = {written}: must be at most the model's number of experts, "
-            f"{num_experts}, but would be {expert}; more ranks than that run as replicas, e.g. "
-            f"--set parallel.expert={num_experts}"
-        )
-    if problems:
-        raise ConfigError(*problems)
-
-
-def validate_capacity(
-    config: CapacityConfig, *, num_experts: int, top_k: int, expert_ranks: int
-) -> None:
-    """Check the capacity settings that depend on the model and on how its experts are spread.
-
-    Raises `ConfigError`. Pure: every rank gets the same answer without communication.
-    """
-    if config.policy != "expanded_drop":
-        return
-    most_local = -(-num_experts // expert_ranks)
-    problems = []
-    if config.expand is not None and config.expand > most_local:
-        problems.append(
-            f"moe.capacity.expand = {config.expand}: must be at most {most_local}, the experts "
-            f"of one rank ({num_experts} experts on {expert_ranks} ranks); null means all of them"
-        )
-    if top_k == num_experts:
-        problems.append(
-            f"moe.capacity.policy = 'expanded_drop': has nothing to add, because every token "
-            f"already chooses all {num_experts} experts of this model; use token_drop"
-        )
-    if problems:
-        raise ConfigError(*problems)

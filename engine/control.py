@@ -22,8 +22,8 @@ from engine.profiling.phases import Spans
 @dataclass(frozen=True, slots=True)
 class ControlWords:
     """One rank's view before a step: tokens it is about to run, its requests, whether its queue
-    has run dry, how many of the tokens compete for expert capacity, and the signal that asked
-    it to stop (0: none).
+    has run dry, how many of the tokens compete for expert capacity, the signal that asked it to
+    stop (0: none), and its experts' time a row (picoseconds, 0: unknown).
     """
 
     tokens_prefill: int
@@ -34,6 +34,7 @@ class ControlWords:
     exhausted: bool
     competing: int = 0
     signal: int = 0
+    pace: int = 0
 
     @property
     def busy(self) -> bool:
@@ -41,7 +42,7 @@ class ControlWords:
         return self.running + self.waiting > 0 or not self.exhausted
 
 
-_NUM_WORDS = 8
+_NUM_WORDS = 9
 
 
 class ControlPlane:
@@ -88,6 +89,7 @@ class ControlPlane:
                 exhausted=bool(row[5]),
                 competing=int(row[6]),
                 signal=int(row[7]),
+                pace=int(row[8]),
             )
             for row in gathered
         ]

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from engine.config import CapacityConfig, Config, validate_world
+from engine.config import CapacityConfig, Config
+from engine.config_world import validate_world
 from engine.control import ControlPlane
 from engine.detokenizer import load_eos_token_ids
 from engine.distributed import bootstrap
@@ -36,6 +37,7 @@ from engine.layers.kv import KVCache
 from engine.loop import GenerationLoop, OnStep, Sink
 from engine.measuring import open_outlets
 from engine.memory import num_kv_blocks
+from engine.meter import Meter
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
 from engine.preflight import check_runnable
@@ -161,16 +163,22 @@ class LLM:
         capacity = self.config.moe.capacity
         outlets = self._on_all_ranks(self._open_outlets)
         profile = Collector(self.model.num_layers, self.topology.expert.size)
+        meter = Meter(
+            self._telemetry,
+            profile,
+            outlets,
+            speed_aware=capacity.speed_aware,
+            logs=self.topology.world.rank == 0,
+        )
         loop = GenerationLoop(
             self._runner,
             self._scheduler,
             self._control,
             self.topology,
             self._telemetry,
+            meter,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
-            profile=profile,
-            outlets=outlets,
             assignments_per_token=sum(layer.spec.router.top_k for layer in self.model.moe_layers),
             capacity_phases=() if capacity.policy == "none" else capacity.phases,
         )
@@ -204,6 +212,7 @@ class LLM:
             drops={layer.layer: layer.account.take() for layer in layers},
             policy=capacity.policy,
             clock_error=self._clock_offset.error * 1e-9,
+            shares_W=meter.shares_W,
         )
 
     def set_capacity(self, capacity: CapacityConfig) -> None:

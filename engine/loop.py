@@ -28,8 +28,7 @@ from engine.detokenizer import TokenDecoder
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
 from engine.interrupts import Stopped
-from engine.profiling.collector import Collector
-from engine.profiling.outlets import Outlets
+from engine.meter import Meter
 from engine.profiling.phases import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
@@ -68,22 +67,19 @@ class GenerationLoop:
         control: ControlPlane,
         topology: Topology,
         telemetry: Telemetry,
+        meter: Meter,
         *,
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
-        profile: Collector,
-        outlets: Outlets | None = None,
         assignments_per_token: int,
         capacity_phases: Collection[ConfigPhase] = (),
     ) -> None:
-        """profile: takes every step's spans. outlets: where they go besides.
-        assignments_per_token: top-k over all MoE layers. capacity_phases: the phases whose tokens
-        compete for expert capacity; none without a capacity policy.
+        """meter: takes every step's measurements. assignments_per_token: top-k over all MoE layers.
+        capacity_phases: the phases whose tokens compete for expert capacity; none without a
+        capacity policy.
         """
         self.totals = Totals()
-        self.profile = profile
-        self._outlets = outlets or Outlets()
-        self._tokens_run = (0, 0)  # this rank's prefill and decode tokens of the last step
+        self.meter = meter
         self._runner = runner
         self._scheduler = scheduler
         self._control = control
@@ -94,7 +90,6 @@ class GenerationLoop:
         self._assignments_per_token = assignments_per_token
         self._phases = tuple(capacity_phases)
         self._leads = topology.tensor.rank == 0
-        self._spans_read = 0
 
     def run(
         self,
@@ -114,7 +109,6 @@ class GenerationLoop:
         """
         began, exhausted = time.monotonic(), False
         clock, loads = self._telemetry.clock, self._telemetry.loads
-        self._outlets.start(loads)
         while True:
             clock.enter(Phase.OTHER)
             exhausted = self._admit(source, sink) or exhausted
@@ -128,13 +122,12 @@ class GenerationLoop:
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
             report = _report(self.totals.steps, everyone, loads.reset_step(), began)
-            self._outlets.update(report, self.profile, loads)
+            self.meter.update(report)
             if on_step is not None:
                 on_step(report)
             clock.close_step()
         clock.close_step()
-        while (spans := clock.read()) is not None:
-            self.profile.add(spans, None)
+        self.meter.finish()
 
     def _admit(self, source: RequestSource, sink: Sink) -> bool:
         """Fill the scheduler's room from the source; True when the source is dry."""
@@ -182,7 +175,7 @@ class GenerationLoop:
         return None
 
     def _agree(self, step: Step, exhausted: bool, asked: int) -> list[ControlWords]:
-        scheduler, clock = self._scheduler, self._telemetry.clock
+        scheduler = self._scheduler
         leads = int(self._leads)  # a tensor group's requests count once
         words = ControlWords(
             tokens_prefill=(step.num_tokens - step.num_decode) * leads,
@@ -193,31 +186,19 @@ class GenerationLoop:
             exhausted=exhausted,
             competing=count_competing(step, self._phases) * leads,
             signal=asked,
+            pace=self.meter.read(),
         )
         self.totals.tokens_prefill += words.tokens_prefill
         self.totals.tokens_decode += words.tokens_decode
-        spans = clock.read()
-        clock.meet(Phase.CONTROL)
-        clock.sent(self._control.num_bytes)
-        everyone, rows_WL, arrivals = self._control.exchange(
-            words, self._telemetry.loads.take_rows(), spans, self._spans_read
-        )
-        clock.enter(Phase.OTHER)
-        if rows_WL is not None:
-            self._telemetry.loads.settle(rows_WL)
-        if spans is not None:
-            self._spans_read += 1
-            self.profile.add(spans, arrivals)
-            tokens, loads = self._tokens_run, self._telemetry.loads
-            self._outlets.write(self._spans_read, spans, arrivals, tokens, loads)
-        self._tokens_run = (words.tokens_prefill, words.tokens_decode)
-        return everyone
+        return self.meter.exchange(self._control, words)
 
     def _advance(self, step: Step, everyone: list[ControlWords]) -> list[Sequence]:
         """Run one step; return the sequences that finished."""
         moe_step = None
         if self._phases:
-            moe_step = build_moe_step(step, everyone, self._phases, self._topology)
+            moe_step = build_moe_step(
+                step, everyone, self._phases, self._topology, self.meter.shares_W
+            )
         # Of each tensor group only the leader's words count.
         group_tokens = sum(words.tokens_prefill + words.tokens_decode for words in everyone)
         hidden_TD = self._runner.forward(step, moe_step, group_tokens)

@@ -10,6 +10,7 @@ import numpy as np
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
 from engine.loop import Totals
+from engine.moe.shares import ONE
 from engine.profiling.collector import Collector, PhaseTotals
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phases import Phase
@@ -54,13 +55,14 @@ def run_report(
     drops: dict[int, LayerDrops],
     policy: str = "none",
     clock_error: float = 0.0,
+    shares_W: tuple[int, ...] | None = None,
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
     of this rank's own group.
 
     traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
     capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
-    Collective over all ranks: every rank must call.
+    shares_W: of the capacity, at the end. Collective over all ranks: every rank must call.
     """
     phases = profile.totals()
     own = _Share(
@@ -118,6 +120,7 @@ def run_report(
         verdict=verdicts(analysis, _hottest(group), policy),
         lost=analysis.lost,
         clock_error=max(share.clock_error for share in everyone),
+        capacity_shares=None if shares_W is None else [share / ONE for share in shares_W],
     )
 
 

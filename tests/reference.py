@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass
 class Rules:
-    """The settings, as in moe.capacity; factor as written."""
+    """The settings, as in moe.capacity; factor as written. shares: of each rank, any unit."""
 
     policy: str = "token_drop"
     factor: str = "1"
@@ -28,6 +28,7 @@ class Rules:
     renormalize: bool = False
     seed: int = 0
     layer: int = 0
+    shares: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -188,8 +189,27 @@ def _pool(expert: int, host: list[int], rules: Rules) -> int:
 
 def _limits(pool, rules, bounds, capacity, own) -> tuple[int, list[int]]:
     """Slots of a pool over all ranks, and what each rank may keep of it under local consensus."""
-    size = 1 if rules.scope == "expert" else bounds[pool + 1] - bounds[pool]
-    return size * capacity, [size * each for each in own]
+    return _slots(rules, bounds, capacity)[pool], [
+        _slots(rules, bounds, each)[pool] for each in own
+    ]
+
+
+def _slots(rules, bounds, capacity) -> list[int]:
+    """Slots of every pool: even, or the same sum by the shares of the ranks that host them."""
+    sizes, owners = [], []
+    for rank, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        pools = [1] * (end - first) if rules.scope == "expert" else [end - first]
+        sizes += pools
+        owners += [rank] * len(pools)
+    if rules.shares is None:
+        return [size * capacity for size in sizes]
+    weights = [size * rules.shares[owner] for size, owner in zip(sizes, owners, strict=True)]
+    exact = [Fraction(sum(sizes) * capacity * weight, sum(weights)) for weight in weights]
+    slots = [math.floor(share) for share in exact]
+    by_rest = sorted(range(len(sizes)), key=lambda pool: (slots[pool] - exact[pool], pool))
+    for pool in by_rest[: sum(sizes) * capacity - sum(slots)]:
+        slots[pool] += 1
+    return [max(1, count) for count in slots]
 
 
 def _claims(inputs: list[RankInput], rules: Rules) -> list[Claim]:

@@ -23,8 +23,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.config import Config, validate_world
+from engine.config import Config
 from engine.config_io import digest
+from engine.config_world import validate_world
 from engine.distributed.checkin import Presence, check_in, choose_device, share_of_cores
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RendezvousError

@@ -64,7 +64,7 @@ class Layout:
 def layout(rank: int, world_size: int, expert: int, tensor: int) -> Layout:
     """Place `rank` in its expert and tensor groups, of sizes `expert` and `tensor`.
 
-    The sizes must tile the world, which `config.validate_world` has checked.
+    The sizes must tile the world, which `config_world.validate_world` has checked.
     """
     assert 0 <= rank < world_size and world_size % expert == 0 and expert % tensor == 0
     replica, data_rank = rank // expert, rank // tensor

@@ -102,8 +102,7 @@ class CapacityAgreement:
             return False
         if self._expands or self.config.consensus == "local":
             return True
-        # No expert can be chosen by more tokens than there are.
-        return self._claims.capacity(step.num_competing) < step.num_competing
+        return self._claims.may_bind(step)
 
     def decide(
         self,

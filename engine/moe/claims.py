@@ -16,7 +16,10 @@ from engine.moe.capacity import Pools, expert_capacity, order_words
 from engine.moe.consensus import Claims
 from engine.moe.expansion import candidates
 from engine.moe.router import RouterSpec, Routing
+from engine.moe.shares import limits
 from engine.moe.step import MoEStep
+
+_LimitKey = tuple[torch.device, int, tuple[int, ...] | None]
 
 
 class ClaimMaker:
@@ -40,8 +43,17 @@ class ClaimMaker:
         self._extras_compete = (
             config.policy == "expanded_drop" and config.expand != 0 and config.tiers == "one"
         )
-        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._limits: dict[tuple[torch.device, int], torch.Tensor] = {}
+        self._tables: dict[torch.device, torch.Tensor] = {}
+        self._limits: dict[_LimitKey, torch.Tensor] = {}
+
+    def may_bind(self, step: MoEStep) -> bool:
+        """Whether some pool may be claimed more often than it has slots."""
+        slots = limits(self.pools, self.capacity(step.num_competing), step.shares_W)
+        most = step.num_competing
+        return any(
+            limit < most * min(self._router.top_k, size)
+            for limit, size in zip(slots, self.pools.sizes, strict=True)
+        )
 
     def capacity(self, num_competing: int) -> int:
         """C for so many competing tokens."""
@@ -80,8 +92,10 @@ class ClaimMaker:
             words=words,
             leading=leading,
             code_N=code_TN.flatten(),
-            pool_of_code=self._table(device)[0],
-            limit_P=self._limit(device, step.num_own_competing if local else step.num_competing),
+            pool_of_code=self._table(device),
+            limit_P=self._limit(
+                device, step.num_own_competing if local else step.num_competing, step.shares_W
+            ),
             bad=(~routing.scores_TE.isfinite().all()).long()[None],
             padded=max(step.num_tokens_W) * columns,
         )
@@ -110,23 +124,24 @@ class ClaimMaker:
         outside_Te = ~chosen_TE.scatter_(1, routing.topk_ids_TK, True)[:, self.own]
         return outside_Te if step.competes_T is None else outside_Te & step.competes_T[:, None]
 
-    def _table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pool of every code, int64 [3E + 1], and the experts in each pool, int64 [P]."""
+    def _table(self, device: torch.device) -> torch.Tensor:
+        """The pool of every code, int64 [3E + 1]."""
         if device not in self._tables:
             pools = list(self.pools.pool_of_expert)
             codes = [*pools, *([-1] * len(pools)), *pools, -1]
-            self._tables[device] = (
-                torch.tensor(codes, device=device),
-                torch.tensor(self.pools.sizes, device=device),
-            )
+            self._tables[device] = torch.tensor(codes, device=device)
         return self._tables[device]
 
-    def _limit(self, device: torch.device, num_competing: int) -> torch.Tensor:
+    def _limit(
+        self, device: torch.device, num_competing: int, shares_W: tuple[int, ...] | None
+    ) -> torch.Tensor:
         """Slots of every pool, int64 [P]; kept for the next layer call with as many tokens."""
         capacity = self.capacity(num_competing)
-        if (device, capacity) not in self._limits:
-            self._limits = {(device, capacity): self._table(device)[1] * capacity}
-        return self._limits[device, capacity]
+        key = (device, capacity, shares_W)
+        if key not in self._limits:
+            limit_P = torch.tensor(limits(self.pools, capacity, shares_W))
+            self._limits = {key: limit_P.to(device)}
+        return self._limits[key]
 
 
 def _each(numbers_T: torch.Tensor, times: int) -> torch.Tensor:

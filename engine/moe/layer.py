@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.config import CapacityConfig, MoEConfig, validate_capacity
+from engine.config import CapacityConfig, MoEConfig
+from engine.config_world import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology, expert_range
 from engine.moe.accounting import DropAccount

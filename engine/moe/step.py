@@ -45,7 +45,8 @@ class MoEStep:
     and does not depend on the rank that holds it. competes_T: bool [T], tokens of the phases under
     capacity; None where all compete. num_own_competing: how many that are on this rank.
     num_tokens_W: tokens of every rank of the group, competing or not. num_competing: T_g, competing
-    tokens of the group. tally: filled by the layers; None when nobody asks.
+    tokens of the group. tally: filled by the layers; None when nobody asks. shares_W:
+    each rank's share of the capacity (`shares.py`); None: all the same.
     """
 
     request_T: torch.Tensor
@@ -55,6 +56,7 @@ class MoEStep:
     num_tokens_W: tuple[int, ...]
     num_competing: int
     tally: TokenTally | None = None
+    shares_W: tuple[int, ...] | None = None
 
     @classmethod
     def whole(

@@ -128,7 +128,8 @@ class RunReport:
     (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
     two tokens or more: mean seconds per later token). verdict: who was slow and why, of the rank's
     own group. lost: seconds that its mean rank lost, by cause. clock_error: uncertainty of the
-    ranks' clocks against each other, seconds, the worst rank's.
+    ranks' clocks against each other, seconds, the worst rank's. capacity_shares: each rank's share
+    of the capacity at the end, 1 being even; None where all were the same throughout.
     """
 
     seconds: float
@@ -143,3 +144,4 @@ class RunReport:
     verdict: list[Verdict] = field(default_factory=list)
     lost: dict[str, float] = field(default_factory=dict)
     clock_error: float = 0.0
+    capacity_shares: list[float] | None = None

@@ -95,7 +95,8 @@ def run_engine(case: Case, tokens: Tokens | None = None) -> list[Decision]:
     """The engine's decision on every rank."""
     tokens = tokens or make_tokens(case)
     world = len(case.tokens)
-    rules = {name: value for name, value in asdict(case.capacity_rules).items() if name != "layer"}
+    rules = asdict(case.capacity_rules)
+    del rules["layer"], rules["shares"]
     config = CapacityConfig(**rules, selection=case.selection)
     logs: dict[int, list] = {}
 
@@ -122,6 +123,7 @@ def run_engine(case: Case, tokens: Tokens | None = None) -> list[Decision]:
             num_own_competing=int(competes.sum()),
             num_tokens_W=tuple(int((tokens.owner == other).sum()) for other in range(world)),
             num_competing=int(tokens.competes.sum()),
+            shares_W=case.capacity_rules.shares,
         )
         decision = agreement.decide(routing, step) if agreement.applies(step) else None
         logs[rank] = collectives.log
@@ -182,6 +184,9 @@ def cases(draw: st.DrawFn, **fixed) -> Case:
         rules["extras"] = "all" if tiers == "one" else draw(st.sampled_from(["all", "dropped"]))
         if tiers == "one":
             rules["order"] = "score"
+    if fixed.get("shares") == "drawn":
+        unit = st.integers(256, 2048)
+        fixed["shares"] = tuple(draw(st.lists(unit, min_size=world, max_size=world)))
     rules |= fixed
     return Case(
         tokens=tuple(draw(st.lists(st.integers(0, 14), min_size=world, max_size=world))),

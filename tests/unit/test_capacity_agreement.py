@@ -66,6 +66,12 @@ def test_expanded_drop_is_the_references(case):
     assert_same(case)
 
 
+@MANY
+@given(cases(shares="drawn"))
+def test_capacity_shared_out_by_speed_is_the_references(case):
+    assert_same(case)
+
+
 @settings(MANY, max_examples=2000)
 @given(cases(consensus="global"))
 def test_gather_and_radix_find_identical_sets(case):

@@ -19,8 +19,6 @@ from engine.config import (
     ParallelConfig,
     SamplingConfig,
     SchedulerConfig,
-    validate_capacity,
-    validate_world,
 )
 from engine.config_check import ConfigError
 from engine.config_io import (
@@ -31,6 +29,7 @@ from engine.config_io import (
     load_config,
     to_yaml,
 )
+from engine.config_world import validate_capacity, validate_world
 
 SHIPPED = sorted(file.stem for file in (PROJECT_ROOT / "configs").glob("*.yaml"))
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "scheduler": {"config", "request"},
 }
 UNIT_OF_MODULE = {
-    **dict.fromkeys(("config_check", "config_io", "preflight"), "config"),
+    **dict.fromkeys(("config_check", "config_io", "config_world", "preflight"), "config"),
     **dict.fromkeys(("safetensors_file", "weight_reader"), "weights"),
     **dict.fromkeys(("sequence", "kv_cache", "sampler", "detokenizer"), "scheduler"),
 }

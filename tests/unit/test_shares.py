@@ -1,0 +1,83 @@
+"""Shares of the capacity by measured speed: pure numbers, and what a layer keeps under them.
+
+Run: pytest tests/unit/test_shares.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.moe.capacity import Pools
+from engine.moe.shares import EVERY, LEAST, MOST, ONE, Shares, limits, shares
+from engine.profiling.pace import Pace
+from engine.profiling.phases import Phase
+from tests.profiles import make_spans
+
+TWO_RANKS = [0, 4, 8]
+
+
+def test_the_worked_example():
+    found = shares([100, 200])
+    assert found == (ONE * 4 // 3, ONE * 2 // 3)
+    assert limits(Pools.make("rank", TWO_RANKS), 6, found) == [32, 16]
+    assert limits(Pools.make("expert", TWO_RANKS), 6, found) == [8] * 4 + [4] * 4
+
+
+def test_a_rank_among_eight_that_is_half_as_fast_gets_half_of_what_the_others_get():
+    found = shares([100] * 7 + [200])
+    assert found is not None
+    assert found[7] * 2 == pytest.approx(found[0], abs=2) and len(set(found[:7])) == 1
+    assert sum(found) == pytest.approx(8 * ONE, abs=8)
+
+
+def test_unknown_or_equal_paces_leave_the_capacity_as_it_is():
+    assert shares([100, 0]) is None and shares([0, 0]) is None
+    assert shares([7, 7, 7]) is None
+    pools = Pools.make("rank", TWO_RANKS)
+    assert limits(pools, 6, None) == [24, 24] == limits(pools, 6, (ONE, ONE))
+
+
+@given(
+    st.lists(st.integers(1, 10**9), min_size=2, max_size=9),
+    st.integers(1, 300),
+    st.sampled_from(["expert", "rank"]),
+    st.data(),
+)
+def test_the_sum_of_the_slots_is_kept_and_every_share_is_bounded(paces, capacity, scope, data):
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=len(paces), max_size=len(paces)))
+    pools = Pools.make(scope, [0, *np.cumsum(sizes).tolist()])
+    found = shares(paces)
+    slots = limits(pools, capacity, found)
+    assert min(slots) >= 1
+    even = sum(pools.sizes) * capacity
+    lifted = slots.count(1)
+    assert even <= sum(slots) <= even + lifted, "only a pool that would have none adds a slot"
+    if found is not None:
+        assert all(LEAST <= share <= MOST for share in found)
+        slower = [a for a in range(len(paces)) for b in range(len(paces)) if paces[a] > paces[b]]
+        faster = [b for a in range(len(paces)) for b in range(len(paces)) if paces[a] > paces[b]]
+        assert all(found[a] <= found[b] for a, b in zip(slower, faster, strict=True))
+
+
+def test_shares_change_every_few_steps_and_say_when_it_matters():
+    kept = Shares()
+    assert [kept.update([100, 200]) for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
+    assert kept.current == shares([100, 200])
+    assert not any(kept.update([100, 202]) for _ in range(EVERY)), "a hundredth is no news"
+    assert kept.current == shares([100, 202])
+    assert any(kept.update([100, 100]) for _ in range(EVERY)) and kept.current is None
+
+
+def test_pace_is_time_a_row_of_calls_with_enough_rows():
+    pace = Pace()
+    assert pace.picoseconds_a_row == 0
+    pace.add(make_spans((Phase.EXPERTS, 0, 0, 5, 8)))
+    assert pace.picoseconds_a_row == 0, "eight rows are bound by reading weights"
+    pace.add(make_spans((Phase.EXPERTS, 0, 0, 5, 100), (Phase.EXPERTS, 0, 5, 6)))
+    assert pace.picoseconds_a_row == 50_000_000
+    for _ in range(30):
+        pace.add(make_spans((Phase.EXPERTS, 0, 0, 10, 100)))
+    assert pace.picoseconds_a_row == pytest.approx(100_000_000, rel=0.02)
