@@ -16,20 +16,17 @@ chunk counts take turns, A B C, A B C, ...; the table shows medians, then one JS
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.contender import WorkerError
 from bench.link import End, limited, loopback
 from bench.report import emit, spread, table
 from bench.stamp import stamp
+from bench.two_ranks import run_two_ranks
 
 HEADER = ["chunks", "layer ms", "exposed ms", "hidden", "speedup"]
 
@@ -61,14 +58,7 @@ def figures(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def run_ranks(ends: tuple[End, End], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Start both ranks; return their replies.
-
-    Raises:
-        WorkerError: a rank failed or did not end in time.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Run the bench on both ranks; return their replies."""
     job = {
         "shape": {
             "hidden": options.hidden,
@@ -82,39 +72,7 @@ def run_ranks(ends: tuple[End, End], options: argparse.Namespace) -> list[dict[s
         "zipf": options.zipf,
         "seed": options.seed,
     }
-    running = []
-    for rank, end in enumerate(ends):
-        environ = {
-            **os.environ,
-            **end.env,
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            # Each end is a host of its own as far as gloo can tell.
-            "LOCAL_RANK": "0" if end.command else str(rank),
-            "LOCAL_WORLD_SIZE": "1" if end.command else "2",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TOOLS), str(REPOSITORY)]),
-        }
-        command = [*end.command, sys.executable, "-m", "bench.workers.moe_overlap", json.dumps(job)]
-        running.append(
-            subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
-    replies = []
-    try:
-        for rank, process in enumerate(running):
-            out, err = process.communicate(timeout=options.timeout)
-            if process.returncode:
-                text = err.decode(errors="replace")
-                raise WorkerError(f"rank {rank} failed:\n{text[-2000:]}")
-            replies.append(json.loads(out.decode().splitlines()[-1]))
-    except subprocess.TimeoutExpired as error:
-        raise WorkerError(f"no result in {options.timeout} s") from error
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return replies
+    return run_two_ranks("bench.workers.moe_overlap", job, ends, options.timeout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

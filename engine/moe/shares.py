@@ -21,17 +21,19 @@ from engine.moe.capacity import Pools
 # A share is a multiple of the even one, in units of 1/ONE, within these bounds.
 ONE = 1024
 LEAST, MOST = ONE // 4, 2 * ONE
+# Ranks whose paces are within this many twentieths of each other are as fast as each other.
+_NOISE = 1
 # Steps between two changes.
 EVERY = 4
 
 
 def shares(paces: Sequence[int]) -> tuple[int, ...] | None:
-    """Each rank's share from its pace; None where all are the same, or not all are known.
+    """Each rank's share from its pace; None where all are about the same, or not all are known.
 
     paces: W numbers, time a row in any unit, 0 where unknown. Integers only: every rank gets the
     same answer.
     """
-    if not all(pace > 0 for pace in paces):
+    if min(paces) <= 0 or max(paces) * 20 <= min(paces) * (20 + _NOISE):
         return None
     scale = max(paces) << 20
     speeds = [scale // pace for pace in paces]

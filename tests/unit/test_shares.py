@@ -36,6 +36,7 @@ def test_a_rank_among_eight_that_is_half_as_fast_gets_half_of_what_the_others_ge
 def test_unknown_or_equal_paces_leave_the_capacity_as_it_is():
     assert shares([100, 0]) is None and shares([0, 0]) is None
     assert shares([7, 7, 7]) is None
+    assert shares([100, 105]) is None and shares([100, 106]) is not None
     pools = Pools.make("rank", TWO_RANKS)
     assert limits(pools, 6, None) == [24, 24] == limits(pools, 6, (ONE, ONE))
 

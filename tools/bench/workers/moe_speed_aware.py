@@ -1,0 +1,96 @@
+"""One rank of bench_speed_aware.py: a layer dropless, under even capacity, and under capacity by
+measured speed, in turns.
+
+    python -m bench.workers.moe_speed_aware '{"tokens": 4096, ...}'   # RANK, MASTER_ADDR, ...
+
+Legend: T tokens on this rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench.loads import routing_of, zipf_loads
+from bench.moe_case import MoEShape, make_tokens, make_weights
+from bench.workers.moe_overlap import build
+from engine.config import CapacityConfig
+from engine.config_io import config_from_tree
+from engine.distributed import bootstrap
+from engine.moe.shares import ONE, Shares
+from engine.moe.step import MoEStep
+from engine.profiling.pace import Pace
+from engine.profiling.phases import HostClock, NoClock, Phase
+
+NAMES = ("dropless", "even", "speed_aware")
+
+
+@torch.inference_mode()
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Time each way `rounds` times, in turns. Collective over both ranks."""
+    rank = int(os.environ["RANK"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    tree = {"model": {"path": "."}, "runtime": {"device": "cpu", "threads": 1}}
+    topology = bootstrap.start(config_from_tree(tree))
+    shape, tokens, seed = MoEShape(**options["shape"]), options["tokens"], options["seed"]
+    layer = build(shape, topology, 1, seed)
+    loads = zipf_loads(2 * tokens, shape.experts, shape.top_k, options["zipf"])
+    x_TD = make_tokens(make_weights(shape, seed), routing_of(loads, 2 * tokens, seed), seed)
+    x_TD = x_TD[tokens * rank : tokens * (rank + 1)].contiguous()
+    even = MoEStep.whole(
+        torch.full((tokens,), rank), torch.arange(tokens), num_tokens_W=(tokens, tokens)
+    )
+    capacity = CapacityConfig(
+        policy="token_drop", factor=options["factor"], scope="rank", phases=("prefill", "decode")
+    )
+    settings = {"dropless": CapacityConfig(), "even": capacity, "speed_aware": capacity}
+    found: dict[str, dict[str, Any]] = {
+        name: {"seconds": [], "experts": [], "rows": [], "dropped": 0} for name in NAMES
+    }
+    pace, shares = Pace(), Shares()
+    for turn in range(options["rounds"] + options["warm_up"]):
+        for name in NAMES:
+            layer.set_capacity(settings[name])
+            step = None if name == "dropless" else even
+            if name == "speed_aware":
+                step = replace(even, shares_W=shares.current)
+            layer.telemetry.clock = clock = HostClock()
+            layer.telemetry.loads.clear()
+            layer.account.take()
+            dist.barrier()
+            begin = time.perf_counter()
+            layer(x_TD, step)
+            seconds = time.perf_counter() - begin
+            clock.close_step()
+            layer.telemetry.clock = NoClock()
+            spans = clock.read()
+            assert spans is not None
+            pace.add(spans)
+            # As the engine does it with its control words: every rank sees every pace.
+            paces = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+            dist.all_gather(paces, torch.tensor([pace.picoseconds_a_row]))
+            shares.update([int(each) for each in paces])
+            if turn < options["warm_up"]:
+                continue
+            entry = found[name]
+            entry["seconds"].append(seconds)
+            entry["experts"].append(float(spans.seconds_by_phase()[Phase.EXPERTS]))
+            entry["rows"].append(int(layer.telemetry.loads.layers[0].own_after.sum()))
+            entry["dropped"] += layer.account.take().dropped
+    found["speed_aware"]["shares"] = [share / ONE for share in shares.current or (ONE, ONE)]
+    found["speed_aware"]["paces"] = [int(each) for each in paces]
+    dist.barrier()
+    bootstrap.stop(topology)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(json.loads(sys.argv[1]))), flush=True)
