@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_speed_aware
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_speed_aware  # noqa: E402
 
 
 def reply(even: list[float], aware: list[float], rows: tuple[int, int]) -> dict:
