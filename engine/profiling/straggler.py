@@ -101,7 +101,9 @@ def analyse(profiles: list[RankProfile], charges: Charges, imbalance_L: np.ndarr
     ]
     network, rate = _network(profiles)
     lost: dict[str, float] = {cause: sum(blame.lost[cause] for blame in blames) for cause in CAUSES}
-    lost["network"] = network
+    # Bytes are counted in all steps, also in those whose arrivals nobody has compared.
+    whole = float(np.mean([item.totals.seconds.sum() for item in profiles]))
+    lost["network"] = network * charges.step_seconds / whole if whole else 0.0
     return Analysis(
         seconds=charges.step_seconds,
         lost=lost,
@@ -180,7 +182,9 @@ def _stalls(charges: Charges, index: int) -> tuple[int, float] | None:
     upto = int(np.searchsorted(lost_B.cumsum(), _MOST * total)) + 1
     steps, seconds = int(count_B[:upto].sum()), float(lost_B[:upto].sum())
     few = steps <= _FEW * charges.steps and steps <= _RARE * max(1.0, charges.step_seconds)
-    return (steps, seconds / steps) if few and steps else None
+    # The charge is a mean over all ranks, and the rank itself did not wait.
+    others = seconds * len(charges.lost) / max(1, len(charges.lost) - 1)
+    return (steps, others / steps) if few and steps else None
 
 
 def _network(profiles: list[RankProfile]) -> tuple[float, float]:

@@ -1,0 +1,183 @@
+"""What the profiler costs: the same job with and without it, in turns, in one run.
+
+    python tools/bench_profiler.py                 # two ranks over gloo, one core each
+    python tools/bench_profiler.py --ranks 1
+
+Each rank builds two engines on one random Mixtral, `profiler.enabled` true and false, and both run
+the same requests again and again: off, on, off, on, ... The cost is the median of on / off of the
+same round. A third engine with span files (`profiler.spans`) shows what writing them costs. The
+table is followed by one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.report import emit, spread, table
+from bench.stamp import stamp
+from bench_straggler import make_checkpoint
+
+HEADER = ["profiler", "seconds", "over off"]
+NAMES = ("off", "on", "spans")
+
+
+def worker(job: dict[str, Any]) -> dict[str, list[float]]:
+    """One rank: seconds of every run of each engine. Collective over the ranks."""
+    import torch.distributed as dist
+
+    from engine.config_io import config_from_tree
+    from engine.distributed import bootstrap
+    from engine.llm import LLM
+    from engine.request import SamplingParams
+
+    rank = int(os.environ["RANK"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+
+    def config(profiler: dict[str, Any]) -> Any:
+        runtime = {"device": "cpu", "threads": 1}
+        model = {"path": job["checkpoint"]}
+        return config_from_tree({"model": model, "runtime": runtime, "profiler": profiler})
+
+    topology = bootstrap.start(config({}))
+    profilers = {"off": {"enabled": False}, "on": {}, "spans": {"spans": job["spans"]}}
+    engines = {name: LLM(config(profilers[name]), topology) for name in NAMES}
+    draw = random.Random(0)
+    prompts = [
+        [draw.randrange(4096) for _ in range(draw.randrange(32, 256))]
+        for _ in range(job["requests"])
+    ]
+    params = SamplingParams(max_new_tokens=job["new_tokens"], ignore_eos=True)
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    for turn in range(job["rounds"] + 1):
+        order = NAMES if turn % 2 else tuple(reversed(NAMES))
+        for name in order:
+            dist.barrier()
+            begin = time.perf_counter()
+            engines[name].generate(prompts, params)
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    dist.barrier()
+    bootstrap.stop(topology)
+    return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the ranks, print the table and the JSON line."""
+    options = _parse(argv)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        make_checkpoint(Path(name) / "model")
+        job = {
+            "checkpoint": str(Path(name) / "model"),
+            "spans": str(Path(name) / "spans"),
+            "requests": options.requests,
+            "new_tokens": options.new_tokens,
+            "rounds": options.rounds,
+        }
+        ranks = _run(job, options.ranks, options.timeout)
+    slowest = {
+        name: [max(each) for each in zip(*(reply[name] for reply in ranks), strict=True)]
+        for name in NAMES
+    }
+    ratios = {
+        name: [own / off for own, off in zip(slowest[name], slowest["off"], strict=True)]
+        for name in NAMES
+    }
+    rows = [
+        [name, statistics.median(slowest[name]), f"{statistics.median(ratios[name]) - 1:+.2%}"]
+        for name in NAMES
+    ]
+    text = (
+        f"{options.requests} requests, {options.new_tokens} new tokens each, {options.ranks} ranks "
+        f"of one core, {options.rounds} rounds\n{table(HEADER, rows)}"
+    )
+    kept = {name: value for name, value in vars(options).items() if name not in ("out", "worker")}
+    record = {
+        "bench": "profiler",
+        **stamp(("torch",)),
+        "options": kept,
+        "seconds": {name: spread(slowest[name]) for name in NAMES},
+        "over_off": {name: spread(ratios[name]) for name in NAMES},
+    }
+    emit(text, record, options.out, "bench_profiler")
+    return 0
+
+
+def _run(job: dict[str, Any], num_ranks: int, timeout: float) -> list[dict[str, list[float]]]:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(TOOLS / "bench_profiler.py"), "--worker", json.dumps(job)]
+    environ = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TOOLS), str(REPOSITORY)]),
+    }
+    running = [
+        subprocess.Popen(
+            command,
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(num_ranks)
+    ]
+    replies = []
+    try:
+        for rank, process in enumerate(running):
+            out, err = process.communicate(timeout=timeout)
+            if process.returncode:
+                raise WorkerError(f"rank {rank} failed:\n{err.decode(errors='replace')[-2000:]}")
+            replies.append(json.loads(out.decode().splitlines()[-1]))
+    except subprocess.TimeoutExpired as error:
+        raise WorkerError(f"no result in {timeout} s") from error
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return replies
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--timeout", type=int, default=600, help="seconds")
+    parser.add_argument("--out", type=Path, help="folder for bench_profiler.txt and .json")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.ranks < 1 or options.rounds < 1:
+        parser.error("--ranks and --rounds must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    asked = _parse(None)
+    if asked.worker is not None:
+        print(json.dumps(worker(asked.worker)), flush=True)
+        sys.exit(0)
+    try:
+        sys.exit(main())
+    except (ValueError, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
