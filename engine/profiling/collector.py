@@ -23,7 +23,6 @@ import numpy as np
 
 from engine.profiling.costs import CostCurve
 from engine.profiling.phases import Phase, Spans
-from engine.profiling.waiting import waiting_ns
 
 _BATCH = 16
 # Steps that charge nobody: kernels and connections are made in them.
@@ -125,53 +124,75 @@ class Collector:
         if not self._pending:
             return
         steps = [spans for spans, _ in self._pending]
-        waits = [
-            np.zeros_like(spans.starts) if arrivals is None else waiting_ns(spans, arrivals)
-            for spans, arrivals in self._pending
-        ]
         phases = np.concatenate([spans.phases for spans in steps])
         cell = np.concatenate([spans.layers for spans in steps]) + 1
         cell = cell * _NUM_PHASES + phases
-        durations = np.concatenate([spans.ends - spans.starts for spans in steps])
+        starts = np.concatenate([spans.starts for spans in steps])
+        durations = np.concatenate([spans.ends for spans in steps]) - starts
         tokens = np.concatenate([spans.tokens for spans in steps])
         num_bytes = np.concatenate([spans.num_bytes for spans in steps])
+        collectives = np.concatenate([spans.collectives for spans in steps])
+        step = np.repeat(np.arange(len(steps)), [len(spans.phases) for spans in steps])
+        waits = np.zeros_like(starts)
+        # Steps with as many collectives as each other are worked on together.
+        sizes = np.array(
+            [-1 if arrivals is None else arrivals.shape[1] for _, arrivals in self._pending]
+        )
+        for size in np.unique(sizes[sizes > 0]):
+            chosen = np.flatnonzero(sizes == size)
+            place = np.full(len(steps), -1)
+            place[chosen] = np.arange(len(chosen))
+            of_spans = np.flatnonzero(
+                (place[step] >= 0) & (collectives >= 0) & (collectives < size)
+            )
+            at = place[step[of_spans]], collectives[of_spans]
+            known = [arrivals for _, arrivals in self._pending if arrivals is not None]
+            arrivals_SWC = np.stack([each for each in known if each.shape[1] == size])
+            late = arrivals_SWC.max(1)[at] - starts[of_spans]
+            waits[of_spans] = late.clip(0, durations[of_spans])
+            if arrivals_SWC.shape[1] > 1:
+                cell_SC = np.zeros((len(chosen), size), dtype=np.int64)
+                cell_SC[at] = cell[of_spans]
+                lengths = np.array([steps[i].ends[-1] - steps[i].starts[0] for i in chosen])
+                # Of the whole run, the first steps charge nobody.
+                counts = self._seen + chosen >= _WARM_UP
+                self._charge(arrivals_SWC[counts], cell_SC[counts], lengths[counts])
+        self._seen += len(steps)
         cells = len(self._calls)
-        for row, values in zip(
-            self._sums, (durations, np.concatenate(waits), tokens, num_bytes), strict=True
-        ):
+        for row, values in zip(self._sums, (durations, waits, tokens, num_bytes), strict=True):
             row += np.bincount(cell, weights=values, minlength=cells)
         self._calls += np.bincount(cell, minlength=cells)
         for curve, phase in ((self.experts, Phase.EXPERTS), (self.attention, Phase.ATTENTION)):
             of_phase = np.flatnonzero((phases == phase) & (tokens > 0))
             curve.add(tokens[of_phase], durations[of_phase])
-        for spans, arrivals in self._pending:
-            if arrivals is not None and len(arrivals) > 1 and arrivals.shape[1]:
-                self._charge(spans, arrivals)
         self._pending.clear()
 
-    def _charge(self, spans: Spans, arrivals_WC: np.ndarray) -> None:
-        """Charge the last rank of every collective of one step."""
-        self._seen += 1
-        if self._seen <= _WARM_UP:
-            return
-        length = arrivals_WC.shape[1]
-        waits = (spans.collectives >= 0) & (spans.collectives < length)
-        cell_C = np.zeros(length, dtype=np.int64)
-        cell_C[spans.collectives[waits]] = (spans.layers[waits] + 1) * _NUM_PHASES + spans.phases[
-            waits
-        ]
-        last_C = arrivals_WC.argmax(0)
-        lost_C = arrivals_WC.max(0) - arrivals_WC.mean(0)
-        np.add.at(self._charge_WLP, (last_C, cell_C), lost_C)
-        lost_W = np.bincount(last_C, weights=lost_C, minlength=len(self._late_W))
-        step_ns = int(spans.ends[-1] - spans.starts[0])
-        self._step_ns += step_ns
-        self._steps += 1
-        worst = int(lost_W.argmax())
-        if lost_W[worst] * 50 > step_ns:
-            self._late_W[worst] += 1
-        bucket_W = np.log2(np.maximum(lost_W, 1000.0) * 1e-3).astype(np.int64)
-        bucket_W = bucket_W.clip(0, NUM_BUCKETS - 1)
-        ranks = np.arange(len(lost_W))
-        self._lost_WB[ranks, bucket_W] += lost_W
-        self._count_WB[ranks, bucket_W] += 1
+    def _charge(self, arrivals_SWC: np.ndarray, cell_SC: np.ndarray, length_S: np.ndarray) -> None:
+        """Charge the last rank of every collective of S steps of so many nanoseconds."""
+        num_steps, num_ranks, _ = arrivals_SWC.shape
+        cells = len(self._calls)
+        last_SC = arrivals_SWC.argmax(1)
+        lost_SC = arrivals_SWC.max(1) - arrivals_SWC.mean(1)
+        self._charge_WLP += np.bincount(
+            (last_SC * cells + cell_SC).ravel(),
+            weights=lost_SC.ravel(),
+            minlength=num_ranks * cells,
+        ).reshape(num_ranks, cells)
+        step_S1 = np.arange(num_steps)[:, None]
+        lost_SW = np.bincount(
+            (step_S1 * num_ranks + last_SC).ravel(),
+            weights=lost_SC.ravel(),
+            minlength=num_steps * num_ranks,
+        ).reshape(num_steps, num_ranks)
+        self._step_ns += int(length_S.sum())
+        self._steps += num_steps
+        late_S = lost_SW.max(1, initial=0) * 50 > length_S
+        worst_S = lost_SW.argmax(1) if num_steps else late_S.astype(np.int64)
+        self._late_W += np.bincount(worst_S[late_S], minlength=num_ranks)
+        bucket_SW = np.log2(np.maximum(lost_SW, 1000.0) * 1e-3).astype(np.int64)
+        bucket_SW = bucket_SW.clip(0, NUM_BUCKETS - 1) + np.arange(num_ranks) * NUM_BUCKETS
+        bins = num_ranks * NUM_BUCKETS
+        lost_B = np.bincount(bucket_SW.ravel(), weights=lost_SW.ravel(), minlength=bins)
+        self._lost_WB += lost_B.reshape(num_ranks, NUM_BUCKETS)
+        count_B = np.bincount(bucket_SW.ravel(), minlength=bins)
+        self._count_WB += count_B.reshape(num_ranks, NUM_BUCKETS)
