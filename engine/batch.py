@@ -22,6 +22,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from engine.batch_input import TicketQueue
 from engine.batch_job import FileJob, describe, on_rank_0
 from engine.batch_lines import LineParser
@@ -31,6 +33,7 @@ from engine.config import Config
 from engine.config_io import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.groups import Topology
+from engine.distributed.watchdog import Watchdog
 from engine.durable import write_text
 from engine.interrupts import Interrupts, Stopped
 from engine.profiling.report import RunReport, StepReport
@@ -80,14 +83,22 @@ def run_batch(
         job = PromptJob(topology, console, output)
     # A store can outlive a run that is started anew: its keys must not be taken for this run's.
     key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
-    with Interrupts() as interrupts:
+    watchdog = Watchdog(
+        dist.PrefixStore(f"{key}/watchdog", topology.store),
+        rank=topology.world.rank,
+        world_size=topology.world.size,
+        host=topology.host,
+        timeout_s=config.runtime.timeout_s,
+        holder=topology.store_holder,
+    )
+    with Interrupts() as interrupts, watchdog:
         if not job.open(key, overwrite=overwrite):
             console.print(f"{output} is already complete; --overwrite runs the job again")
             return
         tally, run = _Tally(), None
-        with _shared_failure(topology, key):
+        with _shared_failure(topology, key, watchdog, interrupts):
             if len(job.lines):
-                run = _generate(job, config, topology, key, tally, interrupts)
+                run = _generate(job, config, topology, key, tally, interrupts, watchdog)
             job.close()
             tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
 
@@ -123,6 +134,7 @@ def _generate(
     key: str,
     tally: _Tally,
     interrupts: Interrupts,
+    watchdog: Watchdog,
 ) -> RunReport:
     """Load the model and run every pending line through it."""
     from engine.llm import LLM  # the model code, which a job that is refused never needs
@@ -153,7 +165,8 @@ def _generate(
         if progress is not None:
             progress.update(report)
 
-    with interrupts.deferred(), progress or nullcontext():
+    lockstep = watchdog.running(llm.place, topology.expert.ranks)
+    with interrupts.deferred(), progress or nullcontext(), lockstep:
         try:
             return llm.run(queue, write, on_step, lambda: interrupts.received)
         except ValueError as error:
@@ -162,12 +175,24 @@ def _generate(
 
 
 @contextmanager
-def _shared_failure(topology: Topology, key: str) -> Iterator[None]:
-    """Tell the other ranks why this one leaves, so that none of them blames the connection."""
+def _shared_failure(
+    topology: Topology, key: str, watchdog: Watchdog, interrupts: Interrupts
+) -> Iterator[None]:
+    """Tell the other ranks why this one leaves, so that none of them blames the connection, and
+    find out who is missing where it was the connection that broke.
+    """
     store, rank = topology.store, topology.world.rank
+
+    def ask_watchdog() -> None:
+        # The launcher may already be ending all ranks because one of them has died.
+        with suppress(Stopped), interrupts.deferred():
+            watchdog.explain()
+
     try:
         yield
     except (OSError, Stopped) as error:
+        if isinstance(error, Stopped) and _broke_collective(error.__cause__):
+            ask_watchdog()
         why = describe(error) if isinstance(error, OSError) else f"stopped by {error}"
         with suppress(RuntimeError):  # the store may be gone, with the rank that held it
             store.set(f"{key}/failed", json.dumps([rank, why]))
@@ -180,6 +205,16 @@ def _shared_failure(topology: Topology, key: str) -> Iterator[None]:
         except RuntimeError:  # as above
             told = False
         if not told:
+            if _broke_collective(error):
+                ask_watchdog()
             raise
         failed_rank, why = json.loads(store.get(f"{key}/failed"))
         raise JobFailed(f"rank {failed_rank} left: {why}") from error
+
+
+def _broke_collective(error: BaseException | None) -> bool:
+    """Whether an error is a collective's, and so rather another rank's fault than this one's."""
+    if error is None:
+        return False
+    signs = ("gloo", "NCCL", "Connection", "Timed out", "Broken pipe", "Socket")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -30,6 +30,7 @@ from engine.distributed import bootstrap
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
+from engine.distributed.faults import Place
 from engine.distributed.groups import Topology
 from engine.kv_cache import BlockPool
 from engine.latency import timed
@@ -94,6 +95,12 @@ class LLM:
     def max_model_len(self) -> int:
         """Longest sequence, prompt and new tokens together."""
         return self.model.max_model_len
+
+    def place(self) -> Place:
+        """How far this rank has come; for the watchdog's thread."""
+        position = self._telemetry.clock.position()
+        phase = position.phase.name.lower()
+        return Place(position.step, position.layer, phase, position.collective)
 
     @property
     def vocab_size(self) -> int:

@@ -72,7 +72,8 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
         torch.cuda.set_device(device)
     torch.set_num_threads(_num_threads(config, launch, environ, present))
     atexit.register(_let_gloo_finish)
-    return _join(config, launch, device, store, timeout)
+    holder = None if _launcher_holds_store(environ) else 0
+    return _join(config, launch, device, store, timeout, holder)
 
 
 def stop(topology: Topology) -> None:
@@ -106,8 +107,7 @@ def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) 
     """The store that all ranks of the run share; rank 0 holds it unless torchrun's agent does."""
     if launch.source == "single":
         return dist.HashStore()
-    agent_holds = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    holds = launch.rank == 0 and not agent_holds
+    holds = launch.rank == 0 and not _launcher_holds_store(environ)
     try:
         return dist.TCPStore(launch.addr, launch.port, None, holds, timeout, wait_for_workers=False)
     except RuntimeError as error:  # the store's network and timeout errors
@@ -121,6 +121,11 @@ def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) 
             f"rank {launch.rank} on {socket.gethostname()} could not {action} "
             f"{launch.addr}:{launch.port}: {advice} ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _launcher_holds_store(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent holds the store, and not rank 0."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
@@ -154,7 +159,12 @@ def _num_threads(
 
 
 def _join(
-    config: Config, launch: Launch, device: torch.device, store: dist.Store, timeout: timedelta
+    config: Config,
+    launch: Launch,
+    device: torch.device,
+    store: dist.Store,
+    timeout: timedelta,
+    store_holder: int | None,
 ) -> Topology:
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -192,6 +202,7 @@ def _join(
         local_rank=launch.local_rank,
         local_world_size=launch.local_world_size,
         host=socket.gethostname(),
+        store_holder=store_holder,
     )
 
 

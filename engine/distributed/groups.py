@@ -31,7 +31,8 @@ class Topology:
     """Everything a rank knows about its run; made by `bootstrap.start`, never changed.
 
     `control` is a gloo group over the ranks of `expert`, for host-side words and objects.
-    Requests are owned by data ranks: the ranks of one tensor group share a `data_rank`.
+    Requests are owned by data ranks: the ranks of one tensor group share a `data_rank`. The process
+    of rank `store_holder` holds the store; None where the launcher does.
     """
 
     world: Group
@@ -47,6 +48,7 @@ class Topology:
     local_rank: int
     local_world_size: int
     host: str
+    store_holder: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

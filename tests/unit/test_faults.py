@@ -1,0 +1,122 @@
+"""Fault verdicts on hand-made sightings: who is accused, and when nobody may be.
+
+Run: pytest tests/unit/test_faults.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.distributed.faults import Finding, Limits, Place, Seen, describe, judge
+
+LIMITS = Limits(lost=2.5, stalled=4.0)
+COMBINE = Place(step=12, layer=3, phase="combine", collective=57)
+DISPATCH = Place(step=12, layer=3, phase="dispatch", collective=56)
+GROUP = (0, 1, 2, 3)
+
+
+def rank(place: Place = COMBINE, **changes) -> Seen:
+    usual = Seen(host="h0", state="running", place=place, silent_s=0.3, still_s=0.3)
+    return replace(usual, **changes)
+
+
+def ranks(**changed: Seen) -> dict[int, Seen]:
+    """Four ranks, all well but for `r2=...`."""
+    return {n: changed.get(f"r{n}", rank()) for n in GROUP}
+
+
+def verdict(seen: dict[int, Seen], own: int = 0, group: tuple[int, ...] = GROUP) -> Finding | None:
+    return judge(seen, own, group, LIMITS)
+
+
+def test_ranks_that_beat_and_move_are_well_wherever_they_are():
+    assert verdict(ranks(r1=rank(DISPATCH, still_s=3.9))) is None
+
+
+def test_a_silent_rank_is_lost_with_where_it_was_last_seen():
+    found = verdict(ranks(r2=rank(DISPATCH, silent_s=2.6, host="h7")))
+    assert found is not None and found.ranks == (2,)
+    assert "rank 2 on h7 has not been heard of for 2.6 s" in found.text
+    assert "step 12, layer 3, dispatch, collective 56" in found.text
+
+
+def test_a_rank_lost_before_the_first_step_is_said_to_be_starting():
+    early = {n: rank(Place(), state="starting") for n in GROUP}
+    early[3] = replace(early[3], silent_s=3.0)
+    found = verdict(early)
+    assert found is not None and "last seen while starting" in found.text
+
+
+def test_several_lost_ranks_are_all_named():
+    found = verdict(ranks(r1=rank(silent_s=9.0), r3=rank(silent_s=9.0)))
+    assert found is not None and found.ranks == (1, 3)
+    assert "rank 1" in found.text and "rank 3" in found.text
+
+
+def test_a_rank_that_has_left_in_order_may_be_silent():
+    assert verdict(ranks(r1=rank(state="left", silent_s=60.0))) is None
+
+
+def test_a_rank_of_another_group_is_missed_too_but_cannot_stall_this_one():
+    far = rank(DISPATCH, still_s=60.0)
+    assert verdict(ranks(r2=far, r3=far), group=(0, 1)) is None
+    found = verdict(ranks(r2=rank(silent_s=3.0)), group=(0, 1))
+    assert found is not None and found.ranks == (2,)
+
+
+def test_a_failure_that_a_rank_tells_comes_before_its_silence_and_leaves_time_to_go():
+    bad = rank(state="failed", text="ValueError: no", still_s=0.5, silent_s=3.0)
+    first = verdict(ranks(r1=bad, r2=rank(silent_s=2.6)))
+    assert first is not None and first.ranks == (1, 2), "its own account is not due yet"
+    told = verdict(ranks(r1=replace(bad, still_s=1.5)))
+    assert told is not None and told.ranks == (1,)
+    assert "failed in step 12, layer 3, combine, collective 57: ValueError: no" in told.text
+    assert verdict({1: replace(bad, still_s=9.0)}, own=1) is None, "it does not accuse itself"
+
+
+def test_the_rank_with_fewer_collectives_is_the_one_the_others_wait_for():
+    still = {n: rank(still_s=4.1) for n in GROUP} | {1: rank(DISPATCH, still_s=4.5)}
+    for own in GROUP:
+        found = verdict(still, own)
+        assert found is not None and found.ranks == (1,)
+    assert "rank 1 on h0 has been at step 12, layer 3, dispatch, collective 56" in found.text
+    assert "ranks 0, 2, 3 wait at step 12, layer 3, combine, collective 57" in found.text
+
+
+def test_with_as_many_collectives_the_one_that_is_elsewhere_is_named():
+    other = Place(step=12, layer=4, phase="consensus", collective=57)
+    still = {n: rank(still_s=4.1) for n in GROUP} | {2: rank(other, still_s=4.1)}
+    found = verdict(still)
+    assert found is not None and found.ranks == (2,)
+
+
+def test_where_all_wait_in_the_same_collective_the_network_is_named_and_no_rank():
+    found = verdict({n: rank(still_s=4.1) for n in GROUP})
+    assert found is not None and found.ranks == () and "network" in found.text
+
+
+def test_one_rank_that_moves_is_enough_to_wait_on():
+    still = {n: rank(still_s=60.0) for n in GROUP} | {3: rank(DISPATCH, still_s=1.0)}
+    assert verdict(still) is None
+
+
+def test_nothing_stalls_before_the_loop_and_after_it():
+    for state in ("starting", "finishing"):
+        seen = {n: rank(still_s=60.0) for n in GROUP} | {2: rank(state=state, still_s=60.0)}
+        assert verdict(seen) is None, f"rank 2 is {state}"
+
+
+def test_both_limits_lie_within_the_timeout():
+    for timeout in (5.0, 20.0, 120.0, 3600.0):
+        limits = Limits.of(timeout)
+        assert limits.lost <= timeout / 2 and limits.stalled < timeout
+    assert Limits.of(120.0).lost == 10.0
+
+
+def test_the_report_says_where_every_rank_was_and_stays_short():
+    finding = Finding((1,), "rank 1 is gone")
+    lines = describe(finding, ranks(r2=rank(Place(), state="starting"))).splitlines()
+    assert lines[0] == "fault: rank 1 is gone" and len(lines) == 5
+    assert lines[3] == "  rank 2 on h0: starting"
+    many = describe(finding, {n: rank() for n in range(100)}).splitlines()
+    assert len(many) == 18 and many[-1] == "  and 84 more ranks"
