@@ -98,14 +98,27 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchConfig:
+    """How rows travel between the ranks."""
+
+    deduplicate: bool = True  # a token whose experts share a rank sends its row there once
+    partial_sums: bool = False  # and gets one row back, summed there: results differ by rounding
+    dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of rows on the way out; auto: the compute's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapConfig:
     """Hiding communication behind the experts' work."""
 
-    chunks: int | Literal["auto"] = field(  # parts a rank's experts are cut into, one part's rows
-        # travel while another's are worked on; 1: no overlap; auto: what never loses, 1 today
+    chunks: int | Literal["auto"] = field(  # parts that rows are cut into, one part's travel while
+        # another's are worked on; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
         default=1,
         metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
     )
+    by: Literal["auto", "experts", "tokens"] = "auto"  # what is cut, a rank's experts or its
+    # tokens; auto: experts where every rank has one for each chunk
+    two_batch: bool = False  # large steps run as two half batches: attention of one while rows of
+    # the other travel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +127,7 @@ class MoEConfig:
 
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
 
 
@@ -235,6 +249,17 @@ def _combination_problems(config: Config) -> Iterator[str]:
         yield (
             "moe.capacity.speed_aware = True: needs what the profiler measures; set "
             "profiler.enabled = true"
+        )
+    if config.moe.dispatch.partial_sums and not config.moe.dispatch.deduplicate:
+        yield (
+            "moe.dispatch.partial_sums = True: sums the rows that a token has on one rank, which "
+            "needs moe.dispatch.deduplicate = true"
+        )
+    if config.moe.overlap.two_batch and capacity.policy != "none":
+        yield (
+            "moe.overlap.two_batch = True: the halves of a step cannot compete for expert capacity "
+            f"together, and moe.capacity.policy is {capacity.policy}; use none, or "
+            "moe.overlap.chunks instead"
         )
     if scheduler.kv_cache_gib is not None and scheduler.kv_cache_blocks is not None:
         yield (

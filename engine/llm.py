@@ -86,7 +86,7 @@ class LLM:
         self.model.observe(self._telemetry)
         self.weights_report = self._fill()
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
-        stamps = 1 + sum(1 + 2 * layer.num_chunks for layer in self.model.moe_layers)
+        stamps = 1 + sum(layer.max_collectives for layer in self.model.moe_layers)
         stamps = stamps if config.profiler.enabled else 0
         self._clock_offset = offset = measure_clock_offset(topology.control, topology.host)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)

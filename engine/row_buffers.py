@@ -29,6 +29,5 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     needed = bound.activation_bytes(shape, dtype)
     if capacity.policy == "none":
         return needed
-    workspace = model.workspace
-    workspace.reserve(bound.sent, bound.received, shape.hidden, dtype, topology.device)
-    return needed - workspace.num_bytes
+    layer.reserve(bound.sent, bound.received)
+    return needed - model.workspace.num_bytes

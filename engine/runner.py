@@ -8,14 +8,17 @@ Legend: T tokens of the step, S sequences, B columns of the block table, D model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from engine.layers.attention import StepTensors
 from engine.layers.kv import KVCache
 from engine.models.decoder import CausalLM
+from engine.moe.halves import balanced_cut
 from engine.moe.step import MoEStep
-from engine.scheduler import Step
+from engine.scheduler import Slice, Step
 
 
 class Runner:
@@ -40,7 +43,13 @@ class Runner:
 
         An empty step is fine: the rank takes part in the MoE layers with zero tokens.
         """
-        return self.model(self.build(step), self.cache, moe_step, group_tokens)
+        if moe_step is None and group_tokens is not None and self.model.splits(group_tokens):
+            cut = balanced_cut([piece.length for piece in step.slices])
+            first = self.build(step.slices[:cut], min(cut, step.num_decode))
+            second = self.build(step.slices[cut:], max(0, step.num_decode - cut))
+            return self.model.forward_halves((first, second), self.cache, group_tokens)
+        tensors = self.build(step.slices, step.num_decode)
+        return self.model(tensors, self.cache, moe_step, group_tokens)
 
     @torch.inference_mode()
     def logits(self, hidden_TD: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -50,11 +59,11 @@ class Runner:
             hidden_TD = hidden_TD.index_select(0, index)
         return self.model.logits(hidden_TD)
 
-    def build(self, step: Step) -> StepTensors:
-        """Flatten the step's slices, decodes first as the scheduler gives them, into the model's
-        input.
+    def build(self, slices: Sequence[Slice], num_decode: int) -> StepTensors:
+        """Flatten slices, the num_decode decodes first as the scheduler gives them, into the
+        model's input.
         """
-        block_size, slices = self.cache.block_size, step.slices
+        block_size = self.cache.block_size
         query_lens = [piece.length for piece in slices]
         context_lens = [piece.start + piece.length for piece in slices]
         query_start = [0, *np.cumsum(query_lens, dtype=np.int64).tolist()] if slices else [0]
@@ -88,7 +97,7 @@ class Runner:
             context_lens=context_lens,
             context_lens_S=self._upload(np.asarray(context_lens, dtype=np.int32)),
             block_table_SB=self._upload(table),
-            num_decode=step.num_decode,
+            num_decode=num_decode,
         )
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:

@@ -24,8 +24,10 @@ from engine.layers.parallel import empty_parameter
 from engine.layers.rotary import RotaryTable
 from engine.models.moe_weights import moe_slots
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
+from engine.moe.halves import Stages, finish, take_turns
 from engine.moe.layer import MoELayer
 from engine.moe.step import MoEStep
+from engine.moe.tuner import ChunkTuner
 from engine.moe.workspace import Workspace
 from engine.ops.linear import linear
 from engine.ops.rms_norm import add_rms_norm, rms_norm
@@ -38,7 +40,7 @@ _DERIVED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",)
 
 
 class DecoderLayer(nn.Module):
-    """The parts of one layer; `CausalLM.forward` joins them."""
+    """The parts of one layer; `CausalLM` joins them."""
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class DecoderLayer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         workspace: Workspace,
+        tuner: ChunkTuner,
     ) -> None:
         super().__init__()
         hidden = spec.attention.hidden
@@ -75,6 +78,7 @@ class DecoderLayer(nn.Module):
             dtype=dtype,
             shared=shared,
             workspace=workspace,
+            tuner=tuner,
         )
 
 
@@ -113,6 +117,7 @@ class CausalLM(nn.Module):
         )
         self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
         self.workspace = Workspace()
+        tuner = ChunkTuner(device)
         self._layers = [
             DecoderLayer(
                 layer,
@@ -122,6 +127,7 @@ class CausalLM(nn.Module):
                 device=device,
                 dtype=dtype,
                 workspace=self.workspace,
+                tuner=tuner,
             )
             for i, layer in enumerate(spec.layers)
         ]
@@ -149,6 +155,35 @@ class CausalLM(nn.Module):
 
         Collective over EP and TP: every rank must call, T may be 0.
         """
+        return finish(self._stages(step, kv, moe_step, group_tokens))
+
+    def splits(self, group_tokens: int) -> bool:
+        """Whether a step of so many tokens over all ranks, none of which competes for capacity, is
+        run by `forward_halves`; the same on every rank.
+        """
+        return any(moe.layouts.splits(group_tokens) for moe in self.moe_layers[:1])
+
+    def forward_halves(
+        self, halves: tuple[StepTensors, StepTensors], kv: KVCache, group_tokens: int
+    ) -> torch.Tensor:
+        """`forward` of a step cut in two between its sequences: attention of one half runs while
+        the rows of the other travel. Either may be empty. Collective over EP and TP.
+        """
+        parts = [
+            self._stages(step, kv, None, group_tokens // 2, half)
+            for half, step in enumerate(halves)
+        ]
+        return torch.cat(take_turns(parts))
+
+    def _stages(
+        self,
+        step: StepTensors,
+        kv: KVCache,
+        moe_step: MoEStep | None,
+        group_tokens: int | None,
+        half: int | None = None,
+    ) -> Stages[torch.Tensor]:
+        """All layers; of a half, with stops."""
         eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
         num_tokens = step.token_ids_T.shape[0]
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
@@ -163,9 +198,10 @@ class CausalLM(nn.Module):
                 x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache)
             clock.enter(Phase.OTHER, index)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
-            mlp = layer.mlp
-            sparse = isinstance(mlp, MoELayer)
-            x_TD = mlp(x_TD, moe_step, group_tokens) if sparse else mlp(x_TD)
+            if isinstance(layer.mlp, MoELayer):
+                x_TD = yield from layer.mlp.stages(x_TD, moe_step, group_tokens, half)
+            else:
+                x_TD = layer.mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
         return x_TD
 

@@ -6,13 +6,15 @@ Step 3 of `layer.py` when a capacity policy is on. In order:
     consensus  overloaded pools are cut                                     consensus.py
     extras     Expanded Drop: this rank's free slots for its own tokens     expansion.py
     order      what is left, sorted by expert                               plan.py
-    rows       every rank's row counts, copied to the host: the one sync of the layer
+    rows       every rank's row counts, copied to the host: the one sync of the layer; where the
+               layout needs more than loads, from the claims of all ranks (`global` by gather), by
+               one more exchange (`quota` with scope `expert`), else in the exchange of the rows
 
 Equal claims at a cut are the exception that costs a second round; then all ranks see the same flag
 and all go round again.
 
 Legend: T tokens on this rank, K top-k, M columns of the result (K, or K + e), N columns that
-compete, E experts, e experts on this rank, P pools, W expert-parallel ranks.
+compete, E experts, e experts on this rank, P pools, W expert-parallel ranks, n numbers of a rank.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ class Decision:
     ids_TM: int64, the experts that will be computed: the top-k columns, -1 where dropped, then one
     column a local expert for extras, -1 where none. weights_TM: float32 combine weights, 0 where
     the id is -1. keep_TK: bool. extra_Te: bool, None without expansion. order: ids_TM sorted by
-    expert. counts_WE: int64 on the host, rows each rank sends to each expert; the extras of other
-    ranks, which stay there, may be missing. before_WE: top-k assignments before capacity.
+    expert. numbers_Wn: int64 on the host, `ExpertOrder.numbers` of every rank; the extras of other
+    ranks, which stay there, may be missing. counts_WE: rows each rank sends to each expert, the
+    same way. before_WE: top-k assignments before capacity.
     """
 
     ids_TM: torch.Tensor
@@ -53,6 +56,7 @@ class Decision:
     keep_TK: torch.Tensor
     extra_Te: torch.Tensor | None
     order: ExpertOrder
+    numbers_Wn: np.ndarray
     counts_WE: np.ndarray
     before_WE: np.ndarray
 
@@ -104,6 +108,12 @@ class CapacityAgreement:
             return True
         return self._claims.may_bind(step)
 
+    def costs_exchange(self, step: MoEStep | None) -> bool:
+        """Whether a layout that tells more than loads by expert costs one more collective in this
+        step; the same on every rank.
+        """
+        return step is not None and self._consensus.counts_only and self.applies(step)
+
     def decide(
         self,
         routing: Routing,
@@ -123,6 +133,7 @@ class CapacityAgreement:
             ValueError: a router score is NaN or infinite on some rank; on every rank.
         """
         clock, consensus = clock or NoClock(), self._consensus
+        layout = layout or self._layout
         layer, sent = self._layer, self.collectives.bytes_sent
         clock.enter(Phase.PLAN, layer)
         claims = self._claims.make(routing, step)
@@ -143,31 +154,32 @@ class CapacityAgreement:
         round.wait()
         if consensus.communicates:
             clock.sent(self.collectives.bytes_sent - sent)
-        if round.complete:
+        if round.complete and not (layout.tells_more and consensus.counts_only):
             clock.enter(Phase.PLAN, layer)
         exact = False
         while True:
             verdict = round.verdict(exact=exact)
             keep_TK, extra_Te = self._apply(verdict, routing, step, claims)
             ids_TM = _merge(routing.topk_ids_TK, keep_TK, extra_Te, self._own.start)
-            order = (layout or self._layout).sort(ids_TM)
-            rows_WE2 = self._rows(verdict, claims, order, clock)
+            order = layout.sort(ids_TM)
+            rows_Wn2 = self._rows(verdict, claims, order, layout, step, clock)
             # SYNC: all_to_all takes its splits as host integers; the layer's only copy. The flags
             # for ties and bad scores ride along.
-            host = rows_WE2.cpu().numpy()
+            host = rows_Wn2.cpu().numpy()
             self._check_finite(host[:, -2])
             if exact or not host[:, -1].any():
                 break
             exact = True
-        num_experts = self._router.num_experts
+        numbers_Wn = host[:, : -self._router.num_experts - 2]
         return Decision(
             ids_TM=ids_TM,
             weights_TM=self._weights(routing, keep_TK, extra_Te),
             keep_TK=keep_TK,
             extra_Te=extra_Te,
             order=order,
-            counts_WE=host[:, :num_experts],
-            before_WE=host[:, num_experts : 2 * num_experts],
+            numbers_Wn=numbers_Wn,
+            counts_WE=layout.counts(numbers_Wn),
+            before_WE=host[:, numbers_Wn.shape[1] : -2],
         )
 
     def _apply(
@@ -201,19 +213,36 @@ class CapacityAgreement:
         )
 
     def _rows(
-        self, verdict: Verdict, claims: Claims, order: ExpertOrder, clock: PhaseClock
+        self,
+        verdict: Verdict,
+        claims: Claims,
+        order: ExpertOrder,
+        layout: ExpertLayout,
+        step: MoEStep,
+        clock: PhaseClock,
     ) -> torch.Tensor:
-        """Every rank's numbers [W, 2E + 2]: rows to send, rows before capacity, bad, tied."""
-        num_experts, rank = self._router.num_experts, self.collectives.rank
-        tied = verdict.tied.long()
-        if verdict.rows_WE2 is not None:
-            rows_WE2 = verdict.rows_WE2
-            rows_WE2[rank, :num_experts] = order.load_E  # with this rank's extras
-            return torch.cat((rows_WE2, tied.expand(len(rows_WE2), 1)), dim=1)
-        before_E = claims.count_codes()[: 2 * num_experts].view(2, num_experts).sum(0)
-        own = torch.cat((order.load_E, before_E, claims.bad, tied[None]))
-        if not self._consensus.communicates:
-            clock.meet(Phase.CONSENSUS, self._layer)
+        """Every rank's numbers [W, n + E + 2]: of its rows, rows before capacity, bad, tied."""
+        num_experts, size = self._router.num_experts, self.collectives.size
+        tied, own = verdict.tied.long(), order.numbers
+        assert own is not None
+        if verdict.rows_WE2 is None:
+            before_E = claims.count_codes()[: 2 * num_experts].view(2, num_experts).sum(0)
+            if not self._consensus.communicates:
+                clock.meet(Phase.CONSENSUS, self._layer)
+            return self._gather(torch.cat((own, before_E, claims.bad, tied[None])), clock)
+        numbers_Wn = verdict.rows_WE2[:, :num_experts]
+        if layout.tells_more and verdict.all_ids is not None:
+            most = max(step.num_tokens_W)
+            ids_WTM = verdict.all_ids().view(size, most, claims.padded // max(most, 1))
+            numbers_Wn = layout.numbers(ids_WTM, step.num_tokens_W)
+        elif layout.tells_more:
+            numbers_Wn = self._gather(own, clock)
+        numbers_Wn[self.collectives.rank] = own  # with this rank's extras
+        rest_WE2 = verdict.rows_WE2[:, num_experts:]
+        return torch.cat((numbers_Wn, rest_WE2, tied.expand(size, 1)), dim=1)
+
+    def _gather(self, own: torch.Tensor, clock: PhaseClock) -> torch.Tensor:
+        """Every rank's numbers, int64 [W, n]. Collective."""
         sent = self.collectives.bytes_sent
         gathered = self.collectives.all_gather(own).wait()
         clock.sent(self.collectives.bytes_sent - sent)

@@ -23,6 +23,7 @@ expert-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,13 +80,17 @@ class Verdict:
     the ranks that share it: what is left of the limit is free. tied: bool scalar, equal words at a
     cut were not told apart and `exact` must be asked for. rows_WE2: int64 [W, 2E + 1] where the
     algorithm knows every rank's numbers: rows to send to each expert, its top-k assignments before
-    capacity, and `bad`; None where ranks must still exchange them.
+    capacity, and `bad`; None where ranks must still exchange them. all_ids: where the algorithm
+    knows every rank's claims, gives the experts that will be computed, int64 [W, claims of the rank
+    that has most], -1 for none, in the order of the claims; without the extras that are chosen
+    later.
     """
 
     keep_N: torch.Tensor
     pool_kept_P: torch.Tensor
     tied: torch.Tensor
     rows_WE2: torch.Tensor | None
+    all_ids: Callable[[], torch.Tensor] | None = None
 
 
 class Round(Protocol):
@@ -103,9 +108,12 @@ class Round(Protocol):
 
 
 class Consensus(Protocol):
-    """An algorithm. communicates: `begin` starts a collective."""
+    """An algorithm. communicates: `begin` starts a collective. counts_only: complete rounds know
+    how many rows other ranks keep, and not of which tokens.
+    """
 
     communicates: bool
+    counts_only: bool
 
     def begin(self, claims: Claims) -> Round:
         """Start the first collective, if there is one. Collective over the group."""

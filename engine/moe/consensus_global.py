@@ -37,6 +37,7 @@ class GatherConsensus:
     """One all-gather of claims."""
 
     communicates = True
+    counts_only = False
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
@@ -50,6 +51,7 @@ class RadixConsensus:
     """All-reduced histograms."""
 
     communicates = True
+    counts_only = False
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
@@ -68,6 +70,7 @@ class SelectionByTraffic:
     """
 
     communicates = True
+    counts_only = False
 
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
@@ -129,7 +132,13 @@ class _GatherRound:
         rows = torch.cat((keep_WE + passes_WE, before_WE + passes_WE, self._bad_W1), dim=1)
         own_N = keep_M.view(num_ranks, size)[self._collectives.rank, : claims.code_N.numel()]
         kept_P = claims.by_pool(before_WE.sum(0)).minimum(claims.limit_P)
-        return Verdict(own_N, kept_P, tied, rows)
+
+        def all_ids() -> torch.Tensor:
+            passes_WB = (self._code_WB >= num_experts) & (self._code_WB < 2 * num_experts)
+            computed_WB = keep_M.view(num_ranks, size) | passes_WB
+            return (self._code_WB % num_experts).where(computed_WB, -1)[:, : claims.padded]
+
+        return Verdict(own_N, kept_P, tied, rows, all_ids)
 
 
 class _RadixRound:

@@ -16,6 +16,7 @@ class LocalConsensus:
     """No collective."""
 
     communicates = False
+    counts_only = False
 
     def begin(self, claims: Claims) -> Round:
         """Nothing is under way: the decision needs this rank alone."""

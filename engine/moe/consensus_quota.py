@@ -44,7 +44,7 @@ class QuotaConsensus:
 
     def __init__(self, pools: Pools, collectives: Collectives) -> None:
         # A share of a pool of several experts does not say which of them its rows are for.
-        self._complete = all(size == 1 for size in pools.sizes)
+        self._complete = self.counts_only = all(size == 1 for size in pools.sizes)
         self._collectives = collectives
 
     def begin(self, claims: Claims) -> Round:

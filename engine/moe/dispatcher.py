@@ -2,16 +2,12 @@
 
 Buffer sizes and splits come from the exchanged counts alone, so every rank calls the same
 collectives with shapes that match, whatever its own load: a rank without tokens sends zero rows and
-still takes part. `pipeline.py` calls them and moves rows between the three buffers of
-`workspace.py`: packed into SEND, received into ARRIVED, reordered into GROUPED, results back into
-whichever of the last two is free, and home into SEND.
+still takes part. `pipeline.py` calls them; `freight.py` says what the rows are.
 
-Legend: D model dim, A rows sent, R rows received, E experts, W ranks.
+Legend: n numbers of a rank (its loads, and its unique rows where they are counted), W ranks.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,18 +15,10 @@ import torch.distributed as dist
 
 from engine.distributed.collectives import Done, GroupCollectives, Pending, Started
 from engine.distributed.groups import Group
-from engine.moe.workspace import Slot, Workspace
-
-
-@dataclass(frozen=True, slots=True)
-class RowBuffers:
-    """Rows of one layer call. send [A, D]: packed, later the results that came home. arrived,
-    grouped [R, D]: as they arrive, and by expert.
-    """
-
-    send: torch.Tensor
-    arrived: torch.Tensor
-    grouped: torch.Tensor
+from engine.moe.experts import ExpertsBackend
+from engine.moe.freight import Freight, load
+from engine.moe.plan import DispatchPlan
+from engine.moe.workspace import Workspace
 
 
 class Dispatcher:
@@ -41,25 +29,24 @@ class Dispatcher:
         self._collectives = collectives
         self._workspace = workspace
 
-    def exchange_counts(self, load_E: torch.Tensor) -> np.ndarray:
-        """Gather every rank's load_E; return int64 [W, E] on the host. Collective over EP: every
-        rank must call.
+    def exchange_counts(self, numbers: torch.Tensor) -> np.ndarray:
+        """Gather every rank's numbers, int64 [n]; return [W, n] on the host. Collective over EP:
+        every rank must call.
         """
-        counts_WE = self._collectives.all_gather(load_E).wait()
+        numbers_Wn = self._collectives.all_gather(numbers).wait()
         # SYNC: all_to_all takes its splits as host integers; one copy a layer.
-        return counts_WE.cpu().numpy()
+        return numbers_Wn.cpu().numpy()
 
-    def buffers(self, num_sent: int, num_received: int, like: torch.Tensor) -> RowBuffers:
-        """This call's rows of the workspace; like: any tensor of their width, dtype and device."""
-        rows = self._workspace.rows
-        if self._group.size == 1:  # nothing travels: what is packed is what the experts read
-            send = rows(Slot.SEND, num_sent, like)
-            return RowBuffers(send, send, rows(Slot.ARRIVED, num_received, like))
-        return RowBuffers(
-            rows(Slot.SEND, num_sent, like),
-            rows(Slot.ARRIVED, num_received, like),
-            rows(Slot.GROUPED, num_received, like),
-        )
+    def load(
+        self,
+        x_TD: torch.Tensor,
+        weights_TM: torch.Tensor,
+        plans: list[DispatchPlan],
+        experts: ExpertsBackend,
+    ) -> Freight:
+        """This call's rows, in the buffers of the workspace."""
+        alone = self._group.size == 1
+        return load(x_TD, weights_TM, plans, experts, self._workspace, alone=alone)
 
     def start(
         self, rows: torch.Tensor, into: torch.Tensor, send_splits: list[int], recv_splits: list[int]

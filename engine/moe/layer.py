@@ -7,8 +7,8 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
     3. agree     overloaded experts drop, idle ones are filled, and every   agreement.py
                  rank learns what every rank sends to every expert
     4. plan      who sends which row where, frozen; a plan a chunk          plan.py, overlap.py
-    5. dispatch  all-to-all: rows travel to the ranks of their experts      pipeline.py,
-                                                                            dispatcher.py
+    5. dispatch  all-to-all: rows travel to the ranks of their experts,     pipeline.py,
+                 one for all experts of a rank where that moves less        dedup.py, freight.py
     6. experts   the local experts' feed-forward                            experts.py
     7. combine   all-to-all back, then each token sums its experts' rows    pipeline.py
                  by weight, k = 0 .. K - 1, then its extras
@@ -18,7 +18,9 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
 Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads.
 
 The sum in step 7 runs on the token's own rank in the router's order, so a token's result does not
-depend on how many ranks there are. Nor does what is dropped, under `global` consensus.
+depend on how many ranks there are. Nor does what is dropped, under `global` consensus. With
+`moe.dispatch.partial_sums` the ranks of the experts sum first, in the order of their experts: the
+sum's grouping then depends on which experts share a rank, and results on the ranks by rounding.
 
 Legend: T tokens on this rank, D model dim, K top-k, M columns of the decision (K, with extras one
 more for each local expert), E experts, e experts on this rank, R rows received, A rows sent.
@@ -38,18 +40,22 @@ from engine.config_world import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology, expert_range
 from engine.moe.accounting import DropAccount
-from engine.moe.agreement import CapacityAgreement, Decision
+from engine.moe.agreement import CapacityAgreement
 from engine.moe.dispatcher import Dispatcher
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
+from engine.moe.halves import Stages, finish
+from engine.moe.layouts import Layouts
 from engine.moe.overlap import ExpertLayout
 from engine.moe.pipeline import Pipeline
-from engine.moe.plan import DispatchPlan
+from engine.moe.plan import DispatchPlan, ExpertOrder
+from engine.moe.record import Recorder
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
 from engine.moe.step import MoEStep
 from engine.moe.token_slice import TokenSlice
+from engine.moe.tuner import ChunkTuner, Turn
+from engine.moe.wire import RowKind
 from engine.moe.workspace import Workspace
 from engine.ops.permute import combine_rows
-from engine.profiling.decisions import LayerDecision
 from engine.profiling.phases import Phase
 from engine.profiling.telemetry import Telemetry
 
@@ -70,7 +76,8 @@ class MoELayer(nn.Module):
     gate_weight_ED: model dtype. gate_bias_E: float32 correction bias or None. experts: this rank's
     stacked weights, experts `first_expert` .. `first_expert + num_local_experts` - 1 of the model.
     account: what capacity did to this rank's tokens. workspace: row buffers, shared between the
-    layers of a model.
+    layers of a model, as is the tuner, which moe.overlap.chunks: auto asks. layouts: how rows may
+    travel.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class MoELayer(nn.Module):
         dtype: torch.dtype,
         shared: nn.Module | None = None,
         workspace: Workspace | None = None,
+        tuner: ChunkTuner | None = None,
     ) -> None:
         """Allocate the weights, uninitialised; `engine/weights.py` fills them.
 
@@ -110,9 +118,9 @@ class MoELayer(nn.Module):
         self._group = group
         self._collectives = GroupCollectives(group)
         self._dispatcher = Dispatcher(group, self._collectives, self.workspace)
-        chunks = config.overlap.chunks
-        self._layout = ExpertLayout(self._first_experts, 1 if chunks == "auto" else chunks)
-        self._serial_layout = ExpertLayout(self._first_experts, 1)
+        rows = RowKind.of(spec.hidden, dtype, config.dispatch)
+        self.layouts = Layouts(self._first_experts, spec.router.top_k, rows, config)
+        self.layouts.tune(layer, tuner or ChunkTuner(device), GroupCollectives(topology.control))
         self._slice = TokenSlice(topology.tensor)
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
         self.gate_bias_E = (
@@ -125,6 +133,9 @@ class MoELayer(nn.Module):
         backend = choose_backend(config.experts.backend, device, dtype)
         self._run_experts = make_backend(backend, self.experts)
         self._pipeline = Pipeline(self._dispatcher, self._run_experts, layer)
+        beside = Dispatcher(group, self._collectives, self.workspace.second)
+        self._second = Pipeline(beside, self._run_experts, layer)  # of a second half batch
+        self._recorder = Recorder(layer, self._first_experts, group.rank)
         self.set_capacity(config.capacity)
 
     @property
@@ -134,8 +145,13 @@ class MoELayer(nn.Module):
 
     @property
     def num_chunks(self) -> int:
-        """Parts in which rows travel: moe.overlap.chunks, at most the most experts of a rank."""
-        return self._layout.num_chunks
+        """Most parts in which rows of a call travel."""
+        return self.layouts.num_chunks
+
+    @property
+    def max_collectives(self) -> int:
+        """Collectives of a step at most that the phase clock is told of."""
+        return self.layouts.max_collectives
 
     @property
     def bytes_sent(self) -> int:
@@ -146,6 +162,13 @@ class MoELayer(nn.Module):
     def num_collectives(self) -> int:
         """Collectives this layer has called."""
         return self._collectives.num_collectives
+
+    def reserve(self, send_rows: int, received_rows: int) -> None:
+        """Make the row buffers for good, for at most so many assignments sent and received in a
+        call. Layers that share a workspace need it once.
+        """
+        sizes = self.layouts.buffer_sizes(send_rows, received_rows)
+        self.workspace.reserve(sizes, self.gate_weight_ED.device)
 
     def set_capacity(self, config: CapacityConfig) -> None:
         """Change the capacity policy, between steps and alike on every rank.
@@ -164,10 +187,11 @@ class MoELayer(nn.Module):
             router,
             config,
             layer=self.layer,
-            layout=self._layout,
+            layout=self.layouts.choose(None),
             collectives=self._collectives,
             ranks=self._group.ranks,
         )
+        self.layouts.forget()
 
     def forward(
         self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
@@ -177,9 +201,22 @@ class MoELayer(nn.Module):
 
         step: who the tokens are, of this rank's slice; needed under a capacity policy, where None
         means that no token competes. group_tokens: tokens of all ranks of the group in this step,
-        the same on every rank: few are not cut into chunks. None: cut as configured.
+        the same on every rank: few are not cut into chunks, nor looked through for rows that need
+        to go only once. None: as configured.
         """
-        clock = self.telemetry.clock
+        return finish(self.stages(x_TD, step, group_tokens))
+
+    def stages(
+        self,
+        x_TD: torch.Tensor,
+        step: MoEStep | None = None,
+        group_tokens: int | None = None,
+        half: int | None = None,
+    ) -> Stages[torch.Tensor]:
+        """`forward` of one half batch, 0 or 1, which stops where its rows are under way; None is a
+        whole step and has no stops.
+        """
+        clock, layouts = self.telemetry.clock, self.layouts
         own_TD = self._slice.take(x_TD)
         clock.enter(Phase.GATE, self.layer, own_TD.shape[0])
         routing = self.route(own_TD)
@@ -187,11 +224,17 @@ class MoELayer(nn.Module):
         meanwhile = None
         if (module := self.shared) is not None:
             meanwhile = lambda: shared.append(module(own_TD))  # noqa: E731
-        layout = self._layout
-        if group_tokens is not None and not layout.pays(group_tokens, self.spec.router.top_k):
-            layout = self._serial_layout
-        plans, weights_TM = self.agree(routing, step, meanwhile, layout)
-        out_TD = self.run(own_TD, plans, weights_TM)
+        costs_exchange = self._agreement.costs_exchange(step)
+        turn = layouts.turn(group_tokens) if half is None else Turn(1)
+        layout = layouts.choose(group_tokens, turn.chunks, costs_exchange=costs_exchange)
+        plans, weights_TM = self.agree(routing, step, meanwhile, layout, half)
+        pipeline = self._second if half == 1 else self._pipeline
+        with turn:
+            rows_AD = yield from pipeline.stages(
+                own_TD, weights_TM, plans, clock, stops=half is not None
+            )
+            clock.enter(Phase.PLAN, self.layer)
+            out_TD = combine_rows(rows_AD, *plans[0].terms(weights_TM))
         if module is not None:
             clock.enter(Phase.EXPERTS, self.layer)
             out_TD = out_TD + (shared[0] if shared else module(own_TD))
@@ -209,83 +252,47 @@ class MoELayer(nn.Module):
         step: MoEStep | None,
         meanwhile: Callable[[], None] | None = None,
         layout: ExpertLayout | None = None,
+        half: int | None = None,
     ) -> tuple[list[DispatchPlan], torch.Tensor]:
         """Steps 3 and 4: a plan a chunk, and the combine weights [T, M]. Collective over EP: every
         rank must call.
 
         meanwhile: work to do while the ranks agree; left undone where there is nothing to agree on.
-        layout: in which chunks rows travel; as configured by default.
+        layout: in which chunks rows travel; as configured by default. half: of a step of two.
         """
-        layout = layout or self._layout
+        if layout is None:
+            costs_exchange = self._agreement.costs_exchange(step)
+            layout = self.layouts.choose(None, costs_exchange=costs_exchange)
+        decision, weights_TM = None, routing.topk_weights_TK
         if step is None or not self._agreement.applies(step):
-            if step is not None:
-                self.account.add(routing, None, step)
-            return self._exchange(routing, layout), routing.topk_weights_TK
-        decision = self._agreement.decide(
-            routing, step, clock=self.telemetry.clock, meanwhile=meanwhile, layout=layout
-        )
-        self.account.add(routing, decision, step)
-        plans = layout.plans(decision.order, decision.counts_WE, self._group.rank)
-        self._record(decision.before_WE, plans)
-        if (entries := self.telemetry.decisions.entries) is not None:
-            entries.append(self._entry(routing, decision, step))
-        return plans, decision.weights_TM
+            order, numbers_Wn = self._exchange(routing, layout)
+            before_WE = layout.counts(numbers_Wn)
+        else:
+            decision = self._agreement.decide(
+                routing, step, clock=self.telemetry.clock, meanwhile=meanwhile, layout=layout
+            )
+            order, numbers_Wn, before_WE = decision.order, decision.numbers_Wn, decision.before_WE
+            weights_TM = decision.weights_TM
+        plans = layout.plans(order, numbers_Wn, self._group.rank)
+        if step is not None:
+            self.account.add(routing, decision, step)
+        self._recorder.loads(self.telemetry.loads, before_WE, plans, half)
+        if decision is not None and step is not None:
+            self._recorder.decision(self.telemetry.decisions, routing, decision, step)
+        return plans, weights_TM
 
-    def _exchange(self, routing: Routing, layout: ExpertLayout) -> list[DispatchPlan]:
-        """Dropless: exchange loads and freeze the plans. Collective."""
+    def _exchange(self, routing: Routing, layout: ExpertLayout) -> tuple[ExpertOrder, np.ndarray]:
+        """Dropless: sort, and exchange the loads. Collective."""
         clock = self.telemetry.clock
         clock.enter(Phase.PLAN, self.layer)
         order = layout.sort(routing.topk_ids_TK)
         clock.meet(Phase.CONSENSUS, self.layer)
         sent = self._collectives.bytes_sent
-        counts_WE = self._dispatcher.exchange_counts(order.load_E)
+        assert order.numbers is not None
+        numbers_Wn = self._dispatcher.exchange_counts(order.numbers)
         clock.sent(self._collectives.bytes_sent - sent)
         clock.enter(Phase.PLAN, self.layer)
-        plans = layout.plans(order, counts_WE, self._group.rank)
-        self._record(counts_WE, plans)
-        return plans
-
-    def _entry(self, routing: Routing, decision: Decision, step: MoEStep) -> LayerDecision:
-        # SYNC: only while somebody records decisions.
-        extra, competes_T = decision.extra_Te, step.competes_T
-        if competes_T is None:
-            competes_T = torch.ones_like(step.request_T, dtype=torch.bool)
-        return LayerDecision(
-            step=self.telemetry.decisions.step,
-            layer=self.layer,
-            request_T=step.request_T.cpu().numpy(),
-            position_T=step.position_T.cpu().numpy(),
-            competes_T=competes_T.cpu().numpy(),
-            topk_ids_TK=routing.topk_ids_TK.cpu().numpy(),
-            keep_TK=decision.keep_TK.cpu().numpy(),
-            extra_Te=None if extra is None else extra.cpu().numpy(),
-            first_expert=self.first_expert,
-            before_WE=decision.before_WE,
-            after_WE=decision.counts_WE,
-        )
-
-    def _record(self, before_WE: np.ndarray, plans: list[DispatchPlan]) -> None:
-        """Note the loads: before capacity of all ranks, and what this rank's experts get."""
-        before_E = before_WE.sum(0)
-        upto_E = np.concatenate(([0], before_E.cumsum()))[self._first_experts]
-        self.telemetry.loads.record(
-            self.layer,
-            before_E=before_E,
-            rank_before=np.diff(upto_E).tolist(),
-            own_after=np.sum([plan.expert_counts for plan in plans], axis=0).tolist(),
-            first_expert=self.first_expert,
-        )
-
-    def run(
-        self, x_TD: torch.Tensor, plans: list[DispatchPlan], weights_TM: torch.Tensor
-    ) -> torch.Tensor:
-        """Steps 5 to 7: rows travel, experts work, rows return. Collective over EP: every rank must
-        call.
-        """
-        clock = self.telemetry.clock
-        rows_AD = self._pipeline.run(x_TD, plans, clock)
-        clock.enter(Phase.PLAN, self.layer)
-        return combine_rows(rows_AD, plans[0].order.slot_TK, weights_TM)
+        return order, numbers_Wn
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -1,8 +1,8 @@
 """Dispatch plan: which row goes to which rank and expert, frozen before any row moves.
 
 `layer.py` makes one plan a layer: `sort_by_expert` (pure, this rank only) -> the count exchange in
-`dispatcher.py` -> `make_plan` (pure, from the exchanged counts). `dispatch` and `combine` only read
-it.
+`dispatcher.py` -> `make_plan` (pure, from the exchanged counts). `overlap.py` cuts it into chunks
+and adds how rows travel where they do not go as they are; `freight.py` carries it out.
 
 Worked example, 2 ranks, 4 experts (0,1 on rank 0; 2,3 on rank 1), this is rank 0 with T=2 tokens,
 K=2:
@@ -14,8 +14,8 @@ K=2:
 If rank 1 sends load [1, 1, 0, 0], rank 0 receives recv_splits = [2, 2]: rows (from rank 0: e0 e0)
 (from rank 1: e0 e1); grouped by expert that is arrival_R = [0, 1, 2, 3], expert_counts = [3, 1].
 
-Legend: T tokens on this rank, K top-k, N assignments (T*K), E experts, R rows received, W expert-
-parallel ranks.
+Legend: T tokens on this rank, K top-k, N assignments (T*K), E experts, R rows received, U unique
+rows sent, W expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.moe.dedup import Deduplicator, UniqueRows
+from engine.moe.wire import WireFormat
 from engine.ops import sort_by_expert as sort_op
 
 
@@ -34,12 +36,34 @@ class ExpertOrder:
 
     token_N: int64 [N], the token of the n-th row to send; the places of dropped assignments come
     last and mean nothing. slot_TK: int64 [T, K], the row that carries each assignment, -1 where it
-    is dropped. load_E: int64 [E], assignments of each expert on this rank.
+    is dropped. load_E: int64 [E], assignments of each expert on this rank. numbers: int64 [n], what
+    the other ranks must know to make their plans (`ExpertLayout.sort`); None: load_E. unique: the
+    same assignments by token and rank, where they are counted.
     """
 
     token_N: torch.Tensor
     slot_TK: torch.Tensor
     load_E: torch.Tensor
+    numbers: torch.Tensor | None = None
+    unique: UniqueRows | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniquePlan:
+    """What the unique rows of one chunk need besides.
+
+    rows, groups: of the whole call. token_U: int64, the token of each row to send. cell_U: int64,
+    t * G + g of it. send_splits, recv_splits: unique rows to and from each rank. num_experts: local
+    experts of this chunk.
+    """
+
+    rows: UniqueRows
+    groups: Deduplicator
+    token_U: torch.Tensor
+    cell_U: torch.Tensor
+    send_splits: list[int]
+    recv_splits: list[int]
+    num_experts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +71,10 @@ class DispatchPlan:
     """Everything dispatch and combine need.
 
     order: what this rank sends, without the places of what was dropped. send_splits, recv_splits:
-    rows to and from each rank of the group. expert_counts: rows of each local expert after
+    assignments to and from each rank of the group. expert_counts: rows of each local expert after
     grouping. arrival_R: int64 [R], the arrival index of each grouped row (None: rows already arrive
-    grouped).
+    grouped). wire: how rows look on the way out; None: as they are. once: rows go out once a rank;
+    None: once an assignment.
     """
 
     order: ExpertOrder
@@ -57,11 +82,26 @@ class DispatchPlan:
     recv_splits: list[int]
     expert_counts: list[int]
     arrival_R: torch.Tensor | None
+    wire: WireFormat | None = None
+    once: UniquePlan | None = None
 
     @property
     def num_received(self) -> int:
         """Rows this rank's experts work on."""
         return sum(self.recv_splits)
+
+    @property
+    def partial(self) -> bool:
+        """Whether a token's rows come home summed by the rank of its experts."""
+        return self.wire is not None and self.wire.num_weights > 0
+
+    def terms(self, weights_TM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows that came home for each token and by what to weigh them: slot [T, M], weights
+        [T, M]; the same for all plans of a call.
+        """
+        if self.partial and self.once is not None:
+            return self.once.rows.slot_TM, torch.ones_like(weights_TM)
+        return self.order.slot_TK, weights_TM
 
 
 def sort_by_expert(topk_ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:

@@ -2,7 +2,7 @@
 
 Layers run one after the other, so one set serves all. Under a capacity policy a rank receives at
 most what its experts may keep, so `reserve` makes the buffers for good before the first step (their
-size is `engine.memory.capacity_rows`); without one they grow to the largest step seen.
+size is `engine.memory.row_bound`); without one they grow to the largest step seen.
 
 Legend: R rows, D model dim.
 """
@@ -15,7 +15,7 @@ import torch
 
 
 class Slot(IntEnum):
-    """What a buffer holds; see `dispatcher.py` for the way of the rows."""
+    """What a buffer holds; see `freight.py` for the way of the rows."""
 
     SEND = 0
     ARRIVED = 1
@@ -23,16 +23,25 @@ class Slot(IntEnum):
 
 
 class Workspace:
-    """Three flat buffers. num_growths: how often one had to be made anew."""
+    """Three buffers of bytes. num_growths: how often one had to be made anew."""
 
     def __init__(self) -> None:
         self.num_growths = 0
         self._buffers: dict[Slot, torch.Tensor] = {}
+        self._second: Workspace | None = None
+
+    @property
+    def second(self) -> Workspace:
+        """The buffers of a second half batch, which runs beside the first."""
+        if self._second is None:
+            self._second = Workspace()
+        return self._second
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+        own = sum(buffer.numel() for buffer in self._buffers.values())
+        return own if self._second is None else own + self._second.num_bytes
 
     def rows(self, slot: Slot, num_rows: int, like: torch.Tensor) -> torch.Tensor:
         """A buffer of [num_rows, D] with the width, dtype and device of `like`; contents unknown.
@@ -40,32 +49,24 @@ class Workspace:
         It is the slot's only one: what the slot held before is overwritten.
         """
         width = like.shape[1]
-        buffer = self._buffers.get(slot)
-        if (
-            buffer is None
-            or buffer.numel() < num_rows * width
-            or buffer.dtype != like.dtype
-            or buffer.device != like.device
-        ):
-            # A quarter more than asked for: loads creep up, and each growth copies no row.
-            self._make(slot, num_rows * width * 5 // 4, like.dtype, like.device)
-        return self._buffers[slot][: num_rows * width].view(num_rows, width)
+        flat = self.bytes(slot, num_rows * width * like.element_size(), like.device)
+        return flat.view(like.dtype).view(num_rows, width)
 
-    def reserve(
-        self,
-        send_rows: int,
-        received_rows: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Make all buffers for so many rows, once and for all."""
-        for slot in Slot:
-            rows = send_rows if slot is Slot.SEND else received_rows
-            self._make(slot, rows * width, dtype, device)
+    def bytes(self, slot: Slot, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """The same as bytes: uint8 [num_bytes]."""
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.numel() < num_bytes or buffer.device != device:
+            # A quarter more than asked for: loads creep up, and each growth copies no row.
+            self._make(slot, num_bytes * 5 // 4, device)
+        return self._buffers[slot][:num_bytes]
+
+    def reserve(self, sizes: dict[Slot, int], device: torch.device) -> None:
+        """Make all buffers, once and for all. sizes: bytes of each."""
+        for slot, size in sizes.items():
+            self._make(slot, size, device)
         self.num_growths = 0
 
-    def _make(self, slot: Slot, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _make(self, slot: Slot, size: int, device: torch.device) -> None:
         self._buffers.pop(slot, None)  # first, so that old and new are never there together
-        self._buffers[slot] = torch.empty(size, dtype=dtype, device=device)
+        self._buffers[slot] = torch.empty(size, dtype=torch.uint8, device=device)
         self.num_growths += 1

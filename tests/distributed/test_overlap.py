@@ -12,12 +12,14 @@ from test_capacity_layer import DEEPSEEK, MIXTRAL, OLMOE, Doubled, build, step_o
 from engine.config import (
     CapacityConfig,
     Config,
+    DispatchConfig,
     ModelConfig,
     MoEConfig,
     OverlapConfig,
     ParallelConfig,
 )
 from engine.distributed import bootstrap
+from engine.moe import overlap
 from engine.moe.router import RouterSpec
 
 POLICIES = [
@@ -39,7 +41,10 @@ def chunked(
     for number in chunks:
         parts = Config(
             model=ModelConfig(path="unused"),
-            moe=MoEConfig(overlap=OverlapConfig(chunks=number)),
+            moe=MoEConfig(
+                overlap=OverlapConfig(chunks=number, by="experts"),
+                dispatch=DispatchConfig(deduplicate=False),  # saves more the fewer chunks there are
+            ),
             parallel=ParallelConfig(tensor=tensor),
         )
         layer = build(topology, parts, spec, Doubled())
@@ -89,10 +94,10 @@ def test_any_number_of_chunks_gives_the_serial_result_bit_for_bit(counts, spec, 
                 assert one["collectives"] == serial["collectives"] + extra
 
 
-def broken(rank: int, chunk: int) -> None:
+def broken(rank: int, chunk: int, by: str) -> None:
     """Rank 1's experts fail in one chunk; nothing that was started is left behind."""
     config = Config(
-        model=ModelConfig(path="unused"), moe=MoEConfig(overlap=OverlapConfig(chunks=4))
+        model=ModelConfig(path="unused"), moe=MoEConfig(overlap=OverlapConfig(chunks=4, by=by))
     )
     topology = bootstrap.start(config)
     layer = build(topology, config, MIXTRAL, None)
@@ -127,10 +132,12 @@ def broken(rank: int, chunk: int) -> None:
             assert {id(one) for one in started} <= {id(one) for one in waited}, "a handle leaked"
 
 
-@pytest.mark.parametrize("chunk", [0, 2, 3])
-def test_a_failure_inside_a_chunk_drains_the_pipeline_and_ends_all_ranks(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "by"), [(0, "experts"), (2, "experts"), (3, "experts"), (1, "tokens"), (3, "tokens")]
+)
+def test_a_failure_inside_a_chunk_drains_the_pipeline_and_ends_all_ranks(chunk, by):
     with pytest.raises(RanksFailed) as caught:
-        run_ranks(broken, 2, chunk, timeout=60)
+        run_ranks(broken, 2, chunk, by, timeout=60)
     text = str(caught.value)
     assert "the experts of rank 1 broke" in text and "a handle leaked" not in text
     assert "rank 0:" in text and "returned" not in text, "rank 0 does not claim success"
@@ -156,3 +163,50 @@ def test_a_step_of_few_tokens_is_not_cut():
     for found in run_ranks(cut_or_not, 2, [None, 22, 1023, 1024]):
         assert [calls for _, calls in found] == [9, 3, 3, 9]
         assert all(torch.equal(out, found[0][0]) for out, _ in found)
+
+
+COSTS = {
+    "rank 1 outvotes rank 0": ([100, 10, 300], [100, 400, 20], 1),
+    "both gain from two": ([100, 10, 300], [100, 80, 20], 2),
+}
+
+
+def tuned(rank: int, costs: tuple[list[int], list[int]]) -> dict:
+    """An `auto` layer with costs of our own; its calls, choice and collectives."""
+    overlap.MIN_CHUNK_ROWS = 1
+    config = Config(
+        model=ModelConfig(path="unused"), moe=MoEConfig(overlap=OverlapConfig(chunks="auto"))
+    )
+    topology = bootstrap.start(config)
+    layer = build(topology, config, MIXTRAL, None)
+    tuner, asked = layer.layouts.tuner, []
+    due = tuner.due
+
+    def with_costs(number: int, tokens: int) -> list[int] | None:
+        measured = due(number, tokens)
+        if measured is None:
+            return None
+        asked.append(measured)
+        return costs[rank]
+
+    tuner.due = with_costs
+    x, outs, calls = tokens_of(rank, 11), [], []
+    for _ in range(24):
+        before = layer.num_collectives
+        outs.append(layer(x, None, 22))
+        calls.append(layer.num_collectives - before)
+    early = dict(layer.layouts.choices)
+    layer(x[:1], None, 2)
+    bootstrap.stop(topology)
+    return {"outs": outs, "calls": calls, "asked": asked, "early": early}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_auto_measures_every_candidate_and_keeps_what_is_fastest_for_all_ranks(name):
+    *costs, chosen = COSTS[name]
+    for found in run_ranks(tuned, 2, costs):
+        assert all(torch.equal(out, found["outs"][0]) for out in found["outs"])
+        # Three collectives, and two for each further chunk: warm-up, six rounds, then the choice.
+        assert found["calls"] == [3, 5, 9] * 7 + [1 + 2 * chosen] * 3
+        assert len(found["asked"]) == 1 and min(found["asked"][0]) > 0, "times were measured"
+        assert found["early"] == {4: chosen}

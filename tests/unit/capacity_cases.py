@@ -91,8 +91,10 @@ def make_tokens(case: Case) -> Tokens:
     return Tokens(routing, numbers % 3, numbers // 3, competes, owner)
 
 
-def run_engine(case: Case, tokens: Tokens | None = None) -> list[Decision]:
-    """The engine's decision on every rank."""
+def run_engine(
+    case: Case, tokens: Tokens | None = None, layout: ExpertLayout | None = None
+) -> list[Decision]:
+    """The engine's decision on every rank. layout: how rows travel; by default in chunks."""
     tokens = tokens or make_tokens(case)
     world = len(case.tokens)
     rules = asdict(case.capacity_rules)
@@ -106,7 +108,7 @@ def run_engine(case: Case, tokens: Tokens | None = None) -> list[Decision]:
             case.spec,
             config,
             layer=case.capacity_rules.layer,
-            layout=ExpertLayout(case.bounds, 1 + case.seed % 3),
+            layout=layout or ExpertLayout(case.bounds, 1 + case.seed % 3),
             collectives=collectives,
         )
         mine = torch.from_numpy(tokens.owner == rank)

@@ -187,6 +187,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, said):
         ("moe.capacity.policy=tokendrop", "did you mean token_drop?"),
         ("moe.overlap.chunks=atuo", "must be a whole number or auto; did you mean auto?"),
         ("moe.overlap.chunks=0", "must be at least 1, or auto"),
+        ("moe.overlap.by=token", "must be one of auto, experts, tokens; did you mean tokens?"),
+        ("moe.dispatch.dtype=fp4", "must be one of auto, bf16, fp8"),
         ("sampling.max_new_tokens=1.5", "sampling.max_new_tokens = 1.5: must be a whole number"),
         ("sampling.max_new_tokens=true", "sampling.max_new_tokens = True: must be a whole number"),
         ("sampling.max_new_tokens=0", "sampling.max_new_tokens = 0: must be at least 1"),
@@ -423,3 +425,17 @@ def test_the_digest_tells_settings_apart_and_nothing_else(write):
     assert digest(spelled) == digest(load_config(write("# x\nmodel:\n    path: 'x'\n")))
     assert digest(spelled) != digest(load_config(write("model: {path: y}")))
     assert len(digest(spelled)) == 64
+
+
+def test_partial_sums_need_rows_that_go_once():
+    (problem,) = problems_of("moe.dispatch.partial_sums=true", "moe.dispatch.deduplicate=false")
+    assert problem.startswith("moe.dispatch.partial_sums = True: ")
+    assert "needs moe.dispatch.deduplicate = true" in problem
+    assert load("moe.dispatch.partial_sums=true").moe.dispatch.deduplicate
+
+
+def test_half_batches_and_capacity_exclude_each_other():
+    (problem,) = problems_of("moe.overlap.two_batch=true", "moe.capacity.policy=token_drop")
+    assert problem.startswith("moe.overlap.two_batch = True: ")
+    assert "moe.capacity.policy is token_drop" in problem
+    assert load("moe.overlap.two_batch=true").moe.overlap.two_batch

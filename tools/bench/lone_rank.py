@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bench.moe_case import MoEShape, MoEWeights
 from bench.transfers import Kind
-from engine.config import MoEConfig
+from engine.config import DispatchConfig, MoEConfig
 from engine.distributed.collectives import Done, GroupCollectives, Pending
 from engine.distributed.groups import Group, Topology
 from engine.moe.dispatcher import Dispatcher
@@ -103,7 +103,8 @@ class LoneRank(MoELayer):
             MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
             layer=0,
             topology=topology,
-            config=MoEConfig(),
+            # Rows that hold nothing cannot say which experts they serve.
+            config=MoEConfig(dispatch=DispatchConfig(deduplicate=False)),
             device=CPU,
             dtype=torch.float32,
             workspace=workspace,

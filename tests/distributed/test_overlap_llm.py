@@ -1,0 +1,84 @@
+"""Every way for rows to travel through the whole engine: the same completions.
+
+Run: pytest tests/distributed/test_overlap_llm.py
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+
+from engine.config import Config, ModelConfig, ParallelConfig, SchedulerConfig
+from engine.config_io import config_from_tree
+from engine.llm import LLM
+from engine.moe import layouts, overlap
+from engine.request import SamplingParams
+from tools.make_random_checkpoint import make_checkpoint
+
+PROMPTS = [
+    [random.Random(seed).randrange(90) for _ in range(length)]
+    for seed, length in enumerate([5, 17, 1, 30, 8, 12, 3, 21])
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("olmoe")
+    make_checkpoint("olmoe", path, overrides={"vocab_size": 97, "num_experts": 6})
+    return path
+
+
+def generate(
+    rank: int, path: Path, ways: list[dict[str, Any]], parallel: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Completions of one job under each setting of `moe`; no step is too small for anything."""
+    overlap.MIN_CHUNK_ROWS = layouts.COLLECTIVE_BYTES = 1
+    found = []
+    for way in ways:
+        config = Config(
+            model=ModelConfig(path=str(path), max_model_len=64),
+            scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_batch_tokens=24),
+            moe=config_from_tree({"model": {"path": "."}, "moe": way}).moe,
+            parallel=ParallelConfig(**parallel),
+        )
+        llm = LLM(config)
+        params = SamplingParams(max_new_tokens=16, ignore_eos=True, logprobs=True)
+        done = llm.generate(PROMPTS, params)
+        found.append(
+            {
+                "done": [(item.token_ids, item.logprobs) for item in done],
+                "chosen": [layer.layouts.choices for layer in llm.model.moe_layers],
+                "chunks": [layer.num_chunks for layer in llm.model.moe_layers],
+            }
+        )
+        llm.close()
+    return found
+
+
+DROP = {"capacity": {"policy": "token_drop", "factor": "1"}}
+PLAIN = {"dispatch": {"deduplicate": False}}
+AUTO = {"overlap": {"chunks": "auto"}}
+TOKENS = {"overlap": {"chunks": 3, "by": "tokens"}}
+WAYS = [PLAIN, {}, AUTO, TOKENS, {**PLAIN, **DROP}, {**AUTO, **DROP}, {**TOKENS, **DROP}]
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"tensor": 2}), (4, {"expert": 2})])
+def test_completions_do_not_depend_on_how_rows_travel(checkpoint, world, parallel):
+    results = run_ranks(generate, world, checkpoint, WAYS, parallel, timeout=240)
+    plain, dropping = results[0][0]["done"], results[0][4]["done"]
+    assert plain != dropping, "capacity binds"
+    for result in results:
+        for way, one in zip(WAYS, result, strict=True):
+            expected = dropping if "capacity" in way else plain
+            assert one["done"] == expected, "to the last bit of every log probability"
+    for way, *of_ranks in zip(WAYS, *results, strict=True):
+        first = of_ranks[0]
+        assert all(one["chunks"] == first["chunks"] for one in of_ranks)
+        assert all(one["chosen"] == first["chosen"] for one in of_ranks[: world // 2])
+        auto = way.get("overlap", {}).get("chunks") == "auto"
+        assert bool(first["chosen"][0]) == auto, "a choice is made by the end of the job"
+        assert all(chosen == first["chosen"][0] for chosen in first["chosen"])
