@@ -22,8 +22,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from engine.batch_input import TicketQueue
 from engine.batch_job import FileJob, describe, on_rank_0
 from engine.batch_lines import LineParser
@@ -33,7 +31,7 @@ from engine.config import Config
 from engine.config_io import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.groups import Topology
-from engine.distributed.watchdog import Watchdog
+from engine.distributed.watchdog import Watchdog, is_connection_error
 from engine.durable import write_text
 from engine.interrupts import Interrupts, Stopped
 from engine.profiling.report import RunReport, StepReport
@@ -42,7 +40,10 @@ from engine.request import Completion
 
 
 class JobFailed(RuntimeError):
-    """The job broke off while it ran, here or on another rank; what is in the ledger stays done."""
+    """The job broke off while it ran, here or on another rank; what is in the ledger stays done.
+
+    Without a text where another rank has told it.
+    """
 
     exit_code = 1
 
@@ -84,24 +85,27 @@ def run_batch(
     # A store can outlive a run that is started anew: its keys must not be taken for this run's.
     key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
     watchdog = Watchdog(
-        dist.PrefixStore(f"{key}/watchdog", topology.store),
+        topology.store,
+        key,
         rank=topology.world.rank,
-        world_size=topology.world.size,
-        host=topology.host,
+        hosts=gather_objects(topology.host, topology.world),
         timeout_s=config.runtime.timeout_s,
         holder=topology.store_holder,
+        advice="what has finished is kept; the same command goes on from here",
     )
-    with Interrupts() as interrupts, watchdog:
+    with (
+        Interrupts() as interrupts,
+        watchdog,
+        _shared_failure(topology, key, watchdog, interrupts),
+    ):
         if not job.open(key, overwrite=overwrite):
             console.print(f"{output} is already complete; --overwrite runs the job again")
             return
         tally, run = _Tally(), None
-        with _shared_failure(topology, key, watchdog, interrupts):
-            if len(job.lines):
-                run = _generate(job, config, topology, key, tally, interrupts, watchdog)
-            job.close()
-            tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
-
+        if len(job.lines):
+            run = _generate(job, config, topology, key, tally, interrupts, watchdog)
+        job.close()
+        tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
         summary = None
 
         def finish() -> None:
@@ -183,38 +187,41 @@ def _shared_failure(
     """
     store, rank = topology.store, topology.world.rank
 
-    def ask_watchdog() -> None:
-        # The launcher may already be ending all ranks because one of them has died.
+    def told() -> str:
+        """Why another rank has left, "" where none has said so."""
+        with suppress(RuntimeError):  # the store may be gone, with the rank that held it
+            if store.check([f"{key}/failed"]):
+                failed_rank, why = json.loads(store.get(f"{key}/failed"))
+                return f"rank {failed_rank} left: {why}"
+        return ""
+
+    def explain(error: BaseException) -> None:
+        # The launcher may already be ending all ranks because of the one that is gone.
         with suppress(Stopped), interrupts.deferred():
-            watchdog.explain()
+            watchdog.explain(error)
 
     try:
         yield
+    except (ValueError, JobFailed):
+        raise  # the same on every rank
     except (OSError, Stopped) as error:
-        if isinstance(error, Stopped) and _broke_collective(error.__cause__):
-            ask_watchdog()
+        cause = error.__cause__
+        if isinstance(error, Stopped) and is_connection_error(cause) and not told():
+            explain(cause or error)
         why = describe(error) if isinstance(error, OSError) else f"stopped by {error}"
-        with suppress(RuntimeError):  # the store may be gone, with the rank that held it
+        with suppress(RuntimeError):  # as above
             store.set(f"{key}/failed", json.dumps([rank, why]))
+        watchdog.fail(error)
         if isinstance(error, OSError):
             raise JobFailed(why) from error
         raise
-    except RuntimeError as error:
-        try:
-            told = store.check([f"{key}/failed"])
-        except RuntimeError:  # as above
-            told = False
-        if not told:
-            if _broke_collective(error):
-                ask_watchdog()
-            raise
-        failed_rank, why = json.loads(store.get(f"{key}/failed"))
-        raise JobFailed(f"rank {failed_rank} left: {why}") from error
-
-
-def _broke_collective(error: BaseException | None) -> bool:
-    """Whether an error is a collective's, and so rather another rank's fault than this one's."""
-    if error is None:
-        return False
-    signs = ("gloo", "NCCL", "Connection", "Timed out", "Broken pipe", "Socket")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    except Exception as error:
+        if why := told():
+            with suppress(RuntimeError):  # as above
+                why = why if store.add(f"{key}/told", 1) == 1 else ""
+            raise JobFailed(why) from error
+        if is_connection_error(error):
+            explain(error)
+        else:
+            watchdog.fail(error)
+        raise

@@ -4,18 +4,20 @@
     torchrun --nproc-per-node 8 launch/infer.py --config mixtral_ep8.yaml \\
         --input requests.jsonl --output completions.jsonl
 
-Started by torchrun, srun, mpirun or by hand; every rank runs this file. Once killed, the same
-command resumes. Without --input it completes a few built-in prompts. Exit codes: 0 done, 1 broke
-off, 2 wrong command, config or files, 128 + signal when stopped by one.
+Started by torchrun, srun, mpirun or by hand; every rank runs this file. The same command resumes.
+Without --input it completes a few built-in prompts. Exit codes: 0 done, 1 broke off, 2 wrong
+command, config or files, 128 + signal when stopped by one.
 """
 
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store: one report, not 20 frames
 
 from engine.batch import JobFailed, Stopped, run_batch
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
@@ -63,14 +65,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except (JobFailed, RendezvousError, Stopped) as error:
-        print(f"rank {rank}: {error}; the same command goes on from here", file=sys.stderr)
+        if str(error):  # otherwise another rank has told
+            print(f"rank {rank}: {error}; the same command goes on from here", file=sys.stderr)
         return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    sys.stderr.flush()
-    # Without the others an orderly farewell of the process groups can hang or abort.
-    os._exit(code) if code else sys.exit()
+    os._exit(code) if code else sys.exit()  # orderly, without the others, it can hang or abort

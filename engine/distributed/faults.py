@@ -1,12 +1,13 @@
-"""Fault verdicts: who is missing, hung or out of step, from what a rank has seen. Pure.
+"""Fault verdicts: from what one rank has seen of the others to who is to blame. Pure functions.
 
-Every rank publishes beats (`watchdog.py`); each observer keeps, by its own clock, how long every
-rank has been silent and how long it has stood at the same place. In order of certainty:
+Every rank publishes beats (`beacon.py`); each observer ages them by its own clock (`sightings.py`).
+In order of certainty:
 
-    failed    a rank said that it failed, and with what
-    lost      a rank has not been heard of: killed, stopped, or its host unreachable
-    stalled   all are alive and nobody moves; named is the rank with the fewest collectives, or,
-              where all have as many, the one that is somewhere else than most
+    failed     a rank said that it failed, and with what
+    lost       a rank has not been heard of: killed, stopped, or its host unreachable
+    stalled    all are alive and nobody moves, though somebody waits in a collective: named is the
+               rank that is not there
+    cut off    all are alive, but a collective broke: named as in a stall, and sooner
 
 Worked example: ranks 0, 2 and 3 wait in collective 57, a combine, and rank 1 in 56, a dispatch, and
 that for longer than the limit: rank 1 has skipped or never reached a collective.
@@ -15,26 +16,33 @@ that for longer than the limit: rank 1 has skipped or never reached a collective
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["starting", "running", "finishing", "failed", "left"]
+# starting, finishing: before and after the lockstep, where each rank takes its own time. cut: a
+# collective broke under it. failed: by its own fault. left: nothing more will be heard of it.
+State = Literal["starting", "running", "finishing", "cut", "failed", "left"]
+
+_WAITING_PHASES = ("consensus", "dispatch", "combine", "control")  # as phases.COLLECTIVE_PHASES
 _MOST_SHOWN = 16
-# After a rank has failed the others get this long to leave in order: their collectives break too.
-GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """How far a rank has come. layer: -1 outside of the layers. phase: its name. collective: how
-    many it has started.
+    many it has started; 0 before the lockstep.
     """
 
     step: int = 0
     layer: int = -1
     phase: str = "other"
     collective: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether a rank there waits for others."""
+        return self.phase in _WAITING_PHASES
 
     def __str__(self) -> str:
         layer = f"layer {self.layer}, " if self.layer >= 0 else ""
@@ -43,8 +51,8 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What an observer knows of a rank. silent_s: since its last beat. still_s: since it moved.
-    text: what it failed with.
+    """What an observer knows of a rank. silent_s: seconds since its last beat. still_s: since its
+    state or place changed. text: what it failed with.
     """
 
     host: str
@@ -57,51 +65,80 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds. lost: of silence. stalled: of everybody's standing still."""
+    """Seconds. period: between two beats. lost: of silence. stalled: of everybody's standing still.
 
+    quick: of silence once a collective broke, which says that somebody is gone; also from a rank's
+    failure to a verdict, as the others mostly leave because of it by themselves. cut: from a broken
+    collective to a verdict on ranks that are all still there.
+    """
+
+    period: float
     lost: float
+    quick: float
+    cut: float
     stalled: float
 
     @classmethod
-    def of(cls, timeout_s: float) -> Limits:
-        """Both verdicts fall within the timeout."""
-        return cls(lost=max(1.0, min(timeout_s / 2, 10.0)), stalled=0.8 * timeout_s)
+    def of(cls, timeout_s: float, world_size: int = 1) -> Limits:
+        """All verdicts fall within the timeout, if that is 2 s or more.
+
+        Ranks beyond 256 beat more slowly: in each period the store hands every rank's beat to every
+        rank, and its one thread manages about half a million a second.
+        """
+        period = min(max(timeout_s / 40, 0.1), 0.5) * max(1.0, world_size / 256) ** 2
+        lost = max(1.0, min(timeout_s / 2, 10.0), 4 * period)
+        quick = min(lost, max(1.0, 4 * period))
+        return cls(period, lost, quick, cut=quick + 4 * period, stalled=0.8 * timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A verdict. ranks: whom it accuses."""
+    """A verdict. ranks: whom it accuses. lost: of silence, so they may not know of it."""
 
     ranks: tuple[int, ...]
     text: str
+    lost: bool = False
 
 
 def judge(
-    seen: Mapping[int, Seen], own: int, group: tuple[int, ...], limits: Limits
+    seen: Mapping[int, Seen], own: int, group: Iterable[int], limits: Limits
 ) -> Finding | None:
     """The verdict of rank `own`, None while nothing is wrong.
 
     seen: every rank, itself included. group: the ranks in lockstep with it; only those can stall
     together, but any rank's loss ends the run.
     """
+    cut = any(each.state == "cut" for each in seen.values())
+    others = {rank: each for rank, each in seen.items() if rank != own}
     failed = [
-        rank
-        for rank, each in seen.items()
-        if each.state == "failed" and rank != own and each.still_s > GRACE_S
+        (each.still_s, -rank)
+        for rank, each in others.items()
+        if each.state == "failed" and (cut or each.still_s >= limits.quick)
     ]
     if failed:
-        who = seen[failed[0]]
-        place = f" in {who.place}" if who.place.collective else ""
-        return Finding((failed[0],), f"rank {failed[0]} on {who.host} failed{place}: {who.text}")
+        first = -max(failed)[1]  # the others may have failed because of it
+        return _failed(first, seen[first])
     lost = [
         rank
-        for rank, each in seen.items()
-        if rank != own and each.state != "left" and each.silent_s > limits.lost
+        for rank, each in others.items()
+        if each.state not in ("failed", "left")
+        and each.silent_s >= (limits.quick if cut else limits.lost)
     ]
     if lost:
-        told = "; ".join(_lost(rank, seen[rank]) for rank in lost[:_MOST_SHOWN])
-        return Finding(tuple(lost), told)
-    return _stalled(seen, group, limits)
+        return Finding(tuple(lost), _several(_lost(rank, seen[rank]) for rank in lost), lost=True)
+    return _stalled({rank: seen[rank] for rank in group}, limits)
+
+
+def store_lost(holder: int | None, seen: Mapping[int, Seen], silent_s: float) -> Finding:
+    """The verdict when the store, which rank `holder` or the launcher holds, does not answer."""
+    if holder is None:
+        text = f"the launcher's store has not answered for {silent_s:.1f} s: look for its own error"
+        return Finding((), text)
+    who = seen[holder]
+    if who.state == "failed":
+        return _failed(holder, who)
+    text = f"rank {holder} on {who.host}, which holds the store, has not answered for"
+    return Finding((holder,), f"{text} {silent_s:.1f} s: {_GONE} {_last(who)}", lost=True)
 
 
 def describe(finding: Finding, seen: Mapping[int, Seen]) -> str:
@@ -109,44 +146,100 @@ def describe(finding: Finding, seen: Mapping[int, Seen]) -> str:
     lines = [f"fault: {finding.text}"]
     for rank in sorted(seen)[:_MOST_SHOWN]:
         each = seen[rank]
-        place = str(each.place) if each.place.collective else each.state
+        place = str(each.place) if each.place.collective else _STATES.get(each.state, each.state)
         lines.append(f"  rank {rank} on {each.host}: {place}")
     if len(seen) > _MOST_SHOWN:
         lines.append(f"  and {len(seen) - _MOST_SHOWN} more ranks")
     return "\n".join(lines)
 
 
+_STATES = {"cut": "cut off by the failure"}
+_GONE = "killed, stopped or unreachable;"
+
+
+def _failed(rank: int, who: Seen) -> Finding:
+    place = f" in {who.place}" if who.place.collective else ""
+    return Finding((rank,), f"rank {rank} on {who.host} failed{place}: {who.text}")
+
+
 def _lost(rank: int, who: Seen) -> str:
-    last = f"in {who.place}" if who.place.collective else f"while {who.state}"
-    return (
-        f"rank {rank} on {who.host} has not been heard of for {who.silent_s:.1f} s: killed, "
-        f"stopped or unreachable; it was last seen {last}"
+    text = f"rank {rank} on {who.host} has not been heard of for {who.silent_s:.1f} s"
+    return f"{text}: {_GONE} {_last(who)}"
+
+
+def _last(who: Seen) -> str:
+    return f"it was last seen {f'in {who.place}' if who.place.collective else f'while {who.state}'}"
+
+
+def _stalled(members: Mapping[int, Seen], limits: Limits) -> Finding | None:
+    here = {
+        rank: each
+        for rank, each in members.items()
+        if each.state in ("running", "cut") and each.place.collective
+    }
+    broken = [
+        each for each in members.values() if each.state == "cut" and each.still_s >= limits.cut
+    ]
+    still = min((each.still_s for each in members.values()), default=0.0)
+    if not broken and not (
+        still >= limits.stalled
+        and all(each.state == "running" for each in members.values())
+        and _anybody_waits(here.values())
+    ):
+        return None
+    absent = [rank for rank in members if rank not in here] if here else []
+    odd = absent or _out_of_step(here)
+    waiting = [rank for rank in here if rank not in odd]
+    if not odd or not waiting:
+        where = str(next(iter(here.values())).place) if here else "outside of the steps"
+        what = f"broke: {broken[0].text}" if broken else f"has not ended for {still:.1f} s"
+        text = f"a collective of {_name(members)}, at {where}, {what}; all are alive, so look at "
+        return Finding((), text + "the network between them")
+    names = _several(
+        f"rank {rank} on {members[rank].host} {_stands(members[rank])}" for rank in odd
+    )
+    verb = "waits" if len(waiting) == 1 else "wait"
+    return Finding(
+        tuple(odd),
+        f"{names}, while {_name(waiting)} {verb} at {members[waiting[0]].place}: it hangs there, "
+        "or has skipped a collective",
     )
 
 
-def _stalled(seen: Mapping[int, Seen], group: tuple[int, ...], limits: Limits) -> Finding | None:
-    members = {rank: seen[rank] for rank in group if rank in seen}
-    if len(members) < 2 or any(each.state != "running" for each in members.values()):
-        return None
-    still = min(each.still_s for each in members.values())
-    if still <= limits.stalled:
-        return None
-    fewest = min(each.place.collective for each in members.values())
-    behind = [rank for rank, each in members.items() if each.place.collective == fewest]
-    if len(behind) == len(members):
-        common, count = Counter(each.place for each in members.values()).most_common(1)[0]
-        behind = [rank for rank, each in members.items() if each.place != common]
-        if not behind or count == 1 and len(members) > 2:
-            return Finding(
-                (),
-                f"no rank has moved for {still:.1f} s and all are at {common}: a collective that "
-                "never ends, so look at the network between the ranks",
-            )
-    others = [rank for rank in members if rank not in behind]
-    names = ", ".join(f"rank {rank} on {seen[rank].host}" for rank in behind[:_MOST_SHOWN])
-    text = (
-        f"{names} has been at {seen[behind[0]].place} for {still:.1f} s, while "
-        f"{'rank' if len(others) == 1 else 'ranks'} {', '.join(map(str, others[:_MOST_SHOWN]))} "
-        f"wait at {seen[others[0]].place}: it hangs there, or has skipped a collective"
-    )
-    return Finding(tuple(behind), text)
+def _anybody_waits(here: Collection[Seen]) -> bool:
+    # On a GPU the host may run ahead of its collectives and wait somewhere else.
+    ahead = len({each.place.collective for each in here}) > 1
+    return ahead or any(each.place.waits for each in here)
+
+
+def _out_of_step(here: Mapping[int, Seen]) -> list[int]:
+    """The ranks that are not where the others wait for them; none if all are in one place."""
+    places = {rank: each.place for rank, each in here.items()}
+    if len(set(places.values())) < 2:
+        return []
+    fewest = min(place.collective for place in places.values())
+    behind = [rank for rank, place in places.items() if place.collective == fewest]
+    if working := [rank for rank in behind if not places[rank].waits]:
+        return working
+    common, count = Counter(places.values()).most_common(1)[0]
+    if 2 * count > len(places):  # a rank that skipped a collective may be ahead of the others
+        return [rank for rank, place in places.items() if place != common]
+    return behind
+
+
+def _stands(who: Seen) -> str:
+    if not who.place.collective or who.state not in ("running", "cut"):
+        return f"is {who.state}" if who.state != "left" else "has left"
+    return f"has been at {who.place} for {who.still_s:.1f} s"
+
+
+def _name(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in ranks]
+    shown = ", ".join(names[:_MOST_SHOWN] + ["..."] * (len(names) > _MOST_SHOWN))
+    return f"rank {shown}" if len(names) == 1 else f"ranks {shown}"
+
+
+def _several(texts: Iterable[str]) -> str:
+    every = list(texts)
+    more = [f"and {len(every) - _MOST_SHOWN} more"] if len(every) > _MOST_SHOWN else []
+    return "; ".join(every[:_MOST_SHOWN] + more)

@@ -1,0 +1,281 @@
+"""Ranks that die, stop, hang, fail or go astray in the middle of a job: the others say who and
+where and leave in time, and the job goes on from its ledger.
+
+python -m pytest tests/distributed/test_faults.py
+
+Real processes over gloo, three ranks, mostly started as by hand, so that rank 0 holds the store.
+`fault_worker.py` plants the fault.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fault_worker
+import pytest
+import ranks  # noqa: F401  its fork server has loaded the slow libraries
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = re.escape(socket.gethostname())
+TIMEOUT_S = 5
+MARGIN_S = 2.0  # other processes on the machine
+NUM_LINES = 30
+WORLD = 3
+CALL = {"skip": 7, "mismatch": 50}  # exchange and all-to-all of some step in the middle
+LAYER_CALL = 26  # of 4 a step: layer 1 of the 7th step
+PLACE = r"step \d+, (layer \d+, )?[a-z]+, collective \d+"
+IN_LAYER = r"step 6, layer 1, [a-z]+, collective \d+"
+
+
+class Job:
+    """One run of the job on several processes, and what became of them."""
+
+    def __init__(self, folder: Path, argv: list[str], world: int = WORLD) -> None:
+        """Start `fault_worker.py argv` on every rank, without a launcher."""
+        context = multiprocessing.get_context("forkserver")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder.mkdir()
+        self.errs = [folder / f"err{rank}" for rank in range(world)]
+        self.processes: list[Any] = []
+        for rank, err in enumerate(self.errs):
+            environ = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
+            process = context.Process(target=one_rank, args=(argv, environ, err), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def err(self, rank: int) -> str:
+        return self.errs[rank].read_text() if self.errs[rank].exists() else ""
+
+    def all_err(self) -> str:
+        return "".join(map(self.err, range(len(self.errs))))
+
+    def reports(self) -> list[str]:
+        return re.findall(r"^fault: (.*)$", self.all_err(), re.MULTILINE)
+
+    def codes(self, except_rank: int | None = None, within_s: float = 60.0) -> list[int]:
+        """Exit codes, in rank order, once all have left."""
+        deadline = time.monotonic() + within_s
+        waited = [p for rank, p in enumerate(self.processes) if rank != except_rank]
+        for process in waited:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert all(p.exitcode is not None for p in waited), f"still there:\n{self.all_err()}"
+        return [process.exitcode for process in waited]
+
+    def broken_at(self, rank: int) -> float:
+        """When the fault happened, after waiting for it."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"^broken at ([\d.]+)$", self.err(rank), re.MULTILINE)):
+            assert time.monotonic() < deadline and self.processes[rank].is_alive(), self.all_err()
+            time.sleep(0.01)
+        return float(found[1])
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def one_rank(argv: list[str], environ: dict[str, str], err: Path) -> None:
+    """What a rank's process does: run the command as if it was started by hand."""
+    os.environ.update(environ)
+    for stream, path in ((sys.stdout, Path(os.devnull)), (sys.stderr, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    try:
+        fault_worker.run(argv)
+    except SystemExit as done:
+        sys.stderr.flush()
+        os._exit(int(done.code or 0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of the bundled model and an input of lines that finish a few at a time."""
+    path = tmp_path_factory.mktemp("faults")
+    (path / "config.yaml").write_text(
+        f"model: {{path: {ROOT / 'configs/checkpoints/tiny_mixtral'}, dtype: float32}}\n"
+        "scheduler: {max_sequences: 3}\n"
+        "sampling: {ignore_eos: true}\n"
+        f"runtime: {{device: cpu, timeout_s: {TIMEOUT_S}}}\n"
+    )
+    lines = [
+        {"id": f"r{number}", "prompt": "def f(x):" + " x" * number, "max_tokens": 2 + number % 5}
+        for number in range(NUM_LINES)
+    ]
+    (path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    files = ["--input", str(folder / "in.jsonl"), "--output", str(output)]
+    return ["--config", str(folder / "config.yaml"), *files, *more]
+
+
+def finish(folder: Path, output: Path) -> list[dict[str, Any]]:
+    """Run the same command without a fault, on one rank; return the records."""
+    job = Job(output.parent / "again", ["none", "0", "0", *command(folder, output)], 1)
+    assert job.codes() == [0], job.all_err()
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> list[dict[str, Any]]:
+    (folder / "undisturbed").mkdir()
+    records = finish(folder, folder / "undisturbed" / "out.jsonl")
+    assert [record["id"] for record in records] == [f"r{n}" for n in range(NUM_LINES)]
+    return records
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Any]:
+    jobs: list[Job] = []
+
+    def start(fault: str, victim: int, *more: str, world: int = WORLD) -> Job:
+        call = CALL.get(fault, LAYER_CALL)
+        argv = [fault, str(victim), str(call), *command(folder, tmp_path / "out.jsonl", *more)]
+        jobs.append(Job(tmp_path / "ranks", argv, world))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.end()
+
+
+def one_report(job: Job, victim: int, within_s: float = TIMEOUT_S) -> str:
+    """The only report, once the survivors have left in time with exit code 1."""
+    broken = job.broken_at(victim)
+    codes = job.codes(except_rank=victim)
+    taken = time.monotonic() - broken
+    assert codes == [1] * len(codes), job.all_err()
+    assert taken < within_s + MARGIN_S, f"{taken:.1f} s"
+    assert len(job.reports()) == 1, job.all_err()
+    survivors = (job.err(rank) for rank in range(len(job.errs)) if rank != victim)
+    assert not any("Traceback" in err for err in survivors), job.all_err()
+    return job.reports()[0]
+
+
+def resumed(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    output = tmp_path / "out.jsonl"
+    assert not output.exists()
+    records = finish(folder, output)
+    report = json.loads(output.with_name("out.jsonl.report.json").read_text())
+    assert 0 < report["resumed"] < NUM_LINES, "the fault came in the middle"
+    return records
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["a rank", "the rank with the store"])
+def test_a_killed_rank_is_named_with_its_last_place_and_the_job_goes_on(
+    folder, undisturbed, start, tmp_path, victim
+):
+    job = start("kill", victim)
+    report = one_report(job, victim, within_s=2.0)
+    silence = "has not been heard of" if victim else "which holds the store, has not answered"
+    assert re.match(rf"rank {victim} on {HOST},? {silence}", report), report
+    assert re.search(f"last seen in {IN_LAYER}", report), report
+    assert job.processes[victim].exitcode == -signal.SIGKILL
+    assert resumed(folder, tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["a rank", "the rank with the store"])
+def test_a_stopped_rank_is_named_and_leaves_too_when_it_is_continued(
+    folder, undisturbed, start, tmp_path, victim
+):
+    job = start("stop", victim)
+    report = one_report(job, victim)
+    assert re.match(rf"rank {victim} on {HOST}", report) and "stopped" in report
+    assert re.search(f"last seen in {IN_LAYER}", report), report
+    os.kill(job.processes[victim].pid, signal.SIGCONT)
+    assert job.codes(within_s=TIMEOUT_S + MARGIN_S)[victim] == 1
+    assert len(job.reports()) == 1, "the one that comes back accuses nobody"
+    assert f"rank {victim} on" in job.err(victim)
+    assert resumed(folder, tmp_path) == undisturbed
+
+
+def test_a_rank_that_is_continued_in_time_goes_on_as_if_nothing_had_happened(
+    undisturbed, start, tmp_path
+):
+    job = start("stop", 1)
+    job.broken_at(1)
+    time.sleep(1.5)
+    os.kill(job.processes[1].pid, signal.SIGCONT)
+    assert job.codes() == [0, 0, 0], job.all_err()
+    assert not job.reports()
+    output = tmp_path / "out.jsonl"
+    assert [json.loads(line) for line in output.read_text().splitlines()] == undisturbed
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["a rank", "the rank with the store"])
+def test_an_exception_in_one_rank_is_told_by_the_others_with_its_text(
+    folder, undisturbed, start, tmp_path, victim
+):
+    job = start("raise", victim)
+    report = one_report(job, victim)
+    expected = f"rank {victim} on {HOST} failed in {IN_LAYER}: ArithmeticError: an expert came to 7"
+    assert re.match(expected, report), report
+    assert job.codes()[victim] == 1 and "Traceback" in job.err(victim)
+    assert resumed(folder, tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("fault", ["skip", "hang"])
+def test_a_rank_that_is_not_where_the_others_wait_is_named(
+    folder, undisturbed, start, tmp_path, fault
+):
+    victim = 1 if fault == "skip" else 2
+    job = start(fault, victim)
+    report = one_report(job, victim)
+    others = "ranks 0, 2" if victim == 1 else "ranks 0, 1"
+    place = PLACE if fault == "skip" else IN_LAYER
+    expected = rf"rank {victim} on {HOST} has been at {place} for [\d.]+ s, while {others} wait at"
+    assert re.match(f"{expected} {PLACE}", report), report
+    assert job.codes()[victim] == 1, "it leaves too"
+    assert resumed(folder, tmp_path) == undisturbed
+
+
+def test_a_collective_of_mismatched_sizes_ends_all_ranks_with_one_report(start):
+    """gloo aborts whom the wrong size reaches: who is named is not known beforehand."""
+    job = start("mismatch", 1)
+    broken = job.broken_at(1)
+    assert 0 not in job.codes()
+    assert time.monotonic() - broken < TIMEOUT_S + MARGIN_S
+    assert len(job.reports()) == 1, job.all_err()
+
+
+def test_a_rank_of_another_expert_group_ends_the_run_too(start):
+    job = start("kill", 3, "--set", "parallel.expert=2", world=4)
+    report = one_report(job, 3, within_s=TIMEOUT_S)
+    assert re.match(f"rank 3 on {HOST} has not been heard of", report), report
+
+
+def test_under_torchrun_the_report_comes_though_the_agent_ends_the_survivors(
+    folder, undisturbed, tmp_path
+):
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    argv += [fault_worker.__file__, "kill", "1", str(LAYER_CALL)]
+    argv += command(folder, tmp_path / "out.jsonl")
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    reports = re.findall(r"^fault: (.*)$", done.stderr, re.MULTILINE)
+    assert len(reports) == 1 and reports[0].startswith("rank 1 on "), done.stderr
+    assert re.search(f"last seen in {IN_LAYER}", reports[0])
+    assert resumed(folder, tmp_path) == undisturbed
