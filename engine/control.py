@@ -8,12 +8,13 @@ is fixed by the model, never by what a rank has to say.
 
 from __future__ import annotations
 
+import time
 from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 
-from engine.distributed.clock import ClockOffset
+from engine.distributed.clock import ClockOffset, ClockTracker
 from engine.distributed.collectives import all_gather_rows
 from engine.distributed.groups import Group
 from engine.profiling.phases import Spans
@@ -56,7 +57,8 @@ class ControlPlane:
         self._group = group
         self._num_layers = num_layers
         self._num_stamps = num_stamps
-        self._offset = offset
+        self._clock = ClockTracker(offset, group.rank)
+        self._left = -1  # when this rank left the last exchange, by its own clock
 
     def exchange(
         self, words: ControlWords, rows: list[int], spans: Spans | None, spans_step: int
@@ -69,16 +71,20 @@ class ControlPlane:
         None. Arrivals are in this rank's own nanoseconds. Collective over the control group: every
         rank must call.
         """
-        last = _NUM_WORDS + 1 + self._num_stamps
+        offset = self._clock.nanoseconds
+        last = _NUM_WORDS + 2 + self._num_stamps
         vector = np.full(last + self._num_layers, -1, dtype=np.int64)
         vector[:_NUM_WORDS] = astuple(words)
         if rows:
             vector[last:] = rows
+        vector[_NUM_WORDS + 1] = self._left
         if spans is not None:
             stamps = spans.arrivals[: self._num_stamps]
             vector[_NUM_WORDS] = spans_step
-            vector[_NUM_WORDS + 1 :][: len(stamps)] = stamps + self._offset.nanoseconds
+            vector[_NUM_WORDS + 2 :][: len(stamps)] = stamps + offset
         gathered = all_gather_rows(torch.from_numpy(vector)[None], self._group).numpy()
+        self._left = time.monotonic_ns()
+        self._clock.note(gathered[:, _NUM_WORDS + 1])
         everyone = [
             ControlWords(
                 tokens_prefill=int(row[0]),
@@ -96,10 +102,15 @@ class ControlPlane:
         rows_WL = gathered[:, last:] if rows else None
         if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():
             return everyone, rows_WL, None
-        arrivals = gathered[:, _NUM_WORDS + 1 : last][:, : len(spans.arrivals)]
-        return everyone, rows_WL, arrivals - self._offset.nanoseconds
+        arrivals = gathered[:, _NUM_WORDS + 2 : last][:, : len(spans.arrivals)]
+        return everyone, rows_WL, arrivals - offset
+
+    @property
+    def clock_offset(self) -> int:
+        """Nanoseconds to add to this rank's stamps to get those of the group's first rank."""
+        return self._clock.nanoseconds
 
     @property
     def num_bytes(self) -> int:
         """Bytes that this rank sends in an exchange."""
-        return 8 * (_NUM_WORDS + 1 + self._num_stamps + self._num_layers) * (self._group.size - 1)
+        return 8 * (_NUM_WORDS + 2 + self._num_stamps + self._num_layers) * (self._group.size - 1)

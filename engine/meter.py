@@ -76,7 +76,8 @@ class Meter:
         if spans is not None:
             self._num_read += 1
             self.profile.add(spans, arrivals)
-            self._outlets.write(self._num_read, spans, arrivals, self._tokens, loads)
+            offset = control.clock_offset
+            self._outlets.write(self._num_read, spans, arrivals, offset, self._tokens, loads)
         self._tokens = (words.tokens_prefill, words.tokens_decode)
         if self._shares is not None and self._shares.update([each.pace for each in everyone]):
             self._log(everyone)

@@ -41,7 +41,8 @@ def _table(run: RunReport) -> Table:
         table.add_row(str(rank.rank), *_cells(rank))
     hidden = len(run.ranks) - len(worst)
     more = f"; {hidden} ranks cost less" if hidden else ""
-    table.caption = f"seconds that the others waited for it, by cause{more}"
+    error = f"; clocks agree within {run.clock_error * 1e6:.0f} us" if run.clock_error else ""
+    table.caption = f"seconds that the others waited for it, by cause{more}{error}"
     return table
 
 

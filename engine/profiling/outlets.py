@@ -37,12 +37,13 @@ class Outlets:
         step: int,
         spans: Spans,
         arrivals_WC: np.ndarray | None,
+        offset: int,
         tokens: tuple[int, int],
         loads: LoadCounter,
     ) -> None:
         """Take one step's spans; arguments as in `SpanWriter.write`."""
         if self.spans is not None and loads.step is not None:
-            self.spans.write(step, spans, arrivals_WC, tokens, loads.step)
+            self.spans.write(step, spans, arrivals_WC, offset, tokens, loads.step)
             loads.step = {}
 
     def update(self, report: StepReport, profile: Collector, loads: LoadCounter) -> None:

@@ -30,7 +30,7 @@ FORMAT, VERSION = "lockstep-spans", 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpansHeader:
     """Who wrote a span file. group: global ranks in lockstep with this one. clock_offset_ns: what
-    was added to this rank's own stamps; clock_error_ns: its uncertainty.
+    was added to this rank's own stamps when the run began; clock_error_ns: its uncertainty.
     """
 
     rank: int
@@ -59,7 +59,6 @@ class SpanWriter:
         self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
         self._old = self._path.with_suffix(".old.jsonl")
         self._header = json.dumps(asdict(header)) + "\n"
-        self._offset = header.clock_offset_ns
         self._limit = max_bytes // 2
         self._old.unlink(missing_ok=True)
         self._file = self._open()
@@ -69,10 +68,12 @@ class SpanWriter:
         step: int,
         spans: Spans,
         arrivals_WC: np.ndarray | None,
+        offset: int,
         tokens: tuple[int, int],
         loads: dict[int, tuple[np.ndarray, list[int]]],
     ) -> None:
-        """Write one step. arrivals_WC: as in `waiting.py`. tokens: prefill and decode. loads: layer
+        """Write one step. arrivals_WC: as in `waiting.py`. offset: nanoseconds to add
+        to this rank's stamps to get rank 0's. tokens: prefill and decode. loads: layer
         -> rows of every expert before capacity, of this rank's own after it.
         """
         if not len(spans.starts):
@@ -93,7 +94,7 @@ class SpanWriter:
         )
         line = {
             "step": step,
-            "start_ns": start + self._offset,
+            "start_ns": start + offset,
             "prefill": tokens[0],
             "decode": tokens[1],
             "spans": table.tolist(),

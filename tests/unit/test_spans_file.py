@@ -45,8 +45,8 @@ def test_a_step_is_written_with_aligned_start_offsets_waiting_and_loads(tmp_path
     writer = SpanWriter(tmp_path, header(), 1 << 20)
     arrivals = np.array([[14 * MS], [13 * MS]])
     loads = {0: (np.array([1, 2, 3, 4]), [2, 3])}
-    writer.write(7, step_spans(), arrivals, (12, 1), loads)
-    writer.write(8, step_spans(20), None, (0, 2), {})
+    writer.write(7, step_spans(), arrivals, OFFSET, (12, 1), loads)
+    writer.write(8, step_spans(20), None, OFFSET, (0, 2), {})
     writer.close()
     first, step, unknown = read(tmp_path / "spans.rank00003.jsonl")
     assert (first["format"], first["version"], first["rank"]) == ("lockstep-spans", 1, 3)
@@ -64,7 +64,7 @@ def test_files_stay_within_the_bound_and_keep_the_newest_steps(tmp_path):
     bound = 20_000
     writer = SpanWriter(tmp_path, header(), bound)
     for step in range(1000):
-        writer.write(step, step_spans(10 * step), None, (1, 0), {})
+        writer.write(step, step_spans(10 * step), None, 0, (1, 0), {})
     writer.close()
     current = tmp_path / "spans.rank00003.jsonl"
     old = tmp_path / "spans.rank00003.old.jsonl"
@@ -81,7 +81,7 @@ def test_a_new_run_leaves_nothing_of_the_last_one(tmp_path):
     for steps in (1000, 1):
         writer = SpanWriter(tmp_path, header(), 20_000)
         for step in range(steps):
-            writer.write(step, step_spans(), None, (1, 0), {})
+            writer.write(step, step_spans(), None, 0, (1, 0), {})
         writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["spans.rank00003.jsonl"]
     assert len(read(tmp_path / "spans.rank00003.jsonl")) == 2
