@@ -49,8 +49,11 @@ class ModelConfig:
 class ParallelConfig:
     """How ranks share the model: world = expert * replicas, and tensor divides expert."""
 
-    expert: int | None = field(default=None, metadata=_at_least(1))  # ranks that share the experts;
-    # default: all ranks
+    expert: int | Literal["auto"] | None = field(  # ranks that share the experts; default: all
+        # ranks; auto: as many as can, whatever number of ranks an elastic run has left
+        default=None,
+        metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
+    )
     tensor: int = field(default=1, metadata=_at_least(1))  # ranks that share one attention layer
 
 
@@ -218,7 +221,7 @@ class Config:
 
 def _combination_problems(config: Config) -> Iterator[str]:
     parallel, capacity, scheduler = config.parallel, config.moe.capacity, config.scheduler
-    if parallel.expert is not None and parallel.expert % parallel.tensor:
+    if isinstance(parallel.expert, int) and parallel.expert % parallel.tensor:
         yield (
             f"parallel.tensor = {parallel.tensor}: must divide parallel.expert = {parallel.expert}"
         )

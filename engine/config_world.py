@@ -6,8 +6,30 @@ known. Every rank gets the same answer without communication.
 
 from __future__ import annotations
 
-from engine.config import CapacityConfig, Config
+from engine.config import CapacityConfig, Config, ParallelConfig
 from engine.config_check import ConfigError
+
+
+def expert_ranks(parallel: ParallelConfig, world_size: int, num_experts: int | None = None) -> int:
+    """The expert-parallel size that `parallel.expert` means with this many ranks.
+
+    auto is the fewest replicas, and so the largest size, with at most one rank an expert: 7 and 6
+    ranks share 8 experts in one replica, 12 in two of 6, 11 in eleven of 1. Raises `ConfigError`
+    where no size fits. Pure: every rank gets the same answer without communication.
+    """
+    if parallel.expert is None:
+        return world_size
+    if parallel.expert != "auto":
+        return parallel.expert
+    most = world_size if num_experts is None else num_experts
+    for replicas in range(1, world_size + 1):
+        size, rest = divmod(world_size, replicas)
+        if rest == 0 and size <= most and size % parallel.tensor == 0:
+            return size
+    raise ConfigError(
+        f"parallel.expert = auto: with {world_size} ranks and parallel.tensor = {parallel.tensor} "
+        f"no size fits a model of {most} experts; start a multiple of {parallel.tensor} ranks"
+    )
 
 
 def validate_world(config: Config, world_size: int, num_experts: int | None = None) -> None:
@@ -16,13 +38,14 @@ def validate_world(config: Config, world_size: int, num_experts: int | None = No
     Raises `ConfigError`. Pure: every rank gets the same answer without communication.
     """
     parallel = config.parallel
-    expert = world_size if parallel.expert is None else parallel.expert
+    expert = expert_ranks(parallel, world_size, num_experts)
     written = "null (all ranks)" if parallel.expert is None else str(expert)
     problems = []
     if world_size % expert:
         problems.append(
             f"parallel.expert = {written}: must divide the number of ranks, {world_size}; start "
-            f"a multiple of {expert} ranks, or pass --set parallel.expert=null to use all ranks"
+            f"a multiple of {expert} ranks, or pass --set parallel.expert=auto to run on any "
+            "number, as an elastic run needs after it has lost some"
         )
     if expert % parallel.tensor:
         problems.append(

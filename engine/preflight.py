@@ -6,6 +6,7 @@ second and a plain message, and not a stack trace from each of eight ranks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from engine.config_check import ConfigError
 
 TINY_COMMAND = "torchrun --nproc-per-node 2 launch/infer.py --config tiny_mixtral_ep2.yaml"
 _BUNDLED = "configs/checkpoints"
+# As the model families call it in config.json.
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # How many ranks share this host, under torchrun, Open MPI, MPICH and Slurm.
 _LOCAL_RANKS = (
     "LOCAL_WORLD_SIZE",
@@ -36,6 +39,23 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
     if _BUNDLED not in Path(config.model.path).as_posix():
         lines.append(f"The bundled model runs on any machine: {TINY_COMMAND}")
     raise ConfigError("\n".join(lines))
+
+
+def read_num_experts(folder: Path) -> int:
+    """How many experts a layer of a checkpoint has, by its config.json. Raises `ConfigError`."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = [values[name] for name in _NUM_EXPERTS if values.get(name)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"model.path = {str(folder)!r}: cannot read config.json: {error}"
+        ) from None
+    if not found or not isinstance(found[0], int):
+        raise ConfigError(
+            f"model.path = {str(folder)!r}: config.json has no number of experts "
+            f"({', '.join(_NUM_EXPERTS)}), which parallel.expert = auto needs; give a number"
+        )
+    return found[0]
 
 
 def _checkpoint_problems(config: Config) -> Iterator[str]:

@@ -18,7 +18,10 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store: one report, not 20 frames
+if "TORCHELASTIC_RUN_ID" in os.environ:  # the imports take seconds, in which the agent may die
+    from engine.distributed.agent import die_with_agent
 
+    die_with_agent()
 from engine.batch import JobFailed, Stopped, run_batch
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
 from engine.distributed import bootstrap

@@ -10,31 +10,31 @@ A mistake is raised by every rank with the same text before a process group exis
 from __future__ import annotations
 
 import atexit
-import ctypes
-import itertools
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from engine.config import Config
 from engine.config_io import digest
-from engine.config_world import validate_world
+from engine.config_world import expert_ranks, validate_world
+from engine.distributed.agent import die_with_agent, end_stopped
 from engine.distributed.checkin import Presence, check_in, choose_device, share_of_cores
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RendezvousError
 from engine.distributed.groups import Group, Topology, layout
+from engine.preflight import read_num_experts
 
 __all__ = ["Launch", "discover", "start", "stop"]
 
 logger = logging.getLogger(__name__)
-_starts = itertools.count()  # a store that outlives a run must not show its keys to the next
 
 
 def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
@@ -49,11 +49,11 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
             "close() on the first, or destroy_process_group()"
         )
     launch = discover(environ)
-    if "TORCHELASTIC_RUN_ID" in environ:
-        _die_with_parent()
+    die_with_agent(environ)
     timeout = timedelta(seconds=config.runtime.timeout_s)
-    store = dist.PrefixStore(f"lockstep/{next(_starts)}", _rendezvous(launch, timeout, environ))
+    store = dist.PrefixStore("lockstep", _rendezvous(launch, timeout, environ))
     gpu_index, gpu, no_gpu = _find_gpu(config, launch)
+    config, problem = _fit_world(config, launch)
     own = Presence(
         rank=launch.rank,
         host=socket.gethostname(),
@@ -61,9 +61,27 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
         digest=digest(config),
         gpu=gpu,
         no_gpu=no_gpu,
-        error=_world_problem(config, launch),
+        error=problem,
     )
-    present = check_in(store, own, launch.world_size, timeout)
+    try:
+        return _meet(config, launch, environ, store, own, gpu_index)
+    except RuntimeError:  # somebody did not come, or left again
+        end_stopped(environ)
+        raise
+
+
+def _meet(
+    config: Config,
+    launch: Launch,
+    environ: Mapping[str, str],
+    store: dist.Store,
+    own: Presence,
+    gpu_index: int,
+) -> Topology:
+    """Check in, agree on the device, join."""
+    timeout = timedelta(seconds=config.runtime.timeout_s)
+    present, run = check_in(store, own, launch.world_size, timeout)
+    store = dist.PrefixStore(run, store)  # it may outlive this run and hold another's keys
     kind = choose_device(config.runtime.device, present)
     if launch.rank == 0 and kind == "cpu" != config.runtime.device and any(p.gpu for p in present):
         logger.warning("runtime.device = auto: running on CPU, not every rank has a GPU of its own")
@@ -95,12 +113,17 @@ def _let_gloo_finish() -> None:
     time.sleep(0.05)
 
 
-def _world_problem(config: Config, launch: Launch) -> str | None:
+def _fit_world(config: Config, launch: Launch) -> tuple[Config, str | None]:
+    """The config with `parallel.expert: auto` as a number, and what does not fit this world."""
     try:
+        if config.parallel.expert == "auto":
+            num_experts = read_num_experts(Path(config.model.path))
+            size = expert_ranks(config.parallel, launch.world_size, num_experts)
+            config = replace(config, parallel=replace(config.parallel, expert=size))
         validate_world(config, launch.world_size)
     except ValueError as error:
-        return str(error)
-    return None
+        return config, str(error)
+    return config, None
 
 
 def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) -> dist.Store:
@@ -112,11 +135,16 @@ def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) 
         return dist.TCPStore(launch.addr, launch.port, None, holds, timeout, wait_for_workers=False)
     except RuntimeError as error:  # the store's network and timeout errors
         action = "listen at" if holds else "reach the rendezvous at"
-        advice = (
-            "choose another MASTER_PORT"
-            if holds
-            else "look for rank 0's own error, or set MASTER_ADDR and MASTER_PORT"
-        )
+        if holds:
+            advice = "choose another MASTER_PORT"
+        elif _launcher_holds_store(environ):
+            # torch 2.13: an agent remembers where the first round's store was.
+            advice = (
+                "look for torchrun's own error there; if that node was lost, start torchrun with "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, so that each restart makes a new store"
+            )
+        else:
+            advice = "look for rank 0's own error, or set MASTER_ADDR and MASTER_PORT"
         raise RendezvousError(
             f"rank {launch.rank} on {socket.gethostname()} could not {action} "
             f"{launch.addr}:{launch.port}: {advice} ({str(error).splitlines()[0]})"
@@ -174,7 +202,7 @@ def _join(
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    expert = config.parallel.expert or launch.world_size
+    expert = expert_ranks(config.parallel, launch.world_size)
     place = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
 
     def group(ranks: tuple[int, ...], backend: str | None = None) -> Group:
@@ -204,15 +232,3 @@ def _join(
         host=socket.gethostname(),
         store_holder=store_holder,
     )
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this worker when torchrun's agent dies, even by SIGKILL.
-
-    Otherwise the workers live on as orphans, holding GPUs and ports.
-    """
-    PR_SET_PDEATHSIG = 1
-    agent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != agent:  # it died before the request
-        os._exit(1)

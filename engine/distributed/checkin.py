@@ -2,7 +2,18 @@
 
 Between `discovery` and the process groups of `bootstrap`. It runs over the store alone, so ranks
 that are missing are named, and ranks that cannot run together fail with one text instead of
-meeting in a collective. Everything below `check_in` is a pure function of the answers.
+meeting in a collective.
+
+The store may remember other runs: torchrun's agent keeps one from restart to restart, whose ranks
+had the same numbers. So every rank draws a nonce, and waits only for keys that hold a nonce of now:
+
+    rank r   presence/r = its answer             rank 0 looks at these again and again
+    rank 0   seat/<r's nonce> = its own nonce    it has seen this very rank r; its nonce names the
+    rank r   <run>/here/<r's nonce>              run, and nobody of an earlier one can say so
+    rank 0   <run>/go                            all answers, once every rank is here
+
+A presence of an earlier run is never here, and gives way to that of the rank that arrives.
+Everything below `check_in` and its helpers is a pure function of the answers.
 """
 
 from __future__ import annotations
@@ -11,14 +22,18 @@ import contextlib
 import dataclasses
 import json
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from engine.distributed.errors import RankError, RendezvousError, merge_errors, name_ranks
+
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,36 +51,98 @@ class Presence:
 
 def check_in(
     store: dist.Store, own: Presence, world_size: int, timeout: timedelta
-) -> list[Presence]:
-    """All ranks' answers, in rank order. Collective over the world, through the store.
+) -> tuple[list[Presence], str]:
+    """All ranks' answers, in rank order, and a name for this run that no other run has.
 
-    Raises RankError, with the same text on every rank, for an error in an answer or configs that
-    differ; RendezvousError when ranks are missing after `timeout`.
+    Collective over the world, through the store. Raises RankError, with the same text on every
+    rank, for an error in an answer or configs that differ; RendezvousError when ranks are missing
+    after `timeout`.
     """
-    keys = [f"presence/{rank}" for rank in range(world_size)]
-    store.set(keys[own.rank], json.dumps(dataclasses.asdict(own)))
+    nonce = uuid.uuid4().hex
+    answer = json.dumps({"nonce": nonce, "presence": dataclasses.asdict(own)})
     try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:  # a timeout or a lost store; types differ between torch versions
-        raise RendezvousError(_who_is_missing(store, keys, timeout)) from error
-    present = [Presence(**json.loads(value)) for value in store.multi_get(keys)]
+        store.set(_presence(own.rank), answer)
+        if own.rank == 0:
+            run, answers = nonce, _seat_all(store, nonce, world_size, timeout)
+        else:
+            store.wait([f"seat/{nonce}"], timeout)
+            run = store.get(f"seat/{nonce}").decode()
+            store.set(_here(run, nonce), "")
+            store.wait([f"{run}/go"], timeout)
+            answers = json.loads(store.get(f"{run}/go"))
+    # A timeout or a lost store; the types of these differ between torch versions.
+    except (RuntimeError, TimeoutError) as error:
+        missing = _who_is_missing(store, own.rank, nonce, world_size, timeout)
+        raise RendezvousError(missing) from error
+    present = [Presence(**values) for values in answers]
     if problem := _problem(present):
-        _leave_together(store, own.rank, world_size)
+        _leave_together(dist.PrefixStore(run, store), own.rank, world_size)
         raise RankError(problem)
-    return present
+    return present, run
 
 
-def _who_is_missing(store: dist.Store, keys: Sequence[str], timeout: timedelta) -> str:
+def _presence(rank: int) -> str:
+    return f"presence/{rank}"
+
+
+def _here(run: str, nonce: str) -> str:
+    return f"{run}/here/{nonce}"
+
+
+def _seat_all(
+    store: dist.Store, nonce: str, world_size: int, timeout: timedelta
+) -> list[dict[str, Any]]:
+    """What rank 0 does: see every rank, until all are here; return their answers."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    seated = {nonce}
+    store.set(_here(nonce, nonce), "")
+    while True:
+        answers = _answers(store, world_size)
+        found = [answer["nonce"] for answer in answers.values()]
+        for other in found:
+            if other not in seated:
+                store.set(f"seat/{other}", nonce)
+                seated.add(other)
+        if len(found) == world_size and store.check([_here(nonce, n) for n in found]):
+            all_answers = [answers[rank]["presence"] for rank in range(world_size)]
+            store.set(f"{nonce}/go", json.dumps(all_answers))
+            return all_answers
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        time.sleep(_POLL_S)
+
+
+def _answers(store: dist.Store, world_size: int) -> dict[int, dict[str, Any]]:
+    """The answers that there are, perhaps of ranks of an earlier run, by rank."""
+    keys = [_presence(rank) for rank in range(world_size)]
+    if store.check(keys):
+        values: Sequence[bytes | None] = store.multi_get(keys)
+    else:  # reading a key that is missing would wait for it
+        values = [store.get(key) if store.check([key]) else None for key in keys]
+    return {rank: json.loads(value) for rank, value in enumerate(values) if value is not None}
+
+
+def _who_is_missing(
+    store: dist.Store, own: int, nonce: str, world_size: int, timeout: timedelta
+) -> str:
     try:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        answers = _answers(store, world_size)
+        run = nonce if own == 0 else None
+        if own != 0 and store.check([f"seat/{nonce}"]):
+            run = store.get(f"seat/{nonce}").decode()
+        if run is None:  # what is there of rank 0, if anything, is from an earlier run
+            here = set(answers) - {0}
+        else:
+            here = {n for n, each in answers.items() if store.check([_here(run, each["nonce"])])}
     except RuntimeError:
         return (
             "the store that introduces the ranks is gone: look for the error of rank 0, or of "
             "torchrun on its host"
         )
+    missing = [rank for rank in range(world_size) if rank not in here]
     late = name_ranks(missing) if missing else "the last"  # that one came while we counted
     return (
-        f"{late} of {len(keys)} did not arrive within "
+        f"{late} of {world_size} did not arrive within "
         f"{timeout.total_seconds():g} s: look for their own error, or raise runtime.timeout_s if "
         "they start that slowly"
     )

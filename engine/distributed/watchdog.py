@@ -24,6 +24,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from engine.distributed.agent import end_stopped
 from engine.distributed.beacon import Beacon
 from engine.distributed.faults import Finding, Limits, Place, State, describe, judge, store_lost
 from engine.distributed.sightings import Beat, Sightings
@@ -190,6 +191,10 @@ class Watchdog:
         self._end(text if given_up else "")
 
     def _end(self, text: str) -> NoReturn:
+        if ended := end_stopped():
+            what = f"ended process {', '.join(map(str, ended))}, stopped, for torchrun to go on"
+            text = f"{text.rstrip()}\nrank {self._rank} on {self._own_host} {what}".lstrip()
+
         def speak() -> None:
             with suppress(OSError, ValueError):  # a closed stream
                 if text:

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,7 +30,7 @@ from engine.config_io import (
     load_config,
     to_yaml,
 )
-from engine.config_world import validate_capacity, validate_world
+from engine.config_world import expert_ranks, validate_capacity, validate_world
 
 SHIPPED = sorted(file.stem for file in (PROJECT_ROOT / "configs").glob("*.yaml"))
 
@@ -301,7 +302,7 @@ def test_expansion_needs_experts_outside_the_top_k():
         )
 
 
-def parallel_config(expert: int | None, tensor: int) -> Config:
+def parallel_config(expert: Any, tensor: int) -> Config:
     return Config(
         model=ModelConfig(path="x"), parallel=ParallelConfig(expert=expert, tensor=tensor)
     )
@@ -328,6 +329,28 @@ def test_a_world_that_does_not_fit_is_refused(expert, tensor, world, num_experts
     with pytest.raises(ConfigError, match="parallel") as caught:
         validate_world(parallel_config(expert, tensor), world, num_experts)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "num_experts", "tensor", "size"),
+    [(8, 8, 1, 8), (7, 8, 1, 7), (12, 8, 1, 6), (11, 8, 1, 1), (16, 60, 4, 16), (12, 8, 4, 4)],
+)
+def test_an_automatic_expert_size_is_the_largest_that_divides_the_ranks(
+    world, num_experts, tensor, size
+):
+    config = parallel_config("auto", tensor)
+    assert expert_ranks(config.parallel, world, num_experts) == size
+    validate_world(config, world, num_experts)
+
+
+def test_an_automatic_expert_size_needs_whole_tensor_groups():
+    with pytest.raises(ConfigError, match="start a multiple of 2 ranks"):
+        expert_ranks(parallel_config("auto", 2).parallel, 3, 8)
+
+
+def test_a_fixed_expert_size_that_does_not_fit_names_the_automatic_one():
+    with pytest.raises(ConfigError, match="parallel.expert=auto"):
+        validate_world(parallel_config(8, 1), 7)
 
 
 # Files

@@ -1,0 +1,81 @@
+"""The job that faults hit: a few hundred greedy requests of the bundled model, and its ledger."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.stamp import REPOSITORY
+
+_SCRIPT = REPOSITORY / "launch" / "infer.py"
+_MODEL = REPOSITORY / "configs" / "checkpoints" / "tiny_mixtral"
+_WORDS = ("def", "f(x):", "return", "x", "+", "1", "the", "value", "of", "sum(", ")", "if", "else")
+
+
+class Job:
+    """Files in `folder`: config.yaml and in.jsonl; outputs go wherever they are asked for."""
+
+    def __init__(self, folder: Path, num_requests: int, timeout_s: float) -> None:
+        self.num_requests = num_requests
+        self._config = folder / "config.yaml"
+        self._input = folder / "in.jsonl"
+        self._config.write_text(
+            f"model: {{path: {_MODEL}, dtype: float32}}\n"
+            "parallel: {expert: auto}\n"
+            "scheduler: {max_sequences: 4}\n"
+            "sampling: {ignore_eos: true}\n"
+            f"runtime: {{device: cpu, timeout_s: {timeout_s}, threads: 1}}\n"
+        )
+        chance = random.Random(0)
+        lines = []
+        for number in range(num_requests):
+            prompt = " ".join(chance.choices(_WORDS, k=chance.randint(1, 40)))
+            request = {"id": f"r{number}", "prompt": prompt, "max_tokens": chance.randint(2, 24)}
+            lines.append(json.dumps(request))
+        lines[num_requests // 2] = lines[num_requests // 2][:-1]  # an error record
+        self._input.write_text("\n".join(lines) + "\n")
+
+    def command(self, output: Path) -> list[str]:
+        """The script and its arguments."""
+        files = ["--input", str(self._input), "--output", str(output)]
+        return [str(_SCRIPT), "--config", str(self._config), *files]
+
+
+def torchrun(num_ranks: int, max_restarts: int) -> list[str]:
+    """Torchrun's command line, up to the script."""
+    module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*module, f"--nproc-per-node={num_ranks}", f"--max-restarts={max_restarts}"]
+
+
+def written(output: Path) -> int:
+    """Bytes in the parts of an unfinished output."""
+    size = 0
+    for part in _parts(output):
+        try:
+            size += part.stat().st_size
+        except FileNotFoundError:  # merged in this moment
+            continue
+    return size
+
+
+def tear(output: Path, num_bytes: int) -> bool:
+    """Cut the end off the largest part; False where there is nothing to cut."""
+    parts = [part for part in _parts(output) if part.stat().st_size]
+    if not parts:
+        return False
+    part = max(parts, key=lambda path: path.stat().st_size)
+    with part.open("r+b") as file:
+        file.truncate(max(0, part.stat().st_size - num_bytes))
+    return True
+
+
+def read_lines(output: Path) -> list[str]:
+    """The records of a complete output, one a line."""
+    return output.read_text(encoding="utf-8").splitlines()
+
+
+def _parts(output: Path) -> Sequence[Path]:
+    return sorted(output.with_name(output.name + ".parts").glob("part-*.jsonl"))
