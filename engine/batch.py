@@ -16,6 +16,7 @@ same command is run again, on any number of ranks.
 from __future__ import annotations
 
 import json
+import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -33,7 +34,7 @@ from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.groups import Topology
 from engine.distributed.watchdog import Watchdog, is_connection_error
 from engine.durable import write_text
-from engine.interrupts import Interrupts, Stopped
+from engine.interrupts import Interrupts, Stopped, StopRequest
 from engine.profiling.report import RunReport, StepReport
 from engine.progress import Progress, Summary, make_console, print_summary
 from engine.request import Completion
@@ -94,7 +95,7 @@ def run_batch(
         advice="what has finished is kept; the same command goes on from here",
     )
     with (
-        Interrupts() as interrupts,
+        Interrupts(config.runtime.drain_s) as interrupts,
         watchdog,
         _shared_failure(topology, key, watchdog, interrupts),
     ):
@@ -169,10 +170,25 @@ def _generate(
         if progress is not None:
             progress.update(report)
 
+    told = False
+
+    def stop() -> StopRequest:
+        nonlocal told
+        request = interrupts.request
+        if request.signal and not (request.now or told) and progress is not None:
+            told = True
+            progress.note(
+                f"{signal.Signals(request.signal).name}: no new requests; those that run have "
+                f"{config.runtime.drain_s:g} s to finish"
+            )
+        return request
+
     lockstep = watchdog.running(llm.place, topology.expert.ranks)
     with interrupts.deferred(), progress or nullcontext(), lockstep:
         try:
-            return llm.run(queue, write, on_step, lambda: interrupts.received)
+            report = llm.run(queue, write, on_step, stop)
+            interrupts.finished()
+            return report
         except ValueError as error:
             # What a user can get wrong was found before: this one needs its traceback.
             raise RuntimeError("the engine failed") from error

@@ -235,3 +235,7 @@ class TicketQueue:
             self._dry = True
             return None
         return self._parse(self._lines[ticket])
+
+    def is_dry(self) -> bool:
+        """Whether all tickets are taken. Takes none."""
+        return self._dry or self._store.add(self._key, 0) >= len(self._lines)

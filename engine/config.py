@@ -195,6 +195,9 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     timeout_s: float = field(default=120.0, metadata=_POSITIVE)  # of one collective
+    drain_s: float = field(  # after SIGTERM, for what runs to finish; torchrun kills after 30
+        default=20.0, metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf"))
+    )
     seed: int = field(default=0, metadata=_SEED)  # of dummy weights
     threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads a rank;
     # default: the host's cores / its ranks

@@ -24,7 +24,8 @@ from engine.profiling.phases import Spans
 class ControlWords:
     """One rank's view before a step: tokens it is about to run, its requests, whether its queue
     has run dry, how many of the tokens compete for expert capacity, the signal that asked it to
-    stop (0: none), and its experts' time a row (picoseconds, 0: unknown).
+    stop (0: none), whether running requests may not even finish first, and its experts' time a row
+    (picoseconds, 0: unknown).
     """
 
     tokens_prefill: int
@@ -35,15 +36,11 @@ class ControlWords:
     exhausted: bool
     competing: int = 0
     signal: int = 0
+    stop_now: bool = False
     pace: int = 0
 
-    @property
-    def busy(self) -> bool:
-        """True while this rank may still produce tokens."""
-        return self.running + self.waiting > 0 or not self.exhausted
 
-
-_NUM_WORDS = 9
+_NUM_WORDS = 10
 
 
 class ControlPlane:
@@ -95,7 +92,8 @@ class ControlPlane:
                 exhausted=bool(row[5]),
                 competing=int(row[6]),
                 signal=int(row[7]),
-                pace=int(row[8]),
+                stop_now=bool(row[8]),
+                pace=int(row[9]),
             )
             for row in gathered
         ]

@@ -1,14 +1,20 @@
-"""SIGTERM and SIGINT as an exception, raised at once or, where it must wait, at a `check`."""
+"""SIGTERM and SIGINT as an exception, raised at once or, where it must wait, at a `check`.
+
+SIGTERM is what batch systems send some time before the end: the work in flight has that time to
+finish (`runtime.drain_s`). SIGINT is a person who waits: it stops at the next step.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_S = 1.0  # a launcher and the process group both pass on what was sent once
 
 
 class Stopped(BaseException):
@@ -19,11 +25,25 @@ class Stopped(BaseException):
         self.exit_code = 128 + signum
 
 
-class Interrupts:
-    """Context manager that turns the signals into `Stopped`; a second signal ends the process."""
+class StopRequest(NamedTuple):
+    """signal: that asks this rank to stop, 0 for none. now: not even for what is running."""
 
-    def __init__(self) -> None:
+    signal: int = 0
+    now: bool = False
+
+
+class Interrupts:
+    """Context manager that turns the signals into `Stopped`; a second signal ends the process.
+
+    drain_s: seconds that work in flight has after SIGTERM. The same signal again within a second is
+    taken for the first one, come by another way.
+    """
+
+    def __init__(self, drain_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._drain_s = drain_s
+        self._clock = clock
         self._received: int | None = None
+        self._received_at = 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -59,9 +79,17 @@ class Interrupts:
         self.check()
 
     @property
-    def received(self) -> int:
-        """The signal that came, 0 for none."""
-        return self._received or 0
+    def request(self) -> StopRequest:
+        """What the signal that came asks for by now."""
+        if self._received is None:
+            return StopRequest()
+        drained = self._clock() - self._received_at >= self._drain_s
+        return StopRequest(self._received, self._received == signal.SIGINT or drained)
+
+    def finished(self) -> None:
+        """All work is done: a signal that would have let it finish is met."""
+        if not self.request.now:
+            self._received = None
 
     def check(self) -> None:
         """Raise `Stopped` if a signal came."""
@@ -69,9 +97,12 @@ class Interrupts:
             raise Stopped(self._received)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        now = self._clock()
         if self._received is not None:
+            if signum == self._received and now - self._received_at < _SAME_S:
+                return
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
-        self._received = signum
+        self._received, self._received_at = signum, now
         if not self._deferred:
             raise Stopped(signum)

@@ -32,6 +32,7 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
 from engine.distributed.faults import Place
 from engine.distributed.groups import Topology
+from engine.interrupts import StopRequest
 from engine.kv_cache import BlockPool
 from engine.latency import timed
 from engine.layers.kv import KVCache
@@ -158,14 +159,14 @@ class LLM:
         source: RequestSource,
         sink: Sink,
         on_step: OnStep | None = None,
-        stop_signal: Callable[[], int] = lambda: 0,
+        stop: Callable[[], StopRequest] = StopRequest,
     ) -> RunReport:
         """Run a source of requests dry. Collective over all ranks: every rank must call.
 
         source: this data rank's queue. sink: takes each step's completions on the leading rank of a
-        tensor group. on_step: called after every step. stop_signal: the signal that asks this rank
-        to stop, 0 for none; all ranks then raise `Stopped` before the same step. The report is
-        complete on every rank.
+        tensor group. on_step: called after every step. stop: asked before every step whether this
+        rank is to stop; all ranks then finish what runs, or not, and raise `Stopped` before the
+        same step if anything is left. The report is complete on every rank.
         """
         capacity = self.config.moe.capacity
         outlets = self._on_all_ranks(self._open_outlets)
@@ -198,7 +199,7 @@ class LLM:
         self._telemetry.loads.clear()
         began = time.monotonic()
         try:
-            loop.run(source, timed(sink, latencies), on_step, stop_signal)
+            loop.run(source, timed(sink, latencies), on_step, stop)
         finally:
             outlets.close()
         return run_report(

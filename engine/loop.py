@@ -3,6 +3,7 @@
 One turn on every rank:
 
     1. admit      pull requests while the scheduler has room       (tensor rank 0, for its peers)
+                  and nobody was asked to stop
     2. schedule   decode tokens first, then chunks of prompts      scheduler.py
     3. agree      control words: is there a step, is anybody busy  control.py
     4. forward    tensors -> model; without tokens, with none      runner.py, competition.py
@@ -27,7 +28,7 @@ from engine.control import ControlPlane, ControlWords
 from engine.detokenizer import TokenDecoder
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
-from engine.interrupts import Stopped
+from engine.interrupts import Stopped, StopRequest
 from engine.meter import Meter
 from engine.profiling.phases import Phase
 from engine.profiling.report import StepReport
@@ -96,28 +97,31 @@ class GenerationLoop:
         source: RequestSource,
         sink: Sink,
         on_step: OnStep | None = None,
-        stop_signal: Callable[[], int] = lambda: 0,
+        stop: Callable[[], StopRequest] = StopRequest,
     ) -> None:
         """Run until every rank's source is dry and all its sequences have finished.
 
         sink: called on the leading rank of each tensor group with the completions of a step, before
-        the next begins. stop_signal: the signal that asks this rank to stop, 0 for none. Collective
-        over EP: every rank must call.
+        the next begins. stop: asked before every step whether this rank is to stop. Once one rank
+        is, nobody pulls requests any more. Collective over EP: every rank must call.
 
         Raises:
-            Stopped: a rank was asked to stop; on all ranks, before the same step.
+            Stopped: a rank was asked to stop with requests left, and all that ran have finished or
+            it may not wait for them; on all ranks, before the same step.
         """
-        began, exhausted = time.monotonic(), False
+        began, exhausted, asked = time.monotonic(), False, 0
         clock, loads = self._telemetry.clock, self._telemetry.loads
         while True:
             clock.enter(Phase.OTHER)
-            exhausted = self._admit(source, sink) or exhausted
+            exhausted = self._admit(source, sink, closed=bool(asked)) or exhausted
             step = self._scheduler.schedule()
-            everyone = self._agree(step, exhausted, stop_signal())
-            if asked := max(words.signal for words in everyone):
-                raise Stopped(asked)
-            if not any(words.busy for words in everyone):
+            everyone = self._agree(step, exhausted, stop())
+            asked = max(words.signal for words in everyone)
+            at_work = any(words.running + words.waiting for words in everyone)
+            if not at_work and all(words.exhausted for words in everyone):
                 break
+            if any(words.stop_now for words in everyone) or (asked and not at_work):
+                raise Stopped(asked)
             self._deliver(self._advance(step, everyone), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
@@ -129,13 +133,15 @@ class GenerationLoop:
         clock.close_step()
         self.meter.finish()
 
-    def _admit(self, source: RequestSource, sink: Sink) -> bool:
-        """Fill the scheduler's room from the source; True when the source is dry."""
+    def _admit(self, source: RequestSource, sink: Sink, closed: bool) -> bool:
+        """Fill the scheduler's room from the source, unless closed; True when the source is dry."""
         arrivals: list[Request] = []
         failed: list[Completion] = []
         exhausted = False
         scheduler = self._scheduler
-        if self._leads:
+        if self._leads and closed:
+            exhausted = source.is_dry()
+        elif self._leads:
             in_flight = scheduler.num_running + scheduler.num_waiting
             # One at a time: whatever cannot start at once is left to the other ranks.
             while in_flight < source.limit and scheduler.room() > 0:
@@ -174,7 +180,7 @@ class GenerationLoop:
             )
         return None
 
-    def _agree(self, step: Step, exhausted: bool, asked: int) -> list[ControlWords]:
+    def _agree(self, step: Step, exhausted: bool, stop: StopRequest) -> list[ControlWords]:
         scheduler = self._scheduler
         leads = int(self._leads)  # a tensor group's requests count once
         words = ControlWords(
@@ -185,7 +191,8 @@ class GenerationLoop:
             finished=self.totals.finished * leads,
             exhausted=exhausted,
             competing=count_competing(step, self._phases) * leads,
-            signal=asked,
+            signal=stop.signal,
+            stop_now=stop.now,
             pace=self.meter.read(),
         )
         self.totals.tokens_prefill += words.tokens_prefill

@@ -96,6 +96,10 @@ class Progress:
             self._shown = now
             self._show(now, report.max_over_mean)
 
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
     def _show(self, now: float, max_over_mean: float) -> None:
         done = self._resumed + self._num_done()
         prefill, decode = self._rates(now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -24,14 +25,22 @@ class RequestSource(Protocol):
         """
         ...
 
+    def is_dry(self) -> bool:
+        """Whether nothing is left to take. Takes nothing."""
+        ...
+
 
 class ListSource:
     """Requests that are all at hand, on this rank alone."""
 
     def __init__(self, requests: Iterable[Request | Completion], limit: int = 1 << 30) -> None:
         self.limit = limit
-        self._remaining = iter(list(requests))
+        self._remaining = deque(requests)
 
     def take(self) -> Request | Completion | None:
         """Return the next request, None when none is left."""
-        return next(self._remaining, None)
+        return self._remaining.popleft() if self._remaining else None
+
+    def is_dry(self) -> bool:
+        """Whether nothing is left to take."""
+        return not self._remaining

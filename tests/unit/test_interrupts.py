@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -59,10 +60,58 @@ def test_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_second_signal_ends_a_process_that_does_not_stop():
+def end_by(*signums: str) -> int:
+    """The exit code of a process that is inside a deferred block when it gets these signals."""
+    sending = "".join(f"    os.kill(os.getpid(), signal.{name})\n" for name in signums)
     code = (
-        "import os, signal\nfrom engine.interrupts import Interrupts\n"
-        "with Interrupts() as interrupts, interrupts.deferred():\n"
-        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "import os, signal, sys\nfrom engine.interrupts import Interrupts\n"
+        f"with Interrupts() as interrupts, interrupts.deferred():\n{sending}"
+        "    os._exit(9)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code]).returncode
+
+
+def test_a_second_signal_ends_a_process_that_does_not_stop():
+    assert end_by("SIGTERM", "SIGINT") == -signal.SIGINT
+    assert end_by("SIGINT", "SIGTERM") == -signal.SIGTERM
+
+
+def test_a_signal_that_comes_by_two_ways_at_once_is_one():
+    assert end_by("SIGTERM", "SIGTERM") == 9
+
+
+@pytest.mark.parametrize("signum, at_once", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_sigterm_leaves_time_to_finish_and_sigint_none(signum, at_once):
+    now = 100.0
+    with (
+        pytest.raises(Stopped),
+        Interrupts(5.0, lambda: now) as interrupts,
+        interrupts.deferred(),
+    ):
+        assert interrupts.request == (0, False)
+        send(signum)
+        assert interrupts.request == (signum, at_once)
+        now = 104.9
+        assert interrupts.request == (signum, at_once)
+        now = 105.0
+        assert interrupts.request == (signum, True)
+
+
+@pytest.mark.parametrize("later_s, raised", [(4.0, False), (6.0, True)])
+def test_work_that_finished_in_time_meets_the_signal(later_s, raised):
+    now = 100.0
+    expected = pytest.raises(Stopped) if raised else nullcontext()
+    with expected, Interrupts(5.0, lambda: now) as interrupts, interrupts.deferred():
+        send()
+        now += later_s
+        interrupts.finished()
+
+
+def test_the_same_signal_a_second_later_ends_the_process():
+    code = (
+        "import os, signal\nfrom engine.interrupts import Interrupts\nnow = 0.0\n"
+        "with Interrupts(9.0, lambda: now) as interrupts, interrupts.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    now = 1.0\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    os._exit(9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
