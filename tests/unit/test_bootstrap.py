@@ -190,15 +190,18 @@ def test_merged_errors_say_each_text_once_with_its_ranks():
     assert merge_errors({1: "one", 4: "two", 6: "one"}, 8) == "ranks 1, 6: one\nrank 4: two"
 
 
-@pytest.mark.parametrize("script", ["slurm/infer.sbatch", "mpi/infer.sh"])
+SCRIPTS = [path.relative_to(LAUNCH).as_posix() for path in sorted(LAUNCH.glob("*/*.*sh"))]
+SCRIPTS += [path.relative_to(LAUNCH).as_posix() for path in sorted(LAUNCH.glob("*/*.sbatch"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_cluster_scripts_parse(script):
     subprocess.run(["bash", "-n", LAUNCH / script], check=True)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("script", ["slurm/infer.sbatch", "mpi/infer.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_cluster_scripts_are_shellcheck_clean(script):
-    done = subprocess.run(
-        ["shellcheck", LAUNCH / script], check=False, capture_output=True, text=True
-    )
+    command = ["shellcheck", "--external-sources", LAUNCH / script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=LAUNCH.parent)
     assert done.stdout == ""
