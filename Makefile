@@ -1,5 +1,6 @@
 # make demo   sets up and runs the bundled model on two ranks
 # make test   sets up and checks everything that runs without a GPU
+# make test-cluster  the launchers, on a Slurm, MPI and hosts made for it, and lost ranks; wants root
 #
 # PYTHON=python3.12            which Python makes the environment (3.10 or newer)
 # LOCKSTEP_TORCH=torch==2.12.0 which torch: any pip requirement; it is installed first
@@ -14,9 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.lockstep-installed
 NATIVE := $(wildcard kernels/build.py kernels/csrc/*)
 TEST_LIMIT_S ?= 1500
+CLUSTER_LIMIT_S ?= 900
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo test test-cluster lint format clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -49,6 +51,12 @@ test: lint
 	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) \
 	    $(BIN)/python -m pytest tests/unit tests/models tests/distributed
 	@echo 'make test: lint, types and tests passed'
+
+# -rs: a launcher that is not installed here is named.
+test-cluster: setup
+	OMP_NUM_THREADS=1 timeout --kill-after=30 $(CLUSTER_LIMIT_S) \
+	    $(BIN)/python -m pytest -rs tests/cluster
+	@echo 'make test-cluster: passed'
 
 clean:
 	rm -rf build dist *.egg-info engine/*.so .pytest_cache .ruff_cache .hypothesis $(STAMP)

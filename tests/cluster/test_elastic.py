@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
 from chaos.job import Job, read_lines, written
 from chaos.processes import alive, ranks_of, wait_until_gone
 from chaos.records import compare

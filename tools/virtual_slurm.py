@@ -93,10 +93,17 @@ class VirtualSlurm:
     def run(self, *argv: str, environ: dict[str, str] | None = None, check: bool = True) -> str:
         """Run a client command; return what it printed. Raises RuntimeError where it fails."""
         environ = self._environ | (environ or {})
-        done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            argv, check=False, env=environ, capture_output=True, text=True, timeout=60
+        )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr}")
         return done.stdout
+
+    def start(self, *argv: str) -> subprocess.Popen[bytes]:
+        """Start a client command; its output is in pipes."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(argv, env=self._environ, **pipes)
 
     def sbatch(self, *argv: str, environ: dict[str, str] | None = None) -> str:
         """Submit a job; return its id."""

@@ -1,6 +1,6 @@
 """The Slurm scripts under a real slurmctld and slurmds: run, cancelled, out of time, a node lost.
 
-python -m pytest tests/cluster/slurm
+python -m pytest tests/cluster/test_slurm.py
 
 Needs Debian's packages slurm-wlm and munge, and skips without. Every job runs the tiny model on the
 CPU over the same requests and must leave the file that one undisturbed process leaves.
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from virtual_slurm import VirtualSlurm, missing_programs
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "launch" / "slurm"
 NUM_REQUESTS = 200
 JOB_S = 60
