@@ -1,16 +1,19 @@
-"""How much communication overlap hides: one MoE layer on two ranks, with and without chunks.
+"""How much communication overlap hides and deduplication saves: one MoE layer on two ranks.
 
     python tools/bench_overlap.py                      # over loopback
     python tools/bench_overlap.py --link 2gbit         # two network namespaces, as root
 
 Two real ranks over gloo, each pinned to a core of its own, balanced or zipf loads, dropless. The
-chunk counts take turns, A B C, A B C, ...; the table shows medians, then one JSON line follows.
+ways to run it take turns, A B C, A B C, ...; the table shows medians, then one JSON line follows.
 
+    chunks       `auto` has settled before the first round; `N copies`: without deduplication, a
+                 token's row goes once for each of its experts on the other rank
     layer ms     the slower rank's forward
     exposed ms   time that a rank waits in dispatch and combine, the mean of both ranks; what is
                  hidden behind the experts is not in it
     hidden       share of one chunk's exposed time that is gone
-    speedup      against one chunk in the same round
+    speedup      against the first in the same round
+    sent MB      by one rank in dispatch and combine, the mean of both
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ from bench.report import emit, spread, table
 from bench.stamp import stamp
 from bench.two_ranks import run_two_ranks
 
-HEADER = ["chunks", "layer ms", "exposed ms", "hidden", "speedup"]
+HEADER = ["chunks", "layer ms", "exposed ms", "hidden", "speedup", "sent MB"]
 
 
 def figures(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each chunk count's figures from both ranks' replies; the first is the baseline."""
+    """Each way's figures from both ranks' replies; the first is the baseline."""
     names = list(ranks[0])
     seconds = {
         name: [max(pair) for pair in zip(*(reply[name]["seconds"] for reply in ranks), strict=True)]
@@ -50,6 +53,8 @@ def figures(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "speedup": statistics.median(
                 one / other for one, other in zip(seconds[base], seconds[name], strict=True)
             ),
+            "bytes": statistics.fmean(reply[name]["bytes"] for reply in ranks),
+            "chosen": ranks[0][name]["chosen"],
             "equal": [reply[name]["digest"] for reply in ranks]
             == [reply[base]["digest"] for reply in ranks],
         }
@@ -82,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = figures(run_ranks(ends, options))
     rows = [
         [
-            name,
+            name if entry["chosen"] is None else f"{name}: {entry['chosen']}",
             entry["seconds"]["median"] * 1e3,
             entry["exposed"] * 1e3,
             f"{entry['hidden']:.0%}",
             entry["speedup"],
+            entry["bytes"] / 1e6,
         ]
         for name, entry in found.items()
     ]
@@ -103,9 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    numbers: Any = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    names: Any = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--link", metavar="RATE", help="as tc writes it: 1gbit; default: loopback")
-    parser.add_argument("--chunks", type=numbers, default=[1, 2, 4], metavar="N,N")
+    parser.add_argument(
+        "--chunks",
+        type=names,
+        default=["1", "2", "4", "auto", "1 copies", "4 copies"],
+        metavar="WAY,WAY",
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of one rank")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--ffn", type=int, default=1024)

@@ -17,6 +17,7 @@ from loads import (
     fit,
     hot_loads,
     ragged_sizes,
+    random_routing,
     rank_loads,
     recorded_loads,
     routing_of,
@@ -130,3 +131,15 @@ def test_ragged_sizes_tile_all_tokens_and_leave_the_last_rank_empty(num_tokens, 
     assert len(sizes) == num_ranks and sum(sizes) == num_tokens and min(sizes) >= 0
     assert num_ranks == 1 or sizes[-1] == 0
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_random_routing_draws_distinct_experts_with_their_weights_and_independently():
+    ids_TK = random_routing(20000, 6, 2, 1.0).numpy()
+    assert all(len(set(row)) == 2 for row in ids_TK.tolist())
+    first = np.bincount(ids_TK[:, 0], minlength=6) / len(ids_TK)
+    weights = 1 / np.arange(1, 7)
+    np.testing.assert_allclose(first, weights / weights.sum(), atol=0.01)
+    # Of the first expert's 20,000 * w tokens the second choice follows the other weights.
+    second = np.bincount(ids_TK[ids_TK[:, 0] == 0, 1], minlength=6)
+    others = np.where(np.arange(6) == 0, 0, weights)
+    np.testing.assert_allclose(second / second.sum(), others / others.sum(), atol=0.02)

@@ -132,6 +132,18 @@ def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Ten
     return torch.from_numpy(ids_TK.astype(np.int64))
 
 
+def random_routing(
+    num_tokens: int, num_experts: int, top_k: int, exponent: float, seed: int = 0
+) -> torch.Tensor:
+    """Experts of every token, int64 [T, K], drawn one after the other without putting back, expert
+    e with a weight of (e + 1) ** -exponent: independent of each other, unlike `routing_of`'s.
+    """
+    random = np.random.default_rng(seed)
+    log_weights_E = -exponent * np.log(np.arange(1, num_experts + 1))
+    keys_TE = log_weights_E + random.gumbel(size=(num_tokens, num_experts))
+    return torch.from_numpy(np.argsort(-keys_TE, axis=1)[:, :top_k].copy())
+
+
 def scores_of(topk_ids_TK: torch.Tensor, num_experts: int, *, ties: bool = False) -> torch.Tensor:
     """Router scores, float32 [T, E], whose top-k are these experts.
 

@@ -1,4 +1,4 @@
-"""One rank of bench_overlap.py: a dropless layer with each number of chunks in turns.
+"""One rank of bench_overlap.py: a dropless layer with each way to run it in turns.
 
     python -m bench.workers.moe_overlap '{"tokens": 4096, ...}'    # RANK, MASTER_ADDR, ... as usual
 
@@ -18,21 +18,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bench.loads import routing_of, zipf_loads
+from bench.loads import random_routing
 from bench.moe_case import MoEShape, make_tokens, make_weights
 from engine.config_io import config_from_tree
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.tuner import ChunkTuner
 from engine.profiling.phases import HostClock, Phase
 
 EXPOSED = (Phase.DISPATCH, Phase.COMBINE)
 
 
-def build(shape: MoEShape, topology: Topology, chunks: int, seed: int) -> MoELayer:
-    """One layer with seeded weights."""
-    tree = {"model": {"path": "."}, "moe": {"overlap": {"chunks": chunks}}}
+# Calls of a layer within which moe.overlap.chunks: auto has settled.
+_TRIALS = 64
+
+
+def build(shape: MoEShape, topology: Topology, name: str, seed: int) -> MoELayer:
+    """One layer with seeded weights.
+
+    name: a number of chunks or `auto`; `N copies` sends a row once for every expert.
+    """
+    chunks, _, copies = name.partition(" ")
+    tree = {
+        "model": {"path": "."},
+        "moe": {
+            "overlap": {"chunks": chunks if chunks == "auto" else int(chunks)},
+            "dispatch": {"deduplicate": not copies},
+        },
+    }
     router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
     layer = MoELayer(
         MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
@@ -41,6 +56,7 @@ def build(shape: MoEShape, topology: Topology, chunks: int, seed: int) -> MoELay
         config=config_from_tree(tree).moe,
         device=topology.device,
         dtype=torch.float32,
+        tuner=ChunkTuner(topology.device),
     )
     weights = make_weights(shape, seed)
     own = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
@@ -52,38 +68,47 @@ def build(shape: MoEShape, topology: Topology, chunks: int, seed: int) -> MoELay
 
 @torch.inference_mode()
 def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Time every chunk count `rounds` times, in turns. Collective over both ranks."""
+    """Time every way `rounds` times, in turns. Collective over both ranks."""
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     tree = {"model": {"path": "."}, "runtime": {"device": "cpu", "threads": 1}}
     topology = bootstrap.start(config_from_tree(tree))
     shape, tokens, seed = MoEShape(**options["shape"]), options["tokens"], options["seed"]
-    layers = {n: build(shape, topology, n, seed) for n in options["chunks"]}
-    loads = zipf_loads(2 * tokens, shape.experts, shape.top_k, options["zipf"])
-    x_TD = make_tokens(make_weights(shape, seed), routing_of(loads, 2 * tokens, seed), seed)
+    layers = {name: build(shape, topology, name, seed) for name in options["chunks"]}
+    ids_TK = random_routing(2 * tokens, shape.experts, shape.top_k, options["zipf"], seed)
+    x_TD = make_tokens(make_weights(shape, seed), ids_TK, seed)
     x_TD = x_TD[tokens * rank : tokens * (rank + 1)].contiguous()
-    found: dict[int, dict[str, Any]] = {n: {"seconds": [], "exposed": []} for n in layers}
+    for layer in layers.values():
+        calls = 0
+        while layer.layouts.tuner is not None and not layer.layouts.choices:
+            assert calls < _TRIALS, "the tuner does not settle"
+            layer(x_TD, group_tokens=2 * tokens)
+            calls += 1
+    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "exposed": []} for name in layers}
     for turn in range(options["rounds"] + 1):
-        for n, layer in layers.items():
+        for name, layer in layers.items():
             layer.telemetry.clock = clock = HostClock()
             dist.barrier()
             begin = time.perf_counter()
-            out_TD = layer(x_TD)
+            out_TD = layer(x_TD, group_tokens=2 * tokens)
             seconds = time.perf_counter() - begin
             clock.close_step()
             spans = clock.read()
             assert spans is not None
             if not turn:
-                found[n]["digest"] = hashlib.sha256(out_TD.numpy().tobytes()).hexdigest()
+                found[name]["digest"] = hashlib.sha256(out_TD.numpy().tobytes()).hexdigest()
+                found[name]["bytes"] = int(spans.num_bytes[np.isin(spans.phases, EXPOSED)].sum())
                 continue
-            found[n]["seconds"].append(seconds)
-            found[n]["exposed"].append(float(spans.seconds_by_phase()[list(EXPOSED)].sum()))
+            found[name]["seconds"].append(seconds)
+            found[name]["exposed"].append(float(spans.seconds_by_phase()[list(EXPOSED)].sum()))
     dist.barrier()
     bootstrap.stop(topology)
     for entry in found.values():
         entry["median_exposed"] = float(np.median(entry["exposed"]))
-    return {str(n): entry for n, entry in found.items()}
+    for name, layer in layers.items():
+        found[name]["chosen"] = next(iter(layer.layouts.choices.values()), None)
+    return found
 
 
 if __name__ == "__main__":
