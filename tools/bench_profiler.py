@@ -5,8 +5,9 @@
 
 Each rank builds two engines on one random Mixtral, `profiler.enabled` true and false, and both run
 the same requests again and again: off, on, off, on, ... The cost is the median of on / off of the
-same round. A third engine with span files (`profiler.spans`) shows what writing them costs. The
-table is followed by one JSON line.
+same round, of wall time (the slower rank's) and of processor time (both ranks', all threads), which
+other work on the machine disturbs less. A third engine with span files (`profiler.spans`) shows
+what writing them costs. The table is followed by one JSON line.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from bench.report import emit, spread, table
 from bench.stamp import stamp
 from bench_straggler import make_checkpoint
 
-HEADER = ["profiler", "seconds", "over off"]
+HEADER = ["profiler", "seconds", "over off", "CPU seconds", "over off"]
 NAMES = ("off", "on", "spans")
 
 
-def worker(job: dict[str, Any]) -> dict[str, list[float]]:
-    """One rank: seconds of every run of each engine. Collective over the ranks."""
+def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """One rank: wall and CPU seconds of every run of each engine. Collective over the ranks."""
     import torch.distributed as dist
 
     from engine.config_io import config_from_tree
@@ -60,15 +61,16 @@ def worker(job: dict[str, Any]) -> dict[str, list[float]]:
         for _ in range(job["requests"])
     ]
     params = SamplingParams(max_new_tokens=job["new_tokens"], ignore_eos=True)
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     for turn in range(job["rounds"] + 1):
         order = NAMES if turn % 2 else tuple(reversed(NAMES))
         for name in order:
             dist.barrier()
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             engines[name].generate(prompts, params)
+            end = time.perf_counter(), time.process_time()
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((end[0] - begin[0], end[1] - begin[1]))
     dist.barrier()
     bootstrap.stop(topology)
     return seconds
@@ -87,16 +89,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rounds": options.rounds,
         }
         ranks = _run(job, options.ranks, options.timeout)
-    slowest = {
-        name: [max(each) for each in zip(*(reply[name] for reply in ranks), strict=True)]
-        for name in NAMES
-    }
-    ratios = {
-        name: [own / off for own, off in zip(slowest[name], slowest["off"], strict=True)]
-        for name in NAMES
-    }
+    wall, cpu = runs(ranks)
+    over_off = [
+        {
+            name: [own / off for own, off in zip(kind[name], kind["off"], strict=True)]
+            for name in kind
+        }
+        for kind in (wall, cpu)
+    ]
     rows = [
-        [name, statistics.median(slowest[name]), f"{statistics.median(ratios[name]) - 1:+.2%}"]
+        [
+            name,
+            *(
+                cell
+                for kind, ratios in zip((wall, cpu), over_off, strict=True)
+                for cell in (
+                    statistics.median(kind[name]),
+                    f"{statistics.median(ratios[name]) - 1:+.2%}",
+                )
+            ),
+        ]
         for name in NAMES
     ]
     text = (
@@ -108,14 +120,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": "profiler",
         **stamp(("torch",)),
         "options": kept,
-        "seconds": {name: spread(slowest[name]) for name in NAMES},
-        "over_off": {name: spread(ratios[name]) for name in NAMES},
+        "seconds": {name: spread(wall[name]) for name in NAMES},
+        "over_off": {name: spread(over_off[0][name]) for name in NAMES},
+        "cpu_seconds": {name: spread(cpu[name]) for name in NAMES},
+        "cpu_over_off": {name: spread(over_off[1][name]) for name in NAMES},
     }
     emit(text, record, options.out, "bench_profiler")
     return 0
 
 
-def _run(job: dict[str, Any], num_ranks: int, timeout: float) -> list[dict[str, list[float]]]:
+def runs(
+    ranks: Sequence[dict[str, list[Sequence[float]]]],
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Of every run the slowest rank's wall time, and the CPU time of all ranks; by engine."""
+    wall, cpu = {}, {}
+    for name in ranks[0]:
+        rounds = list(zip(*(reply[name] for reply in ranks), strict=True))
+        wall[name] = [max(pair[0] for pair in each) for each in rounds]
+        cpu[name] = [sum(pair[1] for pair in each) for each in rounds]
+    return wall, cpu
+
+
+def _run(job: dict[str, Any], num_ranks: int, timeout: float) -> list[dict[str, Any]]:
     import socket
 
     with socket.socket() as probe:
