@@ -19,6 +19,9 @@ ignored, prefix caching off. From the medians over the rounds:
     generated tok/s  prompts * new / tN
     total s          tN
 
+The last row is no contender: the least seconds that the job can take on this machine in float32, by
+its measured rates (`bench/floor.py`); no rate of a contender can exceed the floor's.
+
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
 """
@@ -27,14 +30,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.contender import Running, WorkerError, select, start
+from bench.floor import Floor, floor, measure_rates
 from bench.generation import REFERENCE, generation_contenders
 from bench.interleave import interleave
 from bench.jobs import JOBS, Job, make_job
@@ -89,8 +95,10 @@ def _figures(
     }
 
 
-def job_table(job: Job, figures: dict[str, Any], ranks: dict[str, int]) -> str:
-    """One job's table."""
+def job_table(
+    job: Job, figures: dict[str, Any], ranks: dict[str, int], floors: tuple[Floor, Floor] | None
+) -> str:
+    """One job's table. floors: of one new token a prompt and of all."""
     fastest_first = next(iter(figures.values()))["total_s"]
     rows = [
         [
@@ -106,6 +114,11 @@ def job_table(job: Job, figures: dict[str, Any], ranks: dict[str, int]) -> str:
         ]
         for name, entry in figures.items()
     ]
+    if floors is not None:
+        first, total = floors[0].seconds, floors[1].seconds
+        prefill = job.prompt_tokens / first
+        generated = len(job.prompts) * job.new_tokens / total
+        rows.append(["floor", "", prefill, "", generated, total, total / fastest_first, "", ""])
     prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
     return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(HEADER, rows)}"
 
@@ -115,7 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     if not (options.checkpoint / "config.json").exists():
         make_checkpoint("mixtral", options.checkpoint, size=options.size)
-    vocab_size = _vocab_size(options.checkpoint)
+    model = json.loads((options.checkpoint / "config.json").read_text())
+    rates = None
+    try:
+        rates = measure_rates(sorted(os.sched_getaffinity(0))[: options.threads])
+    except RuntimeError as error:
+        print(f"no floor: {error}", file=sys.stderr)
     chosen = select(
         generation_contenders(
             dict(options.peer), options.threads, options.set, options.transformers_batch
@@ -123,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.contenders,
     )
     record: dict[str, Any] = {"bench": "generate", **stamp(), "options": _plain(options)}
-    record |= {"contenders": {}, "jobs": {}}
+    record |= {"contenders": {}, "jobs": {}, "floors": {}}
+    record["rates"] = None if rates is None else asdict(rates)
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
@@ -141,22 +160,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             running[contender.name] = worker
         for name in options.jobs:
-            job = make_job(name, vocab_size)
+            job = make_job(name, model["vocab_size"])
             figures, tokens = measure(running, job, options.rounds, options.pause)
             reference = tokens[REFERENCE if REFERENCE in tokens else chosen[0].name]
             for contender, entry in figures.items():
                 pairs = zip(tokens[contender], reference, strict=True)
                 entry["equal"] = sum(mine == theirs for mine, theirs in pairs)
             record["jobs"][name] = figures
-            texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}))
+            floors = None
+            if rates is not None:
+                floors = floor(model, job, 1, rates), floor(model, job, job.new_tokens, rates)
+                record["floors"][name] = [asdict(each) for each in floors]
+            texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}, floors))
     emit("\n\n".join(texts), record, options.out, "bench_generate")
     return 0
-
-
-def _vocab_size(checkpoint: Path) -> int:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(checkpoint).vocab_size
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:

@@ -125,7 +125,11 @@ class Session:
 
     def _aftermath(self, fault: Fault, ranks: dict[int, int], before: float) -> Outcome:
         pids = list(ranks.values())
+        victim = ranks[fault.rank(self.num_ranks)]
         if not wait_until_gone(pids, self._bound_s):
+            if fault.kind == "stop_rank" and self._was_leaving(victim, pids):
+                send(victim, signal.SIGCONT)
+                return Outcome(fault, self.num_ranks, injected=False)
             return Outcome(fault, self.num_ranks, injected=True, hang=self._stacks(pids))
         gone_s = time.monotonic() - before
         if fault.kind == "disk_full":
@@ -140,6 +144,10 @@ class Session:
         elif self._wait(lambda: bool(self._others(ranks)), self._bound_s) and not self.ended:
             back_s = time.monotonic() - before
         return Outcome(fault, self.num_ranks, injected=True, gone_s=gone_s, back_s=back_s)
+
+    def _was_leaving(self, victim: int, pids: Sequence[int]) -> bool:
+        """Whether the job was complete and only the victim, stopped on its way out, is left."""
+        return self._output.exists() and [pid for pid in pids if alive(pid)] == [victim]
 
     def _moment(self, fault: Fault) -> dict[int, int] | str:
         """The ranks, at the time of the fault; or what is wrong, "" if the job is over."""

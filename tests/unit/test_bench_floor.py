@@ -1,0 +1,49 @@
+"""The floor of a generation job: by hand for a small model, and two rates that make sense.
+
+python -m pytest tests/unit/test_bench_floor.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from bench.floor import Rates, floor, measure_rates
+from bench.jobs import Job
+
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 4,
+    "intermediate_size": 3,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 10,
+}
+
+
+def test_the_floor_is_the_larger_of_computing_and_reading():
+    job = Job(name="two", prompts=((1, 2, 3), (4,)), new_tokens=2)
+    # A layer: attention 4 x 2 x (2 + 2 + 1 + 1) = 48, router 8, an expert 3 x 4 x 3 = 36 weights;
+    # logits 40. Tokens through the layers: 3 + 1 and 1 + 1; pairs 10 and 3.
+    flops = 2 * 6 * 2 * (48 + 8 + 36) + 2 * 4 * 40 + 4 * 2 * 13 * 4
+    # Two tokens a step, one of two experts each: three quarters of the experts.
+    read = 4 * 2 * (2 * (48 + 8) + 40 + 0.75 * 2 * 2 * 36)
+    found = floor(MODEL, job, 2, Rates(flops=1.0, read=1.0))
+    assert (found.compute, found.read) == (flops, read)
+    assert found.seconds == flops
+    assert floor(MODEL, job, 2, Rates(flops=1e9, read=1.0)).seconds == read
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_a_core_computes_faster_than_it_reads():
+    core = sorted(os.sched_getaffinity(0))[0]
+    rates = measure_rates([core], seconds=0.05)
+    assert rates.flops > rates.read / 4 > 1e7

@@ -1,0 +1,103 @@
+"""The least time that a generation job can take on this machine, whoever runs it in float32.
+
+Two rates are measured in the same run as the contenders, on all cores at once (`peak.c`): fused
+multiply-adds in registers, and reads of memory. From the model's shapes and the job:
+
+    compute   every product of matrices of every token, at the first rate
+    read      every weight that a step needs, once a step, at the second
+
+A job takes at least as many steps as a request has new tokens, and at best the two overlap
+entirely: the floor is the larger of them. Caches do not hold the weights of a model worth a bench;
+softmax, norms, the KV cache and the interpreter are free here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.jobs import Job
+
+_SOURCE = Path(__file__).with_name("peak.c")
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of all cores together: floating-point operations and bytes read, a second."""
+
+    flops: float
+    read: float
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Seconds: compute and read alone, and the larger of the two."""
+
+    compute: float
+    read: float
+
+    @property
+    def seconds(self) -> float:
+        """What the job takes at least."""
+        return max(self.compute, self.read)
+
+
+def measure_rates(cores: list[int], seconds: float = 1.0) -> Rates:
+    """Measure both rates on these cores. Raises RuntimeError where there is no C compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or shutil.which("taskset") is None:
+        raise RuntimeError("no C compiler or no taskset here: install gcc and util-linux")
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        program = Path(folder) / "peak"
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-Wno-psabi"]
+        subprocess.run([compiler, *flags, _SOURCE, "-o", program], check=True, capture_output=True)
+        return Rates(
+            _rate(program, "flops", cores, seconds), _rate(program, "read", cores, seconds)
+        )
+
+
+def _rate(program: Path, kind: str, cores: list[int], seconds: float) -> float:
+    running = [
+        subprocess.Popen(
+            ["taskset", "--cpu-list", str(core), program, kind, str(seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for core in cores
+    ]
+    return sum(float(process.communicate()[0].split()[0]) for process in running)
+
+
+def floor(model: dict[str, Any], job: Job, new_tokens: int, rates: Rates) -> Floor:
+    """The floor of a Mixtral-shaped model.
+
+    model: the fields of its config.json. new_tokens: of every request.
+    """
+    layers, hidden, ffn = (
+        model[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
+    )
+    experts, top_k = model["num_local_experts"], model["num_experts_per_tok"]
+    heads, kv_heads = model["num_attention_heads"], model["num_key_value_heads"]
+    head_dim = model.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    expert = 3 * hidden * ffn
+    dense = layers * (attention + hidden * experts)
+    logits = hidden * model["vocab_size"]
+
+    tokens = pairs = 0  # through the layers; of a query and a key
+    for prompt in job.prompts:
+        length = len(prompt) + new_tokens - 1  # the last new token goes through no layer
+        tokens += length
+        pairs += length * (length + 1) // 2
+    flops = 2 * tokens * (dense + layers * top_k * expert)
+    flops += 2 * len(job.prompts) * new_tokens * logits
+    flops += 4 * layers * pairs * heads * head_dim
+    # A step of B tokens, each with K of E experts at random, needs this share of the experts.
+    share = 1 - (1 - top_k / experts) ** len(job.prompts)
+    weights = dense + logits + share * layers * experts * expert
+    return Floor(flops / rates.flops, _FLOAT_BYTES * weights * new_tokens / rates.read)
