@@ -32,6 +32,7 @@ from engine.config import Config
 from engine.config_io import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.groups import Topology
+from engine.distributed.meeting import meet
 from engine.distributed.watchdog import Watchdog, is_connection_error
 from engine.durable import write_text
 from engine.interrupts import Interrupts, Stopped, StopRequest
@@ -170,6 +171,15 @@ def _generate(
         if progress is not None:
             progress.update(report)
 
+    def still_wanted() -> None:
+        """Raise where another replica has left, which would keep this one waiting."""
+        if store.check([f"{key}/failed"]):
+            interrupts.check()
+            raise RuntimeError("another replica has left")
+
+    def on_end() -> None:
+        meet(store, f"{key}/ended", topology.world.size, still_wanted)
+
     told = False
 
     def stop() -> StopRequest:
@@ -186,7 +196,7 @@ def _generate(
     lockstep = watchdog.running(llm.place, topology.expert.ranks)
     with interrupts.deferred(), progress or nullcontext(), lockstep:
         try:
-            report = llm.run(queue, write, on_step, stop)
+            report = llm.run(queue, write, on_step, stop, on_end)
             interrupts.finished()
             return report
         except ValueError as error:

@@ -160,13 +160,16 @@ class LLM:
         sink: Sink,
         on_step: OnStep | None = None,
         stop: Callable[[], StopRequest] = StopRequest,
+        on_end: Callable[[], None] = lambda: None,
     ) -> RunReport:
         """Run a source of requests dry. Collective over all ranks: every rank must call.
 
         source: this data rank's queue. sink: takes each step's completions on the leading rank of a
         tensor group. on_step: called after every step. stop: asked before every step whether this
         rank is to stop; all ranks then finish what runs, or not, and raise `Stopped` before the
-        same step if anything is left. The report is complete on every rank.
+        same step if anything is left. on_end: called when this replica has ended, before all ranks
+        add up what they measured; where replicas end at times of their own, it waits. The report
+        is complete on every rank.
         """
         capacity = self.config.moe.capacity
         outlets = self._on_all_ranks(self._open_outlets)
@@ -202,6 +205,7 @@ class LLM:
             loop.run(source, timed(sink, latencies), on_step, stop)
         finally:
             outlets.close()
+        on_end()
         return run_report(
             time.monotonic() - began,
             loop.totals,

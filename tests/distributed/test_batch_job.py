@@ -145,7 +145,7 @@ def set_trap(number: int, event: str) -> None:
     def trapped(self: PartWriter, completions: Any) -> None:
         nonlocal count
         count += 1
-        if count < number:
+        if count < number or (event.startswith("sleep") and count > number):
             return append(self, completions)
         if event == "kill before":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -167,8 +167,11 @@ def set_trap(number: int, event: str) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
             os.write = full
-        if event in ("SIGTERM", "SIGINT"):
-            os.kill(os.getpid(), getattr(signal, event))
+        event_name = event.removeprefix("sleep ")
+        if event.startswith("sleep"):
+            time.sleep(6.0)
+        if event_name in ("SIGTERM", "SIGINT"):
+            os.kill(os.getpid(), getattr(signal, event_name))
         append(self, completions)
         if event == "kill after":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -315,6 +318,24 @@ def test_a_job_that_can_finish_what_is_left_after_sigterm_is_done(job, undisturb
     argv = command(job, output, "--set", f"scheduler.max_sequences={ALL}")
     outcomes = run(2, argv, (1, 2, "SIGTERM"))
     assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+    assert records(output) == undisturbed
+
+
+def test_a_replica_waits_for_another_one_longer_than_for_a_collective(job, undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    settings = ["--set", "parallel.expert=1", "--set", "runtime.timeout_s=2"]
+    outcomes = run(2, command(job, output, *settings), (1, 3, "sleep"))
+    assert [code for code, _, _ in outcomes] == [0, 0], outcomes
+    assert records(output) == undisturbed
+
+
+def test_a_replica_that_waits_for_one_that_was_stopped_leaves_too(job, undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    argv = command(job, output, "--set", "parallel.expert=1", "--set", "runtime.drain_s=0")
+    outcomes = run(2, argv, (1, 3, "sleep SIGTERM"))
+    assert [code for code, _, _ in outcomes] == [1, 143]
+    assert "rank 1 left: stopped by SIGTERM" in outcomes[0][2]
+    assert [item[0] for item in run(2, argv)] == [0, 0]
     assert records(output) == undisturbed
 
 
