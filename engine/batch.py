@@ -28,6 +28,7 @@ from engine.batch_job import FileJob, describe, on_rank_0
 from engine.batch_lines import LineParser
 from engine.batch_manifest import JobError, beside
 from engine.batch_prompts import PromptJob
+from engine.batch_slices import Slice
 from engine.config import Config
 from engine.config_io import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
@@ -71,17 +72,22 @@ def run_batch(
     output: Path | None = None,
     *,
     overwrite: bool = False,
+    part: Slice | None = None,
 ) -> None:
     """Run a job to its end; without an input, the built-in prompts.
+
+    part: the slice of the input to run; the last slice to finish merges all.
 
     Raises JobError for what the user must change, JobFailed when a rank fails on the way, Stopped
     on SIGTERM and SIGINT. Collective over all ranks.
     """
     if input is not None and output is None:
         raise JobError("--input needs --output: name the JSONL file for the results")
+    if part is not None and input is None:
+        raise JobError(f"--slice {part} needs --input: name the JSONL file to take it from")
     console = make_console(quiet=topology.world.rank != 0)
     if input is not None and output is not None:
-        job: FileJob | PromptJob = FileJob(config, topology, input, output)
+        job: FileJob | PromptJob = FileJob(config, topology, input, output, part)
     else:
         job = PromptJob(topology, console, output)
     # A store can outlive a run that is started anew: its keys must not be taken for this run's.
@@ -100,18 +106,18 @@ def run_batch(
         watchdog,
         _shared_failure(topology, key, watchdog, interrupts),
     ):
-        if not job.open(key, overwrite=overwrite):
-            console.print(f"{output} is already complete; --overwrite runs the job again")
+        if done := job.open(key, overwrite=overwrite):
+            console.print(done, highlight=False, soft_wrap=True)
             return
         tally, run = _Tally(), None
         if len(job.lines):
             run = _generate(job, config, topology, key, tally, interrupts, watchdog)
         job.close()
         tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
-        summary = None
+        summary, done = None, ""
 
         def finish() -> None:
-            nonlocal summary
+            nonlocal summary, done
             errors = job.merge()
             summary = Summary(
                 total=job.num_total,
@@ -126,11 +132,13 @@ def run_batch(
             if job.output is not None:
                 write_text(beside(job.output, "config.yaml"), to_yaml(config))
                 write_text(beside(job.output, "report.json"), summary.to_json())
-            job.seal(errors)
+            done = job.seal(errors)
 
         on_rank_0(topology, f"{key}/finish", finish, JobFailed)
         if summary is not None:
             print_summary(console, summary)
+        if done:
+            console.print(done, highlight=False, soft_wrap=True)
 
 
 def _generate(

@@ -169,9 +169,13 @@ class Pending:
         self._table = table
 
     @staticmethod
-    def select(index: InputIndex, done_n: np.ndarray) -> np.ndarray:
-        """Make the table of the lines that are not done, in input order. done_n: bool, by line."""
-        todo = np.flatnonzero(~done_n)
+    def select(index: InputIndex, done_n: np.ndarray, lines: range | None = None) -> np.ndarray:
+        """Make the table of the lines that are not done, in input order.
+
+        done_n: bool, by line. lines: those of interest, by default all.
+        """
+        own = range(len(index)) if lines is None else lines
+        todo = own.start + np.flatnonzero(~done_n[own.start : own.stop])
         duplicate_of_n = np.zeros(len(index), dtype=np.int64)
         duplicate_of_n[list(index.duplicates)] = list(index.duplicates.values())
         columns = (todo, index.offsets_n[todo], index.numbers_n[todo], duplicate_of_n[todo])

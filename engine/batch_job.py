@@ -6,6 +6,8 @@ Every rank holds one `FileJob`; rank 0's also holds the ledger. `engine/batch.py
     write     finished records, durable before it returns              each data rank alone
     close     no more records                                          each rank alone
     merge, seal   the output, once every rank has closed               rank 0 alone
+
+With a slice (`batch_slices.py`), the output is the slice's own until `seal` finds all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch.distributed as dist
 
 from engine.batch_input import Pending, scan_input
 from engine.batch_manifest import JobError, admit, make_manifest, seal
+from engine.batch_slices import Slice, is_merged, join
 from engine.config import Config
 from engine.distributed.errors import share_errors
 from engine.distributed.groups import Topology
@@ -35,9 +38,20 @@ _HEAR_S = 10.0
 class FileJob:
     """One rank's part of a job. num_total: its requests. num_resumed: those done earlier."""
 
-    def __init__(self, config: Config, topology: Topology, input: Path, output: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        input: Path,
+        output: Path,
+        part: Slice | None = None,
+    ) -> None:
+        """part: the slice of the input to run; None: all of it."""
         self.input = input
-        self.output = output
+        self.output = output if part is None else part.output(output)
+        self._whole = output
+        self._part = part
+        self._own = range(0)
         self.num_total = 0
         self.num_resumed = 0
         self.lines: Pending
@@ -49,25 +63,25 @@ class FileJob:
         self._modified_ns = 0
         self._writer: PartWriter | None = None
 
-    def open(self, key: str, *, overwrite: bool) -> bool:
-        """Get ready to run; False when the output is complete already.
+    def open(self, key: str, *, overwrite: bool) -> str:
+        """Get ready to run; where there is nothing to do, why.
 
         key: names this run in the store. Raises JobError, the same on every rank. Collective over
         all ranks; takes as long as rank 0 needs to read the input.
         """
         topology, table = self._topology, np.empty((0, 4), dtype=np.int64)
 
-        def scan() -> dict[str, Any] | None:
+        def scan() -> dict[str, Any]:
             nonlocal table
             found = self._scan(overwrite)
-            if found is not None:
-                table = found
-                return {"pending": len(table), "total": self.num_total, "size": self._size}
-            return None
+            if isinstance(found, str):
+                return {"done": found}
+            table = found
+            return {"pending": len(table), "total": self.num_total, "size": self._size}
 
         opened = on_rank_0(topology, f"{key}/open", scan, JobError)
-        if opened is None:
-            return False
+        if "done" in opened:
+            return opened["done"]
         self.num_total = opened["total"]
         self.num_resumed = opened["total"] - opened["pending"]
         table = _broadcast_table(table, opened["pending"], topology)
@@ -89,7 +103,7 @@ class FileJob:
         except (OSError, ValueError) as error:
             problem = f"on {topology.host}: {describe(error)}"
         share_errors(topology.world, problem, JobError)
-        return True
+        return ""
 
     def write(self, completions: list[Completion]) -> None:
         """Make the records of finished requests durable. Raises OSError."""
@@ -116,33 +130,57 @@ class FileJob:
                 f"--input {self.input}: was written to while the job ran ({now.st_size} bytes); "
                 "the same command says whether its content is still what was run"
             )
-        return self._ledger.merge(self.num_total)
+        return self._ledger.merge(self._own)
 
-    def seal(self, num_errors: int) -> None:
-        """Declare the output complete and remove the ledger. Rank 0 only, its last act."""
+    def seal(self, num_errors: int) -> str:
+        """Declare the output complete and remove the ledger; return what there is to say of it.
+
+        Rank 0 only, its last act. Raises OSError and JobError.
+        """
         assert self._ledger is not None, "only rank 0 seals"
         seal(self._ledger, self._manifest, num_errors)
         self._ledger.close()
+        return self._join()
 
-    def _scan(self, overwrite: bool) -> np.ndarray | None:
-        """Open input and ledger on rank 0; return the table of pending lines, None if complete."""
-        check_output(self.output, self.input)
+    def _join(self) -> str:
+        """Merge the slices if this one was the last."""
+        if self._part is None:
+            return ""
+        done = join(self._whole, self._part.count, self._manifest)
+        return f"slice {self._part} is complete; {done}"
+
+    def _scan(self, overwrite: bool) -> np.ndarray | str:
+        """Open input and ledger on rank 0; return the table of pending lines, or, where there are
+        none, why.
+        """
+        check_output(self._whole, self.input)
+        if self._part is not None and overwrite:
+            raise JobError(
+                f"--slice {self._part} --overwrite: would discard what other slices have done; "
+                f"remove {self._whole} and {self._whole.name}.slice-*, or use another --output"
+            )
         index = scan_input(self.input)
         self._manifest = make_manifest(index, self._config)
         self._size, self._modified_ns = index.size, index.modified_ns
-        self.num_total = len(index)
+        self._own = range(len(index))
+        if self._part is not None:
+            self._own = self._part.lines(len(index))
+            if is_merged(self._whole, self._part, self._manifest):
+                return f"{self._whole} is already complete"
+        self.num_total = len(self._own)
         ledger = Ledger(self.output)
         try:
             if admit(ledger, self._manifest, overwrite=overwrite) == "complete":
                 ledger.close()
-                return None
+                again = "already complete; --overwrite runs the job again"
+                return self._join() or f"{self.output} is {again}"
             ledger.create_parts(self._topology.num_data)
             done_n = ledger.done(len(index))
         except BaseException:
             ledger.close()
             raise
         self._ledger = ledger
-        return Pending.select(index, done_n)
+        return Pending.select(index, done_n, self._own)
 
 
 def check_output(output: Path, input: Path | None = None) -> None:

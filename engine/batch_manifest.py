@@ -103,7 +103,11 @@ def admit(
     held, made = _manifest(ledger.parts / "manifest.json"), _manifest(_job_file(ledger.output))
     finished = ledger.output.exists()
     obstacle = None
-    if finished and isinstance(made, dict) and not (changes := _changes(ledger, made, manifest)):
+    if (
+        finished
+        and isinstance(made, dict)
+        and not (changes := _changes(ledger.output, made, manifest))
+    ):
         if not overwrite:
             ledger.remove()
             return "complete"
@@ -126,6 +130,18 @@ def admit(
     return "fresh"
 
 
+def finished_as(output: Path, manifest: dict[str, Any]) -> list[str] | None:
+    """What keeps an output from being the finished result of `manifest`: [] if it is, None without
+    an output.
+    """
+    if not output.exists():
+        return None
+    made = _manifest(_job_file(output))
+    if not isinstance(made, dict):
+        return ["nothing says which job made it" if made is None else made]
+    return _changes(output, made, manifest)
+
+
 def seal(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
     """Declare the merged output complete and remove the parts. Raises OSError."""
     result = {"size": ledger.output.stat().st_size, "errors": num_errors}
@@ -133,10 +149,10 @@ def seal(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
     ledger.remove()
 
 
-def _changes(ledger: Ledger, made: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+def _changes(output: Path, made: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     """Say what keeps a finished output from being the result of `manifest`."""
     changes = differences(made, manifest)
-    if ledger.output.stat().st_size != made["output"]["size"]:
+    if output.stat().st_size != made["output"]["size"]:
         changes.append("it was changed after the job finished")
     return changes
 

@@ -56,8 +56,10 @@ class PromptJob:
         self._console = console
         self._key = ""
 
-    def open(self, key: str, *, overwrite: bool) -> bool:
-        """Check the output; always True. Raises JobError. Collective over all ranks."""
+    def open(self, key: str, *, overwrite: bool) -> str:
+        """Check the output; there is always something to do. Raises JobError. Collective over all
+        ranks.
+        """
         self._key = f"{key}/record"
 
         def check() -> None:
@@ -68,7 +70,7 @@ class PromptJob:
                 raise JobError(f"--output {self.output}: exists; use --overwrite to replace it")
 
         on_rank_0(self._topology, f"{key}/open", check, JobError)
-        return True
+        return ""
 
     def write(self, completions: list[Completion]) -> None:
         """Hand finished records to rank 0."""
@@ -99,5 +101,6 @@ class PromptJob:
             beside(self.output, "job.json").unlink(missing_ok=True)
         return sum(record["finish_reason"] == "error" for record in records)
 
-    def seal(self, num_errors: int) -> None:
-        """Nothing is left to do."""
+    def seal(self, num_errors: int) -> str:
+        """Nothing is left to do or to say."""
+        return ""

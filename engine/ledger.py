@@ -143,32 +143,34 @@ class Ledger:
             done_n[indices] = True
         return done_n
 
-    def merge(self, num_lines: int) -> int:
-        """Write the records in input order to the output, durably; return how many are errors.
+    def merge(self, lines: range) -> int:
+        """Write the records of these requests, in input order, to the output, durably; return how
+        many are errors.
 
         Holds three numbers a record and copies one record at a time. Raises OSError, after which
         the ledger is as it was, and ValueError when a record is missing.
         """
-        paths = self._part_files()
+        paths, num_lines = self._part_files(), len(lines)
         part_n = np.full(num_lines, -1, dtype=np.int32)
         offset_n = np.zeros(num_lines, dtype=np.int64)
         length_n = np.zeros(num_lines, dtype=np.int64)
         for number, path in enumerate(paths):
             with path.open("rb", buffering=_CHUNK) as file:
                 for index, offset, length in scan_part(file):
-                    part_n[index], offset_n[index], length_n[index] = number, offset, length
+                    place = index - lines.start
+                    part_n[place], offset_n[place], length_n[place] = number, offset, length
         if (missing := np.flatnonzero(part_n < 0)).size:
             raise ValueError(
                 f"{self.parts}: {missing.size} of {num_lines} records are missing, first that of "
-                f"request {missing[0]} (from 0); run the same command again to make them"
+                f"request {lines[missing[0]]} (from 0); run the same command again to make them"
             )
         temporary = self.output.with_name(self.output.name + ".tmp")
         parts = [os.open(path, os.O_RDONLY) for path in paths]
         num_errors = 0
         try:
             with temporary.open("wb", buffering=_CHUNK) as out:
-                for index in range(num_lines):
-                    body = os.pread(parts[part_n[index]], length_n[index], offset_n[index])
+                for place in range(num_lines):
+                    body = os.pread(parts[part_n[place]], length_n[place], offset_n[place])
                     num_errors += _ERROR_MARK in body
                     out.write(body + b"\n")
                 out.flush()

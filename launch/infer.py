@@ -23,6 +23,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # the imports take seconds, in which th
 
     die_with_agent()
 from engine.batch import JobFailed, Stopped, run_batch
+from engine.batch_slices import Slice
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
 from engine.distributed import bootstrap
 from engine.distributed.errors import RendezvousError
@@ -40,8 +41,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
     parser.add_argument("--input", type=Path, metavar="JSONL", help="requests, one a line")
     parser.add_argument("--output", type=Path, metavar="JSONL", help="completions, in input order")
+    parser.add_argument("--slice", metavar="I/N", help="run only this part; the last one merges")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     parser.add_argument("--print-config", action="store_true", help="show every setting and exit")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     args = parser.parse_args(argv)
     if args.config is None:
         names = sorted(path.stem for path in (PROJECT_ROOT / "configs").glob("*.yaml"))
@@ -59,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(to_yaml(config) if rank == 0 else "", end="")
             return 0
+        part = None if args.slice is None else Slice.parse(args.slice)
         check_runnable(config, os.environ)
         topology = bootstrap.start(config)
-        run_batch(config, topology, args.input, args.output, overwrite=args.overwrite)
+        run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, part=part)
         bootstrap.stop(topology)
     except ValueError as error:  # the user's to mend, and the same on every rank
         if rank == 0:

@@ -47,7 +47,7 @@ def run(output: Path, job: dict, *, records: int = 2, overwrite: bool = False) -
         writer.append(Completion.failure(index, str(index), "x") for index in todo[:records])
         writer.close()
         if ledger.done(2).all():
-            seal(ledger, job, ledger.merge(2))
+            seal(ledger, job, ledger.merge(range(2)))
         return state
     finally:
         ledger.close()
@@ -104,7 +104,7 @@ def test_a_kill_between_merging_and_sealing_resumes_with_nothing_to_run(output):
     writer = PartWriter(ledger.parts, 0)
     writer.append(Completion.failure(index, str(index), "x") for index in range(2))
     writer.close()
-    ledger.merge(2)
+    ledger.merge(range(2))
     ledger.close()
     assert run(output, manifest(output), records=0) == "resume"
     assert run(output, manifest(output)) == "complete"

@@ -141,7 +141,7 @@ def test_the_worked_example_of_the_module(tmp_path):
     ledger.close()
     ledger = open_ledger(tmp_path, num_data=3)
     append(ledger, 2, 4)
-    assert ledger.merge(6) == 0
+    assert ledger.merge(range(6)) == 0
     records = [json.loads(line) for line in ledger.output.read_text().splitlines()]
     assert records == [completion(index).record() for index in range(6)]
     ledger.remove()
@@ -155,7 +155,7 @@ def test_merge_counts_errors_and_not_texts_that_speak_of_them(tmp_path):
     texts = ['"finish_reason": "error"', '{"finish_reason": "error"}']
     writer.append([failure(1), *(completion(i, t) for i, t in zip((0, 2), texts, strict=True))])
     writer.close()
-    assert ledger.merge(3) == 1
+    assert ledger.merge(range(3)) == 1
     ledger.close()
 
 
@@ -163,7 +163,7 @@ def test_merge_refuses_while_a_record_is_missing_and_leaves_no_output(tmp_path):
     ledger = open_ledger(tmp_path)
     append(ledger, 0, 0, 2)
     with pytest.raises(ValueError, match="1 of 3 records are missing, first that of request 1"):
-        ledger.merge(3)
+        ledger.merge(range(3))
     assert not ledger.output.exists()
     ledger.close()
 
@@ -178,11 +178,11 @@ def test_a_merge_that_fails_keeps_the_old_output_and_the_ledger(tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        ledger.merge(2)
+        ledger.merge(range(2))
     monkeypatch.undo()
     assert ledger.output.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.parts"]
-    assert ledger.merge(2) == 0 and ledger.output.read_text() != "old"
+    assert ledger.merge(range(2)) == 0 and ledger.output.read_text() != "old"
     ledger.close()
 
 
@@ -190,16 +190,16 @@ def test_merging_twice_gives_the_same_bytes(tmp_path):
     ledger = open_ledger(tmp_path)
     append(ledger, 0, 1)
     append(ledger, 1, 0, 1)
-    ledger.merge(2)
+    ledger.merge(range(2))
     first = ledger.output.read_bytes()
-    ledger.merge(2)
+    ledger.merge(range(2))
     assert ledger.output.read_bytes() == first and first.count(b"\n") == 2
     ledger.close()
 
 
 def test_an_empty_job_merges_to_an_empty_output(tmp_path):
     ledger = open_ledger(tmp_path)
-    assert ledger.merge(0) == 0
+    assert ledger.merge(range(0)) == 0
     assert ledger.output.read_bytes() == b""
     ledger.close()
 
@@ -321,7 +321,7 @@ def test_random_kills_on_changing_numbers_of_ranks_lose_and_double_nothing(tmp_p
         if not killed:
             break
     ledger = open_ledger(tmp_path, 1)
-    ledger.merge(num_lines)
+    ledger.merge(range(num_lines))
     ledger.close()
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert records == [completion(index).record() for index in range(num_lines)]

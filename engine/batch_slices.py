@@ -1,0 +1,208 @@
+"""Slices: one input shared by several runs that know nothing of each other, such as a job array.
+
+    launch/infer.py --slice 3/16     the fourth of 16 equal, contiguous parts of the requests
+
+A slice is a job of its own, with the output `<output>.slice-00003-of-00016` and a ledger beside it.
+Requests keep their index in the whole input: seeds, duplicates and line numbers are those of a run
+without slices. Whoever finishes a slice looks, under the lock of the whole output, whether all are
+there; the last one copies them, in order, into the output and removes them:
+
+    1. copy      <output>.tmp, synced, renamed to <output>
+    2. seal      <output>.job.json: from here on the output is complete
+    3. remove    the slices
+
+Killed before 2, any slice that is run again does all of it anew; after 2 it removes what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.batch_manifest import JobError, beside, finished_as, seal
+from engine.durable import Busy, fsync_directory, read_json, write_text
+from engine.ledger import Ledger, parts_dir
+
+_COPY_BYTES = 4 << 20
+_PATIENCE_S = 600.0  # for another run that merges at this moment
+_NAME = re.compile(r"\.slice-(\d{5})-of-(\d{5})(.*)")
+_SUMS = ("total", "resumed", "errors", "requests", "prompt_tokens", "generated_tokens")
+MOST = 99_999
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Part `index`, from 0, of `count`."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Slice:
+        """Read `I/N`. Raises JobError."""
+        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise JobError(
+                f"--slice {text}: must be I/N with 0 <= I < N <= {MOST}; the first of 16 is 0/16"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def lines(self, total: int) -> range:
+        """Which of `total` requests are its own; the first slices take one more of a remainder."""
+        size, more = divmod(total, self.count)
+        first = self.index * size + min(self.index, more)
+        return range(first, first + size + (self.index < more))
+
+    def output(self, output: Path) -> Path:
+        """Where its records go."""
+        return output.with_name(f"{output.name}.slice-{self.index:05d}-of-{self.count:05d}")
+
+
+def is_merged(output: Path, part: Slice, manifest: dict[str, Any]) -> bool:
+    """Whether the whole output is complete; removes what is left of its slices then.
+
+    Raises JobError where `part` must not be run: another job's output or ledger, or slices of
+    another division, are in its place.
+    """
+    changes = finished_as(output, manifest)
+    if changes == []:
+        _remove_slices(output)
+        return True
+    found = _slices(output)
+    _refuse_whole_run(output)
+    if changes is not None and not found:
+        raise JobError(
+            f"--slice {part}: --output {output} exists and is not this job's: "
+            f"{'; '.join(changes)}. Remove it, or use another --output"
+        )
+    if others := sorted(count for count in found if count != part.count):
+        raise JobError(
+            f"--slice {part}: beside {output} lie slices of {others[0]}; go on with "
+            f"--slice I/{others[0]}, remove {output.name}.slice-*, or use another --output"
+        )
+    return False
+
+
+def join(output: Path, count: int, manifest: dict[str, Any]) -> str:
+    """Merge the slices into `output` if all are complete; return in a sentence what was done.
+
+    manifest: of the whole job. Raises OSError, and JobError for a slice of another job.
+    """
+    with _held(output) as ledger:
+        _refuse_whole_run(output)
+        if finished_as(output, manifest) == []:
+            _remove_slices(output)
+            return f"{output} is complete"
+        slices = [Slice(index, count) for index in range(count)]
+        missing = [part.index for part in slices if not _complete(part, output, manifest)]
+        if missing:
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            return f"slices {shown} of {count} are not complete yet; the last one merges all"
+        _copy([part.output(output) for part in slices], output)
+        reports = [read_json(beside(part.output(output), "report.json")) for part in slices]
+        report = _total(reports)
+        first = beside(slices[0].output(output), "config.yaml")
+        write_text(beside(output, "config.yaml"), first.read_text(encoding="utf-8"))
+        write_text(beside(output, "report.json"), json.dumps(report, indent=2) + "\n")
+        seal(ledger, manifest, report["errors"])
+        _remove_slices(output)
+        return f"{output} is complete: {count} slices, merged"
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[Ledger]:
+    """The whole output's ledger, which is only a lock here."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            ledger = Ledger(output)
+            break
+        except Busy:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.2)
+    try:
+        yield ledger
+    finally:
+        if ledger.parts.exists() and not _is_whole_run(output):
+            ledger.remove()
+        ledger.close()
+
+
+def _is_whole_run(output: Path) -> bool:
+    """Whether a run without slices has records of this output."""
+    return parts_dir(output).joinpath("manifest.json").exists()
+
+
+def _refuse_whole_run(output: Path) -> None:
+    if _is_whole_run(output):
+        raise JobError(
+            f"--slice: {parts_dir(output)} belongs to a run without --slice; finish that one with "
+            "its own command, or use another --output"
+        )
+
+
+def _complete(part: Slice, output: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a slice is there as a whole. Raises JobError if it is of another job."""
+    own = part.output(output)
+    changes = finished_as(own, manifest)
+    if changes:
+        raise JobError(f"{own}: is no slice of this job: {'; '.join(changes)}; remove it")
+    return changes == []
+
+
+def _copy(sources: list[Path], output: Path) -> None:
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        with temporary.open("wb") as out:
+            for source in sources:
+                with source.open("rb") as file:
+                    shutil.copyfileobj(file, out, _COPY_BYTES)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, output)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(output.parent)
+
+
+def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """One report of all slices: their sums, then each of them."""
+    present = [report or {} for report in reports]
+    sums = {key: sum(report.get(key, 0) for report in present) for key in _SUMS}
+    return {**sums, "capacity": present[0].get("capacity"), "slices": present}
+
+
+def _slices(output: Path) -> set[int]:
+    """The divisions of which slices, begun or complete, lie beside the output."""
+    return {int(match[2]) for _, match in _slice_files(output)}
+
+
+def _remove_slices(output: Path) -> None:
+    for path, _ in _slice_files(output):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # a ledger that another run has just left
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _slice_files(output: Path) -> list[tuple[Path, re.Match[str]]]:
+    found = []
+    for path in output.parent.iterdir():
+        if path.name.startswith(output.name):
+            match = _NAME.fullmatch(path.name, len(output.name))
+            if match is not None:
+                found.append((path, match))
+    return found

@@ -1,0 +1,26 @@
+"""Fixtures of the batch job's tests: the job's files, and what comes of it undisturbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batch_case import command, make_batch_job, records, run
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small random model, its config and an input of good and bad lines."""
+    path = tmp_path_factory.mktemp("job")
+    make_batch_job(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job: Path) -> list[dict[str, Any]]:
+    """The records of a run on one rank that nothing happened to."""
+    output = job / "undisturbed.jsonl"
+    ((code, _, err),) = run(1, command(job, output))
+    assert code == 0, err
+    return records(output)
