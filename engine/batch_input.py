@@ -14,10 +14,10 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch.distributed as dist
@@ -75,27 +75,28 @@ def scan_input(path: Path) -> InputIndex:
         reason = "is not a regular file" if path.exists() else "does not exist"
         raise ValueError(f"--input {path}: {reason}; give a JSONL file, one request a line")
     digest = hashlib.sha256()
-    offsets, numbers, hashes, nameless = array("q"), array("q"), array("Q"), []
-    offset = 0
-    with path.open("rb", buffering=_CHUNK) as file:
+    offsets, numbers, hashes, nameless = array("q"), array("q"), array("q"), []
+    offset = number = 0
+    with path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
-        for number, raw in enumerate(file, start=1):
-            digest.update(raw)
-            skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
-            if not raw[skip:].isspace() and len(raw) > skip:
-                if (name := line_id(raw[skip:])) is None:
-                    nameless.append(len(offsets))
-                offsets.append(offset + skip)
-                numbers.append(number)
-                hashes.append(_hash(name))
-            offset += len(raw)
+        for lines in _line_blocks(file, digest.update):
+            for raw in lines:
+                number += 1
+                skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
+                text = raw[skip:] if skip else raw
+                if text and not text.isspace():
+                    if (name := line_id(text)) is None:
+                        nameless.append(len(offsets))
+                    offsets.append(offset + skip)
+                    numbers.append(number)
+                    hashes.append(_hash(name))
+                offset += len(raw) + 1
+        size = file.tell()
     offsets_n = np.array(offsets, dtype=np.int64)
     numbers_n = np.array(numbers, dtype=np.int64)
-    candidates = _equal_hashes(np.array(hashes, dtype=np.uint64), nameless)
+    candidates = _equal_hashes(np.array(hashes, dtype=np.int64), nameless)
     duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates)
-    return InputIndex(
-        path, offset, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates
-    )
+    return InputIndex(path, size, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates)
 
 
 def line_id(raw: bytes) -> str | int | None:
@@ -121,9 +122,26 @@ def line_id(raw: bytes) -> str | int | None:
 
 
 def _hash(name: str | int | None) -> int:
-    """64 bits of an id; the text "1" and the number 1 are different ids."""
-    key = f"{type(name).__name__} {name}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    """64 bits of an id, good for this process."""
+    return hash(name)
+
+
+def _line_blocks(file: IO[bytes], update: Callable[[bytes], object]) -> Iterator[list[bytes]]:
+    """Yield the lines of a file, without their ends, some thousands at a time.
+
+    update: takes every byte read. What follows the last line end is a line if it holds anything.
+    """
+    begun: list[bytes] = []  # of a line that has not ended
+    while block := file.read(_CHUNK):
+        update(block)
+        first, *rest = block.split(b"\n")
+        begun.append(first)
+        if rest:
+            last = rest.pop()
+            yield [b"".join(begun), *rest]
+            begun = [last]
+    if last := b"".join(begun):
+        yield [last]
 
 
 def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:

@@ -208,3 +208,43 @@ def test_ranks_that_pull_at_once_share_every_line_exactly_once():
     for thread in threads:
         thread.join()
     assert sorted(index for share in taken for index in share) == list(range(200))
+
+
+def plain_index(content: bytes) -> tuple[list[int], list[int], dict[int, int]]:
+    """Offsets, line numbers and duplicates, line by line as the rules say them."""
+    offsets, numbers, duplicates = [], [], {}
+    first: dict[tuple[type, str | int], int] = {}
+    offset = 0
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if text.strip(b" \t\n\r\x0b\x0c"):
+            name = line_id(text)
+            if name is not None and first.setdefault((type(name), name), number) != number:
+                duplicates[len(offsets)] = first[type(name), name]
+            offsets.append(offset + len(line) - len(text))
+            numbers.append(number)
+        offset += len(line)
+    return offsets, numbers, duplicates
+
+
+LINES = st.sampled_from(
+    [b"", b" \t", b'{"id": "a"}', b'{"id": "b", "prompt": "x"}', b'{"id": 1}', b'{"id": "1"}']
+    + [b'{"prompt": "no id"}', b'{"custom_id": "a"}', b"{broken", b'{"id": "\xff"}', b"x" * 40]
+)
+
+
+@given(
+    st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n"])), max_size=12),
+    LINES,
+    st.booleans(),
+    st.integers(1, 60),
+)
+def test_the_index_is_that_of_reading_line_by_line(tmp_path_factory, lines, last, bom, block):
+    content = b"\xef\xbb\xbf" * bom + b"".join(line + end for line, end in lines) + last
+    path = write(tmp_path_factory.mktemp("input") / "in.jsonl", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.batch_input._CHUNK", block)
+        index = scan_input(path)
+    expected = plain_index(content)
+    assert (index.offsets_n.tolist(), index.numbers_n.tolist(), index.duplicates) == expected
+    assert (index.size, index.sha256) == (len(content), hashlib.sha256(content).hexdigest())
