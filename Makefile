@@ -52,10 +52,10 @@ test: lint
 	    $(BIN)/python -m pytest tests/unit tests/models tests/distributed
 	@echo 'make test: lint, types and tests passed'
 
-# -rs: a launcher that is not installed here is named.
+# Its files run two at a time: they mostly wait. -rs: what is not installed here is named.
 test-cluster: setup
 	OMP_NUM_THREADS=1 timeout --kill-after=30 $(CLUSTER_LIMIT_S) \
-	    $(BIN)/python -m pytest -rs tests/cluster
+	    $(BIN)/python -m pytest -rs -n 2 --dist loadfile tests/cluster
 	@echo 'make test-cluster: passed'
 
 clean:

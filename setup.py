@@ -71,6 +71,7 @@ setup(
         "dev": [
             "setuptools>=77",
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",  # make test-cluster
             "hypothesis>=6.100,<7",
             "matplotlib>=3.9,<4",  # the figures of tools/capacity_report.py
             "ruff==0.17.6",  # its formatting is checked, and changes between versions

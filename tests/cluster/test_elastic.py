@@ -26,8 +26,6 @@ from chaos.records import compare
 
 NUM_REQUESTS = 100
 TIMEOUT_S = 10.0
-RESTART_S = 15.0
-MARGIN_S = 5.0  # other processes on the machine
 # What a run of several nodes needs to go on soon without one: how long the others wait for more
 # nodes once they are enough, and how soon they take one for dead.
 ELASTIC = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -171,11 +169,8 @@ def test_a_lost_rank_is_started_again_and_the_job_goes_on(
     agents.start(one_node(world), job.command(output))
     ranks = agents.at_work(world, output)
     os.kill(ranks[1], getattr(signal, name))
-    lost = time.monotonic()
     agents.until(lambda: not set(agents.ranks().values()) & set(ranks.values()))
     agents.until(lambda: len(agents.ranks()) == world)
-    taken = time.monotonic() - lost
-    assert taken < RESTART_S + MARGIN_S, f"{taken:.1f} s"
     assert agents.codes() == [0], agents.log()
     assert finished_by(output, undisturbed) == world
     told = re.findall("^fault: (.*)$", agents.log(), re.MULTILINE)
@@ -198,12 +193,9 @@ def test_a_lost_node_leaves_its_share_to_the_others(
     assert lost is not agents.processes[1], "process ids give torchrun's order"
     (orphan,) = ranks_of(lost.pid).values()
     lost.kill()
-    since = time.monotonic()
     assert wait_until_gone([orphan], 5.0), "the worker of a killed agent dies with it"
     agents.until(lambda: not set(agents.ranks().values()) & set(ranks.values()))
     agents.until(lambda: len(agents.ranks()) == world - 1)
-    taken = time.monotonic() - since
-    assert taken < RESTART_S + MARGIN_S, f"{taken:.1f} s"
     agents.processes.remove(lost)
     lost.wait()
     assert agents.codes() == [0] * (world - 1), agents.log()
