@@ -37,6 +37,13 @@ def completion(index: int) -> Completion:
 
 def finish(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> None:
     """Run a slice to its end, but for the join."""
+    ledger, errors = merged(output, part, manifest)
+    seal(ledger, manifest, errors)
+    ledger.close()
+
+
+def merged(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> tuple[Ledger, int]:
+    """Run a slice up to its output; return its ledger, still open, and its number of errors."""
     own = part.output(output)
     ledger = Ledger(own)
     assert admit(ledger, manifest, overwrite=False) == "fresh"
@@ -48,8 +55,7 @@ def finish(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> No
     own.with_name(own.name + ".config.yaml").write_text("model: {}\n")
     report = {"total": len(part.lines(TOTAL)), "errors": errors, "capacity": {"policy": "none"}}
     own.with_name(own.name + ".report.json").write_text(json.dumps(report))
-    seal(ledger, manifest, errors)
-    ledger.close()
+    return ledger, errors
 
 
 def ids(output: Path) -> list[str]:
@@ -92,6 +98,24 @@ def test_the_last_slice_merges_all_in_input_order_and_leaves_nothing_else(output
     report = json.loads((output.parent / "out.jsonl.report.json").read_text())
     assert (report["total"], report["errors"], len(report["slices"])) == (5, 5, 3)
     assert is_merged(output, Slice(0, COUNT), MANIFEST)
+
+
+def test_a_slice_between_its_output_and_its_seal_is_waited_for(output):
+    """Two slices that end at once: the other looks at this very moment."""
+    ledger, errors = merged(output, Slice(1, COUNT))
+    for index in (0, 2):
+        finish(output, Slice(index, COUNT))
+    assert "slices 1 of 3 are not complete yet" in join(output, COUNT, MANIFEST)
+    seal(ledger, MANIFEST, errors)
+    ledger.close()
+    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+
+
+def test_a_file_in_a_slices_place_that_no_run_holds_is_refused(output):
+    finish(output, Slice(0, COUNT))
+    Slice(1, COUNT).output(output).write_text("mine\n")
+    with pytest.raises(JobError, match="is no slice of this job: nothing says which job made it"):
+        join(output, COUNT, MANIFEST)
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

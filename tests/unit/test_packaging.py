@@ -166,11 +166,11 @@ def test_make_installs_the_torch_that_setup_allows_before_anything_else(declared
     assert "-e" in installs[1] and "--no-build-isolation" in installs[1]
 
 
-def test_ci_runs_make_test_and_is_valid_bash():
+def test_ci_runs_both_test_targets_last_and_is_valid_bash():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    assert script.read_text().splitlines()[-1] == "make test"
+    assert script.read_text().splitlines()[-2:] == ["make test", "make test-cluster"]
 
 
 def test_the_license_is_apache_2():
