@@ -187,6 +187,7 @@ class ProfilerConfig:
     metrics_host: str = field(  # the address it listens at
         default="127.0.0.1", metadata=rule("an address", bool)
     )
+    deepspeed_comms: bool = False  # the report has the table of DeepSpeed's comms logger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,6 +255,11 @@ def _combination_problems(config: Config) -> Iterator[str]:
     if capacity.speed_aware and not config.profiler.enabled:
         yield (
             "moe.capacity.speed_aware = True: needs what the profiler measures; set "
+            "profiler.enabled = true"
+        )
+    if config.profiler.deepspeed_comms and not config.profiler.enabled:
+        yield (
+            "profiler.deepspeed_comms = True: needs what the profiler measures; set "
             "profiler.enabled = true"
         )
     if config.moe.dispatch.partial_sums and not config.moe.dispatch.deduplicate:

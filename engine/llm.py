@@ -203,6 +203,7 @@ class LLM:
         began = time.monotonic()
         try:
             loop.run(source, timed(sink, latencies), on_step, stop)
+            comms = outlets.comms_table()
         finally:
             outlets.close()
         on_end()
@@ -225,6 +226,7 @@ class LLM:
             policy=capacity.policy,
             clock_error=self._clock_offset.error * 1e-9,
             shares_W=meter.shares_W,
+            comms=comms,
         )
 
     def set_capacity(self, capacity: CapacityConfig) -> None:

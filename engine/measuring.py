@@ -1,4 +1,7 @@
-"""From the config to a run's outlets: span files and live metrics. Errors name the setting."""
+"""From the config to a run's outlets: span files, live metrics, DeepSpeed's comms logger.
+
+Errors name the setting.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from engine.config import Config
 from engine.distributed.clock import ClockOffset
 from engine.distributed.groups import Topology
 from engine.models.decoder import CausalLM
+from engine.profiling.deepspeed_comms import open_deepspeed_comms
 from engine.profiling.outlets import Outlets
 from engine.profiling.spans_file import SpansHeader, SpanWriter
 
@@ -15,10 +19,11 @@ from engine.profiling.spans_file import SpansHeader, SpanWriter
 def open_outlets(
     config: Config, topology: Topology, model: CausalLM, offset: ClockOffset
 ) -> Outlets:
-    """Open what `profiler.spans` and `profiler.metrics_port` ask this rank for.
+    """Open what `profiler.spans`, `metrics_port` and `deepspeed_comms` ask this rank for.
 
     Raises:
-        ValueError: a folder that cannot be written, or a port that cannot be listened at.
+        ValueError: a folder that cannot be written, a port that cannot be listened at, or a
+        DeepSpeed that cannot be imported.
     """
     profiler = config.profiler
     outlets = Outlets()
@@ -43,6 +48,14 @@ def open_outlets(
             raise ValueError(
                 f"profiler.metrics_port = {port}: cannot listen at {host}:{port} on "
                 f"{topology.host}: {error.strerror}; name a free port, or 0 for any"
+            ) from error
+    if profiler.enabled and profiler.deepspeed_comms:
+        try:
+            outlets.comms = open_deepspeed_comms(topology.device.type, topology.expert.size)
+        except ImportError as error:
+            raise ValueError(
+                f"profiler.deepspeed_comms = True: DeepSpeed cannot be imported on "
+                f"{topology.host}: {error}; pip install deepspeed"
             ) from error
     return outlets
 

@@ -91,6 +91,7 @@ class Meter:
         """The run is over: nobody will tell the last steps' arrivals."""
         while (spans := self._telemetry.clock.read()) is not None:
             self.profile.add(spans, None)
+            self._outlets.count(spans)
 
     def _log(self, everyone: Sequence[ControlWords]) -> None:
         if self._logs:

@@ -17,9 +17,10 @@ TINY_COMMAND = "torchrun --nproc-per-node 2 launch/infer.py --config tiny_mixtra
 _BUNDLED = "configs/checkpoints"
 # As the model families call it in config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# How many ranks share this host, under torchrun, Open MPI, MPICH and Slurm.
+# How many ranks share this host, under torchrun, DeepSpeed's launcher, Open MPI, MPICH and Slurm.
 _LOCAL_RANKS = (
     "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "MPI_LOCALNRANKS",
     "SLURM_NTASKS_PER_NODE",

@@ -22,6 +22,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from engine.capacity_summary import print_capacity
+from engine.comms_summary import print_comms
 from engine.config import CapacityConfig
 from engine.profiling.report import RunReport, StepReport
 from engine.straggler_summary import print_stragglers
@@ -177,6 +178,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         console.print(_ranks(run))
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
+        print_comms(console, run)
     words = [f"{summary.total} requests"]
     if summary.resumed:
         words.append(f"{summary.resumed} of them by earlier runs")

@@ -12,6 +12,7 @@ from engine.distributed.groups import Topology
 from engine.loop import Totals
 from engine.moe.shares import ONE
 from engine.profiling.collector import Collector, PhaseTotals
+from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phases import Phase
 from engine.profiling.report import (
@@ -56,13 +57,15 @@ def run_report(
     policy: str = "none",
     clock_error: float = 0.0,
     shares_W: tuple[int, ...] | None = None,
+    comms: CommsTable | None = None,
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
     of this rank's own group.
 
     traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
     capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
-    shares_W: of the capacity, at the end. Collective over all ranks: every rank must call.
+    shares_W: of the capacity, at the end. comms: DeepSpeed's table of this rank. Collective over
+    all ranks: every rank must call.
     """
     phases = profile.totals()
     own = _Share(
@@ -77,6 +80,7 @@ def run_report(
             preemptions=preemptions,
             seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
             phases=_phases(phases),
+            comms=comms or {},
         ),
         profile=RankProfile(
             rank=topology.world.rank,

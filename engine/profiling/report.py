@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.verdict import Verdict
 
 
@@ -48,6 +49,7 @@ class RankReport:
     waiting, other. phases: the same time phase by phase. slowness: its seconds of compute over what
     its peers would have needed for the same calls. late_share: share of the steps in which the
     others lost most to this rank. lost: seconds that its being late cost the others, by cause.
+    comms: DeepSpeed's table of its collectives, empty unless profiler.deepspeed_comms.
     """
 
     rank: int
@@ -63,6 +65,7 @@ class RankReport:
     slowness: float = 1.0
     late_share: float = 0.0
     lost: dict[str, float] = field(default_factory=dict)
+    comms: CommsTable = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ python -m pytest tests/distributed/test_bootstrap.py
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -252,29 +251,3 @@ def test_slurm_tasks_meet_at_the_steps_own_port(tmp_path):
     for rank, (code, out, err) in enumerate([finish(task) for task in tasks]):
         assert code == 0, err
         assert out.startswith(f"slurm {rank} of 2")
-
-
-def why_no_mpi() -> str:
-    if shutil.which("mpirun") is None:
-        return "mpirun is not installed"
-    probe = subprocess.run(
-        [sys.executable, "-c", "from mpi4py import MPI"], check=False, capture_output=True
-    )
-    return "mpi4py cannot be imported" if probe.returncode else ""
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["meet", "fail"])
-def test_mpi_ranks_meet_and_fail_together(tmp_path, fails):
-    if why := why_no_mpi():
-        pytest.skip(why)
-    command = ["mpirun", "-n", "2", sys.executable]
-    # For Open MPI: run as root in a container, and more ranks than cores.
-    allow = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    }
-    code, out, err = finish(launch(tmp_path, command, *(["gone"] if fails else []), **allow))
-    assert "mpi 0 of 2" in out and "mpi 1 of 2" in out, err
-    assert (code != 0) == fails
-    assert ("error: rank 1: gone" in err) == fails

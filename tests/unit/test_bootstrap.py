@@ -5,6 +5,7 @@ python -m pytest tests/unit/test_bootstrap.py
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.distributed.bootstrap import Launch, discover
 from engine.distributed.checkin import Presence, choose_device, share_of_cores
-from engine.distributed.discovery import expand_tasks_per_node, first_node
+from engine.distributed.discovery import choose_library, expand_tasks_per_node, first_node
 from engine.distributed.errors import RankError, merge_errors
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -47,6 +48,36 @@ SBATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_
 
 def test_torchrun_environment_is_taken_as_it_is():
     assert discover(TORCHRUN) == Launch(5, 8, 1, 4, "head", 29500, "torchrun")
+
+
+def test_deepspeeds_launcher_counts_the_ranks_of_a_host_by_another_name():
+    environ = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    environ["LOCAL_SIZE"] = "4"
+    assert discover(environ) == Launch(5, 8, 1, 4, "head", 29500, "deepspeed")
+    with pytest.raises(ValueError, match="LOCAL_SIZE='none'"):
+        discover(environ | {"LOCAL_SIZE": "none"})
+
+
+@pytest.mark.parametrize(
+    "given", [{"MPI4PY_LIBMPI": "/site/libmpi.so"}, {"MPI4PY_MPIABI": "mpich"}]
+)
+def test_a_users_choice_of_mpi_library_is_kept(monkeypatch, given):
+    for name in ("MPI4PY_LIBMPI", "MPI4PY_MPIABI"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    choose_library("openmpi")
+    assert {n: v for n, v in os.environ.items() if n.startswith("MPI4PY")} == given
+
+
+@pytest.mark.parametrize("family, name", [("openmpi", "libmpi.so.40"), ("mpich", "libmpi.so.12")])
+def test_mpi4py_gets_the_library_of_the_mpirun_that_started_it(monkeypatch, family, name):
+    monkeypatch.delenv("MPI4PY_MPIABI", raising=False)
+    monkeypatch.setenv("MPI4PY_LIBMPI", "")  # so that it is put back
+    monkeypatch.delenv("MPI4PY_LIBMPI")
+    choose_library(family)
+    own, installed, other = os.environ["MPI4PY_LIBMPI"].split(os.pathsep)
+    assert own.endswith(f"/lib/{name}") and (installed, other) == (name, "libmpi.so")
 
 
 def test_torchrun_wins_inside_a_slurm_step():

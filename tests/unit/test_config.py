@@ -462,3 +462,9 @@ def test_half_batches_and_capacity_exclude_each_other():
     assert problem.startswith("moe.overlap.two_batch = True: ")
     assert "moe.capacity.policy is token_drop" in problem
     assert load("moe.overlap.two_batch=true").moe.overlap.two_batch
+
+
+def test_deepspeeds_comms_logger_needs_the_profiler():
+    (problem,) = problems_of("profiler.deepspeed_comms=true", "profiler.enabled=false")
+    assert problem.startswith("profiler.deepspeed_comms = True: needs what the profiler measures")
+    assert load("profiler.deepspeed_comms=true").profiler.deepspeed_comms

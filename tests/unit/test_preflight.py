@@ -85,7 +85,8 @@ def test_a_bundled_checkpoint_that_is_missing_is_not_replaced_by_itself(tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"]
+    "name",
+    ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"],
 )
 def test_more_ranks_than_gpus_on_a_host_are_refused(checkpoint, num_gpus, name):
     num_gpus(4)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from engine.config import CapacityConfig
+from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.report import LayerTotals, RankReport, RunReport, StepReport
 from engine.profiling.verdict import Verdict
 from engine.progress import Progress, Summary, percentiles, print_summary
@@ -216,3 +217,16 @@ def test_the_summary_as_json_has_percentiles_in_place_of_latencies():
     assert values["run"]["latencies"]["tpot"] == {"p50": 0.01, "p99": 0.01}
     assert values["run"]["ranks"][0]["seconds"]["attention"] == 1.0
     assert "run" not in json.loads(summary(None).to_json())
+
+
+def test_deepspeeds_table_is_rank_0s_with_sizes_in_their_units_and_only_where_asked_for():
+    rows = [CommsRow(0, 2, 0, 0.5, 0.25, 0.0, 0.0), CommsRow(2 << 20, 1234, 9, 5e3, 4.0519, 1.5, 1)]
+    comms = {"all_to_all_single (dispatch)": rows}
+    out = console()
+    print_summary(out, summary(run_report(replace(rank(0), comms=comms), rank(1))))
+    text = printed(out)
+    assert "0 B" in text and "2 MiB" in text and "1,234" in text and "4.052" in text
+    assert text.count("all_to_all_single (dispatch)") == 1
+    out = console()
+    print_summary(out, summary(run_report(rank(0), rank(1))))
+    assert "DeepSpeed" not in printed(out)

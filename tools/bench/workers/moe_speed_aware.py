@@ -41,7 +41,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     tree = {"model": {"path": "."}, "runtime": {"device": "cpu", "threads": 1}}
     topology = bootstrap.start(config_from_tree(tree))
     shape, tokens, seed = MoEShape(**options["shape"]), options["tokens"], options["seed"]
-    layer = build(shape, topology, 1, seed)
+    layer = build(shape, topology, "1", seed)
     loads = zipf_loads(2 * tokens, shape.experts, shape.top_k, options["zipf"])
     x_TD = make_tokens(make_weights(shape, seed), routing_of(loads, 2 * tokens, seed), seed)
     x_TD = x_TD[tokens * rank : tokens * (rank + 1)].contiguous()

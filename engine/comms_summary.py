@@ -1,0 +1,54 @@
+"""DeepSpeed's communication table for the terminal, that of rank 0, as DeepSpeed prints it.
+
+Printed by `progress.py` last. The figures come from `profiling/deepspeed_comms.py`; those of all
+ranks are in the report's JSON. Without `profiler.deepspeed_comms` there is nothing to print.
+"""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine.profiling.report import RunReport
+
+_COLUMNS = (
+    "messages\nup to",
+    "count",
+    "total\nlatency ms",
+    "average\nlatency ms",
+    "throughput\nGbit/s",
+    "bus\nGbit/s",
+)
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def print_comms(console: Console, run: RunReport) -> None:
+    """Print the first rank's table, if there is one."""
+    rank = run.ranks[0]
+    if not rank.comms:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
+    table.add_column("DeepSpeed comms", vertical="bottom")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right", vertical="bottom")
+    for operation, rows in rank.comms.items():
+        for place, row in enumerate(rows):
+            table.add_row(
+                operation if place == 0 else "",
+                _size(row.message_bytes),
+                f"{row.count:,}",
+                f"{row.total_latency_ms:,.1f}",
+                f"{row.avg_latency_ms:.3f}",
+                f"{row.tput_avg_gbps:.2f}",
+                f"{row.busbw_avg_gbps:.2f}",
+            )
+    table.caption = f"rank {rank.rank}; waiting for late ranks and overlapped work included"
+    console.print(table)
+
+
+def _size(num_bytes: int) -> str:
+    """A power of two bytes, in its unit; the messages of the first line may be empty."""
+    power = max(0, num_bytes.bit_length() - 1)
+    unit = min(power // 10, len(_UNITS) - 1)
+    return f"{num_bytes >> 10 * unit} {_UNITS[unit]}"
