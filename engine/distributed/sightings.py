@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from engine.distributed.faults import Place, Seen, State
 
 
+# Beats of one rank from before an absence that may be read after it: one that was in the store but
+# had not been taken, and one on its way. No more: a rank waits for the store's answer in between.
+_OLD_BEATS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Beat:
     """What a rank says of itself. count: grows with every beat."""
@@ -27,7 +32,7 @@ class Sightings:
     """What one rank has heard of all ranks of `hosts`; pure: told the time, in seconds.
 
     unanswered_s: since the store last answered. absent_s: how long this rank itself was not
-    running, 0 once another one has been heard again.
+    running, 0 once another one has been heard again for certain.
     """
 
     def __init__(self, own: int, hosts: Sequence[str], period_s: float, now: float) -> None:
@@ -66,7 +71,7 @@ class Sightings:
                 self._silent_s[rank] = 0.0
                 self._heard[rank] += rank != self._own
             self._beats[rank] = beat
-        if max(self._heard) >= 2:  # one beat may be from before, read late
+        if max(self._heard) > _OLD_BEATS:
             self.absent_s = 0.0
 
     def seen(self) -> dict[int, Seen]:

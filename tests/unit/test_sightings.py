@@ -89,11 +89,12 @@ def test_an_observer_that_was_stopped_accuses_nobody():
     assert observer.sightings.absent_s == pytest.approx(60.0 + PERIOD)
 
 
-def test_an_absence_is_over_once_another_rank_is_heard_twice():
+def test_an_absence_is_over_once_another_rank_is_heard_three_times():
     observer = Observer()
     observer.pause(60.0)
-    observer.listen(PERIOD)  # may be from before, read late
-    assert observer.sightings.absent_s > 0
+    for _ in range(2):  # may be from before: one in the store, not yet taken, and one on its way
+        observer.listen(PERIOD)
+        assert observer.sightings.absent_s > 0
     observer.listen(PERIOD, silent=[1, 2])
     assert observer.sightings.absent_s > 0, "its own beats prove nothing"
     observer.listen(PERIOD, silent=[1])
