@@ -26,8 +26,11 @@ from engine.batch import JobFailed, Stopped, run_batch
 from engine.batch_slices import Slice
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
 from engine.distributed import bootstrap
+from engine.distributed.agent import let_rank_0_go_first
 from engine.distributed.errors import RendezvousError
 from engine.preflight import check_runnable
+
+_PATIENCE_S = 20.0  # its imports may take that long, when many start at once
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # the user's to mend, and the same on every rank
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            let_rank_0_go_first(_PATIENCE_S)
         return 2
     except (JobFailed, RendezvousError, Stopped) as error:
         if str(error):  # otherwise another rank has told

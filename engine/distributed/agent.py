@@ -1,4 +1,4 @@
-"""Torchrun's agent and its workers: they die with it, and the stopped among them are ended.
+"""The launcher's agent on a host and its workers: what each must know of the others' ends.
 
 A worker outlives an agent that is killed, holding GPUs and ports, unless it asks Linux not to:
 `launch/infer.py` does so before its slow imports.
@@ -7,7 +7,10 @@ A stopped worker (SIGSTOP, a suspended job) does not hear the agent's SIGTERM: t
 for it (`torchrun --shutdown-timeout`) before it kills it, and only then starts the next round. When
 the run is over anyway, a survivor on the same host ends it at once.
 
-Loads nothing slow. Linux only; elsewhere, and without torchrun, nothing happens.
+Launchers end all workers when one has left. An error that all ranks have is told by rank 0, so the
+others let it go first.
+
+Loads nothing slow. Linux only; elsewhere, and without such a launcher, nothing happens.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 _PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1
+# Who a worker is, under torchrun and DeepSpeed, Open MPI, MPICH and Slurm.
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def die_with_agent(environ: Mapping[str, str] = os.environ) -> None:
@@ -42,15 +48,14 @@ def end_stopped(environ: Mapping[str, str] = os.environ) -> list[int]:
     run_id = environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None or not hasattr(os, "pidfd_open"):
         return []
-    agent, ended = os.getppid(), []
-    for entry in _PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
+    ended = []
+    for entry in _siblings():
         pid = int(entry.name)
         with suppress(OSError):  # it has ended, or is another user's
             process = os.pidfd_open(pid)  # first: from here on the id means this process
             try:
-                if _is_stopped_child(entry, agent) and _is_worker(entry, run_id):
+                own = {"TORCHELASTIC_RUN_ID": run_id}.items() <= _environ(entry).items()
+                if own and _state(entry) == ("T", os.getppid()):
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                     ended.append(pid)
             finally:
@@ -58,13 +63,49 @@ def end_stopped(environ: Mapping[str, str] = os.environ) -> list[int]:
     return ended
 
 
-def _is_stopped_child(entry: Path, parent: int) -> bool:
-    # The name, in brackets, may hold anything; state and parent follow it. t: under a debugger.
-    state, ppid = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-    return state == "T" and int(ppid) == parent
+def let_rank_0_go_first(patience_s: float) -> None:
+    """Wait until rank 0 has left, if it is a worker of the same agent and as long as that.
+
+    To be called by another rank before it ends its process because of an error of all ranks.
+    """
+    first = [entry for entry in _siblings() if _rank(entry) == "0"]
+    deadline = time.monotonic() + patience_s
+    while any(map(_is_alive, first)) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
-def _is_worker(entry: Path, run_id: str) -> bool:
-    """Whether a process was started as a rank of the same run."""
-    names = (entry / "environ").read_bytes().split(b"\0")
-    return f"TORCHELASTIC_RUN_ID={run_id}".encode() in names
+def _siblings() -> Iterator[Path]:
+    """Other processes with this one's parent, by their folders in /proc."""
+    if sys.platform == "linux":
+        for entry in _PROC.iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and int(entry.name) != os.getpid():
+                    if _state(entry)[1] == os.getppid():
+                        yield entry
+
+
+def _rank(entry: Path) -> str | None:
+    """The rank that a process was started as."""
+    environ = {}
+    with suppress(OSError):
+        environ = _environ(entry)
+    return next((environ[name] for name in _RANKS if name in environ), None)
+
+
+def _is_alive(entry: Path) -> bool:
+    with suppress(OSError):
+        return _state(entry)[0] not in "ZX"
+    return False
+
+
+def _state(entry: Path) -> tuple[str, int]:
+    """State, "T" for stopped, and parent."""
+    # The name, in brackets, may hold anything; state and parent follow it.
+    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+    return state, int(parent)
+
+
+def _environ(entry: Path) -> dict[str, str]:
+    """What a process was started with."""
+    pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from engine.distributed.faults import Place, Seen, State
 
-
 # Beats of one rank from before an absence that may be read after it: one that was in the store but
 # had not been taken, and one on its way. No more: a rank waits for the store's answer in between.
 _OLD_BEATS = 2

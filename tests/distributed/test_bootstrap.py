@@ -216,6 +216,19 @@ def test_torchrun_starts_two_ranks_and_an_error_of_one_fails_the_job(tmp_path):
     assert code != 0 and "error: rank 1: no more room" in err
 
 
+def test_a_wrong_setting_is_told_though_rank_0_is_the_last_to_know(tmp_path):
+    """torchrun ends all ranks when the first has left, and only rank 0 speaks."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '0': time.sleep(5)\n"
+    )
+    infer = [*TORCHRUN, str(ROOT / "launch" / "infer.py"), "--config", "tiny_mixtral_ep2"]
+    command = [*infer, "--set", "moe.capacity.factr=2"]
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("error: moe.capacity.factr: unknown key") == 1, done.stderr
+
+
 def test_workers_die_with_a_killed_torchrun_agent(tmp_path):
     process = launch(tmp_path, TORCHRUN, "wait")
     assert process.stdout is not None

@@ -106,3 +106,49 @@ def state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "X"
+
+
+# --- An error of all ranks ------------------------------------------------------------------------
+
+GO = "from engine.distributed.agent import let_rank_0_go_first as wait; wait({}); print('left')"
+RANK_0 = [{"RANK": "0"}, {"OMPI_COMM_WORLD_RANK": "0"}, {"PMI_RANK": "0"}, {"SLURM_PROCID": "0"}]
+
+
+def leaves_within(patience_s: float, limit_s: float) -> bool:
+    """Whether another rank of this agent leaves within `limit_s`."""
+    command = [sys.executable, "-c", GO.format(patience_s)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.stdout == "left\n"
+
+
+@pytest.mark.parametrize("named", RANK_0, ids=lambda named: next(iter(named)))
+def test_a_rank_leaves_after_rank_0_and_no_later(named):
+    first = subprocess.Popen(SLEEP, env=environ(None) | named)
+    try:
+        assert not leaves_within(60, limit_s=2)
+    finally:
+        first.kill()
+    # Not waited for: to its agent it is a zombie until then.
+    assert leaves_within(60, limit_s=20)
+    first.wait()
+
+
+def test_rank_0_is_not_waited_for_longer_than_said():
+    first = subprocess.Popen(SLEEP, env=environ(None) | {"RANK": "0"})
+    try:
+        assert leaves_within(0.1, limit_s=20)
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_without_rank_0_on_this_host_nobody_waits():
+    other = subprocess.Popen(SLEEP, env=environ(None) | {"RANK": "3"})
+    try:
+        assert leaves_within(60, limit_s=20)
+    finally:
+        other.kill()
+        other.wait()
