@@ -1,7 +1,7 @@
 """Verdicts: the straggler analysis in words, and what to do about it. Pure.
 
-One sentence a cause that costs the group a twentieth of its time or more; "balanced" where nothing
-does. A rank is named where it stands out among the others, since chance makes every rank late now
+One sentence a cause that costs the group a twentieth of its time or more (a tenth in a run of 4 s,
+where chance alone costs that much); "balanced" where nothing does. A rank is named where it stands out among the others, since chance makes every rank late now
 and then.
 """
 
@@ -12,9 +12,10 @@ from statistics import median
 
 from engine.profiling.straggler import Analysis, RankBlame
 
-# Share of the run from which a cause is worth a sentence. Transfer is work and no mistake: it is
+# Share of the run from which a cause is worth a sentence, and what chance makes of equal ranks in a
+# run of a second; it averages out with the root of the time. Transfer is work and no mistake: it is
 # only told when it takes a quarter.
-_WORTH, _WORTH_NETWORK = 0.05, 0.25
+_WORTH, _BY_CHANCE, _WORTH_NETWORK = 0.05, 0.1, 0.25
 _SHORT_S = 0.25
 # A rank is named when it caused this much of what was lost to a cause.
 _MAINLY = 0.6
@@ -79,6 +80,11 @@ def verdicts(
     return sorted(found, key=lambda verdict: -verdict.share)
 
 
+def _is_worth(analysis: Analysis, share: float) -> bool:
+    """Whether a share of the run's time is more than chance makes of equal ranks."""
+    return share >= _WORTH + _BY_CHANCE / max(1.0, analysis.seconds) ** 0.5
+
+
 def _main_rank(analysis: Analysis, cause: str) -> RankBlame | None:
     """The rank that caused most of what was lost to `cause`, if there is one."""
     worst = max(analysis.ranks, key=lambda blame: blame.lost[cause])
@@ -87,7 +93,7 @@ def _main_rank(analysis: Analysis, cause: str) -> RankBlame | None:
 
 def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Verdict | None:
     share = analysis.share("load")
-    if share < _WORTH:
+    if not _is_worth(analysis, share):
         return None
     advice = (
         "moe.capacity.policy = token_drop with scope = rank bounds it"
@@ -114,7 +120,7 @@ def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Ver
 
 def _tokens(analysis: Analysis) -> Verdict | None:
     share = analysis.share("tokens")
-    if share < _WORTH:
+    if not _is_worth(analysis, share):
         return None
     worst = _main_rank(analysis, "tokens")
     who = "ranks take turns at having" if worst is None else f"rank {worst.rank} has"
@@ -127,7 +133,7 @@ def _tokens(analysis: Analysis) -> Verdict | None:
 
 def _device(analysis: Analysis, blame: RankBlame) -> Verdict | None:
     share = blame.lost["device"] / analysis.seconds
-    if share < _WORTH:
+    if not _is_worth(analysis, share):
         return None
     text = (
         f"rank {blame.rank} on {blame.host} computes {blame.slowness - 1:.0%} slower than its "
@@ -142,7 +148,7 @@ def _host(analysis: Analysis, blame: RankBlame) -> Verdict | None:
     others = [other for other in analysis.ranks if other is not blame]
     beyond = blame.lost["host"] - median(other.lost["host"] for other in others)
     share = beyond / analysis.seconds
-    if share < _WORTH:
+    if not _is_worth(analysis, share):
         return None
     if blame.stalls is not None:
         steps, seconds = blame.stalls

@@ -17,9 +17,17 @@ HOT = {rank: HotExpert(layer=7, expert=24, over_mean=4.1) for rank in range(4)}
 
 
 def simulate(
-    change: Any = lambda turn, step: None, *, ranks: int = 4, steps: int = 200, travel: float = 0.0
+    change: Any = lambda turn, step: None,
+    *,
+    ranks: int = 4,
+    steps: int = 200,
+    travel: float = 0.0,
+    length: float = 1.0,
 ) -> Simulation:
-    """Ranks that are alike but for what `change(turn, step)` does to a step's numbers."""
+    """Ranks that are alike but for what `change(turn, step)` does to a step's numbers.
+
+    length: of everything that ranks do, as a multiple; a step of one takes about 5 ms.
+    """
     simulation = Simulation(ranks)
     for turn in range(steps):
         rows = [50 + 10 * (turn % 5)] * ranks
@@ -34,9 +42,10 @@ def simulate(
         step["host"][turn % ranks] += 0.2
         change(turn, step)
         pairs = zip(step["tokens"], step.pop("attention_per_token"), strict=True)
-        attention = [tokens * cost for tokens, cost in pairs]
+        attention = [tokens * cost * length for tokens, cost in pairs]
         pairs = zip(step["rows"], step.pop("experts_per_row"), strict=True)
-        experts = [rows * cost for rows, cost in pairs]
+        experts = [rows * cost * length for rows, cost in pairs]
+        step["host"] = [host * length for host in step["host"]]
         simulation.step(**step, attention=attention, experts=experts, travel=travel)
     return simulation
 
@@ -84,10 +93,21 @@ def test_a_slow_device_is_named_with_how_much_slower_it_is_at_equal_load(ranks):
         step["attention_per_token"][1] *= 1.31
         step["experts_per_row"][1] *= 1.31
 
-    analysis, (verdict, *rest) = run(slow, ranks=ranks)
+    analysis, (verdict, *rest) = run(slow, ranks=ranks, length=10)
     assert verdict.cause == "device" and verdict.ranks == [1] and not rest
     assert "rank 1 on h1 computes 31% slower" in verdict.text
     assert all(b.slowness < 1.01 for b in analysis.ranks if b.rank != 1)
+
+
+def test_a_rank_that_is_a_little_slower_is_named_once_chance_would_not_last_that_long():
+    def slow(turn, step):
+        step["attention_per_token"][1] *= 1.16
+        step["experts_per_row"][1] *= 1.16
+
+    analysis, (verdict,) = run(slow, length=4)
+    assert 3 < analysis.seconds < 6 and verdict.cause == "balanced"
+    analysis, (verdict,) = run(slow, length=50)
+    assert analysis.seconds > 40 and verdict.cause == "device" and verdict.ranks == [1]
 
 
 def test_a_slow_device_with_few_rows_is_told_from_a_hot_rank():
@@ -96,7 +116,7 @@ def test_a_slow_device_with_few_rows_is_told_from_a_hot_rank():
         step["experts_per_row"][2] *= 2
         step["attention_per_token"][2] *= 2
 
-    analysis, found = run(both)
+    analysis, found = run(both, length=100)
     by_cause = {verdict.cause: verdict.ranks for verdict in found}
     assert by_cause["load"] == [0] and by_cause["device"] == [2]
     assert analysis.ranks[0].slowness == pytest.approx(1, abs=0.02)
