@@ -86,6 +86,7 @@ class LLM:
         self.model = self._on_all_ranks(self._build)
         self.model.observe(self._telemetry)
         self.weights_report = self._fill()
+        self.model.settle()
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
         stamps = 1 + sum(layer.max_collectives for layer in self.model.moe_layers)
         stamps = stamps if config.profiler.enabled else 0

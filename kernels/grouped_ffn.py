@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.ops import native
+from engine.ops.panels import in_panels
 
 
 def grouped_ffn(
@@ -24,11 +25,14 @@ def grouped_ffn(
 
     x_RD [R, D] holds counts_e[0] rows of local expert 0, then counts_e[1] of expert 1, and so on
     (sum(counts_e) == R, zeros allowed). w13_e2FD [e, 2F, D]: w1 is the first F rows, w3 the other
-    F. w2_eDF is [e, D, F].
+    F. w2_eDF is [e, D, F]. Both may be in panels (`panels.py`): w13_e2FD each half by itself.
     out_RD: where to write the result, x's shape and dtype, not x itself; a new tensor by default.
     """
+    panels = in_panels(w13_e2FD)
+    assert panels == in_panels(w2_eDF), "both weights in panels, or none"
     if native.serves(x_RD, w13_e2FD, w2_eDF):
-        return torch.ops.lockstep_cpu.grouped_ffn(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD)
+        return torch.ops.lockstep_cpu.grouped_ffn(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, panels)
+    assert not panels, "weights in panels are for the compiled kernels alone"
     return grouped_ffn_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD)
 
 

@@ -10,14 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from engine.ops import native
+from engine.ops.panels import in_panels
 
 
 def linear(
     x_TD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns x_TD @ weight_OD^T (+ bias_O): [T, O] in x's dtype; leading dims of x are kept."""
+    """Returns x_TD @ weight_OD^T (+ bias_O): [T, O] in x's dtype; leading dims of x are kept.
+
+    weight_OD may be in panels (`panels.py`).
+    """
+    panels = in_panels(weight_OD)
     if native.serves(x_TD, weight_OD) and weight_OD.stride(1) == 1:
-        return torch.ops.lockstep_cpu.linear(x_TD, weight_OD, bias_O)
+        return torch.ops.lockstep_cpu.linear(x_TD, weight_OD, bias_O, panels)
+    assert not panels, "weights in panels are for the compiled kernels alone"
     return linear_reference(x_TD, weight_OD, bias_O)
 
 

@@ -22,6 +22,7 @@ from engine.layers.kv import KVSpec
 from engine.layers.parallel import empty_parameter, share_heads, sum_over
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
+from engine.ops.panels import to_panels
 from engine.ops.rms_norm import rms_norm
 from engine.ops.rotary import apply_rotary
 from engine.ops.store_kv import store_kv
@@ -180,6 +181,11 @@ class Attention(nn.Module):
         q = (wide_q * q_scale_T1).to(q.dtype) * self.q_norm
         k = (wide_k * k_scale_T1).to(k.dtype) * self.k_norm
         return q, k
+
+    def settle(self) -> None:
+        """The weights are final: bring them into the layout that is read fastest."""
+        for weight in (self.qkv_OD, self.out_DO):
+            to_panels(weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield the slots of this rank's heads; `prefix` is like model.layers.0.self_attn."""

@@ -31,6 +31,7 @@ from engine.layers.kv import KVSpec
 from engine.layers.parallel import empty_parameter, share_heads
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
+from engine.ops.panels import to_panels
 from engine.ops.rms_norm import rms_norm
 from engine.ops.rotary import apply_rotary
 from engine.ops.store_kv import store_kv
@@ -160,6 +161,12 @@ class LatentAttention(nn.Module):
             value_dim=self.spec.kv_rank,
             latent=True,
         )
+
+    def settle(self) -> None:
+        """The weights are final: bring those of `linear` into the layout that is read fastest."""
+        for weight in (self.down_OD, self.q_up_OQ, self.out_DO):
+            if weight is not None:
+                to_panels(weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Yield the slots of this rank's heads; `prefix` is like model.layers.0.self_attn."""

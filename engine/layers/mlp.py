@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.layers.parallel import empty_parameter
 from engine.ops.linear import linear
+from engine.ops.panels import to_panels
 from engine.ops.silu_and_mul import silu_and_mul
 from engine.weights import WeightSlot
 
@@ -52,6 +53,11 @@ class DenseMLP(nn.Module):
         if self.output_gate_1D is not None:
             out_TD = out_TD * linear(x_TD, self.output_gate_1D).sigmoid()
         return out_TD
+
+    def settle(self) -> None:
+        """The weights are final: bring them into the layout that is read fastest."""
+        for weight in (self.gate_up_2FD, self.down_DF):
+            to_panels(weight)
 
     def weight_slots(self, prefix: str, output_gate: str = "") -> Iterator[WeightSlot]:
         """Yield the slots under `prefix`; `output_gate` names the output gate's weight."""

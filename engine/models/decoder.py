@@ -30,6 +30,7 @@ from engine.moe.step import MoEStep
 from engine.moe.tuner import ChunkTuner
 from engine.moe.workspace import Workspace
 from engine.ops.linear import linear
+from engine.ops.panels import to_panels
 from engine.ops.rms_norm import add_rms_norm, rms_norm
 from engine.profiling.phases import Phase
 from engine.profiling.telemetry import Telemetry
@@ -140,6 +141,14 @@ class CausalLM(nn.Module):
         self.telemetry = telemetry
         for moe in self.moe_layers:
             moe.telemetry = telemetry
+
+    def settle(self) -> None:
+        """All slots are filled: bring weights into the layouts that are read fastest, in place."""
+        for layer in self._layers:
+            layer.attention.settle()
+            layer.mlp.settle()
+        if self.head_VD is not self.embedding_VD:
+            to_panels(self.head_VD)
 
     def forward(
         self,

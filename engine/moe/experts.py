@@ -1,7 +1,8 @@
 """Experts: one protocol over stacked weights, several ways to run the matrix products.
 
 `layer.py` hands over rows grouped by local expert and how many each has. All backends read the same
-two tensors, w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second copy.
+two tensors, w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second copy. Once they are
+filled, `settle` lets the backend rearrange them in place.
 
 | backend    | runs on   | how                                                                    |
 |------------|-----------|------------------------------------------------------------------------|
@@ -24,6 +25,7 @@ from torch import nn
 
 from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.huge_pages import prefer_huge_pages
+from engine.ops.panels import to_panels
 from engine.ops.silu_and_mul import silu_and_mul
 
 
@@ -37,6 +39,13 @@ class ExpertWeights(nn.Module):
         self.w13_e2FD = _empty(num_local, 2 * ffn, hidden, device=device, dtype=dtype)
         self.w2_eDF = _empty(num_local, hidden, ffn, device=device, dtype=dtype)
 
+    def to_panels(self) -> None:
+        """Bring them into the layout of the compiled CPU kernels, where those run: in place, and
+        for `grouped_ffn` alone from then on.
+        """
+        to_panels(self.w13_e2FD, stacked=2)
+        to_panels(self.w2_eDF)
+
 
 class ExpertsBackend(Protocol):
     """Runs the local experts' feed-forward: y = (silu(x w1^T) * (x w3^T)) w2^T for each expert's
@@ -44,6 +53,10 @@ class ExpertsBackend(Protocol):
     """
 
     name: str
+
+    def settle(self) -> None:
+        """The weights are final: a backend may bring them into a layout of its own, in place."""
+        ...
 
     def __call__(
         self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
@@ -62,6 +75,10 @@ class TorchExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
 
+    def settle(self) -> None:
+        """Into panels, where the native kernel runs."""
+        self._weights.to_panels()
+
     def __call__(
         self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -77,6 +94,9 @@ class GroupedMMExperts:
 
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
+
+    def settle(self) -> None:
+        """Stay as they are."""
 
     def __call__(
         self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
@@ -103,6 +123,9 @@ class TransformerEngineExperts:
         # From 2.17 the splits are a tensor; a list is what earlier releases take.
         annotation = inspect.signature(te.GroupedLinear.forward).parameters["m_splits"].annotation
         self._splits_as_tensor = "Tensor" in str(annotation)
+
+    def settle(self) -> None:
+        """Stay as they are: its modules hold views."""
 
     def __call__(
         self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None

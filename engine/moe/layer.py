@@ -39,6 +39,7 @@ from engine.config import CapacityConfig, MoEConfig
 from engine.config_world import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology, expert_range
+from engine.layers.mlp import DenseMLP
 from engine.moe.accounting import DropAccount
 from engine.moe.agreement import CapacityAgreement
 from engine.moe.dispatcher import Dispatcher
@@ -137,6 +138,12 @@ class MoELayer(nn.Module):
         self._second = Pipeline(beside, self._run_experts, layer)  # of a second half batch
         self._recorder = Recorder(layer, self._first_experts, group.rank)
         self.set_capacity(config.capacity)
+
+    def settle(self) -> None:
+        """The weights are final: the backend may bring them into a layout of its own, in place."""
+        self._run_experts.settle()
+        if isinstance(self.shared, DenseMLP):
+            self.shared.settle()
 
     @property
     def backend(self) -> str:

@@ -1,8 +1,8 @@
 """Verdicts: the straggler analysis in words, and what to do about it. Pure.
 
 One sentence a cause that costs the group a twentieth of its time or more (a tenth in a run of 4 s,
-where chance alone costs that much); "balanced" where nothing does. A rank is named where it stands out among the others, since chance makes every rank late now
-and then.
+where chance alone costs that much); "balanced" where nothing does. A rank is named where it stands
+out among the others, since chance makes every rank late now and then.
 """
 
 from __future__ import annotations

@@ -9,10 +9,15 @@ int64_t attention_scratch(const Attention& a) {
 // Calls f(form, width in vectors) for a block of rows.
 template <typename F>
 INLINE void with_form(const Attention& a, const AttentionItem& item, float* scratch, F&& f) {
-  const bool narrow = with_narrow(item.rows, [&](auto rows) {
+  const auto narrow = [&](auto rows) {
     f(Narrow<decltype(rows)::value>(a, item, scratch), std::integral_constant<int, 1>{});
-  });
-  if (narrow) return;
+  };
+  switch (item.rows) {
+    case 1: return narrow(std::integral_constant<int, 1>{});
+    case 2: return narrow(std::integral_constant<int, 2>{});
+    case 3: return narrow(std::integral_constant<int, 3>{});
+    case 4: return narrow(std::integral_constant<int, 4>{});
+  }
   for_each_block(item.rows, [&](auto width, int64_t, int64_t) {
     f(Wide<decltype(width)::value>(a, item, scratch), width);
   });

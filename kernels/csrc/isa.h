@@ -8,6 +8,7 @@ namespace {
 #include "simd.h"
 #include "narrow.h"
 #include "matmul.h"
+#include "panels.h"
 #include "attention_state.h"
 #include "attention_narrow.h"
 #include "attention_wide.h"
@@ -26,6 +27,8 @@ const Kernels table = {
     pack,
     linear,
     gate_up,
+    linear_panels,
+    gate_up_panels,
     CHUNK,
     attention_state,
     attention_scratch,

@@ -1,5 +1,5 @@
 // What the compiled kernels offer to library.cpp: plain functions on raw float pointers, one table
-// an instruction set. The same sources (simd.h, matmul.h, attention.h, elementwise.h) are compiled
+// an instruction set. The same sources (simd.h, matmul.h, panels.h, attention.h, elementwise.h) are compiled
 // once a set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built
 // on one host of a cluster runs on every other.
 //
@@ -51,6 +51,14 @@ struct Kernels {
   // hidden (packed, `width` deep) rows first .. first + count <- silu(x w1^T) * (x w3^T).
   void (*gate_up)(const float* packed, int64_t rows, int64_t depth, const float* w1, const float* w3,
                   int64_t first, int64_t count, float* hidden, int64_t width);
+
+  // The same for weights in panels (panels.h); `outputs` rows of weights in all.
+  void (*linear_panels)(const float* packed, int64_t rows, int64_t depth, const float* weight,
+                        int64_t outputs, const float* bias, int64_t first, int64_t count, float* out,
+                        int64_t out_stride);
+  void (*gate_up_panels)(const float* packed, int64_t rows, int64_t depth, const float* w1,
+                         const float* w3, int64_t first, int64_t count, float* hidden,
+                         int64_t width);
 
   int64_t chunk;  // keys of one chunk of a context
   int64_t (*attention_state)(const Attention&);    // floats of one state

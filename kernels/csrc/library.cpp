@@ -70,10 +70,11 @@ float* scratch(int64_t floats) {
 TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("select(str isa) -> str", &lockstep::select);
   m.def("built_from() -> str", &lockstep::built_from);
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("to_panels(Tensor(a!) weight) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool panels=False) -> Tensor");
   m.def(
-      "grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts, Tensor(a!)? into=None) -> "
-      "Tensor(a!)");
+      "grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts, Tensor(a!)? into=None, bool "
+      "panels=False) -> Tensor(a!)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "int[] query_lens, int[] context_lens, float scale, int window) -> Tensor");
@@ -89,6 +90,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
 }
 
 TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
+  m.impl("to_panels", &lockstep::to_panels);
   m.impl("linear", &lockstep::linear);
   m.impl("grouped_ffn", &lockstep::grouped_ffn);
   m.impl("paged_attention", &lockstep::paged_attention);

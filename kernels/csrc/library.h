@@ -36,10 +36,11 @@ void for_each_row(int64_t rows, int64_t floats_per_row, const F& f) {
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, floats_per_row)), f);
 }
 
+void to_panels(const at::Tensor& weight);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias);
+                  const std::optional<at::Tensor>& bias, bool panels);
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                       at::IntArrayRef counts, const std::optional<at::Tensor>& into);
+                       at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels);
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, at::IntArrayRef query_lens,
                            at::IntArrayRef context_lens, double scale, int64_t window);

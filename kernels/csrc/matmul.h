@@ -1,10 +1,12 @@
 // Matrix products on packed rows: one register tile, NR weight rows by MV vectors of x rows, reads
 // each weight once by broadcast while the packed rows stream from the second-level cache. Blocks of
-// a few rows go to narrow.h, which has the same results. Weights stay as the checkpoint stores them
-// ([out, in], row-major): nothing is prepacked or copied.
+// a few rows go to narrow.h, which has the same results. Weights lie as the checkpoint stores them
+// ([out, in], row-major), or in panels (panels.h).
 
 constexpr int MAX_MV = 3;
 constexpr int64_t BLOCK = MAX_MV * W;
+// How many columns ahead weights in panels are fetched: the processor does not look that far.
+constexpr int64_t FETCH = 64;
 // Outputs transposed at a time: whole tiles and whole vectors.
 constexpr int OUT = W > NR ? W : NR;
 
@@ -15,21 +17,22 @@ struct Ahead {
   const float *first, *second;
 };
 
-template <int MV>
+// KS: floats from one column of a weight row to the next.
+template <int MV, int KS>
 INLINE void tile_step(const float* const* row, const float* x, int64_t k, vf (&acc)[NR][MV]) {
   vf column[MV];
 #pragma GCC unroll 4
   for (int m = 0; m < MV; ++m) column[m] = load(x + (k * MV + m) * W);
 #pragma GCC unroll 8
   for (int n = 0; n < NR; ++n) {
-    const vf weight = splat(row[n][k]);
+    const vf weight = splat(row[n][k * KS]);
 #pragma GCC unroll 4
     for (int m = 0; m < MV; ++m) acc[n][m] += weight * column[m];
   }
 }
 
 // acc[n][m] = sum over k of rows[n][k] * x[k][m].
-template <int MV>
+template <int MV, int KS = 1>
 INLINE void tile(const float* const* rows, const float* x, int64_t depth, Ahead ahead,
                  vf (&acc)[NR][MV]) {
   constexpr int64_t HALF = NR / 2, LINE = 16, STEPS = LINE / HALF;  // HALF rows a line of STEPS each
@@ -46,10 +49,13 @@ INLINE void tile(const float* const* rows, const float* x, int64_t depth, Ahead 
       __builtin_prefetch(ahead.first + k * HALF);
       __builtin_prefetch(ahead.second + k * HALF);
 #pragma GCC unroll 8
-      for (int64_t step = 0; step < STEPS; ++step) tile_step<MV>(row, x, k + step, acc);
+      for (int64_t step = 0; step < STEPS; ++step) tile_step<MV, KS>(row, x, k + step, acc);
     }
   }
-  for (; k < depth; ++k) tile_step<MV>(row, x, k, acc);
+  for (; k < depth; ++k) {
+    if constexpr (KS > 1) __builtin_prefetch(row[0] + (k + FETCH) * KS);
+    tile_step<MV, KS>(row, x, k, acc);
+  }
 }
 
 // Calls f(mv, first row, rows) for each packed block of `rows` rows, mv its width in vectors.
@@ -96,6 +102,26 @@ void pack(const float* x, int64_t stride, int64_t rows, int64_t depth, float* pa
   });
 }
 
+// out[r][c] <- result[c][r] of `columns` outputs and `rows` rows of a block.
+template <int MV>
+INLINE void store_rows(const float* result, int64_t columns, int64_t rows, float* out,
+                       int64_t out_stride) {
+  for (int64_t c = 0; c < columns; c += W) {
+    const int64_t width = columns - c < W ? columns - c : W;
+    for (int m = 0; m < MV; ++m) {
+      vf v[W];
+      load_transposed(result + (c * MV + m) * W, MV * W, width, W, v);
+      for (int64_t r = 0; r < W && m * W + r < rows; ++r) {
+        float* to = out + (m * W + r) * out_stride + c;
+        if (width == W)
+          store(to, v[r]);
+        else
+          memcpy(to, &v[r], sizeof(float) * width);
+      }
+    }
+  }
+}
+
 void linear(const float* packed, int64_t rows, int64_t depth, const float* weight,
             int64_t weight_stride, const float* bias, int64_t first, int64_t count, float* out,
             int64_t out_stride) {
@@ -126,20 +152,7 @@ void linear(const float* packed, int64_t rows, int64_t depth, const float* weigh
           for (int m = 0; m < MV; ++m) store(result + ((i + n) * MV + m) * W, acc[n][m] + b);
         }
       }
-      for (int64_t c = 0; c < columns; c += W) {
-        const int64_t width = columns - c < W ? columns - c : W;
-        for (int m = 0; m < MV; ++m) {
-          vf v[W];
-          load_transposed(result + (c * MV + m) * W, MV * W, width, W, v);
-          for (int64_t r = 0; r < W && m * W + r < block_rows; ++r) {
-            float* to = out + (block + m * W + r) * out_stride + n0 + c;
-            if (width == W)
-              store(to, v[r]);
-            else
-              memcpy(to, &v[r], sizeof(float) * width);
-          }
-        }
-      }
+      store_rows<MV>(result, columns, block_rows, out + block * out_stride + n0, out_stride);
     });
   }
 }

@@ -31,6 +31,9 @@ int64_t rows_within(int64_t bytes, int64_t depth) {
   return std::max(block, rows / block * block);
 }
 
+// Rows of weights that lie transposed together; see panels.h.
+constexpr int64_t PANEL = 16;
+
 // Consecutive rows of one expert inside a wave. `packed` counts rows before it in the packed
 // buffer, where every segment starts on a whole vector.
 struct Segment {
@@ -48,7 +51,7 @@ std::vector<Piece> cut(const std::vector<Segment>& segments, int64_t depth, int6
   int64_t passes = 0;
   for (const Segment& segment : segments) passes += (segment.rows + pass - 1) / pass;
   int64_t strip = STRIP;
-  while (strip > lanes && passes * ((outputs + strip - 1) / strip) < PIECES * at::get_num_threads())
+  while (strip > std::max(lanes, PANEL) && passes * ((outputs + strip - 1) / strip) < PIECES * at::get_num_threads())
     strip /= 2;
   std::vector<Piece> pieces;
   for (const Segment& segment : segments)
@@ -92,11 +95,27 @@ at::Tensor rows_of(const at::Tensor& x, int64_t depth) {
 
 }  // namespace
 
+void to_panels(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() >= 2 && weight.is_contiguous() && weight.scalar_type() == at::kFloat,
+              "to_panels: contiguous float32 weights [..., N, K] expected, got ", weight.sizes());
+  const int64_t outputs = weight.size(-2), depth = weight.size(-1), panels = outputs / PANEL;
+  if (weight.numel() == 0) return;
+  float* data = weight.mutable_data_ptr<float>();
+  for_each_item(weight.numel() / (outputs * depth) * panels, [&](int64_t i) {
+    float* panel = data + (i / panels * outputs + i % panels * PANEL) * depth;
+    float* rows = scratch(PANEL * depth);
+    std::copy_n(panel, PANEL * depth, rows);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t n = 0; n < PANEL; ++n) panel[k * PANEL + n] = rows[n * depth + k];
+  });
+}
+
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias) {
+                  const std::optional<at::Tensor>& bias, bool panels) {
   const int64_t outputs = weight.size(0), depth = weight.size(1);
   TORCH_CHECK(x.size(-1) == depth && weight.stride(1) == 1, "linear: x [..., ", depth,
               "] and a row-major weight expected, got ", x.sizes(), " and ", weight.sizes());
+  TORCH_CHECK(!panels || weight.is_contiguous(), "linear: contiguous panels expected");
   TORCH_CHECK(!bias || (bias->numel() == outputs && bias->is_contiguous()), "linear: bias");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
@@ -113,17 +132,17 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
     const std::vector<Piece> pieces = cut(segment, depth, outputs);
     run(pieces.size(), segment[0].rows * outputs * depth, [&](int64_t i) {
       const Piece& p = pieces[i];
-      kernels().linear(packed + p.row * depth, p.rows, depth,
-                       weight.const_data_ptr<float>(), weight.stride(0),
-                       bias ? bias->const_data_ptr<float>() : nullptr, p.first, p.count,
-                       out.mutable_data_ptr<float>() + (first + p.row) * outputs, outputs);
+      const auto product = panels ? kernels().linear_panels : kernels().linear;
+      product(packed + p.row * depth, p.rows, depth, weight.const_data_ptr<float>(),
+              panels ? outputs : weight.stride(0), bias ? bias->const_data_ptr<float>() : nullptr,
+              p.first, p.count, out.mutable_data_ptr<float>() + (first + p.row) * outputs, outputs);
     });
   }
   return out;
 }
 
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                       at::IntArrayRef counts, const std::optional<at::Tensor>& into) {
+                       at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels) {
   const int64_t experts = w2.size(0), depth = w2.size(1), width = w2.size(2);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == depth && w13.size(0) == experts &&
                   w13.size(1) == 2 * width && w13.size(2) == depth && w13.is_contiguous() &&
@@ -161,6 +180,8 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
   float* result = out.mutable_data_ptr<float>();
   const float* w13_data = w13.const_data_ptr<float>();
   const float* w2_data = w2.const_data_ptr<float>();
+  const auto gate_up = panels ? kernels().gate_up_panels : kernels().gate_up;
+  const auto product = panels ? kernels().linear_panels : kernels().linear;
   for (const std::vector<Segment>& segments : waves) {
     int64_t rows = 0;
     for (const Segment& segment : segments) rows += segment.rows;
@@ -171,15 +192,15 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
       const Piece& p = up[i];
       const float* w1 = w13_data + p.segment->expert * 2 * width * depth;
       const int64_t at = p.segment->packed + p.row;
-      kernels().gate_up(packed + at * depth, p.rows, depth, w1, w1 + width * depth, p.first, p.count,
-                        hidden + at * width, width);
+      gate_up(packed + at * depth, p.rows, depth, w1, w1 + width * depth, p.first, p.count,
+              hidden + at * width, width);
     });
     const std::vector<Piece> down = cut(segments, width, depth);
     run(down.size(), work, [&](int64_t i) {
       const Piece& p = down[i];
-      kernels().linear(hidden + (p.segment->packed + p.row) * width, p.rows, width,
-                       w2_data + p.segment->expert * depth * width, width, nullptr, p.first, p.count,
-                       result + (p.segment->first + p.row) * depth, depth);
+      product(hidden + (p.segment->packed + p.row) * width, p.rows, width,
+              w2_data + p.segment->expert * depth * width, panels ? depth : width, nullptr, p.first,
+              p.count, result + (p.segment->first + p.row) * depth, depth);
     });
   }
   return out;
