@@ -259,8 +259,11 @@ class HostClock:
 class CudaClock:
     """Phase clock for CUDA: events on the current stream, read once they have passed.
 
-    Event times are turned into nanoseconds of the host's monotonic clock through one base event
-    that was synchronised when the clock was made, so ranks on one host compare directly.
+    Event times are turned into nanoseconds of the host's monotonic clock through a base event, so
+    ranks on one host compare directly. The first base is synchronised when the clock is made. From
+    then on the last event of a step that was read is the base of the next: the time between two
+    events is a float32 of milliseconds, which tells microseconds apart over seconds and no longer
+    over an hour.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -342,7 +345,9 @@ class CudaClock:
         columns = np.array(marks, dtype=np.int64).T
         spans = _spans(columns, sent, self._nanoseconds(events), self._nanoseconds(arrivals))
         # An arrival may be the event of a span too; each goes back into the pool once.
-        self._pool.extend({id(event): event for event in (*events, *arrivals)}.values())
+        free = {id(event): event for event in (self._base, *events, *arrivals)}
+        self._base, self._base_ns = free.pop(id(events[-1])), int(spans.ends[-1])
+        self._pool.extend(free.values())
         return spans
 
     def position(self) -> Position:

@@ -3,12 +3,22 @@
 Run: pytest tests/unit/test_profiling.py
 """
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 from engine.profiling.loads import LoadCounter
-from engine.profiling.phases import COLLECTIVE_PHASES, HostClock, NoClock, Phase, Spans, make_clock
+from engine.profiling.phases import (
+    COLLECTIVE_PHASES,
+    CudaClock,
+    HostClock,
+    NoClock,
+    Phase,
+    Spans,
+    make_clock,
+)
 from engine.profiling.waiting import breakdown, waiting_ns
 
 MS = 1_000_000
@@ -174,3 +184,47 @@ def test_load_counter_weighs_layers_by_their_rows():
     assert loads.reset_step() == pytest.approx(2.0)
     loads.clear()
     assert loads.max_over_mean() == 1.0 and not loads.layers
+
+
+class Events:
+    """Stands for torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
+
+    now_ns = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = -1
+
+    def record(self, stream: object = None) -> None:
+        self.at = Events.now_ns
+
+    def synchronize(self) -> None:
+        assert self.at >= 0
+
+    def elapsed_time(self, later: "Events") -> float:
+        return float(np.float32((later.at - self.at) * 1e-6))
+
+
+def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Events)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    Events.now_ns = 0
+    clock = CudaClock(torch.device("cuda", 0))
+    start = None
+    for _ in range(4000):  # four hours
+        Events.now_ns += 3_600_000_000
+        clock.enter(Phase.EXPERTS, 0, 1)
+        Events.now_ns += 7_000
+        clock.enter(Phase.OTHER)
+        Events.now_ns += 1_000
+        clock.close_step()
+        spans = clock.read()
+        assert spans is not None
+        start = spans.starts[0] if start is None else start
+    assert (spans.ends - spans.starts).tolist() == [
+        pytest.approx(7_000, abs=300),
+        pytest.approx(1_000, abs=300),
+    ]
+    whole = 3999 * (3_600_000_000 + 8_000)
+    assert spans.starts[0] - start == pytest.approx(whole, abs=1_000_000)
+    assert len(clock._pool) <= 4, "events go round"
