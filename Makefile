@@ -49,7 +49,7 @@ format: setup
 # One thread a process: the distributed tests start up to eight ranks. The limit ends a hung run.
 test: lint
 	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) \
-	    $(BIN)/python -m pytest tests/unit tests/models tests/distributed
+	    $(BIN)/python -m pytest tests/unit tests/models tests/distributed tests/gpu
 	@echo 'make test: lint, types and tests passed'
 
 # Its files run two at a time: they mostly wait. -rs: what is not installed here is named.

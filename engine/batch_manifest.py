@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.batch_input import InputIndex
-from engine.config import Config
+from engine.config import Config, DispatchConfig
 from engine.durable import read_json, write_json
 from engine.ledger import Ledger
 
@@ -48,7 +48,12 @@ def make_manifest(index: InputIndex, config: Config) -> dict[str, Any]:
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that change results, by dotted name; JSON-ready."""
+    """Return the settings that change results, by dotted name; JSON-ready.
+
+    Those of moe.dispatch stand there only where they are not the default: ledgers from before they
+    counted still resume. moe.overlap.by = tokens is left out, though it may change results by
+    rounding where the GEMM library picks its kernel by the number of rows.
+    """
     tree: dict[str, Any] = {
         "model": asdict(config.model),
         "moe": {"capacity": asdict(config.moe.capacity)},
@@ -59,6 +64,12 @@ def result_settings(config: Config) -> dict[str, Any]:
             tree["model"][key] = str(Path(tree["model"][key]).resolve())
     if config.model.load_format == "dummy":
         tree["runtime"] = {"seed": config.runtime.seed}
+    dispatch, default = config.moe.dispatch, DispatchConfig()
+    tree["moe"]["dispatch"] = {
+        key: getattr(dispatch, key)
+        for key in ("dtype", "partial_sums")  # deduplicate changes no bit
+        if getattr(dispatch, key) != getattr(default, key)
+    }
     return json.loads(json.dumps(_flat(tree)))
 
 

@@ -7,11 +7,13 @@ Requests keep their index in the whole input: seeds, duplicates and line numbers
 without slices. Whoever finishes a slice looks, under the lock of the whole output, whether all are
 there; the last one copies them, in order, into the output and removes them:
 
-    1. copy      <output>.tmp, synced, renamed to <output>
-    2. seal      <output>.job.json: from here on the output is complete
-    3. remove    the slices
+    1. copy      <output>.merge-<host>-<pid>-<random>.tmp, synced, renamed to <output>
+    2. seal      if it is as long as the slices, <output>.job.json: now the output is complete
+    3. remove    the slices, and copies that killed merges left
 
 Killed before 2, any slice that is run again does all of it anew; after 2 it removes what is left.
+On a file system without locks several may merge at once: each copies into a file of its own, and
+the others find that the first has sealed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +38,7 @@ from engine.ledger import Ledger, parts_dir
 _COPY_BYTES = 4 << 20
 _PATIENCE_S = 600.0  # for another run that merges at this moment
 _NAME = re.compile(r"\.slice-(\d{5})-of-(\d{5})(.*)")
+_COPY = re.compile(r"\.merge-(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
 _SUMS = ("total", "resumed", "errors", "requests", "prompt_tokens", "generated_tokens")
 MOST = 99_999
 
@@ -109,15 +114,30 @@ def join(output: Path, count: int, manifest: dict[str, Any]) -> str:
         if missing:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             return f"slices {shown} of {count} are not complete yet; the last one merges all"
-        _copy([part.output(output) for part in slices], output)
-        reports = [read_json(beside(part.output(output), "report.json")) for part in slices]
-        report = _total(reports)
-        first = beside(slices[0].output(output), "config.yaml")
-        write_text(beside(output, "config.yaml"), first.read_text(encoding="utf-8"))
-        write_text(beside(output, "report.json"), json.dumps(report, indent=2) + "\n")
-        seal(ledger, manifest, report["errors"])
+        try:
+            _merge([part.output(output) for part in slices], output, ledger, manifest)
+        except FileNotFoundError:
+            # Without locks another run may have sealed and begun to remove.
+            if finished_as(output, manifest) != []:
+                raise
         _remove_slices(output)
         return f"{output} is complete: {count} slices, merged"
+
+
+def _merge(slices: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any]) -> None:
+    """Copy and seal. Raises JobError, with the slices untouched, for a copy of the wrong size."""
+    size = sum(path.stat().st_size for path in slices)
+    report = _total([read_json(beside(path, "report.json")) for path in slices])
+    config = beside(slices[0], "config.yaml").read_text(encoding="utf-8")
+    _copy(slices, output)
+    write_text(beside(output, "config.yaml"), config)
+    write_text(beside(output, "report.json"), json.dumps(report, indent=2) + "\n")
+    if (copied := output.stat().st_size) != size:
+        raise JobError(
+            f"{output} is {copied} bytes, its slices are {size}: something else has written to one "
+            "of them. The slices are kept; run any of them again to merge anew"
+        )
+    seal(ledger, manifest, report["errors"])
 
 
 @contextmanager
@@ -165,7 +185,12 @@ def _complete(part: Slice, output: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _copy(sources: list[Path], output: Path) -> None:
-    temporary = output.with_name(output.name + ".tmp")
+    host = socket.gethostname()
+    for path, match in _files_like(_COPY, output):
+        if match[1] == host and not _is_alive(int(match[2])):
+            path.unlink(missing_ok=True)  # before it takes the room of this copy
+    own = f"{output.name}.merge-{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary = output.with_name(own)
     try:
         with temporary.open("wb") as out:
             for source in sources:
@@ -180,6 +205,16 @@ def _copy(sources: list[Path], output: Path) -> None:
     fsync_directory(output.parent)
 
 
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
+
+
 def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
     """One report of all slices: their sums, then each of them."""
     present = [report or {} for report in reports]
@@ -189,22 +224,24 @@ def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 def _slices(output: Path) -> set[int]:
     """The divisions of which slices, begun or complete, lie beside the output."""
-    return {int(match[2]) for _, match in _slice_files(output)}
+    return {int(match[2]) for _, match in _files_like(_NAME, output)}
 
 
 def _remove_slices(output: Path) -> None:
-    for path, _ in _slice_files(output):
+    """Once the output is sealed: the slices, and copies of it that nobody needs any more."""
+    for path, _ in _files_like(_NAME, output) + _files_like(_COPY, output):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # a ledger that another run has just left
         else:
             path.unlink(missing_ok=True)
 
 
-def _slice_files(output: Path) -> list[tuple[Path, re.Match[str]]]:
+def _files_like(pattern: re.Pattern[str], output: Path) -> list[tuple[Path, re.Match[str]]]:
+    """What stands beside the output under its name and a suffix of this pattern."""
     found = []
     for path in output.parent.iterdir():
         if path.name.startswith(output.name):
-            match = _NAME.fullmatch(path.name, len(output.name))
+            match = pattern.fullmatch(path.name, len(output.name))
             if match is not None:
                 found.append((path, match))
     return found

@@ -100,6 +100,11 @@ def describe(hint: Any) -> str:
 
 
 def _nearest_choice(value: Any, hint: Any) -> str:
+    """Name the valid choice that was probably meant by a value, or by an item of a list."""
+    if get_origin(hint) is tuple and isinstance(value, tuple):
+        item_hint = get_args(hint)[0]
+        wrong = (item for item in value if not _matches(item, item_hint))
+        return next(filter(None, (_nearest_choice(item, item_hint) for item in wrong)), "")
     choices = [choice for option in alternatives(hint) for choice in get_args(option)]
     names = [choice for choice in choices if isinstance(choice, str)]
     near = difflib.get_close_matches(str(value), names, n=1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from engine.config import Config, ModelConfig
 from engine.config_check import ConfigError, alternatives, type_hints
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_MAX_DIGITS = 300
 
 
 class _WrittenNumber(float):
@@ -35,6 +37,13 @@ class _WrittenNumber(float):
         return number
 
     text: str
+
+
+class _LongNumber(str):
+    """The digits of a whole number that no setting can hold."""
+
+    def __repr__(self) -> str:
+        return f"{self[:8]}... ({len(self)} digits)"
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,6 +59,10 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"the key {key!r} stands twice", mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int | _LongNumber:
+        """An int, if a float can hold it and Python is willing to print it."""
+        return int(node.value) if len(node.value) <= _MAX_DIGITS else _LongNumber(node.value)
 
     def construct_written_number(self, node: yaml.ScalarNode) -> _WrittenNumber:
         """A float with the text it was written as."""
@@ -73,7 +86,7 @@ for _schema in (_Loader, _Dumper):  # the core schema, for both, so that what is
         ("float", _FLOAT, list("-+.0123456789iI")),
     ):
         _schema.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_written_number)
 
 
@@ -99,7 +112,7 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
     Raises `ConfigError` that lists every unknown key, missing key, wrong type and broken rule.
     """
     path = find_config(name_or_path)
-    tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    tree = _parse(_read(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections of keys ({', '.join(type_hints(Config))})")
     for override in overrides:
@@ -117,7 +130,7 @@ def find_config(name_or_path: str) -> Path:
     stems = [given] if given.is_absolute() else [given, *(folder / given for folder in folders)]
     for stem in stems:
         for candidate in (stem, stem.with_name(stem.name + ".yaml")):
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # Path.is_file raises in a folder that may not be read
                 return candidate
     names = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
     near = difflib.get_close_matches(given.name.removesuffix(".yaml"), names, n=1)
@@ -132,10 +145,10 @@ def config_from_tree(tree: Mapping[str, Any]) -> Config:
     problems: list[str] = []
     values = _section_values(Config, tree, "", problems)
     # A stand-in for what is missing lets the rest be checked too, for one list of all problems.
-    missing = "model" not in values or "path" not in values["model"]
-    if missing:
+    model = values.setdefault("model", {})
+    if isinstance(model, dict) and "path" not in model:
         problems.append("model.path: is missing; name a local Hugging Face checkpoint directory")
-        values["model"] = {**values.get("model", {}), "path": "missing"}
+        model["path"] = "missing"
     try:
         config = _construct(Config, values)
     except ConfigError as error:
@@ -156,10 +169,29 @@ def digest(config: Config) -> str:
     return hashlib.sha256(to_yaml(config).encode()).hexdigest()
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); save "
+            "it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; make it readable, or name another --config"
+        ) from error
+
+
+# Besides its own: what the constructors of explicit tags raise, and nesting without end.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
+        source = source if len(source) <= 200 else f"{source[:200]}..."
         raise ConfigError(f"{source}: is not valid YAML: {error}") from error
 
 
@@ -185,7 +217,12 @@ def _section_values(
     hints, values = type_hints(section), {}
     for key, value in tree.items():
         if key not in hints:
-            problems.append(f"{prefix}{key}: unknown key{_nearest_key(prefix, str(key))}")
+            near = _nearest_key(prefix, str(key))
+            problems.append(f"{prefix}{key} = {_shown(value)}: unknown key{near}")
+        elif long := [item for item in _items(value) if isinstance(item, _LongNumber)]:
+            problems.append(f"{prefix}{key} = {long[0]!r}: must have at most {_MAX_DIGITS} digits")
+            if (prefix, key) == ("model.", "path"):
+                values[key] = "wrong"  # but not missing
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             values[key] = _section_values(hints[key], value, f"{prefix}{key}.", problems)  # type: ignore[arg-type]
         elif dataclasses.is_dataclass(hints[key]) and value is None:
@@ -193,6 +230,15 @@ def _section_values(
         else:
             values[key] = _convert(value, hints[key])
     return values
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _construct(section: type, values: Mapping[str, Any]) -> Any:
@@ -211,7 +257,7 @@ def _construct(section: type, values: Mapping[str, Any]) -> Any:
 def _convert(value: Any, hint: Any) -> Any:
     """Shape a YAML value as the field holds it; what does not fit is left for the checks."""
     if get_origin(hint) is tuple and value is not None:
-        items = value if isinstance(value, list) else [value]
+        items = _items(value)
         if value == "both":  # of two choices: moe.capacity.phases
             items = list(get_args(get_args(hint)[0])) or items
         return tuple(_convert(item, get_args(hint)[0]) for item in items)
@@ -229,10 +275,11 @@ def _is_written(hint: Any) -> bool:
 
 
 def _resolve(path: Any) -> Any:
-    if not isinstance(path, str) or not path or Path(path).exists():
+    # os.path: Path.exists raises for a name that is too long or in a folder that may not be read.
+    if not isinstance(path, str) or not path or os.path.exists(path):
         return path
     below_root = PROJECT_ROOT / path
-    return str(below_root) if below_root.exists() else path
+    return str(below_root) if os.path.exists(below_root) else path
 
 
 def _all_keys(section: type, prefix: str = "") -> Iterator[str]:

@@ -34,14 +34,14 @@ from engine.distributed.faults import Place
 from engine.distributed.groups import Topology
 from engine.interrupts import StopRequest
 from engine.kv_cache import BlockPool
-from engine.latency import timed
+from engine.latency import Sample, timed
 from engine.layers.kv import KVCache
 from engine.loop import GenerationLoop, OnStep, Sink
 from engine.measuring import open_outlets
 from engine.memory import num_kv_blocks
 from engine.meter import Meter
 from engine.models.decoder import CausalLM
-from engine.models.registry import build_model
+from engine.models.registry import build_model, read_config
 from engine.preflight import check_runnable
 from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
@@ -74,16 +74,22 @@ class LLM:
     """
 
     def __init__(self, config: Config, topology: Topology | None = None) -> None:
-        check_runnable(config, os.environ)
         self.config = config
         self._owns_topology = topology is None
-        self.topology = topology = topology or bootstrap.start(config)
+        if topology is None:
+            with bootstrap.telling_all():
+                check_runnable(config, os.environ)
+            topology = bootstrap.start(config)
+        self.topology = topology
+        if not self._owns_topology:
+            self._on_all_ranks(lambda: check_runnable(config, os.environ))
+        hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
         self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled))
         self.tokenizer: Any = self._on_all_ranks(lambda: load_tokenizer(config.model))
         self.eos_token_ids = self._on_all_ranks(
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
         )
-        self.model = self._on_all_ranks(self._build)
+        self.model = self._on_all_ranks(lambda: self._build(hf_config))
         self.model.observe(self._telemetry)
         self.weights_report = self._fill()
         self.model.settle()
@@ -194,7 +200,7 @@ class LLM:
             assignments_per_token=sum(layer.spec.router.top_k for layer in self.model.moe_layers),
             capacity_phases=() if capacity.policy == "none" else capacity.phases,
         )
-        latencies: dict[str, list[float]] = {"ttft": [], "tpot": []}
+        latencies = {"ttft": Sample(), "tpot": Sample()}
         preempted = self._scheduler.num_preemptions
         layers = self.model.moe_layers
         before = {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in layers}
@@ -255,11 +261,8 @@ class LLM:
     def _open_outlets(self) -> Outlets:
         return open_outlets(self.config, self.topology, self.model, self._clock_offset)
 
-    def _build(self) -> CausalLM:
-        from transformers import AutoConfig
-
+    def _build(self, hf_config: Any) -> CausalLM:
         config, topology = self.config, self.topology
-        hf_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=False)
         dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
         model = build_model(hf_config, config, topology, topology.device, dtype)
         for layer in model.moe_layers[:1]:

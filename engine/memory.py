@@ -11,9 +11,9 @@ experts may keep, whatever the router does:
     received = e * C,  C = max(1, ceil(gamma * W * T * K / E))
 
 8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows against 24,576 at gamma = 1.5.
-With moe.capacity.speed_aware a fast rank gets up to twice that. Tokens of a phase without capacity
-add min(K, e) rows each, and `local` consensus rounds once a rank: e * (W - 1) rows more. A rank
-sends its tokens' K rows and, with Expanded Drop, what its own experts add. From the rows:
+`local` consensus rounds once a rank: e * (W - 1) rows more. With moe.capacity.speed_aware a fast
+rank gets up to twice that. Tokens of a phase without capacity add min(K, e) rows each. A rank sends
+its tokens' K rows and, with Expanded Drop, what its own experts add. From the rows:
 
     bytes = (sent + 2 * received) * D      the buffers of engine/moe/workspace.py
           + received * 3 * F               gate, up and their product, where the backend holds them
@@ -82,10 +82,10 @@ def row_bound(
     if share >= shape.num_experts:
         return dropless
     slots = shape.num_local_experts * max(1, math.ceil(share * tokens / shape.num_experts))
-    if capacity.speed_aware:
-        slots = slots * MOST // ONE
     if capacity.consensus == "local":
         slots += shape.num_local_experts * (num_ranks - 1)
+    if capacity.speed_aware:
+        slots = slots * MOST // ONE  # each rank's own rounded capacity is shared out by itself
     passing = 0
     if "prefill" not in capacity.phases:
         passing = tokens

@@ -1,4 +1,4 @@
-"""Can this machine run this config? Asked by `llm.py` and `batch.py` before any rank joins another.
+"""Can this machine run this config? Asked by `infer.py` and `llm.py` before any rank joins another.
 
 Answers from the file system and the visible devices alone, so a missing checkpoint or GPU costs a
 second and a plain message, and not a stack trace from each of eight ranks.
@@ -7,6 +7,7 @@ second and a plain message, and not a stack trace from each of eight ranks.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def read_num_experts(folder: Path) -> int:
 
 def _checkpoint_problems(config: Config) -> Iterator[str]:
     model, folder = config.model, Path(config.model.path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a folder may not be read
         if folder.parts[:2] == Path(_BUNDLED).parts:
             remedy = "it is part of the repository: restore it with `git checkout -- configs`"
         else:
@@ -70,15 +71,21 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
                 "tokenizer), or name its place with --set model.path=DIR"
             )
         yield f"model.path = {model.path!r}: no such directory; {remedy}"
-    elif not (folder / "config.json").is_file():
-        yield f"model.path = {model.path!r}: holds no config.json, so it is no checkpoint"
+    elif not os.path.isfile(folder / "config.json"):
+        yield (
+            f"model.path = {model.path!r}: holds no config.json, so it is no checkpoint; name the "
+            "folder that has it, or download the checkpoint again"
+        )
     elif model.load_format == "safetensors" and not any(folder.glob("*.safetensors")):
         yield (
             f"model.path = {model.path!r}: holds no *.safetensors, the only weights that are read; "
             "convert the checkpoint, or pass --set model.load_format=dummy for random weights"
         )
-    if model.tokenizer is not None and not Path(model.tokenizer).is_dir():
-        yield f"model.tokenizer = {model.tokenizer!r}: no such directory"
+    if model.tokenizer is not None and not os.path.isdir(model.tokenizer):
+        yield (
+            f"model.tokenizer = {model.tokenizer!r}: no such directory; name a Hugging Face "
+            "tokenizer's, or pass --set model.tokenizer=null to use the one in model.path"
+        )
 
 
 def _device_problems(config: Config, environ: Mapping[str, str]) -> Iterator[str]:

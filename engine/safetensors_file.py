@@ -29,6 +29,7 @@ _BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
+_DAMAGED = "the file is damaged; download or copy it again"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -126,11 +127,10 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
         value = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the header is not valid JSON ({error}): the file is damaged; download or "
-            "write it again"
+            f"{path}: the header is not valid JSON ({error}): {_DAMAGED}"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object: the file is damaged")
+        raise CheckpointError(f"{path}: the header is not a JSON object: {_DAMAGED}")
     return value
 
 
@@ -146,13 +146,13 @@ def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{path}: tensor {name!r} has a damaged header item {str(value)[:120]}: it needs "
-            "dtype, shape and data_offsets [begin, end]"
+            f"dtype, shape and data_offsets [begin, end]: {_DAMAGED}"
         ) from None
     bits = math.prod(shape) * _BITS.get(dtype, 0)
     if dtype in _BITS and bits != 8 * (end - begin):
         raise CheckpointError(
             f"{path}: tensor {name!r} of dtype {dtype} and shape {shape} takes {bits / 8:g} bytes, "
-            f"but the header gives it {end - begin}: the file is damaged"
+            f"but the header gives it {end - begin}: {_DAMAGED}"
         )
     return TensorEntry(path, dtype, tuple(shape), start + begin, end - begin)
 
@@ -165,7 +165,7 @@ def _check_layout(path: Path, entries: Mapping[str, TensorEntry], start: int, si
     ):
         if entry.offset != position:
             fault = "overlaps the tensor before it" if entry.offset < position else "follows a gap"
-            raise CheckpointError(f"{path}: tensor {name!r} {fault}: the file is damaged")
+            raise CheckpointError(f"{path}: tensor {name!r} {fault}: {_DAMAGED}")
         position += entry.num_bytes
         if position > size:
             raise CheckpointError(
@@ -174,7 +174,7 @@ def _check_layout(path: Path, entries: Mapping[str, TensorEntry], start: int, si
             )
     if position != size:
         raise CheckpointError(
-            f"{path} holds {size - position} bytes after its last tensor: the file is damaged"
+            f"{path} holds {size - position} bytes after its last tensor: {_DAMAGED}"
         )
 
 
@@ -203,11 +203,14 @@ def _read_index(path: Path) -> tuple[dict[str, str], int]:
         or not weight_map
         or not all(isinstance(file, str) for file in weight_map.values())
     ):
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+        raise CheckpointError(
+            f"{path}: weight_map must map tensor names to file names; download the index again"
+        )
     files = set(weight_map.values())
     if outside := sorted(file for file in files if Path(file).name != file or "\0" in file):
         raise CheckpointError(
-            f"{path} names {outside[0]!r}: files must lie beside the index, without a folder"
+            f"{path} names {outside[0]!r}: files must lie beside the index, without a folder; "
+            "move them there and correct the index"
         )
     if missing := sorted(file for file in files if not (path.parent / file).exists()):
         raise CheckpointError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
+from engine.latency import Sample, Taken, pooled
 from engine.loop import Totals
 from engine.moe.shares import ONE
 from engine.profiling.collector import Collector, PhaseTotals
@@ -36,7 +37,7 @@ class _Share:
     rank: RankReport
     profile: RankProfile
     replica: int
-    latencies: dict[str, list[float]]
+    latencies: dict[str, Taken]
     seconds: float
     clock_error: float
     drops: dict[int, LayerDrops]
@@ -47,7 +48,7 @@ def run_report(
     seconds: float,
     totals: Totals,
     profile: Collector,
-    latencies: dict[str, list[float]],
+    latencies: dict[str, Sample],
     loads: LoadCounter,
     topology: Topology,
     *,
@@ -94,7 +95,7 @@ def run_report(
             },
         ),
         replica=topology.replica,
-        latencies=latencies,
+        latencies={key: sample.taken() for key, sample in latencies.items()},
         seconds=seconds,
         clock_error=clock_error,
         drops=drops,
@@ -117,10 +118,7 @@ def run_report(
         max_over_mean_after=loads.max_over_mean_after(),
         speed_bound=loads.speed_bound(),
         totals=_totals(layers, group, totals.steps),
-        latencies={
-            key: [value for share in everyone for value in share.latencies[key]]
-            for key in latencies
-        },
+        latencies={key: pooled([share.latencies[key] for share in everyone]) for key in latencies},
         verdict=verdicts(analysis, _hottest(group), policy),
         lost=analysis.lost,
         clock_error=max(share.clock_error for share in everyone),

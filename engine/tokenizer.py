@@ -30,6 +30,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):  # transformers' advice to run it
+            raise ValueError(
+                f"model.tokenizer: the tokenizer in {path} is code of its own, which is never run; "
+                "name one with a tokenizer.json"
+            ) from error
         raise ValueError(
             f"model.tokenizer: cannot read the tokenizer in {path}: {error}; check its files"
         ) from error

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from engine.distributed.collectives import gather_objects
-from engine.distributed.errors import merge_errors
+from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
 from engine.safetensors_file import Catalog, CheckpointError, read_catalog
 from engine.weight_reader import DTYPES, ReadJob, read_all
@@ -115,8 +115,10 @@ def _agree_on_catalog(
     answers = _gather((error, _digest(catalog), names), group)
     _raise_any([error for error, _, _ in answers], group)
     if len({digest for _, digest, _ in answers}) > 1:
+        found = _differences(_gather(_digest_files(catalog), group), group)
         raise CheckpointError(
-            f"the hosts of this run hold different files in {path}: copy the same to all"
+            f"the hosts of this run hold different files in {path}: {'; '.join(found[:_SHOWN])}"
+            f"{'; ...' if len(found) > _SHOWN else ''}; copy the same to all"
         )
     wanted = {name: want for _, _, names in answers for name, want in names.items()}
     # All ranks check everything, so they agree, unless they were told to ignore different names.
@@ -170,7 +172,8 @@ def _mismatches(
         [_with_nearest(name, extra) if i < _SHOWN else name for i, name in enumerate(missing)],
     )
     yield from _listed(
-        "tensors belong to no part of the model",
+        "tensors belong to no part of the model; is config.json theirs? if so, use the files it "
+        "was published with",
         [f"{name} in {catalog.entries[name].file.name}" for name in extra],
     )
     yield from _listed("tensors have the wrong shape; is config.json theirs?", misshapen)
@@ -193,11 +196,34 @@ def _with_nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _digest(catalog: Catalog) -> str:
-    state = hashlib.sha256()
+    return hashlib.sha256(repr(sorted(_digest_files(catalog).items())).encode()).hexdigest()
+
+
+def _digest_files(catalog: Catalog) -> dict[str, str]:
+    """What each file of a checkpoint holds and where, as a digest by file name."""
+    states: dict[str, Any] = {}
     for name, entry in sorted(catalog.entries.items()):
-        line = (name, entry.file.name, entry.dtype, entry.shape, entry.offset)
+        line = (name, entry.dtype, entry.shape, entry.offset)
+        state = states.setdefault(entry.file.name, hashlib.sha256())
         state.update(repr(line).encode(errors="backslashreplace"))
-    return state.hexdigest()
+    return {file: state.hexdigest() for file, state in sorted(states.items())}
+
+
+def _differences(digests: Sequence[Mapping[str, str]], group: Group | None) -> list[str]:
+    """A sentence for each file that not all ranks have, or not the same."""
+    ranks = (0,) if group is None else group.ranks
+    found = []
+    for file in sorted({file for files in digests for file in files}):
+        ranks_of: dict[str | None, list[int]] = {}
+        for rank, files in zip(ranks, digests, strict=True):
+            ranks_of.setdefault(files.get(file), []).append(rank)
+        missing = ranks_of.pop(None, None)
+        if len(ranks_of) > 1:
+            found.append(f"{file} differs on {' and '.join(map(name_ranks, ranks_of.values()))}")
+        elif missing:
+            (owners,) = ranks_of.values()
+            found.append(f"{file} is only on {name_ranks(owners)}")
+    return found
 
 
 def fill_dummy(slots: Iterable[WeightSlot], seed: int) -> None:

@@ -27,10 +27,8 @@ from engine.batch_slices import Slice
 from engine.config_io import PROJECT_ROOT, load_config, to_yaml
 from engine.distributed import bootstrap
 from engine.distributed.agent import let_rank_0_go_first
-from engine.distributed.errors import RendezvousError
+from engine.distributed.errors import RendezvousError, UnheardError
 from engine.preflight import check_runnable
-
-_PATIENCE_S = 20.0  # its imports may take that long, when many start at once
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,24 +55,27 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, run; return the exit code."""
-    rank = 0
+    rank = local_rank = 0
     try:
-        rank = bootstrap.discover(os.environ).rank
-        args = _parse(argv)
-        config = load_config(args.config, args.overrides)
-        if args.print_config:
-            print(to_yaml(config) if rank == 0 else "", end="")
-            return 0
-        part = None if args.slice is None else Slice.parse(args.slice)
-        check_runnable(config, os.environ)
+        launch = bootstrap.discover(os.environ)
+        rank, local_rank = launch.rank, launch.local_rank
+        with bootstrap.telling_all():  # this host may lack what the others have
+            args = _parse(argv)
+            config = load_config(args.config, args.overrides)
+            if args.print_config:
+                print(to_yaml(config) if rank == 0 else "", end="")
+                return 0
+            part = None if args.slice is None else Slice.parse(args.slice)
+            check_runnable(config, os.environ)
         topology = bootstrap.start(config)
         run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, part=part)
         bootstrap.stop(topology)
-    except ValueError as error:  # the user's to mend, and the same on every rank
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:  # the user's to mend, and the same on every rank that knows of it
+        if rank == 0 or (isinstance(error, UnheardError) and local_rank == 0):
+            place = f"rank {rank} on {os.uname().nodename}: " if rank else ""
+            print(f"{place}error: {error}", file=sys.stderr)
         else:
-            let_rank_0_go_first(_PATIENCE_S)
+            let_rank_0_go_first(bootstrap.PATIENCE_S)
         return 2
     except (JobFailed, RendezvousError, Stopped) as error:
         if str(error):  # otherwise another rank has told

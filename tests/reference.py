@@ -195,7 +195,9 @@ def _limits(pool, rules, bounds, capacity, own) -> tuple[int, list[int]]:
 
 
 def _slots(rules, bounds, capacity) -> list[int]:
-    """Slots of every pool: even, or the same sum by the shares of the ranks that host them."""
+    """Slots of every pool: even, or the same sum by the shares of the ranks that host them, none
+    above twice the even one.
+    """
     sizes, owners = [], []
     for rank, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         pools = [1] * (end - first) if rules.scope == "expert" else [end - first]
@@ -204,7 +206,18 @@ def _slots(rules, bounds, capacity) -> list[int]:
     if rules.shares is None:
         return [size * capacity for size in sizes]
     weights = [size * rules.shares[owner] for size, owner in zip(sizes, owners, strict=True)]
-    exact = [Fraction(sum(sizes) * capacity * weight, sum(weights)) for weight in weights]
+    left, bounded = sum(sizes) * capacity, {}
+    while True:
+        open_weight = sum(w for pool, w in enumerate(weights) if pool not in bounded)
+        exact = [
+            Fraction(bounded[pool] if pool in bounded else Fraction(left * w, open_weight))
+            for pool, w in enumerate(weights)
+        ]
+        over = [pool for pool, size in enumerate(sizes) if exact[pool] > 2 * size * capacity]
+        if not over:
+            break
+        bounded[over[0]] = 2 * sizes[over[0]] * capacity
+        left -= bounded[over[0]]
     slots = [math.floor(share) for share in exact]
     by_rest = sorted(range(len(sizes)), key=lambda pool: (slots[pool] - exact[pool], pool))
     for pool in by_rest[: sum(sizes) * capacity - sum(slots)]:

@@ -7,8 +7,8 @@ A stopped worker (SIGSTOP, a suspended job) does not hear the agent's SIGTERM: t
 for it (`torchrun --shutdown-timeout`) before it kills it, and only then starts the next round. When
 the run is over anyway, a survivor on the same host ends it at once.
 
-Launchers end all workers when one has left. An error that all ranks have is told by rank 0, so the
-others let it go first.
+Launchers end all workers when one has left. An error that all ranks have is told by rank 0, one
+that they do not know of by the first rank of its host, so the others let these go first.
 
 Loads nothing slow. Linux only; elsewhere, and without such a launcher, nothing happens.
 """
@@ -26,8 +26,14 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1
-# Who a worker is, under torchrun and DeepSpeed, Open MPI, MPICH and Slurm.
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_HEAD_START_S = 1.0
+# Who a worker is in the run and on its host, under torchrun and DeepSpeed, Open MPI, MPICH, Slurm.
+_RANKS = {
+    "RANK": "LOCAL_RANK",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMI_RANK": "MPI_LOCALRANKID",
+    "SLURM_PROCID": "SLURM_LOCALID",
+}
 
 
 def die_with_agent(environ: Mapping[str, str] = os.environ) -> None:
@@ -64,11 +70,14 @@ def end_stopped(environ: Mapping[str, str] = os.environ) -> list[int]:
 
 
 def let_rank_0_go_first(patience_s: float) -> None:
-    """Wait until rank 0 has left, if it is a worker of the same agent and as long as that.
+    """Wait until rank 0, or else its host's first rank, has left, at most `patience_s`.
 
-    To be called by another rank before it ends its process because of an error of all ranks.
+    Sees workers of the same agent; rank 0 on another host only gets a head start. To be called by
+    another rank before it ends its process because of an error of all ranks.
     """
-    first = [entry for entry in _siblings() if _rank(entry) == "0"]
+    first = [entry for entry in _siblings() if "0" in _ranks(entry)]
+    if not first:
+        time.sleep(min(_HEAD_START_S, patience_s))
     deadline = time.monotonic() + patience_s
     while any(map(_is_alive, first)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -84,12 +93,13 @@ def _siblings() -> Iterator[Path]:
                         yield entry
 
 
-def _rank(entry: Path) -> str | None:
-    """The rank that a process was started as."""
+def _ranks(entry: Path) -> tuple[str | None, ...]:
+    """The rank that a process was started as, and its rank on its host."""
     environ = {}
     with suppress(OSError):
         environ = _environ(entry)
-    return next((environ[name] for name in _RANKS if name in environ), None)
+    names = ((name, local) for name, local in _RANKS.items() if name in environ)
+    return tuple(environ.get(name) for name in next(names, ()))
 
 
 def _is_alive(entry: Path) -> bool:

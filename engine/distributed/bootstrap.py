@@ -4,7 +4,8 @@
     check in    every rank's host, GPU, config digest and errors -> all   (checkin.py)
     join        device, CPU threads, process groups -> Topology
 
-A mistake is raised by every rank with the same text before a process group exists.
+A mistake is raised by every rank with the same text before a process group exists: also one that
+only one host makes (`telling_all`), as a file that it lacks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -28,13 +30,36 @@ from engine.config_world import expert_ranks, validate_world
 from engine.distributed.agent import die_with_agent, end_stopped
 from engine.distributed.checkin import Presence, check_in, choose_device, share_of_cores
 from engine.distributed.discovery import Launch, discover
-from engine.distributed.errors import RendezvousError
+from engine.distributed.errors import RankError, RendezvousError, UnheardError
 from engine.distributed.groups import Group, Topology, layout
 from engine.preflight import read_num_experts
 
-__all__ = ["Launch", "discover", "start", "stop"]
+__all__ = ["PATIENCE_S", "Launch", "discover", "start", "stop", "telling_all"]
 
 logger = logging.getLogger(__name__)
+PATIENCE_S = 20.0  # for others to hear of an error; their imports may take that long
+
+
+@contextmanager
+def telling_all(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """What a rank does before `start`, alone: a ValueError of it becomes that of every rank.
+
+    The others hear of it in `start`, or here where they have one too. Raises RankError with the
+    same text on every rank; UnheardError where they do not meet within PATIENCE_S.
+    """
+    try:
+        yield
+    except ValueError as error:
+        launch, timeout = discover(environ), timedelta(seconds=PATIENCE_S)
+        die_with_agent(environ)
+        own = _presence(launch, digest="", gpu=None, no_gpu="", error=str(error))
+        try:
+            store = dist.PrefixStore("lockstep", _rendezvous(launch, timeout, environ))
+            check_in(store, own, launch.world_size, timeout)  # raises the error
+        except RankError as same_on_all:
+            raise same_on_all from error
+        except RendezvousError as apart:
+            raise UnheardError(f"{error}\nThe other ranks do not know of it: {apart}") from error
 
 
 def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
@@ -54,20 +79,26 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
     store = dist.PrefixStore("lockstep", _rendezvous(launch, timeout, environ))
     gpu_index, gpu, no_gpu = _find_gpu(config, launch)
     config, problem = _fit_world(config, launch)
-    own = Presence(
-        rank=launch.rank,
-        host=socket.gethostname(),
-        cores=sorted(os.sched_getaffinity(0)),
-        digest=digest(config),
-        gpu=gpu,
-        no_gpu=no_gpu,
-        error=problem,
-    )
+    own = _presence(launch, digest=digest(config), gpu=gpu, no_gpu=no_gpu, error=problem)
     try:
         return _meet(config, launch, environ, store, own, gpu_index)
     except RuntimeError:  # somebody did not come, or left again
         end_stopped(environ)
         raise
+
+
+def _presence(
+    launch: Launch, *, digest: str, gpu: str | None, no_gpu: str, error: str | None
+) -> Presence:
+    return Presence(
+        rank=launch.rank,
+        host=socket.gethostname(),
+        cores=sorted(os.sched_getaffinity(0)),
+        digest=digest,
+        gpu=gpu,
+        no_gpu=no_gpu,
+        error=error,
+    )
 
 
 def _meet(

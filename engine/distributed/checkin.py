@@ -150,7 +150,7 @@ def _who_is_missing(
 
 def _problem(present: Sequence[Presence]) -> str | None:
     if errors := {rank.rank: rank.error for rank in present if rank.error is not None}:
-        return merge_errors(errors, len(present))
+        return merge_errors(errors, len(present), [rank.host for rank in present])
     ranks_of: dict[str, list[int]] = defaultdict(list)
     for rank in present:
         ranks_of[rank.digest].append(rank.rank)

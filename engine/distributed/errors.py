@@ -16,6 +16,10 @@ class RankError(ValueError):
     """An error found by some ranks and raised, with the same text, by all."""
 
 
+class UnheardError(ValueError):
+    """An error of this rank that it could not tell the others: whoever has one tells the user."""
+
+
 class RendezvousError(RuntimeError):
     """Ranks did not meet: raised by those that came, each for itself."""
 
@@ -32,14 +36,27 @@ def share_errors(group: Group, error: str | None, exception: type[ValueError] = 
         raise exception(merge_errors(found, group.size))
 
 
-def merge_errors(errors: Mapping[int, str], num_ranks: int) -> str:
-    """One text from the errors of global ranks: each distinct error once, after who has it."""
+def merge_errors(
+    errors: Mapping[int, str], num_ranks: int, hosts: Sequence[str] | None = None
+) -> str:
+    """One text from the errors of global ranks: each distinct error once, after who has it.
+
+    hosts: of all ranks by rank, to be named too.
+    """
     ranks_of: dict[str, list[int]] = {}
     for rank, text in sorted(errors.items()):
         ranks_of.setdefault(text, []).append(rank)
     if len(errors) == num_ranks and len(ranks_of) == 1:
         return next(iter(ranks_of))
-    return "\n".join(f"{name_ranks(ranks)}: {text}" for text, ranks in ranks_of.items())
+
+    def who(ranks: Sequence[int]) -> str:
+        if hosts is None:
+            return name_ranks(ranks)
+        names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+        more = f", ... ({len(names)})" if len(names) > 4 else ""
+        return f"{name_ranks(ranks)} on {', '.join(names[:4])}{more}"
+
+    return "\n".join(f"{who(ranks)}: {text}" for text, ranks in ranks_of.items())
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

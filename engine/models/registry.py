@@ -2,20 +2,22 @@
 
 The runner calls it once, on every rank:
 
-    hf_config = transformers.AutoConfig.from_pretrained(path)
+    hf_config = read_config(path)
     model = build_model(hf_config, config, topology, device, dtype)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.config import Config
 from engine.distributed.groups import Topology
-from engine.layers.rotary import RotaryTable
+from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
 from engine.models.decoder import CausalLM
 from engine.models.spec import ModelSpec, check_config
@@ -28,11 +30,83 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
 }
+_AT_LEAST_1 = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
 
 
 def supported_model_types() -> tuple[str, ...]:
     """The values of `model_type` in config.json that this engine runs."""
     return tuple(_FAMILIES)
+
+
+def read_config(folder: Path) -> Any:
+    """Return the transformers configuration of a checkpoint, once a model can be made of it.
+
+    Runs no code of the checkpoint.
+
+    Raises:
+        ValueError: naming model.path and what is wrong in config.json.
+    """
+    from transformers import AutoConfig
+
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        what = "cannot be read" if isinstance(error, OSError) else "is not valid JSON"
+        raise _refused(folder, f"config.json {what} ({error}); download it again") from error
+    if problem := _problem(values):
+        raise _refused(folder, problem)
+    try:
+        hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        rope_frequencies(hf_config, read_spec(hf_config).rotary_dim, 1)
+    except Exception as error:  # transformers computes with the values before it looks at them
+        why = " ".join(str(error).split())
+        if not isinstance(error, ValueError):
+            why = f"{type(error).__name__}: {why}"
+        if "config.json" not in why:
+            why = (
+                f"config.json describes no {values['model_type']} model ({why[:300]}); compare it "
+                "with the published one"
+            )
+        raise _refused(folder, why) from error
+    return hf_config
+
+
+def _refused(folder: Path, why: str) -> ValueError:
+    return ValueError(f"model.path = {str(folder)!r}: {why}")
+
+
+def _problem(values: Any) -> str | None:
+    """What is wrong in a config.json as it is written; the rest is for transformers to find."""
+    if not isinstance(values, Mapping):
+        return "config.json must hold one JSON object; download it again"
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
+        return (
+            f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
+            f"{', '.join(_FAMILIES)}"
+        )
+    for name in _AT_LEAST_1:
+        value = values.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            return f"{name} = {value!r} in config.json: must be a whole number from 1"
+    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        return (
+            f"num_key_value_heads = {kv_heads} in config.json: must divide num_attention_heads = "
+            f"{heads}"
+        )
+    return None
 
 
 def read_spec(hf_config: Any) -> ModelSpec:

@@ -20,6 +20,7 @@ compete, E experts, e experts on this rank, P pools, W expert-parallel ranks, n 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,7 +147,14 @@ class CapacityAgreement:
         round = consensus.begin(claims)
         if meanwhile is not None:
             clock.enter(Phase.EXPERTS, layer)
-            meanwhile()
+            try:
+                meanwhile()
+            except Exception:
+                # A collective nobody waits for outlives its buffers. What went wrong first is what
+                # to tell, also where the others are gone by now.
+                with suppress(Exception):
+                    round.wait()
+                raise
             if started is not None:
                 clock.meet(Phase.CONSENSUS, layer, collective=started)
             else:

@@ -45,8 +45,13 @@ def shares(paces: Sequence[int]) -> tuple[int, ...] | None:
 def limits(pools: Pools, capacity: int, shares_W: Sequence[int] | None) -> list[int]:
     """Slots of every pool: its size times the capacity, dealt out anew by its owner's share.
 
-    The sum over the pools is kept (largest remainder, ties to the lower pool), but every pool has
-    at least one slot, as without shares.
+    No pool gets more than MOST / ONE of its even limit, which is what `engine/memory.py` reserves
+    for: where the sum of the shares is below W, what is above goes to the others in proportion. The
+    sum over the pools is kept (largest remainder, ties to the lower pool), but every pool has at
+    least one slot, as without shares.
+
+    Paces of 1 and seven times 100, each rank a pool with an even limit of 12: shares 2 and seven
+    times 1/4, so the first gets 24, not 96 * 2 / 3.75 = 51, and 72 slots are left for the seven.
     """
     even = [size * capacity for size in pools.sizes]
     if shares_W is None:
@@ -54,10 +59,20 @@ def limits(pools: Pools, capacity: int, shares_W: Sequence[int] | None) -> list[
     weights = [
         size * shares_W[owner] for size, owner in zip(pools.sizes, pools.owners, strict=True)
     ]
-    slots, total = sum(even), sum(weights)
-    dealt = [slots * weight // total for weight in weights]
-    rest = [slots * weight % total for weight in weights]
-    for pool in sorted(range(len(rest)), key=lambda pool: -rest[pool])[: slots - sum(dealt)]:
+    most = [limit * MOST // ONE for limit in even]
+    dealt, slots, free = most.copy(), sum(even), list(range(len(even)))
+    while True:
+        total = sum(weights[pool] for pool in free)
+        over = {pool for pool in free if slots * weights[pool] > most[pool] * total}
+        if not over:
+            break
+        # Never all of them: together they may have twice what there is.
+        slots -= sum(most[pool] for pool in over)
+        free = [pool for pool in free if pool not in over]
+    for pool in free:
+        dealt[pool] = slots * weights[pool] // total
+    rest = sorted(free, key=lambda pool: -(slots * weights[pool] % total))
+    for pool in rest[: slots - sum(dealt[pool] for pool in free)]:
         dealt[pool] += 1
     return [max(1, limit) for limit in dealt]
 

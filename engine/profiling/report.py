@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.verdict import Verdict
 
@@ -129,10 +131,12 @@ class RunReport:
     before capacity and after it. speed_bound: how much faster the MoE layers can have become by it,
     the sum of the most loaded rank's rows before over that after. latencies: seconds, keys `ttft`
     (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
-    two tokens or more: mean seconds per later token). verdict: who was slow and why, of the rank's
-    own group. lost: seconds that its mean rank lost, by cause. clock_error: uncertainty of the
-    ranks' clocks against each other, seconds, the worst rank's. capacity_shares: each rank's share
-    of the capacity at the end, 1 being even; None where all were the same throughout.
+    two tokens or more: mean seconds per later token), float64; a sample, whose percentiles are
+    estimates, where a rank had more than `engine/latency.py` keeps, 100,000. verdict: who was slow
+    and why, of the rank's own group. lost: seconds that its mean rank lost, by cause. clock_error:
+    uncertainty of the ranks' clocks against each other, seconds, the worst rank's. capacity_shares:
+    each rank's share of the capacity at the end, 1 being even; None where all were the same
+    throughout.
     """
 
     seconds: float
@@ -143,7 +147,7 @@ class RunReport:
     max_over_mean_after: float = 1.0
     speed_bound: float = 1.0
     totals: LayerTotals = field(default_factory=LayerTotals)
-    latencies: dict[str, list[float]] = field(default_factory=dict)
+    latencies: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     verdict: list[Verdict] = field(default_factory=list)
     lost: dict[str, float] = field(default_factory=dict)
     clock_error: float = 0.0

@@ -1,8 +1,10 @@
 """Span files: everything the phase clock saw, one JSON line a step, one file a rank, bounded.
 
 Written while `profiler.spans` names a folder; read by `tools/straggler_report.py`. The first line
-of a file is a header. All stamps are on rank 0's clock. A file that reaches half of the bound
-becomes `.old` in place of the one before it, so the newest steps are always there.
+of a file is a header. All stamps are on rank 0's clock. A file that the next step would take beyond
+half of the bound becomes `.old` in place of the one before it, so the newest steps are always there
+and both files together never pass the bound. A step that takes more than half of it alone drops
+whatever it does not fit beside; one that all of it cannot hold is left out.
 
     {"format": "lockstep-spans", "version": 1, "rank": 0, ...}
     {"step": 17, "start_ns": 123, "prefill": 512, "decode": 3,
@@ -52,14 +54,15 @@ class SpansHeader:
 class SpanWriter:
     """Writes one rank's span files into a folder that exists.
 
-    max_bytes: of both files together. Raises OSError where the folder cannot be written.
+    max_bytes: of both files together; a header, some 600 bytes, is written even where it is less.
+    Raises OSError where the folder cannot be written.
     """
 
     def __init__(self, folder: Path, header: SpansHeader, max_bytes: int) -> None:
         self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
         self._old = self._path.with_suffix(".old.jsonl")
         self._header = json.dumps(asdict(header)) + "\n"
-        self._limit = max_bytes // 2
+        self._max_bytes, self._old_bytes = max_bytes, 0
         self._old.unlink(missing_ok=True)
         self._file = self._open()
 
@@ -101,15 +104,29 @@ class SpanWriter:
             "before": {layer: before.tolist() for layer, (before, _) in loads.items()},
             "after": {layer: after for layer, (_, after) in loads.items()},
         }
-        self._written += self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        if self._written >= self._limit:
-            self._file.close()
-            self._path.replace(self._old)
-            self._file = self._open()
+        text = json.dumps(line, separators=(",", ":")) + "\n"
+        if self._make_room(len(text)):
+            self._written += self._file.write(text)
 
     def close(self) -> None:
         """Write what is buffered. Safe to call twice."""
         self._file.close()
+
+    def _make_room(self, size: int) -> bool:
+        """Drop the oldest steps until another `size` bytes fit; False where they never do."""
+        bound, alone = self._max_bytes, len(self._header) + size
+        if self._written + size <= min(bound // 2, bound - self._old_bytes):
+            return True
+        if alone > bound:
+            return False
+        self._file.close()
+        self._old.unlink(missing_ok=True)
+        self._old_bytes = 0
+        if len(self._header) < self._written <= bound - alone:
+            self._path.replace(self._old)
+            self._old_bytes = self._written
+        self._file = self._open()
+        return True
 
     def _open(self) -> IO[str]:
         file = self._path.open("w", encoding="utf-8")

@@ -118,4 +118,4 @@ def test_a_wrong_setting_fails_the_launch_and_is_told_once(job, tmp_path, enviro
         timeout=RUN_S,
     )
     assert done.returncode != 0
-    assert done.stderr.count("moe.capacity.factr: unknown key; did you mean") == 1, done.stderr
+    assert done.stderr.count("moe.capacity.factr = 2: unknown key; did you mean") == 1, done.stderr

@@ -108,7 +108,7 @@ def test_a_wrong_setting_ends_mpirun_with_its_message_told_once(family, job, tmp
     command = [mpirun(family), "-n", "2", sys.executable, *arguments]
     done = launch(command, environment(family, tmp_path))
     assert done.returncode != 0
-    assert done.stderr.count("moe.capacity.factr: unknown key; did you mean") == 1, done.stderr
+    assert done.stderr.count("moe.capacity.factr = 2: unknown key; did you mean") == 1, done.stderr
 
 
 def test_mpich_without_its_library_is_told_where_to_get_it(job, tmp_path):

@@ -205,7 +205,7 @@ def test_a_wrong_setting_fails_the_job_with_its_message_and_is_not_tried_again(
     slurm.wait(lambda: slurm.ended(job), JOB_S, "the job's end")
     ended = slurm.job(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "scheduler.max_sequencs: unknown key; did you mean" in log.read_text()
+    assert "scheduler.max_sequencs = 4: unknown key; did you mean" in log.read_text()
     assert not output.exists()
 
 

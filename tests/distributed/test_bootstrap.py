@@ -5,6 +5,8 @@ python -m pytest tests/distributed/test_bootstrap.py
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import socket
@@ -20,7 +22,7 @@ from ranks import run_ranks
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
-from engine.distributed.errors import RankError, RendezvousError, share_errors
+from engine.distributed.errors import RankError, RendezvousError, UnheardError, share_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,10 +35,13 @@ def make_config(expert: int | None = None, tensor: int = 1, **runtime) -> Config
     )
 
 
-def error_of(rank: int, config: Config) -> str:
+def error_of(rank: int, config: Config, problem: str | None = None) -> str:
     try:
+        with bootstrap.telling_all():
+            if problem is not None:
+                raise ValueError(problem)
         bootstrap.start(config)
-    except (RankError, RendezvousError) as error:
+    except (RankError, RendezvousError, UnheardError) as error:
         return str(error)
     return ""
 
@@ -104,6 +109,30 @@ def test_cuda_without_a_gpu_is_one_error_on_all_ranks():
     errors = run_ranks(error_of, 2, make_config(device="cuda"))
     assert len(set(errors)) == 1
     assert "runtime.device = 'cuda'" in errors[0] and "ranks 0, 1 on" in errors[0]
+
+
+def error_of_one_host(rank: int) -> str:
+    return error_of(rank, make_config(), "model.path = 'x': no such directory" if rank else None)
+
+
+def test_a_problem_that_one_rank_has_before_they_meet_is_raised_by_all_with_its_host():
+    errors = run_ranks(error_of_one_host, 2)
+    expected = f"rank 1 on {socket.gethostname()}: model.path = 'x': no such directory"
+    assert errors == [expected] * 2
+
+
+def test_a_problem_that_all_ranks_have_is_raised_without_their_names():
+    assert run_ranks(error_of, 2, make_config(), "no such file") == ["no such file"] * 2
+
+
+def absent_with_problem(rank: int) -> str:
+    bootstrap.PATIENCE_S = 2.0
+    return error_of(rank, make_config(), "no such disk") if rank == 0 else "absent"
+
+
+def test_a_rank_with_a_problem_tells_it_even_when_another_never_arrives():
+    error, _ = run_ranks(absent_with_problem, 2)
+    assert error.startswith("no such disk\n") and "rank 1 of 2 did not arrive" in error
 
 
 def absent(rank: int) -> str:
@@ -226,7 +255,69 @@ def test_a_wrong_setting_is_told_though_rank_0_is_the_last_to_know(tmp_path):
     environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    assert done.stderr.count("error: moe.capacity.factr: unknown key") == 1, done.stderr
+    assert done.stderr.count("error: moe.capacity.factr = 2: unknown key") == 1, done.stderr
+
+
+def infer(rank: int, port: int, *arguments: str) -> subprocess.Popen:
+    """launch/infer.py as one rank of two, each on a host of its own."""
+    place = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "infer.py"), *arguments],
+        env=os.environ | place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_checkpoint_that_only_another_host_lacks_is_told_by_rank_0():
+    port, tiny = free_port(), ["--config", "tiny_mixtral_ep2"]
+    here = infer(0, port, *tiny)
+    there = infer(1, port, *tiny, "--set", "model.path=/no/such")
+    code, _, err = finish(here)
+    assert code == 2 and f"error: rank 1 on {socket.gethostname()}: this config cannot run" in err
+    assert "model.path = '/no/such': no such directory" in err and "Traceback" not in err
+    code, _, err = finish(there)
+    assert code == 2 and "error:" not in err, "rank 0 has told"
+
+
+def test_a_config_that_only_another_host_lacks_is_told_by_rank_0():
+    port = free_port()
+    here = infer(0, port, "--config", "tiny_mixtral_ep2")
+    there = infer(1, port, "--config", "/no/such.yaml")
+    code, _, err = finish(here)
+    expected = f"error: rank 1 on {socket.gethostname()}: --config /no/such.yaml: no such file"
+    assert code == 2 and err.startswith(expected)
+    assert finish(there)[0] == 2
+
+
+def run_alone(rank: int, local_rank: int) -> tuple[int, str]:
+    """launch/infer.py as rank 1 of two, of which the other never comes."""
+    from launch import infer as script
+
+    if rank == 0:
+        return 0, ""
+    bootstrap.PATIENCE_S = 1.0
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = script.main(["--config", "/no/such.yaml"])
+    return code, err.getvalue()
+
+
+def test_an_error_that_the_others_cannot_hear_is_told_once_a_host():
+    code, err = run_ranks(run_alone, 2, 0)[1]
+    assert code == 2
+    assert err.startswith(f"rank 1 on {socket.gethostname()}: error: --config /no/such.yaml")
+    assert "rank 0 of 2 did not arrive within 1 s" in err
+    assert run_ranks(run_alone, 2, 1)[1] == (2, "")
 
 
 def test_workers_die_with_a_killed_torchrun_agent(tmp_path):

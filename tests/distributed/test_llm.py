@@ -3,7 +3,9 @@
 Run: pytest tests/distributed/test_llm.py
 """
 
+import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,33 @@ def test_a_weight_that_is_nan_on_one_rank_stops_all_with_its_name(checkpoint, tm
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     messages = run_ranks(load_broken, 2, tmp_path)
     assert messages[0] == messages[1] and name in messages[0]
+
+
+def load_each(rank: int, folder: Path) -> str:
+    """Every rank has a checkpoint of its own, as on hosts without a common file system."""
+    os.chdir(folder / str(rank))
+    return load_broken(rank, Path("."))
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("{", "rank 1: model.path = '.': config.json is not valid JSON"),
+        ('{"model_type": "gpt2"}', "model_type = 'gpt2', which this engine cannot run; use a"),
+        (None, "rank 1 on {host}: this config cannot run here:"),
+    ],
+    ids=["json", "model_type", "absent"],
+)
+def test_a_config_json_that_is_wrong_on_one_host_stops_all_with_its_text(
+    checkpoint, tmp_path, broken, said
+):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        for file in checkpoint.iterdir():
+            (tmp_path / rank / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "1" / "config.json").unlink()
+    if broken is not None:
+        (tmp_path / "1" / "config.json").write_text(broken)
+    messages = run_ranks(load_each, 2, tmp_path)
+    assert messages[0] == messages[1]
+    assert said.format(host=socket.gethostname()) in messages[0]

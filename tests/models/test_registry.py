@@ -15,7 +15,7 @@ from transformers import AutoConfig, GPT2Config
 
 from engine.layers.attention import AttentionSpec
 from engine.layers.mla import MLASpec
-from engine.models.registry import model_length, read_spec, supported_model_types
+from engine.models.registry import model_length, read_config, read_spec, supported_model_types
 from engine.models.spec import DenseSpec, SparseSpec
 
 
@@ -147,3 +147,67 @@ def test_the_context_is_the_limit_unless_scaling_is_dynamic():
     with pytest.raises(ValueError, match=r"model\.max_model_len: 65 .* at most 64"):
         model_length(plain, 65)
     assert model_length(CASES["mixtral-dynamic-rope"].config(), 65) == 65
+
+
+# --- config.json as it lies in the checkpoint -----------------------------------------------------
+
+
+def refusal(folder: Path, text: str) -> str:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        read_config(folder)
+    message = str(caught.value)
+    assert message.startswith(f"model.path = {str(folder)!r}: ")
+    assert "trust_remote_code" not in message
+    return message
+
+
+def altered(case: str = "mixtral", **settings: Any) -> str:
+    """The case's config.json with some fields changed, or left out where the value is ..."""
+    values = CASES[case].config().to_dict() | settings
+    return json.dumps({name: value for name, value in values.items() if value is not ...})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
+    (tmp_path / "config.json").write_text(altered(case))
+    expected = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+    assert read_config(tmp_path).to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "config.json is not valid JSON"),
+        ("[]", "config.json must hold one JSON object"),
+        (altered(hidden_size="abc"), "hidden_size = 'abc' in config.json: must be a whole number"),
+        (altered(num_attention_heads=0), "num_attention_heads = 0 in config.json: must be a whole"),
+        (altered(num_hidden_layers=-1), "num_hidden_layers = -1 in config.json: must be a whole"),
+        (altered(vocab_size=True), "vocab_size = True in config.json: must be a whole number"),
+        (altered(num_key_value_heads=3), "num_key_value_heads = 3 in config.json: must divide"),
+        (altered(rms_norm_eps="small"), "rms_norm_eps"),
+        (altered(hidden_act="gelu"), "hidden_act: 'gelu' in config.json is not supported"),
+        (altered(rope_parameters={"rope_type": "spiral"}), "spiral"),
+        (altered(rope_parameters=7), "config.json"),
+    ],
+)
+def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, said):
+    assert said in refusal(tmp_path, text)
+
+
+def test_a_config_json_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"model\.path = .*config\.json is not valid JSON"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_map"),
+    [("gpt2", ...), ("brand_new", ...), (..., ...), (7, ...), ("own", {"AutoConfig": "own.Own"})],
+)
+def test_a_model_type_without_a_family_is_refused_with_the_supported_ones(
+    tmp_path, model_type, auto_map
+):
+    message = refusal(tmp_path, altered(model_type=model_type, auto_map=auto_map))
+    named = "no model_type" if model_type is ... else f"model_type = {model_type!r}"
+    assert named in message and all(name in message for name in supported_model_types())

@@ -145,7 +145,35 @@ def test_rank_0_is_not_waited_for_longer_than_said():
         first.wait()
 
 
-def test_without_rank_0_on_this_host_nobody_waits():
+LOCAL_RANK_0 = [
+    {"RANK": "8", "LOCAL_RANK": "0"},
+    {"OMPI_COMM_WORLD_RANK": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+    {"PMI_RANK": "8", "MPI_LOCALRANKID": "0"},
+    {"SLURM_PROCID": "8", "SLURM_LOCALID": "0"},
+]
+
+
+@pytest.mark.parametrize("named", LOCAL_RANK_0, ids=lambda named: next(iter(named)))
+def test_where_rank_0_is_on_another_host_the_first_of_this_one_goes_first(named):
+    first = subprocess.Popen(SLEEP, env=environ(None) | named)
+    try:
+        assert not leaves_within(60, limit_s=2)
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_worker_of_torchrun_is_not_taken_for_the_slurm_task_it_runs_in():
+    task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    other = subprocess.Popen(SLEEP, env=environ(None) | task | {"RANK": "3", "LOCAL_RANK": "3"})
+    try:
+        assert leaves_within(60, limit_s=20)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_without_rank_0_on_this_host_nobody_waits_for_long():
     other = subprocess.Popen(SLEEP, env=environ(None) | {"RANK": "3"})
     try:
         assert leaves_within(60, limit_s=20)

@@ -189,6 +189,8 @@ def test_a_deleted_output_is_made_again(output):
         {"runtime": {"device": "cpu", "timeout_s": 3.0, "seed": 4}},
         {"profiler": {"enabled": False}},
         {"moe": {"experts": {"backend": "torch"}}},
+        {"moe": {"dispatch": {"deduplicate": False}}},
+        {"moe": {"overlap": {"chunks": 2, "by": "tokens"}}},
     ],
 )
 def test_how_a_job_runs_may_change_between_runs(sections):
@@ -203,10 +205,21 @@ def test_how_a_job_runs_may_change_between_runs(sections):
         {"sampling": {"seed": 1}},
         {"sampling": {"stop": ["x"]}},
         {"moe": {"capacity": {"policy": "token_drop", "factor": 1.1}}},
+        {"moe": {"dispatch": {"dtype": "fp8"}}},
+        {"moe": {"dispatch": {"partial_sums": True}}},
     ],
 )
 def test_what_changes_results_makes_another_job(sections):
     assert result_settings(config(**sections)) != result_settings(config())
+
+
+def test_how_rows_travel_is_named_only_where_it_differs_so_that_older_ledgers_resume(output):
+    assert not [key for key in result_settings(config()) if key.startswith("moe.dispatch")]
+    run(output, manifest(output), records=1)
+    other = manifest(output, moe={"dispatch": {"dtype": "fp8"}})
+    with pytest.raises(JobError, match=r'moe\.dispatch\.dtype was null, is "fp8"'):
+        run(output, other)
+    assert run(output, manifest(output)) == "resume"
 
 
 def test_the_seed_of_random_weights_changes_results():

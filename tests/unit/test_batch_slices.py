@@ -5,8 +5,11 @@ python -m pytest tests/unit/test_batch_slices.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +162,88 @@ def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch)
         join(output, COUNT, MANIFEST)
         assert ids(output) == [f"r{index}" for index in range(TOTAL)]
         assert is_merged(output, Slice(1, COUNT), MANIFEST)
-        assert not [name for name in files(output) if "slice" in name or "parts" in name]
+        rest = ("slice", "parts", "tmp")
+        assert not [name for name in files(output) if any(word in name for word in rest)]
     assert number > 15, "the merge has many places to die in"
+
+
+def finish_all(output: Path) -> None:
+    for index in range(COUNT):
+        finish(output, Slice(index, COUNT))
+
+
+def test_a_copy_of_another_size_than_its_slices_is_not_sealed_and_they_stay(output, monkeypatch):
+    finish_all(output)
+    slices = {name for name in files(output) if "slice" in name}
+    copies, copy = [], batch_slices.shutil.copyfileobj
+
+    def forget_the_second(source: Any, target: Any, length: int) -> None:
+        copies.append(source)
+        if len(copies) != 2:
+            copy(source, target, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_slices.shutil, "copyfileobj", forget_the_second)
+        with pytest.raises(JobError, match=r"is \d+ bytes, its slices are \d+.*slices are kept"):
+            join(output, COUNT, MANIFEST)
+    assert {name for name in files(output) if "slice" in name} == slices
+    assert not output.with_name(output.name + ".job.json").exists()
+    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+    assert ids(output) == [f"r{index}" for index in range(TOTAL)]
+
+
+def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monkeypatch):
+    """The second runs from start to end at each place where the first may be interrupted."""
+    monkeypatch.setattr(durable.fcntl, "flock", lambda fd, how: no_locks())
+    for place in range(COUNT + 1):
+        for path in output.parent.iterdir():
+            path.unlink() if path.is_file() else batch_slices.shutil.rmtree(path)
+        finish_all(output)
+        copy, replace, left = batch_slices.shutil.copyfileobj, os.replace, [place]
+
+        def other(left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                join(output, COUNT, MANIFEST)
+
+        def copying(*args: Any, copy: Any = copy, other: Any = other) -> None:
+            other()
+            copy(*args)
+
+        def replacing(*args: Any, replace: Any = replace, other: Any = other) -> None:
+            other()
+            replace(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batch_slices.shutil, "copyfileobj", copying)
+            patch.setattr(os, "replace", replacing)
+            assert str(output) in join(output, COUNT, MANIFEST)
+        assert left[0] < 0, "the other merge has run"
+        assert ids(output) == [f"r{index}" for index in range(TOTAL)]
+        assert is_merged(output, Slice(0, COUNT), MANIFEST)
+        beside = {".config.yaml", ".report.json", ".job.json"}
+        assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in beside}
+        report = json.loads((output.parent / "out.jsonl.report.json").read_text())
+        assert (report["total"], report["errors"]) == (5, 5)
+
+
+def no_locks() -> None:
+    raise OSError(errno.ENOLCK, "no locks")
+
+
+def test_what_killed_merges_left_is_removed_by_the_next_and_nothing_of_other_outputs(output):
+    finish_all(output)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = [
+        f"out.jsonl.merge-{socket.gethostname()}-{dead.pid}-01234567.tmp",
+        "out.jsonl.merge-another-host-12-89abcdef.tmp",
+    ]
+    others = ["out.jsonl.x.merge-another-host-12-89abcdef.tmp", "out.jsonl.merge.tmp"]
+    for name in left + others:
+        output.with_name(name).write_text("half")
+    join(output, COUNT, MANIFEST)
+    assert {name for name in files(output) if name.endswith(".tmp")} == set(others)
 
 
 def test_slices_of_another_division_are_named(output):

@@ -236,3 +236,28 @@ def test_cluster_scripts_are_shellcheck_clean(script):
     command = ["shellcheck", "--external-sources", LAUNCH / script]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=LAUNCH.parent)
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tasks", "warns"),
+    [("8", "1", True), ("8", "8", False), ("1", "2", False), (None, "1", False), ("", "1", False)],
+)
+def test_srun_script_warns_of_gpus_that_get_no_rank_and_runs(tmp_path, gpus, tasks, warns):
+    scripts = tmp_path / "launch/slurm"
+    scripts.mkdir(parents=True)
+    (scripts / "common.sh").write_text('announce() { :; }\nrun_step() { echo "ran $*"; }\n')
+    environ = {
+        "PATH": os.environ["PATH"],
+        "LOCKSTEP": str(tmp_path),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS_PER_NODE": tasks,
+        **({} if gpus is None else {"SLURM_GPUS_ON_NODE": gpus}),
+    }
+    command = ["bash", LAUNCH / "slurm/infer_srun.sbatch", "--config", "x"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
+    assert done.stdout.startswith(f"ran --ntasks={2 * int(tasks)} ")
+    if warns:
+        assert "warning: 8 GPUs on each node" in done.stderr and "7 idle" in done.stderr
+        assert "--ntasks-per-node=8" in done.stderr
+    else:
+        assert done.stderr == ""

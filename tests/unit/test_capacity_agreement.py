@@ -8,8 +8,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from capacity_cases import Case, cases, expected, make_tokens, run_engine
 from hypothesis import HealthCheck, given, settings
+
+from engine.config import CapacityConfig
+from engine.distributed.collectives import Pending
+from engine.moe.agreement import CapacityAgreement
+from engine.moe.overlap import ExpertLayout
+from engine.moe.router import RouterSpec, route
+from engine.moe.step import MoEStep
 
 MANY = settings(
     max_examples=350,
@@ -86,3 +94,72 @@ def test_gather_and_radix_find_identical_sets(case):
         np.testing.assert_array_equal(one.ids_TM.numpy(), other.ids_TM.numpy())
         np.testing.assert_array_equal(one.ids_TM.numpy(), auto.ids_TM.numpy())
         np.testing.assert_array_equal(one.weights_TM.numpy(), other.weights_TM.numpy())
+
+
+class Unfinished:
+    """Collectives of a group of one that end when somebody waits; fails: with an error."""
+
+    rank, size, bytes_sent, num_collectives = 0, 1, 0, 0
+
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+        self.started = self.waited = 0
+
+    def all_gather(self, part: torch.Tensor) -> Pending:
+        return self._start(part[None])
+
+    def all_reduce(self, part: torch.Tensor) -> Pending:
+        return self._start(part)
+
+    def _start(self, result: torch.Tensor) -> Pending:
+        self.started += 1
+        outer = self
+
+        class Late:
+            def wait(self) -> torch.Tensor:
+                outer.waited += 1
+                if outer.fails:
+                    raise RuntimeError("another rank has left")
+                return result
+
+        return Late()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"consensus": "global", "selection": "gather"},
+        {"consensus": "global", "selection": "radix"},
+        {"consensus": "quota"},
+        {"consensus": "local"},
+    ],
+)
+def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
+    spec = RouterSpec(num_experts=4, top_k=2, normalize=True, scale=1.0, score="softmax")
+    collectives = Unfinished(fails)
+    agreement = CapacityAgreement(
+        spec,
+        CapacityConfig(policy="token_drop", factor="0.5", **rules),
+        layer=0,
+        layout=ExpertLayout([0, 4], 1),
+        collectives=collectives,
+    )
+    numbers = torch.arange(6, dtype=torch.int32)
+    step = MoEStep(
+        request_T=numbers,
+        position_T=numbers,
+        competes_T=None,
+        num_own_competing=6,
+        num_tokens_W=(6,),
+        num_competing=6,
+    )
+
+    def meanwhile() -> None:
+        assert (collectives.started, collectives.waited) == (communicates, 0)
+        raise MemoryError("the shared expert does not fit")
+
+    communicates = rules["consensus"] != "local"
+    with pytest.raises(MemoryError, match="does not fit"):
+        agreement.decide(route(torch.randn(6, 4), spec), step, meanwhile=meanwhile)
+    assert collectives.waited == collectives.started

@@ -108,5 +108,5 @@ def test_an_error_of_one_rank_is_raised_by_all_and_not_again_by_the_next_run(sto
     first.come(0)
     first.come(1, error="no such disk")
     first.wait()
-    assert [str(first.errors[rank]) for rank in range(2)] == ["rank 1: no such disk"] * 2
+    assert [str(first.errors[rank]) for rank in range(2)] == ["rank 1 on a: no such disk"] * 2
     complete(store, 2, "a")

@@ -166,11 +166,17 @@ def test_a_factor_that_is_no_positive_number_is_refused(written):
     ("override", "said"),
     [
         ("scheduler.max_bach_tokens=9", "did you mean scheduler.max_batch_tokens?"),
-        ("schedular.max_batch_tokens=9", "schedular: unknown key; did you mean scheduler?"),
-        ("moe.capacity.facter=2", "moe.capacity.facter: unknown key; did you mean moe.capacity.fa"),
-        ("temperature=1", "temperature: unknown key; did you mean sampling.temperature?"),
-        ("moe.policy=none", "moe.policy: unknown key; did you mean moe.capacity.policy?"),
-        ("parallel.qqqq=1", "parallel.qqqq: unknown key; the keys here are expert, tensor"),
+        (
+            "schedular.max_batch_tokens=9",
+            "schedular = {'max_batch_tokens': 9}: unknown key; did you mean scheduler?",
+        ),
+        (
+            "moe.capacity.facter=2",
+            "moe.capacity.facter = 2: unknown key; did you mean moe.capacity.fa",
+        ),
+        ("temperature=1", "temperature = 1: unknown key; did you mean sampling.temperature?"),
+        ("moe.policy=none", "moe.policy = 'none': unknown key; did you mean moe.capacity.policy?"),
+        ("parallel.qqqq=1", "parallel.qqqq = 1: unknown key; the keys here are expert, tensor"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, said):
@@ -204,6 +210,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, said):
         ("moe.capacity.phases=[]", "must be a list of phases, not empty and without repeats"),
         ("moe.capacity.phases=[decode, decode]", "not empty and without repeats"),
         ("moe.capacity.phases=[train]", "each item one of prefill, decode"),
+        ("moe.capacity.phases=[decode, prefil]", "prefill, decode; did you mean prefill?"),
         ("scheduler.block_size=24", "scheduler.block_size = 24: must be a power of two"),
         ("scheduler.kv_cache_gib=0", "must be finite and above 0"),
         ("runtime.timeout_s=0", "must be finite and above 0"),
@@ -211,6 +218,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, said):
         ("model.path=''", "model.path = '': must be non-empty text"),
         ("model.path=null", "model.path = None: must be text"),
         ("parallel=2", "parallel = 2: must be a section of keys (expert, tensor)"),
+        ("model=x", "model = 'x': must be a section of keys (path, tokenizer, "),
+        ("model=[x]", "model = ['x']: must be a section of keys (path, tokenizer, "),
+        (f"sampling.temperature={'1' * 400}", "= 11111111... (400 digits): must have at most 300"),
+        (f"sampling.seed={'1' * 5000}", "sampling.seed = 11111111... (5000 digits): must have"),
+        (f"sampling.stop_token_ids=[1, {'1' * 400}]", "stop_token_ids = 11111111... (400 digits)"),
+        (f"x={'1' * 5000}", "... (5000 digits): unknown key"),
     ],
 )
 def test_a_wrong_value_is_refused_by_field_value_and_rule(override, said):
@@ -402,6 +415,39 @@ def test_a_broken_file_is_refused_by_its_name(write, text, said):
     with pytest.raises(ConfigError, match="a.yaml") as caught:
         load_config(write(text))
     assert said in str(caught.value)
+
+
+def test_a_model_that_is_no_section_is_refused_by_field_and_value(write):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write("model: some/path"))
+    assert str(caught.value).startswith("model = 'some/path': must be a section of keys (path, ")
+
+
+def test_a_file_that_is_not_utf_8_is_refused_by_its_name(write):
+    path = write("")
+    Path(path).write_bytes(b"model: {path: caf\xe9}")
+    with pytest.raises(ConfigError, match=r"a\.yaml: is not UTF-8 \(byte 17 .*; save it as UTF-8"):
+        load_config(path)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_its_name(write, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied")
+
+    path = write("model: {path: x}")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match=r"a\.yaml: cannot be read: Permission denied; "):
+        load_config(path)
+
+
+@pytest.mark.parametrize("value", ["!!int abc", "!!bool maybe", "!!timestamp x", "[" * 5000])
+def test_a_value_that_yaml_itself_cannot_make_is_refused_by_its_field(value):
+    (problem,) = problems_of(f"sampling.seed={value}")
+    assert problem.startswith("--set sampling.seed=") and "is not valid YAML" in problem
+
+
+def test_a_model_path_that_the_file_system_refuses_is_kept_as_written():
+    assert load(f"model.path={'x' * 5000}").model.path == "x" * 5000
 
 
 def test_words_of_old_yaml_stay_words(write):

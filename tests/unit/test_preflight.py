@@ -60,7 +60,7 @@ def test_the_tiny_command_names_a_config_that_is_shipped_for_its_number_of_ranks
 @pytest.mark.parametrize(
     ("removed", "said"),
     [
-        ("config.json", "holds no config.json"),
+        ("config.json", "holds no config.json, so it is no checkpoint; name the folder that has"),
         ("model.safetensors", "--set model.load_format=dummy"),
     ],
 )
@@ -75,7 +75,14 @@ def test_dummy_weights_need_only_the_config_file(checkpoint):
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(checkpoint):
-    assert "model.tokenizer" in refusal(config_of(checkpoint, tokenizer="/no/such"))
+    text = refusal(config_of(checkpoint, tokenizer="/no/such"))
+    assert "model.tokenizer = '/no/such': no such directory" in text
+    assert "--set model.tokenizer=null" in text
+
+
+def test_paths_that_the_file_system_refuses_are_refused_like_missing_ones():
+    text = refusal(config_of("x" * 5000, tokenizer="y" * 5000))
+    assert text.count("no such directory") == 2
 
 
 def test_a_bundled_checkpoint_that_is_missing_is_not_replaced_by_itself(tmp_path, monkeypatch):

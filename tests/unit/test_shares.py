@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import CapacityConfig
+from engine.memory import MoEShape, row_bound
 from engine.moe.capacity import Pools
 from engine.moe.shares import EVERY, LEAST, MOST, ONE, Shares, limits, shares
 from engine.profiling.pace import Pace
@@ -61,6 +63,45 @@ def test_the_sum_of_the_slots_is_kept_and_every_share_is_bounded(paces, capacity
         slower = [a for a in range(len(paces)) for b in range(len(paces)) if paces[a] > paces[b]]
         faster = [b for a in range(len(paces)) for b in range(len(paces)) if paces[a] > paces[b]]
         assert all(found[a] <= found[b] for a, b in zip(slower, faster, strict=True))
+
+
+def test_the_worked_example_of_one_rank_a_hundred_times_as_fast_as_seven_holds():
+    found = shares([1] + [100] * 7)
+    assert limits(Pools.make("rank", list(range(9))), 12, found) == [24, *[11] * 2, *[10] * 5]
+
+
+@given(
+    st.lists(st.integers(1, 10**9), min_size=1, max_size=16),
+    st.integers(1, 10**5),
+    st.sampled_from(["expert", "rank"]),
+    st.booleans(),
+    st.data(),
+)
+def test_no_rank_gets_more_than_the_most_that_memory_is_reserved_for(
+    numbers, capacity, scope, paced, data
+):
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=len(numbers), max_size=len(numbers)))
+    pools = Pools.make(scope, [0, *np.cumsum(sizes).tolist()])
+    # What `shares` makes of paces, or anything within its bounds.
+    bounded = tuple(LEAST + number % (MOST - LEAST + 1) for number in numbers)
+    slots = limits(pools, capacity, found := shares(numbers) if paced else bounded)
+    assert slots == limits(pools, capacity, found), "every rank works the same out"
+    owned = np.bincount(pools.owners, weights=slots).astype(int)
+    assert (owned * ONE <= np.array(sizes) * capacity * MOST).all()
+    even = sum(sizes) * capacity
+    assert even <= sum(slots) <= even + slots.count(1), "what is cut off goes to the others"
+    weights = found or (ONE,) * len(numbers)
+    order = np.argsort(weights, kind="stable")
+    rates = (owned / np.array(sizes))[order]
+    assert (np.diff(rates) >= -1).all(), "but for rounding, a larger share is never worth less"
+
+
+def test_memory_is_reserved_for_shares_and_for_the_rounding_of_every_rank():
+    shape = MoEShape(num_ranks=4, top_k=2, num_experts=8, num_local_experts=2, hidden=8, ffn=8)
+    local = CapacityConfig(policy="token_drop", factor="0.5", consensus="local", speed_aware=True)
+    own_capacity = 3  # of 17 tokens: ceil(0.5 * 17 * 2 / 8)
+    fastest = limits(Pools.make("rank", [0, 2, 4, 6, 8]), own_capacity, (MOST, *[LEAST] * 3))[0]
+    assert row_bound(shape, local, max_tokens=17, max_sequences=0).received >= 4 * fastest == 48
 
 
 def test_shares_change_every_few_steps_and_say_when_it_matters():

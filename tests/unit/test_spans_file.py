@@ -5,8 +5,11 @@ Run: pytest tests/unit/test_spans_file.py
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.profiling.phases import Phase, Spans
 from engine.profiling.spans_file import SpansHeader, SpanWriter
@@ -60,21 +63,74 @@ def test_a_step_is_written_with_aligned_start_offsets_waiting_and_loads(tmp_path
     assert [span[-1] for span in unknown["spans"]] == [-1, -1], "nobody's arrivals are known"
 
 
+def on_disk(folder: Path, writer: SpanWriter) -> int:
+    """Bytes of all files, with what the writer still holds."""
+    writer._file.flush()
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def steps_in(folder: Path) -> list[int]:
+    names = ("spans.rank00003.old.jsonl", "spans.rank00003.jsonl")
+    files = [read(folder / name) for name in names if (folder / name).exists()]
+    assert all(head["format"] == "lockstep-spans" for head, *_ in files)
+    return [line["step"] for _, *lines in files for line in lines]
+
+
 def test_files_stay_within_the_bound_and_keep_the_newest_steps(tmp_path):
     bound = 20_000
     writer = SpanWriter(tmp_path, header(), bound)
+    most = 0
     for step in range(1000):
         writer.write(step, step_spans(10 * step), None, 0, (1, 0), {})
+        most = max(most, on_disk(tmp_path, writer))
     writer.close()
+    assert bound - 300 < most <= bound, "all of it is used, and not a byte more"
     current = tmp_path / "spans.rank00003.jsonl"
     old = tmp_path / "spans.rank00003.old.jsonl"
-    line = len((old.read_text().splitlines())[-1])
-    assert current.stat().st_size + old.stat().st_size <= bound + 2 * line
-    (head, *before), (again, *after) = read(old), read(current)
-    assert head == again and head["format"] == "lockstep-spans"
-    steps = [line["step"] for line in before + after]
+    assert max(current.stat().st_size, old.stat().st_size) <= bound // 2
+    (head, *_), (again, *_) = read(old), read(current)
+    assert head == again
+    steps = steps_in(tmp_path)
     assert steps == list(range(steps[0], 1000)), "no step is missing between the two"
     assert len(steps) > 50
+
+
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=60), st.integers(700, 12_000))
+@settings(deadline=None, max_examples=60)
+def test_steps_of_any_size_stay_within_the_bound_and_the_newest_that_fits_is_there(sizes, bound):
+    with TemporaryDirectory() as name, TemporaryDirectory() as other:
+        folder, whole = Path(name), Path(other)
+        writer, unbound = SpanWriter(folder, header(), bound), SpanWriter(whole, header(), 1 << 30)
+        alone = on_disk(folder, writer)
+        fitting: list[int] = []
+        for step, num_spans in enumerate(sizes):
+            spans = make_spans(*[(Phase.EXPERTS, 0, at, at + 1, 40) for at in range(num_spans)])
+            before = on_disk(whole, unbound)
+            for each in (writer, unbound):
+                each.write(step, spans, None, 0, (1, 0), {})
+            assert on_disk(folder, writer) <= bound
+            if alone + on_disk(whole, unbound) - before <= bound:
+                fitting.append(step)
+            found = steps_in(folder)
+            assert found == fitting[len(fitting) - len(found) :], "the newest of those that fit"
+            assert found or not fitting
+        writer.close()
+        unbound.close()
+
+
+def test_a_step_larger_than_half_the_bound_is_written_alone_and_makes_room_for_the_next(tmp_path):
+    bound = 6000
+    writer = SpanWriter(tmp_path, header(), bound)
+    large = make_spans(*[(Phase.EXPERTS, 0, 10 + at, 11 + at, 40) for at in range(165)])
+    for step in range(40):
+        writer.write(step, step_spans(), None, 0, (1, 0), {})
+    writer.write(40, large, None, 0, (1, 0), {})
+    assert bound // 2 < on_disk(tmp_path, writer) <= bound and steps_in(tmp_path) == [40]
+    assert [path.name for path in tmp_path.iterdir()] == ["spans.rank00003.jsonl"]
+    for step in range(41, 60):
+        writer.write(step, step_spans(), None, 0, (1, 0), {})
+        assert on_disk(tmp_path, writer) <= bound and steps_in(tmp_path)[-1] == step
+    writer.close()
 
 
 def test_a_new_run_leaves_nothing_of_the_last_one(tmp_path):

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import engine.summary
+from engine.latency import Sample
 from engine.loop import Totals
 from engine.profiling.collector import Collector
 from engine.profiling.loads import LayerDrops, LoadCounter
@@ -75,13 +76,20 @@ class Rank:
             self.seconds,
             totals,
             Collector(4, 2),
-            self.latencies,
+            {key: sample_of(values) for key, values in self.latencies.items()},
             self.loads,
             topology,
             traffic=self.traffic,
             preemptions=self.rank,
             drops=self.drops,
         )
+
+
+def sample_of(values: list[float]) -> Sample:
+    sample = Sample()
+    for value in values:
+        sample.add(value)
+    return sample
 
 
 def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunReport]:
@@ -203,7 +211,8 @@ def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
     for report in (first, second):
         assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3]
         assert report.seconds == 9.0, "the slowest rank's"
-        assert report.latencies == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
+        found = {key: values.tolist() for key, values in report.latencies.items()}
+        assert found == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
 
 
 def test_where_nothing_competed_nothing_was_lost(monkeypatch):
