@@ -20,7 +20,6 @@ compete, E experts, e experts on this rank, P pools, W expert-parallel ranks, n 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +32,7 @@ from engine.moe.claims import ClaimMaker
 from engine.moe.consensus import Claims, Consensus, Verdict
 from engine.moe.consensus_registry import make_consensus
 from engine.moe.expansion import candidates, choose_extras
+from engine.moe.meanwhile import run_meanwhile
 from engine.moe.overlap import ExpertLayout
 from engine.moe.plan import ExpertOrder
 from engine.moe.router import RouterSpec, Routing, score_weights
@@ -147,14 +147,7 @@ class CapacityAgreement:
         round = consensus.begin(claims)
         if meanwhile is not None:
             clock.enter(Phase.EXPERTS, layer)
-            try:
-                meanwhile()
-            except Exception:
-                # A collective nobody waits for outlives its buffers. What went wrong first is what
-                # to tell, also where the others are gone by now.
-                with suppress(Exception):
-                    round.wait()
-                raise
+            run_meanwhile(meanwhile, round.wait)
             if started is not None:
                 clock.meet(Phase.CONSENSUS, layer, collective=started)
             else:

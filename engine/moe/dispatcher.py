@@ -9,7 +9,6 @@ Legend: n numbers of a rank (its loads, and its unique rows where they are count
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,13 +28,11 @@ class Dispatcher:
         self._collectives = collectives
         self._workspace = workspace
 
-    def exchange_counts(self, numbers: torch.Tensor) -> np.ndarray:
-        """Gather every rank's numbers, int64 [n]; return [W, n] on the host. Collective over EP:
-        every rank must call.
+    def exchange_counts(self, numbers: torch.Tensor) -> Pending:
+        """Begin to gather every rank's numbers, int64 [n], to [W, n]. Collective over EP: every
+        rank must call.
         """
-        numbers_Wn = self._collectives.all_gather(numbers).wait()
-        # SYNC: all_to_all takes its splits as host integers; one copy a layer.
-        return numbers_Wn.cpu().numpy()
+        return self._collectives.all_gather(numbers)
 
     def load(
         self,

@@ -46,6 +46,7 @@ from engine.moe.dispatcher import Dispatcher
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
 from engine.moe.halves import Stages, finish
 from engine.moe.layouts import Layouts
+from engine.moe.meanwhile import run_meanwhile
 from engine.moe.overlap import ExpertLayout
 from engine.moe.pipeline import Pipeline
 from engine.moe.plan import DispatchPlan, ExpertOrder
@@ -243,8 +244,7 @@ class MoELayer(nn.Module):
             clock.enter(Phase.PLAN, self.layer)
             out_TD = combine_rows(rows_AD, *plans[0].terms(weights_TM))
         if module is not None:
-            clock.enter(Phase.EXPERTS, self.layer)
-            out_TD = out_TD + (shared[0] if shared else module(own_TD))
+            out_TD = out_TD + shared[0]
         clock.enter(Phase.OTHER, self.layer)
         return self._slice.regather(out_TD, x_TD.shape[0])
 
@@ -264,7 +264,7 @@ class MoELayer(nn.Module):
         """Steps 3 and 4: a plan a chunk, and the combine weights [T, M]. Collective over EP: every
         rank must call.
 
-        meanwhile: work to do while the ranks agree; left undone where there is nothing to agree on.
+        meanwhile: work to do while the ranks agree, once.
         layout: in which chunks rows travel; as configured by default. half: of a step of two.
         """
         if layout is None:
@@ -272,7 +272,7 @@ class MoELayer(nn.Module):
             layout = self.layouts.choose(None, costs_exchange=costs_exchange)
         decision, weights_TM = None, routing.topk_weights_TK
         if step is None or not self._agreement.applies(step):
-            order, numbers_Wn = self._exchange(routing, layout)
+            order, numbers_Wn = self._exchange(routing, layout, meanwhile)
             before_WE = layout.counts(numbers_Wn)
         else:
             decision = self._agreement.decide(
@@ -288,15 +288,26 @@ class MoELayer(nn.Module):
             self._recorder.decision(self.telemetry.decisions, routing, decision, step)
         return plans, weights_TM
 
-    def _exchange(self, routing: Routing, layout: ExpertLayout) -> tuple[ExpertOrder, np.ndarray]:
+    def _exchange(
+        self, routing: Routing, layout: ExpertLayout, meanwhile: Callable[[], None] | None
+    ) -> tuple[ExpertOrder, np.ndarray]:
         """Dropless: sort, and exchange the loads. Collective."""
         clock = self.telemetry.clock
         clock.enter(Phase.PLAN, self.layer)
         order = layout.sort(routing.topk_ids_TK)
-        clock.meet(Phase.CONSENSUS, self.layer)
         sent = self._collectives.bytes_sent
         assert order.numbers is not None
-        numbers_Wn = self._dispatcher.exchange_counts(order.numbers)
+        if meanwhile is None:
+            clock.meet(Phase.CONSENSUS, self.layer)
+            pending = self._dispatcher.exchange_counts(order.numbers)
+        else:
+            started = clock.arrive()
+            pending = self._dispatcher.exchange_counts(order.numbers)
+            clock.enter(Phase.EXPERTS, self.layer)
+            run_meanwhile(meanwhile, pending.wait)
+            clock.meet(Phase.CONSENSUS, self.layer, collective=started)
+        # SYNC: all_to_all takes its splits as host integers; one copy a layer.
+        numbers_Wn = pending.wait().cpu().numpy()
         clock.sent(self._collectives.bytes_sent - sent)
         clock.enter(Phase.PLAN, self.layer)
         return order, numbers_Wn

@@ -209,6 +209,55 @@ def test_layers_compute_what_the_reference_decides(counts, spec):
     assert any(result[0]["decision"] is not None for result in results)
 
 
+def events_of_a_dropless_call(rank: int, fails: bool) -> tuple[list[str], str]:
+    """When the loads' exchange begins, is waited for, and the shared expert runs."""
+    topology = bootstrap.start(Config(model=ModelConfig(path="unused")))
+    events: list[str] = []
+
+    class Noting(Doubled):
+        def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+            events.append("shared")
+            if fails:
+                raise ArithmeticError("7 and a half")
+            return super().forward(x_TD)
+
+    config = Config(model=ModelConfig(path="unused"))
+    layer = build(topology, config, RouterSpec(num_experts=4, top_k=2), Noting())
+    begin = layer._dispatcher.exchange_counts
+
+    class Noted:
+        def __init__(self, pending) -> None:
+            self.pending = pending
+
+        def wait(self) -> torch.Tensor:
+            events.append("waited")
+            return self.pending.wait()
+
+    def exchange_counts(numbers: torch.Tensor) -> Noted:
+        events.append("begun")
+        return Noted(begin(numbers))
+
+    layer._dispatcher.exchange_counts = exchange_counts
+    told = ""
+    try:
+        layer(tokens_of(rank, 5))
+    except ArithmeticError as error:
+        told = str(error)
+    bootstrap.stop(topology)
+    return events, told
+
+
+def test_without_a_policy_the_shared_expert_runs_while_the_loads_travel():
+    assert (
+        run_ranks(events_of_a_dropless_call, 2, False) == [(["begun", "shared", "waited"], "")] * 2
+    )
+
+
+def test_a_shared_expert_that_fails_leaves_no_exchange_behind():
+    expected = (["begun", "shared", "waited"], "7 and a half")
+    assert run_ranks(events_of_a_dropless_call, 2, True) == [expected] * 2
+
+
 def test_a_shared_expert_is_never_dropped():
     counts = [9, 14]
     results = run_ranks(run_layer, 2, counts, MIXTRAL, SETTINGS, 1, True)
