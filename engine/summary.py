@@ -196,6 +196,7 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                     if seconds_LP[layer + 1, phase]
                 },
                 lost=analysis.layers[layer],
+                lost_by_cause=analysis.layer_causes[layer],
             )
         )
     return reports

@@ -80,7 +80,9 @@ class LayerReport:
     orphans: tokens that kept no expert. gate_mass_kept: share of the competing tokens' combine
     weights that survived, extras not counted. bytes_sent: to other ranks, by all ranks of the
     group. num_collectives: that each rank called. seconds: of each phase, a mean rank's, waiting
-    included. lost: seconds that a mean rank waited in this layer for late ones.
+    included. lost: seconds that a mean rank waited in this layer for late ones. lost_by_cause: of a
+    mean rank's time here, what unequal loads, unequal tokens, a slow device, the host and the
+    network cost.
     """
 
     layer: int
@@ -100,6 +102,7 @@ class LayerReport:
     num_collectives: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     lost: float = 0.0
+    lost_by_cause: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ import numpy as np
 
 from engine.profiling.collector import Charges, PhaseTotals
 from engine.profiling.costs import price
+from engine.profiling.layer_causes import causes_by_layer
 from engine.profiling.phases import Phase
 
 CAUSES = ("load", "tokens", "device", "host", "network")
@@ -75,7 +76,7 @@ class Analysis:
     """Where the group's time was lost. seconds: length of the steps that were compared. lost:
     seconds by cause, a mean rank's. bytes_per_second: of dispatch and combine while they
     transferred, a mean rank's; 0 where nothing travelled. layers: seconds lost to late ranks in
-    each decoder layer.
+    each decoder layer. layer_causes: seconds lost in it by cause, a mean rank's.
     """
 
     seconds: float
@@ -83,6 +84,7 @@ class Analysis:
     ranks: list[RankBlame]
     bytes_per_second: float
     layers: list[float]
+    layer_causes: list[dict[str, float]] = field(default_factory=list)
 
     def share(self, cause: str) -> float:
         """Share of the run that was lost to a cause."""
@@ -111,6 +113,9 @@ def analyse(profiles: list[RankProfile], charges: Charges, imbalance_L: np.ndarr
         ranks=blames,
         bytes_per_second=rate,
         layers=charges.seconds.sum((0, 2))[1:].tolist(),
+        layer_causes=causes_by_layer(
+            [item.totals for item in profiles], blames, charges, imbalance_L, lost["network"]
+        ),
     )
 
 

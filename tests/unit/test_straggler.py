@@ -99,6 +99,28 @@ def test_a_slow_device_is_named_with_how_much_slower_it_is_at_equal_load(ranks):
     assert all(b.slowness < 1.01 for b in analysis.ranks if b.rank != 1)
 
 
+def test_each_layers_loss_is_split_by_cause_and_sums_to_the_runs():
+    def both(turn, step):
+        step["rows"] = [160, 40, 40, 40]
+        step["experts_per_row"][2] *= 2
+        step["attention_per_token"][2] *= 2
+
+    analysis, _ = run(both, length=100, travel=4.0)
+    (layer,) = analysis.layer_causes
+    assert set(layer) == {"load", "tokens", "device", "host", "network"}
+    for cause in ("load", "device", "network"):  # of the one layer, as nearly all of it is
+        assert layer[cause] == pytest.approx(analysis.lost[cause], rel=0.1)
+        assert layer[cause] > 0
+    assert layer["host"] <= analysis.lost["host"] + 1e-9
+
+
+def test_a_balanced_layer_has_next_to_nothing_to_split():
+    analysis, _ = run(length=100)
+    (layer,) = analysis.layer_causes
+    assert sum(layer.values()) < 0.05 * analysis.seconds
+    assert all(value >= 0 for value in layer.values())
+
+
 def test_a_rank_that_is_a_little_slower_is_named_once_chance_would_not_last_that_long():
     def slow(turn, step):
         step["attention_per_token"][1] *= 1.16
