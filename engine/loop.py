@@ -208,7 +208,8 @@ class GenerationLoop:
             )
         # Of each tensor group only the leader's words count.
         group_tokens = sum(words.tokens_prefill + words.tokens_decode for words in everyone)
-        hidden_TD = self._runner.forward(step, moe_step, group_tokens)
+        may_split = any(words.running > 1 for words in everyone)
+        hidden_TD = self._runner.forward(step, moe_step, group_tokens, may_split)
         outcome = self._sample(step, hidden_TD) if self._leads else None
         tokens, logprobs, of_prompt, errors = broadcast_object(outcome, self._topology.tensor)
         for piece in step.slices:

@@ -33,17 +33,27 @@ class Runner:
 
     @torch.inference_mode()
     def forward(
-        self, step: Step, moe_step: MoEStep | None = None, group_tokens: int | None = None
+        self,
+        step: Step,
+        moe_step: MoEStep | None = None,
+        group_tokens: int | None = None,
+        may_split: bool = False,
     ) -> torch.Tensor:
         """Run the step's tokens; return their final hidden states [T, D]. Collective over EP: every
         rank must call.
 
         moe_step: who competes for expert capacity; None where nobody does. group_tokens: tokens of
-        the step over all ranks of the expert-parallel group.
+        the step over all ranks of the expert-parallel group. may_split: some rank has two sequences
+        to run as half batches; the same on every rank.
 
         An empty step is fine: the rank takes part in the MoE layers with zero tokens.
         """
-        if moe_step is None and group_tokens is not None and self.model.splits(group_tokens):
+        if (
+            may_split
+            and moe_step is None
+            and group_tokens is not None
+            and self.model.splits(group_tokens)
+        ):
             cut = balanced_cut([piece.length for piece in step.slices])
             first = self.build(step.slices[:cut], min(cut, step.num_decode))
             second = self.build(step.slices[cut:], max(0, step.num_decode - cut))

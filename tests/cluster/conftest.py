@@ -1,6 +1,22 @@
-"""Lets the tests of this folder import what tools/ has for faults and clusters."""
+"""What the tests of this folder share: tools/ for faults and clusters, and a job's right output."""
 
+from __future__ import annotations
+
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from chaos.job import Job, read_lines
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The records that one process leaves of the module's `job`, which no launcher started."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
+    done = subprocess.run([sys.executable, *job.command(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return read_lines(output)

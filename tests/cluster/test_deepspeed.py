@@ -32,15 +32,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The records of one process that no launcher started."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
-    done = subprocess.run([sys.executable, *job.command(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return read_lines(output)
-
-
-@pytest.fixture(scope="module")
 def hosts() -> Iterator[VirtualHosts]:
     if why := why_no_hosts(pdsh="pdsh", mpirun_openmpi="openmpi-bin"):
         pytest.skip(f"no hosts to test on: {why}")

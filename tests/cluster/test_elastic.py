@@ -114,14 +114,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("elastic"), NUM_REQUESTS, TIMEOUT_S)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    output = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
-    done = subprocess.run([sys.executable, *job.command(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return read_lines(output)
-
-
 def one_node(num_ranks: int, max_restarts: int = 1) -> list[str]:
     return ["--standalone", f"--nproc-per-node={num_ranks}", f"--max-restarts={max_restarts}"]
 

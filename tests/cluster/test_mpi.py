@@ -39,15 +39,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("mpi"), NUM_REQUESTS, TIMEOUT_S)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The records of one process that no launcher started."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
-    done = subprocess.run([sys.executable, *job.command(output)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return read_lines(output)
-
-
 def mpirun(family: str) -> str:
     if not (path := shutil.which(PROGRAMS[family])):
         pytest.skip(f"{PROGRAMS[family]} is not installed: apt-get install {PACKAGES[family]}")

@@ -101,14 +101,19 @@ def resumed(output: Path) -> int:
 def test_one_torchrun_a_node_and_one_rank_a_gpu_give_the_output_of_one_process(
     slurm, requests, undisturbed, tmp_path
 ):
-    output, log = tmp_path / "out.jsonl", tmp_path / "log"
+    output, log, inside = tmp_path / "out.jsonl", tmp_path / "log", tmp_path / "inside"
+    container = tmp_path / "container"  # called as `container exec image COMMAND...`
+    container.write_text(f'#!/bin/sh\nshift 2\necho "$*" >>{inside}\nexec "$@"\n')
+    container.chmod(0o755)
     argv = arguments(requests, output, ranks=4)
-    job = submit(slurm, "infer.sbatch", ["--nodes=2", "--gpus-per-node=2"], argv, log)
+    options = ["--nodes=2", "--gpus-per-node=2"]
+    job = submit(slurm, "infer.sbatch", options, argv, log, CONTAINER=f"{container} exec image")
     slurm.wait(lambda: slurm.ended(job), JOB_S, "the job's end")
     assert slurm.state(job) == "COMPLETED", log.read_text()
     assert output.read_bytes() == undisturbed
     # No node's name resolves here.
     assert "2 nodes x 2 ranks, rendezvous at 127.0.0.1:" in log.read_text()
+    assert inside.read_text().count("launch/slurm/node.py --nnodes=2 --nproc-per-node=2") == 2
 
 
 def test_one_task_a_rank_gives_the_output_of_one_process(slurm, requests, undisturbed, tmp_path):
