@@ -53,7 +53,7 @@ EXPECTED: dict[str, tuple[str, list[int]]] = {
 }
 # Requests and new tokens each. Unequal loads cost most in prefill, which rows bound; a stall is
 # told from a slow device by how few of the steps it strikes, so those jobs have many.
-JOBS = {"hot_expert": (160, 8)}
+JOBS = {"hot_expert": (160, 8), "stalled": (64, 112)}
 _JOB = (48, 48)
 _STOP_S, _GO_S = 0.5, 0.6
 

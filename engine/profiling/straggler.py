@@ -36,7 +36,7 @@ _TRAVEL = (Phase.DISPATCH, Phase.COMBINE)
 # make equal ranks differ by 16% over 4 s.
 _SLOW, _SLOW_BY_CHANCE = 1.1, 0.3
 # Stalls: most of a rank's charge in at most this share of the steps, and this many a second.
-_MOST, _FEW, _RARE = 0.8, 0.1, 4.0
+_MOST, _FEW, _RARE = 0.7, 0.1, 4.0
 
 
 @dataclass(frozen=True, slots=True)
