@@ -13,6 +13,9 @@
 
 namespace lockstep {
 
+// Rows of weights that lie transposed together where weights are in panels (panels.h).
+constexpr int PANEL = 16;
+
 // One call of paged attention. Strides count floats; the last dimension of q, k and v is
 // contiguous.
 struct Attention {

@@ -31,9 +31,6 @@ int64_t rows_within(int64_t bytes, int64_t depth) {
   return std::max(block, rows / block * block);
 }
 
-// Rows of weights that lie transposed together; see panels.h.
-constexpr int64_t PANEL = 16;
-
 // Consecutive rows of one expert inside a wave. `packed` counts rows before it in the packed
 // buffer, where every segment starts on a whole vector.
 struct Segment {
@@ -51,7 +48,7 @@ std::vector<Piece> cut(const std::vector<Segment>& segments, int64_t depth, int6
   int64_t passes = 0;
   for (const Segment& segment : segments) passes += (segment.rows + pass - 1) / pass;
   int64_t strip = STRIP;
-  while (strip > std::max(lanes, PANEL) && passes * ((outputs + strip - 1) / strip) < PIECES * at::get_num_threads())
+  while (strip > std::max<int64_t>(lanes, PANEL) && passes * ((outputs + strip - 1) / strip) < PIECES * at::get_num_threads())
     strip /= 2;
   std::vector<Piece> pieces;
   for (const Segment& segment : segments)

@@ -4,7 +4,6 @@
 // costs what they need and no whole vector of them. Every element is the same chain of fused
 // multiply-adds as in matmul.h: the same bits.
 
-constexpr int PANEL = 16;
 constexpr int PV = PANEL / W;  // vectors of a panel
 // Rows of x at a time, for one panel and for two: as many accumulators as registers allow.
 constexpr int ONE = W == 16 ? 16 : W == 8 ? 6 : 3, TWO = W == 16 ? 12 : W == 8 ? 3 : 1;
