@@ -1,4 +1,9 @@
-"""From every rank's totals to the run's report; the last collective of a run."""
+"""From every rank's totals to the run's report; the last collective of a run.
+
+Ranks that step together are analysed together, every group of them. Stamps are each rank's own, so
+two ranks would not measure one step alike: what a group did is told by its first rank alone, and
+all ranks come to the same report.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from engine.distributed.groups import Topology
 from engine.latency import Sample, Taken, pooled
 from engine.loop import Totals
 from engine.moe.shares import ONE
-from engine.profiling.collector import Collector, PhaseTotals
+from engine.profiling.collector import Charges, Collector, PhaseTotals
 from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phases import Phase
@@ -23,15 +28,16 @@ from engine.profiling.report import (
     RankReport,
     RunReport,
 )
-from engine.profiling.straggler import Analysis, RankBlame, RankProfile, analyse
-from engine.profiling.verdict import HotExpert, verdicts
+from engine.profiling.straggler import CAUSES, Analysis, RankBlame, RankProfile, analyse
+from engine.profiling.verdict import HotExpert, Verdict, of_replicas, verdicts
 from engine.profiling.waiting import breakdown
 
 
 @dataclass(slots=True)
 class _Share:
     """What one rank hands in. traffic: layer -> bytes sent, collectives called. clock_error: of its
-    clock against the others', seconds.
+    clock against the others', seconds. group: from the first rank of each, for whom it waited and
+    the imbalance of its layers, as `straggler.analyse` takes them.
     """
 
     rank: RankReport
@@ -42,6 +48,7 @@ class _Share:
     clock_error: float
     drops: dict[int, LayerDrops]
     traffic: dict[int, tuple[int, int]]
+    group: tuple[Charges, np.ndarray] | None
 
 
 def run_report(
@@ -61,7 +68,7 @@ def run_report(
     comms: CommsTable | None = None,
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
-    of this rank's own group.
+    of this rank's own group, and all else is the same on every rank.
 
     traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
     capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
@@ -69,6 +76,9 @@ def run_report(
     all ranks: every rank must call.
     """
     phases = profile.totals()
+    imbalance_L = np.ones(len(phases.seconds))
+    for layer, load in loads.layers.items():
+        imbalance_L[layer + 1] = load.max_over_mean_after
     own = _Share(
         rank=RankReport(
             rank=topology.world.rank,
@@ -100,27 +110,32 @@ def run_report(
         clock_error=clock_error,
         drops=drops,
         traffic=traffic,
+        group=(profile.charges(), imbalance_L) if topology.expert.rank == 0 else None,
     )
     everyone: list[_Share] = gather_objects(own, topology.world)
-    group = [share for share in everyone if share.replica == topology.replica]
-    imbalance_L = np.ones(len(phases.seconds))
-    for layer, load in loads.layers.items():
-        imbalance_L[layer + 1] = load.max_over_mean_after
-    analysis = analyse([share.profile for share in group], profile.charges(), imbalance_L)
-    blamed = {blame.rank: blame for blame in analysis.ranks}
-    layers = _layers(loads, group, analysis)
+    groups: dict[int, list[_Share]] = {}
+    for share in everyone:
+        groups.setdefault(share.replica, []).append(share)
+    analyses = {replica: _analyse(shares) for replica, shares in groups.items()}
+    group = groups[topology.replica]
+    blamed = {blame.rank: blame for analysis in analyses.values() for blame in analysis.ranks}
+    layers = _layers(loads, group, analyses[topology.replica])
     return RunReport(
         seconds=max(share.seconds for share in everyone),
         steps=totals.steps,
-        ranks=[_blame(share.rank, blamed.get(share.rank.rank)) for share in everyone],
+        ranks=[_blame(share.rank, blamed[share.rank.rank]) for share in everyone],
         layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
         speed_bound=loads.speed_bound(),
         totals=_totals(layers, group, totals.steps),
         latencies={key: pooled([share.latencies[key] for share in everyone]) for key in latencies},
-        verdict=verdicts(analysis, _hottest(group), policy),
-        lost=analysis.lost,
+        verdict=_verdict(groups, analyses, policy),
+        lost={
+            cause: sum(each.lost[cause] * len(each.ranks) for each in analyses.values())
+            / len(everyone)
+            for cause in CAUSES
+        },
         clock_error=max(share.clock_error for share in everyone),
         capacity_shares=None if shares_W is None else [share / ONE for share in shares_W],
     )
@@ -139,10 +154,31 @@ def _phases(totals: PhaseTotals) -> dict[str, PhaseReport]:
     }
 
 
-def _blame(report: RankReport, blame: RankBlame | None) -> RankReport:
-    """Add what the analysis says; ranks of other replicas are analysed by their own."""
-    if blame is None:
-        return report
+def _analyse(group: Sequence[_Share]) -> Analysis:
+    """One group's analysis, from what its first rank says of it."""
+    assert group[0].group is not None
+    charges, imbalance_L = group[0].group
+    return analyse([share.profile for share in group], charges, imbalance_L)
+
+
+def _verdict(
+    groups: dict[int, list[_Share]], analyses: dict[int, Analysis], policy: str
+) -> list[Verdict]:
+    found = {
+        replica: verdicts(analysis, _hottest(groups[replica]), policy)
+        for replica, analysis in analyses.items()
+    }
+    return of_replicas(
+        found,
+        {
+            replica: [blame.rank for blame in analysis.ranks]
+            for replica, analysis in analyses.items()
+        },
+    )
+
+
+def _blame(report: RankReport, blame: RankBlame) -> RankReport:
+    """Add what the analysis says."""
     return replace(
         report, slowness=blame.slowness, late_share=blame.late_share, lost=dict(blame.lost)
     )

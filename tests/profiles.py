@@ -95,7 +95,7 @@ class Simulation:
         ]
 
     def charges(self) -> Charges:
-        """The same on every rank."""
+        """Of the first rank, which tells for all."""
         return self.collectors[0].charges()
 
     def imbalance_L(self) -> np.ndarray:

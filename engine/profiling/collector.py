@@ -4,7 +4,7 @@
 brought them. It adds up where this rank's time, tokens and bytes went, how long it waited, and for
 whom the group waited: at every collective the rank that arrived last is charged with what the
 others lost, on average, by its coming late. The charge depends on the exchanged arrivals alone, so
-every rank of the group holds the same numbers.
+every rank of the group holds the same numbers; how long a step was, each measures for itself.
 
 Several steps are added up at a time: per step that costs microseconds.
 
@@ -51,12 +51,13 @@ class PhaseTotals:
 
 @dataclass(frozen=True, slots=True)
 class Charges:
-    """For whom the group waited; the same on every rank of it.
+    """For whom the group waited; but for late_steps and step_seconds the same on every rank of it.
 
     seconds: float64 [W, L, P], by the phase of the collective at which the rank came late. steps:
     steps with arrivals of all ranks. late_steps: int64 [W], steps in which this rank cost the group
     most, of those that lost a fiftieth of their length. lost, count: [W, NUM_BUCKETS], the rank's
-    charge a step by its size: seconds and steps. step_seconds: the length of all those steps.
+    charge a step by its size: seconds and steps. step_seconds: the length of all those steps, by
+    this rank's clock.
     """
 
     seconds: np.ndarray

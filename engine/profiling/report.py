@@ -127,7 +127,7 @@ class LayerTotals:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """The whole run, the same on every rank; `layers` and their `totals` are those of the rank's
-    own expert-parallel group.
+    own expert-parallel group, as are steps, max_over_mean, max_over_mean_after and speed_bound.
 
     seconds: wall time of the generation loop, the longest rank's. steps: steps this group ran.
     max_over_mean, max_over_mean_after: rows of the most loaded rank over the mean rank, all layers,
@@ -136,7 +136,7 @@ class RunReport:
     (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
     two tokens or more: mean seconds per later token), float64; a sample, whose percentiles are
     estimates, where a rank had more than `engine/latency.py` keeps, 100,000. verdict: who was slow
-    and why, of the rank's own group. lost: seconds that its mean rank lost, by cause. clock_error:
+    and why, in every group. lost: seconds that a mean rank lost, by cause. clock_error:
     uncertainty of the ranks' clocks against each other, seconds, the worst rank's. capacity_shares:
     each rank's share of the capacity at the end, 1 being even; None where all were the same
     throughout.

@@ -7,7 +7,8 @@ out among the others, since chance makes every rank late now and then.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 
 from engine.profiling.straggler import Analysis, RankBlame
@@ -78,6 +79,29 @@ def verdicts(
         )
         return [Verdict(text, "balanced", [], share)]
     return sorted(found, key=lambda verdict: -verdict.share)
+
+
+def of_replicas(
+    found: Mapping[int, Sequence[Verdict]], ranks: Mapping[int, Sequence[int]]
+) -> list[Verdict]:
+    """Join the findings of groups that each step on their own, the costliest first; where none has
+    any, what is said of the group that waits most.
+
+    found, ranks: replica -> its verdicts, and its global ranks in order.
+    """
+    if len(found) == 1:
+        return list(next(iter(found.values())))
+    told = [
+        replace(verdict, text=f"replica {replica} ({_span(ranks[replica])}): {verdict.text}")
+        for replica, own in found.items()
+        for verdict in own
+    ]
+    told.sort(key=lambda verdict: -verdict.share)
+    return [each for each in told if each.cause not in ("balanced", "unknown")] or told[:1]
+
+
+def _span(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
 
 
 def _is_worth(analysis: Analysis, share: float) -> bool:

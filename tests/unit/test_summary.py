@@ -26,8 +26,10 @@ from engine.latency import Sample
 from engine.loop import Totals
 from engine.profiling.collector import Collector
 from engine.profiling.loads import LayerDrops, LoadCounter
+from engine.profiling.phases import Phase
 from engine.profiling.report import LayerTotals, RunReport
 from engine.summary import run_report
+from tests.profiles import Simulation, make_spans
 
 BEFORE = {1: [[6, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 1, 5, 5], [1, 1, 1, 1]]}
 AFTER = {1: [[4, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 2, 4, 4], [1, 1, 1, 1]]}
@@ -66,16 +68,21 @@ class Rank:
     loads: LoadCounter = field(default_factory=LoadCounter)
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
     drops: dict[int, LayerDrops] = field(default_factory=dict)
+    profile: Collector = field(default_factory=lambda: Collector(4, 2))
+    policy: str = "none"
 
     def report(self) -> RunReport:
         topology: Any = SimpleNamespace(
-            world=SimpleNamespace(rank=self.rank), replica=self.replica, host=f"host{self.rank}"
+            world=SimpleNamespace(rank=self.rank),
+            expert=SimpleNamespace(rank=self.rank % 2),
+            replica=self.replica,
+            host=f"host{self.rank}",
         )
         totals = Totals(steps=self.steps, tokens_prefill=10 + self.rank)
         return run_report(
             self.seconds,
             totals,
-            Collector(4, 2),
+            self.profile,
             {key: sample_of(values) for key, values in self.latencies.items()},
             self.loads,
             topology,
@@ -92,17 +99,22 @@ def sample_of(values: list[float]) -> Sample:
     return sample
 
 
+class HandedIn(Exception):
+    """Stands for waiting until every rank has."""
+
+
 def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunReport]:
     """Every rank's report: the first round collects what each hands in, the second deals it out."""
     shares: list[Any] = []
 
     def hand_in(share: Any, group: Any) -> list[Any]:
         shares.append(share)
-        return [share]
+        raise HandedIn
 
     monkeypatch.setattr(engine.summary, "gather_objects", hand_in)
     for rank in ranks:
-        rank.report()
+        with pytest.raises(HandedIn):
+            rank.report()
     monkeypatch.setattr(engine.summary, "gather_objects", lambda share, group: shares)
     return [rank.report() for rank in ranks]
 
@@ -213,6 +225,61 @@ def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
         assert report.seconds == 9.0, "the slowest rank's"
         found = {key: values.tolist() for key, values in report.latencies.items()}
         assert found == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
+
+
+def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank]:
+    """Two ranks that stepped for about a second, one of them slow; their clocks do not quite agree
+    on how long a step was.
+    """
+    simulation = Simulation(2)
+    for turn in range(200):
+        work = [2.0 if rank == late else 1.0 for rank in range(2)]
+        simulation.step(
+            host=[0.2 + 0.1 * (turn % 2), 0.3 - 0.1 * (turn % 2)],
+            attention=work,
+            experts=[2 * each for each in work],
+            tokens=[8, 8],
+            rows=[8, 8],
+            travel=0.3,
+        )
+    ranks = []
+    for rank, collector in enumerate(simulation.collectors):
+        longer = make_spans((Phase.CONTROL, -1, 0, 1), (Phase.OTHER, -1, 1, 2 + rank))
+        collector.add(longer, np.array([[0], [0]]))
+        loads = LoadCounter()
+        rows = np.array([8, 8])
+        loads.record(0, before_E=rows, rank_before=[8, 8], own_after=[8], first_expert=rank)
+        loads.take_rows()
+        loads.settle(np.array([[8], [8]]))
+        ranks.append(
+            Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, profile=collector)
+        )
+    return ranks
+
+
+def test_all_ranks_have_one_report_though_each_measured_the_steps_by_its_own_clock(monkeypatch):
+    ranks = timed_ranks(late=1)
+    lengths = {rank.profile.charges().step_seconds for rank in ranks}
+    assert len(lengths) == 2, "the ranks would each come to a result of their own"
+    first, second = reports(monkeypatch, ranks)
+    assert first == second
+    assert first.lost["device"] > 0 and first.lost["network"] > 0
+    assert [verdict.ranks for verdict in first.verdict if verdict.cause == "device"] == [[1]]
+
+
+def test_the_verdict_is_of_every_replica_and_the_same_on_all_ranks(monkeypatch):
+    ranks = timed_ranks(late=None) + timed_ranks(late=1, first=2, replica=1)
+    everyone = reports(monkeypatch, ranks)
+    for report in everyone:
+        assert report.verdict == everyone[0].verdict
+        assert report.ranks == everyone[0].ranks and report.lost == everyone[0].lost
+        assert [verdict.ranks for verdict in report.verdict] == [[3]]
+        assert report.verdict[0].text.startswith("replica 1 (ranks 2-3): rank 3 on host3 computes")
+        assert [rank.slowness > 1.5 for rank in report.ranks] == [False, False, False, True]
+    quiet = reports(monkeypatch, timed_ranks(None) + timed_ranks(None, first=2, replica=1))
+    for report in quiet:
+        (verdict,) = report.verdict
+        assert verdict.cause == "balanced" and verdict.text.startswith("replica ")
 
 
 def test_where_nothing_competed_nothing_was_lost(monkeypatch):
