@@ -19,6 +19,7 @@ from engine.control import ControlWords
 from engine.distributed.groups import Topology
 from engine.moe.step import MoEStep, TokenTally
 from engine.moe.token_slice import TokenSlice, part_bounds
+from engine.ops.to_device import to_device
 from engine.request import CapacityUse
 from engine.scheduler import Slice, Step
 
@@ -109,5 +110,4 @@ def _identify(step: Step, phases: Sequence[Phase]) -> tuple[np.ndarray, np.ndarr
 
 
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

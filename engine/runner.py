@@ -18,6 +18,7 @@ from engine.layers.kv import KVCache
 from engine.models.decoder import CausalLM
 from engine.moe.halves import balanced_cut
 from engine.moe.step import MoEStep
+from engine.ops.to_device import to_device
 from engine.scheduler import Slice, Step
 
 
@@ -65,7 +66,7 @@ class Runner:
     def logits(self, hidden_TD: torch.Tensor, rows: list[int]) -> torch.Tensor:
         """Float32 logits [len(rows), vocabulary] of the given rows of `forward`'s result."""
         if rows != list(range(hidden_TD.shape[0])):
-            index = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+            index = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
             hidden_TD = hidden_TD.index_select(0, index)
         return self.model.logits(hidden_TD)
 
@@ -111,7 +112,4 @@ class Runner:
         )
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self.device)

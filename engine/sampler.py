@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.ops.to_device import to_device
 from engine.request import SamplingParams
 
 _NUCLEUS_CANDIDATES = 1024  # tokens that top-p looks at before it resorts to sorting them all
@@ -104,7 +105,9 @@ def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tens
     token_ids: [R] int64, or a list. For prompt logprobs, the prompt's next tokens. Non-finite
     logits give non-finite results.
     """
-    ids_R = torch.as_tensor(token_ids, dtype=torch.int64, device=logits_RV.device)
+    ids_R = torch.as_tensor(token_ids, dtype=torch.int64)
+    if not isinstance(token_ids, Tensor):
+        ids_R = to_device(ids_R, logits_RV.device)
     return logits_RV.gather(1, ids_R[:, None])[:, 0] - logits_RV.logsumexp(dim=1)
 
 
@@ -156,7 +159,7 @@ def _sample_rows(
                 for row, draw in zip(numbers, random, strict=True)
             ]
         )
-        row_R, *columns = torch.from_numpy(table).to(logits_SV.device).unbind(1)
+        row_R, *columns = to_device(torch.from_numpy(table), logits_SV.device).unbind(1)
         row_R = row_R.long()
         whole = len(numbers) == len(params)
         logits_RV = logits_SV if whole else logits_SV.index_select(0, row_R)

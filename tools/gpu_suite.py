@@ -4,6 +4,7 @@
     PYTHONPATH=/path/to/transformer_engine python tools/gpu_suite.py --only experts,kernels
 
     experts    backends torch, grouped_mm, te against float64, float32 and bfloat16, skewed loads
+    pipeline   dispatch, experts and combine in 1 to 3 chunks: equal, and no host sync in between
     capacity   every policy's decisions, device against CPU: identical
     kernels    every op on the device (Triton) against its plain torch reference
     engine     greedy tokens and log probabilities of every family, CUDA against CPU; the batch job
@@ -36,9 +37,10 @@ from gpu_checks.check import Check, guarded
 from gpu_checks.engine import check_engine
 from gpu_checks.experts import check_experts
 from gpu_checks.kernels import check_kernels
+from gpu_checks.pipeline import check_pipeline
 from make_random_checkpoint import FAMILIES
 
-SUBJECTS = ("experts", "capacity", "kernels", "engine")
+SUBJECTS = ("experts", "pipeline", "capacity", "kernels", "engine")
 PACKAGES = ("torch", "transformers", "triton", "transformer_engine", "nvidia-nccl-cu12")
 PACKAGES += ("nvidia-nccl-cu13",)
 
@@ -49,6 +51,8 @@ def run_checks(device: str, only: Sequence[str], families: Sequence[str]) -> lis
     where = torch.device(device)
     if "experts" in only:
         found += check_experts(where)
+    if "pipeline" in only:
+        found += check_pipeline(where)
     if "capacity" in only:
         found += check_capacity(where)
     if "kernels" in only:

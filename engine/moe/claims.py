@@ -18,6 +18,7 @@ from engine.moe.expansion import candidates
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.shares import limits
 from engine.moe.step import MoEStep
+from engine.ops.to_device import to_device
 
 _LimitKey = tuple[torch.device, int, tuple[int, ...] | None]
 
@@ -129,7 +130,7 @@ class ClaimMaker:
         if device not in self._tables:
             pools = list(self.pools.pool_of_expert)
             codes = [*pools, *([-1] * len(pools)), *pools, -1]
-            self._tables[device] = torch.tensor(codes, device=device)
+            self._tables[device] = to_device(torch.tensor(codes), device)
         return self._tables[device]
 
     def _limit(
@@ -140,7 +141,7 @@ class ClaimMaker:
         key = (device, capacity, shares_W)
         if key not in self._limits:
             limit_P = torch.tensor(limits(self.pools, capacity, shares_W))
-            self._limits = {key: limit_P.to(device)}
+            self._limits = {key: to_device(limit_P, device)}
         return self._limits[key]
 
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.ops import sort_by_expert as sort_op
+from engine.ops.to_device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Deduplicator:
     def _table(self, device: torch.device) -> torch.Tensor:
         """Of every place its group, byte, bit and weight: int64 [4, P + 1]."""
         if device not in self._tables:
-            self._tables[device] = torch.tensor(self._host, device=device)
+            self._tables[device] = to_device(torch.tensor(self._host), device)
         return self._tables[device]
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,9 @@ from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.huge_pages import prefer_huge_pages
 from engine.ops.panels import to_panels
 from engine.ops.silu_and_mul import silu_and_mul
+from engine.ops.to_device import to_device
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertWeights(nn.Module):
@@ -105,7 +109,7 @@ class GroupedMMExperts:
         if not rows_RD.shape[0]:
             return torch.empty_like(rows_RD)
         counts = torch.tensor(expert_counts, dtype=torch.int32)
-        ends = counts.cumsum(0, dtype=torch.int32).to(rows_RD.device, non_blocking=True)
+        ends = to_device(counts.cumsum(0, dtype=torch.int32), rows_RD.device)
         w13 = self._weights.w13_e2FD.transpose(1, 2)
         hidden = silu_and_mul(F.grouped_mm(rows_RD, w13, offs=ends))
         return F.grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
@@ -141,15 +145,21 @@ def import_transformer_engine() -> Any:
     """Import Transformer Engine's torch module, or say how to get it.
 
     Raises:
-        ValueError: when it is not installed.
+        ValueError: when it is not installed, or its import fails.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "moe.experts.backend: 'te' needs Transformer Engine, which is not installed; install "
             "lockstep-moe[cuda] or lockstep-moe[cuda13], or choose 'grouped_mm' or 'torch'"
         )
-    import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
-
+    try:
+        import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
+    except Exception as error:  # a release for another torch or CUDA fails in many ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"moe.experts.backend: 'te' needs Transformer Engine, whose import fails: {reason}; "
+            "install the release that fits this torch and CUDA, or choose 'grouped_mm' or 'torch'"
+        ) from error
     return te
 
 
@@ -157,7 +167,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve `auto` and refuse what cannot run here, before any rank builds a layer.
 
     auto: `torch` on CPU and for float32, which Transformer Engine multiplies in TF32; on CUDA `te`
-    where it is installed, else `grouped_mm` for bfloat16, else `torch`.
+    where it can be imported, else `grouped_mm` for bfloat16, else `torch`.
 
     Raises:
         ValueError: naming the backend and what it needs.
@@ -166,7 +176,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda" or dtype == torch.float32:
             return "torch"
         if importlib.util.find_spec("transformer_engine") is not None:
-            return "te"
+            try:
+                import_transformer_engine()
+                return "te"
+            except ValueError as error:
+                logger.warning("%s; going on without it", error)
         return "grouped_mm" if dtype == torch.bfloat16 and hasattr(F, "grouped_mm") else "torch"
     if name == "te":
         if device.type != "cuda":

@@ -44,6 +44,7 @@ import torch
 from engine.moe.dedup import Deduplicator, UniqueRows
 from engine.moe.plan import DispatchPlan, ExpertOrder, UniquePlan, make_plan, sort_by_expert
 from engine.moe.wire import RowKind, WireFormat
+from engine.ops.to_device import to_device
 
 By = Literal["experts", "tokens"]
 
@@ -251,7 +252,7 @@ class ExpertLayout:
         device, most = ids_WTM.device, ids_WTM.shape[1]
         token_T = torch.arange(1, most + 1, device=device)
         # Chunk j of T tokens is [T * j // C, T * (j + 1) // C).
-        num_W = torch.tensor([max(num, 1) for num in num_tokens_W]).to(device, non_blocking=True)
+        num_W = to_device(torch.tensor([max(num, 1) for num in num_tokens_W]), device)
         chunk_WT = (token_T * self.num_chunks - 1) // num_W[:, None]
         place_WTM = ids_WTM + self._num_experts * chunk_WT[:, :, None]
         return place_WTM.where(ids_WTM >= 0, -1)
@@ -261,5 +262,5 @@ class ExpertLayout:
         if device not in self._places:
             place = np.full(len(self._experts) + 1, -1)
             place[self._experts] = np.arange(len(self._experts))
-            self._places[device] = torch.from_numpy(place).to(device)
+            self._places[device] = to_device(torch.from_numpy(place), device)
         return self._places[device]

@@ -28,6 +28,7 @@ import torch
 from engine.moe.dedup import Deduplicator, UniqueRows
 from engine.moe.wire import WireFormat
 from engine.ops import sort_by_expert as sort_op
+from engine.ops.to_device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,4 +159,4 @@ def _arrival_by_expert(local_We: np.ndarray, device: torch.device) -> torch.Tens
     # plus its offset in it.
     shift = np.repeat(starts.T.ravel() - grouped_starts, lengths)
     arrival = torch.from_numpy(shift + np.arange(int(lengths.sum())))
-    return arrival.to(device, non_blocking=True)
+    return to_device(arrival, device)

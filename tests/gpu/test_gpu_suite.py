@@ -18,6 +18,7 @@ import gpu_suite
 from gpu_checks.check import Check, at_most, guarded, relative_error
 from gpu_checks.experts import check_experts
 from gpu_checks.kernels import check_kernels
+from gpu_checks.pipeline import check_pipeline
 
 from engine.moe import experts as engine_experts
 from engine.ops import silu_and_mul
@@ -91,6 +92,12 @@ def test_a_backend_that_swaps_two_experts_is_caught(monkeypatch: pytest.MonkeyPa
     failed = {check.name for check in check_experts(CPU) if check.passed is False}
     assert {"torch float32, skewed", "torch bfloat16, skewed"} <= failed
     assert "torch float32, even" not in failed
+
+
+def test_the_pipeline_gives_the_same_in_any_number_of_chunks() -> None:
+    checks = check_pipeline(CPU)
+    assert [check for check in checks if check.passed is False] == []
+    assert sum(check.passed is True for check in checks) == 6  # two backends, 1 to 3 chunks
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ ALLOWED = {
     "layers": {"config", "distributed", "ops", "profiling", "weights"},
     "moe": {"config", "distributed", "layers", "ops", "profiling"},
     "models": {"config", "distributed", "layers", "moe", "ops", "profiling", "weights"},
-    "scheduler": {"config", "request"},
+    "scheduler": {"config", "ops", "request"},
 }
 UNIT_OF_MODULE = {
     **dict.fromkeys(("config_check", "config_io", "config_world", "preflight"), "config"),

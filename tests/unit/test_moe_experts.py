@@ -1,6 +1,8 @@
 """Which experts backend runs where. Run: pytest tests/unit/test_moe_experts.py"""
 
 import importlib.util
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +21,18 @@ def pretend_installed(monkeypatch, installed: bool) -> None:
         return find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", fake)
+    package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
+    package.pytorch = module  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+
+
+class BrokenImport:
+    """Finds Transformer Engine, built for another torch."""
+
+    def find_spec(self, name, *rest):
+        if name.startswith("transformer_engine"):
+            raise OSError("libtorch.so: undefined symbol: _ZN2at4_ops5zerosE\nmore")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +60,17 @@ def test_te_is_refused_where_it_cannot_run(monkeypatch):
         choose_backend("te", CPU, torch.float32)
     with pytest.raises(ValueError, match=r"'te' needs Transformer Engine.*lockstep-moe\[cuda\]"):
         choose_backend("te", CUDA, torch.bfloat16)
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_told_and_auto_goes_on(monkeypatch, caplog):
+    pretend_installed(monkeypatch, True)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [BrokenImport(), *sys.meta_path])
+    with pytest.raises(ValueError, match=r"'te' needs.*fails: libtorch.so: undefined.*; install"):
+        choose_backend("te", CUDA, torch.bfloat16)
+    assert choose_backend("auto", CUDA, torch.bfloat16) == "grouped_mm"
+    assert "undefined symbol" in caplog.text and "going on without it" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["torch", "grouped_mm"])
