@@ -43,10 +43,10 @@ from engine.meter import Meter
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model, read_config
 from engine.preflight import check_runnable
+from engine.profiling.clocks import make_clock
 from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.outlets import Outlets
-from engine.profiling.phases import make_clock
 from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import Completion, Request, SamplingParams

@@ -1,19 +1,23 @@
-"""Meter: the measuring side of the generation loop, one step behind it.
+"""Meter: the measuring side of the generation loop, a step behind it, on CUDA two.
 
-Before a step the ranks exchange control words; with them travel the arrivals and row counts of the
-step before. The meter reads that step's spans, says what to send, and files what has come back: in
-the run's profile, the load counter, the span file, and, under moe.capacity.speed_aware, the shares
-of the capacity.
+Before a step the ranks exchange control words; with them travel the row counts of the step before
+and the arrivals of the last one whose stamps can be read. The meter reads that step's spans, says
+what to send, and files what has come back: in the run's profile, the load counter, the span file,
+and, under moe.capacity.speed_aware, the shares of the capacity.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
+
+import numpy as np
 
 from engine.control import ControlPlane, ControlWords
 from engine.moe.shares import ONE, Shares
 from engine.profiling.collector import Collector
+from engine.profiling.loads import StepLoads
 from engine.profiling.outlets import Outlets
 from engine.profiling.pace import Pace
 from engine.profiling.phases import Phase, Spans
@@ -45,7 +49,10 @@ class Meter:
         self._logs = logs
         self._spans: Spans | None = None
         self._num_read = 0
-        self._tokens = (0, 0)  # this rank's prefill and decode tokens of the last step
+        self._tokens: tuple[int, int] | None = None  # prefill and decode, this rank's last step
+        # What the span file says of the steps whose spans were not read yet.
+        self._unread: deque[tuple[tuple[int, int], StepLoads]] = deque()
+        self._offset = 0
         self._outlets.start(telemetry.loads)
 
     @property
@@ -73,11 +80,12 @@ class Meter:
         clock.enter(Phase.OTHER)
         if rows_WL is not None:
             loads.settle(rows_WL)
+        if self._tokens is not None and loads.step is not None:
+            self._unread.append((self._tokens, loads.step))
+            loads.step = {}
+        self._offset = control.clock_offset
         if spans is not None:
-            self._num_read += 1
-            self.profile.add(spans, arrivals)
-            offset = control.clock_offset
-            self._outlets.write(self._num_read, spans, arrivals, offset, self._tokens, loads)
+            self._file(spans, arrivals)
         self._tokens = (words.tokens_prefill, words.tokens_decode)
         if self._shares is not None and self._shares.update([each.pace for each in everyone]):
             self._log(everyone)
@@ -89,9 +97,17 @@ class Meter:
 
     def finish(self) -> None:
         """The run is over: nobody will tell the last steps' arrivals."""
-        while (spans := self._telemetry.clock.read()) is not None:
-            self.profile.add(spans, None)
-            self._outlets.count(spans)
+        while (spans := self._telemetry.clock.read(ended=True)) is not None:
+            self._file(spans, None)
+
+    def _file(self, spans: Spans, arrivals_WC: np.ndarray | None) -> None:
+        """Take the next step that was read."""
+        self._num_read += 1
+        self.profile.add(spans, arrivals_WC)
+        if self._unread:
+            tokens, loads = self._unread.popleft()
+            self._outlets.write(self._num_read, spans, arrivals_WC, self._offset, tokens, loads)
+        self._outlets.count(spans)
 
     def _log(self, everyone: Sequence[ControlWords]) -> None:
         if self._logs:

@@ -37,7 +37,8 @@ from engine.moe.overlap import ExpertLayout
 from engine.moe.plan import ExpertOrder
 from engine.moe.router import RouterSpec, Routing, score_weights
 from engine.moe.step import MoEStep
-from engine.profiling.phases import NoClock, Phase, PhaseClock
+from engine.profiling.clocks import NoClock
+from engine.profiling.phases import Phase, PhaseClock
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Of one step: layer -> rows of every expert before capacity, of this rank's own after it.
+StepLoads = dict[int, tuple[np.ndarray, list[int]]]
+
 
 @dataclass(slots=True)
 class LayerLoad:
@@ -75,12 +78,11 @@ class LayerDrops:
 class LoadCounter:
     """Collects `LayerLoad`s.
 
-    step: where it is a dict, the loads of the step that runs: layer -> rows of every expert before
-    capacity, of this rank's own after it.
+    step: where it is a dict, the loads of the step that runs.
     """
 
     layers: dict[int, LayerLoad] = field(default_factory=dict)
-    step: dict[int, tuple[np.ndarray, list[int]]] | None = None
+    step: StepLoads | None = None
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.profiling.collector import Collector
 from engine.profiling.deepspeed_comms import CommsTable, DeepSpeedComms
-from engine.profiling.loads import LoadCounter
+from engine.profiling.loads import LoadCounter, StepLoads
 from engine.profiling.phases import Spans
 from engine.profiling.report import StepReport
 from engine.profiling.spans_file import SpanWriter
@@ -43,16 +43,14 @@ class Outlets:
         arrivals_WC: np.ndarray | None,
         offset: int,
         tokens: tuple[int, int],
-        loads: LoadCounter,
+        loads: StepLoads,
     ) -> None:
-        """Take one step's spans; arguments as in `SpanWriter.write`."""
-        if self.spans is not None and loads.step is not None:
-            self.spans.write(step, spans, arrivals_WC, offset, tokens, loads.step)
-            loads.step = {}
-        self.count(spans)
+        """Take one step for the span file; arguments as in `SpanWriter.write`."""
+        if self.spans is not None:
+            self.spans.write(step, spans, arrivals_WC, offset, tokens, loads)
 
     def count(self, spans: Spans) -> None:
-        """Take one step's spans where `write` cannot: the other ranks' arrivals never come."""
+        """Take one step's collectives."""
         if self.comms is not None:
             self.comms.add(spans)
 

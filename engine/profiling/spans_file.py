@@ -23,6 +23,7 @@ from typing import IO
 
 import numpy as np
 
+from engine.profiling.loads import StepLoads
 from engine.profiling.phases import Phase, Spans
 from engine.profiling.waiting import waiting_ns
 
@@ -73,11 +74,10 @@ class SpanWriter:
         arrivals_WC: np.ndarray | None,
         offset: int,
         tokens: tuple[int, int],
-        loads: dict[int, tuple[np.ndarray, list[int]]],
+        loads: StepLoads,
     ) -> None:
         """Write one step. arrivals_WC: as in `waiting.py`. offset: nanoseconds to add
-        to this rank's stamps to get rank 0's. tokens: prefill and decode. loads: layer
-        -> rows of every expert before capacity, of this rank's own after it.
+        to this rank's stamps to get rank 0's. tokens: prefill and decode.
         """
         if not len(spans.starts):
             return

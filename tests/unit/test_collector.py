@@ -6,9 +6,10 @@ Run: pytest tests/unit/test_collector.py
 import numpy as np
 import pytest
 
+from engine.profiling.clocks import HostClock
 from engine.profiling.collector import Collector
 from engine.profiling.costs import CostCurve, price
-from engine.profiling.phases import HostClock, Phase
+from engine.profiling.phases import Phase
 from tests.profiles import MS, Simulation, make_spans
 
 

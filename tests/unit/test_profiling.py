@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.profiling.clocks import CudaClock, HostClock, NoClock, make_clock
 from engine.profiling.loads import LoadCounter
-from engine.profiling.phases import (
-    COLLECTIVE_PHASES,
-    CudaClock,
-    HostClock,
-    NoClock,
-    Phase,
-    Spans,
-    make_clock,
-)
+from engine.profiling.phases import COLLECTIVE_PHASES, Phase, Spans
 from engine.profiling.waiting import breakdown, waiting_ns
 
 MS = 1_000_000
@@ -190,6 +183,7 @@ class Events:
     """Stands for torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
 
     now_ns = 0
+    waited_for: list[int] = []
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = -1
@@ -199,17 +193,41 @@ class Events:
 
     def synchronize(self) -> None:
         assert self.at >= 0
+        Events.waited_for.append(self.at)
 
     def elapsed_time(self, later: "Events") -> float:
         return float(np.float32((later.at - self.at) * 1e-6))
 
 
-def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):
+def cuda_clock(monkeypatch: pytest.MonkeyPatch) -> CudaClock:
     monkeypatch.setattr(torch.cuda, "Event", Events)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    Events.now_ns = 0
-    clock = CudaClock(torch.device("cuda", 0))
+    Events.now_ns, Events.waited_for = 0, []
+    return CudaClock(torch.device("cuda", 0))
+
+
+def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monkeypatch):
+    clock = cuda_clock(monkeypatch)
+    Events.waited_for.clear()
+    ends, tokens = [], []
+    for step in range(5):
+        clock.enter(Phase.EXPERTS, 0, step)
+        Events.now_ns += 1_000
+        clock.close_step()
+        ends.append(Events.now_ns)
+        spans = clock.read()
+        assert (spans is None) == (step == 0)
+        assert clock.read() is None
+        assert Events.waited_for == ends[:step], "the last step may still run"
+        tokens += [] if spans is None else spans.tokens.tolist()
+    rest = clock.read(ended=True)
+    assert rest is not None and tokens + rest.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert clock.read(ended=True) is None
+
+
+def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):
+    clock = cuda_clock(monkeypatch)
     start = None
     for _ in range(4000):  # four hours
         Events.now_ns += 3_600_000_000
@@ -218,7 +236,7 @@ def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):
         clock.enter(Phase.OTHER)
         Events.now_ns += 1_000
         clock.close_step()
-        spans = clock.read()
+        spans = clock.read(ended=True)
         assert spans is not None
         start = spans.starts[0] if start is None else start
     assert (spans.ends - spans.starts).tolist() == [

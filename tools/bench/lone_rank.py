@@ -26,7 +26,8 @@ from engine.moe.plan import DispatchPlan
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep
 from engine.moe.workspace import Workspace
-from engine.profiling.phases import HostClock, NoClock, Phase
+from engine.profiling.clocks import HostClock, NoClock
+from engine.profiling.phases import Phase
 
 CPU = torch.device("cpu")
 TRAVEL = (Phase.DISPATCH, Phase.COMBINE)

@@ -21,7 +21,7 @@ from engine.moe.halves import finish
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.ops.permute import combine_rows
-from engine.profiling.phases import NoClock
+from engine.profiling.clocks import NoClock
 from gpu_checks.check import Check, at_most, guarded, relative_error
 from gpu_checks.experts import BACKENDS
 

@@ -30,7 +30,8 @@ from engine.distributed.collectives import GroupCollectives
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep, TokenTally
-from engine.profiling.phases import HostClock, NoClock, Phase
+from engine.profiling.clocks import HostClock, NoClock
+from engine.profiling.phases import Phase
 
 
 class Worker:

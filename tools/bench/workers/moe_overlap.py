@@ -26,7 +26,8 @@ from engine.distributed.groups import Topology
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.moe.tuner import ChunkTuner
-from engine.profiling.phases import HostClock, Phase
+from engine.profiling.clocks import HostClock
+from engine.profiling.phases import Phase
 
 EXPOSED = (Phase.DISPATCH, Phase.COMBINE)
 

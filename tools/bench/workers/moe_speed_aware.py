@@ -26,8 +26,9 @@ from engine.config_io import config_from_tree
 from engine.distributed import bootstrap
 from engine.moe.shares import ONE, Shares
 from engine.moe.step import MoEStep
+from engine.profiling.clocks import HostClock, NoClock
 from engine.profiling.pace import Pace
-from engine.profiling.phases import HostClock, NoClock, Phase
+from engine.profiling.phases import Phase
 
 NAMES = ("dropless", "even", "speed_aware")
 

@@ -1,0 +1,255 @@
+"""The phase clocks: of the host, for devices that compute synchronously, and of CUDA.
+
+On CUDA a mark records an event on the current stream. A step is read when the next has been queued
+behind it, so measuring never leaves the device without work.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from engine.profiling.phases import (
+    NO_LAYER,
+    NONE,
+    Mark,
+    Phase,
+    PhaseClock,
+    Position,
+    Sent,
+    Spans,
+    spans_of,
+)
+
+
+class NoClock:
+    """A clock that keeps nothing but its position (`profiler.enabled: false`)."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._collectives = 0
+        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
+
+    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
+        """Remember where this rank is."""
+        self._last = (phase, layer, tokens, NONE)
+
+    def arrive(self) -> int:
+        """Count a collective."""
+        self._collectives += 1
+        return NONE
+
+    def meet(
+        self,
+        phase: Phase,
+        layer: int = NO_LAYER,
+        tokens: int = 0,
+        collective: int | None = None,
+    ) -> None:
+        """Remember where this rank is; count the collective if it starts here."""
+        if collective is None:
+            self._collectives += 1
+        self._last = (phase, layer, tokens, NONE)
+
+    def sent(self, num_bytes: int) -> None:
+        """Do nothing."""
+
+    def close_step(self) -> None:
+        """Count the step."""
+        self._steps += 1
+
+    def read(self, *, ended: bool = False) -> Spans | None:
+        """There is never anything to read."""
+        return None
+
+    def position(self) -> Position:
+        """How far this rank has come."""
+        phase, layer, *_ = self._last
+        return Position(self._steps, layer, Phase(phase), self._collectives)
+
+
+class HostClock:
+    """Phase clock for devices that compute synchronously: CLOCK_MONOTONIC stamps."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[int, int, int, int, int]] = []  # Mark and its stamp
+        self._sent: list[Sent] = []
+        self._arrivals: list[int] = []
+        self._closed: list[Spans] = []
+        self._steps = 0
+        self._collectives = 0  # of closed steps
+
+    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
+        """End the current span and start one of `phase`, which works on so many tokens."""
+        self._marks.append((phase, layer, tokens, NONE, time.monotonic_ns()))
+
+    def arrive(self) -> int:
+        """Note that a collective is being started, to be waited for later; return its number."""
+        self._arrivals.append(time.monotonic_ns())
+        return len(self._arrivals) - 1
+
+    def meet(
+        self,
+        phase: Phase,
+        layer: int = NO_LAYER,
+        tokens: int = 0,
+        collective: int | None = None,
+    ) -> None:
+        """End the current span and start one that waits for a collective: the one whose number is
+        given, otherwise one that is being started now.
+        """
+        now = time.monotonic_ns()
+        if collective is None:
+            collective = len(self._arrivals)
+            self._arrivals.append(now)
+        self._marks.append((phase, layer, tokens, collective, now))
+
+    def sent(self, num_bytes: int) -> None:
+        """Count bytes sent to other ranks to the current span."""
+        if self._marks:
+            self._sent.append((len(self._marks) - 1, num_bytes))
+
+    def close_step(self) -> None:
+        """End the step's last span; later marks belong to the next step."""
+        if not self._marks:
+            return
+        end = (Phase.OTHER, NO_LAYER, 0, NONE, time.monotonic_ns())
+        table = np.array([*self._marks, end], dtype=np.int64).T
+        arrivals = np.array(self._arrivals, dtype=np.int64)
+        self._closed.append(spans_of(table[:4, :-1], self._sent, table[4], arrivals))
+        self._steps += 1
+        self._collectives += len(self._arrivals)
+        self._marks, self._sent, self._arrivals = [], [], []
+
+    def read(self, *, ended: bool = False) -> Spans | None:
+        """Return the spans of the oldest closed step that were not read yet, None when there is
+        none.
+        """
+        return self._closed.pop(0) if self._closed else None
+
+    def position(self) -> Position:
+        """How far this rank has come; may be asked for by another thread."""
+        marks, begun = self._marks, self._collectives + len(self._arrivals)
+        phase, layer = marks[-1][:2] if marks else (Phase.OTHER, NO_LAYER)
+        return Position(self._steps, layer, Phase(phase), begun)
+
+
+class CudaClock:
+    """Phase clock for CUDA: events on the current stream, read a step late.
+
+    A step is read when the next one is closed too, so that the host, which may run ahead of the
+    device by a step, has something queued behind what it reads and never leaves the device idle.
+
+    Event times are turned into nanoseconds of the host's monotonic clock through a base event, so
+    ranks on one host compare directly. The first base is synchronised when the clock is made. From
+    then on the last event of a step that was read is the base of the next: the time between two
+    events is a float32 of milliseconds, which tells microseconds apart over seconds and no longer
+    over an hour.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: list[torch.cuda.Event] = []
+        self._marks: list[Mark] = []
+        self._sent: list[Sent] = []
+        self._events: list[torch.cuda.Event] = []
+        self._arrivals: list[torch.cuda.Event] = []
+        self._closed: list[
+            tuple[list[Mark], list[Sent], list[torch.cuda.Event], list[torch.cuda.Event]]
+        ] = []
+        self._steps = 0
+        self._collectives = 0
+        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
+        self._base = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.device(device):
+            self._base.record()
+        # SYNC: once, when the engine is built, to tie device time to host time.
+        self._base.synchronize()
+        self._base_ns = time.monotonic_ns()
+
+    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
+        """End the current span and start one of `phase`, which works on so many tokens."""
+        self._last = mark = (phase, layer, tokens, NONE)
+        self._marks.append(mark)
+        self._events.append(self._record())
+
+    def arrive(self) -> int:
+        """Note that a collective is being started, to be waited for later; return its number."""
+        self._collectives += 1
+        self._arrivals.append(self._record())
+        return len(self._arrivals) - 1
+
+    def meet(
+        self,
+        phase: Phase,
+        layer: int = NO_LAYER,
+        tokens: int = 0,
+        collective: int | None = None,
+    ) -> None:
+        """End the current span and start one that waits for a collective: the one whose number is
+        given, otherwise one that is being started now.
+        """
+        event = self._record()
+        if collective is None:
+            self._collectives += 1
+            collective = len(self._arrivals)
+            self._arrivals.append(event)
+        self._last = mark = (phase, layer, tokens, collective)
+        self._marks.append(mark)
+        self._events.append(event)
+
+    def sent(self, num_bytes: int) -> None:
+        """Count bytes sent to other ranks to the current span."""
+        if self._marks:
+            self._sent.append((len(self._marks) - 1, num_bytes))
+
+    def close_step(self) -> None:
+        """End the step's last span; later marks belong to the next step."""
+        if not self._marks:
+            return
+        self._steps += 1
+        self._events.append(self._record())
+        self._closed.append((self._marks, self._sent, self._events, self._arrivals))
+        self._marks, self._sent, self._events, self._arrivals = [], [], [], []
+
+    def read(self, *, ended: bool = False) -> Spans | None:
+        """Return the spans of the oldest closed step that were not read yet; None when there is
+        none, or only the last one and it has not `ended`.
+        """
+        if len(self._closed) < (1 if ended else 2):
+            return None
+        marks, sent, events, arrivals = self._closed.pop(0)
+        # SYNC: of a step with another one queued behind it; passed, but where neither of the two
+        # sampled. Polling instead would let ranks drift apart by a step, and stamps of different
+        # steps cannot be compared.
+        events[-1].synchronize()
+        columns = np.array(marks, dtype=np.int64).T
+        spans = spans_of(columns, sent, self._nanoseconds(events), self._nanoseconds(arrivals))
+        # An arrival may be the event of a span too; each goes back into the pool once.
+        free = {id(event): event for event in (self._base, *events, *arrivals)}
+        self._base, self._base_ns = free.pop(id(events[-1])), int(spans.ends[-1])
+        self._pool.extend(free.values())
+        return spans
+
+    def position(self) -> Position:
+        """How far this rank's host has come; may be asked for by another thread."""
+        phase, layer, *_ = self._last
+        return Position(self._steps, layer, Phase(phase), self._collectives)
+
+    def _nanoseconds(self, events: list[torch.cuda.Event]) -> np.ndarray:
+        stamps = np.array([self._base.elapsed_time(event) for event in events])
+        return (stamps * 1e6).astype(np.int64) + self._base_ns
+
+    def _record(self) -> torch.cuda.Event:
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def make_clock(device: torch.device, enabled: bool = True) -> PhaseClock:
+    """Return the clock that fits the device."""
+    if not enabled:
+        return NoClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()
