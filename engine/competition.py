@@ -20,6 +20,7 @@ from engine.distributed.groups import Topology
 from engine.moe.step import MoEStep, TokenTally
 from engine.moe.token_slice import TokenSlice, part_bounds
 from engine.ops.to_device import to_device
+from engine.profiling.phases import PhaseClock
 from engine.request import CapacityUse
 from engine.scheduler import Slice, Step
 
@@ -68,14 +69,17 @@ def build_moe_step(
     )
 
 
-def capacity_uses(step: Step, moe_step: MoEStep, topology: Topology) -> list[CapacityUse]:
+def capacity_uses(
+    step: Step, moe_step: MoEStep, topology: Topology, clock: PhaseClock
+) -> list[CapacityUse]:
     """What capacity did to each slice's tokens that ran for the first time; assignments are left
-    to the caller.
+    to the caller. clock: told of the collective, which the
+    caller's next phase ends.
 
     Collective over the tensor group: every rank must call.
     """
     assert moe_step.tally is not None, "the step was built with a tally"
-    tally_T4 = TokenSlice(topology.tensor).regather(moe_step.tally.stack(), step.num_tokens)
+    tally_T4 = TokenSlice(topology.tensor).regather(moe_step.tally.stack(), step.num_tokens, clock)
     # SYNC: once a step, when the step is over anyway and its tokens are read.
     rows_T4 = tally_T4.cpu().double().numpy()
     uses, row = [], 0

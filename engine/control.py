@@ -17,7 +17,7 @@ import torch
 from engine.distributed.clock import ClockOffset, ClockTracker
 from engine.distributed.collectives import all_gather_rows
 from engine.distributed.groups import Group
-from engine.profiling.phases import Spans
+from engine.profiling.phases import NONE, Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class ControlPlane:
     def __init__(self, group: Group, num_stamps: int, num_layers: int, offset: ClockOffset) -> None:
         self._group = group
         self._num_layers = num_layers
-        self._num_stamps = num_stamps
+        self.num_stamps = num_stamps
         self._clock = ClockTracker(offset, group.rank)
         self._left = -1  # when this rank left the last exchange, by its own clock
 
@@ -65,20 +65,20 @@ class ControlPlane:
 
         rows: what this rank's experts worked on in each MoE layer of the step before, [] when there
         was none; then None is returned for it. spans: an earlier step's spans on this rank, or
-        None. Arrivals are in this rank's own nanoseconds. Collective over the control group: every
-        rank must call.
+        None. Arrivals are in this rank's own nanoseconds, negative where a rank has none.
+        Collective over the control group: every rank must call.
         """
         offset = self._clock.nanoseconds
-        last = _NUM_WORDS + 2 + self._num_stamps
+        last = _NUM_WORDS + 2 + self.num_stamps
         vector = np.full(last + self._num_layers, -1, dtype=np.int64)
         vector[:_NUM_WORDS] = astuple(words)
         if rows:
             vector[last:] = rows
         vector[_NUM_WORDS + 1] = self._left
         if spans is not None:
-            stamps = spans.arrivals[: self._num_stamps]
+            stamps = spans.arrivals[: self.num_stamps]
             vector[_NUM_WORDS] = spans_step
-            vector[_NUM_WORDS + 2 :][: len(stamps)] = stamps + offset
+            vector[_NUM_WORDS + 2 :][: len(stamps)] = _moved(stamps, offset)
         gathered = all_gather_rows(torch.from_numpy(vector)[None], self._group).numpy()
         self._left = time.monotonic_ns()
         self._clock.note(gathered[:, _NUM_WORDS + 1])
@@ -101,7 +101,7 @@ class ControlPlane:
         if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():
             return everyone, rows_WL, None
         arrivals = gathered[:, _NUM_WORDS + 2 : last][:, : len(spans.arrivals)]
-        return everyone, rows_WL, arrivals - offset
+        return everyone, rows_WL, _moved(arrivals, -offset)
 
     @property
     def clock_offset(self) -> int:
@@ -111,4 +111,9 @@ class ControlPlane:
     @property
     def num_bytes(self) -> int:
         """Bytes that this rank sends in an exchange."""
-        return 8 * (_NUM_WORDS + 2 + self._num_stamps + self._num_layers) * (self._group.size - 1)
+        return 8 * (_NUM_WORDS + 2 + self.num_stamps + self._num_layers) * (self._group.size - 1)
+
+
+def _moved(stamps: np.ndarray, offset: int) -> np.ndarray:
+    """Stamps by another clock; what is no stamp stays."""
+    return np.where(stamps < 0, NONE, stamps + offset)

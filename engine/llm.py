@@ -36,7 +36,13 @@ from engine.interrupts import StopRequest
 from engine.kv_cache import BlockPool
 from engine.latency import Sample, timed
 from engine.layers.kv import KVCache
-from engine.loop import GenerationLoop, OnStep, Sink
+from engine.loop import (
+    NUM_COLLECTIVES,
+    NUM_TENSOR_COLLECTIVES,
+    GenerationLoop,
+    OnStep,
+    Sink,
+)
 from engine.measuring import open_outlets
 from engine.memory import num_kv_blocks
 from engine.meter import Meter
@@ -94,7 +100,9 @@ class LLM:
         self.weights_report = self._fill()
         self.model.settle()
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
-        stamps = 1 + sum(layer.max_collectives for layer in self.model.moe_layers)
+        stamps = NUM_COLLECTIVES + self.model.max_collectives
+        if topology.tensor.size > 1:
+            stamps += NUM_TENSOR_COLLECTIVES
         stamps = stamps if config.profiler.enabled else 0
         self._clock_offset = offset = measure_clock_offset(topology.control, topology.host)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
@@ -180,7 +188,8 @@ class LLM:
         """
         capacity = self.config.moe.capacity
         outlets = self._on_all_ranks(self._open_outlets)
-        profile = Collector(self.model.num_layers, self.topology.expert.size)
+        topology = self.topology
+        profile = Collector(self.model.num_layers, topology.expert.size, topology.tensor_places)
         meter = Meter(
             self._telemetry,
             profile,

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,6 +44,10 @@ from engine.source import RequestSource
 # Rows whose prompt logprobs are taken at once: a whole chunk of logits over a large vocabulary is
 # gigabytes.
 _PROMPT_ROWS = 256
+
+# Collectives of a step outside of the model: the control words; in a tensor group requests,
+# outcomes and, under a capacity policy, what was dropped.
+NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 3
 
 Sink = Callable[[list[Completion]], None]
 OnStep = Callable[[StepReport], None]
@@ -156,7 +161,7 @@ class GenerationLoop:
                 else:
                     arrivals.append(item)
                     in_flight += 1
-        arrivals, exhausted = broadcast_object((arrivals, exhausted), self._topology.tensor)
+        arrivals, exhausted = self._share((arrivals, exhausted))
         if not self._leads:
             for request in arrivals:
                 self._add(request)
@@ -211,18 +216,30 @@ class GenerationLoop:
         may_split = any(words.running > 1 for words in everyone)
         hidden_TD = self._runner.forward(step, moe_step, group_tokens, may_split)
         outcome = self._sample(step, hidden_TD) if self._leads else None
-        tokens, logprobs, of_prompt, errors = broadcast_object(outcome, self._topology.tensor)
+        tokens, logprobs, of_prompt, errors = self._share(outcome)
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
             piece.seq.capacity.add(CapacityUse(run * self._assignments_per_token))
         if moe_step is not None:
-            uses = capacity_uses(step, moe_step, self._topology)
+            clock = self._telemetry.clock
+            uses = capacity_uses(step, moe_step, self._topology, clock)
+            clock.enter(Phase.OTHER)
             for piece, use in zip(step.slices, uses, strict=True):
                 piece.seq.capacity.add(use)
         failed = [step.slices[index].seq for index in errors]
         for sequence, message in zip(failed, errors.values(), strict=True):
             self._scheduler.abort(sequence, message)
         return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
+
+    def _share(self, value: Any) -> Any:
+        """What the leader of the tensor group has. Collective over TP."""
+        tensor, clock = self._topology.tensor, self._telemetry.clock
+        if tensor.size == 1:
+            return value
+        clock.meet(Phase.TENSOR)
+        value = broadcast_object(value, tensor)
+        clock.enter(Phase.OTHER)
+        return value
 
     def _sample(
         self, step: Step, hidden_TD: torch.Tensor

@@ -32,7 +32,8 @@ def open_outlets(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             header = _header(config, topology, model, offset)
-            outlets.spans = SpanWriter(folder, header, int(profiler.spans_mib * 2**20))
+            num_bytes = int(profiler.spans_mib * 2**20)
+            outlets.spans = SpanWriter(folder, header, num_bytes, topology.tensor_places)
         except OSError as error:
             raise ValueError(
                 f"profiler.spans = {profiler.spans!r}: cannot be written on {topology.host}: "

@@ -24,7 +24,8 @@ from typing import Literal
 # collective broke under it. failed: by its own fault. left: nothing more will be heard of it.
 State = Literal["starting", "running", "finishing", "cut", "failed", "left"]
 
-_WAITING_PHASES = ("consensus", "dispatch", "combine", "control")  # as phases.COLLECTIVE_PHASES
+# As phases.COLLECTIVE_PHASES.
+_WAITING_PHASES = ("consensus", "dispatch", "combine", "control", "tensor")
 _MOST_SHOWN = 16
 
 

@@ -50,6 +50,12 @@ class Topology:
     host: str
     store_holder: int | None = None
 
+    @property
+    def tensor_places(self) -> range:
+        """Where in `expert` the ranks of `tensor` stand."""
+        first = self.expert.ranks.index(self.tensor.ranks[0])
+        return range(first, first + self.tensor.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

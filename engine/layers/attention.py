@@ -19,7 +19,7 @@ from torch import nn
 
 from engine.distributed.groups import Group
 from engine.layers.kv import KVSpec
-from engine.layers.parallel import empty_parameter, share_heads, sum_over
+from engine.layers.parallel import TensorSum, empty_parameter, share_heads
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
@@ -90,7 +90,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         share = share_heads(spec.num_heads, spec.num_kv_heads, tensor)
-        self.spec, self.share, self.tensor = spec, share, tensor
+        self.spec, self.share = spec, share
+        self.sums = TensorSum(tensor, calls=2 if spec.qk_norm == "projection" else 1)
         self.scale = spec.head_dim**-0.5
         self.q_width = share.num_heads * spec.head_dim
         self.kv_width = share.num_kv_heads * spec.head_dim
@@ -150,7 +151,7 @@ class Attention(nn.Module):
             scale=self.scale,
             window=spec.window,
         )
-        return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.tensor)
+        return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.sums)
 
     def kv_spec(self, num_layers: int) -> KVSpec:
         """The cache of `num_layers` such layers on this rank."""
@@ -168,11 +169,11 @@ class Attention(nn.Module):
         """Normalise the whole query and key projections, of which this rank may hold a part."""
         assert self.q_norm is not None and self.k_norm is not None
         spec, share = self.spec, self.share
-        if self.tensor.size == 1:
+        if self.sums.group.size == 1:
             return rms_norm(q, self.q_norm, spec.norm_eps), rms_norm(k, self.k_norm, spec.norm_eps)
         wide_q, wide_k = q.float(), k.float()
         squares_T2 = torch.stack((wide_q.square().sum(1), wide_k.square().sum(1)), dim=1)
-        sum_over(squares_T2, self.tensor)
+        self.sums(squares_T2)
         # Every key head was summed once for each rank that holds it.
         q_count = spec.num_heads * spec.head_dim
         k_count = spec.num_kv_heads * spec.head_dim * share.kv_replicas
@@ -218,15 +219,15 @@ class Attention(nn.Module):
 
 
 def project_out(
-    x_TO: torch.Tensor, out_DO: torch.Tensor, bias_D: torch.Tensor | None, tensor: Group
+    x_TO: torch.Tensor, out_DO: torch.Tensor, bias_D: torch.Tensor | None, sums: TensorSum
 ) -> torch.Tensor:
     """Apply the output projection, whose columns are split over `tensor`: [T, D].
 
     Collective over TP: every rank must call.
     """
-    if tensor.size == 1:
+    if sums.group.size == 1:
         return linear(x_TO, out_DO, bias_D)
-    out_TD = sum_over(linear(x_TO, out_DO), tensor)
+    out_TD = sums(linear(x_TO, out_DO))
     # After the sum, so that the bias counts once.
     return out_TD if bias_D is None else out_TD + bias_D
 

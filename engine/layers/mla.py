@@ -28,7 +28,7 @@ from torch import nn
 from engine.distributed.groups import Group
 from engine.layers.attention import StepTensors, out_slots, project_out
 from engine.layers.kv import KVSpec
-from engine.layers.parallel import empty_parameter, share_heads
+from engine.layers.parallel import TensorSum, empty_parameter, share_heads
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
@@ -80,7 +80,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         # A key/value head per query head: the latent has none to share.
         self.share = share_heads(spec.num_heads, spec.num_heads, tensor)
-        self.spec, self.tensor = spec, tensor
+        self.spec, self.sums = spec, TensorSum(tensor)
         heads = self.share.num_heads
         self.head_dim = spec.nope_dim + spec.rope_dim
         self.q_width = heads * self.head_dim
@@ -150,7 +150,7 @@ class LatentAttention(nn.Module):
         )
         out_HTV = torch.bmm(mixed_THC.transpose(0, 1), value_up_HVC.transpose(1, 2))
         out_TO = out_HTV.transpose(0, 1).flatten(1)
-        return project_out(out_TO, self.out_DO, self.out_bias_D, self.tensor)
+        return project_out(out_TO, self.out_DO, self.out_bias_D, self.sums)
 
     def kv_spec(self, num_layers: int) -> KVSpec:
         """The cache of `num_layers` such layers; the latent is the same on every tensor rank."""

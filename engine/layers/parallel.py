@@ -1,4 +1,4 @@
-"""Tensor parallelism of attention: which heads a rank owns, and the two reductions that follow.
+"""Tensor parallelism of attention: which heads a rank owns, and the reductions that follow.
 
 Used by `attention.py` and `mla.py`. Only attention is split: query heads are cut into equal
 consecutive shares, the output projection is cut along the same heads, and its partial products are
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.distributed.groups import Group
+from engine.profiling.phases import NO_LAYER, Phase
+from engine.profiling.telemetry import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,45 @@ def share_heads(num_heads: int, num_kv_heads: int, group: Group) -> HeadShare:
     )
 
 
-def sum_over(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sum `x` over the group in place and return it. Collective over TP: every rank must call."""
-    if group.size > 1:
-        dist.all_reduce(x, group=group.handle)
-    return x
+class TensorSum:
+    """Sums partial results of one layer's attention over the tensor group, each in a span of its
+    own. calls: how many of them one attention needs.
+    """
+
+    def __init__(self, group: Group, calls: int = 1) -> None:
+        self.group = group
+        self._calls = calls if group.size > 1 else 0
+        self.observe(Telemetry(), NO_LAYER)
+
+    @property
+    def num_collectives(self) -> int:
+        """Collectives of one attention call."""
+        return self._calls
+
+    def observe(self, telemetry: Telemetry, layer: int) -> None:
+        """Write to `telemetry` as decoder layer `layer`."""
+        self._telemetry, self._layer = telemetry, layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` over the group in place and return it. Collective over TP: every rank must call;
+        a group of one calls nothing.
+        """
+        size = self.group.size
+        if size == 1:
+            return x
+        clock = self._telemetry.clock
+        clock.meet(Phase.TENSOR, self._layer, x.shape[0])
+        clock.sent(round(x.numel() * x.element_size() * 2 * (size - 1) / size))
+        dist.all_reduce(x, group=self.group.handle)
+        clock.enter(Phase.ATTENTION, self._layer)
+        return x
+
+    def sit_out(self) -> None:
+        """The tensor group has no tokens and calls nothing, while others may: count their calls, so
+        that all ranks number the collectives of a step alike.
+        """
+        for _ in range(self._calls):
+            self._telemetry.clock.meet(Phase.TENSOR, self._layer, absent=True)
 
 
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -139,8 +139,17 @@ class CausalLM(nn.Module):
     def observe(self, telemetry: Telemetry) -> None:
         """Let this model and its MoE layers write to `telemetry`."""
         self.telemetry = telemetry
+        for index, layer in enumerate(self._layers):
+            layer.attention.sums.observe(telemetry, index)
         for moe in self.moe_layers:
             moe.telemetry = telemetry
+
+    @property
+    def max_collectives(self) -> int:
+        """Collectives of a step at most that the phase clock is told of."""
+        halves = 2 if any(moe.layouts.two_batch for moe in self.moe_layers) else 1
+        sums = sum(layer.attention.sums.num_collectives for layer in self._layers)
+        return halves * sums + sum(moe.max_collectives for moe in self.moe_layers)
 
     def settle(self) -> None:
         """All slots are filled: bring weights into the layouts that are read fastest, in place."""
@@ -205,6 +214,8 @@ class CausalLM(nn.Module):
             clock.enter(Phase.ATTENTION, index, num_tokens)
             if num_tokens:
                 x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache)
+            else:
+                layer.attention.sums.sit_out()
             clock.enter(Phase.OTHER, index)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):

@@ -159,7 +159,8 @@ class MoELayer(nn.Module):
     @property
     def max_collectives(self) -> int:
         """Collectives of a step at most that the phase clock is told of."""
-        return self.layouts.max_collectives
+        halves = 2 if self.layouts.two_batch else 1
+        return self.layouts.max_collectives + halves * self._slice.num_collectives
 
     @property
     def bytes_sent(self) -> int:
@@ -245,8 +246,9 @@ class MoELayer(nn.Module):
             out_TD = combine_rows(rows_AD, *plans[0].terms(weights_TM))
         if module is not None:
             out_TD = out_TD + shared[0]
+        out_TD = self._slice.regather(out_TD, x_TD.shape[0], clock, self.layer)
         clock.enter(Phase.OTHER, self.layer)
-        return self._slice.regather(out_TD, x_TD.shape[0])
+        return out_TD
 
     def route(self, x_TD: torch.Tensor) -> Routing:
         """Step 2: this rank's tokens choose their experts."""

@@ -16,6 +16,7 @@ import torch
 
 from engine.distributed.collectives import all_gather_rows
 from engine.distributed.groups import Group
+from engine.profiling.phases import NO_LAYER, Phase, PhaseClock
 
 
 def part_bounds(num_tokens: int, size: int, rank: int) -> tuple[int, int]:
@@ -40,13 +41,22 @@ class TokenSlice:
         start, end = part_bounds(x_TD.shape[0], self._group.size, self._group.rank)
         return x_TD[start:end]
 
-    def regather(self, out_tD: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    @property
+    def num_collectives(self) -> int:
+        """Collectives of a `regather`."""
+        return int(self._group.size > 1)
+
+    def regather(
+        self, out_tD: torch.Tensor, num_tokens: int, clock: PhaseClock, layer: int = NO_LAYER
+    ) -> torch.Tensor:
         """Return all rows [T, D]. Collective over the tensor group: every rank must call, with the
-        same num_tokens.
+        same num_tokens. clock: told TENSOR; the caller's next phase ends it.
         """
         if self._group.size == 1:
             return out_tD
         part = -(-num_tokens // self._group.size)
         padded = out_tD.new_zeros((part, out_tD.shape[1]))
         padded[: out_tD.shape[0]] = out_tD
+        clock.meet(Phase.TENSOR, layer, part)
+        clock.sent(padded.numel() * padded.element_size() * (self._group.size - 1))
         return all_gather_rows(padded, self._group)[:num_tokens]

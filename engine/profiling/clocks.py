@@ -7,6 +7,7 @@ behind it, so measuring never leaves the device without work.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class NoClock:
         layer: int = NO_LAYER,
         tokens: int = 0,
         collective: int | None = None,
+        *,
+        absent: bool = False,
     ) -> None:
         """Remember where this rank is; count the collective if it starts here."""
         if collective is None:
@@ -96,14 +99,17 @@ class HostClock:
         layer: int = NO_LAYER,
         tokens: int = 0,
         collective: int | None = None,
+        *,
+        absent: bool = False,
     ) -> None:
         """End the current span and start one that waits for a collective: the one whose number is
-        given, otherwise one that is being started now.
+        given, otherwise one that is being started now. absent: that this rank's tensor group has no
+        need of, and other ranks may have.
         """
         now = time.monotonic_ns()
         if collective is None:
             collective = len(self._arrivals)
-            self._arrivals.append(now)
+            self._arrivals.append(NONE if absent else now)
         self._marks.append((phase, layer, tokens, collective, now))
 
     def sent(self, num_bytes: int) -> None:
@@ -155,9 +161,9 @@ class CudaClock:
         self._marks: list[Mark] = []
         self._sent: list[Sent] = []
         self._events: list[torch.cuda.Event] = []
-        self._arrivals: list[torch.cuda.Event] = []
+        self._arrivals: list[torch.cuda.Event | None] = []
         self._closed: list[
-            tuple[list[Mark], list[Sent], list[torch.cuda.Event], list[torch.cuda.Event]]
+            tuple[list[Mark], list[Sent], list[torch.cuda.Event], list[torch.cuda.Event | None]]
         ] = []
         self._steps = 0
         self._collectives = 0
@@ -187,15 +193,18 @@ class CudaClock:
         layer: int = NO_LAYER,
         tokens: int = 0,
         collective: int | None = None,
+        *,
+        absent: bool = False,
     ) -> None:
         """End the current span and start one that waits for a collective: the one whose number is
-        given, otherwise one that is being started now.
+        given, otherwise one that is being started now. absent: that this rank's tensor group has no
+        need of, and other ranks may have.
         """
         event = self._record()
         if collective is None:
             self._collectives += 1
             collective = len(self._arrivals)
-            self._arrivals.append(event)
+            self._arrivals.append(None if absent else event)
         self._last = mark = (phase, layer, tokens, collective)
         self._marks.append(mark)
         self._events.append(event)
@@ -228,7 +237,7 @@ class CudaClock:
         columns = np.array(marks, dtype=np.int64).T
         spans = spans_of(columns, sent, self._nanoseconds(events), self._nanoseconds(arrivals))
         # An arrival may be the event of a span too; each goes back into the pool once.
-        free = {id(event): event for event in (self._base, *events, *arrivals)}
+        free = {id(each): each for each in (self._base, *events, *arrivals) if each is not None}
         self._base, self._base_ns = free.pop(id(events[-1])), int(spans.ends[-1])
         self._pool.extend(free.values())
         return spans
@@ -238,9 +247,13 @@ class CudaClock:
         phase, layer, *_ = self._last
         return Position(self._steps, layer, Phase(phase), self._collectives)
 
-    def _nanoseconds(self, events: list[torch.cuda.Event]) -> np.ndarray:
-        stamps = np.array([self._base.elapsed_time(event) for event in events])
-        return (stamps * 1e6).astype(np.int64) + self._base_ns
+    def _nanoseconds(self, events: Sequence[torch.cuda.Event | None]) -> np.ndarray:
+        base, base_ns = self._base, self._base_ns
+        stamps = [
+            NONE if event is None else base_ns + int(base.elapsed_time(event) * 1e6)
+            for event in events
+        ]
+        return np.array(stamps, dtype=np.int64)
 
     def _record(self) -> torch.cuda.Event:
         event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)

@@ -3,8 +3,9 @@
 `loop.py` hands it each step's spans, with every rank's arrivals where the control words have
 brought them. It adds up where this rank's time, tokens and bytes went, how long it waited, and for
 whom the group waited: at every collective the rank that arrived last is charged with what the
-others lost, on average, by its coming late. The charge depends on the exchanged arrivals alone, so
-every rank of the group holds the same numbers; how long a step was, each measures for itself.
+others lost, on average, by its coming late (`charging.py`). The charge depends on the exchanged
+arrivals alone, so every rank of the group holds the same numbers; how long a step was, each
+measures for itself.
 
 Several steps are added up at a time: per step that costs microseconds.
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.profiling.charging import charge
 from engine.profiling.costs import CostCurve
 from engine.profiling.phases import Phase, Spans
 
@@ -71,10 +73,12 @@ class Charges:
 class Collector:
     """Adds up the steps of one run on one rank.
 
-    num_layers: decoder layers of the model. num_ranks: of the lockstep group.
+    num_layers: decoder layers of the model. num_ranks: of the lockstep group. peers: this rank's
+    tensor group among them; all tensor groups are as large and follow one another.
     """
 
-    def __init__(self, num_layers: int, num_ranks: int) -> None:
+    def __init__(self, num_layers: int, num_ranks: int, peers: range = range(1)) -> None:
+        self._peers = peers
         self._rows = num_layers + 1
         cells = self._rows * _NUM_PHASES
         self._sums = np.zeros((4, cells))  # ns, waiting ns, tokens, bytes
@@ -149,7 +153,11 @@ class Collector:
             at = place[step[of_spans]], collectives[of_spans]
             known = [arrivals for _, arrivals in self._pending if arrivals is not None]
             arrivals_SWC = np.stack([each for each in known if each.shape[1] == size])
-            late = arrivals_SWC.max(1)[at] - starts[of_spans]
+            last = arrivals_SWC.max(1)[at]
+            if len(self._peers) > 1:
+                of_peers = arrivals_SWC[:, self._peers.start : self._peers.stop].max(1)[at]
+                last = np.where(phases[of_spans] == Phase.TENSOR, of_peers, last)
+            late = last - starts[of_spans]
             waits[of_spans] = late.clip(0, durations[of_spans])
             if arrivals_SWC.shape[1] > 1:
                 cell_SC = np.zeros((len(chosen), size), dtype=np.int64)
@@ -172,8 +180,9 @@ class Collector:
         """Charge the last rank of every collective of S steps of so many nanoseconds."""
         num_steps, num_ranks, _ = arrivals_SWC.shape
         cells = len(self._calls)
-        last_SC = arrivals_SWC.argmax(1)
-        lost_SC = arrivals_SWC.max(1) - arrivals_SWC.mean(1)
+        tensor_SC = cell_SC % _NUM_PHASES == Phase.TENSOR
+        last_SC, lost_SC, column_C = charge(arrivals_SWC, tensor_SC, len(self._peers))
+        cell_SC = cell_SC[:, column_C]
         self._charge_WLP += np.bincount(
             (last_SC * cells + cell_SC).ravel(),
             weights=lost_SC.ravel(),

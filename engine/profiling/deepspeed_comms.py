@@ -6,7 +6,8 @@ an entry of DeepSpeed's own logger, with its operation, latency and message size
 figures become the table at the end of the report. A latency runs from when the rank starts the
 collective until it has waited for it, late ranks and overlapped work included. A message is what a
 rank sends: in an all-to-all its rows for other ranks, in an all-gather its part. Bandwidths are
-DeepSpeed's formulas, which take the whole world for the group.
+DeepSpeed's formulas, which take the whole world for the group. Most of a tensor group's collectives
+are all-reduces, and all are called so.
 
 The messages of an all-to-all are of a new size each time, so the table has one line for all sizes
 from one power of two to the next: a message of 1,500 bytes counts in the line of 2,048.
@@ -28,6 +29,7 @@ _OPERATIONS = {
     Phase.DISPATCH: "all_to_all_single",
     Phase.COMBINE: "all_to_all_single",
     Phase.CONTROL: "all_gather",
+    Phase.TENSOR: "all_reduce",
 }
 _AVERAGES = ("avg_latency_ms", "tput_avg_gbps", "busbw_avg_gbps")
 # The logger keeps every entry by itself; after so many they are added up.
@@ -84,10 +86,12 @@ class DeepSpeedComms:
     def add(self, spans: Spans) -> None:
         """Log the collectives of one step."""
         for index in np.flatnonzero(spans.collectives >= 0).tolist():
+            began = int(spans.arrivals[spans.collectives[index]])
+            if began < 0:  # its tensor group had nothing to sum
+                continue
             phase, sent = Phase(spans.phases[index]), int(spans.num_bytes[index])
             operation = _OPERATIONS[phase]
             size = sent // self._peers if operation == "all_gather" else sent
-            began = spans.arrivals[spans.collectives[index]]
             nanoseconds = max(1, int(spans.ends[index] - began))  # DeepSpeed divides by it
             name = f"{operation} ({phase.name.lower()})"
             self._logger.append(operation, name, nanoseconds * 1e-6, size)

@@ -23,7 +23,7 @@ from engine.profiling.collector import Charges, PhaseTotals
 from engine.profiling.phases import Phase
 
 _COMPUTE = (Phase.ATTENTION, Phase.GATE, Phase.PLAN, Phase.OTHER, Phase.EXPERTS)
-_TRAVEL = (Phase.DISPATCH, Phase.COMBINE, Phase.CONSENSUS)
+_TRAVEL = (Phase.DISPATCH, Phase.COMBINE, Phase.CONSENSUS, Phase.TENSOR)
 
 
 class Blamed(Protocol):

@@ -30,11 +30,19 @@ class Phase(IntEnum):
     EXPERTS = 6
     COMBINE = 7
     CONTROL = 8
+    TENSOR = 9
 
 
-COLLECTIVE_PHASES = (Phase.CONSENSUS, Phase.DISPATCH, Phase.COMBINE, Phase.CONTROL)
+# TENSOR is a collective of a tensor group, whose ranks wait for each other alone.
+COLLECTIVE_PHASES = (
+    Phase.CONSENSUS,
+    Phase.DISPATCH,
+    Phase.COMBINE,
+    Phase.CONTROL,
+    Phase.TENSOR,
+)
 NO_LAYER = -1
-# The collective of a span that waits for none.
+# The collective of a span that waits for none; the stamp of a collective that was not started.
 NONE = -1
 
 
@@ -60,7 +68,8 @@ class Spans:
     what the span worked on (rows, in DISPATCH, EXPERTS and COMBINE), num_bytes what it sent to
     other ranks. collectives: int64 [n], which of the step's collectives the span waited for, -1 for
     none. starts, ends: int64 [n], nanoseconds of this rank's monotonic clock. arrivals: int64 [C],
-    when this rank started each collective of the step; as many on every rank of the group.
+    when this rank started each collective of the step; as many on every rank of the group, and NONE
+    where this rank's tensor group left out one that others may have called.
     """
 
     phases: np.ndarray
@@ -116,9 +125,12 @@ class PhaseClock(Protocol):
         layer: int = NO_LAYER,
         tokens: int = 0,
         collective: int | None = None,
+        *,
+        absent: bool = False,
     ) -> None:
         """End the current span and start one that waits for a collective: the one whose number is
-        given, otherwise one that is being started now.
+        given, otherwise one that is being started now. absent: that this rank's tensor group has no
+        need of, and other ranks may have.
         """
         ...
 

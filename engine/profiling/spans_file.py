@@ -56,10 +56,14 @@ class SpanWriter:
     """Writes one rank's span files into a folder that exists.
 
     max_bytes: of both files together; a header, some 600 bytes, is written even where it is less.
+    peers: the places of this rank's tensor group in the group.
     Raises OSError where the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, header: SpansHeader, max_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, header: SpansHeader, max_bytes: int, peers: range = range(1)
+    ) -> None:
+        self._peers = peers
         self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
         self._old = self._path.with_suffix(".old.jsonl")
         self._header = json.dumps(asdict(header)) + "\n"
@@ -91,7 +95,7 @@ class SpanWriter:
                 spans.ends - spans.starts,
                 spans.tokens,
                 spans.num_bytes,
-                unknown if arrivals_WC is None else waiting_ns(spans, arrivals_WC),
+                unknown if arrivals_WC is None else waiting_ns(spans, arrivals_WC, self._peers),
             ),
             axis=1,
         )

@@ -7,8 +7,8 @@ lost to a rank that came late (see `collector.py`) is split by cause:
              is at equal load; that share of all its compute is the device's
     load     what is left of coming late to a combine, as far as the rows of the most loaded rank
              exceed the mean rank's: the experts' load
-    tokens   what is left of coming late to a consensus or dispatch, as far as its attention and
-             gate had more to do than the others'
+    tokens   what is left of coming late elsewhere, to a consensus, dispatch or tensor collective,
+             as far as its attention and gate had more to do than the others'
     host     the rest: time between the layers (scheduling, sampling, reading, writing), and stalls;
              all of it where a rank loses most of its time in few steps
     network  no rank's: transfer beyond what a collective costs without bytes
@@ -202,7 +202,7 @@ def _network(profiles: list[RankProfile]) -> tuple[float, float]:
         transfer_P = (totals.seconds - totals.waiting).sum(0)
         calls_P, bytes_P = totals.calls.sum(0), totals.num_bytes.sum(0)
         empty = transfer_P[Phase.CONTROL] / max(1, calls_P[Phase.CONTROL])
-        for phase in (*_TRAVEL, Phase.CONSENSUS):
+        for phase in (*_TRAVEL, Phase.CONSENSUS, Phase.TENSOR):
             if bytes_P[phase]:
                 seconds += max(0.0, float(transfer_P[phase] - calls_P[phase] * empty))
         num_bytes += float(bytes_P[list(_TRAVEL)].sum())

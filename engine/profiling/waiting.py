@@ -2,7 +2,8 @@
 
 A collective cannot end before its last rank arrives. So a rank that arrived `w` nanoseconds before
 the last one waited `w`, and only the rest of its span was transfer. Ranks send their arrival stamps
-of step n with the control words of step n+1 (`engine/control.py`): no collective is added for it.
+of step n with later control words (`engine/control.py`): no collective is added for it. In a TENSOR
+collective a rank waits for those of its tensor group alone.
 Stamps of ranks on other hosts are moved by the clock offset measured at start.
 
 Worked example: spans of one collective last 10, 4 and 3 ms on ranks that arrived at t = 0, 6 and 7
@@ -13,18 +14,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.profiling.phases import COLLECTIVE_PHASES, Phase, Spans
+from engine.profiling.phases import COLLECTIVE_PHASES, NONE, Phase, Spans
 
 
-def waiting_ns(spans: Spans, arrivals_WC: np.ndarray) -> np.ndarray:
+def waiting_ns(spans: Spans, arrivals_WC: np.ndarray, peers: range = range(1)) -> np.ndarray:
     """Nanoseconds of every span that this rank waited for late peers, int64 [n].
 
     arrivals_WC: int64 [W, C], aligned nanoseconds at which each rank started each of the step's
-    first C collectives; negative where a rank has no stamp. This rank's is one of the rows.
+    first C collectives; negative where a rank has no stamp. This rank's is one of the rows. peers:
+    the rows of its tensor group.
     """
     waited = np.zeros_like(spans.starts)
     index = np.flatnonzero((spans.collectives >= 0) & (spans.collectives < arrivals_WC.shape[1]))
-    last = arrivals_WC.max(0, initial=-1)[spans.collectives[index]]
+    at = spans.collectives[index]
+    last = arrivals_WC.max(0, initial=NONE)[at]
+    if len(peers) > 1:
+        of_peers = arrivals_WC[peers.start : peers.stop].max(0, initial=NONE)[at]
+        last = np.where(spans.phases[index] == Phase.TENSOR, of_peers, last)
     starts, ends = spans.starts[index], spans.ends[index]
     waited[index] = (last - starts).clip(0, ends - starts)
     return waited

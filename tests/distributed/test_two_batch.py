@@ -152,7 +152,7 @@ def generate(rank: int, path: Path, num_prompts: int, parallel: dict[str, int]) 
                 "done": [(item.token_ids, item.logprobs) for item in done],
                 "overlapped": sum(_overlapped(each, Phase.ATTENTION) for each in spans),
                 "arrivals": [len(each.arrivals) for each in spans],
-                "stamps": 1 + sum(layer.max_collectives for layer in llm.model.moe_layers),
+                "stamps": llm._control.num_stamps,
                 "sizes": sizes,
                 "loads": [
                     (load.experts.tolist(), load.slowest_after, load.mean_after)
@@ -171,8 +171,8 @@ def _listen(llm: LLM) -> tuple[list[Spans], list[tuple[int, int]]]:
     clock, model = llm._telemetry.clock, llm.model
     read, forward = clock.read, model.forward_halves
 
-    def keep() -> Spans | None:
-        found = read()
+    def keep(*, ended: bool = False) -> Spans | None:
+        found = read(ended=ended)
         if found is not None:
             spans.append(found)
         return found

@@ -66,6 +66,69 @@ def test_the_worked_example_of_the_charge():
     assert charges.lost[2].sum() == pytest.approx(charges.seconds.sum())
 
 
+def test_ranks_of_a_tensor_group_wait_for_each_other_and_for_nobody_else():
+    """4 ranks in two tensor groups: rank 1 costs rank 0 3 ms, which is 0.75 ms of a mean rank; rank
+    3 costs rank 2 0.5 ms of a mean rank, though it comes before rank 1.
+    """
+    arrivals = np.array([[9], [12], [1], [5]]) * MS
+    for own, peers, waited in ((0, range(2), 3), (1, range(2), 0), (2, range(2, 4), 4)):
+        collector = Collector(5, 4, peers)
+        start = float(arrivals[own, 0] / MS)
+        for _ in range(3):  # two to warm up
+            collector.add(make_spans((Phase.TENSOR, 4, start, start + 5)), arrivals)
+        assert collector.totals().waiting[5, Phase.TENSOR] == pytest.approx(3 * waited * 1e-3)
+        charge_W = collector.charges().seconds[:, 5, Phase.TENSOR]
+        assert charge_W.tolist() == [0, pytest.approx(0.75e-3), 0, pytest.approx(1e-3)]
+        assert collector.charges().seconds.sum() == pytest.approx(charge_W.sum())
+        assert collector.charges().late_steps.tolist() == [0, 0, 0, 1]
+
+
+def test_whoever_waited_in_its_tensor_group_is_not_to_blame_for_being_late_afterwards():
+    # The worked example of charging.py, and a second collective of all to which rank 3 is late.
+    arrivals = np.array([[0, 21, 30], [20, 20.5, 30], [0, 2, 30], [0, 2, 34]]) * MS
+    arrivals = arrivals.astype(np.int64)
+    collector = Collector(5, 4, range(2))
+    spans = make_spans(
+        (Phase.TENSOR, 4, 0, 20), (Phase.CONSENSUS, 4, 21, 22), (Phase.COMBINE, 4, 30, 40)
+    )
+    for _ in range(3):
+        collector.add(spans, arrivals)
+    seconds_WP = collector.charges().seconds[:, 5]
+    mean = 21 - (21 + 20.5 + 2 + 2) / 4
+    assert seconds_WP[:, Phase.TENSOR].tolist() == [0, pytest.approx(5e-3), 0, 0]
+    assert seconds_WP[:, Phase.CONSENSUS].tolist() == [0, pytest.approx(mean * 1e-3), 0, 0]
+    assert seconds_WP[:, Phase.COMBINE].tolist() == [0, 0, 0, pytest.approx(3e-3)]
+
+
+def test_only_as_much_is_passed_on_as_was_waited():
+    # Rank 0 waited 2 ms for rank 1 and then took 10 ms of its own.
+    arrivals = np.array([[0, 12], [2, 2], [0, 0], [0, 0]]) * MS
+    collector = Collector(1, 4, range(2, 4))
+    for _ in range(3):
+        collector.add(make_spans((Phase.TENSOR, 0, 0, 1), (Phase.DISPATCH, 0, 1, 13)), arrivals)
+    seconds_W = collector.charges().seconds[:, 1, Phase.DISPATCH]
+    assert seconds_W.tolist() == [pytest.approx(6.5e-3), pytest.approx(2e-3), 0, 0]
+
+
+def test_a_tensor_group_without_tokens_waits_for_nobody_and_costs_nothing():
+    clock = HostClock()
+    clock.enter(Phase.ATTENTION, 0)
+    clock.meet(Phase.TENSOR, 0, absent=True)
+    clock.enter(Phase.OTHER, 0)
+    clock.close_step()
+    spans = clock.read()
+    assert spans is not None and spans.arrivals.tolist() == [-1]
+    assert clock.position().collective == 1, "it is counted: all ranks number alike"
+    at = int(spans.starts[0])
+    arrivals = np.array([[at + 9 * MS], [at + 7 * MS], [-1], [-1]])
+    collector = Collector(1, 4, range(2, 4))
+    for _ in range(3):
+        collector.add(spans, arrivals)
+    assert collector.totals().waiting.sum() == 0
+    charge_W = collector.charges().seconds.sum((1, 2))
+    assert charge_W.tolist() == [pytest.approx(0.5e-3), 0, 0, 0]
+
+
 def test_a_step_that_lost_next_to_nothing_makes_nobody_late():
     collector = Collector(1, 2)
     arrivals = np.array([[0], [0.1]]) * MS

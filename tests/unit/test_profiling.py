@@ -199,6 +199,12 @@ class Events:
         return float(np.float32((later.at - self.at) * 1e-6))
 
 
+def test_the_wait_in_a_tensor_collective_is_for_the_tensor_group():
+    own = spans((Phase.TENSOR, 0, 9), (Phase.COMBINE, 9, 20))
+    arrivals = np.array([[0, 9], [4, 11], [8, 12], [8, 12]]) * MS
+    assert waiting_ns(own, arrivals, range(2)).tolist() == [4 * MS, 3 * MS]
+
+
 def cuda_clock(monkeypatch: pytest.MonkeyPatch) -> CudaClock:
     monkeypatch.setattr(torch.cuda, "Event", Events)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -224,6 +230,18 @@ def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monke
     rest = clock.read(ended=True)
     assert rest is not None and tokens + rest.tokens.tolist() == [0, 1, 2, 3, 4]
     assert clock.read(ended=True) is None
+
+
+def test_a_collective_left_out_has_no_stamp_on_a_cuda_clock(monkeypatch):
+    clock = cuda_clock(monkeypatch)
+    Events.now_ns += 5_000
+    clock.meet(Phase.TENSOR, 0, absent=True)
+    clock.meet(Phase.DISPATCH, 0)
+    clock.close_step()
+    step = clock.read(ended=True)
+    assert step is not None and step.collectives.tolist() == [0, 1]
+    assert step.arrivals.tolist() == [-1, step.starts[1]]
+    assert clock.position().collective == 2
 
 
 def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):

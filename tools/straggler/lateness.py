@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from straggler.aggregate import Times
-from straggler.run import DURATION, LAYER, OFFSET, PHASE, WAITED, Group
+from straggler.run import DURATION, LAYER, OFFSET, PARTIAL, PHASE, WAITED, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,11 @@ def lateness(group: Group) -> Lateness:
 
 
 def _collectives(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """The collectives that all ranks called alike: the index of their step, int64 [C], and of their
-    row in each rank's table, int64 [W, C].
+    """The collectives of the whole group that all ranks called alike: the index of their step,
+    int64 [C], and of their row in each rank's table, int64 [W, C].
     """
-    kinds = group.ranks[0].header.collectives
+    header = group.ranks[0].header
+    kinds = [each for each in header.collectives if header.phases[each] not in PARTIAL]
     rows = [np.flatnonzero(np.isin(rank.table_N7[:, PHASE], kinds)) for rank in group.ranks]
     steps = [rank.step_of_N[row] for rank, row in zip(group.ranks, rows, strict=True)]
     num_steps = len(group.steps_S)

@@ -18,7 +18,9 @@ import numpy as np
 PHASE, LAYER, OFFSET, DURATION, TOKENS, BYTES, WAITED = range(7)
 NUM_COLUMNS = 7
 # The phases in which a rank waits for others; all else is its own work.
-COLLECTIVES = ("consensus", "dispatch", "combine", "control")
+COLLECTIVES = ("consensus", "dispatch", "combine", "control", "tensor")
+# Of them, those in which it waits for its own tensor group alone.
+PARTIAL = ("tensor",)
 # In the first steps kernels and connections are made; they say nothing about the ranks.
 _WARM_UP = 2
 

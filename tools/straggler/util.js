@@ -4,7 +4,7 @@ const WAITING = "#d64545";
 const PHASE_COLOURS = {
   embed: "#a0a7b1", attention: "#4c7fb8", dense: "#7a9ec7", gate: "#e3b23c", consensus: "#b07cc6",
   plan: "#8d8062", dispatch: "#3fa7a0", experts: "#5b9a4b", combine: "#79c2bd", shared: "#9ccc8c",
-  head: "#c98a5e", sample: "#d9a98a", control: "#6e6bb0", host: "#c9ced6",
+  head: "#c98a5e", sample: "#d9a98a", control: "#6e6bb0", tensor: "#5d7fa3", host: "#c9ced6",
 };
 const SPARE_COLOURS = ["#94632d", "#39708c", "#8c3960", "#60702c", "#404a5c", "#b86f8f"];
 const COLOURS = DATA.phases.map((name, index) =>
