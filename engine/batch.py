@@ -31,6 +31,7 @@ from engine.batch_prompts import PromptJob
 from engine.batch_slices import Slice
 from engine.config import Config
 from engine.config_io import to_yaml
+from engine.distributed.activity import Activity
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.groups import Topology
 from engine.distributed.meeting import meet
@@ -86,8 +87,9 @@ def run_batch(
     if part is not None and input is None:
         raise JobError(f"--slice {part} needs --input: name the JSONL file to take it from")
     console = make_console(quiet=topology.world.rank != 0)
+    activity = Activity()
     if input is not None and output is not None:
-        job: FileJob | PromptJob = FileJob(config, topology, input, output, part)
+        job: FileJob | PromptJob = FileJob(config, topology, input, output, part, activity)
     else:
         job = PromptJob(topology, console, output)
     # A store can outlive a run that is started anew: its keys must not be taken for this run's.
@@ -100,6 +102,7 @@ def run_batch(
         timeout_s=config.runtime.timeout_s,
         holder=topology.store_holder,
         advice="what has finished is kept; the same command goes on from here",
+        activity=activity,
     )
     with (
         Interrupts(config.runtime.drain_s) as interrupts,
@@ -111,8 +114,10 @@ def run_batch(
             return
         tally, run = _Tally(), None
         if len(job.lines):
-            run = _generate(job, config, topology, key, tally, interrupts, watchdog)
+            run = _generate(job, config, topology, key, tally, interrupts, watchdog, activity)
+        activity.begin("closing its part of the ledger")
         job.close()
+        activity.wait()
         tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
         summary, done = None, ""
 
@@ -134,7 +139,8 @@ def run_batch(
                 write_text(beside(job.output, "report.json"), summary.to_json())
             done = job.seal(errors)
 
-        on_rank_0(topology, f"{key}/finish", finish, JobFailed)
+        activity.begin("merging the output")
+        on_rank_0(topology, f"{key}/finish", finish, JobFailed, activity)
         if summary is not None:
             print_summary(console, summary)
         if done:
@@ -149,11 +155,13 @@ def _generate(
     tally: _Tally,
     interrupts: Interrupts,
     watchdog: Watchdog,
+    activity: Activity,
 ) -> RunReport:
     """Load the model and run every pending line through it."""
+    activity.begin("loading the model")
     from engine.llm import LLM  # the model code, which a job that is refused never needs
 
-    llm = LLM(config, topology)
+    llm = LLM(config, topology, activity)
     parse = LineParser(
         sampling=config.sampling,
         tokenizer=llm.tokenizer,

@@ -22,6 +22,7 @@ from typing import IO, Protocol
 import numpy as np
 import torch.distributed as dist
 
+from engine.distributed.activity import Tick, no_tick
 from engine.request import Completion, Request
 
 _BOM = b"\xef\xbb\xbf"
@@ -66,8 +67,8 @@ class InputIndex:
         return len(self.offsets_n)
 
 
-def scan_input(path: Path) -> InputIndex:
-    """Read the file once, front to back, and index it.
+def scan_input(path: Path, tick: Tick = no_tick) -> InputIndex:
+    """Read the file once, front to back, and index it. tick: called every now and then.
 
     Raises OSError, and ValueError for what is no regular file.
     """
@@ -80,6 +81,7 @@ def scan_input(path: Path) -> InputIndex:
     with path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
         for lines in _line_blocks(file, digest.update):
+            tick()
             for raw in lines:
                 number += 1
                 skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
@@ -95,7 +97,7 @@ def scan_input(path: Path) -> InputIndex:
     offsets_n = np.array(offsets, dtype=np.int64)
     numbers_n = np.array(numbers, dtype=np.int64)
     candidates = _equal_hashes(np.array(hashes, dtype=np.int64), nameless)
-    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates)
+    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, tick)
     return InputIndex(path, size, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates)
 
 
@@ -157,13 +159,14 @@ def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:
 
 
 def _verify_duplicates(
-    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray
+    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray, tick: Tick
 ) -> dict[int, int]:
     """Read the candidates' ids again: equal hashes are not yet equal ids."""
     first: dict[tuple[type, str | int], int] = {}
     duplicates = {}
     with path.open("rb") as file:
         for index in candidates.tolist():
+            tick()
             file.seek(int(offsets_n[index]))
             name = line_id(file.readline())
             if name is None:

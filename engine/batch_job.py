@@ -26,6 +26,7 @@ from engine.batch_input import Pending, scan_input
 from engine.batch_manifest import JobError, admit, make_manifest, seal
 from engine.batch_slices import Slice, is_merged, join
 from engine.config import Config
+from engine.distributed.activity import Activity
 from engine.distributed.errors import share_errors
 from engine.distributed.groups import Topology
 from engine.ledger import Ledger, PartWriter, parts_dir
@@ -45,8 +46,12 @@ class FileJob:
         input: Path,
         output: Path,
         part: Slice | None = None,
+        activity: Activity | None = None,
     ) -> None:
-        """part: the slice of the input to run; None: all of it."""
+        """part: the slice of the input to run; None: all of it. activity: told how the work on
+        files gets on.
+        """
+        self._activity = activity or Activity()
         self.input = input
         self.output = output if part is None else part.output(output)
         self._whole = output
@@ -79,7 +84,10 @@ class FileJob:
             table = found
             return {"pending": len(table), "total": self.num_total, "size": self._size}
 
-        opened = on_rank_0(topology, f"{key}/open", scan, JobError)
+        activity = self._activity
+        activity.begin("reading the input and the ledger")
+        opened = on_rank_0(topology, f"{key}/open", scan, JobError, activity)
+        activity.begin("opening the job")
         if "done" in opened:
             return opened["done"]
         self.num_total = opened["total"]
@@ -102,6 +110,7 @@ class FileJob:
             )
         except (OSError, ValueError) as error:
             problem = f"on {topology.host}: {describe(error)}"
+        activity.wait()
         share_errors(topology.world, problem, JobError)
         return ""
 
@@ -130,7 +139,7 @@ class FileJob:
                 f"--input {self.input}: was written to while the job ran ({now.st_size} bytes); "
                 "the same command says whether its content is still what was run"
             )
-        return self._ledger.merge(self._own)
+        return self._ledger.merge(self._own, self._activity.tick)
 
     def seal(self, num_errors: int) -> str:
         """Declare the output complete and remove the ledger; return what there is to say of it.
@@ -146,7 +155,7 @@ class FileJob:
         """Merge the slices if this one was the last."""
         if self._part is None:
             return ""
-        done = join(self._whole, self._part.count, self._manifest)
+        done = join(self._whole, self._part.count, self._manifest, self._activity.tick)
         return f"slice {self._part} is complete; {done}"
 
     def _scan(self, overwrite: bool) -> np.ndarray | str:
@@ -159,7 +168,7 @@ class FileJob:
                 f"--slice {self._part} --overwrite: would discard what other slices have done; "
                 f"remove {self._whole} and {self._whole.name}.slice-*, or use another --output"
             )
-        index = scan_input(self.input)
+        index = scan_input(self.input, self._activity.tick)
         self._manifest = make_manifest(index, self._config)
         self._size, self._modified_ns = index.size, index.modified_ns
         self._own = range(len(index))
@@ -175,7 +184,7 @@ class FileJob:
                 again = "already complete; --overwrite runs the job again"
                 return self._join() or f"{self.output} is {again}"
             ledger.create_parts(self._topology.num_data)
-            done_n = ledger.done(len(index))
+            done_n = ledger.done(len(index), self._activity.tick)
         except BaseException:
             ledger.close()
             raise
@@ -206,15 +215,21 @@ def _broadcast_table(table: np.ndarray, length: int, topology: Topology) -> np.n
 
 
 def on_rank_0(
-    topology: Topology, key: str, work: Callable[[], Any], exception: type[Exception]
+    topology: Topology,
+    key: str,
+    work: Callable[[], Any],
+    exception: type[Exception],
+    activity: Activity,
 ) -> Any:
     """Run `work` on rank 0 and return its JSON-ready result on every rank.
 
     An OSError or ValueError of `work` becomes `exception` on every rank. The others poll the store:
-    unlike in a collective they may wait for as long as the work takes. Collective over all ranks.
+    unlike in a collective they may wait for as long as the work takes. activity: told of the
+    waiting; the work says how it gets on. Collective over all ranks.
     """
     store = topology.store
     if topology.world.rank != 0:
+        activity.wait()
         while not store.check([key]):
             time.sleep(_POLL_S)
         outcome = json.loads(store.get(key))

@@ -16,6 +16,7 @@ from rich.text import Text
 from engine.batch_input import Line
 from engine.batch_job import check_output, on_rank_0
 from engine.batch_manifest import JobError, beside
+from engine.distributed.activity import Activity
 from engine.distributed.groups import Topology
 from engine.durable import write_text
 from engine.request import Completion
@@ -69,7 +70,7 @@ class PromptJob:
             if self.output.exists() and not overwrite:
                 raise JobError(f"--output {self.output}: exists; use --overwrite to replace it")
 
-        on_rank_0(self._topology, f"{key}/open", check, JobError)
+        on_rank_0(self._topology, f"{key}/open", check, JobError, Activity())
         return ""
 
     def write(self, completions: list[Completion]) -> None:

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch_manifest import JobError, beside, finished_as, seal
-from engine.durable import Busy, fsync_directory, read_json, write_text
+from engine.distributed.activity import Tick, no_tick
+from engine.durable import Busy, DurableWriter, fsync_directory, read_json, write_text
 from engine.ledger import Ledger, parts_dir
 
 _COPY_BYTES = 4 << 20
@@ -99,10 +100,11 @@ def is_merged(output: Path, part: Slice, manifest: dict[str, Any]) -> bool:
     return False
 
 
-def join(output: Path, count: int, manifest: dict[str, Any]) -> str:
+def join(output: Path, count: int, manifest: dict[str, Any], tick: Tick = no_tick) -> str:
     """Merge the slices into `output` if all are complete; return in a sentence what was done.
 
-    manifest: of the whole job. Raises OSError, and JobError for a slice of another job.
+    manifest: of the whole job. tick: called every now and then. Raises OSError, and JobError for a
+    slice of another job.
     """
     with _held(output) as ledger:
         _refuse_whole_run(output)
@@ -115,7 +117,7 @@ def join(output: Path, count: int, manifest: dict[str, Any]) -> str:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             return f"slices {shown} of {count} are not complete yet; the last one merges all"
         try:
-            _merge([part.output(output) for part in slices], output, ledger, manifest)
+            _merge([part.output(output) for part in slices], output, ledger, manifest, tick)
         except FileNotFoundError:
             # Without locks another run may have sealed and begun to remove.
             if finished_as(output, manifest) != []:
@@ -124,12 +126,14 @@ def join(output: Path, count: int, manifest: dict[str, Any]) -> str:
         return f"{output} is complete: {count} slices, merged"
 
 
-def _merge(slices: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any]) -> None:
+def _merge(
+    slices: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any], tick: Tick
+) -> None:
     """Copy and seal. Raises JobError, with the slices untouched, for a copy of the wrong size."""
     size = sum(path.stat().st_size for path in slices)
     report = _total([read_json(beside(path, "report.json")) for path in slices])
     config = beside(slices[0], "config.yaml").read_text(encoding="utf-8")
-    _copy(slices, output)
+    _copy(slices, output, tick)
     write_text(beside(output, "config.yaml"), config)
     write_text(beside(output, "report.json"), json.dumps(report, indent=2) + "\n")
     if (copied := output.stat().st_size) != size:
@@ -184,7 +188,7 @@ def _complete(part: Slice, output: Path, manifest: dict[str, Any]) -> bool:
     return changes == []
 
 
-def _copy(sources: list[Path], output: Path) -> None:
+def _copy(sources: list[Path], output: Path, tick: Tick) -> None:
     host = socket.gethostname()
     for path, match in _files_like(_COPY, output):
         if match[1] == host and not _is_alive(int(match[2])):
@@ -192,12 +196,13 @@ def _copy(sources: list[Path], output: Path) -> None:
     own = f"{output.name}.merge-{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     temporary = output.with_name(own)
     try:
-        with temporary.open("wb") as out:
+        with temporary.open("wb") as target:
+            out = DurableWriter(target, tick)
             for source in sources:
                 with source.open("rb") as file:
-                    shutil.copyfileobj(file, out, _COPY_BYTES)
-            out.flush()
-            os.fsync(out.fileno())
+                    while block := file.read(_COPY_BYTES):
+                        out.write(block)
+            out.sync()
         os.replace(temporary, output)
     except BaseException:
         temporary.unlink(missing_ok=True)

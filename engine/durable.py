@@ -10,8 +10,9 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -47,6 +48,32 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is damaged (must hold a JSON object)")
     return value
+
+
+class DurableWriter:
+    """Writes a large file that is on disk at the end, without leaving all of it for the last
+    moment: a disk may need minutes for what is in memory, and nobody could tell that from a hang.
+
+    tick: called whenever a part is on disk.
+    """
+
+    def __init__(self, file: IO[bytes], tick: Callable[[], None], every: int = 256 << 20) -> None:
+        self._file, self._tick, self._every = file, tick, every
+        self._unsynced = 0
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises OSError."""
+        self._file.write(data)
+        self._unsynced += len(data)
+        if self._unsynced >= self._every:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make durable what was written so far. Raises OSError."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
+        self._tick()
 
 
 def fsync_directory(path: Path) -> None:

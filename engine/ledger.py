@@ -26,13 +26,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from engine.durable import Busy, fsync_directory, lock, write_json
+from engine.distributed.activity import Tick, no_tick
+from engine.durable import Busy, DurableWriter, fsync_directory, lock, write_json
 from engine.request import Completion
 
 _HEAD = re.compile(rb'\{"index": (\d{1,18}), "crc32": (\d{1,10}), "record": ')
 _TAIL = b"}\n"
 _ERROR_MARK = b'"finish_reason": "error"'  # inside a JSON string its quotes would be escaped
 _CHUNK = 1 << 20
+_TICK_RECORDS = 4096
 _ORPHANS_S = 10.0  # how long ranks of a run that was just killed may take to vanish
 
 
@@ -51,13 +53,16 @@ def _checksum(index: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(b"%d" % index))
 
 
-def scan_part(file: IO[bytes]) -> Iterator[tuple[int, int, int]]:
+def scan_part(file: IO[bytes], tick: Tick = no_tick) -> Iterator[tuple[int, int, int]]:
     """Yield (index, offset, length) of a part's whole records; pass over what is torn or damaged.
+    tick: called every now and then.
 
     offset and length, in bytes, are those of the record's JSON without the line around it.
     """
     offset = 0
-    for line in file:
+    for number, line in enumerate(file):
+        if number % _TICK_RECORDS == 0:
+            tick()
         if (head := _HEAD.match(line)) and line.endswith(_TAIL):
             index, body = int(head[1]), line[head.end() : -len(_TAIL)]
             if _checksum(index, body) == int(head[2]):
@@ -134,18 +139,19 @@ class Ledger:
                 _cut_torn_tail(file)
         fsync_directory(self.parts)
 
-    def done(self, num_lines: int) -> np.ndarray:
-        """Return which lines have a record: bool [num_lines]."""
+    def done(self, num_lines: int, tick: Tick = no_tick) -> np.ndarray:
+        """Return which lines have a record: bool [num_lines]. tick: called every now and then."""
         done_n = np.zeros(num_lines, dtype=bool)
         for path in self._part_files():
             with path.open("rb", buffering=_CHUNK) as file:
-                indices = np.fromiter((index for index, _, _ in scan_part(file)), dtype=np.int64)
+                records = scan_part(file, tick)
+                indices = np.fromiter((index for index, _, _ in records), dtype=np.int64)
             done_n[indices] = True
         return done_n
 
-    def merge(self, lines: range) -> int:
+    def merge(self, lines: range, tick: Tick = no_tick) -> int:
         """Write the records of these requests, in input order, to the output, durably; return how
-        many are errors.
+        many are errors. tick: called every now and then.
 
         Holds three numbers a record and copies one record at a time. Raises OSError, after which
         the ledger is as it was, and ValueError when a record is missing.
@@ -156,7 +162,7 @@ class Ledger:
         length_n = np.zeros(num_lines, dtype=np.int64)
         for number, path in enumerate(paths):
             with path.open("rb", buffering=_CHUNK) as file:
-                for index, offset, length in scan_part(file):
+                for index, offset, length in scan_part(file, tick):
                     place = index - lines.start
                     part_n[place], offset_n[place], length_n[place] = number, offset, length
         if (missing := np.flatnonzero(part_n < 0)).size:
@@ -168,13 +174,15 @@ class Ledger:
         parts = [os.open(path, os.O_RDONLY) for path in paths]
         num_errors = 0
         try:
-            with temporary.open("wb", buffering=_CHUNK) as out:
+            with temporary.open("wb", buffering=_CHUNK) as file:
+                out = DurableWriter(file, tick)
                 for place in range(num_lines):
+                    if place % _TICK_RECORDS == 0:
+                        tick()
                     body = os.pread(parts[part_n[place]], length_n[place], offset_n[place])
                     num_errors += _ERROR_MARK in body
                     out.write(body + b"\n")
-                out.flush()
-                os.fsync(out.fileno())
+                out.sync()
             os.replace(temporary, self.output)
         except BaseException:
             temporary.unlink(missing_ok=True)

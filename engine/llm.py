@@ -6,7 +6,7 @@ Each failure is raised with the same text on every rank, before a collective tha
 enter alone.
 
     torchrun --nproc-per-node 2 my_job.py      # my_job.py:
-        llm = LLM(load_config("tiny_mixtral_ep2"))
+        llm = LLM(load_config("tiny_mixtral"))
         for completion in llm.generate(["def main():", [1, 2, 3]]):
             print(completion.text)
 """
@@ -27,6 +27,7 @@ from engine.config_world import validate_world
 from engine.control import ControlPlane
 from engine.detokenizer import load_eos_token_ids
 from engine.distributed import bootstrap
+from engine.distributed.activity import Activity
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
@@ -72,15 +73,21 @@ class LLM:
     """One rank's engine. Every rank makes one and calls the same methods in the same order.
 
     topology: a running topology to use; by default the launcher's environment is joined, and left
-    by `close`. tokenizer: the checkpoint's tokenizer, None where it has none. weights_report: what
-    loading read.
+    by `close`. activity: told how loading gets on, for a watchdog. tokenizer: the checkpoint's
+    tokenizer, None where it has none. weights_report: what loading read.
 
     Raises:
         ValueError: on every rank, when the config, the launch or the checkpoint is wrong.
     """
 
-    def __init__(self, config: Config, topology: Topology | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology | None = None,
+        activity: Activity | None = None,
+    ) -> None:
         self.config = config
+        self._activity = activity or Activity()
         self._owns_topology = topology is None
         if topology is None:
             with bootstrap.telling_all():
@@ -98,7 +105,8 @@ class LLM:
         self.model = self._on_all_ranks(lambda: self._build(hf_config))
         self.model.observe(self._telemetry)
         self.weights_report = self._fill()
-        self.model.settle()
+        self._activity.begin("loading the model")
+        self.model.settle(self._activity.tick)
         self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
         stamps = NUM_COLLECTIVES + self.model.max_collectives
         if topology.tensor.size > 1:
@@ -112,9 +120,33 @@ class LLM:
         """Longest sequence, prompt and new tokens together."""
         return self.model.max_model_len
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What settings that may be left to the engine have come to on this rank: setting -> value.
+        Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
+        """
+        device, layers = self.topology.device, self.model.moe_layers
+        is_cuda = device.type == "cuda"
+        found: dict[str, Any] = {
+            "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+            "runtime.threads": torch.get_num_threads(),
+            "model.dtype": str(self.model.dtype).removeprefix("torch."),
+            "model.max_model_len": self.max_model_len,
+            "parallel.expert": self.topology.expert.size,
+            "scheduler.kv_cache_blocks": self._runner.cache.num_blocks,
+        }
+        if layers:
+            found["moe.experts.backend"] = layers[0].backend
+            choices = layers[0].layouts.choices
+            chunks = {f"from {2**bucket} tokens": each for bucket, each in choices.items()}
+            found["moe.overlap.chunks"] = chunks or layers[0].num_chunks
+        return found
+
     def place(self) -> Place:
         """How far this rank has come; for the watchdog's thread."""
         position = self._telemetry.clock.position()
+        if not position.collective:
+            return self._activity.place  # a run begins
         phase = position.phase.name.lower()
         return Place(position.step, position.layer, phase, position.collective)
 
@@ -243,6 +275,7 @@ class LLM:
             clock_error=self._clock_offset.error * 1e-9,
             shares_W=meter.shares_W,
             comms=comms,
+            resolved=self.resolved,
         )
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
@@ -289,7 +322,8 @@ class LLM:
             path,
             model.weight_slots(names),
             ignored=model.ignored_weights,
-            group=self.topology.control,
+            group=self.topology.world,
+            activity=self._activity,
         )
 
     def _build_cache(self) -> tuple[Runner, Scheduler]:
@@ -309,13 +343,18 @@ class LLM:
         return Runner(model, cache, topology.device), Scheduler(config, pool, model.max_model_len)
 
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
-        """Run `make` on every rank; where it fails on any, fail on all with who and why."""
+        """Run `make` on every rank of all replicas; where it fails on any, fail on all with who and
+        why.
+        """
         error, made = None, None
+        self._activity.begin("loading the model")
         try:
             made = make()
         except (ValueError, OSError) as problem:
             error = str(problem)
-        share_errors(self.topology.control, error)
+        self._activity.wait()
+        share_errors(self.topology.world, error)
+        self._activity.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -66,13 +67,15 @@ def run_report(
     clock_error: float = 0.0,
     shares_W: tuple[int, ...] | None = None,
     comms: CommsTable | None = None,
+    resolved: dict[str, Any] | None = None,
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
     of this rank's own group, and all else is the same on every rank.
 
     traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
     capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
-    shares_W: of the capacity, at the end. comms: DeepSpeed's table of this rank. Collective over
+    shares_W: of the capacity, at the end. comms: DeepSpeed's table of this rank. resolved: as in
+    `RankReport`. Collective over
     all ranks: every rank must call.
     """
     phases = profile.totals()
@@ -92,6 +95,7 @@ def run_report(
             seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
             phases=_phases(phases),
             comms=comms or {},
+            resolved=resolved or {},
         ),
         profile=RankProfile(
             rank=topology.world.rank,

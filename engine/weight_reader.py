@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.distributed.activity import Activity, Tick
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors
 from engine.distributed.groups import Group
@@ -57,24 +58,31 @@ class ReadJob:
     bounds: tuple[tuple[int, int], ...]
 
 
-def read_all(jobs: Iterable[ReadJob], group: Group | None) -> int:
+def read_all(jobs: Iterable[ReadJob], group: Group | None, activity: Activity | None = None) -> int:
     """Run all jobs and return the bytes read. Collective over `group`: every rank must call.
 
     Ranks have unequal work, which may take longer than the group's timeout. Meanwhile they meet
-    every few seconds, so that a rank in trouble stops the others and a dead one is noticed.
+    every few seconds, so that a rank in trouble stops the others and a dead one is noticed; one
+    whose reads do not come back is noticed by its `activity`.
 
     Raises CheckpointError with the same text on every rank.
     """
     queue = deque(sorted(jobs, key=lambda job: (job.entry.file, job.entry.offset)))
-    files = _Files()
+    files, activity = _Files(), activity or Activity()
+    waits = False
     with ThreadPoolExecutor(_READERS, "read-weights") as pool:
         try:
-            readers = [pool.submit(_read_jobs, queue, files) for _ in range(_READERS)]
+            readers = [
+                pool.submit(_read_jobs, queue, files, activity.tick) for _ in range(_READERS)
+            ]
             while True:
                 done, pending = wait(readers, timeout=_BEAT_S)
                 problem = next(
                     (text for reader in done if (text := _problem(reader.exception()))), None
                 )
+                if not pending and not waits:
+                    waits = True
+                    activity.wait()
                 if _all_done(problem, not pending, group):
                     return sum(reader.result() for reader in readers)
         finally:
@@ -100,7 +108,7 @@ def _all_done(problem: str | None, done: bool, group: Group | None) -> bool:
     return all(done for _, done in answers)
 
 
-def _read_jobs(queue: deque[ReadJob], files: _Files) -> int:
+def _read_jobs(queue: deque[ReadJob], files: _Files, tick: Tick) -> int:
     """One reader: take jobs until none is left; returns the bytes read."""
     staging = _Staging()
     num_bytes = 0
@@ -110,13 +118,13 @@ def _read_jobs(queue: deque[ReadJob], files: _Files) -> int:
                 job = queue.popleft()
             except IndexError:
                 return num_bytes
-            num_bytes += _read_job(job, files, staging)
+            num_bytes += _read_job(job, files, staging, tick)
     except BaseException:
         queue.clear()  # the other readers need not go on
         raise
 
 
-def _read_job(job: ReadJob, files: _Files, staging: _Staging) -> int:
+def _read_job(job: ReadJob, files: _Files, staging: _Staging, tick: Tick) -> int:
     """Read one tensor's shard; returns the bytes read."""
     entry, target = job.entry, job.target.detach()
     dtype = DTYPES[entry.dtype]
@@ -135,6 +143,7 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging) -> int:
             memory = target.view(torch.uint8).numpy()
             for low in range(0, num_bytes, _CHUNK_BYTES):
                 run.read(memory[low : low + _CHUNK_BYTES], low)
+                tick()
             return num_bytes
     cut = (slice(None), *(slice(start, stop) for start, stop in columns))
     step = max(1, _CHUNK_BYTES // row_bytes)
@@ -142,6 +151,7 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging) -> int:
         part = target[row : row + step]
         buffer = staging.take(part.shape[0] * row_bytes, target.device)
         run.read(buffer.numpy(), row * row_bytes)
+        tick()
         part.copy_(buffer.view(dtype).view(part.shape[0], *row_shape)[cut], non_blocking=True)
         staging.give_back(target.device)
     return num_bytes

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from engine.distributed.activity import Activity
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
@@ -79,12 +80,14 @@ def load_weights(
     *,
     ignored: Iterable[str] = (),
     group: Group | None = None,
+    activity: Activity | None = None,
 ) -> LoadReport:
     """Fill every slot from the safetensors checkpoint in the folder `path`.
 
-    Collective over `group`, a gloo group whose ranks together own all of the model's tensors
-    (`topology.control`): every rank must call. None: this rank owns them all. A tensor that no rank
-    wants must match one of the regular expressions `ignored` (by re.search).
+    Collective over `group`, whose ranks together own all of the model's tensors
+    (`topology.world`): every rank must call. None: this rank owns them all. A tensor that no rank
+    wants must match one of the regular expressions `ignored` (by re.search). activity: told how the
+    reading gets on.
 
     Raises CheckpointError, with the same text on every rank: before any data is read when names,
     shapes, dtypes or files are wrong; within seconds when a rank cannot read, or finds NaN,
@@ -98,7 +101,7 @@ def load_weights(
         for slot in slots
         if (name := _name_in(catalog, slot.name, slot.aliases)) is not None
     ]
-    bytes_read = catalog.bytes_read + read_all(jobs, group)
+    bytes_read = catalog.bytes_read + read_all(jobs, group, activity)
     return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
 
 

@@ -1,6 +1,6 @@
 """Batch inference: a JSONL file of requests in, a JSONL file of completions out.
 
-    python launch/infer.py --config tiny_mixtral_ep2 --set parallel.expert=1
+    python launch/infer.py --config tiny_mixtral
     torchrun --nproc-per-node 8 launch/infer.py --config mixtral_ep8.yaml \\
         --input requests.jsonl --output completions.jsonl
 

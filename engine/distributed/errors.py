@@ -29,7 +29,7 @@ class RendezvousError(RuntimeError):
 def share_errors(group: Group, error: str | None, exception: type[ValueError] = RankError) -> None:
     """Raise `exception` on every rank when any rank passes an error; return None otherwise.
 
-    Collective over `group` (a gloo group, e.g. `topology.control`): every rank must call.
+    Collective over `group`: every rank must call.
     """
     errors = dict(zip(group.ranks, gather_objects(error, group), strict=True))
     if found := {rank: text for rank, text in errors.items() if text is not None}:

@@ -5,8 +5,8 @@ In order of certainty:
 
     failed     a rank said that it failed, and with what
     lost       a rank has not been heard of: killed, stopped, or its host unreachable
-    stalled    all are alive and nobody moves, though somebody waits in a collective: named is the
-               rank that is not there
+    stalled    all are alive and nobody moves, though somebody waits in a collective, or, outside
+               of the lockstep, for another rank's part: named is the rank that is not there
     cut off    all are alive, but a collective broke: named as in a stall, and sooner
 
 Worked example: ranks 0, 2 and 3 wait in collective 57, a combine, and rank 1 in 56, a dispatch, and
@@ -16,7 +16,7 @@ that for longer than the limit: rank 1 has skipped or never reached a collective
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,13 +26,16 @@ State = Literal["starting", "running", "finishing", "cut", "failed", "left"]
 
 # As phases.COLLECTIVE_PHASES.
 _WAITING_PHASES = ("consensus", "dispatch", "combine", "control", "tensor")
+# What a rank does outside of the lockstep once it has done its part (`activity.py`).
+WAITING = "waiting for the others"
 _MOST_SHOWN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """How far a rank has come. layer: -1 outside of the layers. phase: its name. collective: how
-    many it has started; 0 before the lockstep.
+    many it has started; 0 outside of the lockstep, where phase says in words what the rank does and
+    step grows whenever it gets on with it.
     """
 
     step: int = 0
@@ -43,9 +46,11 @@ class Place:
     @property
     def waits(self) -> bool:
         """Whether a rank there waits for others."""
-        return self.phase in _WAITING_PHASES
+        return self.phase in _WAITING_PHASES or self.phase == WAITING
 
     def __str__(self) -> str:
+        if not self.collective:
+            return self.phase
         layer = f"layer {self.layer}, " if self.layer >= 0 else ""
         return f"step {self.step}, {layer}{self.phase}, collective {self.collective}"
 
@@ -127,7 +132,7 @@ def judge(
     ]
     if lost:
         return Finding(tuple(lost), _several(_lost(rank, seen[rank]) for rank in lost), lost=True)
-    return _stalled({rank: seen[rank] for rank in group}, limits)
+    return _hung_outside(seen, limits) or _stalled({rank: seen[rank] for rank in group}, limits)
 
 
 def store_lost(holder: int | None, seen: Mapping[int, Seen], silent_s: float) -> Finding:
@@ -147,14 +152,19 @@ def describe(finding: Finding, seen: Mapping[int, Seen]) -> str:
     lines = [f"fault: {finding.text}"]
     for rank in sorted(seen)[:_MOST_SHOWN]:
         each = seen[rank]
-        place = str(each.place) if each.place.collective else _STATES.get(each.state, each.state)
-        lines.append(f"  rank {rank} on {each.host}: {place}")
+        lines.append(f"  rank {rank} on {each.host}: {_where(each)}")
     if len(seen) > _MOST_SHOWN:
         lines.append(f"  and {len(seen) - _MOST_SHOWN} more ranks")
     return "\n".join(lines)
 
 
-_STATES = {"cut": "cut off by the failure"}
+def _where(who: Seen) -> str:
+    """In the lockstep the place, otherwise what it does, otherwise its state."""
+    if who.place.collective or (who.place.step and who.state not in ("left", "failed")):
+        return str(who.place)
+    return "cut off by the failure" if who.state == "cut" else who.state
+
+
 _GONE = "killed, stopped or unreachable;"
 
 
@@ -169,7 +179,23 @@ def _lost(rank: int, who: Seen) -> str:
 
 
 def _last(who: Seen) -> str:
-    return f"it was last seen {f'in {who.place}' if who.place.collective else f'while {who.state}'}"
+    return f"it was last seen {'in' if who.place.collective else 'while'} {_where(who)}"
+
+
+_ALIVE = ("starting", "running", "finishing")
+
+
+def _hung_outside(seen: Mapping[int, Seen], limits: Limits) -> Finding | None:
+    """All are outside of the lockstep, and some wait for a rank that does not get on."""
+    if any(each.state not in _ALIVE or each.place.collective for each in seen.values()):
+        return None
+    waiting = [rank for rank, each in seen.items() if each.place.waits]
+    odd = [rank for rank in seen if rank not in waiting]
+    if not waiting or not odd or min(each.still_s for each in seen.values()) < limits.stalled:
+        return None
+    return Finding(
+        tuple(odd), f"{_stand(odd, seen)}, while {_name(waiting)} {_verb(waiting)}: {_HANGS}"
+    )
 
 
 def _stalled(members: Mapping[int, Seen], limits: Limits) -> Finding | None:
@@ -184,26 +210,28 @@ def _stalled(members: Mapping[int, Seen], limits: Limits) -> Finding | None:
     still = min((each.still_s for each in members.values()), default=0.0)
     if not broken and not (
         still >= limits.stalled
-        and all(each.state == "running" for each in members.values())
+        and all(each.state in _ALIVE for each in members.values())
         and _anybody_waits(here.values())
     ):
         return None
-    absent = [rank for rank in members if rank not in here] if here else []
-    odd = absent or _out_of_step(here)
+    if here:
+        odd = [rank for rank in members if rank not in here] or _out_of_step(here)
+    else:  # outside of the lockstep a collective broke: whoever still works was not there
+        here = {rank: each for rank, each in members.items() if each.state == "cut"}
+        odd = [r for r, each in members.items() if r not in here and not each.place.waits]
     waiting = [rank for rank in here if rank not in odd]
     if not odd or not waiting:
-        where = str(next(iter(here.values())).place) if here else "outside of the steps"
+        place = next((each.place for each in here.values()), Place())
+        where = str(place) if place.collective else "outside of the steps"
         what = f"broke: {broken[0].text}" if broken else f"has not ended for {still:.1f} s"
         text = f"a collective of {_name(members)}, at {where}, {what}; all are alive, so look at "
         return Finding((), text + "the network between them")
-    names = _several(
-        f"rank {rank} on {members[rank].host} {_stands(members[rank])}" for rank in odd
-    )
-    verb = "waits" if len(waiting) == 1 else "wait"
+    place = members[waiting[0]].place
+    at = f" at {place}" if place.collective else ""
     return Finding(
         tuple(odd),
-        f"{names}, while {_name(waiting)} {verb} at {members[waiting[0]].place}: it hangs there, "
-        "or has skipped a collective",
+        f"{_stand(odd, members)}, while {_name(waiting)} {_verb(waiting)}{at}: {_HANGS}"
+        + (", or has skipped a collective" if at else ""),
     )
 
 
@@ -228,10 +256,24 @@ def _out_of_step(here: Mapping[int, Seen]) -> list[int]:
     return behind
 
 
+_HANGS = "it hangs there"
+
+
+def _stand(ranks: Iterable[int], seen: Mapping[int, Seen]) -> str:
+    return _several(f"rank {rank} on {seen[rank].host} {_stands(seen[rank])}" for rank in ranks)
+
+
 def _stands(who: Seen) -> str:
-    if not who.place.collective or who.state not in ("running", "cut"):
-        return f"is {who.state}" if who.state != "left" else "has left"
-    return f"has been at {who.place} for {who.still_s:.1f} s"
+    if who.state == "left":
+        return "has left"
+    if not who.place.collective and not who.place.step:
+        return f"is {who.state}"
+    at = "at " if who.place.collective else ""
+    return f"has been {at}{who.place} for {who.still_s:.1f} s"
+
+
+def _verb(ranks: Sequence[int]) -> str:
+    return "waits" if len(ranks) == 1 else "wait"
 
 
 def _name(ranks: Iterable[int]) -> str:

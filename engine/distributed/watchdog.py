@@ -24,6 +24,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from engine.distributed.activity import Activity
 from engine.distributed.agent import end_stopped
 from engine.distributed.beacon import Beacon
 from engine.distributed.faults import Finding, Limits, Place, State, describe, judge, store_lost
@@ -40,7 +41,8 @@ class Watchdog:
 
     store: the one that all ranks share. run: a name that no other run has. hosts: of all ranks.
     timeout_s: within which all survivors must have ended. holder: the rank whose process holds the
-    store, None where the launcher does. advice: the report's last line.
+    store, None where the launcher does. advice: the report's last line. activity: what this rank
+    does outside of the lockstep.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Watchdog:
         timeout_s: float,
         holder: int | None,
         advice: str = "",
+        activity: Activity | None = None,
     ) -> None:
         self._rank, self._hosts = rank, hosts
         self._holder = holder
@@ -61,7 +64,8 @@ class Watchdog:
         self._state: State = "starting"
         self._text = ""
         self._count = 0
-        self._place: Callable[[], Place] = Place
+        activity = activity or Activity()
+        self._outside = self._place = lambda: activity.place
         self._group: tuple[int, ...] = tuple(range(len(hosts)))
         self._over = threading.Event()
         own_keys = dist.PrefixStore(f"watchdog/{run}", store)
@@ -96,7 +100,7 @@ class Watchdog:
         self._place, self._group = place, tuple(group)
         self._state = "running"
         yield
-        self._state, self._place = "finishing", Place
+        self._state, self._place = "finishing", self._outside
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank fails by its own fault, and with what."""

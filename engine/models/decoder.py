@@ -8,7 +8,7 @@ Legend: T tokens of the step, S rows that need logits, D model dim, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -151,9 +151,12 @@ class CausalLM(nn.Module):
         sums = sum(layer.attention.sums.num_collectives for layer in self._layers)
         return halves * sums + sum(moe.max_collectives for moe in self.moe_layers)
 
-    def settle(self) -> None:
-        """All slots are filled: bring weights into the layouts that are read fastest, in place."""
+    def settle(self, tick: Callable[[], None] = lambda: None) -> None:
+        """All slots are filled: bring weights into the layouts that are read fastest, in place.
+        tick: called now and then.
+        """
         for layer in self._layers:
+            tick()
             layer.attention.settle()
             layer.mlp.settle()
         if self.head_VD is not self.embedding_VD:

@@ -20,12 +20,18 @@ from engine.moe.router import RouterSpec
 def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers DeepseekV2Config into a `ModelSpec`.
 
-    norm_topk_prob is false in every published V2 model, and transformers ignores it for this type;
-    so does this engine.
+    norm_topk_prob is false in every published V2 model; where it is true, DeepSeek's code and
+    transformers disagree.
 
     Raises:
-        ValueError: on a topk_method other than greedy and group_limited_greedy.
+        ValueError: on that, and on a topk_method other than greedy and group_limited_greedy.
     """
+    if getattr(hf_config, "norm_topk_prob", False):
+        raise ValueError(
+            "norm_topk_prob: True in config.json is not supported for deepseek_v2: DeepSeek's own "
+            "code normalises the weights then and transformers does not; set it to false, or to "
+            "model_type deepseek_v3 if the model is one"
+        )
     groups = {}
     if hf_config.topk_method == "group_limited_greedy":
         groups = {

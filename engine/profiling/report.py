@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,8 @@ class RankReport:
     waiting, other. phases: the same time phase by phase. slowness: its seconds of compute over what
     its peers would have needed for the same calls. late_share: share of the steps in which the
     others lost most to this rank. lost: seconds that its being late cost the others, by cause.
-    comms: DeepSpeed's table of its collectives, empty unless profiler.deepspeed_comms.
+    comms: DeepSpeed's table of its collectives, empty unless profiler.deepspeed_comms. resolved:
+    what settings that may be left to the engine have come to on this rank.
     """
 
     rank: int
@@ -68,6 +70,7 @@ class RankReport:
     late_share: float = 0.0
     lost: dict[str, float] = field(default_factory=dict)
     comms: CommsTable = field(default_factory=dict)
+    resolved: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,14 @@ sys.path.insert(0, str(ROOT))
 SEEN_S = 0.4  # longer than the pause between two heartbeats: the others have seen where it is
 
 
+# Where a rank may hang outside of the lockstep: fault -> module, function.
+HANGS = {
+    "hang loading": ("engine.weight_reader", "_read_job"),
+    "hang scanning": ("engine.batch_job", "scan_input"),
+    "hang merging": ("engine.ledger", "DurableWriter"),
+}
+
+
 def plant(fault: str, victim: int, call: int) -> None:
     """Make this process break at the given call if it is rank `victim`."""
     if fault == "none" or int(os.environ["RANK"]) != victim:
@@ -30,6 +38,8 @@ def plant(fault: str, victim: int, call: int) -> None:
         skip_exchange(call)
     elif fault == "mismatch":
         skip_all_to_all(call)
+    elif fault in HANGS:
+        hang_in(*HANGS[fault])
     else:
         break_layer(fault, call)
 
@@ -72,6 +82,18 @@ def skip_all_to_all(call: int) -> None:
         return all_to_all(*args, **kwargs)
 
     dist.all_to_all_single = forgetful
+
+
+def hang_in(module: str, name: str) -> None:
+    """Stay in a function for good when it is called."""
+    import importlib
+
+    def stuck(*args: Any, **kwargs: Any) -> NoReturn:
+        announce()
+        time.sleep(600)
+        raise AssertionError("the test ends it")
+
+    setattr(importlib.import_module(module), name, stuck)
 
 
 def break_layer(fault: str, call: int) -> None:

@@ -252,13 +252,36 @@ def test_a_rank_that_is_not_where_the_others_wait_is_named(
     assert resumed(folder, tmp_path) == undisturbed
 
 
-def test_a_collective_of_mismatched_sizes_ends_all_ranks_with_one_report(start):
+@pytest.mark.parametrize(
+    ("where", "victim", "doing"),
+    [
+        ("loading", 1, "loading the model"),
+        ("scanning", 0, "reading the input and the ledger"),
+        ("merging", 0, "merging the output"),
+    ],
+)
+def test_a_rank_that_hangs_outside_of_the_steps_is_named_with_what_it_was_doing(
+    folder, undisturbed, start, tmp_path, where, victim, doing
+):
+    job = start(f"hang {where}", victim)
+    report = one_report(job, victim)
+    others = "ranks 0, 2 wait" if victim == 1 else "ranks 1, 2 wait"
+    expected = rf"rank {victim} on {HOST} has been {doing} for [\d.]+ s, while {others}: it hangs"
+    assert re.match(expected, report), report
+    assert job.codes()[victim] == 1, "it leaves too"
+    assert finish(folder, tmp_path / "out.jsonl") == undisturbed
+
+
+def test_a_collective_of_mismatched_sizes_ends_all_ranks_with_one_report(
+    folder, undisturbed, start, tmp_path
+):
     """gloo aborts whom the wrong size reaches: who is named is not known beforehand."""
     job = start("mismatch", 1)
     broken = job.broken_at(1)
     assert 0 not in job.codes()
     assert time.monotonic() - broken < TIMEOUT_S + MARGIN_S
     assert len(job.reports()) == 1, job.all_err()
+    assert resumed(folder, tmp_path) == undisturbed
 
 
 def test_a_rank_of_another_expert_group_ends_the_run_too(start):

@@ -200,11 +200,21 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
         assert all(value >= 0 for value in rank.seconds.values())
         assert 0 < sum(rank.seconds.values()) <= report.seconds * 1.01
         assert rank.bytes_sent > 0
+        assert rank.resolved == {
+            "runtime.device": "cpu",
+            "runtime.threads": 1,
+            "model.dtype": "float32",
+            "model.max_model_len": 64,
+            "parallel.expert": 2,
+            "scheduler.kv_cache_blocks": 64,
+            "moe.experts.backend": "torch",
+            "moe.overlap.chunks": 1,
+        }
 
 
-def load_broken(rank: int, path: Path) -> str:
+def load_broken(rank: int, path: Path, parallel: dict[str, Any] | None = None) -> str:
     with pytest.raises(ValueError) as caught:
-        LLM(config_of(path, {}, {}))
+        LLM(config_of(path, {}, parallel or {}))
     return str(caught.value)
 
 
@@ -219,10 +229,22 @@ def test_a_weight_that_is_nan_on_one_rank_stops_all_with_its_name(checkpoint, tm
     assert messages[0] == messages[1] and name in messages[0]
 
 
-def load_each(rank: int, folder: Path) -> str:
+def load_each(rank: int, folder: Path, parallel: dict[str, Any] | None = None) -> str:
     """Every rank has a checkpoint of its own, as on hosts without a common file system."""
     os.chdir(folder / str(rank))
-    return load_broken(rank, Path("."))
+    return load_broken(rank, Path("."), parallel)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+def test_what_one_replica_cannot_load_stops_the_others_too(checkpoint, tmp_path, broken):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        for file in checkpoint.iterdir():
+            (tmp_path / rank / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "1" / broken).write_text("{")
+    messages = run_ranks(load_each, 2, tmp_path, {"expert": 1}, timeout=60)
+    assert messages[0] == messages[1]
+    assert "rank 1" in messages[0] and broken in messages[0]
 
 
 @pytest.mark.parametrize(

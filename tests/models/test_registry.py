@@ -129,6 +129,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok: 5"),
         ("deepseek-v2-lite", "topk_method", "noaux_tc", "topk_method: 'noaux_tc'"),
+        ("deepseek-v2-lite", "norm_topk_prob", True, "norm_topk_prob: True"),
         ("deepseek-v2-lite", "num_experts_per_tok", None, "num_experts_per_tok .*null"),
         ("deepseek-v2-groups-q-lora-biases", "n_group", None, "n_group .*null"),
     ],

@@ -175,15 +175,15 @@ def finish_all(output: Path) -> None:
 def test_a_copy_of_another_size_than_its_slices_is_not_sealed_and_they_stay(output, monkeypatch):
     finish_all(output)
     slices = {name for name in files(output) if "slice" in name}
-    copies, copy = [], batch_slices.shutil.copyfileobj
+    copies, write = [], batch_slices.DurableWriter.write
 
-    def forget_the_second(source: Any, target: Any, length: int) -> None:
-        copies.append(source)
+    def forget_the_second(self: Any, data: bytes) -> None:
+        copies.append(data)
         if len(copies) != 2:
-            copy(source, target, length)
+            write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_slices.shutil, "copyfileobj", forget_the_second)
+        patch.setattr(batch_slices.DurableWriter, "write", forget_the_second)
         with pytest.raises(JobError, match=r"is \d+ bytes, its slices are \d+.*slices are kept"):
             join(output, COUNT, MANIFEST)
     assert {name for name in files(output) if "slice" in name} == slices

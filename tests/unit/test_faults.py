@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from engine.distributed.faults import (
+    WAITING,
     Finding,
     Limits,
     Place,
@@ -183,10 +184,10 @@ def test_a_store_that_does_not_answer_is_its_holders_silence_or_its_failure():
     assert store_lost(None, seen, 2.5).ranks == ()
 
 
-def test_nothing_stalls_before_the_loop_and_after_it():
+def test_a_rank_that_gets_on_before_the_loop_or_after_it_stalls_nobody():
     for state in ("starting", "finishing"):
-        seen = {n: rank(still_s=60.0) for n in GROUP} | {2: rank(state=state, still_s=60.0)}
-        assert verdict(seen) is None, f"rank 2 is {state}"
+        busy = outside("reading", state=state, still_s=1.0)
+        assert verdict({n: rank(still_s=60.0) for n in GROUP} | {2: busy}) is None
 
 
 @pytest.mark.parametrize("timeout", [2.0, 5.0, 20.0, 120.0, 3600.0])
@@ -210,3 +211,59 @@ def test_the_report_says_where_every_rank_was_and_stays_short():
     assert lines[3] == "  rank 2 on h0: starting"
     many = describe(finding, {n: rank() for n in range(100)}).splitlines()
     assert len(many) == 18 and many[-1] == "  and 84 more ranks"
+
+
+def outside(phase: str, **changes) -> Seen:
+    """A rank before or after the lockstep."""
+    return rank(Place(step=7, phase=phase), **{"state": "starting", **changes})
+
+
+@pytest.mark.parametrize("state", ["starting", "running", "finishing"])
+def test_a_rank_that_does_not_get_on_while_others_wait_for_its_part_is_named(state):
+    seen = {n: outside(WAITING, state=state, still_s=30.0) for n in GROUP}
+    seen[2] = outside("loading the model", state=state, still_s=4.0, host="h7")
+    found = verdict(seen)
+    assert found is not None and found.ranks == (2,)
+    assert found.text == (
+        "rank 2 on h7 has been loading the model for 4.0 s, while ranks 0, 1, 3 wait: it hangs "
+        "there"
+    )
+    assert "rank 0 on h0: waiting for the others" in describe(found, seen)
+
+
+def test_a_rank_that_gets_on_slowly_and_ranks_that_all_work_are_well():
+    seen = {n: outside(WAITING, still_s=30.0) for n in GROUP}
+    seen[2] = outside("loading the model", still_s=3.9)
+    assert verdict(seen) is None
+    assert verdict({n: outside("loading the model", still_s=30.0) for n in GROUP}) is None
+    assert verdict({n: outside(WAITING, still_s=30.0) for n in GROUP}) is None
+
+
+def test_a_rank_that_is_missed_in_the_first_collective_of_the_lockstep_is_named():
+    seen = ranks(r1=outside("loading the model", still_s=8.0))
+    for n in (0, 2, 3):
+        seen[n] = replace(seen[n], still_s=4.1)
+    found = verdict(seen)
+    assert found is not None and found.ranks == (1,)
+    assert (
+        "rank 1 on h0 has been loading the model for 8.0 s, while ranks 0, 2, 3 wait at step"
+        in (found.text)
+    )
+
+
+def test_where_a_collective_breaks_outside_of_the_lockstep_whoever_still_works_is_named():
+    cut = {"state": "cut", "still_s": 1.6, "text": "Timed out waiting 5000ms"}
+    seen = {n: outside(WAITING, **cut) for n in GROUP}
+    seen[3] = outside("loading the model", still_s=3.0)
+    found = verdict(seen)
+    assert found is not None and found.ranks == (3,)
+    seen[3] = outside(WAITING, still_s=3.0)  # about to be cut too
+    found = verdict(seen)
+    assert found is not None and found.ranks == () and "Timed out" in found.text
+
+
+def test_a_rank_lost_outside_of_the_lockstep_is_told_with_what_it_was_doing():
+    seen = {n: outside(WAITING) for n in GROUP}
+    seen[0] = outside("merging the output", state="finishing", silent_s=2.6)
+    found = verdict(seen, own=1)
+    assert found is not None and "last seen while merging the output" in found.text
