@@ -50,6 +50,7 @@ from engine.meter import Meter
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model, read_config
 from engine.preflight import check_runnable
+from engine.profiling.absence import Absences
 from engine.profiling.clocks import make_clock
 from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
@@ -249,8 +250,10 @@ class LLM:
             layer.account.take()
         self._telemetry.loads.clear()
         began = time.monotonic()
+        absences = Absences(self.config.profiler.enabled)
         try:
-            loop.run(source, timed(sink, latencies), on_step, stop)
+            with absences:
+                loop.run(source, timed(sink, latencies), on_step, stop)
             comms = outlets.comms_table()
         finally:
             outlets.close()
@@ -276,6 +279,7 @@ class LLM:
             shares_W=meter.shares_W,
             comms=comms,
             resolved=self.resolved,
+            absent=(absences.count, absences.seconds),
         )
 
     def set_capacity(self, capacity: CapacityConfig) -> None:

@@ -68,13 +68,15 @@ def run_report(
     shares_W: tuple[int, ...] | None = None,
     comms: CommsTable | None = None,
     resolved: dict[str, Any] | None = None,
+    absent: tuple[int, float] = (0, 0.0),
 ) -> RunReport:
     """Gather every rank's totals into one report, the same on every rank of a replica; layers are
     of this rank's own group, and all else is the same on every rank.
 
     traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
     capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
-    shares_W: of the capacity, at the end. comms: DeepSpeed's table of this rank. resolved: as in
+    absent: how often this rank's process did not run, and seconds of it. shares_W: of the
+    capacity, at the end. comms: DeepSpeed's table of this rank. resolved: as in
     `RankReport`. Collective over
     all ranks: every rank must call.
     """
@@ -96,6 +98,7 @@ def run_report(
             phases=_phases(phases),
             comms=comms or {},
             resolved=resolved or {},
+            absent=absent[1],
         ),
         profile=RankProfile(
             rank=topology.world.rank,
@@ -107,6 +110,7 @@ def run_report(
                 layer: (load.first_expert, load.own_after.tolist())
                 for layer, load in loads.layers.items()
             },
+            absent=absent,
         ),
         replica=topology.replica,
         latencies={key: sample.taken() for key, sample in latencies.items()},

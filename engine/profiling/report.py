@@ -53,7 +53,8 @@ class RankReport:
     its peers would have needed for the same calls. late_share: share of the steps in which the
     others lost most to this rank. lost: seconds that its being late cost the others, by cause.
     comms: DeepSpeed's table of its collectives, empty unless profiler.deepspeed_comms. resolved:
-    what settings that may be left to the engine have come to on this rank.
+    what settings that may be left to the engine have come to on this rank. absent: seconds in which
+    its process did not run.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class RankReport:
     lost: dict[str, float] = field(default_factory=dict)
     comms: CommsTable = field(default_factory=dict)
     resolved: dict[str, Any] = field(default_factory=dict)
+    absent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ lost to a rank that came late (see `collector.py`) is split by cause:
     tokens   what is left of coming late elsewhere, to a consensus, dispatch or tensor collective,
              as far as its attention and gate had more to do than the others'
     host     the rest: time between the layers (scheduling, sampling, reading, writing), and stalls;
-             all of it where a rank loses most of its time in few steps
-    network  no rank's: transfer beyond what a collective costs without bytes
+             all of it where a rank loses most of its time in few steps; before all else the time
+             in which its process did not run (`absence.py`)
+    network  no rank's: transfer beyond what a collective costs without bytes, and beyond what the
+             others waited in the middle of one for a process that did not run
 
 A collective's cost without bytes is taken from the control words, the smallest there is.
 
@@ -20,7 +22,7 @@ Legend: W ranks of the group, L layers + 1 (the first row is outside of the laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -42,7 +44,8 @@ _MOST, _FEW, _RARE = 0.7, 0.1, 4.0
 @dataclass(frozen=True, slots=True)
 class RankProfile:
     """What one rank hands in. experts, attention: tables of its cost curves (`costs.py`).
-    loads_after: layer -> first expert and rows of each of its experts, after capacity.
+    loads_after: layer -> first expert and rows of each of its experts, after capacity. absent: how
+    often its process did not run, and seconds of it in all.
     """
 
     rank: int
@@ -51,6 +54,7 @@ class RankProfile:
     experts: np.ndarray
     attention: np.ndarray
     loads_after: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+    absent: tuple[int, float] = (0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,9 @@ class RankBlame:
     """What a rank cost the others. lost: seconds by cause, the others' mean. late_share: share of
     the steps in which it cost the group most. slowness: its seconds over its peers' for the same
     calls. load: its experts' rows over the mean rank's. stalls: (steps, seconds each) where few
-    steps hold most of its charge, otherwise None. host_ms: milliseconds a step between the layers.
+    steps hold most of its charge, otherwise None. absences: (times, seconds each) where its process
+    did not run, as far as that explains most of what it cost on its host, otherwise None. host_ms:
+    milliseconds a step between the layers.
     """
 
     rank: int
@@ -68,6 +74,7 @@ class RankBlame:
     slowness: float
     load: float
     stalls: tuple[int, float] | None
+    absences: tuple[int, float] | None
     host_ms: float
 
 
@@ -103,10 +110,12 @@ def analyse(profiles: list[RankProfile], charges: Charges, imbalance_L: np.ndarr
         for index in range(len(profiles))
     ]
     network, rate = _network(profiles)
-    lost: dict[str, float] = {cause: sum(blame.lost[cause] for blame in blames) for cause in CAUSES}
     # Bytes are counted in all steps, also in those whose arrivals nobody has compared.
     whole = float(np.mean([item.totals.seconds.sum() for item in profiles]))
-    lost["network"] = network * charges.step_seconds / whole if whole else 0.0
+    network *= charges.step_seconds / whole if whole else 0.0
+    blames, network = _unhide(profiles, blames, charges, network)
+    lost: dict[str, float] = {cause: sum(blame.lost[cause] for blame in blames) for cause in CAUSES}
+    lost["network"] = network
     return Analysis(
         seconds=charges.step_seconds,
         lost=lost,
@@ -143,10 +152,13 @@ def _blame(
     own, seconds_WLP = profiles[index], np.stack([item.totals.seconds for item in profiles])
     charge_LP = charges.seconds[index]
     stalls = _stalls(charges, index)
+    charged, cost = float(charge_LP.sum()), _absence_cost(profiles, index)
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
     if stalls is not None:
-        lost["host"] = float(charge_LP.sum())
+        lost["host"] = charged
     else:
+        away = min(charged, cost)
+        charge_LP = charge_LP * (1 - away / charged if charged else 1.0)
         least = _SLOW + _SLOW_BY_CHANCE / max(1.0, charges.step_seconds) ** 0.5
         slow = 1 - 1 / slowness if slowness >= least else 0.0
         experts = float(charge_LP[:, Phase.COMBINE].sum())
@@ -164,7 +176,7 @@ def _blame(
         unequal = unequal / total if (total := sum(excess.values())) else 0.0
         lost["device"] += device
         lost["tokens"] = left * unequal
-        lost["host"] += left * (1 - unequal)
+        lost["host"] += left * (1 - unequal) + away
     rows_W = [sum(sum(rows) for _, rows in item.loads_after.values()) for item in profiles]
     mean = sum(rows_W) / len(rows_W)
     steps = max(1, charges.steps)
@@ -176,8 +188,34 @@ def _blame(
         slowness=slowness,
         load=rows_W[index] / mean if mean else 1.0,
         stalls=stalls,
+        absences=None,
         host_ms=1e3 * float(own.totals.seconds[0, Phase.OTHER]) / steps,
     )
+
+
+def _absence_cost(profiles: list[RankProfile], index: int) -> float:
+    """Seconds that a mean rank can have waited for this one's process to run again."""
+    return profiles[index].absent[1] * (len(profiles) - 1) / len(profiles)
+
+
+def _unhide(
+    profiles: list[RankProfile], blames: list[RankBlame], charges: Charges, network: float
+) -> tuple[list[RankBlame], float]:
+    """Take out of the network's seconds what ranks were away in the middle of a collective, where
+    nobody comes late.
+    """
+    charged_W = charges.seconds.sum((1, 2))
+    hidden_W = np.array(
+        [max(0.0, _absence_cost(profiles, i) - each) for i, each in enumerate(charged_W)]
+    )
+    hidden_W *= min(1.0, network / hidden_W.sum()) if hidden_W.any() else 0.0
+    found = []
+    for index, (blame, hidden) in enumerate(zip(blames, hidden_W.tolist(), strict=True)):
+        host, (count, seconds) = blame.lost["host"] + hidden, profiles[index].absent
+        mainly = count > 0 and _absence_cost(profiles, index) >= host / 2
+        absences = (count, seconds / count) if mainly else None
+        found.append(replace(blame, lost={**blame.lost, "host": host}, absences=absences))
+    return found, network - float(hidden_W.sum())
 
 
 def _stalls(charges: Charges, index: int) -> tuple[int, float] | None:

@@ -174,7 +174,13 @@ def _host(analysis: Analysis, blame: RankBlame) -> Verdict | None:
     share = beyond / analysis.seconds
     if not _is_worth(analysis, share):
         return None
-    if blame.stalls is not None:
+    if blame.absences is not None:
+        times, seconds = blame.absences
+        why = (
+            f"its process did not run {times} times, {seconds * 1e3:.0f} ms each: stopped, swapped "
+            "out or without a core; look for what else its host does then"
+        )
+    elif blame.stalls is not None:
         steps, seconds = blame.stalls
         why = (
             f"it stalled in {steps} steps, {seconds * 1e3:.0f} ms each; look for what else its "

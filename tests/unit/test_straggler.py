@@ -5,6 +5,7 @@ Run: pytest tests/unit/test_straggler.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -215,3 +216,48 @@ def test_nothing_is_said_where_nothing_was_timed():
     simulation.imbalance = [1.0, 1.0]
     analysis = analyse(simulation.profiles(), simulation.charges(), simulation.imbalance_L())
     assert verdicts(analysis, HOT) == []
+
+
+def test_time_in_which_a_process_did_not_run_is_its_hosts_wherever_the_others_waited():
+    """Stopped in the middle of a combine: all leave it late, which looks like the network."""
+    simulation = simulate(steps=100)
+    for _ in range(10):  # 0.4 s each
+        simulation.step(
+            host=[0.5] * 4,
+            attention=[0.8] * 4,
+            experts=[2.5] * 4,
+            tokens=[16] * 4,
+            rows=[50] * 4,
+            travel=200.0,
+        )
+    profiles = simulation.profiles()
+
+    def told() -> tuple[Analysis, list[Verdict]]:
+        analysis = analyse(profiles, simulation.charges(), simulation.imbalance_L())
+        return analysis, verdicts(analysis, HOT)
+
+    analysis, (verdict, *_) = told()
+    assert verdict.cause == "network", "so it looks"
+    before = sum(analysis.lost.values())
+    profiles[2] = replace(profiles[2], absent=(10, 4.0))
+    analysis, (verdict, *_) = told()
+    assert (verdict.cause, verdict.ranks) == ("host", [2])
+    assert "its process did not run 10 times, 400 ms each" in verdict.text
+    assert sum(analysis.lost.values()) == pytest.approx(before), "nothing is lost twice"
+    assert analysis.ranks[2].lost["host"] == pytest.approx(3.0, abs=0.2)
+    assert analysis.lost["network"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_an_absence_that_made_a_rank_late_is_told_once():
+    def stopped(turn, step):
+        if turn % 10 == 0:
+            step["host"][1] += 100.0
+
+    simulation = simulate(stopped)
+    profiles = simulation.profiles()
+    profiles[1] = replace(profiles[1], absent=(20, 2.0))
+    analysis = analyse(profiles, simulation.charges(), simulation.imbalance_L())
+    assert analysis.ranks[1].lost["host"] == pytest.approx(1.5, rel=0.05)
+    (verdict,) = verdicts(analysis, HOT)
+    assert (verdict.cause, verdict.ranks) == ("host", [1])
+    assert "did not run 20 times, 100 ms each" in verdict.text

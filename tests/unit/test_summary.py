@@ -294,7 +294,7 @@ def test_where_nothing_competed_nothing_was_lost(monkeypatch):
 
 def test_a_run_without_steps_or_without_moe_layers_has_a_report(monkeypatch):
     for steps in (0, 5):
-        (report,) = reports(monkeypatch, [Rank(0, steps=steps)])
+        (report,) = reports(monkeypatch, [Rank(0, steps=steps, profile=Collector(4, 1))])
         assert report.layers == [] and report.totals == LayerTotals()
         assert (report.max_over_mean, report.max_over_mean_after) == (1.0, 1.0)
         assert report.speed_bound == 1.0
