@@ -86,7 +86,8 @@ class Limits:
 
     @classmethod
     def of(cls, timeout_s: float, world_size: int = 1) -> Limits:
-        """All verdicts fall within the timeout, if that is 2 s or more.
+        """All verdicts fall well within the timeout, if that is 2 s or more: the survivors have to
+        agree on one and to leave, on hosts that may be busy.
 
         Ranks beyond 256 beat more slowly: in each period the store hands every rank's beat to every
         rank, and its one thread manages about half a million a second.
@@ -94,7 +95,7 @@ class Limits:
         period = min(max(timeout_s / 40, 0.1), 0.5) * max(1.0, world_size / 256) ** 2
         lost = max(1.0, min(timeout_s / 2, 10.0), 4 * period)
         quick = min(lost, max(1.0, 4 * period))
-        return cls(period, lost, quick, cut=quick + 4 * period, stalled=0.8 * timeout_s)
+        return cls(period, lost, quick, cut=quick + 4 * period, stalled=0.6 * timeout_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ import ranks  # noqa: F401  its fork server has loaded the slow libraries
 ROOT = Path(__file__).resolve().parents[2]
 HOST = re.escape(socket.gethostname())
 TIMEOUT_S = 5
-MARGIN_S = 2.0  # other processes on the machine
+MARGIN_S = 2.0  # to come back to life
 NUM_LINES = 30
 WORLD = 3
 CALL = {"skip": 7, "mismatch": 50}  # exchange and all-to-all of some step in the middle
@@ -162,13 +162,13 @@ def start(folder: Path, tmp_path: Path) -> Iterator[Any]:
         job.end()
 
 
-def one_report(job: Job, victim: int, within_s: float = TIMEOUT_S) -> str:
+def one_report(job: Job, victim: int) -> str:
     """The only report, once the survivors have left in time with exit code 1."""
     broken = job.broken_at(victim)
     codes = job.codes(except_rank=victim)
     taken = time.monotonic() - broken
     assert codes == [1] * len(codes), job.all_err()
-    assert taken < within_s + MARGIN_S, f"{taken:.1f} s"
+    assert taken < TIMEOUT_S, f"{taken:.1f} s"
     assert len(job.reports()) == 1, job.all_err()
     survivors = (job.err(rank) for rank in range(len(job.errs)) if rank != victim)
     assert not any("Traceback" in err for err in survivors), job.all_err()
@@ -189,7 +189,7 @@ def test_a_killed_rank_is_named_with_its_last_place_and_the_job_goes_on(
     folder, undisturbed, start, tmp_path, victim
 ):
     job = start("kill", victim)
-    report = one_report(job, victim, within_s=2.0)
+    report = one_report(job, victim)
     silence = "has not been heard of" if victim else "which holds the store, has not answered"
     assert re.match(rf"rank {victim} on {HOST},? {silence}", report), report
     assert re.search(f"last seen in {IN_LAYER}", report), report
@@ -279,14 +279,14 @@ def test_a_collective_of_mismatched_sizes_ends_all_ranks_with_one_report(
     job = start("mismatch", 1)
     broken = job.broken_at(1)
     assert 0 not in job.codes()
-    assert time.monotonic() - broken < TIMEOUT_S + MARGIN_S
+    assert time.monotonic() - broken < TIMEOUT_S
     assert len(job.reports()) == 1, job.all_err()
     assert resumed(folder, tmp_path) == undisturbed
 
 
 def test_a_rank_of_another_expert_group_ends_the_run_too(start):
     job = start("kill", 3, "--set", "parallel.expert=2", world=4)
-    report = one_report(job, 3, within_s=TIMEOUT_S)
+    report = one_report(job, 3)
     assert re.match(f"rank 3 on {HOST} has not been heard of", report), report
 
 
