@@ -9,7 +9,8 @@ is fixed by the model, never by what a rank has to say.
 from __future__ import annotations
 
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class ControlPlane:
         offset = self._clock.nanoseconds
         last = _NUM_WORDS + 2 + self.num_stamps
         vector = np.full(last + self._num_layers, -1, dtype=np.int64)
-        vector[:_NUM_WORDS] = astuple(words)
+        vector[:_NUM_WORDS] = _values(words)
         if rows:
             vector[last:] = rows
         vector[_NUM_WORDS + 1] = self._left
@@ -82,21 +83,7 @@ class ControlPlane:
         gathered = all_gather_rows(torch.from_numpy(vector)[None], self._group).numpy()
         self._left = time.monotonic_ns()
         self._clock.note(gathered[:, _NUM_WORDS + 1])
-        everyone = [
-            ControlWords(
-                tokens_prefill=int(row[0]),
-                tokens_decode=int(row[1]),
-                running=int(row[2]),
-                waiting=int(row[3]),
-                finished=int(row[4]),
-                exhausted=bool(row[5]),
-                competing=int(row[6]),
-                signal=int(row[7]),
-                stop_now=bool(row[8]),
-                pace=int(row[9]),
-            )
-            for row in gathered
-        ]
+        everyone = [_words(row) for row in gathered[:, :_NUM_WORDS].tolist()]
         rows_WL = gathered[:, last:] if rows else None
         if spans is None or (gathered[:, _NUM_WORDS] != spans_step).any():
             return everyone, rows_WL, None
@@ -112,6 +99,25 @@ class ControlPlane:
     def num_bytes(self) -> int:
         """Bytes that this rank sends in an exchange."""
         return 8 * (_NUM_WORDS + 2 + self.num_stamps + self._num_layers) * (self._group.size - 1)
+
+
+_values = attrgetter(*(each.name for each in fields(ControlWords)))
+
+
+def _words(row: list[int]) -> ControlWords:
+    prefill, decode, running, waiting, finished, exhausted, competing, signal, now, pace = row
+    return ControlWords(
+        prefill,
+        decode,
+        running,
+        waiting,
+        finished,
+        bool(exhausted),
+        competing,
+        signal,
+        bool(now),
+        pace,
+    )
 
 
 def _moved(stamps: np.ndarray, offset: int) -> np.ndarray:

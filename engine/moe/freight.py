@@ -76,8 +76,11 @@ class RowFreight:
         self.home = rows(Slot.SEND, sum(sent), x_TD)
         arrived = self.home if alone else rows(Slot.ARRIVED, sum(received), x_TD)
         grouped = rows(Slot.ARRIVED if alone else Slot.GROUPED, sum(received), x_TD)
-        self._sends = self.home.split(sent)
-        self._arrived, self._grouped = arrived.split(received), grouped.split(received)
+        if len(plans) == 1:
+            self._sends, self._arrived, self._grouped = (self.home,), (arrived,), (grouped,)
+        else:
+            self._sends = self.home.split(sent)
+            self._arrived, self._grouped = arrived.split(received), grouped.split(received)
 
     def pack(self, index: int) -> Leg:
         """Gather the tokens' rows by rank and expert."""

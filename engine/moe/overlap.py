@@ -150,10 +150,10 @@ class ExpertLayout:
         elif self.num_chunks > 1:
             load_E = load_P = load_P[self._table(ids_TM.device)[:-1]]
         if self._dedup is None:
-            return replace(order, load_E=load_E, numbers=load_P)
+            return ExpertOrder(order.token_N, order.slot_TK, load_E, load_P)
         unique = self._dedup.unique(place_TM)
         numbers = torch.cat((load_P, unique.load_G))
-        return replace(order, load_E=load_E, numbers=numbers, unique=unique)
+        return ExpertOrder(order.token_N, order.slot_TK, load_E, numbers, unique)
 
     def numbers(self, ids_WTM: torch.Tensor, num_tokens_W: Sequence[int]) -> torch.Tensor:
         """What `sort` tells of every rank, from all ranks' ids: int64 [W, n].
@@ -184,14 +184,17 @@ class ExpertLayout:
         if self.num_chunks > 1 and not self.by_tokens:
             counts_WP = counts_WP[:, self._experts]
         num_local = self.first_experts[rank + 1] - self.first_experts[rank]
-        found, sent = [], 0
+        found: list[DispatchPlan] = []
+        sent = 0
         for chunk in self.chunks:
             rest = ExpertOrder(order.token_N[sent:], order.slot_TK, order.load_E)
             plan = make_plan(rest, counts_WP[:, chunk.columns], rank, chunk.bounds)
             before = chunk.local_starts[rank]
             after = num_local - before - len(plan.expert_counts)
-            expert_counts = [0] * before + plan.expert_counts + [0] * after
-            found.append(replace(plan, expert_counts=expert_counts, wire=self._each))
+            if before or after or self._each is not None:
+                expert_counts = [0] * before + plan.expert_counts + [0] * after
+                plan = replace(plan, expert_counts=expert_counts, wire=self._each)
+            found.append(plan)
             sent += sum(plan.send_splits)
         if self._dedup is None or order.unique is None:
             return found

@@ -5,6 +5,8 @@ Legend: E experts, W expert-parallel ranks.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -20,7 +22,8 @@ class Recorder:
     """Tells of one layer's calls. first_experts: W + 1 boundaries. rank: this one."""
 
     def __init__(self, layer: int, first_experts: list[int], rank: int) -> None:
-        self._layer, self._first_experts = layer, first_experts
+        self._layer = layer
+        self._bounds = list(pairwise(first_experts))
         self._first_expert = first_experts[rank]
         self._held: tuple[np.ndarray, list[DispatchPlan]] | None = None
 
@@ -42,12 +45,14 @@ class Recorder:
         if half == 1 and self._held is not None:
             before_WE, plans = before_WE + self._held[0], plans + self._held[1]
         before_E = before_WE.sum(0)
-        upto_E = np.concatenate(([0], before_E.cumsum()))[self._first_experts]
+        # Plain numbers: of a few experts each numpy call would cost more than the sums.
+        rows = before_E.tolist()
+        counts = [plan.expert_counts for plan in plans]
         counter.record(
             self._layer,
             before_E=before_E,
-            rank_before=np.diff(upto_E).tolist(),
-            own_after=np.sum([plan.expert_counts for plan in plans], axis=0).tolist(),
+            rank_before=[sum(rows[first:end]) for first, end in self._bounds],
+            own_after=counts[0] if len(counts) == 1 else list(map(sum, zip(*counts, strict=True))),
             first_expert=self._first_expert,
         )
 

@@ -28,6 +28,7 @@ class Workspace:
     def __init__(self) -> None:
         self.num_growths = 0
         self._buffers: dict[Slot, torch.Tensor] = {}
+        self._last: dict[Slot, tuple[tuple[object, ...], torch.Tensor]] = {}
         self._second: Workspace | None = None
 
     @property
@@ -49,8 +50,14 @@ class Workspace:
         It is the slot's only one: what the slot held before is overwritten.
         """
         width = like.shape[1]
+        # Layer after layer asks for the same.
+        wanted, last = (num_rows, width, like.dtype, like.device), self._last.get(slot)
+        if last is not None and last[0] == wanted:
+            return last[1]
         flat = self.bytes(slot, num_rows * width * like.element_size(), like.device)
-        return flat.view(like.dtype).view(num_rows, width)
+        rows = flat.view(like.dtype).view(num_rows, width)
+        self._last[slot] = wanted, rows
+        return rows
 
     def bytes(self, slot: Slot, num_bytes: int, device: torch.device) -> torch.Tensor:
         """The same as bytes: uint8 [num_bytes]."""
@@ -67,6 +74,7 @@ class Workspace:
         self.num_growths = 0
 
     def _make(self, slot: Slot, size: int, device: torch.device) -> None:
+        self._last.pop(slot, None)
         self._buffers.pop(slot, None)  # first, so that old and new are never there together
         self._buffers[slot] = torch.empty(size, dtype=torch.uint8, device=device)
         self.num_growths += 1
