@@ -7,7 +7,9 @@ Each rank builds two engines on one random Mixtral, `profiler.enabled` true and 
 the same requests again and again: off, on, off, on, ... The cost is the median of on / off of the
 same round, of wall time (the slower rank's) and of processor time (both ranks', all threads), which
 other work on the machine disturbs less. A third engine with span files (`profiler.spans`) shows
-what writing them costs. The table is followed by one JSON line.
+what writing them costs. Where an engine's weights happen to lie in memory is worth a percent or two
+for as long as it lives, so the ranks are started several times and build the engines in another
+order each time. The table is followed by one JSON line.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
 
     topology = bootstrap.start(config({}))
     profilers = {"off": {"enabled": False}, "on": {}, "spans": {"spans": job["spans"]}}
-    engines = {name: LLM(config(profilers[name]), topology) for name in NAMES}
+    built = NAMES[job["start"] % 3 :] + NAMES[: job["start"] % 3]
+    engines = {name: LLM(config(profilers[name]), topology) for name in built}
     draw = random.Random(0)
     prompts = [
         [draw.randrange(4096) for _ in range(draw.randrange(32, 256))]
@@ -63,7 +66,7 @@ def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     params = SamplingParams(max_new_tokens=job["new_tokens"], ignore_eos=True)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
     for turn in range(job["rounds"] + 1):
-        order = NAMES if turn % 2 else tuple(reversed(NAMES))
+        order = built if turn % 2 else tuple(reversed(built))
         for name in order:
             dist.barrier()
             begin = time.perf_counter(), time.process_time()
@@ -88,8 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "new_tokens": options.new_tokens,
             "rounds": options.rounds,
         }
-        ranks = _run(job, options.ranks, options.timeout)
-    wall, cpu = runs(ranks)
+        started = [
+            runs(_run({**job, "start": start}, options.ranks, options.timeout))
+            for start in range(options.starts)
+        ]
+    wall, cpu = (
+        {name: [value for kinds in started for value in kinds[kind][name]] for name in NAMES}
+        for kind in (0, 1)
+    )
     over_off = [
         {
             name: [own / off for own, off in zip(kind[name], kind["off"], strict=True)]
@@ -113,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     text = (
         f"{options.requests} requests, {options.new_tokens} new tokens each, {options.ranks} ranks "
-        f"of one core, {options.rounds} rounds\n{table(HEADER, rows)}"
+        f"of one core, {options.starts} starts of {options.rounds} rounds\n{table(HEADER, rows)}"
     )
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "worker")}
     record = {
@@ -187,13 +196,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8, help="of each start")
+    parser.add_argument("--starts", type=int, default=6, help="each with engines made anew")
     parser.add_argument("--timeout", type=int, default=600, help="seconds")
     parser.add_argument("--out", type=Path, help="folder for bench_profiler.txt and .json")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.ranks < 1 or options.rounds < 1:
-        parser.error("--ranks and --rounds must be at least 1")
+    if min(options.ranks, options.rounds, options.starts) < 1:
+        parser.error("--ranks, --rounds and --starts must be at least 1")
     return options
 
 
