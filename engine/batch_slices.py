@@ -106,7 +106,7 @@ def join(output: Path, count: int, manifest: dict[str, Any], tick: Tick = no_tic
     manifest: of the whole job. tick: called every now and then. Raises OSError, and JobError for a
     slice of another job.
     """
-    with _held(output) as ledger:
+    with _held(output, tick) as ledger:
         _refuse_whole_run(output)
         if finished_as(output, manifest) == []:
             _remove_slices(output)
@@ -145,7 +145,7 @@ def _merge(
 
 
 @contextmanager
-def _held(output: Path) -> Iterator[Ledger]:
+def _held(output: Path, tick: Tick) -> Iterator[Ledger]:
     """The whole output's ledger, which is only a lock here."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -155,6 +155,7 @@ def _held(output: Path) -> Iterator[Ledger]:
         except Busy:
             if time.monotonic() >= deadline:
                 raise
+        tick()
         time.sleep(0.2)
     try:
         yield ledger

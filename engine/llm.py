@@ -318,7 +318,7 @@ class LLM:
     def _fill(self) -> LoadReport | None:
         config, model = self.config.model, self.model
         if config.load_format == "dummy":
-            fill_dummy(model.weight_slots(), self.config.runtime.seed)
+            fill_dummy(model.weight_slots(), self.config.runtime.seed, self._activity.tick)
             return None
         path = Path(config.path)
         names = self._on_all_ranks(lambda: frozenset(read_catalog(path).entries))

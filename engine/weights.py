@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from engine.distributed.activity import Activity
+from engine.distributed.activity import Activity, Tick, no_tick
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
@@ -229,16 +229,17 @@ def _differences(digests: Sequence[Mapping[str, str]], group: Group | None) -> l
     return found
 
 
-def fill_dummy(slots: Iterable[WeightSlot], seed: int) -> None:
+def fill_dummy(slots: Iterable[WeightSlot], seed: int, tick: Tick = no_tick) -> None:
     """Fill every slot with random weights that depend on `seed` and the tensor's name alone.
 
     Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn
     (in chunks of rows, each from its own seed, of which a shard draws only its own), so the values
-    are the same for every number of ranks and every tensor-parallel size. Not collective.
+    are the same for every number of ranks and every tensor-parallel size. tick: called now and
+    then. Not collective.
     """
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for _ in pool.map(lambda slot: _fill(slot, seed), list(slots)):
-            pass  # takes the results, so that an error is raised
+            tick()  # taking the results also raises an error of theirs
 
 
 def _fill(slot: WeightSlot, seed: int) -> None:

@@ -192,6 +192,20 @@ def test_a_copy_of_another_size_than_its_slices_is_not_sealed_and_they_stay(outp
     assert ids(output) == [f"r{index}" for index in range(TOTAL)]
 
 
+def test_a_merge_that_waits_for_another_one_says_that_it_is_alive(output):
+    """Nobody may take it for a rank that hangs."""
+    finish_all(output)
+    other, ticks = Ledger(output), []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 3:
+            other.close()
+
+    assert join(output, COUNT, MANIFEST, tick) == f"{output} is complete: 3 slices, merged"
+    assert len(ticks) > 3, "and goes on ticking while it merges"
+
+
 def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monkeypatch):
     """The second runs from start to end at each place where the first may be interrupted."""
     monkeypatch.setattr(durable.fcntl, "flock", lambda fd, how: no_locks())

@@ -72,6 +72,16 @@ def test_a_spans_collective_is_logged_with_its_operation_latency_and_what_a_rank
     ]
 
 
+def test_of_a_tensor_groups_collectives_only_those_it_called_are_logged():
+    logger = FakeLogger()
+    spans = make_spans((Phase.TENSOR, 0, 0, 2), (Phase.TENSOR, 1, 2, 3))
+    spans.arrivals[1] = -1  # its group had nothing to sum
+    DeepSpeedComms(logger, 3).add(spans)
+    assert logger.entries == [
+        ("all_reduce", "all_reduce (tensor)", pytest.approx(2.0), 1000),
+    ]
+
+
 def test_messages_are_counted_up_to_the_next_power_of_two():
     comms = DeepSpeedComms(FakeLogger(), 3)
     for _ in range(3):
