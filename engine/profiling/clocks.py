@@ -7,7 +7,9 @@ behind it, so measuring never leaves the device without work.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from engine.profiling.phases import (
     Spans,
     spans_of,
 )
+
+_Stamp = TypeVar("_Stamp")
 
 
 class NoClock:
@@ -73,24 +77,31 @@ class NoClock:
         return Position(self._steps, layer, Phase(phase), self._collectives)
 
 
-class HostClock:
-    """Phase clock for devices that compute synchronously: CLOCK_MONOTONIC stamps."""
+class _StampClock(ABC, Generic[_Stamp]):
+    """Marks of the step that runs, each with a stamp of the device's kind, and of closed steps."""
 
     def __init__(self) -> None:
-        self._marks: list[tuple[int, int, int, int, int]] = []  # Mark and its stamp
+        self._marks: list[Mark] = []
+        self._stamps: list[_Stamp] = []
         self._sent: list[Sent] = []
-        self._arrivals: list[int] = []
-        self._closed: list[Spans] = []
+        self._arrivals: list[_Stamp | None] = []  # None: left out
+        self._closed: list[tuple[list[Mark], list[_Stamp], list[Sent], list[_Stamp | None]]] = []
         self._steps = 0
-        self._collectives = 0  # of closed steps
+        self._collectives = 0
+        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
+
+    @abstractmethod
+    def _stamp(self) -> _Stamp:
+        """This moment, of the host or of the current stream."""
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
         """End the current span and start one of `phase`, which works on so many tokens."""
-        self._marks.append((phase, layer, tokens, NONE, time.monotonic_ns()))
+        self._mark((phase, layer, tokens, NONE), self._stamp())
 
     def arrive(self) -> int:
         """Note that a collective is being started, to be waited for later; return its number."""
-        self._arrivals.append(time.monotonic_ns())
+        self._collectives += 1
+        self._arrivals.append(self._stamp())
         return len(self._arrivals) - 1
 
     def meet(
@@ -102,15 +113,13 @@ class HostClock:
         *,
         absent: bool = False,
     ) -> None:
-        """End the current span and start one that waits for a collective: the one whose number is
-        given, otherwise one that is being started now. absent: that this rank's tensor group has no
-        need of, and other ranks may have.
-        """
-        now = time.monotonic_ns()
+        """End the current span and start one that waits for a collective; as in `PhaseClock`."""
+        stamp = self._stamp()
         if collective is None:
+            self._collectives += 1
             collective = len(self._arrivals)
-            self._arrivals.append(NONE if absent else now)
-        self._marks.append((phase, layer, tokens, collective, now))
+            self._arrivals.append(None if absent else stamp)
+        self._mark((phase, layer, tokens, collective), stamp)
 
     def sent(self, num_bytes: int) -> None:
         """Count bytes sent to other ranks to the current span."""
@@ -121,28 +130,41 @@ class HostClock:
         """End the step's last span; later marks belong to the next step."""
         if not self._marks:
             return
-        end = (Phase.OTHER, NO_LAYER, 0, NONE, time.monotonic_ns())
-        table = np.array([*self._marks, end], dtype=np.int64).T
-        arrivals = np.array(self._arrivals, dtype=np.int64)
-        self._closed.append(spans_of(table[:4, :-1], self._sent, table[4], arrivals))
         self._steps += 1
-        self._collectives += len(self._arrivals)
-        self._marks, self._sent, self._arrivals = [], [], []
+        self._stamps.append(self._stamp())
+        self._closed.append((self._marks, self._stamps, self._sent, self._arrivals))
+        self._marks, self._stamps, self._sent, self._arrivals = [], [], [], []
+
+    def position(self) -> Position:
+        """How far this rank's host has come; may be asked for by another thread."""
+        phase, layer, *_ = self._last
+        return Position(self._steps, layer, Phase(phase), self._collectives)
+
+    def _mark(self, mark: Mark, stamp: _Stamp) -> None:
+        self._last = mark
+        self._marks.append(mark)
+        self._stamps.append(stamp)
+
+
+class HostClock(_StampClock[int]):
+    """Phase clock for devices that compute synchronously: CLOCK_MONOTONIC stamps."""
+
+    def _stamp(self) -> int:
+        return time.monotonic_ns()
 
     def read(self, *, ended: bool = False) -> Spans | None:
         """Return the spans of the oldest closed step that were not read yet, None when there is
         none.
         """
-        return self._closed.pop(0) if self._closed else None
+        if not self._closed:
+            return None
+        marks, stamps, sent, arrivals = self._closed.pop(0)
+        columns = np.array(marks, dtype=np.int64).T
+        started = [NONE if stamp is None else stamp for stamp in arrivals]
+        return spans_of(columns, sent, np.array(stamps), np.array(started, dtype=np.int64))
 
-    def position(self) -> Position:
-        """How far this rank has come; may be asked for by another thread."""
-        marks, begun = self._marks, self._collectives + len(self._arrivals)
-        phase, layer = marks[-1][:2] if marks else (Phase.OTHER, NO_LAYER)
-        return Position(self._steps, layer, Phase(phase), begun)
 
-
-class CudaClock:
+class CudaClock(_StampClock[torch.cuda.Event]):
     """Phase clock for CUDA: events on the current stream, read a step late.
 
     A step is read when the next one is closed too, so that the host, which may run ahead of the
@@ -156,18 +178,9 @@ class CudaClock:
     """
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         self._pool: list[torch.cuda.Event] = []
-        self._marks: list[Mark] = []
-        self._sent: list[Sent] = []
-        self._events: list[torch.cuda.Event] = []
-        self._arrivals: list[torch.cuda.Event | None] = []
-        self._closed: list[
-            tuple[list[Mark], list[Sent], list[torch.cuda.Event], list[torch.cuda.Event | None]]
-        ] = []
-        self._steps = 0
-        self._collectives = 0
-        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
         self._base = torch.cuda.Event(enable_timing=True)
         with torch.cuda.device(device):
             self._base.record()
@@ -175,61 +188,13 @@ class CudaClock:
         self._base.synchronize()
         self._base_ns = time.monotonic_ns()
 
-    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
-        """End the current span and start one of `phase`, which works on so many tokens."""
-        self._last = mark = (phase, layer, tokens, NONE)
-        self._marks.append(mark)
-        self._events.append(self._record())
-
-    def arrive(self) -> int:
-        """Note that a collective is being started, to be waited for later; return its number."""
-        self._collectives += 1
-        self._arrivals.append(self._record())
-        return len(self._arrivals) - 1
-
-    def meet(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        absent: bool = False,
-    ) -> None:
-        """End the current span and start one that waits for a collective: the one whose number is
-        given, otherwise one that is being started now. absent: that this rank's tensor group has no
-        need of, and other ranks may have.
-        """
-        event = self._record()
-        if collective is None:
-            self._collectives += 1
-            collective = len(self._arrivals)
-            self._arrivals.append(None if absent else event)
-        self._last = mark = (phase, layer, tokens, collective)
-        self._marks.append(mark)
-        self._events.append(event)
-
-    def sent(self, num_bytes: int) -> None:
-        """Count bytes sent to other ranks to the current span."""
-        if self._marks:
-            self._sent.append((len(self._marks) - 1, num_bytes))
-
-    def close_step(self) -> None:
-        """End the step's last span; later marks belong to the next step."""
-        if not self._marks:
-            return
-        self._steps += 1
-        self._events.append(self._record())
-        self._closed.append((self._marks, self._sent, self._events, self._arrivals))
-        self._marks, self._sent, self._events, self._arrivals = [], [], [], []
-
     def read(self, *, ended: bool = False) -> Spans | None:
         """Return the spans of the oldest closed step that were not read yet; None when there is
         none, or only the last one and it has not `ended`.
         """
         if len(self._closed) < (1 if ended else 2):
             return None
-        marks, sent, events, arrivals = self._closed.pop(0)
+        marks, events, sent, arrivals = self._closed.pop(0)
         # SYNC: of a step with another one queued behind it; passed, but where neither of the two
         # sampled. Polling instead would let ranks drift apart by a step, and stamps of different
         # steps cannot be compared.
@@ -242,11 +207,6 @@ class CudaClock:
         self._pool.extend(free.values())
         return spans
 
-    def position(self) -> Position:
-        """How far this rank's host has come; may be asked for by another thread."""
-        phase, layer, *_ = self._last
-        return Position(self._steps, layer, Phase(phase), self._collectives)
-
     def _nanoseconds(self, events: Sequence[torch.cuda.Event | None]) -> np.ndarray:
         base, base_ns = self._base, self._base_ns
         stamps = [
@@ -255,7 +215,7 @@ class CudaClock:
         ]
         return np.array(stamps, dtype=np.int64)
 
-    def _record(self) -> torch.cuda.Event:
+    def _stamp(self) -> torch.cuda.Event:
         event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
