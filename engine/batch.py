@@ -91,7 +91,7 @@ def run_batch(
     if input is not None and output is not None:
         job: FileJob | PromptJob = FileJob(config, topology, input, output, part, activity)
     else:
-        job = PromptJob(topology, console, output)
+        job = PromptJob(topology, console, output, activity)
     # A store can outlive a run that is started anew: its keys must not be taken for this run's.
     key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
     watchdog = Watchdog(

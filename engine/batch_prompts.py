@@ -50,10 +50,13 @@ class PromptJob:
     num_total = len(PROMPTS)
     num_resumed = 0
 
-    def __init__(self, topology: Topology, console: Console, output: Path | None) -> None:
+    def __init__(
+        self, topology: Topology, console: Console, output: Path | None, activity: Activity
+    ) -> None:
         self.lines = _PromptLines()
         self.output = output
         self._topology = topology
+        self._activity = activity
         self._console = console
         self._key = ""
 
@@ -70,7 +73,7 @@ class PromptJob:
             if self.output.exists() and not overwrite:
                 raise JobError(f"--output {self.output}: exists; use --overwrite to replace it")
 
-        on_rank_0(self._topology, f"{key}/open", check, JobError, Activity())
+        on_rank_0(self._topology, f"{key}/open", check, JobError, self._activity)
         return ""
 
     def write(self, completions: list[Completion]) -> None:

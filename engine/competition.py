@@ -73,8 +73,7 @@ def capacity_uses(
     step: Step, moe_step: MoEStep, topology: Topology, clock: PhaseClock
 ) -> list[CapacityUse]:
     """What capacity did to each slice's tokens that ran for the first time; assignments are left
-    to the caller. clock: told of the collective, which the
-    caller's next phase ends.
+    to the caller. clock: told of the collective, which the caller's next phase ends.
 
     Collective over the tensor group: every rank must call.
     """

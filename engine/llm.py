@@ -221,6 +221,7 @@ class LLM:
         """
         capacity = self.config.moe.capacity
         outlets = self._on_all_ranks(self._open_outlets)
+        self._activity.begin("starting the run")
         topology = self.topology
         profile = Collector(self.model.num_layers, topology.expert.size, topology.tensor_places)
         meter = Meter(
