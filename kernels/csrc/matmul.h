@@ -5,10 +5,8 @@
 
 constexpr int MAX_MV = 3;
 constexpr int64_t BLOCK = MAX_MV * W;
-// How many columns ahead weights in panels are fetched: the processor does not look that far. Tiles
-// of a few rows fetch into the second-level cache (hint 2): into the first, a core has room for few
-// misses at a time, and 8 to 16 rows an expert were 7 to 15% slower.
-constexpr int64_t FETCH = 256;
+// How many columns ahead weights in panels are fetched: the processor does not look that far.
+constexpr int64_t FETCH = 64;
 // Outputs transposed at a time: whole tiles and whole vectors.
 constexpr int OUT = W > NR ? W : NR;
 

@@ -30,6 +30,8 @@ INLINE void panel_tile(const float* const (&panel)[P], const float* x, int64_t s
     vf weight[P][PV];
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
+      // Hint 2, the second-level cache: memory sets the pace here, and a core can wait for more lines
+      // of that level than of the first.
       __builtin_prefetch(panel[p] + (k + FETCH) * PANEL, 0, 2);
 #pragma GCC unroll 4
       for (int v = 0; v < PV; ++v) weight[p][v] = load(panel[p] + k * PANEL + v * W);
