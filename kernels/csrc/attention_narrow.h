@@ -24,21 +24,31 @@ struct Narrow {
   INLINE void take(const Rows& now, const Rows& next, int64_t from, const Visible<1>& visible,
                    float* state) {
     float shrink[W];
-    score(now, from, visible);
+    score(now, next, from, visible);
     soften(now.count, state, shrink);
-    weigh(now, {next.keys, next.count, a.key_dim}, shrink, state_values(state));
+    weigh(now, shrink, state_values(state));
   }
 
-  INLINE void score(const Rows& rows, int64_t from, const Visible<1>& visible) {
-    const Fetch fetch = {rows.values, rows.count, a.value_dim};
+  // Fetches the keys of the next tile, and their values, into the second-level cache: a core can wait
+  // for more lines of that one than of the first. W keys of one block lie in a row, so the lines
+  // are those behind the first; of keys that do not, wrong lines are fetched, which costs time only.
+  INLINE void score(const Rows& rows, const Rows& next, int64_t from, const Visible<1>& visible) {
     const bool mask = visible.hides(from, rows.count);
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     for (int64_t t = 0; t < rows.count; t += W) {
+      const float *const keys = next.keys[t], *const values = next.values[t];
       vf acc[R];
       narrow_dot<R>(
           rows.keys + t, a.key_dim, queries, 1, a.key_dim,
-          [&](int64_t d) { fetch.line(t, t + W, d); }, acc);
+          [&](int64_t d) {
+#pragma GCC unroll 16
+            for (int j = 0; j < W * W; j += 16) {
+              __builtin_prefetch(keys + d * W + j, 0, 2);
+              __builtin_prefetch(values + d * W + j, 0, 2);
+            }
+          },
+          acc);
       const vi key = lane + static_cast<int32_t>(from + t);
       const vi past = lane >= static_cast<int32_t>(rows.count - t) - vi{};
 #pragma GCC unroll 4
@@ -79,40 +89,32 @@ struct Narrow {
     store(shrink, factor);
   }
 
-  INLINE void weigh(const Rows& rows, const Fetch& fetch, const float (&shrink)[W], float* sums) {
-    const int64_t fetch_rows = fetch.count * COLUMNS * W / a.value_dim + 1;
-    int64_t column = 0, fetched = 0;
-    for (; column + COLUMNS * W <= a.value_dim; column += COLUMNS * W, fetched += fetch_rows)
-      weigh_columns<COLUMNS, W>(rows, column, fetch, fetched, fetched + fetch_rows, shrink, sums);
-    for (; column + W <= a.value_dim; column += W)
-      weigh_columns<1, W>(rows, column, fetch, 0, 0, shrink, sums);
-    for (; column < a.value_dim; ++column)
-      weigh_columns<1, 1>(rows, column, fetch, 0, 0, shrink, sums);
+  INLINE void weigh(const Rows& rows, const float (&shrink)[W], float* sums) {
+    int64_t column = 0;
+    for (; column + COLUMNS * W <= a.value_dim; column += COLUMNS * W)
+      weigh_columns<COLUMNS, W>(rows, column, shrink, sums);
+    for (; column + W <= a.value_dim; column += W) weigh_columns<1, W>(rows, column, shrink, sums);
+    for (; column < a.value_dim; ++column) weigh_columns<1, 1>(rows, column, shrink, sums);
   }
 
-  // COUNT vectors of columns, of which LANES floats each exist; fetches rows [first, last)
-  // meanwhile.
+  // COUNT vectors of columns, of which LANES floats each exist.
   template <int COUNT, int LANES>
-  INLINE void weigh_columns(const Rows& rows, int64_t column, const Fetch& fetch, int64_t first,
-                            int64_t last, const float (&shrink)[W], float* sums) {
+  INLINE void weigh_columns(const Rows& rows, int64_t column, const float (&shrink)[W],
+                            float* sums) {
     vf acc[R][COUNT];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < COUNT; ++j) {
-        vf sum = vf{};
-        memcpy(&sum, sums + r * a.value_dim + column + j * W, sizeof(float) * LANES);
+        const vf sum = load_some<LANES>(sums + r * a.value_dim + column + j * W);
         acc[r][j] = rounded(sum * splat(shrink[r]));
       }
     }
-    for (int64_t t = 0; t < rows.count; ++t, ++first) {
-      if (first < last) fetch(first, first + 1);
+    for (int64_t t = 0; t < rows.count; ++t) {
       vf value[COUNT];
 #pragma GCC unroll 4
-      for (int j = 0; j < COUNT; ++j) {
-        value[j] = vf{};
-        memcpy(&value[j], rows.values[t] + column + j * W, sizeof(float) * LANES);
-      }
+      for (int j = 0; j < COUNT; ++j)
+        value[j] = load_some<LANES>(rows.values[t] + column + j * W);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const vf weight = splat(scores[r * KEYS + t]);
@@ -124,7 +126,7 @@ struct Narrow {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int j = 0; j < COUNT; ++j)
-        memcpy(sums + r * a.value_dim + column + j * W, &acc[r][j], sizeof(float) * LANES);
+        store_some<LANES>(sums + r * a.value_dim + column + j * W, acc[r][j]);
   }
 
   INLINE void merge(float* state, float* later) {

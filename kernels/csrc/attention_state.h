@@ -92,11 +92,6 @@ struct Fetch {
     for (int64_t t = first; t < last && t < count; ++t)
       for (int64_t d = 0; d < floats; d += 16) __builtin_prefetch(rows[t] + d);
   }
-  // Rows first .. last, the line that holds column d.
-  INLINE void line(int64_t first, int64_t last, int64_t d) const {
-    for (int64_t t = first; t < last && t < count && d < floats; ++t)
-      __builtin_prefetch(rows[t] + d);
-  }
 };
 
 // Where the keys of one tile and their values lie.
@@ -117,6 +112,9 @@ INLINE void locate(const Attention& a, const AttentionItem& item, int64_t from, 
       rows.values[t] = v + slot * a.v_slot;
     }
   }
-  // Keys are scored NR or W at a time: the rest repeat the last one, and nobody reads their scores.
-  for (int64_t i = 0; i < SPARE && t > 0; ++i) rows.keys[t + i] = rows.keys[t - 1];
+  // Whoever takes several at a time reads entries past the last: they repeat it.
+  const float* const last_key = t > 0 ? rows.keys[t - 1] : a.k;
+  const float* const last_value = t > 0 ? rows.values[t - 1] : a.v;
+  for (int64_t i = t; i < KEYS + SPARE; ++i) rows.keys[i] = last_key;
+  for (int64_t i = t; i < KEYS; ++i) rows.values[i] = last_value;
 }

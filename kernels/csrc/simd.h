@@ -12,6 +12,22 @@ typedef int32_t vi __attribute__((vector_size(4 * LOCKSTEP_LANES), aligned(4), m
 
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 INLINE void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
+// The first N floats of a vector, the others 0. Whole vectors never go through memcpy: the compiler
+// takes some of those through the stack, in halves, and waits for them.
+template <int N>
+INLINE vf load_some(const float* p) {
+  if constexpr (N == W) return load(p);
+  vf v = vf{};
+  memcpy(&v, p, sizeof(float) * N);
+  return v;
+}
+template <int N>
+INLINE void store_some(float* p, vf v) {
+  if constexpr (N == W)
+    store(p, v);
+  else
+    memcpy(p, &v, sizeof(float) * N);
+}
 INLINE vf splat(float x) { return x - vf{}; }
 // x itself, rounded to float. Where two products meet in a sum the compiler may fuse either one
 // into the addition, and not the same one in every copy of the code; this says which one is rounded
