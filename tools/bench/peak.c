@@ -7,7 +7,15 @@
 #include <string.h>
 #include <time.h>
 
+/* One register of this processor: a wider vector would be cut into pieces that do not fit in the
+ * registers, and the figure would be that of spills. */
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define CHAINS 12 /* independent of each other, to cover the latency of an addition */
 typedef float vec __attribute__((vector_size(4 * LANES)));
 
