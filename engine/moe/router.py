@@ -16,11 +16,18 @@ Legend: T tokens on this rank, D model dim, E experts, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 
 from engine.ops.linear import linear
+from engine.ops.select_experts import score_logits, select_experts, weigh_scores
+
+
+class _WeightRule(TypedDict):
+    normalize: bool
+    normalize_eps: float
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +108,13 @@ def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None
     bias_E: float32 [E], the correction bias, required exactly when the spec says so.
     """
     assert (bias_E is not None) == spec.correction_bias, "correction bias and spec disagree"
-    scores_TE = logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if spec.num_groups > 1:
-        choice_TE = _mask_groups(choice_TE, spec)
+    rule = _weight_rule(spec)
+    if spec.num_groups == 1:
+        return Routing(
+            *select_experts(logits_TE, bias_E, top_k=spec.top_k, score=spec.score, **rule)
+        )
+    scores_TE = score_logits(logits_TE, spec.score)
+    choice_TE = _mask_groups(scores_TE if bias_E is None else scores_TE + bias_E, spec)
     topk_ids_TK = choice_TE.topk(spec.top_k, dim=-1).indices
     weights_TK = combine_weights(scores_TE.gather(1, topk_ids_TK), spec)
     return Routing(scores_TE, topk_ids_TK, weights_TK)
@@ -122,10 +132,15 @@ def score_weights(
 
     scores_TX, topk_scores_TK: float32. Returns float32 [T, X].
     """
-    weights_TX = scores_TX
-    if spec.normalize:
-        weights_TX = weights_TX / (topk_scores_TK.sum(-1, keepdim=True) + spec.normalize_eps)
-    return weights_TX if spec.scale == 1.0 else weights_TX * spec.scale
+    return weigh_scores(scores_TX, topk_scores_TK, **_weight_rule(spec))
+
+
+def _weight_rule(spec: RouterSpec) -> _WeightRule:
+    return {
+        "normalize": spec.normalize,
+        "normalize_eps": spec.normalize_eps,
+        "scale": spec.scale,
+    }
 
 
 def _mask_groups(choice_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:

@@ -42,3 +42,42 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 void add_scaled(const float* x, float weight, int64_t dim, float* out) {
   for (int64_t i = 0; i < dim; ++i) out[i] += x[i] * weight;
 }
+
+// The first `count` floats at p, the other lanes `rest`.
+INLINE vf load_padded(const float* p, int64_t count, float rest) {
+  if (count >= W) return load(p);
+  vf v = splat(rest);
+  memcpy(&v, p, sizeof(float) * count);
+  return v;
+}
+INLINE void store_part(float* p, int64_t count, vf v) {
+  if (count >= W) return store(p, v);
+  memcpy(p, &v, sizeof(float) * count);
+}
+
+// A logit of -inf has weight 0; NaN, or nothing but -inf, makes the whole row NaN.
+void softmax(const float* x, int64_t count, float* out) {
+  constexpr int PARTS = 16;  // as in rms_norm
+  float peak = -INFINITY;
+  for (int64_t i = 0; i < count; ++i) peak = x[i] > peak ? x[i] : peak;
+  for (int64_t i = 0; i < count; i += W) {
+    const vf scaled = (load_padded(x + i, count - i, peak) - splat(peak)) * splat(1.44269504f);
+    store_part(out + i, count - i, exp2_of(scaled));
+  }
+  float part[PARTS] = {};
+  int64_t i = 0;
+  for (; i + PARTS <= count; i += PARTS)
+    for (int j = 0; j < PARTS; ++j) part[j] += out[i + j];
+  for (int j = 0; i + j < count; ++j) part[j] += out[i + j];
+  for (int width = PARTS / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) part[j] += part[j + width];
+  for (int64_t j = 0; j < count; ++j) out[j] /= part[0];
+}
+
+void sigmoid(const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += W) {
+    // In this order NaN stays.
+    const vf minus = vmin(splat(126.0f), load_padded(x + i, count - i, 0.0f) * splat(-1.44269504f));
+    store_part(out + i, count - i, splat(1.0f) / (splat(1.0f) + exp2_of(minus)));
+  }
+}

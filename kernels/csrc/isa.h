@@ -40,6 +40,8 @@ const Kernels table = {
     add,
     rotate,
     add_scaled,
+    softmax,
+    sigmoid,
 };
 
 }  // namespace LOCKSTEP_ISA

@@ -75,6 +75,8 @@ struct Kernels {
   void (*add)(const float* x, const float* y, int64_t dim, float* out);
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
   void (*add_scaled)(const float* x, float weight, int64_t dim, float* out);
+  void (*softmax)(const float* x, int64_t count, float* out);
+  void (*sigmoid)(const float* x, int64_t count, float* out);
 };
 
 const Kernels* generic_kernels();

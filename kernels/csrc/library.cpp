@@ -86,6 +86,9 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("apply_rotary(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
   m.def("sort_by_expert(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("select_top(Tensor[] words, Tensor pool, Tensor need) -> (Tensor, Tensor)");
+  m.def(
+      "select_experts(Tensor logits, Tensor? bias, int top_k, bool softmax, bool normalize, "
+      "float eps, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
 }
 
@@ -101,5 +104,6 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("apply_rotary", &lockstep::apply_rotary);
   m.impl("sort_by_expert", &lockstep::sort_by_expert);
   m.impl("select_top", &lockstep::select_top);
+  m.impl("select_experts", &lockstep::select_experts);
   m.impl("combine_rows", &lockstep::combine_rows);
 }

@@ -56,6 +56,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert(const at::Tensor& 
                                                               int64_t num_experts);
 std::tuple<at::Tensor, at::Tensor> select_top(at::TensorList words, const at::Tensor& pool,
                                               const at::Tensor& need);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
+    const at::Tensor& logits, const std::optional<at::Tensor>& bias, int64_t top_k, bool softmax,
+    bool normalize, double eps, double scale);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
 
 }  // namespace lockstep

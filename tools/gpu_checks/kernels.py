@@ -19,6 +19,7 @@ from engine.ops import (
     permute,
     rms_norm,
     rotary,
+    select_experts,
     select_top,
     silu_and_mul,
     sort_by_expert,
@@ -121,6 +122,14 @@ def _cases() -> Iterator[Case]:
         lambda ids: sort_by_expert.sort_by_expert_reference(ids, 8),
         [torch.rand(17, 8).argsort(1)[:, :3]],
     )
+    for score in ("softmax", "sigmoid"):
+        rule = {"top_k": 4, "score": score, "normalize": True}
+        yield (
+            f"select_experts {score}",
+            lambda x, rule=rule: select_experts.select_experts(x.float(), **rule),
+            lambda x, rule=rule: select_experts.select_experts_reference(x, **rule),
+            [random(65, 60).argsort(1) / 4 - 7.5],  # no two alike in any dtype
+        )
     yield (
         "select_top",
         lambda first, second, pool: select_top.select_top([first, second], pool, _need(pool))[0],

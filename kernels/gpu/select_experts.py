@@ -1,0 +1,102 @@
+"""select_experts on CUDA: one Triton program a token, its scores in registers.
+
+`select_experts` imports this file only where Triton and a CUDA tensor are at hand.
+"""
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _select_experts_kernel(
+    logits,
+    bias,
+    scores,
+    ids,
+    weights,
+    logits_stride,
+    num_experts,
+    eps,
+    scale,
+    TOP_K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK_E)
+    exists = expert < num_experts
+    x = tl.load(logits + token * logits_stride + expert, mask=exists, other=-float("inf"))
+    if SOFTMAX:
+        e = tl.exp(x - tl.max(x, axis=0))
+        score = e / tl.sum(tl.where(exists, e, 0.0), axis=0)
+    else:
+        score = 1.0 / (1.0 + tl.exp(-x))
+    tl.store(scores + token * num_experts + expert, score, mask=exists)
+    choice = score
+    if HAS_BIAS:
+        choice += tl.load(bias + expert, mask=exists, other=0.0)
+    choice = tl.where(choice == choice, choice, float("inf"))  # NaN is the largest, as in torch
+    choice = tl.where(exists, choice, -float("inf"))
+
+    place = tl.arange(0, BLOCK_K)
+    chosen = tl.zeros([BLOCK_K], tl.int64)
+    chosen_score = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(TOP_K):
+        best = tl.max(choice, axis=0)
+        # The lowest expert of the best: integers, so that no order of reduction matters.
+        winner = tl.min(tl.where((choice == best) & exists, expert, BLOCK_E), axis=0)
+        is_winner = expert == winner
+        won = tl.sum(tl.where(is_winner, score, 0.0), axis=0)
+        chosen = tl.where(place == k, winner.to(tl.int64), chosen)
+        chosen_score = tl.where(place == k, won, chosen_score)
+        choice = tl.where(is_winner, -float("inf"), choice)
+    weight = chosen_score
+    if NORMALIZE:
+        weight = weight / (tl.sum(chosen_score, axis=0) + eps)
+    weight = weight * scale
+    tl.store(ids + token * TOP_K + place, chosen, mask=place < TOP_K)
+    tl.store(weights + token * TOP_K + place, weight, mask=place < TOP_K)
+
+
+def select_experts_triton(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None = None,
+    *,
+    top_k: int,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    normalize: bool = False,
+    normalize_eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Triton form of `select_experts`: same arguments and results."""
+    num_tokens, num_experts = logits_TE.shape
+    scores_TE = logits_TE.new_empty(num_tokens, num_experts)
+    topk_ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
+    weights_TK = logits_TE.new_empty(num_tokens, top_k)
+    if num_tokens == 0:
+        return scores_TE, topk_ids_TK, weights_TK
+    logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
+    _select_experts_kernel[(num_tokens,)](
+        logits_TE,
+        logits_TE if bias_E is None else bias_E,
+        scores_TE,
+        topk_ids_TK,
+        weights_TK,
+        logits_TE.stride(0),
+        num_experts,
+        normalize_eps,
+        scale,
+        TOP_K=top_k,
+        SOFTMAX=score == "softmax",
+        HAS_BIAS=bias_E is not None,
+        NORMALIZE=normalize,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_K=triton.next_power_of_2(top_k),
+    )
+    return scores_TE, topk_ids_TK, weights_TK
