@@ -42,6 +42,7 @@ def transformer_config(num_experts: int, top_k: int, **settings: Any) -> Any:
                 "moe_router_topk": top_k,
                 "moe_ffn_hidden_size": 12,
                 "moe_token_dispatcher_type": "alltoall",
+                "moe_expert_capacity_factor": float(num_experts),  # drops none; see check_settings
                 "add_bias_linear": False,
                 **settings,
             }

@@ -9,7 +9,9 @@ goes there:
 The router (`megatron_router.py`) lets Megatron's own choose, has the engine's `CapacityAgreement`
 decide with the other expert-parallel ranks (`capacity_gate.py`) and hands on the same two tensors,
 so that all that follows in the layer is Megatron's as before. `megatron_settings.py` says which of
-Megatron's settings go with it. What a Megatron layer does not know, and what stands for it:
+Megatron's settings go with it: above all, the alltoall dispatcher needs moe_expert_capacity_factor
+= num_moe_experts, which drops nothing and makes it count its rows instead of expecting K a token.
+What a Megatron layer does not know, and what stands for it:
 
     requests    a token's global id is its place among the tokens of all expert-parallel ranks,
                 lower ranks first: ties go to the lower (rank, position). One list of tokens, in

@@ -60,12 +60,24 @@ def check_settings(config: Any, *, tensor_ranks: int, expert_tensor_ranks: int) 
     """
     problems = []
     factor, dispatcher = config.moe_expert_capacity_factor, config.moe_token_dispatcher_type
-    if factor is not None:
+    num_experts = config.num_moe_experts
+    if factor is not None and factor * config.moe_router_topk < num_experts:
         problems.append(
             f"moe_expert_capacity_factor = {factor}: Megatron would drop assignments before "
-            "moe.capacity.policy sees them; set it to None and moe.capacity.factor to what is "
-            "meant, or moe.capacity.policy to none"
+            f"moe.capacity.policy sees them; set it to {num_experts}.0, at which it drops none "
+            "itself, and moe.capacity.factor to what is meant, or moe.capacity.policy to none"
         )
+    if factor is None and dispatcher == "alltoall":
+        problems.append(
+            "moe_expert_capacity_factor = None: the alltoall dispatcher would expect K rows of "
+            f"every token; set it to {num_experts}.0, at which Megatron drops none itself and "
+            "counts its rows"
+        )
+    for name in ("moe_pad_expert_input_to_capacity", "moe_pad_experts_for_cuda_graph_inference"):
+        if getattr(config, name, False):
+            problems.append(
+                f"{name} = True: would fill what was dropped with padding; set it to False"
+            )
     balancing = config.moe_router_load_balancing_type
     if "sinkhorn" in ([balancing] if isinstance(balancing, str) else balancing):
         problems.append(
@@ -81,11 +93,6 @@ def check_settings(config: Any, *, tensor_ranks: int, expert_tensor_ranks: int) 
         problems.append(
             "moe_token_dispatcher_type = 'flex': sends K rows of every token whatever was dropped; "
             "use alltoall"
-        )
-    if dispatcher == "alltoall" and config.moe_permute_fusion:
-        problems.append(
-            "moe_permute_fusion = True: the fused kernel of the alltoall dispatcher expects K rows "
-            "of every token; set it to False"
         )
     if config.transformer_impl == "inference_optimized":
         problems.append(

@@ -220,6 +220,7 @@ def run_layer(
         moe_ffn_hidden_size=FFN,
         expert_model_parallel_size=world,
         moe_token_dispatcher_type=dispatcher,
+        moe_expert_capacity_factor=float(E) if dispatcher == "alltoall" else None,
         use_cpu_initialization=True,
     )
     x = own_part(tokens_of(sum(sizes)), rank, sizes)

@@ -259,13 +259,11 @@ def test_every_family_and_rule_is_the_references(family, rules):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        (
-            {"moe_expert_capacity_factor": 1.25},
-            r"moe_expert_capacity_factor = 1.25: .*set it to None",
-        ),
+        ({"moe_expert_capacity_factor": 1.25}, r"moe_expert_capacity_factor = 1.25: .*to 4.0"),
+        ({"moe_expert_capacity_factor": None}, r"moe_expert_capacity_factor = None: .*to 4.0"),
+        ({"moe_pad_expert_input_to_capacity": True}, r"input_to_capacity = True: .*to False"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, r"'sinkhorn': .*use aux_loss or none"),
         ({"moe_token_dispatcher_type": "flex"}, r"moe_token_dispatcher_type = 'flex': .*alltoall"),
-        ({"moe_permute_fusion": True}, r"moe_permute_fusion = True: .*set it to False"),
         (
             {"transformer_impl": "inference_optimized"},
             r"transformer_impl = .*use transformer_engine",
@@ -279,6 +277,19 @@ def test_settings_of_megatron_that_contradict_capacity_are_refused(settings, tex
         setattr(config, name, value)
     with pytest.raises(ValueError, match=text):
         make_router(config, TOKEN_DROP)
+
+
+def test_a_factor_at_which_megatron_drops_nothing_changes_no_bit():
+    logits = random_logits(33, 4)
+    own = make_router(config_of(4, 2, moe_expert_capacity_factor=None), None).routing(logits)
+    with_factor = make_router(config_of(4, 2), None).routing(logits)
+    assert torch.equal(own[0], with_factor[0]) and torch.equal(own[1], with_factor[1])
+
+
+def test_the_allgather_dispatcher_needs_no_factor():
+    settings = {"moe_token_dispatcher_type": "allgather", "moe_expert_capacity_factor": None}
+    router = make_router(config_of(4, 2, **settings), TOKEN_DROP)
+    assert router.routing(logits_of(SCORES))[1].sum() == 6
 
 
 def test_tensor_ranks_that_hold_the_same_tokens_are_refused():
