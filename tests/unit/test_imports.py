@@ -1,8 +1,9 @@
 """Imports run one way, and start-up loads nothing heavy.
 
 launch -> llm, batch -> scheduler, runner -> models -> moe, layers -> ops; config and distributed
-are leaves; profiling is called by all and imports none of them. A module that no table names
-belongs to the application: it may import everything below it, and nothing below may import it.
+are leaves; profiling is called by all and imports none of them. interop serves other frameworks'
+models, and nothing imports it. A module that no table names belongs to the application: it may
+import everything below it, and nothing below may import it.
 """
 
 import ast
@@ -27,6 +28,7 @@ ALLOWED = {
     "layers": {"config", "distributed", "ops", "profiling", "weights"},
     "moe": {"config", "distributed", "layers", "ops", "profiling"},
     "models": {"config", "distributed", "layers", "moe", "ops", "profiling", "weights"},
+    "interop": {"config", "distributed", "moe", "ops", "profiling"},
     "scheduler": {"config", "ops", "request"},
 }
 UNIT_OF_MODULE = {
@@ -81,6 +83,8 @@ def test_imports_run_one_way(module):
     unit = unit_of(module)
     for imported in imports_of(MODULES[module]):
         assert not imported.startswith("kernels"), f"{module}: import {imported} as engine.ops"
+        if unit != "interop":
+            assert unit_of(imported) != "interop", f"{module} imports {imported}"
         if unit != APPLICATION:
             assert unit_of(imported) in ALLOWED[unit] | {unit}, f"{module} imports {imported}"
 
@@ -119,6 +123,10 @@ def test_import_engine_loads_nothing_heavy():
 
 def test_start_up_loads_no_package_that_only_some_runs_need():
     assert not modules_after("import engine.batch, engine.llm") & HEAVY
+
+
+def test_interop_loads_no_framework_before_it_is_asked_to():
+    assert not modules_after("import engine.interop.megatron") & HEAVY
 
 
 def test_no_module_outside_interop_loads_a_heavy_package_when_imported():
