@@ -1,7 +1,8 @@
 """Ranks as threads of one process: collectives without sockets, for thousands of small cases.
 
 `run_threads(fn, world)` calls `fn(collectives)` on every rank and returns the results in rank
-order. A rank that fails breaks the barrier, so the others fail too instead of waiting for it; the
+order. One rank computes at a time, the others wait for their turn or in a collective: threads that
+fight for the interpreter's lock take half as long again. A rank that fails breaks the barrier, so the others fail too instead of waiting for it; the
 first real failure is raised.
 """
 
@@ -22,11 +23,21 @@ class ThreadCollectives:
     log: what was called, in order, with its shape: it must be the same on every rank.
     """
 
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, box: list) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        barrier: threading.Barrier,
+        box: list,
+        turn: threading.Lock | None = None,
+    ) -> None:
         self.rank, self.size = rank, size
         self.bytes_sent = self.num_collectives = 0
         self.log: list[tuple[str, torch.Size]] = []
         self._barrier, self._box = barrier, box
+        self._turn = turn or threading.Lock()
+        if turn is None:
+            self._turn.acquire()
 
     def all_gather(self, part: torch.Tensor) -> Pending:
         """Gather equal shapes: [W, *part.shape]."""
@@ -41,9 +52,13 @@ class ThreadCollectives:
         self.num_collectives += 1
         self.bytes_sent += part.numel() * part.element_size()
         self._box[self.rank] = (name, part.clone())
-        self._barrier.wait(20)
-        parts = list(self._box)
-        self._barrier.wait(20)
+        self._turn.release()
+        try:
+            self._barrier.wait(20)
+            parts = list(self._box)
+            self._barrier.wait(20)
+        finally:
+            self._turn.acquire()
         assert {other for other, _ in parts} == {name}, "ranks call different collectives"
         assert len({tensor.shape for _, tensor in parts}) == 1, "ranks send different shapes"
         return [tensor for _, tensor in parts]
@@ -51,13 +66,14 @@ class ThreadCollectives:
 
 def run_threads(fn: Callable[[ThreadCollectives], Any], world: int) -> list[Any]:
     """Call `fn` on `world` ranks at once; return the results in rank order."""
-    barrier, box = threading.Barrier(world), [None] * world
+    barrier, box, turn = threading.Barrier(world), [None] * world, threading.Lock()
     results: list[Any] = [None] * world
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            results[rank] = fn(ThreadCollectives(rank, world, barrier, box))
+            with turn:
+                results[rank] = fn(ThreadCollectives(rank, world, barrier, box, turn))
         except threading.BrokenBarrierError:
             pass
         except BaseException as failure:
