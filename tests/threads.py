@@ -2,8 +2,8 @@
 
 `run_threads(fn, world)` calls `fn(collectives)` on every rank and returns the results in rank
 order. One rank computes at a time, the others wait for their turn or in a collective: threads that
-fight for the interpreter's lock take half as long again. A rank that fails breaks the barrier, so the others fail too instead of waiting for it; the
-first real failure is raised.
+fight for the interpreter's lock take half as long again. A rank that fails breaks the barrier, so
+the others fail too instead of waiting for it; the first real failure is raised.
 """
 
 from __future__ import annotations
