@@ -3,7 +3,7 @@
 Legend: T tokens, E experts, K top-k, X columns of scores.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -12,15 +12,20 @@ from engine.ops import native, triton_support
 Score = Literal["softmax", "sigmoid"]
 
 
+class SelectionRule(NamedTuple):
+    """How logits become a choice and weights. normalize: divide a token's weights by the sum of its
+    top_k scores plus normalize_eps; scale multiplies them after that.
+    """
+
+    top_k: int
+    score: Score = "softmax"
+    normalize: bool = False
+    normalize_eps: float = 0.0
+    scale: float = 1.0
+
+
 def select_experts(
-    logits_TE: torch.Tensor,
-    bias_E: torch.Tensor | None = None,
-    *,
-    top_k: int,
-    score: Score = "softmax",
-    normalize: bool = False,
-    normalize_eps: float = 0.0,
-    scale: float = 1.0,
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: SelectionRule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores float32 gate logits [T, E] and chooses each token's top_k experts; no host sync.
 
@@ -32,50 +37,38 @@ def select_experts(
     given = (logits_TE,) if bias_E is None else (logits_TE, bias_E)
     if native.serves(*given):
         return torch.ops.lockstep_cpu.select_experts(
-            logits_TE, bias_E, top_k, score == "softmax", normalize, normalize_eps, scale
+            logits_TE,
+            bias_E,
+            rule.top_k,
+            rule.score == "softmax",
+            rule.normalize,
+            rule.normalize_eps,
+            rule.scale,
         )
     if triton_support.serves(logits_TE):
         from engine.ops.gpu.select_experts import select_experts_triton
 
-        return select_experts_triton(
-            logits_TE,
-            bias_E,
-            top_k=top_k,
-            score=score,
-            normalize=normalize,
-            normalize_eps=normalize_eps,
-            scale=scale,
-        )
-    return select_experts_reference(
-        logits_TE,
-        bias_E,
-        top_k=top_k,
-        score=score,
-        normalize=normalize,
-        normalize_eps=normalize_eps,
-        scale=scale,
-    )
+        return select_experts_triton(logits_TE, bias_E, rule)
+    return select_experts_reference(logits_TE, bias_E, rule)
 
 
 def select_experts_reference(
-    logits_TE: torch.Tensor,
-    bias_E: torch.Tensor | None = None,
-    *,
-    top_k: int,
-    score: Score = "softmax",
-    normalize: bool = False,
-    normalize_eps: float = 0.0,
-    scale: float = 1.0,
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: SelectionRule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Plain torch form of `select_experts`."""
-    scores_TE = score_logits(logits_TE, score)
+    scores_TE = score_logits(logits_TE, rule.score)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    topk_ids_TK = choice_TE.topk(top_k, dim=-1).indices
-    topk_TK = scores_TE.gather(1, topk_ids_TK)
-    weights_TK = weigh_scores(
-        topk_TK, topk_TK, normalize=normalize, normalize_eps=normalize_eps, scale=scale
-    )
+    topk_ids_TK, weights_TK = choose(scores_TE, choice_TE, rule)
     return scores_TE, topk_ids_TK, weights_TK
+
+
+def choose(
+    scores_TE: torch.Tensor, choice_TE: torch.Tensor, rule: SelectionRule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the top_k experts by choice_TE, best first, and their weights by scores_TE."""
+    topk_ids_TK = choice_TE.topk(rule.top_k, dim=-1).indices
+    topk_TK = scores_TE.gather(1, topk_ids_TK)
+    return topk_ids_TK, weigh_scores(topk_TK, topk_TK, rule)
 
 
 def score_logits(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
@@ -84,18 +77,12 @@ def score_logits(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
 
 
 def weigh_scores(
-    scores_TX: torch.Tensor,
-    topk_scores_TK: torch.Tensor,
-    *,
-    normalize: bool,
-    normalize_eps: float,
-    scale: float,
+    scores_TX: torch.Tensor, topk_scores_TK: torch.Tensor, rule: SelectionRule
 ) -> torch.Tensor:
-    """Returns the combine weights of any scores of tokens whose original top-k scores are known:
-    divided by the sum of those plus normalize_eps where normalize is set, times scale. Float32
-    [T, X].
+    """Returns the combine weights, float32 [T, X], of any scores of tokens whose original top-k
+    scores are known.
     """
     weights_TX = scores_TX
-    if normalize:
-        weights_TX = weights_TX / (topk_scores_TK.sum(-1, keepdim=True) + normalize_eps)
-    return weights_TX if scale == 1.0 else weights_TX * scale
+    if rule.normalize:
+        weights_TX = weights_TX / (topk_scores_TK.sum(-1, keepdim=True) + rule.normalize_eps)
+    return weights_TX if rule.scale == 1.0 else weights_TX * rule.scale

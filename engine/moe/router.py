@@ -16,18 +16,18 @@ Legend: T tokens on this rank, D model dim, E experts, K top-k.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 
 from engine.ops.linear import linear
-from engine.ops.select_experts import score_logits, select_experts, weigh_scores
-
-
-class _WeightRule(TypedDict):
-    normalize: bool
-    normalize_eps: float
-    scale: float
+from engine.ops.select_experts import (
+    SelectionRule,
+    choose,
+    score_logits,
+    select_experts,
+    weigh_scores,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,11 @@ class RouterSpec:
                 f"{self.top_groups} groups; check the checkpoint's config.json"
             )
 
+    @property
+    def rule(self) -> SelectionRule:
+        """What the choice among all experts needs to know of it."""
+        return SelectionRule(self.top_k, self.score, self.normalize, self.normalize_eps, self.scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -108,16 +113,12 @@ def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None
     bias_E: float32 [E], the correction bias, required exactly when the spec says so.
     """
     assert (bias_E is not None) == spec.correction_bias, "correction bias and spec disagree"
-    rule = _weight_rule(spec)
+    rule = spec.rule
     if spec.num_groups == 1:
-        return Routing(
-            *select_experts(logits_TE, bias_E, top_k=spec.top_k, score=spec.score, **rule)
-        )
+        return Routing(*select_experts(logits_TE, bias_E, rule))
     scores_TE = score_logits(logits_TE, spec.score)
     choice_TE = _mask_groups(scores_TE if bias_E is None else scores_TE + bias_E, spec)
-    topk_ids_TK = choice_TE.topk(spec.top_k, dim=-1).indices
-    weights_TK = combine_weights(scores_TE.gather(1, topk_ids_TK), spec)
-    return Routing(scores_TE, topk_ids_TK, weights_TK)
+    return Routing(scores_TE, *choose(scores_TE, choice_TE, rule))
 
 
 def combine_weights(topk_scores_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
@@ -132,15 +133,7 @@ def score_weights(
 
     scores_TX, topk_scores_TK: float32. Returns float32 [T, X].
     """
-    return weigh_scores(scores_TX, topk_scores_TK, **_weight_rule(spec))
-
-
-def _weight_rule(spec: RouterSpec) -> _WeightRule:
-    return {
-        "normalize": spec.normalize,
-        "normalize_eps": spec.normalize_eps,
-        "scale": spec.scale,
-    }
+    return weigh_scores(scores_TX, topk_scores_TK, spec.rule)
 
 
 def _mask_groups(choice_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:

@@ -3,11 +3,11 @@
 `select_experts` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.select_experts import SelectionRule
 
 
 @triton.jit
@@ -65,17 +65,10 @@ def _select_experts_kernel(
 
 
 def select_experts_triton(
-    logits_TE: torch.Tensor,
-    bias_E: torch.Tensor | None = None,
-    *,
-    top_k: int,
-    score: Literal["softmax", "sigmoid"] = "softmax",
-    normalize: bool = False,
-    normalize_eps: float = 0.0,
-    scale: float = 1.0,
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: SelectionRule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of `select_experts`: same arguments and results."""
-    num_tokens, num_experts = logits_TE.shape
+    (num_tokens, num_experts), top_k = logits_TE.shape, rule.top_k
     scores_TE = logits_TE.new_empty(num_tokens, num_experts)
     topk_ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
     weights_TK = logits_TE.new_empty(num_tokens, top_k)
@@ -90,12 +83,12 @@ def select_experts_triton(
         weights_TK,
         logits_TE.stride(0),
         num_experts,
-        normalize_eps,
-        scale,
+        rule.normalize_eps,
+        rule.scale,
         TOP_K=top_k,
-        SOFTMAX=score == "softmax",
+        SOFTMAX=rule.score == "softmax",
         HAS_BIAS=bias_E is not None,
-        NORMALIZE=normalize,
+        NORMALIZE=rule.normalize,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_K=triton.next_power_of_2(top_k),
     )

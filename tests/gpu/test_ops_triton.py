@@ -21,7 +21,7 @@ from ops_cases import PagedCase, paged_case
 
 from engine.ops.paged_attention import paged_attention_reference
 from engine.ops.permute import combine_rows_reference
-from engine.ops.select_experts import select_experts_reference
+from engine.ops.select_experts import SelectionRule, select_experts_reference
 from engine.ops.silu_and_mul import silu_and_mul_reference
 from engine.ops.store_kv import store_kv_reference
 
@@ -158,10 +158,10 @@ def test_select_experts_matches_the_reference(tokens, experts, top_k, score):
 
     logits = torch.randn(tokens, experts + 3)[:, :experts]
     bias = torch.rand(experts) if score == "sigmoid" else None
-    rule = {"score": score, "normalize": True, "normalize_eps": 1e-3, "scale": 2.5}
+    rule = SelectionRule(top_k, score, normalize=True, normalize_eps=1e-3, scale=2.5)
     given = [logits.to(DEVICE), None if bias is None else bias.to(DEVICE)]
-    got = select_experts_triton(*given, top_k=top_k, **rule)
-    expected = select_experts_reference(logits, bias, top_k=top_k, **rule)
+    got = select_experts_triton(*given, rule)
+    expected = select_experts_reference(logits, bias, rule)
     assert torch.equal(got[1].cpu(), expected[1])
     for mine, theirs in ((got[0], expected[0]), (got[2], expected[2])):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
@@ -172,7 +172,7 @@ def test_selected_experts_differ_and_exist_whatever_the_logits():
     from engine.ops.gpu.select_experts import select_experts_triton
 
     logits = torch.tensor([[float("nan")] * 5, [1.0] * 5, [0.0, float("nan"), 3.0, 3.0, -1e30]])
-    _, ids, _ = select_experts_triton(logits.to(DEVICE), top_k=3, score="sigmoid")
+    _, ids, _ = select_experts_triton(logits.to(DEVICE), None, SelectionRule(3, "sigmoid"))
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2], [1, 2, 3]]
 
 

@@ -123,11 +123,11 @@ def _cases() -> Iterator[Case]:
         [torch.rand(17, 8).argsort(1)[:, :3]],
     )
     for score in ("softmax", "sigmoid"):
-        rule = {"top_k": 4, "score": score, "normalize": True}
+        rule = select_experts.SelectionRule(4, score, normalize=True)
         yield (
             f"select_experts {score}",
-            lambda x, rule=rule: select_experts.select_experts(x.float(), **rule),
-            lambda x, rule=rule: select_experts.select_experts_reference(x, **rule),
+            lambda x, rule=rule: select_experts.select_experts(x.float(), None, rule),
+            lambda x, rule=rule: select_experts.select_experts_reference(x, None, rule),
             [random(65, 60).argsort(1) / 4 - 7.5],  # no two alike in any dtype
         )
     yield (
