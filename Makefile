@@ -46,10 +46,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One thread a process: the distributed tests start up to eight ranks. The limit ends a hung run.
+# One thread a process: the distributed tests start up to eight ranks. The limits end a hung run.
+# Two tests at a time; then, alone, those that judge how fast real ranks are.
 test: lint
-	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) \
-	    $(BIN)/python -m pytest tests/unit tests/models tests/distributed tests/gpu
+	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest \
+	    -n 2 --dist worksteal -m 'not alone' tests/unit tests/models tests/distributed tests/gpu
+	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest \
+	    -m alone tests/unit tests/models tests/distributed tests/gpu
 	@echo 'make test: lint, types and tests passed'
 
 # Its files run two at a time: they mostly wait. -rs: what is not installed here is named.

@@ -195,7 +195,7 @@ def cases(draw: st.DrawFn, **fixed) -> Case:
         num_experts=num_experts,
         top_k=top_k,
         rules=rules,
-        selection=draw(st.sampled_from(["gather", "radix"])),
+        selection=draw(st.sampled_from(["auto", "gather", "radix"])),
         levels=draw(st.sampled_from([0, 1, 2, 5, 1000])),
         skew=draw(st.sampled_from([0.0, 1.0, 3.0])),
         passing=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
