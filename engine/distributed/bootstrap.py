@@ -32,6 +32,8 @@ from engine.distributed.checkin import Presence, check_in, choose_device, share_
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnheardError
 from engine.distributed.groups import Group, Topology, layout
+from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
+from engine.distributed.shared_memory import open_lane
 from engine.preflight import read_num_experts
 
 __all__ = ["PATIENCE_S", "Launch", "discover", "start", "stop", "telling_all"]
@@ -236,22 +238,31 @@ def _join(
     expert = expert_ranks(config.parallel, launch.world_size)
     place = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
 
-    def group(ranks: tuple[int, ...], backend: str | None = None) -> Group:
-        # Every rank makes its own three groups in the same order; only their members take part.
-        if backend is None and len(ranks) == launch.world_size:
+    def group(name: str, ranks: tuple[int, ...], kind: str) -> Group:
+        # Every rank makes its own groups in the same order; only their members take part.
+        own, lane, backend = ranks.index(launch.rank), None, "gloo" if kind == "cpu" else None
+        if kind == "cpu" and config.runtime.shared_memory and len(ranks) > 1 and name != "world":
+            keys = dist.PrefixStore(f"lane/{name}/{ranks[0]}", store)
+            if (lane := open_lane(keys, own, len(ranks))) is not None:
+                backend = SHARED_MEMORY
+        if lane is None and name != "control" and len(ranks) == launch.world_size:
             handle = dist.group.WORLD
         else:
             handle = dist.new_group(
-                list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+                list(ranks),
+                timeout=timeout,
+                backend=backend,
+                pg_options=lane,
+                use_local_synchronization=True,
             )
         assert isinstance(handle, dist.ProcessGroup)
-        return Group(ranks.index(launch.rank), len(ranks), ranks, handle)
+        return Group(own, len(ranks), ranks, handle)
 
     return Topology(
-        world=group(tuple(range(launch.world_size))),
-        expert=group(place.expert),
-        tensor=group(place.tensor),
-        control=group(place.expert, "gloo"),
+        world=group("world", tuple(range(launch.world_size)), device.type),
+        expert=group("expert", place.expert, device.type),
+        tensor=group("tensor", place.tensor, device.type),
+        control=group("control", place.expert, "cpu"),
         data_rank=place.data_rank,
         num_data=place.num_data,
         replica=place.replica,

@@ -33,7 +33,7 @@ from engine.distributed.voice import Voice
 
 EXIT_CODE = 1
 _PATIENCE_S = 1.0
-_SIGNS = ("gloo", "NCCL", "c10d", "Connection", "Broken pipe")
+_SIGNS = ("gloo", "NCCL", "c10d", "Connection", "Broken pipe", "shared_memory")
 
 
 class Watchdog:

@@ -1,4 +1,5 @@
 // The torch library `lockstep_cpu`: names, schemas and the choice of the instruction set.
+#include "lane.h"
 #include "library.h"
 
 #include <torch/library.h>
@@ -90,6 +91,15 @@ TORCH_LIBRARY(lockstep_cpu, m) {
       "select_experts(Tensor logits, Tensor? bias, int top_k, bool softmax, bool normalize, "
       "float eps, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
+  m.def("lane_segment_bytes(int size, int ring) -> int", &lockstep::Lane::segment_bytes);
+  m.def("lane_open(int rank, int ring, int spin_ns, int[] segments, int[] processes) -> int",
+        &lockstep::lane_open);
+  m.def("lane_close(int lane) -> ()", &lockstep::lane_close);
+  m.def(
+      "lane_start(int lane, int kind, Tensor send, int[] send_at, int[] send_bytes, "
+      "Tensor(a!) into, int[] recv_bytes) -> int",
+      &lockstep::lane_start);
+  m.def("lane_wait(int lane, int number, int timeout_ns) -> ()", &lockstep::lane_wait);
 }
 
 TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -60,5 +61,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
     const at::Tensor& logits, const std::optional<at::Tensor>& bias, int64_t top_k, bool softmax,
     bool normalize, double eps, double scale);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
+
+// The rank's end of a group in shared memory (lane.h), by its address.
+int64_t lane_open(int64_t rank, int64_t ring, int64_t spin_ns, std::vector<int64_t> segments,
+                  std::vector<int64_t> processes);
+void lane_close(int64_t lane);
+int64_t lane_start(int64_t lane, int64_t kind, const at::Tensor& send, std::vector<int64_t> send_at,
+                   std::vector<int64_t> send_bytes, const at::Tensor& into,
+                   std::vector<int64_t> recv_bytes);
+void lane_wait(int64_t lane, int64_t number, int64_t timeout_ns);
 
 }  // namespace lockstep
