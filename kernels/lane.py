@@ -97,6 +97,3 @@ class Lane:
         if not self._lane:
             raise RuntimeError("shared memory: this rank has left the group")
         return self._lane
-
-    def __del__(self) -> None:
-        self.close()

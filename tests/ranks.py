@@ -36,6 +36,7 @@ GRACE_S = 3.0
 # Children fork from a server that has imported the slow libraries and started no thread, which
 # saves seconds a rank.
 _SLOW = ["torch", "torch.distributed", "transformers.models.auto.configuration_auto"]
+_SLOW += ["pytest", "hypothesis", "engine.llm", "engine.batch_job"]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_SLOW)
 

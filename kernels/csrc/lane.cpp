@@ -123,7 +123,8 @@ int64_t Lane::start(uint32_t kind, const char* send, const std::vector<int64_t>&
     place += in;
   }
   parts_left_[number] = 2 * (size_ - 1);
-  advance();
+  for (Peer& peer : peers_)  // what comes is looked at by `wait`, which may find it wrong
+    if (!peer.sends.empty() && advance_sends(peer)) ring_bell(peer);
   return number;
 }
 
@@ -145,7 +146,7 @@ void Lane::wait(int64_t number, int64_t timeout_ns) {
     refuse_the_gone(number);
     if (now - begin > timeout_ns)
       throw std::runtime_error("timed out after " + std::to_string((now - begin) / 1'000'000) +
-                               " ms; nothing came from rank " + missing(number));
+                               " ms; nothing came from rank " + missing(number) + " of the group");
     sleep(seen);
   }
   parts_left_.erase(number);
@@ -231,8 +232,9 @@ void Lane::check(int64_t rank, const Part& expected, const Header& got) {
     return "collective " + std::to_string(header.number) + " of kind " +
            std::to_string(header.kind) + " with " + std::to_string(header.bytes) + " bytes";
   };
-  throw std::runtime_error("rank " + std::to_string(rank) + " sent " + told(got) + ", expected was " +
-                           told(own) + ": the ranks do not call the same collectives");
+  throw std::runtime_error("rank " + std::to_string(rank) + " of the group sent " + told(got) +
+                           ", expected was " + told(own) +
+                           ": the ranks do not call the same collectives");
 }
 
 void Lane::finished(int64_t number) {
@@ -278,7 +280,7 @@ void Lane::refuse_the_gone(int64_t number) {
     // It may have written all it had to before it went.
     if (advance()) return;
     throw std::runtime_error("connection closed by rank " + std::to_string(rank) +
-                             ", which has left or ended");
+                             " of the group, which has left or ended");
   }
 }
 
