@@ -202,8 +202,7 @@ class RuntimeConfig:
     seed: int = field(default=0, metadata=_SEED)  # of dummy weights
     threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads a rank;
     # default: the host's cores / its ranks
-    shared_memory: bool = True  # ranks of one host meet in memory, not over gloo: control words
-    # and, on the CPU, tokens
+    shared_memory: bool = True  # on the CPU, ranks of one host meet in memory and not over gloo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

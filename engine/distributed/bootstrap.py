@@ -238,10 +238,12 @@ def _join(
     expert = expert_ranks(config.parallel, launch.world_size)
     place = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
 
+    shares = config.runtime.shared_memory and device.type == "cpu"
+
     def group(name: str, ranks: tuple[int, ...], kind: str) -> Group:
         # Every rank makes its own groups in the same order; only their members take part.
         own, lane, backend = ranks.index(launch.rank), None, "gloo" if kind == "cpu" else None
-        if kind == "cpu" and config.runtime.shared_memory and len(ranks) > 1 and name != "world":
+        if shares and len(ranks) > 1 and name != "world":
             keys = dist.PrefixStore(f"lane/{name}/{ranks[0]}", store)
             if (lane := open_lane(keys, own, len(ranks))) is not None:
                 backend = SHARED_MEMORY

@@ -128,7 +128,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
     """
 
     def __init__(self, lane: Lane, timeout: timedelta) -> None:
-        super().__init__(lane.rank, lane.size)
+        super().__init__(lane.rank, lane.size)  # pyright: ignore[reportCallIssue]: not in its stub
         self._lane, self._timeout_s = lane, timeout.total_seconds()
         self._rank, self._size = lane.rank, lane.size
 
@@ -233,7 +233,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._lane.close()
 
     # Their names before torch 2.13.
-    alltoall_base = all_to_all_single
+    alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]: names differ
     _allgather_base = all_gather_single
 
     def _even(self, tensor: torch.Tensor) -> list[int]:

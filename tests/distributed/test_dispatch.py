@@ -27,6 +27,7 @@ from engine.config import (
     MoEConfig,
     OverlapConfig,
     ParallelConfig,
+    RuntimeConfig,
 )
 from engine.distributed import bootstrap
 from engine.moe.router import RouterSpec
@@ -47,7 +48,11 @@ def outputs(
     rank: int, counts: list[int], spec: RouterSpec, ways: list[dict], tensor: int = 1
 ) -> list[list[dict]]:
     """Outputs and counters by way and policy. ways: fields of overlap and dispatch, by section."""
-    config = Config(model=ModelConfig(path="unused"), parallel=ParallelConfig(tensor=tensor))
+    config = Config(
+        model=ModelConfig(path="unused"),
+        parallel=ParallelConfig(tensor=tensor),
+        runtime=RuntimeConfig(shared_memory=False),
+    )
     topology = bootstrap.start(config)
     x = tokens_of(topology.data_rank, counts[topology.data_rank])
     found = []

@@ -184,11 +184,23 @@ def resumed(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return records
 
 
-@pytest.mark.parametrize("victim", [1, 0], ids=["a rank", "the rank with the store"])
+# As ranks on several hosts, and all with GPUs: what they wait in is not of our making.
+OVER_GLOO = ("--set", "runtime.shared_memory=false")
+VICTIMS = pytest.mark.parametrize(
+    ("victim", "way"),
+    [
+        pytest.param(1, (), id="a rank"),
+        pytest.param(0, (), id="the rank with the store"),
+        pytest.param(1, OVER_GLOO, id="a rank, over gloo"),
+    ],
+)
+
+
+@VICTIMS
 def test_a_killed_rank_is_named_with_its_last_place_and_the_job_goes_on(
-    folder, undisturbed, start, tmp_path, victim
+    folder, undisturbed, start, tmp_path, victim, way
 ):
-    job = start("kill", victim)
+    job = start("kill", victim, *way)
     report = one_report(job, victim)
     silence = "has not been heard of" if victim else "which holds the store, has not answered"
     assert re.match(rf"rank {victim} on {HOST},? {silence}", report), report
@@ -197,11 +209,11 @@ def test_a_killed_rank_is_named_with_its_last_place_and_the_job_goes_on(
     assert resumed(folder, tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("victim", [1, 0], ids=["a rank", "the rank with the store"])
+@VICTIMS
 def test_a_stopped_rank_is_named_and_leaves_too_when_it_is_continued(
-    folder, undisturbed, start, tmp_path, victim
+    folder, undisturbed, start, tmp_path, victim, way
 ):
-    job = start("stop", victim)
+    job = start("stop", victim, *way)
     report = one_report(job, victim)
     assert re.match(rf"rank {victim} on {HOST}", report) and "stopped" in report
     assert re.search(f"last seen in {IN_LAYER}", report), report
@@ -272,11 +284,12 @@ def test_a_rank_that_hangs_outside_of_the_steps_is_named_with_what_it_was_doing(
     assert finish(folder, tmp_path / "out.jsonl") == undisturbed
 
 
+@pytest.mark.parametrize("way", [(), OVER_GLOO], ids=["shared memory", "gloo"])
 def test_a_rank_that_skips_an_all_to_all_is_named_by_the_numbers_of_the_collectives(
-    folder, undisturbed, start, tmp_path
+    folder, undisturbed, start, tmp_path, way
 ):
     """Its next collective meets the others' with sizes that do not fit, if it meets it at all."""
-    job = start("mismatch", 1)
+    job = start("mismatch", 1, *way)
     report = one_report(job, 1)
     assert re.match(f"rank 1 on {HOST} has been at {PLACE} for ", report), report
     mine, theirs = map(int, re.findall(r"collective (\d+)", report))

@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
-from engine.config import Config, ModelConfig, ParallelConfig, SchedulerConfig
+from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from engine.llm import LLM
 from engine.request import Completion, Request, SamplingParams
 from engine.source import ListSource
@@ -33,8 +33,11 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def config_of(path: Path, scheduler: dict[str, Any], parallel: dict[str, Any]) -> Config:
+def config_of(
+    path: Path, scheduler: dict[str, Any], parallel: dict[str, Any], shared_memory: bool = True
+) -> Config:
     return Config(
+        runtime=RuntimeConfig(shared_memory=shared_memory),
         model=ModelConfig(path=str(path), max_model_len=64),
         scheduler=SchedulerConfig(**{"kv_cache_blocks": 64, "block_size": 4, **scheduler}),
         parallel=ParallelConfig(**parallel),
@@ -48,19 +51,28 @@ def generate(
     parallel: dict[str, Any],
     params: SamplingParams,
     prompts: list[list[int]],
+    shared_memory: bool,
 ) -> tuple[list[Completion], int]:
-    llm = LLM(config_of(path, scheduler, parallel))
+    llm = LLM(config_of(path, scheduler, parallel, shared_memory))
     done = llm.generate(prompts, params)
     preemptions = llm._scheduler.num_preemptions  # the only witness that a preemption took place
     llm.close()
     return done, preemptions
 
 
-def run(path, world=1, *, scheduler=None, parallel=None, params=None, prompts=PROMPTS):
+def run(
+    path,
+    world=1,
+    *,
+    scheduler=None,
+    parallel=None,
+    params=None,
+    prompts=PROMPTS,
+    shared_memory=True,
+):
     params = params or SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
-    results = run_ranks(
-        generate, world, path, scheduler or {}, parallel or {}, params, prompts, timeout=90
-    )
+    parts = (scheduler or {}, parallel or {}, params, prompts, shared_memory)
+    results = run_ranks(generate, world, path, *parts, timeout=90)
     first = results[0][0]
     for done, _ in results:
         assert [item.token_ids for item in done] == [item.token_ids for item in first]
@@ -93,6 +105,12 @@ def assert_same(done: list[Completion], expected: list[Completion]) -> None:
 )
 def test_every_layout_of_ranks_gives_the_tokens_of_one_rank(checkpoint, alone, world, parallel):
     done, _ = run(checkpoint, world, parallel=parallel)
+    assert_same(done, alone)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}])
+def test_over_gloo_the_tokens_are_those_of_one_rank(checkpoint, alone, parallel):
+    done, _ = run(checkpoint, 2, parallel=parallel, shared_memory=False)
     assert_same(done, alone)
 
 

@@ -17,6 +17,7 @@ from engine.config import (
     MoEConfig,
     OverlapConfig,
     ParallelConfig,
+    RuntimeConfig,
 )
 from engine.distributed import bootstrap
 from engine.moe import overlap
@@ -34,7 +35,11 @@ def chunked(
     rank: int, counts: list[int], spec: RouterSpec, chunks: list[int], tensor: int
 ) -> list[list[dict]]:
     """Outputs by chunk count and policy."""
-    config = Config(model=ModelConfig(path="unused"), parallel=ParallelConfig(tensor=tensor))
+    config = Config(
+        model=ModelConfig(path="unused"),
+        parallel=ParallelConfig(tensor=tensor),
+        runtime=RuntimeConfig(shared_memory=False),
+    )
     topology = bootstrap.start(config)
     x = tokens_of(topology.data_rank, counts[topology.data_rank])
     found = []

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from engine.config import Config, ModelConfig, ParallelConfig, SchedulerConfig
+from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from engine.config_io import config_from_tree
 from engine.llm import LLM
 from engine.moe import layouts, overlap
@@ -44,6 +44,7 @@ def generate(
             scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_batch_tokens=24),
             moe=config_from_tree({"model": {"path": "."}, "moe": way}).moe,
             parallel=ParallelConfig(**parallel),
+            runtime=RuntimeConfig(shared_memory=False),
         )
         llm = LLM(config)
         params = SamplingParams(max_new_tokens=16, ignore_eos=True, logprobs=True)

@@ -73,7 +73,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    tree = {"model": {"path": "."}, "runtime": {"device": "cpu", "threads": 1}}
+    # Over the network, also on one host: what overlap hides is a link.
+    runtime = {"device": "cpu", "threads": 1, "shared_memory": False}
+    tree = {"model": {"path": "."}, "runtime": runtime}
     topology = bootstrap.start(config_from_tree(tree))
     shape, tokens, seed = MoEShape(**options["shape"]), options["tokens"], options["seed"]
     layers = {name: build(shape, topology, name, seed) for name in options["chunks"]}
