@@ -11,11 +11,43 @@ or with LOCKSTEP_NATIVE=0, the package installs all the same and runs on torch's
 
 import importlib.util
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+
+
+class BuildKernels(build_ext):
+    """Compiles the sources of the kernels side by side, one a core; setuptools takes turns."""
+
+    def build_extension(self, ext: Any) -> None:
+        """Compile and link one extension."""
+        compiler: Any = self.compiler
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            _, objects, extra, defines, build = compiler._setup_compile(
+                options.get("output_dir"),
+                options.get("macros"),
+                options.get("include_dirs"),
+                sources,
+                options.get("depends"),
+                options.get("extra_postargs"),
+            )
+            flags = compiler._get_cc_args(defines, options.get("debug", False), None)
+
+            def compile_one(target: str) -> None:
+                compiler._compile(target, *build[target], flags, extra, defines)
+
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(compile_one, build))
+            return objects
+
+        compiler.compile = compile_all
+        super().build_extension(ext)
 
 
 def native_kernels() -> list:
@@ -79,4 +111,5 @@ setup(
         ],
     },
     ext_modules=native_kernels(),
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -33,6 +33,7 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
 from engine.distributed.faults import Place
 from engine.distributed.groups import Topology
+from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.interrupts import StopRequest
 from engine.kv_cache import BlockPool
 from engine.latency import Sample, timed
@@ -131,6 +132,7 @@ class LLM:
         found: dict[str, Any] = {
             "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
             "runtime.threads": torch.get_num_threads(),
+            "runtime.shared_memory": isinstance(self.topology.expert.handle, SharedMemoryGroup),
             "model.dtype": str(self.model.dtype).removeprefix("torch."),
             "model.max_model_len": self.max_model_len,
             "parallel.expert": self.topology.expert.size,

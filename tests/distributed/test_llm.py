@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from engine.llm import LLM
+from engine.ops import lane
 from engine.request import Completion, Request, SamplingParams
 from engine.source import ListSource
 from tools.make_random_checkpoint import make_checkpoint
@@ -221,6 +222,7 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
         assert rank.resolved == {
             "runtime.device": "cpu",
             "runtime.threads": 1,
+            "runtime.shared_memory": lane.available(),
             "model.dtype": "float32",
             "model.max_model_len": 64,
             "parallel.expert": 2,
