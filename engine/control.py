@@ -1,6 +1,6 @@
 """Control words: what the ranks of a lockstep group tell each other before every step.
 
-One small all-gather on the host-side (gloo) group. It decides whether there is a step at all: ranks
+One small all-gather on the host-side group. It decides whether there is a step at all: ranks
 without work run it with zero tokens as long as one rank has some, and all leave the loop together.
 The arrival stamps of an earlier step ride along (see `profiling/waiting.py`). The vector's length
 is fixed by the model, never by what a rank has to say.

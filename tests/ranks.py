@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine, for tests: `run_ranks(fn, world, *args)`.
+"""Runs a function on several ranks of this machine, for tests: `run_ranks(fn, world, *args)`.
 
 Every rank is a process that sees what torchrun would give it (RANK, WORLD_SIZE, MASTER_ADDR, ...),
 so `bootstrap.start` works in it unchanged. The rendezvous store lives in the calling process on a
@@ -35,8 +35,15 @@ GRACE_S = 3.0
 
 # Children fork from a server that has imported the slow libraries and started no thread, which
 # saves seconds a rank.
-_SLOW = ["torch", "torch.distributed", "transformers.models.auto.configuration_auto"]
-_SLOW += ["pytest", "hypothesis", "engine.llm", "engine.batch_job"]
+_SLOW = [
+    "torch",
+    "torch.distributed",
+    "transformers.models.auto.configuration_auto",
+    "pytest",
+    "hypothesis",
+    "engine.llm",
+    "engine.batch_job",
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_SLOW)
 

@@ -1,6 +1,6 @@
 """What the profiler costs: the same job with and without it, in turns, in one run.
 
-    python tools/bench_profiler.py                 # two ranks over gloo, one core each
+    python tools/bench_profiler.py                 # two ranks, one core each
     python tools/bench_profiler.py --ranks 1
 
 Each rank builds two engines on one random Mixtral, `profiler.enabled` true and false, and both run

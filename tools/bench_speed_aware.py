@@ -4,7 +4,7 @@
     python tools/bench_speed_aware.py --rivals 3       # at a quarter
     python tools/bench_speed_aware.py --rivals 0       # nobody throttled: nothing may change
 
-Two real ranks over gloo, each pinned to a core of its own; `--rivals` busy processes share rank 1's
+Two real ranks, each pinned to a core of its own; `--rivals` busy processes share rank 1's
 core. Dropless, token_drop with even capacity, and with moe.capacity.speed_aware take turns in one
 run; both capacities have the same factor and so the same number of slots. The table shows medians,
 then one JSON line follows.

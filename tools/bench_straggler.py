@@ -4,7 +4,7 @@
     python tools/bench_straggler.py --only slow_link      # as root: two network namespaces
     python tools/bench_straggler.py --out docs/bench/straggler
 
-Two real ranks over gloo, each pinned to a core, run launch/infer.py on a random Mixtral:
+Two real ranks, each pinned to a core, run launch/infer.py on a random Mixtral:
 
     balanced   nothing is wrong                       the verdict must accuse nobody
     hot_expert rank 0's first experts are chosen      load, rank 0

@@ -5,7 +5,7 @@
     python tools/capacity_report.py --config tiny_mixtral_ep8 --ranks 2 --limit 20
 
 Runs one batch job, the checkpoint's evaluation texts and task prompts, under one capacity setting
-after another, on real ranks over gloo with one thread each, and prints for every model and number
+after another, on real ranks with one thread each, and prints for every model and number
 of ranks a table: validation loss, task accuracy (greedy, exact), what was dropped, and how much
 faster the MoE layers can have become. Then what the numbers say about the usual claims, and one
 JSON line. --out also writes capacity_report.txt, .json, .md and a PNG a model.

@@ -238,33 +238,33 @@ def _join(
     expert = expert_ranks(config.parallel, launch.world_size)
     place = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
 
-    shares = config.runtime.shared_memory and device.type == "cpu"
+    meets_in_memory = config.runtime.shared_memory and device.type == "cpu"
+    everyone = dist.group.WORLD
+    assert everyone is not None
 
-    def group(name: str, ranks: tuple[int, ...], kind: str) -> Group:
-        # Every rank makes its own groups in the same order; only their members take part.
-        own, lane, backend = ranks.index(launch.rank), None, "gloo" if kind == "cpu" else None
-        if shares and len(ranks) > 1 and name != "world":
+    def group(name: str, ranks: tuple[int, ...], backend: str | None = None) -> Group:
+        # Every rank makes its own three groups in the same order; only their members take part.
+        own, lane = ranks.index(launch.rank), None
+        if meets_in_memory and len(ranks) > 1:
             keys = dist.PrefixStore(f"lane/{name}/{ranks[0]}", store)
-            if (lane := open_lane(keys, own, len(ranks))) is not None:
-                backend = SHARED_MEMORY
-        if lane is None and name != "control" and len(ranks) == launch.world_size:
-            handle = dist.group.WORLD
-        else:
-            handle = dist.new_group(
-                list(ranks),
-                timeout=timeout,
-                backend=backend,
-                pg_options=lane,
-                use_local_synchronization=True,
-            )
+            lane = open_lane(keys, own, len(ranks))
+        if lane is None and backend is None and len(ranks) == launch.world_size:
+            return Group(own, len(ranks), ranks, everyone)
+        handle = dist.new_group(
+            list(ranks),
+            timeout=timeout,
+            backend=backend if lane is None else SHARED_MEMORY,
+            pg_options=lane,
+            use_local_synchronization=True,
+        )
         assert isinstance(handle, dist.ProcessGroup)
         return Group(own, len(ranks), ranks, handle)
 
     return Topology(
-        world=group("world", tuple(range(launch.world_size)), device.type),
-        expert=group("expert", place.expert, device.type),
-        tensor=group("tensor", place.tensor, device.type),
-        control=group("control", place.expert, "cpu"),
+        world=Group(launch.rank, launch.world_size, tuple(range(launch.world_size)), everyone),
+        expert=group("expert", place.expert),
+        tensor=group("tensor", place.tensor),
+        control=group("control", place.expert, "gloo"),
         data_rank=place.data_rank,
         num_data=place.num_data,
         replica=place.replica,

@@ -37,8 +37,8 @@ class ClockOffset:
 
 
 def measure_clock_offset(group: Group, host: str) -> ClockOffset:
-    """Measure this rank's offset to rank 0 of a gloo group. Collective over `group`: every rank
-    must call.
+    """Measure this rank's offset to rank 0 of a host-side group. Collective over `group`: every
+    rank must call.
     """
     if len(set(gather_objects(host, group))) == 1:
         return ClockOffset(0, 0)

@@ -107,7 +107,7 @@ class Started:
 
 
 class GroupCollectives:
-    """`Collectives` of a process group: NCCL on CUDA, gloo on CPU."""
+    """`Collectives` of a process group: NCCL on CUDA, shared memory or gloo on CPU."""
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size = group.rank, group.size

@@ -30,7 +30,7 @@ class Group:
 class Topology:
     """Everything a rank knows about its run; made by `bootstrap.start`, never changed.
 
-    `control` is a group over the ranks of `expert` in host memory, for words and objects.
+    `control` is a group over the ranks of `expert` for words and objects on the host.
     Requests are owned by data ranks: the ranks of one tensor group share a `data_rank`. The process
     of rank `store_holder` holds the store; None where the launcher does.
     """

@@ -1,8 +1,9 @@
 """A torch.distributed backend for ranks of one host that compute on the CPU: shared memory.
 
-gloo sends through the host's network stack, where a small collective takes a third of a millisecond
-and rows move at a fraction of what memory gives. Here ranks write into rings that the others read
-(`engine/ops/lane.py`). Everything above still calls torch.distributed, as it does for NCCL.
+gloo sends through the host's network stack, where even an empty collective costs a good part of a
+millisecond and rows move at a fraction of what memory gives. Here ranks write into rings that the
+others read (`engine/ops/lane.py`). Everything above still calls torch.distributed, as it does for
+NCCL.
 
     lane = open_lane(store, rank, size)                 all ranks, or None on all of them
     handle = dist.new_group(ranks, backend=BACKEND, pg_options=lane)
@@ -29,7 +30,7 @@ from engine.ops import lane as lane_op
 from engine.ops.lane import Lane
 
 BACKEND = "shared_memory"
-_SPIN_S = 3e-4  # about what a wake-up costs, several times over
+_SPIN_S = 3e-4  # longer than a wake-up takes; a wait of 2 ms was tried and gained nothing
 
 
 class Kind(enum.IntEnum):
@@ -237,7 +238,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
     _allgather_base = all_gather_single
 
     def _even(self, tensor: torch.Tensor) -> list[int]:
-        return [tensor.shape[0] // self._size] * self._size
+        rows, rest = divmod(tensor.shape[0], self._size)
+        if rest:
+            raise ValueError(
+                f"{BACKEND}: {tensor.shape[0]} rows without splits: must be a multiple of the "
+                f"{self._size} ranks"
+            )
+        return [rows] * self._size
 
     def _gather(
         self,

@@ -187,11 +187,7 @@ bool Lane::advance_sends(Peer& peer) {
     const size_t bytes = std::min<size_t>(room, part.left);
     if (bytes) written += put(peer.out_bytes, ring_, written, part.payload, bytes);
     room -= bytes;
-    part.payload += bytes;
-    part.left -= bytes;
-    if (part.left) break;
-    finished(part.number);
-    peer.sends.pop_front();
+    if (!moved(peer.sends, bytes)) break;
   }
   peer.out->written.store(written, std::memory_order_release);
   return written != before;
@@ -216,11 +212,7 @@ bool Lane::advance_receives(int64_t rank, Peer& peer) {
     const size_t bytes = std::min<size_t>(there, part.left);
     if (bytes) read += take(peer.in_bytes, ring_, read, part.payload, bytes);
     there -= bytes;
-    part.payload += bytes;
-    part.left -= bytes;
-    if (part.left) break;
-    finished(part.number);
-    peer.receives.pop_front();
+    if (!moved(peer.receives, bytes)) break;
   }
   return read != before;
 }
@@ -237,9 +229,15 @@ void Lane::check(int64_t rank, const Part& expected, const Header& got) {
                            ": the ranks do not call the same collectives");
 }
 
-void Lane::finished(int64_t number) {
-  const auto found = parts_left_.find(number);
-  if (found != parts_left_.end()) --found->second;
+// Counts `bytes` of the first part as moved; true when it is complete and the next may begin.
+bool Lane::moved(std::deque<Part>& parts, size_t bytes) {
+  Part& part = parts.front();
+  part.payload += bytes;
+  part.left -= bytes;
+  if (part.left) return false;
+  --parts_left_.at(part.number);
+  parts.pop_front();
+  return true;
 }
 
 void Lane::ring_bell(Peer& peer) {
@@ -256,14 +254,16 @@ void Lane::sleep(uint32_t seen) {
   bell.asleep.store(0, std::memory_order_relaxed);
 }
 
-// Whom `number` still needs something of.
+// Whether collective `number` cannot be completed without this rank.
+bool Lane::needs(const Peer& peer, int64_t number) const {
+  return (!peer.sends.empty() && peer.sends.front().number <= number) ||
+         (!peer.receives.empty() && peer.receives.front().number <= number);
+}
+
 std::string Lane::missing(int64_t number) const {
   std::string names;
   for (int64_t rank = 0; rank < size_; ++rank) {
-    const auto needs = [&](const std::deque<Part>& parts) {
-      return !parts.empty() && parts.front().number <= number;
-    };
-    if (!needs(peers_[rank].sends) && !needs(peers_[rank].receives)) continue;
+    if (!needs(peers_[rank], number)) continue;
     names += (names.empty() ? "" : ", ") + std::to_string(rank);
   }
   return names;
@@ -273,9 +273,7 @@ std::string Lane::missing(int64_t number) const {
 void Lane::refuse_the_gone(int64_t number) {
   for (int64_t rank = 0; rank < size_; ++rank) {
     const Peer& peer = peers_[rank];
-    const bool needed = (!peer.sends.empty() && peer.sends.front().number <= number) ||
-                        (!peer.receives.empty() && peer.receives.front().number <= number);
-    if (!needed || !(peer.bell->left.load(std::memory_order_acquire) || ended(peer.process)))
+    if (!needs(peer, number) || !(peer.bell->left.load(std::memory_order_acquire) || ended(peer.process)))
       continue;
     // It may have written all it had to before it went.
     if (advance()) return;

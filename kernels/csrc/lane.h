@@ -89,9 +89,10 @@ class Lane {
   bool advance_sends(Peer& peer);
   bool advance_receives(int64_t rank, Peer& peer);
   void check(int64_t rank, const Part& expected, const Header& got);
-  void finished(int64_t number);
+  bool moved(std::deque<Part>& parts, size_t bytes);
   void ring_bell(Peer& peer);
   void sleep(uint32_t seen);
+  bool needs(const Peer& peer, int64_t number) const;
   std::string missing(int64_t number) const;
   void refuse_the_gone(int64_t number);
 

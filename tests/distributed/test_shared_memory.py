@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from typing import Any
 
@@ -140,6 +141,8 @@ def backends(rank: int, what: str) -> list[str]:
             raise OSError("no memory")
 
         lane_op.make_segment = refuse
+    if rank == 1 and what == "the others' host":
+        socket.gethostname = lambda: "elsewhere"
     if rank == 1 and what == "sight of the others":
         real = os.open
         os.open = lambda path, *rest: real(str(path).replace("/proc", "/nothing"), *rest)
@@ -150,7 +153,7 @@ def backends(rank: int, what: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("what", ["library", "memory", "sight of the others"])
+@pytest.mark.parametrize("what", ["library", "memory", "the others' host", "sight of the others"])
 def test_where_one_rank_cannot_all_meet_over_gloo(what: str):
     for names in run_ranks(backends, 3, what):
         assert names == ["gloo", "gloo"]
