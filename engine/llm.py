@@ -63,7 +63,7 @@ from engine.row_buffers import reserve_rows
 from engine.runner import Runner
 from engine.safetensors_file import read_catalog
 from engine.scheduler import Scheduler
-from engine.source import ListSource, RequestSource
+from engine.source import ListSource, RequestSource, deal
 from engine.summary import run_report
 from engine.tokenizer import load_tokenizer
 from engine.weights import LoadReport, fill_dummy, load_weights
@@ -165,7 +165,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete prompts, texts or token ids; return all completions, in order, on every rank.
 
-        Every rank passes the same prompts; they are dealt out round robin over the data ranks.
+        Every rank passes the same prompts; they are dealt out so that data ranks have about as many
+        tokens each.
         sampling: one for all, or one each; the config's by default. A prompt that cannot run comes
         back with finish_reason "error". Collective over all ranks: every rank must call.
 
@@ -185,7 +186,8 @@ class LLM:
         ]
         done: list[Completion] = []
         topology = self.topology
-        self.run(ListSource(requests[topology.data_rank :: topology.num_data]), done.extend)
+        own = deal(requests, topology.num_data)[topology.data_rank]
+        self.run(ListSource(own), done.extend)
         shares = gather_objects(done, topology.world)
         return sorted((item for share in shares for item in share), key=lambda item: item.index)
 
