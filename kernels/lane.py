@@ -14,7 +14,15 @@ import torch
 
 from engine.ops import native
 
-RING_BYTES = 1 << 19
+# A ring holds what one rank has sent and the other has not yet read. One that takes all rows of a
+# half batch lets both go on computing: what does not fit goes out when the sender waits next.
+_SEGMENT_BYTES = 1 << 22
+_LEAST_RING_BYTES = 1 << 19
+
+
+def ring_bytes(size: int) -> int:
+    """Bytes of the ring between two ranks of a group of `size`."""
+    return max(_LEAST_RING_BYTES, _SEGMENT_BYTES // max(1, size - 1) // 4096 * 4096)
 
 
 def available() -> bool:
@@ -22,14 +30,17 @@ def available() -> bool:
     return native.available() and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
 
 
-def make_segment(size: int) -> int:
+def make_segment(size: int, ring: int | None = None) -> int:
     """A file descriptor of a new segment, zeros, for a group of `size` ranks.
 
-    It has no name and ends with the last process that holds it. Raises OSError.
+    ring: bytes of each of its rings, `ring_bytes(size)` by default. The segment has no name and ends
+    with the last process that holds it. Raises OSError.
     """
     descriptor = os.memfd_create("lockstep-lane")
     try:
-        os.ftruncate(descriptor, torch.ops.lockstep_cpu.lane_segment_bytes(size, RING_BYTES))
+        os.ftruncate(
+            descriptor, torch.ops.lockstep_cpu.lane_segment_bytes(size, ring or ring_bytes(size))
+        )
     except OSError:
         os.close(descriptor)
         raise
@@ -39,11 +50,19 @@ def make_segment(size: int) -> int:
 class Lane:
     """One rank's end of a group. Not for two threads at once."""
 
-    def __init__(self, rank: int, segments: Sequence[int], pids: Sequence[int], *, spin_s: float):
+    def __init__(
+        self,
+        rank: int,
+        segments: Sequence[int],
+        pids: Sequence[int],
+        *,
+        spin_s: float,
+        ring: int | None = None,
+    ) -> None:
         """Map the segments (file descriptors, by rank, still the caller's to close).
 
         pids: of the ranks' processes, whose end ends a wait for them. spin_s: seconds for which a
-        wait looks before it sleeps. Raises OSError, RuntimeError.
+        wait looks before it sleeps. ring: as for `make_segment`. Raises OSError, RuntimeError.
         """
         self._lane = 0
         self.rank, self.size = rank, len(segments)
@@ -52,7 +71,11 @@ class Lane:
             for other, pid in enumerate(pids):
                 processes.append(-1 if other == rank else os.pidfd_open(pid))
             self._lane = torch.ops.lockstep_cpu.lane_open(
-                rank, RING_BYTES, int(spin_s * 1e9), list(segments), processes
+                rank,
+                ring or ring_bytes(self.size),
+                int(spin_s * 1e9),
+                list(segments),
+                processes,
             )
         except BaseException:
             for process in processes:

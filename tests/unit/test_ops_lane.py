@@ -17,17 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.ops import lane as lane_op
-from engine.ops.lane import RING_BYTES, Lane
+from engine.ops.lane import Lane
 
 pytestmark = pytest.mark.skipif(
     not lane_op.available(), reason="the compiled library is not there, so there are no lanes"
 )
 
 
+RING = 1 << 16
+
+
 @contextmanager
 def group(size: int) -> Iterator[list[Lane]]:
-    segments = [lane_op.make_segment(size) for _ in range(size)]
-    lanes = [Lane(rank, segments, [os.getpid()] * size, spin_s=0.0) for rank in range(size)]
+    segments = [lane_op.make_segment(size, RING) for _ in range(size)]
+    pids = [os.getpid()] * size
+    lanes = [Lane(rank, segments, pids, spin_s=0.0, ring=RING) for rank in range(size)]
     for segment in segments:
         os.close(segment)
     try:
@@ -61,7 +65,7 @@ def both(*calls) -> None:
         raise errors[0]
 
 
-sizes = st.one_of(st.integers(0, 200), st.integers(RING_BYTES - 100, 2 * RING_BYTES + 100))
+sizes = st.one_of(st.integers(0, 200), st.integers(RING - 100, 2 * RING + 100))
 
 
 @settings(max_examples=60)
