@@ -27,6 +27,7 @@ from torch import nn
 from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.huge_pages import prefer_huge_pages
 from engine.ops.panels import to_panels
+from engine.ops.permute import gather_rows
 from engine.ops.silu_and_mul import silu_and_mul
 from engine.ops.to_device import to_device
 
@@ -63,10 +64,15 @@ class ExpertsBackend(Protocol):
         ...
 
     def __call__(
-        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+        self,
+        rows_RD: torch.Tensor,
+        expert_counts: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """rows_RD: rows grouped by local expert. expert_counts: rows of each. out_RD: a buffer for
-        the result, which a backend may use. Returns [R, D].
+        the result, which a backend may use. index_R: int64 [R], where the rows lie that would be
+        grouped so; they need not be moved. Returns [R, D], each result where its row lies.
         """
         ...
 
@@ -84,11 +90,15 @@ class TorchExperts:
         self._weights.to_panels()
 
     def __call__(
-        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+        self,
+        rows_RD: torch.Tensor,
+        expert_counts: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
-        weights = self._weights
-        return grouped_ffn(rows_RD, weights.w13_e2FD, weights.w2_eDF, expert_counts, out_RD)
+        w13_e2FD, w2_eDF = self._weights.w13_e2FD, self._weights.w2_eDF
+        return grouped_ffn(rows_RD, w13_e2FD, w2_eDF, expert_counts, out_RD, index_R)
 
 
 class GroupedMMExperts:
@@ -103,11 +113,17 @@ class GroupedMMExperts:
         """Stay as they are."""
 
     def __call__(
-        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+        self,
+        rows_RD: torch.Tensor,
+        expert_counts: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
         if not rows_RD.shape[0]:
             return torch.empty_like(rows_RD)
+        if index_R is not None:
+            return _grouped(self, rows_RD, expert_counts, out_RD, index_R)
         counts = torch.tensor(expert_counts, dtype=torch.int32)
         ends = to_device(counts.cumsum(0, dtype=torch.int32), rows_RD.device)
         w13 = self._weights.w13_e2FD.transpose(1, 2)
@@ -132,11 +148,17 @@ class TransformerEngineExperts:
         """Stay as they are: its modules hold views."""
 
     def __call__(
-        self, rows_RD: torch.Tensor, expert_counts: list[int], out_RD: torch.Tensor | None = None
+        self,
+        rows_RD: torch.Tensor,
+        expert_counts: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
         if not rows_RD.shape[0]:
             return torch.empty_like(rows_RD)
+        if index_R is not None:
+            return _grouped(self, rows_RD, expert_counts, out_RD, index_R)
         splits: Any = torch.tensor(expert_counts) if self._splits_as_tensor else expert_counts
         return self._down(silu_and_mul(self._up(rows_RD, splits)), splits)
 
@@ -205,6 +227,20 @@ def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:
         "te": TransformerEngineExperts,
     }
     return backends[name](weights)
+
+
+def _grouped(
+    run: ExpertsBackend,
+    rows_RD: torch.Tensor,
+    expert_counts: list[int],
+    out_RD: torch.Tensor | None,
+    index_R: torch.Tensor,
+) -> torch.Tensor:
+    """Group the rows for a backend that needs them so, and put its results back in their places."""
+    grouped_RD = gather_rows(
+        rows_RD, index_R, torch.empty_like(rows_RD) if out_RD is None else out_RD
+    )
+    return grouped_RD.index_copy_(0, index_R, run(grouped_RD, expert_counts))
 
 
 def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:

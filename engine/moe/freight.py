@@ -5,7 +5,8 @@ after it. Rows live in the three buffers of `workspace.py`:
 
     SEND      packed rows on their way out; later the results that came home
     ARRIVED   rows as they arrive; later the experts' results
-    GROUPED   rows by expert, later the results in the order of arrival, on their way home
+    GROUPED   results in the order of arrival, on their way home; in a wire format, and for experts
+              that need it, first the rows by expert
 
 Rows travel as they are (`RowFreight`) or in a wire format (`WireFreight`). A wire row may be longer
 than a row, so the wire rows of chunk c begin where its rows would, or after those of chunk c - 1
@@ -75,12 +76,12 @@ class RowFreight:
         rows = workspace.rows
         self.home = rows(Slot.SEND, sum(sent), x_TD)
         arrived = self.home if alone else rows(Slot.ARRIVED, sum(received), x_TD)
-        grouped = rows(Slot.ARRIVED if alone else Slot.GROUPED, sum(received), x_TD)
+        results = rows(Slot.ARRIVED if alone else Slot.GROUPED, sum(received), x_TD)
         if len(plans) == 1:
-            self._sends, self._arrived, self._grouped = (self.home,), (arrived,), (grouped,)
+            self._sends, self._arrived, self._results = (self.home,), (arrived,), (results,)
         else:
             self._sends = self.home.split(sent)
-            self._arrived, self._grouped = arrived.split(received), grouped.split(received)
+            self._arrived, self._results = arrived.split(received), results.split(received)
 
     def pack(self, index: int) -> Leg:
         """Gather the tokens' rows by rank and expert."""
@@ -89,14 +90,11 @@ class RowFreight:
         return Leg(send, self._arrived[index], plan.send_splits, plan.recv_splits)
 
     def work(self, index: int, arrived: torch.Tensor) -> Leg:
-        """Group rows by expert, run the experts, and put results in the order of arrival."""
-        plan, grouped_RD = self._plans[index], self._grouped[index]
-        if plan.arrival_R is None:
-            results_RD = self._experts(arrived, plan.expert_counts, grouped_RD)
-        else:
-            gather_rows(arrived, plan.arrival_R, grouped_RD)
-            results_RD = self._experts(grouped_RD, plan.expert_counts, arrived)
-            results_RD = grouped_RD.index_copy_(0, plan.arrival_R, results_RD)
+        """Run the experts on the rows where they lie; results come in the order of arrival."""
+        plan = self._plans[index]
+        results_RD = self._experts(
+            arrived, plan.expert_counts, self._results[index], plan.arrival_R
+        )
         return Leg(results_RD, self._sends[index], plan.recv_splits, plan.send_splits)
 
 

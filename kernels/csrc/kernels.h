@@ -16,6 +16,19 @@ namespace lockstep {
 // Rows of weights that lie transposed together where weights are in panels (panels.h).
 constexpr int PANEL = 16;
 
+// Rows of a matrix: one after the other, or those that `index` names, where it is not null.
+template <typename T>
+struct Rows {
+  T* base;
+  int64_t stride;
+  const int64_t* index;
+
+  T* operator[](int64_t row) const { return base + (index ? index[row] : row) * stride; }
+  Rows from(int64_t row) const {
+    return index ? Rows{base, stride, index + row} : Rows{base + row * stride, stride, nullptr};
+  }
+};
+
 // One call of paged attention. Strides count floats; the last dimension of q, k and v is
 // contiguous.
 struct Attention {
@@ -46,19 +59,19 @@ struct Kernels {
   int64_t lanes, block_rows;
 
   // packed <- rows of x, transposed in blocks; lanes past the last row are zero.
-  void (*pack)(const float* x, int64_t stride, int64_t rows, int64_t depth, float* packed);
+  void (*pack)(Rows<const float> x, int64_t rows, int64_t depth, float* packed);
   // out[:, first : first + count] <- x weight^T + bias for those rows of weight; bias may be null.
   void (*linear)(const float* packed, int64_t rows, int64_t depth, const float* weight,
-                 int64_t weight_stride, const float* bias, int64_t first, int64_t count, float* out,
-                 int64_t out_stride);
+                 int64_t weight_stride, const float* bias, int64_t first, int64_t count,
+                 Rows<float> out);
   // hidden (packed, `width` deep) rows first .. first + count <- silu(x w1^T) * (x w3^T).
   void (*gate_up)(const float* packed, int64_t rows, int64_t depth, const float* w1, const float* w3,
                   int64_t first, int64_t count, float* hidden, int64_t width);
 
   // The same for weights in panels (panels.h); `outputs` rows of weights in all.
   void (*linear_panels)(const float* packed, int64_t rows, int64_t depth, const float* weight,
-                        int64_t outputs, const float* bias, int64_t first, int64_t count, float* out,
-                        int64_t out_stride);
+                        int64_t outputs, const float* bias, int64_t first, int64_t count,
+                        Rows<float> out);
   void (*gate_up_panels)(const float* packed, int64_t rows, int64_t depth, const float* w1,
                          const float* w3, int64_t first, int64_t count, float* hidden,
                          int64_t width);

@@ -75,7 +75,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool panels=False) -> Tensor");
   m.def(
       "grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts, Tensor(a!)? into=None, bool "
-      "panels=False) -> Tensor(a!)");
+      "panels=False, Tensor? index=None) -> Tensor(a!)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "int[] query_lens, int[] context_lens, float scale, int window) -> Tensor");

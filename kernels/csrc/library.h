@@ -41,7 +41,8 @@ void to_panels(const at::Tensor& weight);
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, bool panels);
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                       at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels);
+                       at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels,
+                       const std::optional<at::Tensor>& index);
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, at::IntArrayRef query_lens,
                            at::IntArrayRef context_lens, double scale, int64_t window);

@@ -72,29 +72,33 @@ INLINE void for_each_block(int64_t rows, F&& f) {
   }
 }
 
-// W rows of x from `row`, columns k .. k + W, transposed; rows and columns out of range are zero.
-INLINE void load_transposed(const float* row, int64_t stride, int64_t rows, int64_t columns,
-                            vf (&v)[W]) {
+// W columns of the rows that begin at row(0), row(1), ..., transposed; rows and columns out of range
+// are zero.
+template <typename F>
+INLINE void load_transposed(const F& row, int64_t rows, int64_t columns, vf (&v)[W]) {
   if (rows >= W && columns >= W) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = load(row + i * stride);
+    for (int i = 0; i < W; ++i) v[i] = load(row(i));
   } else {
     for (int i = 0; i < W; ++i) {
       v[i] = vf{};
-      if (i < rows) memcpy(&v[i], row + i * stride, sizeof(float) * (columns < W ? columns : W));
+      if (i < rows) memcpy(&v[i], row(i), sizeof(float) * (columns < W ? columns : W));
     }
   }
   transpose(v);
 }
 
-void pack(const float* x, int64_t stride, int64_t rows, int64_t depth, float* packed) {
+void pack(Rows<const float> x, int64_t rows, int64_t depth, float* packed) {
   for_each_block(rows, [&](auto mv, int64_t first, int64_t count) {
     constexpr int MV = decltype(mv)::value;
     float* block = packed + first * depth;
     for (int m = 0; m < MV; ++m) {
+      const int64_t lanes = count - m * W < W ? count - m * W : W;
+      const float* row[W];
+      for (int64_t i = 0; i < lanes; ++i) row[i] = x[first + m * W + i];
       for (int64_t k = 0; k < depth; k += W) {
         vf v[W];
-        load_transposed(x + (first + m * W) * stride + k, stride, count - m * W, depth - k, v);
+        load_transposed([&](int i) { return row[i] + k; }, lanes, depth - k, v);
         const int64_t columns = depth - k < W ? depth - k : W;
         for (int64_t i = 0; i < columns; ++i) store(block + ((k + i) * MV + m) * W, v[i]);
       }
@@ -102,17 +106,18 @@ void pack(const float* x, int64_t stride, int64_t rows, int64_t depth, float* pa
   });
 }
 
-// out[r][c] <- result[c][r] of `columns` outputs and `rows` rows of a block.
+// out[r][first + c] <- result[c][r] of `columns` outputs and `rows` rows of a block.
 template <int MV>
-INLINE void store_rows(const float* result, int64_t columns, int64_t rows, float* out,
-                       int64_t out_stride) {
+INLINE void store_rows(const float* result, int64_t columns, int64_t rows, Rows<float> out,
+                       int64_t first) {
   for (int64_t c = 0; c < columns; c += W) {
     const int64_t width = columns - c < W ? columns - c : W;
     for (int m = 0; m < MV; ++m) {
       vf v[W];
-      load_transposed(result + (c * MV + m) * W, MV * W, width, W, v);
+      const float* from = result + (c * MV + m) * W;
+      load_transposed([&](int i) { return from + i * MV * W; }, width, W, v);
       for (int64_t r = 0; r < W && m * W + r < rows; ++r) {
-        float* to = out + (m * W + r) * out_stride + c;
+        float* to = out[m * W + r] + first + c;
         if (width == W)
           store(to, v[r]);
         else
@@ -123,12 +128,11 @@ INLINE void store_rows(const float* result, int64_t columns, int64_t rows, float
 }
 
 void linear(const float* packed, int64_t rows, int64_t depth, const float* weight,
-            int64_t weight_stride, const float* bias, int64_t first, int64_t count, float* out,
-            int64_t out_stride) {
+            int64_t weight_stride, const float* bias, int64_t first, int64_t count,
+            Rows<float> out) {
   const int64_t end = first + count;
   const bool done = with_narrow(rows, [&](auto r) {
-    linear_narrow<decltype(r)::value>(packed, depth, weight, weight_stride, bias, first, end, out,
-                                      out_stride);
+    linear_narrow<decltype(r)::value>(packed, depth, weight, weight_stride, bias, first, end, out);
   });
   if (done) return;
   for (int64_t n0 = first; n0 < end; n0 += OUT) {
@@ -152,7 +156,7 @@ void linear(const float* packed, int64_t rows, int64_t depth, const float* weigh
           for (int m = 0; m < MV; ++m) store(result + ((i + n) * MV + m) * W, acc[n][m] + b);
         }
       }
-      store_rows<MV>(result, columns, block_rows, out + block * out_stride + n0, out_stride);
+      store_rows<MV>(result, columns, block_rows, out.from(block), n0);
     });
   }
 }

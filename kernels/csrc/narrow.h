@@ -72,7 +72,7 @@ INLINE void rows_from(const float* matrix, int64_t stride, int64_t count, const 
 template <int R>
 INLINE void linear_narrow(const float* packed, int64_t depth, const float* weight,
                           int64_t weight_stride, const float* bias, int64_t first, int64_t end,
-                          float* out, int64_t out_stride) {
+                          Rows<float> out) {
   for (int64_t n = first; n < end; n += W) {
     const int64_t columns = end - n < W ? end - n : W;
     const float* rows[W];
@@ -84,7 +84,7 @@ INLINE void linear_narrow(const float* packed, int64_t depth, const float* weigh
     if (bias) memcpy(&b, bias + n, sizeof(float) * columns);
     for (int r = 0; r < R; ++r) {
       const vf result = acc[r] + b;
-      memcpy(out + r * out_stride + n, &result, sizeof(float) * columns);
+      memcpy(out[r] + n, &result, sizeof(float) * columns);
     }
   }
 }

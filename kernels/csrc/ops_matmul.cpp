@@ -67,8 +67,8 @@ void run(int64_t items, int64_t work, const F& f) {
     for_each_item(items, f);
 }
 
-void pack_segments(const std::vector<Segment>& segments, const float* x, int64_t stride,
-                   int64_t depth, float* packed) {
+void pack_segments(const std::vector<Segment>& segments, Rows<const float> x, int64_t depth,
+                   float* packed) {
   const int64_t block = kernels().block_rows;
   std::vector<Piece> pieces;
   int64_t rows = 0;
@@ -80,7 +80,7 @@ void pack_segments(const std::vector<Segment>& segments, const float* x, int64_t
   // Packing moves a float where the products do a multiply-add an output: weigh it alike.
   run(pieces.size(), rows * depth, [&](int64_t i) {
     const Piece& p = pieces[i];
-    kernels().pack(x + (p.segment->first + p.row) * stride, stride, p.rows, depth,
+    kernels().pack(x.from(p.segment->first + p.row), p.rows, depth,
                    packed + (p.segment->packed + p.row) * depth);
   });
 }
@@ -122,24 +122,25 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
   const at::Tensor in = rows_of(x, depth);
   const int64_t wave = std::min(rows_within(WAVE_BYTES, depth), round_up(rows, kernels().lanes));
   float* packed = scratch(wave * depth);
+  const Rows<float> to = {out.mutable_data_ptr<float>(), outputs, nullptr};
   for (int64_t first = 0; first < rows; first += wave) {
     const std::vector<Segment> segment = {{0, first, std::min(wave, rows - first), 0}};
-    pack_segments(segment, in.const_data_ptr<float>(), in.stride(0), depth,
-                  packed);
+    pack_segments(segment, {in.const_data_ptr<float>(), in.stride(0), nullptr}, depth, packed);
     const std::vector<Piece> pieces = cut(segment, depth, outputs);
     run(pieces.size(), segment[0].rows * outputs * depth, [&](int64_t i) {
       const Piece& p = pieces[i];
       const auto product = panels ? kernels().linear_panels : kernels().linear;
       product(packed + p.row * depth, p.rows, depth, weight.const_data_ptr<float>(),
               panels ? outputs : weight.stride(0), bias ? bias->const_data_ptr<float>() : nullptr,
-              p.first, p.count, out.mutable_data_ptr<float>() + (first + p.row) * outputs, outputs);
+              p.first, p.count, to.from(first + p.row));
     });
   }
   return out;
 }
 
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
-                       at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels) {
+                       at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels,
+                       const std::optional<at::Tensor>& index) {
   const int64_t experts = w2.size(0), depth = w2.size(1), width = w2.size(2);
   TORCH_CHECK(x.dim() == 2 && x.size(1) == depth && w13.size(0) == experts &&
                   w13.size(1) == 2 * width && w13.size(2) == depth && w13.is_contiguous() &&
@@ -150,6 +151,16 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
                         into->scalar_type() == at::kFloat),
               "grouped_ffn: out of shape ", x.sizes(), " expected");
   const at::Tensor out = into ? *into : at::empty({x.size(0), depth}, x.options());
+  const int64_t* places = nullptr;
+  if (index) {
+    TORCH_CHECK(index->dim() == 1 && index->size(0) == x.size(0) && index->is_contiguous() &&
+                    index->scalar_type() == at::kLong,
+                "grouped_ffn: index ", index->sizes(), " of rows ", x.sizes());
+    places = index->const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < x.size(0); ++i)
+      TORCH_CHECK(places[i] >= 0 && places[i] < x.size(0), "grouped_ffn: index ", places[i], " of ",
+                  x.size(0));
+  }
   const int64_t lanes = kernels().lanes, wave = rows_within(WAVE_BYTES, depth + width);
 
   // Greedy waves of at most `wave` packed rows; an expert with more rows continues in the next one.
@@ -174,7 +185,8 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
 
   float* packed = scratch(largest * (depth + width));
   float* hidden = packed + largest * depth;
-  float* result = out.mutable_data_ptr<float>();
+  const Rows<const float> from = {in.const_data_ptr<float>(), in.stride(0), places};
+  const Rows<float> to = {out.mutable_data_ptr<float>(), depth, places};
   const float* w13_data = w13.const_data_ptr<float>();
   const float* w2_data = w2.const_data_ptr<float>();
   const auto gate_up = panels ? kernels().gate_up_panels : kernels().gate_up;
@@ -183,7 +195,7 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
     int64_t rows = 0;
     for (const Segment& segment : segments) rows += segment.rows;
     const int64_t work = rows * depth * width;
-    pack_segments(segments, in.const_data_ptr<float>(), in.stride(0), depth, packed);
+    pack_segments(segments, from, depth, packed);
     const std::vector<Piece> up = cut(segments, depth, width);
     run(up.size(), work, [&](int64_t i) {
       const Piece& p = up[i];
@@ -197,7 +209,7 @@ at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Ten
       const Piece& p = down[i];
       product(hidden + (p.segment->packed + p.row) * width, p.rows, width,
               w2_data + p.segment->expert * depth * width, panels ? depth : width, nullptr, p.first,
-              p.count, result + (p.segment->first + p.row) * depth, depth);
+              p.count, to.from(p.segment->first + p.row));
     });
   }
   return out;

@@ -67,7 +67,7 @@ INLINE void for_each_run(int64_t rows, const F& f) {
 // A panel's outputs of a full block.
 template <int MV>
 INLINE void linear_full(const float* panel, const float* packed, int64_t rows, int64_t depth,
-                        const float* bias, float* out, int64_t out_stride) {
+                        const float* bias, Rows<float> out, int64_t first) {
   float result[PANEL * MV * W];  // [output][row]
   for (int i = 0; i < PANEL; i += NR) {
     const float* row[NR];
@@ -80,7 +80,7 @@ INLINE void linear_full(const float* panel, const float* packed, int64_t rows, i
       for (int m = 0; m < MV; ++m)
         store(result + ((i + n) * MV + m) * W, acc[n][m] + splat(bias ? bias[i + n] : 0.0f));
   }
-  store_rows<MV>(result, PANEL, rows, out, out_stride);
+  store_rows<MV>(result, PANEL, rows, out, first);
 }
 
 // Two panels' hidden columns of a full block.
@@ -100,8 +100,8 @@ INLINE void gate_up_full(const float* gate, const float* up, const float* packed
 }
 
 void linear_panels(const float* packed, int64_t rows, int64_t depth, const float* weight,
-                   int64_t outputs, const float* bias, int64_t first, int64_t count, float* out,
-                   int64_t out_stride) {
+                   int64_t outputs, const float* bias, int64_t first, int64_t count,
+                   Rows<float> out) {
   const int64_t end = first + count, whole = outputs / PANEL * PANEL;
   for (int64_t n0 = first; n0 < end && n0 < whole; n0 += PANEL) {
     const float* const panel[1] = {weight + n0 * depth};
@@ -110,8 +110,7 @@ void linear_panels(const float* packed, int64_t rows, int64_t depth, const float
       constexpr int64_t STEP = MV * W;
       if (fills<MV>(block_rows))
         return linear_full<MV>(panel[0], packed + block * depth, block_rows, depth,
-                               bias ? bias + n0 : nullptr, out + block * out_stride + n0,
-                               out_stride);
+                               bias ? bias + n0 : nullptr, out.from(block), n0);
       for_each_run<ONE>(block_rows, [&](auto run, int64_t row) {
         constexpr int R = decltype(run)::value;
         vf acc[1][PV][R];
@@ -119,14 +118,14 @@ void linear_panels(const float* packed, int64_t rows, int64_t depth, const float
         for (int v = 0; v < PV; ++v) {
           const vf b = bias ? load(bias + n0 + v * W) : vf{};
           for (int r = 0; r < R; ++r)
-            store(out + (block + row + r) * out_stride + n0 + v * W, acc[0][v][r] + b);
+            store(out[block + row + r] + n0 + v * W, acc[0][v][r] + b);
         }
       });
     });
   }
   if (end > whole) {
     const int64_t rest = first > whole ? first : whole;
-    linear(packed, rows, depth, weight, depth, bias, rest, end - rest, out, out_stride);
+    linear(packed, rows, depth, weight, depth, bias, rest, end - rest, out);
   }
 }
 

@@ -93,3 +93,9 @@ def test_every_backend_computes_the_gated_ffn_of_each_expert(name, counts):
         )
         start += count
     assert out.shape == rows.shape
+    index = torch.randperm(len(rows), generator=generator)
+    apart, buffer = torch.empty_like(rows), torch.empty_like(rows)
+    apart[index] = rows
+    for into in (None, buffer):  # rows that lie anywhere, as they arrive from several ranks
+        got = make_backend(name, weights)(apart, counts, into, index)
+        assert torch.equal(got[index], out)

@@ -109,3 +109,25 @@ def test_the_result_goes_where_it_is_asked_to(run):
     got = run(x, w13, w2, [1, 2], buffer[:3])
     assert got.data_ptr() == buffer.data_ptr() and (buffer[3:] == 9.0).all()
     torch.testing.assert_close(got, grouped_ffn_reference(x, w13, w2, [1, 2]))
+
+
+@each_isa
+@pytest.mark.parametrize("counts", [[1, 1, 0], [7, 60, 130]])
+def test_rows_that_lie_anywhere_give_the_same_bits_in_their_places(isa, counts):
+    w13, w2 = weights(3, 50, 21)
+    x = torch.randn(sum(counts), 50)
+    index = torch.randperm(sum(counts))
+    with on_isa(isa):
+        expected = grouped_ffn(x[index], w13, w2, counts)
+        got = grouped_ffn(x, w13, w2, counts, index_R=index)
+    assert torch.equal(got[index], expected)
+    reference = grouped_ffn_reference(x, w13, w2, counts, index_R=index)
+    torch.testing.assert_close(got, reference, rtol=1e-4, atol=2e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("index", [[0, 1, 3], [0, -1, 2], [0, 1]])
+def test_an_index_that_names_no_row_is_refused(index):
+    w13, w2 = weights(1, 8, 8)
+    with pytest.raises(RuntimeError, match="grouped_ffn: index"):
+        grouped_ffn(torch.randn(3, 8), w13, w2, [3], index_R=torch.tensor(index))

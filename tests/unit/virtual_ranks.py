@@ -33,7 +33,11 @@ class Scaled:
         self.first_expert = first_expert
         self.seen: list[torch.Tensor] = []
 
-    def __call__(self, rows_RD, expert_counts, out_RD=None):
+    def __call__(self, rows_RD, expert_counts, out_RD=None, index_R=None):
+        if index_R is not None:
+            results = torch.empty_like(rows_RD) if out_RD is None else out_RD
+            results[index_R] = self(rows_RD[index_R], expert_counts)
+            return results
         self.seen.append(rows_RD.clone())
         local = torch.arange(len(expert_counts)).repeat_interleave(torch.tensor(expert_counts))
         assert local.numel() == rows_RD.shape[0]

@@ -57,7 +57,11 @@ def _check(
     for parameter in weights.parameters():
         parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
     rows_RD = torch.randn(sum(counts), HIDDEN).to(device, dtype)
-    result_RD = make_backend(backend, weights)(rows_RD, counts)
+    # As they arrive from other ranks: not grouped, and every result goes where its row lies.
+    index_R = torch.randperm(len(rows_RD)).to(device)
+    apart_RD = torch.empty_like(rows_RD).index_copy_(0, index_R, rows_RD)
+    apart_RD = make_backend(backend, weights)(apart_RD, counts, None, index_R)
+    result_RD = apart_RD.index_select(0, index_R)
     expected_RD = grouped_ffn_reference(
         rows_RD.cpu().double(),
         weights.w13_e2FD.cpu().double(),
