@@ -33,8 +33,8 @@ def available() -> bool:
 def make_segment(size: int, ring: int | None = None) -> int:
     """A file descriptor of a new segment, zeros, for a group of `size` ranks.
 
-    ring: bytes of each of its rings, `ring_bytes(size)` by default. The segment has no name and ends
-    with the last process that holds it. Raises OSError.
+    ring: bytes of each of its rings, `ring_bytes(size)` by default. The segment has no name and
+    ends with the last process that holds it. Raises OSError.
     """
     descriptor = os.memfd_create("lockstep-lane")
     try:
