@@ -76,7 +76,8 @@ class LLM:
 
     topology: a running topology to use; by default the launcher's environment is joined, and left
     by `close`. activity: told how loading gets on, for a watchdog. tokenizer: the checkpoint's
-    tokenizer, None where it has none. weights_report: what loading read.
+    tokenizer, None where it has none. weights_report: what loading read. report: what the last run,
+    also one by `generate`, measured; None before the first.
 
     Raises:
         ValueError: on every rank, when the config, the launch or the checkpoint is wrong.
@@ -89,6 +90,7 @@ class LLM:
         activity: Activity | None = None,
     ) -> None:
         self.config = config
+        self.report: RunReport | None = None
         self._activity = activity or Activity()
         self._owns_topology = topology is None
         if topology is None:
@@ -263,7 +265,7 @@ class LLM:
         finally:
             outlets.close()
         on_end()
-        return run_report(
+        self.report = run_report(
             time.monotonic() - began,
             loop.totals,
             profile,
@@ -286,6 +288,7 @@ class LLM:
             resolved=self.resolved,
             absent=(absences.count, absences.seconds),
         )
+        return self.report
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
         """Change moe.capacity between runs; every rank calls with the same settings.

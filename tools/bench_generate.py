@@ -22,6 +22,11 @@ ignored, prefix caching off. From the medians over the rounds:
 The last row is no contender: the least seconds that the job can take on this machine in float32, by
 its measured rates (`bench/floor.py`); no rate of a contender can exceed the floor's.
 
+A second table says, for every rank of this engine, how long it computed, moved rows and waited for
+others (means over the rounds, of the job with all new tokens). Where one rank took part, a line
+says what several could reach at best: as long as the mean rank computed, nothing to move and
+nobody to wait for.
+
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
 """
@@ -51,6 +56,7 @@ from make_random_checkpoint import make_checkpoint
 DEFAULT_CHECKPOINT = Path.home() / ".cache" / "lockstep-bench" / "mixtral-57.7m"
 HEADER = ["contender", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
 HEADER += ["of the first's time", "equal", "peak MiB a rank"]
+RANK_HEADER = ["contender", "rank", "computing s", "moving s", "waiting s"]
 
 
 def measure(
@@ -59,22 +65,32 @@ def measure(
     """Run a job in turns; return each contender's figures and tokens."""
     prompts = [list(prompt) for prompt in job.prompts]
     last: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
 
     def run(key: tuple[str, int]) -> float:
         name, new_tokens = key
         replies = running[name].call("run", prompts=prompts, new_tokens=new_tokens)
         last[name] = replies
+        if "parts" in replies[0]:
+            parts.setdefault(key, []).append([reply["parts"] for reply in replies])
         return max(reply["seconds"] for reply in replies)
 
     keys = [(name, count) for name in running for count in (1, job.new_tokens)]
     for key in keys:  # once unmeasured: caches, lazy initialisation, compilation
         run(key)
     tokens = {name: replies[0]["tokens"] for name, replies in last.items()}
+    parts.clear()
     seconds = interleave(keys, rounds, run, pause_s)
     figures = {
         name: _figures(job, seconds[name, 1], seconds[name, job.new_tokens], last[name])
         for name in running
     }
+    for name, entry in figures.items():
+        if (rounds_of_ranks := parts.get((name, job.new_tokens))) is not None:
+            entry["rank_seconds"] = [
+                {part: statistics.mean(each[part] for each in of_rank) for part in of_rank[0]}
+                for of_rank in zip(*rounds_of_ranks, strict=True)
+            ]
     return figures, tokens
 
 
@@ -121,6 +137,30 @@ def job_table(
         rows.append(["floor", "", prefill, "", generated, total, total / fastest_first, "", ""])
     prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
     return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(HEADER, rows)}"
+
+
+def rank_table(figures: dict[str, Any]) -> str:
+    """Where the time of this engine's ranks went, and what that allows; empty without any."""
+    seconds = {name: e["rank_seconds"] for name, e in figures.items() if "rank_seconds" in e}
+    rows = [
+        [name, rank, each["computing"], each["moving"], each["waiting"]]
+        for name, ranks in seconds.items()
+        for rank, each in enumerate(ranks)
+    ]
+    alone = next((sum(r[0].values()) for r in seconds.values() if len(r) == 1), None)
+    lines = []
+    for name, ranks in seconds.items():
+        if len(ranks) == 1 or alone is None:
+            continue
+        mean = statistics.mean(each["computing"] for each in ranks)
+        total = max(sum(each.values()) for each in ranks)
+        if not mean:  # the profiler is off
+            continue
+        lines.append(
+            f"{name}: {alone / total:.3g} times as fast as one rank; at best, with nothing to move "
+            f"and nobody to wait for, {alone / mean:.3g}"
+        )
+    return "\n".join([table(RANK_HEADER, rows), *lines]) if rows else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 floors = floor(model, job, 1, rates), floor(model, job, job.new_tokens, rates)
                 record["floors"][name] = [asdict(each) for each in floors]
             texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}, floors))
+            texts += filter(None, [rank_table(figures)])
     emit("\n\n".join(texts), record, options.out, "bench_generate")
     return 0
 

@@ -42,7 +42,10 @@ class Worker:
         }
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Continue every prompt greedily by `new_tokens`; seconds around `generate`. Collective."""
+        """Continue every prompt greedily by `new_tokens`; seconds around `generate`. Collective.
+
+        parts: of them, this rank's for each thing it did.
+        """
         import torch
 
         from engine.request import SamplingParams
@@ -56,7 +59,16 @@ class Worker:
         if broken:
             raise ValueError(f"{len(broken)} prompts did not run, the first: {broken[0]}")
         tokens = [list(item.token_ids) for item in completions]
-        return {"seconds": seconds, "tokens": tokens, **memory_mib(), **self._device_memory()}
+        report = self._llm.report
+        assert report is not None
+        own = report.ranks[self._llm.topology.world.rank].seconds
+        parts = {
+            "computing": own["attention"] + own["experts"] + own["other"],
+            "moving": own["communication"],
+            "waiting": own["waiting"],
+        }
+        result = {"seconds": seconds, "tokens": tokens, "parts": parts}
+        return {**result, **memory_mib(), **self._device_memory()}
 
     def score(self, prompts: list[list[int]]) -> dict[str, Any]:
         """Log probabilities of every prompt token but the first and of one new. Collective."""
