@@ -55,8 +55,10 @@ def generate(
     shared_memory: bool,
 ) -> tuple[list[Completion], int]:
     llm = LLM(config_of(path, scheduler, parallel, shared_memory))
+    assert llm.report is None
     done = llm.generate(prompts, params)
-    preemptions = llm._scheduler.num_preemptions  # the only witness that a preemption took place
+    assert llm.report is not None
+    preemptions = llm.report.ranks[rank].preemptions
     llm.close()
     return done, preemptions
 

@@ -10,6 +10,7 @@ import math
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,45 @@ def test_rates_follow_their_definitions() -> None:
     assert figures["generated_tok_s"] == pytest.approx(8 * 32 / 2.5)
     assert figures["peak_mib"] == [7]
     assert bench_generate._figures(job, [2.0], [1.0], [])["decode_tok_s"] is None
+
+
+def parts(computing: float, moving: float, waiting: float) -> dict[str, float]:
+    return {"computing": computing, "moving": moving, "waiting": waiting}
+
+
+def test_ranks_are_held_against_one_rank_and_against_free_exchanges() -> None:
+    figures = {
+        "alone": {"rank_seconds": [parts(9.0, 1.0, 0.0)]},
+        "peer": {},
+        "both": {"rank_seconds": [parts(7.0, 2.0, 3.5), parts(9.0, 2.0, 1.0)]},
+        "unmeasured": {"rank_seconds": [parts(0.0, 0.0, 0.0)] * 2},
+    }
+    text = bench_generate.rank_table(figures)
+    assert text.splitlines()[-1] == (
+        "both: 0.8 times as fast as one rank; at best, with nothing to move and nobody to wait "
+        "for, 1.25"
+    )
+    assert "peer" not in text and text.count("times as fast") == 1
+    del figures["alone"]
+    assert "both" in bench_generate.rank_table(figures)
+    assert "times as fast" not in bench_generate.rank_table(figures)
+    assert bench_generate.rank_table({"peer": {}}) == ""
+
+
+def test_only_measured_rounds_of_the_whole_job_make_a_ranks_seconds() -> None:
+    asked: list[int] = []
+
+    class Worker:
+        def call(self, name: str, prompts: list, new_tokens: int) -> list[dict]:
+            asked.append(new_tokens)
+            computing = {1: 100.0, 32: float(len(asked))}[new_tokens]
+            rank = {"seconds": 1.0, "tokens": [[1]] * len(prompts), "peak_rss_mib": 1}
+            return [rank | {"parts": parts(computing, 0.0, 0.5)}]
+
+    running: Any = {"one": Worker()}
+    figures, _ = bench_generate.measure(running, make_job("batch8", 100), rounds=2, pause_s=0.0)
+    measured = [place for place, new in enumerate(asked, 1) if new == 32][1:]
+    assert figures["one"]["rank_seconds"] == [parts(sum(measured) / 2, 0.0, 0.5)]
 
 
 def test_made_tokens_choose_exactly_the_given_experts() -> None:
