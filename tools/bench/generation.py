@@ -28,7 +28,6 @@ def generation_contenders(
     found = [
         _lockstep("lockstep-1-rank", 1, threads, settings),
         _lockstep("lockstep-2-ranks", 2, half, settings),
-        _lockstep("lockstep-2-ranks-two_batch", 2, half, [*settings, "moe.overlap.two_batch=true"]),
         _transformers(REFERENCE, python, threads, experts="eager", **batch),
         _transformers("transformers-grouped_mm", python, threads, experts="grouped_mm", **batch),
     ]
