@@ -20,10 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
+from engine.assembly import build, build_cache, checkpoint_names, fill, resolved
 from engine.config import CapacityConfig, Config
-from engine.config_world import validate_world
 from engine.control import ControlPlane
 from engine.detokenizer import load_eos_token_ids
 from engine.distributed import bootstrap
@@ -33,11 +31,8 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
 from engine.distributed.faults import Place
 from engine.distributed.groups import Topology
-from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.interrupts import StopRequest
-from engine.kv_cache import BlockPool
 from engine.latency import Sample, timed
-from engine.layers.kv import KVCache
 from engine.loop import (
     NUM_COLLECTIVES,
     NUM_TENSOR_COLLECTIVES,
@@ -46,10 +41,8 @@ from engine.loop import (
     Sink,
 )
 from engine.measuring import open_outlets
-from engine.memory import num_kv_blocks
 from engine.meter import Meter
-from engine.models.decoder import CausalLM
-from engine.models.registry import build_model, read_config
+from engine.models.registry import read_config
 from engine.preflight import check_runnable
 from engine.profiling.absence import Absences
 from engine.profiling.clocks import make_clock
@@ -60,13 +53,9 @@ from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import Completion, Request, SamplingParams
 from engine.row_buffers import reserve_rows
-from engine.runner import Runner
-from engine.safetensors_file import read_catalog
-from engine.scheduler import Scheduler
 from engine.source import ListSource, RequestSource, deal
 from engine.summary import run_report
 from engine.tokenizer import load_tokenizer
-from engine.weights import LoadReport, fill_dummy, load_weights
 
 _T = TypeVar("_T")
 
@@ -106,12 +95,15 @@ class LLM:
         self.eos_token_ids = self._on_all_ranks(
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
         )
-        self.model = self._on_all_ranks(lambda: self._build(hf_config))
+        self.model = self._on_all_ranks(lambda: build(config, hf_config, topology))
         self.model.observe(self._telemetry)
-        self.weights_report = self._fill()
+        names = self._on_all_ranks(lambda: checkpoint_names(config))
+        self.weights_report = fill(self.model, config, topology, names, self._activity)
         self._activity.begin("loading the model")
         self.model.settle(self._activity.tick)
-        self._runner, self._scheduler = self._on_all_ranks(self._build_cache)
+        self._runner, self._scheduler = self._on_all_ranks(
+            lambda: build_cache(self.model, config, topology)
+        )
         stamps = NUM_COLLECTIVES + self.model.max_collectives
         if topology.tensor.size > 1:
             stamps += NUM_TENSOR_COLLECTIVES
@@ -129,23 +121,7 @@ class LLM:
         """What settings that may be left to the engine have come to on this rank: setting -> value.
         Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
         """
-        device, layers = self.topology.device, self.model.moe_layers
-        is_cuda = device.type == "cuda"
-        found: dict[str, Any] = {
-            "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-            "runtime.threads": torch.get_num_threads(),
-            "runtime.shared_memory": isinstance(self.topology.expert.handle, SharedMemoryGroup),
-            "model.dtype": str(self.model.dtype).removeprefix("torch."),
-            "model.max_model_len": self.max_model_len,
-            "parallel.expert": self.topology.expert.size,
-            "scheduler.kv_cache_blocks": self._runner.cache.num_blocks,
-        }
-        if layers:
-            found["moe.experts.backend"] = layers[0].backend
-            choices = layers[0].layouts.choices
-            chunks = {f"from {2**bucket} tokens": each for bucket, each in choices.items()}
-            found["moe.overlap.chunks"] = chunks or layers[0].num_chunks
-        return found
+        return resolved(self.model, self.topology, self._runner.cache.num_blocks)
 
     def place(self) -> Place:
         """How far this rank has come; for the watchdog's thread."""
@@ -315,45 +291,6 @@ class LLM:
     def _open_outlets(self) -> Outlets:
         return open_outlets(self.config, self.topology, self.model, self._clock_offset)
 
-    def _build(self, hf_config: Any) -> CausalLM:
-        config, topology = self.config, self.topology
-        dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
-        model = build_model(hf_config, config, topology, topology.device, dtype)
-        for layer in model.moe_layers[:1]:
-            validate_world(config, topology.world.size, layer.spec.router.num_experts)
-        return model
-
-    def _fill(self) -> LoadReport | None:
-        config, model = self.config.model, self.model
-        if config.load_format == "dummy":
-            fill_dummy(model.weight_slots(), self.config.runtime.seed, self._activity.tick)
-            return None
-        path = Path(config.path)
-        names = self._on_all_ranks(lambda: frozenset(read_catalog(path).entries))
-        return load_weights(
-            path,
-            model.weight_slots(names),
-            ignored=model.ignored_weights,
-            group=self.topology.world,
-            activity=self._activity,
-        )
-
-    def _build_cache(self) -> tuple[Runner, Scheduler]:
-        config, model, topology = self.config.scheduler, self.model, self.topology
-        dtype = model.embedding_VD.dtype
-        reserve = reserve_rows(model, self.config, topology)
-        num_blocks = num_kv_blocks(
-            config,
-            bytes_per_block=model.kv_spec.bytes_per_block(config.block_size, dtype),
-            max_model_len=model.max_model_len,
-            reserve_bytes=reserve if topology.device.type == "cuda" else 0,
-            device=topology.device,
-            local_world_size=topology.local_world_size,
-        )
-        cache = KVCache(model.kv_spec, num_blocks, config.block_size, topology.device, dtype)
-        pool = BlockPool(num_blocks, config.block_size)
-        return Runner(model, cache, topology.device), Scheduler(config, pool, model.max_model_len)
-
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """Run `make` on every rank of all replicas; where it fails on any, fail on all with who and
         why.
@@ -369,11 +306,3 @@ class LLM:
         self._activity.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]
-
-
-def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
-    """Resolve model.dtype: `auto` is the checkpoint's own on CUDA and float32 on CPU."""
-    if name != "auto":
-        return getattr(torch, name)
-    own = getattr(hf_config, "dtype", None)
-    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32

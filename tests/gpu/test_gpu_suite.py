@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backend_that_swaps_two_experts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     class Swapped(engine_experts.TorchExperts):
-        def __call__(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
-            return super().__call__(rows_RD, expert_counts[::-1])
+        def __call__(self, rows_RD: Any, expert_counts: list[int], *rest: Any) -> torch.Tensor:
+            return super().__call__(rows_RD, expert_counts[::-1], *rest)
 
     monkeypatch.setattr(engine_experts, "TorchExperts", Swapped)
     failed = {check.name for check in check_experts(CPU) if check.passed is False}
