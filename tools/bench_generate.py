@@ -212,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 floors = floor(model, job, 1, rates), floor(model, job, job.new_tokens, rates)
                 record["floors"][name] = [asdict(each) for each in floors]
             texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}, floors))
-            texts += filter(None, [rank_table(figures)])
+            if ranks := rank_table(figures):
+                texts.append(ranks)
     emit("\n\n".join(texts), record, options.out, "bench_generate")
     return 0
 
