@@ -25,8 +25,8 @@ from engine.profiling.phases import NONE, Spans
 class ControlWords:
     """One rank's view before a step: tokens it is about to run, its requests, whether its queue
     has run dry, how many of the tokens compete for expert capacity, the signal that asked it to
-    stop (0: none), whether running requests may not even finish first, and its experts' time a row
-    (picoseconds, 0: unknown).
+    stop (0: none), whether running requests may not even finish first, its experts' time a row
+    (picoseconds, 0: unknown), and how many of the tokens are read in the end.
     """
 
     tokens_prefill: int
@@ -39,9 +39,10 @@ class ControlWords:
     signal: int = 0
     stop_now: bool = False
     pace: int = 0
+    tokens_read: int = 0
 
 
-_NUM_WORDS = 10
+_NUM_WORDS = 11
 
 
 class ControlPlane:
@@ -105,7 +106,7 @@ _values = attrgetter(*(each.name for each in fields(ControlWords)))
 
 
 def _words(row: list[int]) -> ControlWords:
-    prefill, decode, running, waiting, finished, exhausted, competing, signal, now, pace = row
+    prefill, decode, running, waiting, finished, exhausted, competing, signal, now, pace, read = row
     return ControlWords(
         prefill,
         decode,
@@ -117,6 +118,7 @@ def _words(row: list[int]) -> ControlWords:
         signal,
         bool(now),
         pace,
+        read,
     )
 
 

@@ -222,7 +222,7 @@ class LLM:
             meter,
             tokenizer=self.tokenizer,
             eos_token_ids=self.eos_token_ids,
-            assignments_per_token=sum(layer.spec.router.top_k for layer in self.model.moe_layers),
+            top_k=self.model.top_k,
             capacity_phases=() if capacity.policy == "none" else capacity.phases,
         )
         latencies = {"ttft": Sample(), "tpot": Sample()}

@@ -18,10 +18,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from engine.competition import build_moe_step, capacity_uses, count_competing
 from engine.config import Phase as ConfigPhase
@@ -31,11 +30,12 @@ from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
 from engine.interrupts import Stopped, StopRequest
 from engine.meter import Meter
+from engine.models.decoder import GroupTokens
 from engine.profiling.phases import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import CapacityUse, Completion, Request
-from engine.runner import Runner
+from engine.runner import Hidden, Runner
 from engine.sampler import NonFiniteLogitsError, sample, token_logprobs
 from engine.scheduler import Scheduler, Step
 from engine.sequence import Sequence
@@ -77,10 +77,10 @@ class GenerationLoop:
         *,
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
-        assignments_per_token: int,
+        top_k: Seq[int],
         capacity_phases: Collection[ConfigPhase] = (),
     ) -> None:
-        """meter: takes every step's measurements. assignments_per_token: top-k over all MoE layers.
+        """meter: takes every step's measurements. top_k: experts of a token in each layer.
         capacity_phases: the phases whose tokens compete for expert capacity; none without a
         capacity policy.
         """
@@ -93,7 +93,7 @@ class GenerationLoop:
         self._telemetry = telemetry
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._assignments_per_token = assignments_per_token
+        self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
         self._phases = tuple(capacity_phases)
         self._leads = topology.tensor.rank == 0
 
@@ -199,6 +199,7 @@ class GenerationLoop:
             signal=stop.signal,
             stop_now=stop.now,
             pace=self.meter.read(),
+            tokens_read=step.num_read * leads,
         )
         self.totals.tokens_prefill += words.tokens_prefill
         self.totals.tokens_decode += words.tokens_decode
@@ -212,14 +213,19 @@ class GenerationLoop:
                 step, everyone, self._phases, self._topology, self.meter.shares_W
             )
         # Of each tensor group only the leader's words count.
-        group_tokens = sum(words.tokens_prefill + words.tokens_decode for words in everyone)
+        group = GroupTokens(
+            all=sum(words.tokens_prefill + words.tokens_decode for words in everyone),
+            read=sum(words.tokens_read for words in everyone),
+        )
         may_split = any(words.running > 1 for words in everyone)
-        hidden_TD = self._runner.forward(step, moe_step, group_tokens, may_split)
-        outcome = self._sample(step, hidden_TD) if self._leads else None
+        hidden = self._runner.forward(step, moe_step, group, may_split)
+        outcome = self._sample(step, hidden) if self._leads else None
         tokens, logprobs, of_prompt, errors = self._share(outcome)
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
-            piece.seq.capacity.add(CapacityUse(run * self._assignments_per_token))
+            in_last = run if moe_step is not None else min(run, piece.num_read)
+            routed = run * self._routed_before + in_last * self._routed_last
+            piece.seq.capacity.add(CapacityUse(routed))
         if moe_step is not None:
             clock = self._telemetry.clock
             uses = capacity_uses(step, moe_step, self._topology, clock)
@@ -242,7 +248,7 @@ class GenerationLoop:
         return value
 
     def _sample(
-        self, step: Step, hidden_TD: torch.Tensor
+        self, step: Step, hidden: Hidden
     ) -> tuple[list[int], list[float] | None, list[float], dict[int, str]]:
         """Return next tokens, their logprobs, the prompt rows' logprobs, and the failures.
 
@@ -251,7 +257,7 @@ class GenerationLoop:
         of_prompt: list[float] = []
         for start in range(0, len(step.prompt_rows), _PROMPT_ROWS):
             part = slice(start, start + _PROMPT_ROWS)
-            logits = self._runner.logits(hidden_TD, step.prompt_rows[part])
+            logits = self._runner.logits(hidden, step.prompt_rows[part])
             of_prompt += token_logprobs(logits, step.prompt_targets[part]).tolist()
         errors = _prompt_failures(step, of_prompt)
         if not step.sampling:
@@ -259,7 +265,7 @@ class GenerationLoop:
         requests = [piece.seq.request for piece in step.sampling]
         try:
             tokens, logprobs = sample(
-                self._runner.logits(hidden_TD, step.sample_rows),
+                self._runner.logits(hidden, step.sample_rows),
                 [request.params for request in requests],
                 [len(piece.seq.token_ids) for piece in step.sampling],
                 [request.index for request in requests],

@@ -3,23 +3,39 @@ that need logits.
 
 Between `loop.py`, which drives it, and `models/decoder.py`. It owns the KV cache tensors.
 
-Legend: T tokens of the step, S sequences, B columns of the block table, D model dim.
+Legend: T tokens of the step, R of them that are read, S sequences, B columns of the block table, D
+model dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.layers.attention import StepTensors
+from engine.layers.attention import ReadQueries, StepTensors
 from engine.layers.kv import KVCache
-from engine.models.decoder import CausalLM
+from engine.models.decoder import CausalLM, GroupTokens
 from engine.moe.halves import balanced_cut
 from engine.moe.step import MoEStep
 from engine.ops.to_device import to_device
 from engine.scheduler import Slice, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Final hidden states of a step's rows that are read.
+
+    states_RD: on the model's device. rows_R: int64, their numbers among the step's rows, ascending;
+    None where all rows are there.
+    """
+
+    states_RD: torch.Tensor
+    rows_R: np.ndarray | None
 
 
 class Runner:
@@ -37,79 +53,102 @@ class Runner:
         self,
         step: Step,
         moe_step: MoEStep | None = None,
-        group_tokens: int | None = None,
+        group: GroupTokens | None = None,
         may_split: bool = False,
-    ) -> torch.Tensor:
-        """Run the step's tokens; return their final hidden states [T, D]. Collective over EP: every
+    ) -> Hidden:
+        """Run the step's tokens; return what their logits are made of. Collective over EP: every
         rank must call.
 
-        moe_step: who competes for expert capacity; None where nobody does. group_tokens: tokens of
-        the step over all ranks of the expert-parallel group. may_split: some rank has two sequences
-        to run as half batches; the same on every rank.
+        moe_step: who competes for expert capacity; None where nobody does. group: tokens of the
+        step over all ranks of the expert-parallel group. may_split: some rank has two sequences to
+        run as half batches; the same on every rank.
 
         An empty step is fine: the rank takes part in the MoE layers with zero tokens.
         """
-        if (
-            may_split
-            and moe_step is None
-            and group_tokens is not None
-            and self.model.splits(group_tokens)
-        ):
+        rows_R = _read_rows(step.slices)
+        if may_split and moe_step is None and group is not None and self.model.splits(group.all):
             cut = balanced_cut([piece.length for piece in step.slices])
-            first = self.build(step.slices[:cut], min(cut, step.num_decode))
-            second = self.build(step.slices[cut:], max(0, step.num_decode - cut))
-            return self.model.forward_halves((first, second), self.cache, group_tokens)
-        tensors = self.build(step.slices, step.num_decode)
-        return self.model(tensors, self.cache, moe_step, group_tokens)
+            halves = self.build(step.slices[:cut]), self.build(step.slices[cut:])
+            return Hidden(self.model.forward_halves(halves, self.cache, group), rows_R)
+        tensors = self.build(step.slices)
+        return Hidden(self.model(tensors, self.cache, moe_step, group), rows_R)
 
     @torch.inference_mode()
-    def logits(self, hidden_TD: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Float32 logits [len(rows), vocabulary] of the given rows of `forward`'s result."""
-        if rows != list(range(hidden_TD.shape[0])):
-            index = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
-            hidden_TD = hidden_TD.index_select(0, index)
-        return self.model.logits(hidden_TD)
+    def logits(self, hidden: Hidden, rows: list[int]) -> torch.Tensor:
+        """Float32 logits [len(rows), vocabulary] of rows of the step, which are read."""
+        states_RD = hidden.states_RD
+        index = np.asarray(rows, dtype=np.int64)
+        if hidden.rows_R is not None:
+            index = np.searchsorted(hidden.rows_R, index)
+        if not np.array_equal(index, np.arange(states_RD.shape[0])):
+            states_RD = states_RD.index_select(0, self._upload(index))
+        return self.model.logits(states_RD)
 
-    def build(self, slices: Sequence[Slice], num_decode: int) -> StepTensors:
-        """Flatten slices, the num_decode decodes first as the scheduler gives them, into the
-        model's input.
-        """
+    def build(self, slices: Sequence[Slice]) -> StepTensors:
+        """Flatten slices, decodes first as the scheduler gives them, into the model's input."""
         block_size = self.cache.block_size
-        query_lens = [piece.length for piece in slices]
-        context_lens = [piece.start + piece.length for piece in slices]
-        query_start = [0, *np.cumsum(query_lens, dtype=np.int64).tolist()] if slices else [0]
-        total = query_start[-1]
-        token_ids = np.empty(total, dtype=np.int64)
-        positions = np.empty(total, dtype=np.int64)
-        slots = np.empty(total, dtype=np.int64)
-        num_blocks = [-(-length // block_size) for length in context_lens]
-        table = np.zeros((len(slices), max(num_blocks, default=0)), dtype=np.int32)
-        for row, piece in enumerate(slices):
-            blocks = table[row, : num_blocks[row]]
-            blocks[:] = piece.seq.block_ids[: num_blocks[row]]
-            begin, end = query_start[row], query_start[row + 1]
-            if piece.length == 1:
-                position = piece.start
-                token_ids[begin] = piece.seq.token_ids[position]
-                positions[begin] = position
-                slots[begin] = blocks[position // block_size] * block_size + position % block_size
-                continue
-            token_ids[begin:end] = piece.seq.token_ids[piece.start : piece.start + piece.length]
-            span = np.arange(piece.start, piece.start + piece.length)
-            positions[begin:end] = span
-            slots[begin:end] = blocks[span // block_size] * block_size + span % block_size
+        starts_S = np.array([piece.start for piece in slices], dtype=np.int64)
+        lens_S = np.array([piece.length for piece in slices], dtype=np.int64)
+        ends_S = starts_S + lens_S
+        blocks_S = -(-ends_S // block_size)
+        table_SB = np.zeros((len(slices), int(blocks_S.max(initial=0))), dtype=np.int32)
+        tables = [
+            piece.seq.block_ids[:blocks]
+            for piece, blocks in zip(slices, blocks_S.tolist(), strict=True)
+        ]
+        table_SB[np.arange(table_SB.shape[1]) < blocks_S[:, None]] = list(chain(*tables))
+        tokens = [piece.seq.token_ids[piece.start : piece.start + piece.length] for piece in slices]
+        positions_T = _spans(starts_S, lens_S)
+        sequence_T = np.repeat(np.arange(len(slices)), lens_S)
+        block_T = table_SB[sequence_T, positions_T // block_size].astype(np.int64)
         return StepTensors(
-            token_ids_T=self._upload(token_ids),
-            positions_T=self._upload(positions),
-            slots_T=self._upload(slots),
-            query_start=query_start,
-            query_start_S1=self._upload(np.asarray(query_start, dtype=np.int32)),
-            query_lens=query_lens,
-            context_lens=context_lens,
-            context_lens_S=self._upload(np.asarray(context_lens, dtype=np.int32)),
-            block_table_SB=self._upload(table),
-            num_decode=num_decode,
+            token_ids_T=self._upload(np.array(list(chain(*tokens)), dtype=np.int64)),
+            positions_T=self._upload(positions_T),
+            slots_T=self._upload(block_T * block_size + positions_T % block_size),
+            **self._queries(lens_S, ends_S, table_SB),
+            read=self._read(slices, ends_S, table_SB),
         )
+
+    def _read(
+        self, slices: Sequence[Slice], contexts_S: np.ndarray, table_SB: np.ndarray
+    ) -> ReadQueries | None:
+        rows_R = _read_rows(slices)
+        if rows_R is None:
+            return None
+        read_S = np.array([piece.num_read for piece in slices])
+        some = read_S > 0
+        return ReadQueries(
+            rows_R=self._upload(rows_R),
+            **self._queries(read_S[some], contexts_S[some], table_SB[some]),
+        )
+
+    def _queries(
+        self, lens_S: np.ndarray, contexts_S: np.ndarray, table_SB: np.ndarray
+    ) -> dict[str, Any]:
+        """The fields of `Queries`."""
+        start_S1 = np.concatenate(([0], np.cumsum(lens_S))).astype(np.int32)
+        return {
+            "query_start_S1": self._upload(start_S1),
+            "query_lens": lens_S.tolist(),
+            "context_lens": contexts_S.tolist(),
+            "context_lens_S": self._upload(contexts_S.astype(np.int32)),
+            "block_table_SB": self._upload(table_SB),
+        }
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(array), self.device)
+
+
+def _read_rows(slices: Sequence[Slice]) -> np.ndarray | None:
+    """The rows whose final hidden state is read, int64, ascending; None where all are."""
+    lens_S = np.array([piece.length for piece in slices], dtype=np.int64)
+    read_S = np.array([piece.num_read for piece in slices], dtype=np.int64)
+    if (lens_S == read_S).all():
+        return None
+    return _spans(np.cumsum(lens_S) - read_S, read_S)
+
+
+def _spans(starts_S: np.ndarray, lens_S: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ..., lens[0] numbers of them, and so on: int64 [sum of lens]."""
+    before_S = np.cumsum(lens_S) - lens_S
+    return np.arange(lens_S.sum()) + np.repeat(starts_S - before_S, lens_S)

@@ -62,6 +62,14 @@ class Slice:
         return range(first - self.start, max(first, last) - self.start)
 
     @property
+    def num_read(self) -> int:
+        """How many of the last tokens have a final hidden state that is read, for logits, counted
+        from the first such one.
+        """
+        of_prompt = self.prompt_logprob_rows
+        return self.length - of_prompt.start if of_prompt else int(self.samples)
+
+    @property
     def logit_rows(self) -> list[int]:
         """Rows of this slice whose logits are needed: the sampled one, then those of the prompt."""
         sampled = [self.length - 1] if self.samples else []
@@ -79,6 +87,7 @@ class Step:
     sample_rows: list[int]  # the row of each one's last token
     prompt_rows: list[int]  # rows for prompt logprobs
     prompt_targets: list[int]  # the token whose logprob each of them gives
+    num_read: int  # rows whose final hidden state is read
 
     @property
     def logit_rows(self) -> list[int]:
@@ -92,7 +101,7 @@ class Step:
         sample_rows = list(range(num_decode))
         prompt_rows: list[int] = []
         targets: list[int] = []
-        row = num_decode
+        row = num_read = num_decode
         for piece in slices[num_decode:]:
             rows = piece.prompt_logprob_rows
             if rows:
@@ -100,10 +109,11 @@ class Step:
                 after = piece.start + 1
                 targets += piece.seq.token_ids[after + rows.start : after + rows.stop]
             row += piece.length
+            num_read += piece.num_read
             if piece.samples:
                 sampling.append(piece)
                 sample_rows.append(row - 1)
-        return cls(slices, num_decode, row, sampling, sample_rows, prompt_rows, targets)
+        return cls(slices, num_decode, row, sampling, sample_rows, prompt_rows, targets, num_read)
 
 
 class Scheduler:

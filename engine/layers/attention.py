@@ -30,28 +30,44 @@ from engine.weights import WeightSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTensors:
-    """One step's tokens, flattened: decodes first, then prefills.
+class Queries:
+    """Which sequences attend with how many tokens, and where their keys lie.
 
-    Sequence s has rows query_start[s] .. query_start[s + 1].
-
-    token_ids_T, positions_T: int64. slots_T: int64, where each token's key goes (block * block_size
-    + offset). query_start: S + 1 row numbers, on the host and as int32. query_lens: tokens a
-    sequence runs now. context_lens: its tokens in the cache after this step, on the host and as
-    int32. block_table_SB: int32, the blocks of each sequence in order. num_decode: the first
-    sequences, with one query token each. T and S may be 0.
+    query_start_S1: int32, sequence s has rows query_start[s] .. query_start[s + 1] of the queries.
+    query_lens: the same as lengths, on the host; they are a context's last tokens. context_lens: a
+    sequence's tokens in the cache after this step, on the host and as int32. block_table_SB: int32,
+    the blocks of each sequence in order. S may be 0.
     """
 
-    token_ids_T: torch.Tensor
-    positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    query_start: list[int]
     query_start_S1: torch.Tensor
     query_lens: list[int]
     context_lens: list[int]
     context_lens_S: torch.Tensor
     block_table_SB: torch.Tensor
-    num_decode: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadQueries(Queries):
+    """The tokens of a step whose final hidden state is read; of each sequence they are the last.
+
+    rows_R: int64, their rows among the step's tokens, ascending.
+    """
+
+    rows_R: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTensors(Queries):
+    """One step's tokens, flattened: decodes first, then prefills.
+
+    token_ids_T, positions_T: int64. slots_T: int64, where each token's key goes (block * block_size
+    + offset). read: the tokens whose final hidden state is read, None where all are. T may be 0.
+    """
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    read: ReadQueries | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +133,15 @@ class Attention(nn.Module):
         step: StepTensors,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
+        read: ReadQueries | None = None,
     ) -> torch.Tensor:
-        """Return [T, D]; k_cache and v_cache are [blocks, G, block_size, Dh].
+        """Return [T, D], of `read` only those rows; k_cache and v_cache, [blocks, G, block_size,
+        Dh], take the keys and values of all of the step's tokens.
 
         Collective over TP: every rank must call.
         """
         spec = self.spec
+        queries = step if read is None else read
         qkv_TO = linear(x_TD, self.qkv_OD, self.qkv_bias_O)
         widths = (self.q_width, self.kv_width, self.kv_width)
         q, k, v = qkv_TO.split_with_sizes(widths, dim=1)  # a third of what `split` costs
@@ -140,15 +159,17 @@ class Attention(nn.Module):
             k_TGD = rms_norm(k_TGD, self.k_norm, spec.norm_eps)
         q_THD, k_TGD = apply_rotary(q_THD, k_TGD, cos_TR, sin_TR)
         store_kv(k_TGD, v_TGD, k_cache, v_cache, step.slots_T)
+        if read is not None:
+            q_THD = q_THD.index_select(0, read.rows_R)
         out_THD = paged_attention(
             q_THD,
             k_cache,
             v_cache,
-            step.query_start_S1,
-            step.context_lens_S,
-            step.block_table_SB,
-            query_lens=step.query_lens,
-            context_lens=step.context_lens,
+            queries.query_start_S1,
+            queries.context_lens_S,
+            queries.block_table_SB,
+            query_lens=queries.query_lens,
+            context_lens=queries.context_lens,
             scale=self.scale,
             window=spec.window,
         )
@@ -228,6 +249,9 @@ def project_out(
     """
     if sums.group.size == 1:
         return linear(x_TO, out_DO, bias_D)
+    if not x_TO.shape[0]:  # nobody reads this step's tokens: the same on all ranks of the group
+        sums.sit_out(1)
+        return x_TO.new_empty(0, out_DO.shape[0])
     out_TD = sums(linear(x_TO, out_DO))
     # After the sum, so that the bias counts once.
     return out_TD if bias_D is None else out_TD + bias_D

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from engine.distributed.groups import Group
-from engine.layers.attention import StepTensors, out_slots, project_out
+from engine.layers.attention import ReadQueries, StepTensors, out_slots, project_out
 from engine.layers.kv import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, share_heads
 from engine.ops.linear import linear
@@ -112,12 +112,15 @@ class LatentAttention(nn.Module):
         step: StepTensors,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
+        read: ReadQueries | None = None,
     ) -> torch.Tensor:
-        """Return [T, D]. k_cache: [blocks, 1, block_size, C + R], v_cache its first C columns.
+        """Return [T, D], of `read` only those rows. k_cache, [blocks, 1, block_size, C + R], and
+        v_cache, its first C columns, take the latents of all of the step's tokens.
 
         Collective over TP: every rank must call.
         """
         spec = self.spec
+        queries = step if read is None else read
         down_TO = linear(x_TD, self.down_OD, self.down_bias_O)
         q, latent, k_rope = down_TO.split((self.down_q, spec.kv_rank, spec.rope_dim), dim=1)
         if self.q_up_OQ is not None and self.q_norm_Q is not None:
@@ -129,6 +132,9 @@ class LatentAttention(nn.Module):
         if spec.interleaved:
             q_rope_THR, k_rope_T1R = split_pairs(q_rope_THR), split_pairs(k_rope_T1R)
         apply_rotary(q_rope_THR, k_rope_T1R, cos_TR, sin_TR)
+        if read is not None:
+            q_nope_THN = q_nope_THN.index_select(0, read.rows_R)
+            q_rope_THR = q_rope_THR.index_select(0, read.rows_R)
 
         key_up_HNC, value_up_HVC = self.kv_up_HOC.split((spec.nope_dim, spec.value_dim), dim=1)
         absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), key_up_HNC)
@@ -140,11 +146,11 @@ class LatentAttention(nn.Module):
             q_THL,
             k_cache,
             v_cache,
-            step.query_start_S1,
-            step.context_lens_S,
-            step.block_table_SB,
-            query_lens=step.query_lens,
-            context_lens=step.context_lens,
+            queries.query_start_S1,
+            queries.context_lens_S,
+            queries.block_table_SB,
+            query_lens=queries.query_lens,
+            context_lens=queries.context_lens,
             scale=spec.scale,
             window=None,
         )

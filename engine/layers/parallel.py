@@ -107,11 +107,11 @@ class TensorSum:
         clock.enter(Phase.ATTENTION, self._layer)
         return x
 
-    def sit_out(self) -> None:
+    def sit_out(self, calls: int | None = None) -> None:
         """The tensor group has no tokens and calls nothing, while others may: count their calls, so
-        that all ranks number the collectives of a step alike.
+        that all ranks number the collectives of a step alike. calls: how many, by default all.
         """
-        for _ in range(self._calls):
+        for _ in range(self._calls if calls is None else calls):
             self._telemetry.clock.meet(Phase.TENSOR, self._layer, absent=True)
 
 

@@ -3,12 +3,14 @@
 Built by `registry.py` from a family's `ModelSpec`, called once a step by the runner. Attention is
 sharded over `topology.tensor` and experts over `topology.expert`; everything else is replicated.
 
-Legend: T tokens of the step, S rows that need logits, D model dim, V vocabulary.
+Legend: T tokens of the step, R of them whose final hidden state is read, S rows that need logits, D
+model dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,17 @@ from engine.weights import WeightSlot
 
 # Tensors that old exporters saved although they follow from the configuration.
 _DERIVED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """Tokens of a step over all ranks of the expert-parallel group, and how many of them are read.
+
+    The same on every rank.
+    """
+
+    all: int
+    read: int
 
 
 class DecoderLayer(nn.Module):
@@ -145,6 +158,12 @@ class CausalLM(nn.Module):
             moe.telemetry = telemetry
 
     @property
+    def top_k(self) -> list[int]:
+        """Experts that a token is routed to in each layer, 0 in a dense one."""
+        experts = (layer.mlp for layer in self._layers)
+        return [mlp.spec.router.top_k if isinstance(mlp, MoELayer) else 0 for mlp in experts]
+
+    @property
     def max_collectives(self) -> int:
         """Collectives of a step at most that the phase clock is told of."""
         halves = 2 if any(moe.layouts.two_batch for moe in self.moe_layers) else 1
@@ -167,16 +186,20 @@ class CausalLM(nn.Module):
         step: StepTensors,
         kv: KVCache,
         moe_step: MoEStep | None = None,
-        group_tokens: int | None = None,
+        group: GroupTokens | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states after the final norm, [T, D]; `kv` takes keys and values.
+        """Return the hidden states after the final norm of the rows that are read, [R, D]; `kv`
+        takes keys and values of all of them.
 
         moe_step: who competes for expert capacity, of this rank's slice; None where nobody does.
-        group_tokens: tokens of this step over all ranks of the expert-parallel group, where known.
+        group: tokens of this step over all ranks of the expert-parallel group, where known.
 
-        Collective over EP and TP: every rank must call, T may be 0.
+        The last layer's queries, experts and norms run for the rows that are read alone, unless
+        tokens compete for capacity: it is all of them that compete.
+
+        Collective over EP and TP: every rank must call, T and R may be 0.
         """
-        return finish(self._stages(step, kv, moe_step, group_tokens))
+        return finish(self._stages(step, kv, moe_step, group))
 
     def splits(self, group_tokens: int) -> bool:
         """Whether a step of so many tokens over all ranks, none of which competes for capacity, is
@@ -185,15 +208,13 @@ class CausalLM(nn.Module):
         return any(moe.layouts.splits(group_tokens) for moe in self.moe_layers[:1])
 
     def forward_halves(
-        self, halves: tuple[StepTensors, StepTensors], kv: KVCache, group_tokens: int
+        self, halves: tuple[StepTensors, StepTensors], kv: KVCache, group: GroupTokens
     ) -> torch.Tensor:
         """`forward` of a step cut in two between its sequences: attention of one half runs while
         the rows of the other travel. Either may be empty. Collective over EP and TP.
         """
-        parts = [
-            self._stages(step, kv, None, group_tokens // 2, half)
-            for half, step in enumerate(halves)
-        ]
+        share = GroupTokens(group.all // 2, group.read // 2)
+        parts = [self._stages(step, kv, None, share, half) for half, step in enumerate(halves)]
         return torch.cat(take_turns(parts))
 
     def _stages(
@@ -201,31 +222,40 @@ class CausalLM(nn.Module):
         step: StepTensors,
         kv: KVCache,
         moe_step: MoEStep | None,
-        group_tokens: int | None,
+        group: GroupTokens | None,
         half: int | None = None,
     ) -> Stages[torch.Tensor]:
         """All layers; of a half, with stops."""
         eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
-        num_tokens = step.token_ids_T.shape[0]
+        num_tokens, last = step.token_ids_T.shape[0], self.num_layers - 1
+        group_tokens = None if group is None else group.all
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
         next_norms = [*(layer.input_norm_D for layer in layers[1:]), self.final_norm_D]
+        read = None
         for index, (layer, k_cache, v_cache, next_norm_D) in enumerate(
             zip(layers, kv.keys, kv.values, next_norms, strict=True)
         ):
             clock.enter(Phase.ATTENTION, index, num_tokens)
+            if index == last and moe_step is None:
+                read = step.read
+                group_tokens = None if group is None else group.read
             if num_tokens:
-                x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache)
+                x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache, read)
             else:
                 layer.attention.sums.sit_out()
             clock.enter(Phase.OTHER, index)
+            if read is not None:
+                residual_TD = residual_TD.index_select(0, read.rows_R)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
                 x_TD = yield from layer.mlp.stages(x_TD, moe_step, group_tokens, half)
             else:
                 x_TD = layer.mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
+        if read is None and step.read is not None:
+            x_TD = x_TD.index_select(0, step.read.rows_R)
         return x_TD
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,13 @@ INLINE void with_form(const Attention& a, const AttentionItem& item, float* scra
   });
 }
 
+// The first tile of another item: only to be fetched.
+INLINE void locate_first(const Attention& a, const AttentionItem& item, Rows& rows) {
+  const Visible<1> visible(a, item);
+  const int64_t from = visible.lowest / KEYS * KEYS;
+  locate(a, item, from, visible.highest + 1, rows);
+}
+
 void attend(const Attention& a, const AttentionItem& item, float* scratch) {
   with_form(a, item, scratch, [&](auto form, auto width) {
     float* chunk_state = scratch + (a.key_dim + KEYS) * BLOCK;
@@ -40,7 +47,10 @@ void attend(const Attention& a, const AttentionItem& item, float* scratch) {
       if (!first) reset(a, state);
       locate(a, item, begin, end, rows[0]);
       for (int64_t key = begin, now = 0; key < end; key += KEYS, now = 1 - now) {
-        locate(a, item, key + KEYS, end, rows[1 - now]);
+        if (key + KEYS < end || !item.next || chunk + 1 < item.last_chunk)
+          locate(a, item, key + KEYS, end, rows[1 - now]);
+        else
+          locate_first(a, *item.next, rows[1 - now]);
         form.take(rows[now], rows[1 - now], key, visible, state);
       }
       if (!first) form.merge(item.state, state);

@@ -26,7 +26,7 @@ struct Narrow {
     float shrink[W];
     score(now, next, from, visible);
     soften(now.count, state, shrink);
-    weigh(now, shrink, state_values(state));
+    weigh(now, next, shrink, state_values(state));
   }
 
   // Fetches the keys of the next tile, and their values, into the second-level cache: a core can wait
@@ -37,16 +37,13 @@ struct Narrow {
     vi lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     for (int64_t t = 0; t < rows.count; t += W) {
-      const float *const keys = next.keys[t], *const values = next.values[t];
+      const float* const keys = next.keys[t];
       vf acc[R];
       narrow_dot<R>(
           rows.keys + t, a.key_dim, queries, 1, a.key_dim,
           [&](int64_t d) {
 #pragma GCC unroll 16
-            for (int j = 0; j < W * W; j += 16) {
-              __builtin_prefetch(keys + d * W + j, 0, 2);
-              __builtin_prefetch(values + d * W + j, 0, 2);
-            }
+            for (int j = 0; j < W * W; j += 16) __builtin_prefetch(keys + d * W + j, 0, 2);
           },
           acc);
       const vi key = lane + static_cast<int32_t>(from + t);
@@ -89,18 +86,19 @@ struct Narrow {
     store(shrink, factor);
   }
 
-  INLINE void weigh(const Rows& rows, const float (&shrink)[W], float* sums) {
+  INLINE void weigh(const Rows& rows, const Rows& next, const float (&shrink)[W], float* sums) {
     int64_t column = 0;
     for (; column + COLUMNS * W <= a.value_dim; column += COLUMNS * W)
-      weigh_columns<COLUMNS, W>(rows, column, shrink, sums);
-    for (; column + W <= a.value_dim; column += W) weigh_columns<1, W>(rows, column, shrink, sums);
-    for (; column < a.value_dim; ++column) weigh_columns<1, 1>(rows, column, shrink, sums);
+      weigh_columns<COLUMNS, W>(rows, next, column, shrink, sums);
+    for (; column + W <= a.value_dim; column += W)
+      weigh_columns<1, W>(rows, next, column, shrink, sums);
+    for (; column < a.value_dim; ++column) weigh_columns<1, 1>(rows, next, column, shrink, sums);
   }
 
   // COUNT vectors of columns, of which LANES floats each exist.
   template <int COUNT, int LANES>
-  INLINE void weigh_columns(const Rows& rows, int64_t column, const float (&shrink)[W],
-                            float* sums) {
+  INLINE void weigh_columns(const Rows& rows, const Rows& next, int64_t column,
+                            const float (&shrink)[W], float* sums) {
     vf acc[R][COUNT];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -111,6 +109,8 @@ struct Narrow {
       }
     }
     for (int64_t t = 0; t < rows.count; ++t) {
+#pragma GCC unroll 4
+      for (int j = 0; j < COUNT; ++j) __builtin_prefetch(next.values[t] + column + j * W, 0, 2);
       vf value[COUNT];
 #pragma GCC unroll 4
       for (int j = 0; j < COUNT; ++j)

@@ -52,6 +52,7 @@ struct AttentionItem {
   int64_t kv_head, first_row, rows;
   int64_t first_chunk, last_chunk;
   float* state;
+  const AttentionItem* next;  // what the same thread will work on after this, or null
 };
 
 struct Kernels {

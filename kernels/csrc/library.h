@@ -30,6 +30,22 @@ void for_each_item(int64_t items, const F& f) {
   });
 }
 
+// The same for f(i, next): the thread takes its next item before it works on this one, so that it
+// can fetch what that one reads; `next` is -1 where there is none, and where items are so few that
+// one held back would leave a thread idle.
+template <typename F>
+void for_each_item_ahead(int64_t items, const F& f) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
+  if (items < 8 * threads) return for_each_item(items, [&](int64_t i) { f(i, -1); });
+  std::atomic<int64_t> counter{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = counter++, next; i < items; i = next) {
+      next = counter++;
+      f(i, next < items ? next : -1);
+    }
+  });
+}
+
 // Calls f(first, last) over ranges of rows worth at least a thread's wake-up.
 template <typename F>
 void for_each_row(int64_t rows, int64_t floats_per_row, const F& f) {

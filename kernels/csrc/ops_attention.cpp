@@ -42,7 +42,7 @@ std::vector<AttentionItem> blocks_of(const Attention& a, int64_t kv_heads,
       for (int64_t g = 0; g < kv_heads; ++g)
         items.push_back({table, start, queries, context, g, first,
                          std::min(block_rows, rows - first), 0, (context + chunk - 1) / chunk,
-                         nullptr});
+                         nullptr, nullptr});
     start += queries;
   }
   return items;
@@ -96,10 +96,11 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
   for (const AttentionItem& item : items) chunks += item.last_chunk;
   const int64_t threads = at::get_num_threads(), whole = items.size();
   if (whole >= 2 * threads || chunks == whole) {
-    for_each_item(whole, [&](int64_t i) {
+    for_each_item_ahead(whole, [&](int64_t i, int64_t next) {
       float* memory = scratch(state + work);
       AttentionItem item = items[i];
       item.state = memory;
+      item.next = next < 0 ? nullptr : &items[next];
       kernels().attend(a, item, memory + state);
       kernels().attention_finish(a, item);
     });

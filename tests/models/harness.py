@@ -112,13 +112,11 @@ def build_step(
         token_ids_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
         slots_T=torch.tensor(slots, dtype=torch.int64),
-        query_start=start,
         query_start_S1=torch.tensor(start, dtype=torch.int32),
         query_lens=[length for _, _, length in pieces],
         context_lens=context,
         context_lens_S=torch.tensor(context, dtype=torch.int32),
         block_table_SB=torch.tensor(padded, dtype=torch.int32).view(len(pieces), width),
-        num_decode=sum(length == 1 and begin > 0 for _, begin, length in pieces),
     )
 
 
