@@ -228,7 +228,7 @@ class CausalLM(nn.Module):
         """All layers; of a half, with stops."""
         eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
         num_tokens, last = step.token_ids_T.shape[0], self.num_layers - 1
-        group_tokens = None if group is None else group.all
+        group_tokens, tunes = None if group is None else group.all, True
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
@@ -240,7 +240,8 @@ class CausalLM(nn.Module):
             clock.enter(Phase.ATTENTION, index, num_tokens)
             if index == last and moe_step is None:
                 read = step.read
-                group_tokens = None if group is None else group.read
+                if group is not None:
+                    group_tokens, tunes = group.read, group.read == group.all
             if num_tokens:
                 x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache, read)
             else:
@@ -250,7 +251,7 @@ class CausalLM(nn.Module):
                 residual_TD = residual_TD.index_select(0, read.rows_R)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                x_TD = yield from layer.mlp.stages(x_TD, moe_step, group_tokens, half)
+                x_TD = yield from layer.mlp.stages(x_TD, moe_step, group_tokens, half, tunes)
             else:
                 x_TD = layer.mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)

@@ -221,9 +221,10 @@ class MoELayer(nn.Module):
         step: MoEStep | None = None,
         group_tokens: int | None = None,
         half: int | None = None,
+        tunes: bool = True,
     ) -> Stages[torch.Tensor]:
         """`forward` of one half batch, 0 or 1, which stops where its rows are under way; None is a
-        whole step and has no stops.
+        whole step and has no stops. tunes: see `Layouts.turn`.
         """
         clock, layouts = self.telemetry.clock, self.layouts
         own_TD = self._slice.take(x_TD)
@@ -234,7 +235,7 @@ class MoELayer(nn.Module):
         if (module := self.shared) is not None:
             meanwhile = lambda: shared.append(module(own_TD))  # noqa: E731
         costs_exchange = self._agreement.costs_exchange(step)
-        turn = layouts.turn(group_tokens) if half is None else Turn(1)
+        turn = layouts.turn(group_tokens, tunes) if half is None else Turn(1)
         layout = layouts.choose(group_tokens, turn.chunks, costs_exchange=costs_exchange)
         plans, weights_TM = self.agree(routing, step, meanwhile, layout, half)
         pipeline = self._second if half == 1 else self._pipeline

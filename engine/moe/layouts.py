@@ -158,13 +158,16 @@ class Layouts:
         least = COLLECTIVE_BYTES * (2 if costs_exchange else 1)
         return self.layout(chunks, self.saved_bytes(group_tokens, chunks) >= least)
 
-    def turn(self, group_tokens: int | None) -> Turn:
-        """What the tuner says of one call; nothing, where nobody asks it. Collective over EP: every
-        rank must call.
+    def turn(self, group_tokens: int | None, tunes: bool = True) -> Turn:
+        """What the tuner says of one call; nothing, where nobody asks it. tunes: whether the call
+        is like those of other layers in its step; one that is not has one chunk and teaches
+        nothing. Collective over EP: every rank must call.
         """
         tuner = self.tuner
         if tuner is None or group_tokens is None:
             return Turn()
+        if not tunes:
+            return Turn(1)
         if (costs := tuner.due(self._layer, group_tokens)) is not None:
             totals = self._control.all_reduce(torch.tensor(costs)).wait().tolist()
             tuner.settle(group_tokens, totals)

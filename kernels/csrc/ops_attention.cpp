@@ -59,7 +59,8 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
   const int64_t kv_heads = k_cache.size(1);
   TORCH_CHECK(q.dim() == 3 && q.size(1) % kv_heads == 0 && q.size(2) == k_cache.size(3) &&
                   block_table.scalar_type() == at::kInt && block_table.dim() == 2 &&
-                  (block_table.size(1) <= 1 || block_table.stride(1) == 1) &&
+                  (block_table.numel() == 0 || block_table.size(1) == 1 ||
+                   block_table.stride(1) == 1) &&
                   query_lens.size() == context_lens.size() &&
                   static_cast<int64_t>(query_lens.size()) == block_table.size(0),
               "paged_attention: q ", q.sizes(), ", k_cache ", k_cache.sizes(), ", block_table ",

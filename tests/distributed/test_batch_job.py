@@ -41,7 +41,8 @@ def test_every_line_has_its_record_in_input_order(undisturbed):
     prompt = json.loads(GOOD[0])["prompt"]
     assert first["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 2}
     assert len(first["token_ids"]) == 2
-    assert first["capacity"]["assignments"] == (len(prompt) + 1) * 2 * 2  # layers, top-2
+    # Top-2 of two layers, the second of which runs what is read alone: the prompt's end, one token.
+    assert first["capacity"]["assignments"] == (len(prompt) + 1) * 2 + 2 * 2
     by_id = {record["id"]: record for record in undisturbed}
     assert by_id[7]["prompt_logprobs"][0] is None and len(by_id[7]["prompt_logprobs"]) == 3
     assert len(by_id["o"]["logprobs"]) == 5 and all(value <= 0 for value in by_id["o"]["logprobs"])

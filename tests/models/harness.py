@@ -17,7 +17,7 @@ import torch
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
-from engine.layers.attention import StepTensors
+from engine.layers.attention import ReadQueries, StepTensors
 from engine.layers.kv import KVCache
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
@@ -75,9 +75,16 @@ def load_model(config: Config, topology: Topology) -> CausalLM:
 
 @torch.inference_mode()
 def run_schedule(
-    model: CausalLM, topology: Topology, sequences: list[list[int]], schedule: Schedule
+    model: CausalLM,
+    topology: Topology,
+    sequences: list[list[int]],
+    schedule: Schedule,
+    last: int | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Run a schedule; return the logits [tokens run, V] of each sequence this rank owns."""
+    """Run a schedule; return the logits [tokens, V] of each sequence this rank owns.
+
+    last: of how many last tokens of each sequence the logits are read; None: of all.
+    """
     mine = set(range(topology.data_rank, len(sequences), topology.num_data))
     needed = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
     numbers = list(range(sum(needed)))
@@ -87,17 +94,22 @@ def run_schedule(
     logits: dict[int, list[torch.Tensor]] = {s: [] for s in mine}
     for step in schedule:
         pieces = sorted((p for p in step if p[0] in mine), key=lambda p: p[2] != 1 or p[1] == 0)
-        hidden_TD = model(build_step(pieces, sequences, tables), cache)
-        rows = model.logits(hidden_TD).split([length for _, _, length in pieces])
+        reads = [
+            length if last is None else min(length, max(0, b + length - len(sequences[s]) + last))
+            for s, b, length in pieces
+        ]
+        hidden_RD = model(build_step(pieces, sequences, tables, reads), cache)
+        assert hidden_RD.shape[0] == sum(reads)
+        rows = model.logits(hidden_RD).split(reads)
         for (s, _, _), part in zip(pieces, rows, strict=True):
             logits[s].append(part)
     return {s: torch.cat(parts) for s, parts in logits.items()}
 
 
 def build_step(
-    pieces: list[Piece], sequences: list[list[int]], tables: list[list[int]]
+    pieces: list[Piece], sequences: list[list[int]], tables: list[list[int]], reads: list[int]
 ) -> StepTensors:
-    """Flatten pieces, decodes first, into the model's input."""
+    """Flatten pieces, decodes first, into the model's input. reads: how many of each are read."""
     tokens, positions, slots, start = [], [], [], [0]
     for s, begin, length in pieces:
         span = range(begin, begin + length)
@@ -108,6 +120,20 @@ def build_step(
     context = [begin + length for _, begin, length in pieces]
     width = max((len(tables[s]) for s, _, _ in pieces), default=0)
     padded = [tables[s] + [0] * (width - len(tables[s])) for s, _, _ in pieces]
+    some = [i for i, count in enumerate(reads) if count]
+    read = ReadQueries(
+        rows_R=torch.tensor(
+            [row for i in some for row in range(start[i + 1] - reads[i], start[i + 1])],
+            dtype=torch.int64,
+        ),
+        query_start_S1=torch.tensor([0, *(reads[i] for i in some)]).cumsum(0).int(),
+        query_lens=[reads[i] for i in some],
+        context_lens=[context[i] for i in some],
+        context_lens_S=torch.tensor([context[i] for i in some], dtype=torch.int32),
+        block_table_SB=torch.tensor([padded[i] for i in some], dtype=torch.int32).view(-1, width)
+        if some
+        else torch.zeros(0, width, dtype=torch.int32),
+    )
     return StepTensors(
         token_ids_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
@@ -117,6 +143,7 @@ def build_step(
         context_lens=context,
         context_lens_S=torch.tensor(context, dtype=torch.int32),
         block_table_SB=torch.tensor(padded, dtype=torch.int32).view(len(pieces), width),
+        read=None if sum(reads) == len(tokens) else read,
     )
 
 
@@ -126,14 +153,18 @@ def logits_on_this_rank(
     sequences: list[list[int]],
     schedules: dict[str, Schedule],
     parallel: dict[str, int],
-) -> dict[str, dict[int, torch.Tensor]]:
-    """What `run_ranks` calls: load the checkpoint, run every schedule, return own logits."""
+    last: int,
+) -> dict[tuple[str, int | None], dict[int, torch.Tensor]]:
+    """What `run_ranks` calls: load the checkpoint, run every schedule, return own logits, of all
+    tokens and of the `last` ones.
+    """
     config = make_config(path, **parallel)
     topology = bootstrap.start(config, os.environ)
     model = load_model(config, topology)
     found = {
-        name: run_schedule(model, topology, sequences, schedule)
+        (name, read): run_schedule(model, topology, sequences, schedule, read)
         for name, schedule in schedules.items()
+        for read in (None, last)
     }
     bootstrap.stop(topology)
     return found

@@ -62,10 +62,14 @@ def models(references, one_rank):
 
 
 def check(reference: Reference, logits: dict[int, torch.Tensor]) -> None:
-    """Same logits within 2e-5 of their scale, and they choose the reference's continuation."""
+    """Same logits within 2e-5 of their scale, of all tokens or of the last ones alone, and they
+    choose the reference's continuation.
+    """
     assert sorted(logits) == list(range(len(reference.sequences)))
     for s, expected in enumerate(reference.logits):
         scale = expected.abs().max()
+        assert len(logits[s]) in (len(expected), NEW_TOKENS)
+        expected = expected[-len(logits[s]) :]
         difference = (logits[s] - expected).abs().max()
         assert difference < 2e-5 * scale, f"sequence {s}: off by {difference / scale:.1e} of scale"
         chosen = logits[s][-NEW_TOKENS:].argmax(-1).tolist()
@@ -88,13 +92,26 @@ def test_one_rank_gives_the_logits_and_tokens_of_transformers(
     check(reference, run_schedule(models(case), one_rank, sequences, steps))
 
 
+@pytest.mark.parametrize("schedule", ["whole", "chunked"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_layer_may_run_those_tokens_alone_that_are_read(
+    case, schedule, references, models, one_rank
+):
+    reference = references(case)
+    sequences = inputs(reference)
+    steps = SCHEDULES[schedule]([len(tokens) for tokens in sequences])
+    check(reference, run_schedule(models(case), one_rank, sequences, steps, NEW_TOKENS))
+
+
 def check_ranks(reference: Reference, world: int, **parallel: int) -> None:
     sequences = inputs(reference)
     lengths = [len(tokens) for tokens in sequences]
     schedules = {name: make(lengths) for name, make in SCHEDULES.items()}
-    found = run_ranks(logits_on_this_rank, world, reference.path, sequences, schedules, parallel)
+    found = run_ranks(
+        logits_on_this_rank, world, reference.path, sequences, schedules, parallel, NEW_TOKENS
+    )
     tensor = parallel.get("tensor", 1)
-    for name in SCHEDULES:
+    for name in found[0]:
         together: dict[int, torch.Tensor] = {}
         for rank in range(0, world, tensor):
             for peer in range(rank + 1, rank + tensor):

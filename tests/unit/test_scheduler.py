@@ -155,6 +155,23 @@ def test_prompt_logprob_rows_cover_each_prompt_token_once_over_the_chunks():
     assert scheduler.schedule().prompt_rows == []
 
 
+def test_what_is_read_are_the_last_rows_of_a_slice_from_the_first_whose_logits_are_needed():
+    scheduler = make_scheduler(tokens=6)
+    scheduler.add(make(0, [10, 11, 12, 13, 14, 15, 16, 17], max_new_tokens=2))
+    scheduler.add(make(1, [20, 21, 22, 23, 24, 25], max_new_tokens=2, prompt_logprobs=True))
+    step = scheduler.schedule()
+    assert shape(step) == [(0, 0, 6, False)]
+    assert ([piece.num_read for piece in step.slices], step.num_read) == ([0], 0)
+    commit(scheduler, step)
+    step = scheduler.schedule()
+    assert shape(step) == [(0, 6, 2, True), (1, 0, 4, False)]
+    assert ([piece.num_read for piece in step.slices], step.num_read) == ([1, 4], 5)
+    commit(scheduler, step)
+    step = scheduler.schedule()  # the prompt's last two tokens: one speaks of the other
+    assert shape(step) == [(0, 8, 1, True), (1, 4, 2, True)]
+    assert ([piece.num_read for piece in step.slices], step.num_read) == ([1, 2], 3)
+
+
 def test_a_sequence_gets_its_next_block_exactly_when_the_last_is_full():
     scheduler = make_scheduler(blocks=8, block_size=4)
     seq = make(0, 3, max_new_tokens=20)
