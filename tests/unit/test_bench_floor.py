@@ -34,8 +34,9 @@ MODEL = {
 def test_the_floor_is_the_larger_of_computing_and_reading():
     job = Job(name="two", prompts=((1, 2, 3), (4,)), new_tokens=2)
     # A layer: attention 4 x 2 x (2 + 2 + 1 + 1) = 48, router 8, an expert 3 x 4 x 3 = 36 weights;
-    # logits 40. Tokens through the layers: 3 + 1 and 1 + 1; pairs 10 and 3.
-    flops = 2 * 6 * 2 * (48 + 8 + 36) + 2 * 4 * 40 + 4 * 2 * 13 * 4
+    # logits 40. Tokens through the first layer: 3 + 1 and 1 + 1; pairs 10 and 3. Through the last
+    # all go for keys and values, 16, and two each for the rest: pairs 3 + 4 and 1 + 2.
+    flops = 2 * 6 * (48 + 8 + 36 + 16) + 2 * 4 * (32 + 8 + 36 + 40) + 4 * 2 * 2 * (13 + 10)
     # Two tokens a step, one of two experts each: three quarters of the experts.
     read = 4 * 2 * (2 * (48 + 8) + 40 + 0.75 * 2 * 2 * 36)
     found = floor(MODEL, job, 2, Rates(flops=1.0, read=1.0))

@@ -3,7 +3,8 @@
 Two rates are measured in the same run as the contenders, on all cores at once (`peak.c`): fused
 multiply-adds in registers, and reads of memory. From the model's shapes and the job:
 
-    compute   every product of matrices of every token, at the first rate
+    compute   every product of matrices of every token that anybody needs, at the first rate: of the
+              last layer keys and values of all tokens, the rest of those that choose a new one
     read      every weight that a step needs, once a step, at the second
 
 A job takes at least as many steps as a request has new tokens, and at best the two overlap
@@ -89,14 +90,16 @@ def floor(model: dict[str, Any], job: Job, new_tokens: int, rates: Rates) -> Flo
     dense = layers * (attention + hidden * experts)
     logits = hidden * model["vocab_size"]
 
-    tokens = pairs = 0  # through the layers; of a query and a key
+    tokens = pairs = last_pairs = 0  # through the layers; of a query and a key
     for prompt in job.prompts:
         length = len(prompt) + new_tokens - 1  # the last new token goes through no layer
         tokens += length
         pairs += length * (length + 1) // 2
-    flops = 2 * tokens * (dense + layers * top_k * expert)
-    flops += 2 * len(job.prompts) * new_tokens * logits
-    flops += 4 * layers * pairs * heads * head_dim
+        last_pairs += new_tokens * (len(prompt) + length) // 2
+    layer, kv = attention + hidden * experts + top_k * expert, 2 * hidden * head_dim * kv_heads
+    flops = 2 * tokens * ((layers - 1) * layer + kv)
+    flops += 2 * len(job.prompts) * new_tokens * (layer - kv + logits)
+    flops += 4 * ((layers - 1) * pairs + last_pairs) * heads * head_dim
     # A step of B tokens, each with K of E experts at random, needs this share of the experts.
     share = 1 - (1 - top_k / experts) ** len(job.prompts)
     weights = dense + logits + share * layers * experts * expert
