@@ -134,8 +134,9 @@ class Request:
 class CapacityUse:
     """What expert capacity did to one request, in (token, expert) assignments over all MoE layers.
 
-    mass, mass_kept: combine weights of the assignments that competed for capacity, and of those
-    that survived; extras do not count.
+    assignments: as routed; tokens that compete with nobody are routed in the last layer only where
+    their output is read. mass, mass_kept: combine weights of the assignments that competed for
+    capacity, and of those that survived; extras do not count.
     """
 
     assignments: int = 0

@@ -80,7 +80,8 @@ class LayerReport:
     """One MoE layer's run.
 
     rank_max_over_mean, expert_max_over_mean: rows of the most loaded over the mean, before capacity
-    and after it. expert_loads, expert_loads_after: rows of each expert. assignments: top-k
+    and after it. expert_loads, expert_loads_after: rows of each expert; in the model's last layer,
+    where no token competes, of those tokens alone whose output is read. assignments: top-k
     assignments that competed for capacity; dropped, added: of them, and extras beside them.
     orphans: tokens that kept no expert. gate_mass_kept: share of the competing tokens' combine
     weights that survived, extras not counted. bytes_sent: to other ranks, by all ranks of the

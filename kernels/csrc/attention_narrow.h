@@ -29,9 +29,10 @@ struct Narrow {
     weigh(now, next, shrink, state_values(state));
   }
 
-  // Fetches the keys of the next tile, and their values, into the second-level cache: a core can wait
-  // for more lines of that one than of the first. W keys of one block lie in a row, so the lines
-  // are those behind the first; of keys that do not, wrong lines are fetched, which costs time only.
+  // Fetches the keys of the next tile into the second-level cache (a core can wait for more lines of
+  // that one than of the first), as `weigh` does its values: half of the lines each, for all at once
+  // are more than it can wait for. W keys of one block lie in a row, so the lines are those behind
+  // the first; of keys that do not, wrong lines are fetched, which costs time only.
   INLINE void score(const Rows& rows, const Rows& next, int64_t from, const Visible<1>& visible) {
     const bool mask = visible.hides(from, rows.count);
     vi lane;
