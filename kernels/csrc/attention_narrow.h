@@ -111,7 +111,7 @@ struct Narrow {
     }
     for (int64_t t = 0; t < rows.count; ++t) {
 #pragma GCC unroll 4
-      for (int j = 0; j < COUNT; ++j) __builtin_prefetch(next.values[t] + column + j * W, 0, 2);
+      for (int j = 0; j < COUNT * W; j += 16) __builtin_prefetch(next.values[t] + column + j, 0, 2);
       vf value[COUNT];
 #pragma GCC unroll 4
       for (int j = 0; j < COUNT; ++j)
