@@ -194,8 +194,8 @@ class CausalLM(nn.Module):
         moe_step: who competes for expert capacity, of this rank's slice; None where nobody does.
         group: tokens of this step over all ranks of the expert-parallel group, where known.
 
-        The last layer's queries, experts and norms run for the rows that are read alone, unless
-        tokens compete for capacity: it is all of them that compete.
+        Behind its projections the last layer runs the rows that are read alone, unless tokens
+        compete for capacity: it is all of them that compete.
 
         Collective over EP and TP: every rank must call, T and R may be 0.
         """

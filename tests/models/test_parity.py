@@ -81,26 +81,16 @@ def inputs(reference: Reference) -> list[list[int]]:
     return [tokens[:-1] for tokens in reference.sequences]
 
 
+@pytest.mark.parametrize("read", [None, NEW_TOKENS], ids=["all read", "last read"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_gives_the_logits_and_tokens_of_transformers(
-    case, schedule, references, models, one_rank
+    case, schedule, read, references, models, one_rank
 ):
     reference = references(case)
     sequences = inputs(reference)
     steps = SCHEDULES[schedule]([len(tokens) for tokens in sequences])
-    check(reference, run_schedule(models(case), one_rank, sequences, steps))
-
-
-@pytest.mark.parametrize("schedule", ["whole", "chunked"])
-@pytest.mark.parametrize("case", CASES)
-def test_the_last_layer_may_run_those_tokens_alone_that_are_read(
-    case, schedule, references, models, one_rank
-):
-    reference = references(case)
-    sequences = inputs(reference)
-    steps = SCHEDULES[schedule]([len(tokens) for tokens in sequences])
-    check(reference, run_schedule(models(case), one_rank, sequences, steps, NEW_TOKENS))
+    check(reference, run_schedule(models(case), one_rank, sequences, steps, read))
 
 
 def check_ranks(reference: Reference, world: int, **parallel: int) -> None:
