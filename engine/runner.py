@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
 
-from engine.layers.attention import ReadQueries, StepTensors
+from engine.layers.attention import Queries, ReadRows, StepTensors
 from engine.layers.kv import KVCache
 from engine.models.decoder import CausalLM, GroupTokens
 from engine.moe.halves import balanced_cut
@@ -105,35 +104,32 @@ class Runner:
             token_ids_T=self._upload(np.array(list(chain(*tokens)), dtype=np.int64)),
             positions_T=self._upload(positions_T),
             slots_T=self._upload(block_T * block_size + positions_T % block_size),
-            **self._queries(lens_S, ends_S, table_SB),
+            queries=self._queries(lens_S, ends_S, table_SB),
             read=self._read(slices, ends_S, table_SB),
         )
 
     def _read(
         self, slices: Sequence[Slice], contexts_S: np.ndarray, table_SB: np.ndarray
-    ) -> ReadQueries | None:
+    ) -> ReadRows | None:
         rows_R = _read_rows(slices)
         if rows_R is None:
             return None
         read_S = np.array([piece.num_read for piece in slices])
         some = read_S > 0
-        return ReadQueries(
+        return ReadRows(
             rows_R=self._upload(rows_R),
-            **self._queries(read_S[some], contexts_S[some], table_SB[some]),
+            queries=self._queries(read_S[some], contexts_S[some], table_SB[some]),
         )
 
-    def _queries(
-        self, lens_S: np.ndarray, contexts_S: np.ndarray, table_SB: np.ndarray
-    ) -> dict[str, Any]:
-        """The fields of `Queries`."""
+    def _queries(self, lens_S: np.ndarray, contexts_S: np.ndarray, table_SB: np.ndarray) -> Queries:
         start_S1 = np.concatenate(([0], np.cumsum(lens_S))).astype(np.int32)
-        return {
-            "query_start_S1": self._upload(start_S1),
-            "query_lens": lens_S.tolist(),
-            "context_lens": contexts_S.tolist(),
-            "context_lens_S": self._upload(contexts_S.astype(np.int32)),
-            "block_table_SB": self._upload(table_SB),
-        }
+        return Queries(
+            query_start_S1=self._upload(start_S1),
+            query_lens=lens_S.tolist(),
+            context_lens=contexts_S.tolist(),
+            context_lens_S=self._upload(contexts_S.astype(np.int32)),
+            block_table_SB=self._upload(table_SB),
+        )
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(array), self.device)

@@ -47,27 +47,31 @@ class Queries:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReadQueries(Queries):
+class ReadRows:
     """The tokens of a step whose final hidden state is read; of each sequence they are the last.
 
-    rows_R: int64, their rows among the step's tokens, ascending.
+    rows_R: int64, their rows among the step's tokens, ascending. queries: of the sequences that
+    have any.
     """
 
     rows_R: torch.Tensor
+    queries: Queries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTensors(Queries):
+class StepTensors:
     """One step's tokens, flattened: decodes first, then prefills.
 
     token_ids_T, positions_T: int64. slots_T: int64, where each token's key goes (block * block_size
-    + offset). read: the tokens whose final hidden state is read, None where all are. T may be 0.
+    + offset). queries: of all of them. read: the tokens whose final hidden state is read, None
+    where all are. T may be 0.
     """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
-    read: ReadQueries | None = None
+    queries: Queries
+    read: ReadRows | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +137,7 @@ class Attention(nn.Module):
         step: StepTensors,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        read: ReadQueries | None = None,
+        read: ReadRows | None = None,
     ) -> torch.Tensor:
         """Return [T, D], of `read` only those rows; k_cache and v_cache, [blocks, G, block_size,
         Dh], take the keys and values of all of the step's tokens.
@@ -141,7 +145,7 @@ class Attention(nn.Module):
         Collective over TP: every rank must call.
         """
         spec = self.spec
-        queries = step if read is None else read
+        queries = (step if read is None else read).queries
         qkv_TO = linear(x_TD, self.qkv_OD, self.qkv_bias_O)
         widths = (self.q_width, self.kv_width, self.kv_width)
         q, k, v = qkv_TO.split_with_sizes(widths, dim=1)  # a third of what `split` costs

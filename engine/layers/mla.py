@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from engine.distributed.groups import Group
-from engine.layers.attention import ReadQueries, StepTensors, out_slots, project_out
+from engine.layers.attention import ReadRows, StepTensors, out_slots, project_out
 from engine.layers.kv import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, share_heads
 from engine.ops.linear import linear
@@ -112,7 +112,7 @@ class LatentAttention(nn.Module):
         step: StepTensors,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        read: ReadQueries | None = None,
+        read: ReadRows | None = None,
     ) -> torch.Tensor:
         """Return [T, D], of `read` only those rows. k_cache, [blocks, 1, block_size, C + R], and
         v_cache, its first C columns, take the latents of all of the step's tokens.
@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
         Collective over TP: every rank must call.
         """
         spec = self.spec
-        queries = step if read is None else read
+        queries = (step if read is None else read).queries
         down_TO = linear(x_TD, self.down_OD, self.down_bias_O)
         q, latent, k_rope = down_TO.split((self.down_q, spec.kv_rank, spec.rope_dim), dim=1)
         if self.q_up_OQ is not None and self.q_norm_Q is not None:

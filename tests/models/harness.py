@@ -17,7 +17,7 @@ import torch
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
-from engine.layers.attention import ReadQueries, StepTensors
+from engine.layers.attention import Queries, ReadRows, StepTensors
 from engine.layers.kv import KVCache
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
@@ -119,30 +119,28 @@ def build_step(
         start.append(start[-1] + length)
     context = [begin + length for _, begin, length in pieces]
     width = max((len(tables[s]) for s, _, _ in pieces), default=0)
-    padded = [tables[s] + [0] * (width - len(tables[s])) for s, _, _ in pieces]
     some = [i for i, count in enumerate(reads) if count]
-    read = ReadQueries(
-        rows_R=torch.tensor(
-            [row for i in some for row in range(start[i + 1] - reads[i], start[i + 1])],
-            dtype=torch.int64,
-        ),
-        query_start_S1=torch.tensor([0, *(reads[i] for i in some)]).cumsum(0).int(),
-        query_lens=[reads[i] for i in some],
-        context_lens=[context[i] for i in some],
-        context_lens_S=torch.tensor([context[i] for i in some], dtype=torch.int32),
-        block_table_SB=torch.tensor([padded[i] for i in some], dtype=torch.int32).view(-1, width)
-        if some
-        else torch.zeros(0, width, dtype=torch.int32),
+    ends = [range(start[i + 1] - reads[i], start[i + 1]) for i in some]
+
+    def queries(of: list[int], lens: list[int]) -> Queries:
+        padded = [tables[s] + [0] * (width - len(tables[s])) for s, _, _ in (pieces[i] for i in of)]
+        return Queries(
+            query_start_S1=torch.tensor([0, *lens]).cumsum(0).int(),
+            query_lens=lens,
+            context_lens=[context[i] for i in of],
+            context_lens_S=torch.tensor([context[i] for i in of], dtype=torch.int32),
+            block_table_SB=torch.tensor(padded, dtype=torch.int32).view(len(of), width),
+        )
+
+    read = ReadRows(
+        rows_R=torch.tensor([row for rows in ends for row in rows], dtype=torch.int64),
+        queries=queries(some, [reads[i] for i in some]),
     )
     return StepTensors(
         token_ids_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
         slots_T=torch.tensor(slots, dtype=torch.int64),
-        query_start_S1=torch.tensor(start, dtype=torch.int32),
-        query_lens=[length for _, _, length in pieces],
-        context_lens=context,
-        context_lens_S=torch.tensor(context, dtype=torch.int32),
-        block_table_SB=torch.tensor(padded, dtype=torch.int32).view(len(pieces), width),
+        queries=queries(list(range(len(pieces))), [length for _, _, length in pieces]),
         read=None if sum(reads) == len(tokens) else read,
     )
 

@@ -49,11 +49,12 @@ def test_a_step_is_flattened_with_the_places_of_its_keys():
         p.seq.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
         for p, position in places
     ]
-    assert step.query_lens == [1, 1, 6, 5] and step.query_start_S1.tolist() == [0, 1, 2, 8, 13]
-    assert step.context_lens == step.context_lens_S.tolist() == [7, 9, 9, 5]
-    assert step.block_table_SB.tolist() == [[5, 9, 0], [2, 7, 1], [4, 3, 0], [8, 6, 0]]
-    dtypes = {step.query_start_S1.dtype, step.context_lens_S.dtype, step.block_table_SB.dtype}
-    assert dtypes == {torch.int32}
+    all_of = step.queries
+    assert all_of.query_lens == [1, 1, 6, 5] and all_of.query_start_S1.tolist() == [0, 1, 2, 8, 13]
+    assert all_of.context_lens == all_of.context_lens_S.tolist() == [7, 9, 9, 5]
+    assert all_of.block_table_SB.tolist() == [[5, 9, 0], [2, 7, 1], [4, 3, 0], [8, 6, 0]]
+    on_device = (all_of.query_start_S1, all_of.context_lens_S, all_of.block_table_SB)
+    assert {tensor.dtype for tensor in on_device} == {torch.int32}
     assert {step.token_ids_T.dtype, step.positions_T.dtype, step.slots_T.dtype} == {torch.int64}
 
 
@@ -61,16 +62,21 @@ def test_sequences_that_nobody_reads_ask_nothing_of_the_last_layer():
     read = runner().build(STEP).read
     assert read is not None
     assert read.rows_R.tolist() == [0, 1, 11, 12]
-    assert read.query_lens == [1, 1, 2] and read.query_start_S1.tolist() == [0, 1, 2, 4]
-    assert read.context_lens == read.context_lens_S.tolist() == [7, 9, 5]
-    assert read.block_table_SB.tolist() == [[5, 9, 0], [2, 7, 1], [8, 6, 0]]
+    assert read.queries.query_lens == [1, 1, 2] and read.queries.query_start_S1.tolist() == [
+        0,
+        1,
+        2,
+        4,
+    ]
+    assert read.queries.context_lens == read.queries.context_lens_S.tolist() == [7, 9, 5]
+    assert read.queries.block_table_SB.tolist() == [[5, 9, 0], [2, 7, 1], [8, 6, 0]]
 
 
 def test_a_step_of_which_nothing_is_read_asks_nothing_at_all():
     read = runner().build(STEP[2:3]).read
     assert read is not None
-    assert read.rows_R.tolist() == read.query_lens == read.context_lens == []
-    assert read.query_start_S1.tolist() == [0] and read.block_table_SB.shape[0] == 0
+    assert read.rows_R.tolist() == read.queries.query_lens == read.queries.context_lens == []
+    assert read.queries.query_start_S1.tolist() == [0] and read.queries.block_table_SB.shape[0] == 0
 
 
 @pytest.mark.parametrize("slices", [STEP[:2], []], ids=["decode", "empty"])
