@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.contender import REPOSITORY, WorkerError
+from bench.parts import written
 from bench.report import emit, table
 from bench.stamp import stamp
 
@@ -123,7 +124,7 @@ def run_job(
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
     }
-    before = _ledger_bytes(output)
+    before = written(output)
     begin = time.perf_counter()
     running = [
         subprocess.Popen(
@@ -139,7 +140,7 @@ def run_job(
     try:
         while running[0].poll() is None:
             peak_mib = max(peak_mib, _peak_mib(running[0].pid))
-            if first_s is None and _ledger_bytes(output) > before:
+            if first_s is None and written(output) > before:
                 first_s = time.perf_counter() - begin
                 if until_first:
                     for process in running:
@@ -240,15 +241,6 @@ def _settings(spans: Path | None) -> list[str]:
     settings = ["runtime.device=cpu", "runtime.drain_s=0", "scheduler.max_sequences=16"]
     settings += ["sampling.ignore_eos=true"]
     return settings + ([f"profiler.spans={spans}"] if spans else [])
-
-
-def _ledger_bytes(output: Path) -> int:
-    parts = output.with_name(f"{output.name}.parts").glob("part-*")
-    total = 0
-    for part in parts:
-        with contextlib.suppress(OSError):  # merged and removed by now
-            total += part.stat().st_size
-    return total
 
 
 def _peak_mib(pid: int) -> float:

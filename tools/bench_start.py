@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.contender import REPOSITORY
+from bench.parts import written
 from bench.report import emit, spread, table
 from bench.stamp import stamp
 from virtual_slurm import VirtualSlurm, missing_programs
@@ -115,8 +116,7 @@ def _job(slurm: VirtualSlurm, folder: Path, ranks: int, turn: int) -> float:
     began = time.perf_counter()
     process = slurm.start(*_srun(ranks), *command)
     while time.perf_counter() - began < _LIMIT_S:
-        found = list(output.parent.glob(f"{output.name}.parts/part*"))
-        if output.exists() or any(part.stat().st_size for part in found):
+        if output.exists() or written(output):
             break
         if process.poll() is not None:
             break

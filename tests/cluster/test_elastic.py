@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.job import Job, read_lines, written
+from bench.parts import written
+from chaos.job import Job, read_lines
 from chaos.processes import alive, ranks_of, wait_until_gone
 from chaos.records import compare
 

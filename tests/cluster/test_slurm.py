@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bench.parts import written
 from virtual_slurm import VirtualSlurm, missing_programs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,11 +89,6 @@ def submit(
     return slurm.sbatch(*options, str(SCRIPTS / script), *argv, environ=place | environ)
 
 
-def started(output: Path) -> bool:
-    """Whether records are in the ledger."""
-    return any(part.stat().st_size for part in output.parent.glob(f"{output.name}.parts/part*"))
-
-
 def resumed(output: Path) -> int:
     """How many requests the last run found done."""
     return json.loads(output.with_name(output.name + ".report.json").read_text())["resumed"]
@@ -144,7 +140,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_finishes_it(
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
     command = "infer_srun.sbatch", ["--nodes=2"], arguments(requests, output, ranks=2), log
     job = submit(slurm, *command)
-    slurm.wait(lambda: started(output), JOB_S, "the first record")
+    slurm.wait(lambda: written(output) > 0, JOB_S, "the first record")
     slurm.run("scancel", job)
     slurm.wait(lambda: slurm.ended(job), JOB_S, "the cancelled job's end")
     assert (slurm.state(job), slurm.job(job)["Restarts"]) == ("CANCELLED", "0"), log.read_text()
@@ -160,7 +156,7 @@ def test_a_job_that_runs_out_of_time_requeues_itself_and_goes_on(
 ):
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
     job = submit(slurm, "infer.sbatch", ["--nodes=2"], arguments(requests, output, ranks=2), log)
-    slurm.wait(lambda: started(output), JOB_S, "the first record")
+    slurm.wait(lambda: written(output) > 0, JOB_S, "the first record")
     slurm.run("scancel", "--batch", "--signal=TERM", job)  # as --signal=B:TERM@120 does
     slurm.restart_now(job)
     assert not output.exists(), "there was something left to do"
@@ -175,7 +171,7 @@ def test_a_preempted_job_is_requeued_once_and_goes_on(slurm, requests, undisturb
     job = submit(
         slurm, "infer_srun.sbatch", ["--nodes=2"], arguments(requests, output, ranks=2), log
     )
-    slurm.wait(lambda: started(output), JOB_S, "the first record")
+    slurm.wait(lambda: written(output) > 0, JOB_S, "the first record")
     urgent = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
     slurm.sbatch(*urgent, "--wrap=true")
     slurm.restart_now(job)
@@ -189,7 +185,7 @@ def test_a_job_that_loses_its_head_node_goes_on_without_it(slurm, requests, undi
     job = submit(
         slurm, "infer_srun.sbatch", ["--nodes=2"], arguments(requests, output, ranks=2), log
     )
-    slurm.wait(lambda: started(output), JOB_S, "the first record")
+    slurm.wait(lambda: written(output) > 0, JOB_S, "the first record")
     assert slurm.job(job)["NodeList"] == "n[1-2]"  # n1 runs the script and rank 0
     for state in ("down", "drain"):  # drain: up again, it would take the job
         slurm.run("scontrol", "update", "NodeName=n1", f"State={state}", "Reason=test")
@@ -223,7 +219,8 @@ def test_an_array_merges_its_slices_once_though_one_of_them_was_requeued(
     array = submit(slurm, "array.sbatch", options, argv, log)
     # The last task, whose own job id is the whole array's.
     last = f"{array}_2"
-    slurm.wait(lambda: started(tmp_path / "out.jsonl.slice-00002-of-00003"), JOB_S, "a record")
+    slice_output = tmp_path / "out.jsonl.slice-00002-of-00003"
+    slurm.wait(lambda: written(slice_output) > 0, JOB_S, "a record")
     slurm.run("scancel", "--batch", "--signal=TERM", last)
     slurm.restart_now(last)
     slurm.wait(lambda: slurm.ended(array), JOB_S, "the array's end")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import soak
+from bench.parts import written
 from chaos.faults import KINDS, Fault, faults
-from chaos.job import Job, tear, written
+from chaos.job import Job, tear
 from chaos.processes import alive
 from chaos.records import Comparison, compare
 from chaos.session import Outcome
@@ -97,6 +99,25 @@ def test_a_torn_tail_is_cut_from_the_largest_part(tmp_path):
     assert tear(output, 4)
     assert (parts / "part-00001.jsonl").read_text() == "012345"
     assert written(output) == 10
+
+
+def test_parts_that_are_merged_while_they_are_looked_for_are_none(tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    parts = tmp_path / "out.jsonl.parts"
+    parts.mkdir()
+
+    def merged_first(look):
+        def call(folder):
+            if parts.exists():
+                parts.rmdir()
+            return look(folder)
+
+        return call
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, merged_first(getattr(os, name)))
+    assert written(output) == 0
+    assert not parts.exists()
 
 
 def test_the_job_holds_a_line_that_becomes_an_error_record(tmp_path):

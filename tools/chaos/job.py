@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from bench.parts import part_files
 from bench.stamp import REPOSITORY
 
 _SCRIPT = REPOSITORY / "launch" / "infer.py"
@@ -50,20 +50,9 @@ def torchrun(num_ranks: int, max_restarts: int) -> list[str]:
     return [*module, f"--nproc-per-node={num_ranks}", f"--max-restarts={max_restarts}"]
 
 
-def written(output: Path) -> int:
-    """Bytes in the parts of an unfinished output."""
-    size = 0
-    for part in _parts(output):
-        try:
-            size += part.stat().st_size
-        except FileNotFoundError:  # merged in this moment
-            continue
-    return size
-
-
 def tear(output: Path, num_bytes: int) -> bool:
     """Cut the end off the largest part; False where there is nothing to cut."""
-    parts = [part for part in _parts(output) if part.stat().st_size]
+    parts = [part for part in part_files(output) if part.stat().st_size]
     if not parts:
         return False
     part = max(parts, key=lambda path: path.stat().st_size)
@@ -75,7 +64,3 @@ def tear(output: Path, num_bytes: int) -> bool:
 def read_lines(output: Path) -> list[str]:
     """The records of a complete output, one a line."""
     return output.read_text(encoding="utf-8").splitlines()
-
-
-def _parts(output: Path) -> Sequence[Path]:
-    return sorted(output.with_name(output.name + ".parts").glob("part-*.jsonl"))

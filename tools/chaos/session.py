@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.parts import written
+
 from chaos import places
 from chaos.faults import ENDS_AGENT, SURVIVABLE, Fault
-from chaos.job import tear, torchrun, written
+from chaos.job import tear, torchrun
 from chaos.places import Network
 from chaos.processes import alive, ranks_of, send, wait_until_gone
 

@@ -1,0 +1,25 @@
+"""How far a job that still runs has got: what stands in the parts of its output."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def part_files(output: Path) -> list[Path]:
+    """The parts of an unfinished output, none where it is not begun or has just been merged."""
+    folder = output.with_name(output.name + ".parts")
+    names: list[str] = []
+    with suppress(FileNotFoundError):
+        names = os.listdir(folder)
+    return sorted(folder / name for name in names if name.startswith("part-"))
+
+
+def written(output: Path) -> int:
+    """Bytes in the parts of an unfinished output."""
+    size = 0
+    for part in part_files(output):
+        with suppress(FileNotFoundError):  # merged in this moment
+            size += part.stat().st_size
+    return size
