@@ -25,7 +25,8 @@ its measured rates (`bench/floor.py`); no rate of a contender can exceed the flo
 A second table says, for every rank of this engine, how long it computed, moved rows and waited for
 others (means over the rounds, of the job with all new tokens). Where one rank took part, a line
 says what several could reach at best: as long as the mean rank computed, nothing to move and
-nobody to wait for.
+nobody to wait for; and what that comes to on cores of which the slowest is waited for as often as
+the ranks meet in a MoE layer (`bench/meeting.py`, measured in every round).
 
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
@@ -39,7 +40,8 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from bench.floor import Floor, floor, measure_rates
 from bench.generation import REFERENCE, generation_contenders
 from bench.interleave import interleave
 from bench.jobs import JOBS, Job, make_job
+from bench.meeting import Meeting
 from bench.report import emit, spread, table
 from bench.stamp import stamp
 from make_random_checkpoint import make_checkpoint
@@ -56,19 +59,29 @@ from make_random_checkpoint import make_checkpoint
 DEFAULT_CHECKPOINT = Path.home() / ".cache" / "lockstep-bench" / "mixtral-57.7m"
 HEADER = ["contender", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
 HEADER += ["of the first's time", "equal", "peak MiB a rank"]
+_NO_TOKENS = 0  # of a turn in which the cores are measured and no contender
 RANK_HEADER = ["contender", "rank", "computing s", "moving s", "waiting s"]
 
 
 def measure(
-    running: dict[str, Running], job: Job, rounds: int, pause_s: float
+    running: dict[str, Running],
+    job: Job,
+    rounds: int,
+    pause_s: float,
+    share: Callable[[float], float] | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
-    """Run a job in turns; return each contender's figures and tokens."""
+    """Run a job in turns; return each contender's figures and tokens.
+
+    share: `Meeting.share`, where it can be measured.
+    """
     prompts = [list(prompt) for prompt in job.prompts]
     last: dict[str, list[dict[str, Any]]] = {}
     parts: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
 
     def run(key: tuple[str, int]) -> float:
         name, new_tokens = key
+        if share is not None and new_tokens == _NO_TOKENS:
+            return share(between_ms[name])
         replies = running[name].call("run", prompts=prompts, new_tokens=new_tokens)
         last[name] = replies
         if "parts" in replies[0]:
@@ -79,6 +92,12 @@ def measure(
     for key in keys:  # once unmeasured: caches, lazy initialisation, compilation
         run(key)
     tokens = {name: replies[0]["tokens"] for name, replies in last.items()}
+    between_ms = {
+        name: 1e3 * statistics.mean(reply["parts"]["computing"] / met for reply in replies)
+        for name, replies in last.items()
+        if share is not None and len(replies) > 1 and (met := replies[0].get("meetings"))
+    }
+    keys += [(name, _NO_TOKENS) for name in between_ms]
     parts.clear()
     seconds = interleave(keys, rounds, run, pause_s)
     figures = {
@@ -91,6 +110,9 @@ def measure(
                 {part: statistics.mean(each[part] for each in of_rank) for part in of_rank[0]}
                 for of_rank in zip(*rounds_of_ranks, strict=True)
             ]
+        if name in between_ms:
+            entry["meeting"] = {"every_ms": between_ms[name]}
+            entry["meeting"] |= {"share": spread(seconds[name, _NO_TOKENS])}
     return figures, tokens
 
 
@@ -160,6 +182,12 @@ def rank_table(figures: dict[str, Any]) -> str:
             f"{name}: {alone / total:.3g} times as fast as one rank; at best, with nothing to move "
             f"and nobody to wait for, {alone / mean:.3g}"
         )
+        if (meeting := figures[name].get("meeting")) is not None:
+            every_ms, left = meeting["every_ms"], meeting["share"]["median"]
+            lines.append(
+                f"  on cores that meet every {every_ms:.3g} ms of equal work, which keep "
+                f"{left:.3g} of their pace here, {alone / mean * left:.3g}"
+            )
     return "\n".join([table(RANK_HEADER, rows), *lines]) if rows else ""
 
 
@@ -169,9 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (options.checkpoint / "config.json").exists():
         make_checkpoint("mixtral", options.checkpoint, size=options.size)
     model = json.loads((options.checkpoint / "config.json").read_text())
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
     rates = None
     try:
-        rates = measure_rates(sorted(os.sched_getaffinity(0))[: options.threads])
+        rates = measure_rates(cores)
     except RuntimeError as error:
         print(f"no floor: {error}", file=sys.stderr)
     chosen = select(
@@ -186,6 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
+        share = None
+        if rates is not None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+            share = Meeting(cores, Path(folder)).share
         for contender in chosen:
             print(f"starting {contender.name} ...", file=sys.stderr, flush=True)
             worker = stack.enter_context(start(contender))
@@ -201,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             running[contender.name] = worker
         for name in options.jobs:
             job = make_job(name, model["vocab_size"])
-            figures, tokens = measure(running, job, options.rounds, options.pause)
+            figures, tokens = measure(running, job, options.rounds, options.pause, share)
             reference = tokens[REFERENCE if REFERENCE in tokens else chosen[0].name]
             for contender, entry in figures.items():
                 pairs = zip(tokens[contender], reference, strict=True)

@@ -1,4 +1,4 @@
-"""The floor of a generation job: by hand for a small model, and two rates that make sense.
+"""The floor of a generation job: by hand for a small model, and measured rates that make sense.
 
 python -m pytest tests/unit/test_bench_floor.py
 """
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from bench.floor import Rates, floor, measure_rates
 from bench.jobs import Job
+from bench.meeting import Meeting
 
 MODEL = {
     "num_hidden_layers": 2,
@@ -66,3 +67,15 @@ def test_no_product_of_matrices_beats_the_rate_of_computing():
         best = max(best, 2 * 512**3 / (time.perf_counter() - begin))
     torch.set_num_threads(before)
     assert max(rates) > best / 2
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_a_core_that_meets_nobody_loses_nothing(tmp_path):
+    core = sorted(os.sched_getaffinity(0))[0]
+    assert Meeting([core], tmp_path).share(0.5, seconds=0.1) == pytest.approx(1, abs=0.5)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_cores_that_meet_end_together(tmp_path):
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    assert 0 < Meeting(cores, tmp_path).share(0.5, seconds=0.1) < 2

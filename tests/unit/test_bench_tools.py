@@ -189,14 +189,18 @@ def test_ranks_are_held_against_one_rank_and_against_free_exchanges() -> None:
     figures = {
         "alone": {"rank_seconds": [parts(9.0, 1.0, 0.0)]},
         "peer": {},
-        "both": {"rank_seconds": [parts(7.0, 2.0, 3.5), parts(9.0, 2.0, 1.0)]},
+        "both": {
+            "rank_seconds": [parts(7.0, 2.0, 3.5), parts(9.0, 2.0, 1.0)],
+            "meeting": {"every_ms": 4.0, "share": {"median": 0.6}},
+        },
         "unmeasured": {"rank_seconds": [parts(0.0, 0.0, 0.0)] * 2},
     }
     text = bench_generate.rank_table(figures)
-    assert text.splitlines()[-1] == (
+    assert text.splitlines()[-2:] == [
         "both: 0.8 times as fast as one rank; at best, with nothing to move and nobody to wait "
-        "for, 1.25"
-    )
+        "for, 1.25",
+        "  on cores that meet every 4 ms of equal work, which keep 0.6 of their pace here, 0.75",
+    ]
     assert "peer" not in text and text.count("times as fast") == 1
     del figures["alone"]
     assert "both" in bench_generate.rank_table(figures)
@@ -218,6 +222,32 @@ def test_only_measured_rounds_of_the_whole_job_make_a_ranks_seconds() -> None:
     figures, _ = bench_generate.measure(running, make_job("batch8", 100), rounds=2, pause_s=0.0)
     measured = [place for place, new in enumerate(asked, 1) if new == 32][1:]
     assert figures["one"]["rank_seconds"] == [parts(sum(measured) / 2, 0.0, 0.5)]
+
+
+def test_cores_meet_once_a_round_as_often_as_the_ranks_do() -> None:
+    class Worker:
+        def __init__(self, ranks: int) -> None:
+            self.ranks = ranks
+
+        def call(self, name: str, prompts: list, new_tokens: int) -> list[dict]:
+            rank = {"seconds": 1.0, "tokens": [[1]] * len(prompts), "peak_rss_mib": 1}
+            computing = [3.0, 5.0][: self.ranks]
+            return [rank | {"parts": parts(c, 0.0, 0.5), "meetings": 500} for c in computing]
+
+    asked: list[float] = []
+
+    def share(milliseconds: float) -> float:
+        asked.append(milliseconds)
+        return [0.8, 0.6, 0.9][len(asked) - 1]
+
+    running: Any = {"one": Worker(1), "two": Worker(2)}
+    job = make_job("batch8", 100)
+    figures, _ = bench_generate.measure(running, job, rounds=3, pause_s=0.0, share=share)
+    assert asked == [pytest.approx(8.0)] * 3
+    assert figures["two"]["meeting"]["share"]["median"] == 0.8
+    assert figures["two"]["meeting"]["every_ms"] == pytest.approx(8.0)
+    assert "meeting" not in figures["one"]
+    assert "meeting" not in bench_generate.measure(running, job, rounds=1, pause_s=0.0)[0]["two"]
 
 
 def test_made_tokens_choose_exactly_the_given_experts() -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.compiled import compile_for_here
 from bench.jobs import Job
 
 _SOURCE = Path(__file__).with_name("peak.c")
@@ -49,14 +50,11 @@ class Floor:
 
 
 def measure_rates(cores: list[int], seconds: float = 1.0) -> Rates:
-    """Measure both rates on these cores. Raises RuntimeError where there is no C compiler."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None or shutil.which("taskset") is None:
-        raise RuntimeError("no C compiler or no taskset here: install gcc and util-linux")
+    """Measure both rates on these cores. Raises RuntimeError without a C compiler."""
+    if shutil.which("taskset") is None:
+        raise RuntimeError("no taskset here: install util-linux")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        program = Path(folder) / "peak"
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-Wno-psabi"]
-        subprocess.run([compiler, *flags, _SOURCE, "-o", program], check=True, capture_output=True)
+        program = compile_for_here(_SOURCE, Path(folder))
         return Rates(
             _rate(program, "flops", cores, seconds), _rate(program, "read", cores, seconds)
         )

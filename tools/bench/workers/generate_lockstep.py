@@ -44,7 +44,8 @@ class Worker:
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
         """Continue every prompt greedily by `new_tokens`; seconds around `generate`. Collective.
 
-        parts: of them, this rank's for each thing it did.
+        parts: of them, this rank's for each thing it did. meetings: how often a MoE layer waited
+        for all ranks.
         """
         import torch
 
@@ -52,6 +53,7 @@ class Worker:
 
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         torch.distributed.barrier()
+        met = self._meetings()
         begin = time.perf_counter()
         completions = self._llm.generate(prompts, params)
         seconds = time.perf_counter() - begin
@@ -68,6 +70,7 @@ class Worker:
             "waiting": own["waiting"],
         }
         result = {"seconds": seconds, "tokens": tokens, "parts": parts}
+        result["meetings"] = self._meetings() - met
         return {**result, **memory_mib(), **self._device_memory()}
 
     def score(self, prompts: list[list[int]]) -> dict[str, Any]:
@@ -94,6 +97,9 @@ class Worker:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         return {}
+
+    def _meetings(self) -> int:
+        return sum(layer.num_collectives for layer in self._llm.model.moe_layers)
 
     def _device_memory(self) -> dict[str, float]:
         import torch
