@@ -21,6 +21,7 @@ import bench_generate
 import bench_moe_layer
 from bench.contender import REPOSITORY, Contender, WorkerError, select, start
 from bench.generation import REFERENCE, generation_contenders
+from bench.generation_tables import rank_table
 from bench.interleave import interleave
 from bench.jobs import JOBS, make_job
 from bench.moe_case import (
@@ -195,7 +196,7 @@ def test_ranks_are_held_against_one_rank_and_against_free_exchanges() -> None:
         },
         "unmeasured": {"rank_seconds": [parts(0.0, 0.0, 0.0)] * 2},
     }
-    text = bench_generate.rank_table(figures)
+    text = rank_table(figures)
     assert text.splitlines()[-2:] == [
         "both: 0.8 times as fast as one rank; at best, with nothing to move and nobody to wait "
         "for, 1.25",
@@ -203,9 +204,9 @@ def test_ranks_are_held_against_one_rank_and_against_free_exchanges() -> None:
     ]
     assert "peer" not in text and text.count("times as fast") == 1
     del figures["alone"]
-    assert "both" in bench_generate.rank_table(figures)
-    assert "times as fast" not in bench_generate.rank_table(figures)
-    assert bench_generate.rank_table({"peer": {}}) == ""
+    assert "both" in rank_table(figures)
+    assert "times as fast" not in rank_table(figures)
+    assert rank_table({"peer": {}}) == ""
 
 
 def test_only_measured_rounds_of_the_whole_job_make_a_ranks_seconds() -> None:

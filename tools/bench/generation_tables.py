@@ -1,0 +1,72 @@
+"""What bench_generate prints of a job: the contenders' rates, and where this engine's ranks were."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.floor import Floor
+from bench.jobs import Job
+from bench.report import table
+
+_HEADER = ["contender", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
+_HEADER += ["of the first's time", "equal", "peak MiB a rank"]
+_RANK_HEADER = ["contender", "rank", "computing s", "moving s", "waiting s"]
+
+
+def job_table(
+    job: Job, figures: dict[str, Any], ranks: dict[str, int], floors: tuple[Floor, Floor] | None
+) -> str:
+    """One job's table. floors: of one new token a prompt and of all."""
+    fastest_first = next(iter(figures.values()))["total_s"]
+    rows = [
+        [
+            name,
+            ranks[name],
+            entry["prefill_tok_s"],
+            entry["decode_tok_s"],
+            entry["generated_tok_s"],
+            entry["total_s"],
+            entry["total_s"] / fastest_first,
+            f"{entry['equal']}/{len(job.prompts)}",
+            " ".join(f"{mib:.0f}" for mib in entry["peak_mib"]),
+        ]
+        for name, entry in figures.items()
+    ]
+    if floors is not None:
+        first, total = floors[0].seconds, floors[1].seconds
+        prefill = job.prompt_tokens / first
+        generated = len(job.prompts) * job.new_tokens / total
+        rows.append(["floor", "", prefill, "", generated, total, total / fastest_first, "", ""])
+    prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
+    return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(_HEADER, rows)}"
+
+
+def rank_table(figures: dict[str, Any]) -> str:
+    """Where the time of this engine's ranks went, and what that allows; empty without any."""
+    seconds = {name: e["rank_seconds"] for name, e in figures.items() if "rank_seconds" in e}
+    rows = [
+        [name, rank, each["computing"], each["moving"], each["waiting"]]
+        for name, ranks in seconds.items()
+        for rank, each in enumerate(ranks)
+    ]
+    alone = next((sum(r[0].values()) for r in seconds.values() if len(r) == 1), None)
+    lines = []
+    for name, ranks in seconds.items():
+        if len(ranks) == 1 or alone is None:
+            continue
+        mean = statistics.mean(each["computing"] for each in ranks)
+        total = max(sum(each.values()) for each in ranks)
+        if not mean:  # the profiler is off
+            continue
+        lines.append(
+            f"{name}: {alone / total:.3g} times as fast as one rank; at best, with nothing to move "
+            f"and nobody to wait for, {alone / mean:.3g}"
+        )
+        if (meeting := figures[name].get("meeting")) is not None:
+            every_ms, left = meeting["every_ms"], meeting["share"]["median"]
+            lines.append(
+                f"  on cores that meet every {every_ms:.3g} ms of equal work, which keep "
+                f"{left:.3g} of their pace here, {alone / mean * left:.3g}"
+            )
+    return "\n".join([table(_RANK_HEADER, rows), *lines]) if rows else ""
