@@ -1,4 +1,4 @@
-"""What bench_generate prints of a job: the contenders' rates, and where this engine's ranks were."""
+"""What bench_generate prints of a job: the contenders' rates, and what this engine's ranks did."""
 
 from __future__ import annotations
 
