@@ -8,8 +8,8 @@ constexpr int PV = PANEL / W;  // vectors of a panel
 // Rows of x at a time, for one panel and for two: as many accumulators as registers allow.
 constexpr int ONE = W == 16 ? 16 : W == 8 ? 6 : 3, TWO = W == 16 ? 12 : W == 8 ? 3 : 1;
 // Most rows for which four panels are read side by side, and how many columns ahead each is fetched.
-// Memory sets the pace of so few rows, and a core can get a third more of it from four places than
-// from one.
+// Memory sets the pace of so few rows, and a core can get more of it from four places than from
+// one (an Intel Xeon a third more).
 constexpr int FEW = W == 16 ? 6 : 1;
 constexpr int64_t FETCH_FEW = 128;
 
@@ -79,16 +79,11 @@ INLINE void for_each_run(int64_t rows, const F& f) {
   }
 }
 
-// How many whole panels each of `places` runs has that rows first .. end of weights are cut into, to
-// be read side by side; what is left over belongs to none.
-INLINE int64_t panels_a_run(int64_t first, int64_t end, int64_t places) {
-  return end > first ? (end - first) / PANEL / places : 0;
-}
-
-// Outputs of `panels` panels from each of four places, `jump` outputs apart; at most FEW rows.
-INLINE void linear_few(const float* packed, int64_t rows, int64_t depth, const float* weight,
-                       const float* bias, int64_t first, int64_t panels, Rows<float> out) {
-  const int64_t jump = panels * PANEL;
+// For at most FEW rows: outputs first .. end in whole panels, read side by side from four places,
+// `jump` outputs apart. Returns the first output that is left, where the panels do not divide.
+INLINE int64_t linear_few(const float* packed, int64_t rows, int64_t depth, const float* weight,
+                          const float* bias, int64_t first, int64_t end, Rows<float> out) {
+  const int64_t jump = (end - first) / PANEL / 4 * PANEL;
   for (int64_t n0 = first; n0 < first + jump; n0 += PANEL) {
     with_run<FEW>(rows, 0, [&](auto run, int64_t) {
       constexpr int R = decltype(run)::value;
@@ -104,12 +99,13 @@ INLINE void linear_few(const float* packed, int64_t rows, int64_t depth, const f
         }
     });
   }
+  return first + 4 * jump;
 }
 
-// Hidden columns of `panels` panels from two places of both matrices.
-INLINE void gate_up_few(const float* packed, int64_t rows, int64_t depth, const float* w1,
-                        const float* w3, int64_t first, int64_t panels, float* hidden) {
-  const int64_t jump = panels * PANEL;
+// The same for hidden columns, from two places of both matrices.
+INLINE int64_t gate_up_few(const float* packed, int64_t rows, int64_t depth, const float* w1,
+                           const float* w3, int64_t first, int64_t end, float* hidden) {
+  const int64_t jump = (end - first) / PANEL / 2 * PANEL;
   for (int64_t f0 = first; f0 < first + jump; f0 += PANEL) {
     with_run<FEW>(rows, 0, [&](auto run, int64_t) {
       constexpr int R = decltype(run)::value;
@@ -121,6 +117,7 @@ INLINE void gate_up_few(const float* packed, int64_t rows, int64_t depth, const 
       store_hidden<R>(acc[1], acc[3], hidden + (f0 + jump) * W, W);
     });
   }
+  return first + 2 * jump;
 }
 
 // A panel's outputs of a full block.
@@ -163,11 +160,8 @@ void linear_panels(const float* packed, int64_t rows, int64_t depth, const float
                    Rows<float> out) {
   const int64_t end = first + count, whole = outputs / PANEL * PANEL;
   int64_t n0 = first;
-  if (rows <= FEW) {
-    const int64_t panels = panels_a_run(first, end < whole ? end : whole, 4);
-    linear_few(packed, rows, depth, weight, bias, first, panels, out);
-    n0 += 4 * panels * PANEL;
-  }
+  if (rows <= FEW && first < whole)
+    n0 = linear_few(packed, rows, depth, weight, bias, first, end < whole ? end : whole, out);
   for (; n0 < end && n0 < whole; n0 += PANEL) {
     const float* const panel[1] = {weight + n0 * depth};
     for_each_block(rows, [&](auto mv, int64_t block, int64_t block_rows) {
@@ -198,11 +192,8 @@ void gate_up_panels(const float* packed, int64_t rows, int64_t depth, const floa
                     const float* w3, int64_t first, int64_t count, float* hidden, int64_t width) {
   const int64_t end = first + count, whole = width / PANEL * PANEL;
   int64_t f0 = first;
-  if (rows <= FEW) {
-    const int64_t panels = panels_a_run(first, end < whole ? end : whole, 2);
-    gate_up_few(packed, rows, depth, w1, w3, first, panels, hidden);
-    f0 += 2 * panels * PANEL;
-  }
+  if (rows <= FEW && first < whole)
+    f0 = gate_up_few(packed, rows, depth, w1, w3, first, end < whole ? end : whole, hidden);
   for (; f0 < end && f0 < whole; f0 += PANEL) {
     const float* const panel[2] = {w1 + f0 * depth, w3 + f0 * depth};
     for_each_block(rows, [&](auto mv, int64_t block, int64_t block_rows) {

@@ -37,8 +37,12 @@ def test_stacked_matrices_have_panels_of_their_own():
 
 
 @each_isa
-@pytest.mark.parametrize(("depth", "outputs"), [(64, 96), (50, 21), (17, 130), (1, 1), (300, 16)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 16, 17, 29, 33, 43, 48, 49, 200])
+# From 600 outputs on a piece of work has panels enough for several to be read side by side.
+@pytest.mark.parametrize(
+    ("depth", "outputs"),
+    [(64, 96), (50, 21), (17, 130), (1, 1), (300, 16), (40, 600), (17, 4100)],
+)
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 12, 13, 16, 17, 29, 33, 43, 48, 49, 200])
 def test_a_product_is_the_same_bits_in_either_layout(isa, depth, outputs, rows):
     weight, bias = torch.randn(outputs, depth), torch.randn(outputs)
     x = torch.randn(rows, depth)
@@ -50,9 +54,12 @@ def test_a_product_is_the_same_bits_in_either_layout(isa, depth, outputs, rows):
 
 
 @each_isa
-@pytest.mark.parametrize(("dim", "width"), [(64, 96), (50, 21), (17, 130), (1, 1), (128, 16)])
 @pytest.mark.parametrize(
-    "counts", [[1, 2, 3], [0, 5, 0], [16, 17, 33], [48, 49, 0], [200, 0, 3], [12, 13, 25]]
+    ("dim", "width"), [(64, 96), (50, 21), (17, 130), (1, 1), (128, 16), (1040, 530)]
+)
+@pytest.mark.parametrize(
+    "counts",
+    [[1, 2, 3], [0, 5, 0], [6, 7, 4], [16, 17, 33], [48, 49, 0], [200, 0, 3], [12, 13, 25]],
 )
 def test_the_experts_are_the_same_bits_in_either_layout(isa, dim, width, counts):
     w13, w2 = torch.randn(3, 2 * width, dim), torch.randn(3, dim, width)
