@@ -26,7 +26,8 @@ A second table says, for every rank of this engine, how long it computed, moved 
 others (means over the rounds, of the job with all new tokens). Where one rank took part, a line
 says what several could reach at best: as long as the mean rank computed, nothing to move and
 nobody to wait for; and what that comes to on cores of which the slowest is waited for as often as
-the ranks meet in a MoE layer (`bench/meeting.py`, measured in every round).
+the ranks meet in a MoE layer (`bench/meeting.py`, measured in every round, where every core has a
+rank).
 
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
@@ -43,6 +44,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,6 @@ from bench.stamp import stamp
 from make_random_checkpoint import make_checkpoint
 
 DEFAULT_CHECKPOINT = Path.home() / ".cache" / "lockstep-bench" / "mixtral-57.7m"
-_NO_TOKENS = 0  # of a turn in which the cores are measured and no contender
 
 
 def measure(
@@ -66,38 +67,40 @@ def measure(
     job: Job,
     rounds: int,
     pause_s: float,
-    share: Callable[[float], float] | None = None,
+    meeting: Meeting | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
     """Run a job in turns; return each contender's figures and tokens.
 
-    share: `Meeting.share`, where it can be measured.
+    meeting: of the cores, where it can be measured: in turns with the contenders that have a rank
+    of this engine on each of them.
     """
     prompts = [list(prompt) for prompt in job.prompts]
     last: dict[str, list[dict[str, Any]]] = {}
     parts: dict[tuple[str, int], list[list[dict[str, float]]]] = {}
 
-    def run(key: tuple[str, int]) -> float:
-        name, new_tokens = key
-        if share is not None and new_tokens == _NO_TOKENS:
-            return share(between_ms[name])
+    def run(name: str, new_tokens: int) -> float:
         replies = running[name].call("run", prompts=prompts, new_tokens=new_tokens)
         last[name] = replies
         if "parts" in replies[0]:
-            parts.setdefault(key, []).append([reply["parts"] for reply in replies])
+            parts.setdefault((name, new_tokens), []).append([reply["parts"] for reply in replies])
         return max(reply["seconds"] for reply in replies)
 
     keys = [(name, count) for name in running for count in (1, job.new_tokens)]
     for key in keys:  # once unmeasured: caches, lazy initialisation, compilation
-        run(key)
+        run(*key)
     tokens = {name: replies[0]["tokens"] for name, replies in last.items()}
     between_ms = {
         name: 1e3 * statistics.mean(reply["parts"]["computing"] / met for reply in replies)
         for name, replies in last.items()
-        if share is not None and len(replies) > 1 and (met := replies[0].get("meetings"))
+        if meeting is not None
+        and len(replies) == meeting.num_cores > 1
+        and (met := replies[0].get("meetings"))
     }
-    keys += [(name, _NO_TOKENS) for name in between_ms]
+    turns: dict[Any, Callable[[], float]] = {key: partial(run, *key) for key in keys}
+    if meeting is not None:
+        turns |= {name: partial(meeting.share, ms) for name, ms in between_ms.items()}
     parts.clear()
-    seconds = interleave(keys, rounds, run, pause_s)
+    seconds = interleave(list(turns), rounds, lambda turn: turns[turn](), pause_s)
     figures = {
         name: _figures(job, seconds[name, 1], seconds[name, job.new_tokens], last[name])
         for name in running
@@ -109,8 +112,8 @@ def measure(
                 for of_rank in zip(*rounds_of_ranks, strict=True)
             ]
         if name in between_ms:
-            entry["meeting"] = {"every_ms": between_ms[name]}
-            entry["meeting"] |= {"share": spread(seconds[name, _NO_TOKENS])}
+            share = spread(seconds[name])
+            entry["meeting"] = {"every_ms": between_ms[name], "share": share}
     return figures, tokens
 
 
@@ -155,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
-        share = None
+        meeting = None
         if rates is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-            share = Meeting(cores, Path(folder)).share
+            meeting = Meeting(cores, Path(folder))
         for contender in chosen:
             print(f"starting {contender.name} ...", file=sys.stderr, flush=True)
             worker = stack.enter_context(start(contender))
@@ -174,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             running[contender.name] = worker
         for name in options.jobs:
             job = make_job(name, model["vocab_size"])
-            figures, tokens = measure(running, job, options.rounds, options.pause, share)
+            figures, tokens = measure(running, job, options.rounds, options.pause, meeting)
             reference = tokens[REFERENCE if REFERENCE in tokens else chosen[0].name]
             for contender, entry in figures.items():
                 pairs = zip(tokens[contender], reference, strict=True)

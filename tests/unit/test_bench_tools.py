@@ -237,18 +237,26 @@ def test_cores_meet_once_a_round_as_often_as_the_ranks_do() -> None:
 
     asked: list[float] = []
 
-    def share(milliseconds: float) -> float:
-        asked.append(milliseconds)
-        return [0.8, 0.6, 0.9][len(asked) - 1]
+    class Cores:
+        def __init__(self, num_cores: int) -> None:
+            self.num_cores = num_cores
+
+        def share(self, milliseconds: float) -> float:
+            asked.append(milliseconds)
+            return [0.8, 0.6, 0.9][len(asked) - 1]
+
+    def measured(cores: Any, rounds: int = 1) -> dict[str, Any]:
+        job = make_job("batch8", 100)
+        return bench_generate.measure(running, job, rounds, pause_s=0.0, meeting=cores)[0]
 
     running: Any = {"one": Worker(1), "two": Worker(2)}
-    job = make_job("batch8", 100)
-    figures, _ = bench_generate.measure(running, job, rounds=3, pause_s=0.0, share=share)
+    figures = measured(Cores(2), rounds=3)
     assert asked == [pytest.approx(8.0)] * 3
     assert figures["two"]["meeting"]["share"]["median"] == 0.8
     assert figures["two"]["meeting"]["every_ms"] == pytest.approx(8.0)
     assert "meeting" not in figures["one"]
-    assert "meeting" not in bench_generate.measure(running, job, rounds=1, pause_s=0.0)[0]["two"]
+    assert "meeting" not in measured(None)["two"]
+    assert "meeting" not in measured(Cores(4))["two"], "its ranks have two cores each"
 
 
 def test_made_tokens_choose_exactly_the_given_experts() -> None:

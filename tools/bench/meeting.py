@@ -22,6 +22,7 @@ class Meeting:
 
     def __init__(self, cores: Sequence[int], folder: Path) -> None:
         """Raises RuntimeError where there is no C compiler."""
+        self.num_cores = len(cores)
         self._cores = [str(core) for core in cores]
         self._program = compile_for_here(_SOURCE, folder)
 
