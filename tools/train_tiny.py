@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from tiny import corpus, demo, evaluate, export, report, runtime, tasks
 from tiny.arch import ARCHS
+from tiny.backward import TokenLosses
 from tiny.data import Batches
 from tiny.model import TinyMoe
 from tiny.optim import make_optimizers
 from tiny.recipe import RECIPES, Recipe
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 
@@ -64,12 +64,13 @@ class Trainer:
             num_rows=phase.num_rows,
             length=phase.length,
             num_task_rows=phase.num_task_rows,
+            task_shares=phase.task_shares,
         )
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             logits, balance, _ = self.model(ids_BS)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets_BS.flatten(), reduction="none"
-        ).view_as(weights_BS)
+        losses = TokenLosses.apply(logits.flatten(0, 1), targets_BS.flatten())
+        assert isinstance(losses, torch.Tensor)
+        losses = losses.view_as(weights_BS)
         loss = (losses * weights_BS).sum() / weights_BS.sum()
         (loss + self.recipe.balance_coefficient * balance).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)

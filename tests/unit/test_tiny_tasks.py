@@ -22,7 +22,6 @@ from tiny import corpus, demo, evaluate, export, tasks
 from tiny.arch import ARCHS
 from tiny.data import ANSWER_WEIGHT, FILLER_WEIGHT, Batches, record_tokens
 from tiny.model import TinyMoe
-from tiny.moe import BLOCK_ROWS, block_rows
 from tiny.recipe import RECIPES
 
 NUM_DRAWS = 300
@@ -108,7 +107,7 @@ def test_words_are_distinct_and_sorted():
 
 def test_training_never_draws_an_evaluation_prompt():
     rng = random.Random(0)
-    trained = {tasks.sample_train_record(rng).prompt for _ in range(4000)}
+    trained = {tasks.sample_train_record(rng, tasks.TRAIN_SHARES).prompt for _ in range(4000)}
     evaluated = {record.prompt for record in tasks.evaluation_records(50, seed=0)}
     assert len(evaluated) == 50 * len(tasks.TASKS)
     assert not trained & evaluated
@@ -168,7 +167,7 @@ def test_chat_template_gives_a_task_prompt_the_tokens_of_plain_text(tokenizer):
 def test_prompt_and_answer_tokenize_apart_as_they_do_together(tokenizer):
     rng = random.Random(1)
     for _ in range(200):
-        record = tasks.sample_train_record(rng)
+        record = tasks.sample_train_record(rng, tasks.TRAIN_SHARES)
         apart = (
             tokenizer(record.prompt)["input_ids"]
             + (tokenizer(record.answer, add_special_tokens=False)["input_ids"])
@@ -187,7 +186,7 @@ def test_answers_weigh_more_than_the_random_words_of_a_prompt(tokenizer):
 def test_batch_of_a_step_does_not_depend_on_the_steps_before(tokenizer, library: Path):
     stream = corpus.encode_documents(tokenizer, corpus.load_corpus(library).train)
     assert stream[0] == corpus.BOS_ID and stream[-1] == corpus.EOS_ID
-    shape = {"num_rows": 4, "length": 64, "num_task_rows": 2}
+    shape = {"num_rows": 4, "length": 64, "num_task_rows": 2, "task_shares": tasks.TRAIN_SHARES}
     used = Batches(tokenizer, stream, seed=5)
     used.batch(0, **shape)
     for first, second in zip(
@@ -197,6 +196,17 @@ def test_batch_of_a_step_does_not_depend_on_the_steps_before(tokenizer, library:
     ids_BS, targets_BS, weights_BS = used.batch(9, **shape)
     assert torch.equal(ids_BS[:, 1:], targets_BS[:, :-1])
     assert bool((weights_BS[2:] == 1).all())
+
+
+def test_batch_draws_tasks_by_the_shares_it_is_given(tokenizer, library: Path):
+    stream = corpus.encode_documents(tokenizer, corpus.load_corpus(library).train)
+    batches = Batches(tokenizer, stream, seed=5)
+    shape = {"num_rows": 2, "length": 256, "num_task_rows": 2}
+    for shares, absent in (({"sum": 1.0}, "recall"), ({"recall": 1.0, "sum": 0.0}, "sum")):
+        ids_BS, _, _ = batches.batch(3, **shape, task_shares=shares)
+        text = tokenizer.decode(ids_BS.flatten())
+        assert f"{next(iter(shares))}:" in text
+        assert f"{absent}:" not in text
 
 
 def test_text_chunks_lose_no_line_and_fit_the_context(tokenizer):
@@ -221,16 +231,6 @@ def test_task_accuracy_counts_only_answers_right_to_the_last_token(tokenizer):
     exact = evaluate.task_accuracy(lambda ids: oracle(ids, corpus.EOS_ID), tokenizer, records)
     endless = evaluate.task_accuracy(lambda ids: oracle(ids, right[-2]), tokenizer, records)
     assert (exact, endless) == ({"sum": 1.0}, {"sum": 0.0})
-
-
-def test_block_rows_keep_experts_in_order_and_blocks_whole():
-    ids_TK = torch.tensor([[0, 2]] * (BLOCK_ROWS + 1))
-    row_TK, source_P, expert_B, load_E = block_rows(ids_TK, num_experts=3)
-    assert load_E.tolist() == [BLOCK_ROWS + 1, 0, BLOCK_ROWS + 1]
-    assert expert_B.tolist() == [0, 0, 2, 2, 2]
-    assert row_TK[:, 0].tolist() == list(range(BLOCK_ROWS + 1))
-    assert row_TK[:, 1].tolist() == list(range(2 * BLOCK_ROWS, 3 * BLOCK_ROWS + 1))
-    assert torch.equal(source_P[row_TK], torch.arange(BLOCK_ROWS + 1)[:, None].expand(-1, 2))
 
 
 @pytest.mark.parametrize("name", sorted(ARCHS))

@@ -8,6 +8,7 @@ FILLER_WEIGHT.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -47,7 +48,13 @@ class Batches:
         self.seed = seed
 
     def batch(
-        self, step: int, *, num_rows: int, length: int, num_task_rows: int
+        self,
+        step: int,
+        *,
+        num_rows: int,
+        length: int,
+        num_task_rows: int,
+        task_shares: Mapping[str, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and targets, int64 [num_rows, length], and target weights, float32."""
         rng = random.Random(f"{self.seed}-{step}")
@@ -55,7 +62,7 @@ class Batches:
         weights = np.ones((num_rows, length + 1), dtype=np.float32)
         for row in range(num_rows):
             if row < num_task_rows:
-                ids[row], weights[row] = self._task_row(rng, length + 1)
+                ids[row], weights[row] = self._task_row(rng, length + 1, task_shares)
             else:
                 start = rng.randrange(self.stream.size - length)
                 ids[row, 0] = BOS_ID
@@ -63,11 +70,13 @@ class Batches:
         ids_BS, weights_BS = torch.from_numpy(ids), torch.from_numpy(weights)
         return ids_BS[:, :-1], ids_BS[:, 1:], weights_BS[:, 1:]
 
-    def _task_row(self, rng: random.Random, size: int) -> tuple[list[int], list[float]]:
+    def _task_row(
+        self, rng: random.Random, size: int, shares: Mapping[str, float]
+    ) -> tuple[list[int], list[float]]:
         ids: list[int] = []
         weights: list[float] = []
         while len(ids) < size:
-            records = [sample_train_record(rng) for _ in range(16)]
+            records = [sample_train_record(rng, shares) for _ in range(16)]
             for record_ids, record_weights in record_tokens(self.tokenizer, records):
                 ids += record_ids
                 weights += record_weights

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import torch
 from tiny.arch import TinyArch
+from tiny.backward import RMSNormFunction
 from tiny.moe import MoE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dim, computed in float32."""
+    """Root-mean-square norm over the last dim (Zhang and Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,7 +27,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., size]; the dtype is kept."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        out = RMSNormFunction.apply(x, self.weight.to(x.dtype), self.eps)
+        assert isinstance(out, Tensor)
+        return out
 
 
 def rope_tables(arch: TinyArch, num_positions: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ halves share one learning rate. Experts are stacks of matrices, orthogonalised a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +19,7 @@ _NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring the singular values of every matrix [..., rows, columns] near one, in `dtype`."""
+    """Bring the singular values of every matrix [n, rows, columns] near one, in `dtype`."""
     a, b, c = _NEWTON_SCHULZ
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     x = x.to(dtype)
@@ -26,7 +27,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.mT
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
@@ -50,20 +51,39 @@ class Muon(torch.optim.Optimizer):
         """Apply one update to every parameter that has a gradient; closures are not supported."""
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                direction = parameter.grad.lerp(average, group["momentum"])
-                # gate_up_proj stacks two matrices of an expert: each half is its own map.
-                halves = direction.unflatten(-2, (2, -1)) if parameter.ndim == 3 else direction
-                update = orthogonalise(halves, self.dtype).reshape_as(parameter)
-                scale = 0.2 * max(halves.shape[-2:]) ** 0.5
+            params = [p for p in group["params"] if p.grad is not None]
+            directions = [self._direction(p, group["momentum"]) for p in params]
+            # gate_up_proj stacks two matrices of an expert: each half is its own map.
+            stacks = [d.unflatten(-2, (2, -1)) if d.ndim == 3 else d for d in directions]
+            for parameter, update in zip(params, self._orthogonalised(stacks), strict=True):
+                scale = 0.2 * max(update.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                parameter.add_(update.reshape_as(parameter), alpha=-group["lr"] * scale)
+
+    def _direction(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(average, momentum)
+
+    def _orthogonalised(self, stacks: list[Tensor]) -> list[Tensor]:
+        """Orthogonalise matrices [..., rows, columns]; all of one shape in one batch."""
+        by_shape = defaultdict[torch.Size, list[int]](list)
+        for index, stack in enumerate(stacks):
+            by_shape[stack.shape[-2:]].append(index)
+        updates = list(stacks)
+        for indices in by_shape.values():
+            flat = [
+                stacks[index].flatten(0, -3) if stacks[index].ndim > 2 else stacks[index][None]
+                for index in indices
+            ]
+            batch = orthogonalise(torch.cat(flat), self.dtype)
+            parts = batch.split([len(part) for part in flat])
+            for index, part in zip(indices, parts, strict=True):
+                updates[index] = part.view_as(stacks[index])
+        return updates
 
 
 def make_optimizers(

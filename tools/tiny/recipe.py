@@ -5,17 +5,24 @@ Read by tools/train_tiny.py. Steps are absolute, so a run can be cut short and r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from tiny.tasks import LATE_SHARES, TRAIN_SHARES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """Steps up to `until`: rows of `length` tokens, the first `num_task_rows` of them tasks."""
+    """Steps up to `until`: rows of `length` tokens, the first `num_task_rows` of them tasks.
+
+    `task_shares` says how often each task is drawn.
+    """
 
     until: int
     num_rows: int
     length: int
     num_task_rows: int
+    task_shares: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,17 +69,17 @@ class Recipe:
 RECIPES = {
     "mixtral": Recipe(
         phases=(
-            Phase(until=1920, num_rows=12, length=256, num_task_rows=4),
-            Phase(until=3200, num_rows=6, length=512, num_task_rows=3),
+            Phase(until=1800, num_rows=9, length=256, num_task_rows=4, task_shares=TRAIN_SHARES),
+            Phase(until=3000, num_rows=5, length=512, num_task_rows=3, task_shares=LATE_SHARES),
         ),
-        rate_knots=((0, 1.0), (1280, 1.0), (3200, 0.0)),
+        rate_knots=((0, 1.0), (1200, 1.0), (3000, 0.0)),
     ),
     # Learns copying and recall sooner, for its share of task rows; sums come last.
     "olmoe": Recipe(
         phases=(
-            Phase(until=1200, num_rows=12, length=256, num_task_rows=6),
-            Phase(until=2500, num_rows=6, length=512, num_task_rows=4),
+            Phase(until=1100, num_rows=10, length=256, num_task_rows=6, task_shares=TRAIN_SHARES),
+            Phase(until=2250, num_rows=5, length=512, num_task_rows=3, task_shares=LATE_SHARES),
         ),
-        rate_knots=((0, 1.0), (800, 1.0), (1200, 2 / 3), (2500, 0.0)),
+        rate_knots=((0, 1.0), (800, 1.0), (1100, 2 / 3), (2250, 0.0)),
     ),
 }

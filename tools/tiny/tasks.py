@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 HELD_OUT_ONE_IN = 10
@@ -110,7 +110,9 @@ TASKS: dict[str, Callable[[random.Random], Record]] = {
     "copy": make_copy,
 }
 # Share of records; a sum is short and needs the most repetitions.
-_TRAIN_SHARES = {"recall": 0.30, "sum": 0.38, "brackets": 0.18, "copy": 0.14}
+TRAIN_SHARES = {"recall": 0.30, "sum": 0.38, "brackets": 0.18, "copy": 0.14}
+# Once recall and copying are there, which come suddenly, sums are what is left to learn.
+LATE_SHARES = {"recall": 0.20, "sum": 0.55, "brackets": 0.15, "copy": 0.10}
 
 
 def is_held_out(prompt: str) -> bool:
@@ -118,10 +120,10 @@ def is_held_out(prompt: str) -> bool:
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
-def sample_train_record(rng: random.Random) -> Record:
-    """Draw one training record: tasks by their shares, never a held-out prompt."""
+def sample_train_record(rng: random.Random, shares: Mapping[str, float]) -> Record:
+    """Draw one training record: tasks by their `shares`, never a held-out prompt."""
     while True:
-        (task,) = rng.choices(list(_TRAIN_SHARES), weights=list(_TRAIN_SHARES.values()))
+        (task,) = rng.choices(list(shares), weights=list(shares.values()))
         if task == "recall":
             record = make_recall(rng, repeats=rng.random() < 0.5)
         else:
