@@ -9,7 +9,8 @@ resumes from --state.
 
 The text is the standard library (tiny/corpus.py), the tasks are synthetic (tiny/tasks.py), and both
 are in every batch: rows are short at first, and twice as long while the learning rate falls to
-zero. Copying and recall appear suddenly, about a third of the way.
+zero. Copying and recall appear suddenly, a third to half of the way. Both models took 37.5 minutes
+on two cores with AMX, bfloat16 products in hardware.
 """
 
 from __future__ import annotations
