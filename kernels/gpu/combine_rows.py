@@ -26,7 +26,9 @@ def _combine_rows_kernel(
         slot = tl.load(slot_TK + token * TOP_K + k)
         weight = tl.load(weights_TK + token * TOP_K + k).to(tl.float32)
         present = slot >= 0
-        row = tl.load(rows + slot * rows_stride + column, mask=present & (column < dim), other=0.0)
+        # An absent slot has no columns. Triton 3.9's interpreter refuses a mask of scalar & block.
+        end = tl.where(present, dim, 0)
+        row = tl.load(rows + slot * rows_stride + column, mask=column < end, other=0.0)
         # where, not a product with zero: the weight of an absent slot may be anything.
         acc += tl.where(present, weight * row.to(tl.float32), 0.0)
     tl.store(out + token * dim + column, acc.to(out.dtype.element_ty), mask=column < dim)
