@@ -61,16 +61,16 @@ def test_moe_and_its_gradients_are_those_of_one_token_at_a_time(
     for seed, parameter in enumerate(moe.parameters()):
         parameter.data = 0.3 * tokens(*parameter.shape, seed=seed).float()
     # One expert gets nothing: the last one's router row points away from every token.
-    x_TD = tokens(70, 16, seed=9)
+    x_TD = tokens(200, 16, seed=9)
     x_TD[:, 0] = 3.0
     moe.gate.weight.data[-1] = 0.0
     moe.gate.weight.data[-1, 0] = -9.0
-    grad_TD = tokens(70, 16, seed=10)
+    grad_TD = tokens(200, 16, seed=10)
 
     got_x, want_x = x_TD.clone().requires_grad_(), x_TD.clone().requires_grad_()
     out_TD, _, load_E = moe(got_x)
     assert load_E[-1] == 0
-    assert load_E.max() > BLOCK_ROWS or top_k * 70 < num_experts * BLOCK_ROWS
+    assert load_E.max() > BLOCK_ROWS  # and one has more than a block
     (out_TD * grad_TD).sum().backward()
     got = [got_x.grad, *(p.grad for p in moe.parameters())]
     moe.zero_grad()

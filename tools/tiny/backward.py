@@ -29,8 +29,9 @@ class RMSNormFunction(torch.autograd.Function):
         return unit * weight_D
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the weight."""
+        (grad,) = grads
         unit, scale, weight_D = ctx.saved_tensors
         grad_weight = (grad * unit).flatten(0, -2).sum(dim=0)
         grad_unit = grad * weight_D
@@ -50,8 +51,9 @@ class TokenLosses(torch.autograd.Function):
         return total_N - logits_NV.gather(1, targets_N[:, None])[:, 0].float()
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of the logits, of their dtype."""
+        (grad_N,) = grads
         logits_NV, targets_N, total_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         columns = (targets_N[:, None], total_N[:, None], grad_N[:, None])

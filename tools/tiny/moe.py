@@ -28,7 +28,8 @@ class _Dispatch(torch.autograd.Function):
         return x_TD.index_select(0, source_P)
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_PD,) = grads
         (row_KT,) = ctx.saved_tensors
         grad_TD = grad_PD.index_select(0, row_KT[0])
         for row_T in row_KT[1:]:
@@ -48,7 +49,8 @@ class _Combine(torch.autograd.Function):
         return out_TD
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TD,) = grads
         y_PD, weights_KT1, row_KT = ctx.saved_tensors
         grad_PD, grad_KT1 = torch.zeros_like(y_PD), torch.empty_like(weights_KT1)
         for row_T, weight_T1, grad_T1 in zip(row_KT, weights_KT1, grad_KT1, strict=True):
@@ -77,7 +79,8 @@ class _SwiGLUExperts(torch.autograd.Function):
         return y_PD
 
     @staticmethod
-    def backward(ctx: Any, grad_PD: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_PD,) = grads
         x_PD, gate_up_EHD, down_EDF, hidden_PH, inner_PF = ctx.saved_tensors
         gate_PF, up_PF = hidden_PH.chunk(2, dim=-1)
         grad_inner_PF, grad_hidden_PH = torch.empty_like(inner_PF), torch.empty_like(hidden_PH)

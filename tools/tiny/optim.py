@@ -74,11 +74,8 @@ class Muon(torch.optim.Optimizer):
         for index, stack in enumerate(stacks):
             by_shape[stack.shape[-2:]].append(index)
         updates = list(stacks)
-        for indices in by_shape.values():
-            flat = [
-                stacks[index].flatten(0, -3) if stacks[index].ndim > 2 else stacks[index][None]
-                for index in indices
-            ]
+        for shape, indices in by_shape.items():
+            flat = [stacks[index].reshape(-1, *shape) for index in indices]
             batch = orthogonalise(torch.cat(flat), self.dtype)
             parts = batch.split([len(part) for part in flat])
             for index, part in zip(indices, parts, strict=True):
