@@ -29,7 +29,7 @@ from engine.config import MoEConfig
 from engine.distributed.collectives import Collectives
 from engine.moe.consensus_global import COLLECTIVE_BYTES
 from engine.moe.dedup import expected_unique
-from engine.moe.overlap import MIN_CHUNK_ROWS, By, ExpertLayout
+from engine.moe.overlap import By, ExpertLayout, fills_chunks
 from engine.moe.tuner import CANDIDATES, ChunkTuner, Turn
 from engine.moe.wire import RowKind
 from engine.moe.workspace import Slot
@@ -65,8 +65,7 @@ class Layouts:
         """Whether a step of so many tokens over all ranks is run as two half batches: each has as
         many rows as pay for a chunk.
         """
-        least = 2 * MIN_CHUNK_ROWS * len(self._sizes)
-        return self.two_batch and group_tokens * self._top_k >= least
+        return self.two_batch and fills_chunks(group_tokens * self._top_k, len(self._sizes), 2)
 
     def tune(self, layer: int, tuner: ChunkTuner, control: Collectives) -> None:
         """Let the tuner choose the number of chunks, where the settings leave it open and there is

@@ -53,6 +53,13 @@ By = Literal["experts", "tokens"]
 MIN_CHUNK_ROWS = 256
 
 
+def fills_chunks(group_rows: int, num_ranks: int, num_chunks: int) -> bool:
+    """Return whether `group_rows` rows over all ranks give each chunk of the mean rank at least
+    MIN_CHUNK_ROWS.
+    """
+    return group_rows >= MIN_CHUNK_ROWS * num_chunks * num_ranks
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """One part of the places. columns: where they stand in the order of travel. bounds: W + 1
@@ -135,7 +142,7 @@ class ExpertLayout:
 
     def pays(self, group_tokens: int, top_k: int) -> bool:
         """Whether a step of so many tokens over all ranks is worth cutting up."""
-        return group_tokens * top_k / self._num_ranks >= MIN_CHUNK_ROWS * self.num_chunks
+        return fills_chunks(group_tokens * top_k, self._num_ranks, self.num_chunks)
 
     def sort(self, ids_TM: torch.Tensor) -> ExpertOrder:
         """Sort this rank's assignments into the order of travel; load_E is by expert as ever.

@@ -126,7 +126,7 @@ def test_a_problem_that_all_ranks_have_is_raised_without_their_names():
 
 
 def absent_with_problem(rank: int) -> str:
-    bootstrap.PATIENCE_S = 2.0
+    pytest.MonkeyPatch().setattr(bootstrap, "PATIENCE_S", 2.0)
     return error_of(rank, make_config(), "no such disk") if rank == 0 else "absent"
 
 
@@ -304,7 +304,7 @@ def run_alone(rank: int, local_rank: int) -> tuple[int, str]:
 
     if rank == 0:
         return 0, ""
-    bootstrap.PATIENCE_S = 1.0
+    pytest.MonkeyPatch().setattr(bootstrap, "PATIENCE_S", 1.0)
     os.environ["LOCAL_RANK"] = str(local_rank)
     err = io.StringIO()
     with contextlib.redirect_stderr(err):

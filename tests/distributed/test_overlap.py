@@ -106,6 +106,7 @@ def broken(rank: int, chunk: int, by: str) -> None:
     )
     topology = bootstrap.start(config)
     layer = build(topology, config, MIXTRAL, None)
+    patch = pytest.MonkeyPatch()
     started: list = []
     waited: list = []
     start = layer._dispatcher.start
@@ -117,7 +118,7 @@ def broken(rank: int, chunk: int, by: str) -> None:
         started.append(pending)
         return pending
 
-    layer._dispatcher.start = watched
+    patch.setattr(layer._dispatcher, "start", watched)
     if rank == 1:
         experts, calls = layer._pipeline._experts, []
 
@@ -127,7 +128,7 @@ def broken(rank: int, chunk: int, by: str) -> None:
                 raise FloatingPointError("the experts of rank 1 broke")
             return experts(*arguments)
 
-        layer._pipeline._experts = fail
+        patch.setattr(layer._pipeline, "_experts", fail)
     try:
         layer(tokens_of(rank, 11))
     finally:
@@ -178,7 +179,8 @@ COSTS = {
 
 def tuned(rank: int, costs: tuple[list[int], list[int]]) -> dict:
     """An `auto` layer with costs of our own; its calls, choice and collectives."""
-    overlap.MIN_CHUNK_ROWS = 1
+    patch = pytest.MonkeyPatch()  # of this process, which ends with the test
+    patch.setattr(overlap, "MIN_CHUNK_ROWS", 1)
     config = Config(
         model=ModelConfig(path="unused"), moe=MoEConfig(overlap=OverlapConfig(chunks="auto"))
     )
@@ -194,7 +196,7 @@ def tuned(rank: int, costs: tuple[list[int], list[int]]) -> dict:
         asked.append(measured)
         return costs[rank]
 
-    tuner.due = with_costs
+    patch.setattr(tuner, "due", with_costs)
     x, outs, calls = tokens_of(rank, 11), [], []
     for _ in range(24):
         before = layer.num_collectives

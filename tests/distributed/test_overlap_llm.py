@@ -36,7 +36,9 @@ def generate(
     rank: int, path: Path, ways: list[dict[str, Any]], parallel: dict[str, int]
 ) -> list[dict[str, Any]]:
     """Completions of one job under each setting of `moe`; no step is too small for anything."""
-    overlap.MIN_CHUNK_ROWS = layouts.COLLECTIVE_BYTES = 1
+    patch = pytest.MonkeyPatch()
+    patch.setattr(overlap, "MIN_CHUNK_ROWS", 1)
+    patch.setattr(layouts, "COLLECTIVE_BYTES", 1)
     found = []
     for way in ways:
         config = Config(

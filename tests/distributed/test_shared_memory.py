@@ -133,19 +133,21 @@ def test_a_killed_rank_is_noticed_at_once():
 
 def backends(rank: int, what: str) -> list[str]:
     """The backends of a run in which rank 1 lacks something."""
+    patch = pytest.MonkeyPatch()
     if rank == 1 and what == "library":
-        lane_op.available = lambda: False
+        patch.setattr(lane_op, "available", lambda: False)
     if rank == 1 and what == "memory":
 
         def refuse(size: int) -> int:
             raise OSError("no memory")
 
-        lane_op.make_segment = refuse
+        patch.setattr(lane_op, "make_segment", refuse)
     if rank == 1 and what == "the others' host":
-        socket.gethostname = lambda: "elsewhere"
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
     if rank == 1 and what == "sight of the others":
         real = os.open
-        os.open = lambda path, *rest: real(str(path).replace("/proc", "/nothing"), *rest)
+        elsewhere = lambda path, *rest: real(str(path).replace("/proc", "/nothing"), *rest)  # noqa: E731
+        patch.setattr(os, "open", elsewhere)
     topology = join()
     assert all_gather_rows(torch.tensor([rank]), topology.expert).tolist() == [0, 1, 2]
     names = [dist.get_backend(group.handle) for group in (topology.expert, topology.control)]

@@ -56,7 +56,7 @@ def run(rank: int, path: Path, capacity: dict[str, Any]) -> dict[str, Any]:
             steps.append(found)
         return found
 
-    clock.read = keep
+    pytest.MonkeyPatch().setattr(clock, "read", keep)
     if rank == LATE:
         for layer in llm.model.layers:
             layer.attention.register_forward_pre_hook(lambda *_: time.sleep(LATE_S))

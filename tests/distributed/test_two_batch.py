@@ -24,7 +24,7 @@ from engine.config import (
 )
 from engine.distributed import bootstrap
 from engine.llm import LLM
-from engine.moe import layouts
+from engine.moe import overlap
 from engine.moe.halves import take_turns
 from engine.profiling.phases import Phase, Spans
 from engine.request import Request, SamplingParams
@@ -104,7 +104,7 @@ def _watch(dispatcher, started: list, waited: list) -> None:
         started.append(pending)
         return pending
 
-    dispatcher.start = watched
+    pytest.MonkeyPatch().setattr(dispatcher, "start", watched)
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -138,7 +138,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 def generate(rank: int, path: Path, num_prompts: int, parallel: dict[str, int]) -> list[dict]:
     """The same job whole and in halves; no step is too small."""
-    layouts.MIN_CHUNK_ROWS = 1
+    pytest.MonkeyPatch().setattr(overlap, "MIN_CHUNK_ROWS", 1)
     found = []
     for two_batch in (False, True):
         config = Config(

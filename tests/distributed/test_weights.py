@@ -178,7 +178,8 @@ def test_ranks_that_ignore_different_names_still_agree(tmp_path):
 
 
 def load_slowly_on_rank_1(rank: int, folder: Path) -> tuple[list[float], int] | str:
-    weight_reader._BEAT_S = 0.2
+    patch = pytest.MonkeyPatch()
+    patch.setattr(weight_reader, "_BEAT_S", 0.2)
     if rank == 1:
         read = weight_reader._read_job
 
@@ -186,7 +187,7 @@ def load_slowly_on_rank_1(rank: int, folder: Path) -> tuple[list[float], int] | 
             time.sleep(1.0)
             return read(*args)
 
-        weight_reader._read_job = slow
+        patch.setattr(weight_reader, "_read_job", slow)
     return load(rank, folder, 2)
 
 

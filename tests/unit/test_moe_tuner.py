@@ -33,7 +33,7 @@ def everything(_: int) -> tuple[int, ...]:
 def tuner_of(num_layers: int, lengths=lambda: 1.0) -> ChunkTuner:
     """A tuner of so many layers; lengths: of the laps, asked as they begin."""
     found = ChunkTuner()
-    found._new_lap = lambda: Timed(lengths())
+    pytest.MonkeyPatch().setattr(found, "_new_lap", lambda: Timed(lengths()))
     for layer in range(num_layers):
         found.join(layer)
     return found
@@ -101,7 +101,7 @@ def test_one_chunk_stays_unless_another_number_is_two_percent_faster(totals, cho
 
 def test_costs_are_medians_a_token_in_the_order_of_the_candidates():
     tuner, now = tuner_of(1), []
-    tuner._new_lap = lambda: Timed(now[0])
+    pytest.MonkeyPatch().setattr(tuner, "_new_lap", lambda: Timed(now[0]))
     for visit in range(3 + 3 * SAMPLES):
         tokens = 1000 if visit % 2 else 512  # of one bucket
         slow = 50 if visit > 3 * SAMPLES else 1  # a hiccup
