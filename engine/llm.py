@@ -20,42 +20,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.assembly import build, build_cache, checkpoint_names, fill, resolved
 from engine.config import CapacityConfig, Config
-from engine.control import ControlPlane
-from engine.detokenizer import load_eos_token_ids
+from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
-from engine.distributed.activity import Activity
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import share_errors
-from engine.distributed.faults import Place
 from engine.distributed.groups import Topology
-from engine.interrupts import StopRequest
-from engine.latency import Sample, timed
-from engine.loop import (
-    NUM_COLLECTIVES,
-    NUM_TENSOR_COLLECTIVES,
-    GenerationLoop,
-    OnStep,
-    Sink,
+from engine.distributed.health.progress import Activity, Place
+from engine.generation.builder import (
+    build,
+    build_cache,
+    checkpoint_names,
+    fill,
+    reserve_rows,
+    resolved,
 )
-from engine.measuring import open_outlets
-from engine.meter import Meter
+from engine.generation.control import ControlPlane
+from engine.generation.detokenizer import load_eos_token_ids
+from engine.generation.interrupts import StopRequest
+from engine.generation.latency import Sample, timed
+from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
+from engine.generation.request_source import ListSource, RequestSource, Sink, deal
+from engine.generation.step_profiler import Meter
+from engine.generation.tokenizer import load_tokenizer
 from engine.models.registry import read_config
-from engine.preflight import check_runnable
-from engine.profiling.absence import Absences
-from engine.profiling.clocks import make_clock
 from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
-from engine.profiling.outlets import Outlets
+from engine.profiling.device_clocks import make_clock
+from engine.profiling.exporters import Outlets
 from engine.profiling.report import RunReport
+from engine.profiling.stall_detector import Absences
 from engine.profiling.telemetry import Telemetry
+from engine.reporting.open_exporters import open_outlets
+from engine.reporting.run_report import run_report
 from engine.request import Completion, Request, SamplingParams
-from engine.row_buffers import reserve_rows
-from engine.source import ListSource, RequestSource, deal
-from engine.summary import run_report
-from engine.tokenizer import load_tokenizer
 
 _T = TypeVar("_T")
 

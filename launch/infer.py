@@ -19,16 +19,16 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store: one report, not 20 frames
 if "TORCHELASTIC_RUN_ID" in os.environ:  # the imports take seconds, in which the agent may die
-    from engine.distributed.agent import die_with_agent
+    from engine.distributed.launch_agent import die_with_agent
 
     die_with_agent()
-from engine.batch import JobFailed, Stopped, run_batch
-from engine.batch_slices import Slice
-from engine.config_io import PROJECT_ROOT, load_config, to_yaml
+from engine.batch.input_shards import Slice
+from engine.batch.run import JobFailed, Stopped, run_batch
+from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
+from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
-from engine.distributed.agent import let_rank_0_go_first
 from engine.distributed.errors import RendezvousError, UnheardError
-from engine.preflight import check_runnable
+from engine.distributed.launch_agent import let_rank_0_go_first
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.profiling.collector import Charges, Collector
-from engine.profiling.phases import COLLECTIVE_PHASES, Phase, Spans
-from engine.profiling.straggler import RankProfile
+from engine.profiling.phase_clock import COLLECTIVE_PHASES, Phase, Spans
+from engine.profiling.straggler_causes import RankProfile
 
 MS = 1_000_000
 

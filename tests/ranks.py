@@ -42,7 +42,7 @@ _SLOW = [
     "pytest",
     "hypothesis",
     "engine.llm",
-    "engine.batch_job",
+    "engine.batch.file_job",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_SLOW)

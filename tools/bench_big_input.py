@@ -69,10 +69,10 @@ def make_input(path: Path, lines: int, words: tuple[int, int], new_tokens: tuple
 
 def fill_ledger(source: Path, output: Path, left: int) -> None:
     """Put a record into the ledger for every line but the last `left`, out of order, as runs do."""
-    from engine.batch_input import scan_input
-    from engine.batch_manifest import make_manifest
-    from engine.config_io import load_config
-    from engine.ledger import Ledger, encode, part_path
+    from engine.batch.input_index import scan_input
+    from engine.batch.ledger import Ledger, encode, part_path
+    from engine.batch.manifest import make_manifest
+    from engine.config.loader import load_config
     from engine.request import Completion
 
     index = scan_input(source)
@@ -91,8 +91,8 @@ def fill_ledger(source: Path, output: Path, left: int) -> None:
 
 def scan_seconds(source: Path, output: Path) -> tuple[float, float]:
     """Seconds to index the input and to read the ledger, as rank 0 does before it runs."""
-    from engine.batch_input import Pending, scan_input
-    from engine.ledger import Ledger
+    from engine.batch.input_index import Pending, scan_input
+    from engine.batch.ledger import Ledger
 
     taken: list[tuple[float, float]] = []
     for _ in range(3):
@@ -163,7 +163,7 @@ def idle_share(folder: Path) -> tuple[float, list[int]]:
     """The share of steps, all ranks', without a token until the last request starts; each rank's
     tokens up to there.
     """
-    from engine.profiling.phases import Phase
+    from engine.profiling.phase_clock import Phase
 
     tokens_of: dict[int, list[int]] = {}
     last = 0

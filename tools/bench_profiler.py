@@ -40,7 +40,7 @@ def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """One rank: wall and CPU seconds of every run of each engine. Collective over the ranks."""
     import torch.distributed as dist
 
-    from engine.config_io import config_from_tree
+    from engine.config.loader import config_from_tree
     from engine.distributed import bootstrap
     from engine.llm import LLM
     from engine.request import SamplingParams

@@ -39,7 +39,7 @@ from capacity.tables import LEGEND, markdown, panel_record, panel_text
 from capacity.timing import TimedShape, time_panel
 
 from engine.config import CapacityConfig, Config
-from engine.config_io import load_config
+from engine.config.loader import load_config
 
 PHASES = ("prefill", "decode")
 

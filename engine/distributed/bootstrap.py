@@ -25,16 +25,16 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Config
-from engine.config_io import digest
-from engine.config_world import expert_ranks, validate_world
-from engine.distributed.agent import die_with_agent, end_stopped
-from engine.distributed.checkin import Presence, check_in, choose_device, share_of_cores
+from engine.config.loader import digest
+from engine.config.preflight import read_num_experts
+from engine.config.world_rules import expert_ranks, validate_world
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnheardError
 from engine.distributed.groups import Group, Topology, layout
+from engine.distributed.launch_agent import die_with_agent, end_stopped
+from engine.distributed.rendezvous import Presence, check_in, choose_device, share_of_cores
 from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
 from engine.distributed.shared_memory import open_lane
-from engine.preflight import read_num_experts
 
 __all__ = ["PATIENCE_S", "Launch", "discover", "start", "stop", "telling_all"]
 

@@ -5,6 +5,7 @@ torch.distributed itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -140,3 +141,22 @@ class GroupCollectives:
     def _count(self, part: torch.Tensor, times: float) -> None:
         self.bytes_sent += round(part.numel() * part.element_size() * times)
         self.num_collectives += 1
+
+
+# What one more small collective costs, as bytes that could travel meanwhile: 20 microseconds at
+# 12.5 GB/s, a node's share of a 100 Gbit/s link. Within a node both are faster by the same order.
+COLLECTIVE_BYTES = 256 * 1024
+
+
+def run_meanwhile(work: Callable[[], None], wait: Callable[[], object]) -> None:
+    """Run `work`; where it fails, `wait` for the collective before its error goes on.
+
+    A collective nobody waits for outlives its buffers. What went wrong first is what to tell, also
+    where the others are gone by now.
+    """
+    try:
+        work()
+    except Exception:
+        with suppress(Exception):
+            wait()
+        raise

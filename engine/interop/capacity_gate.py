@@ -16,13 +16,13 @@ from __future__ import annotations
 import torch
 
 from engine.config import CapacityConfig
-from engine.config_world import validate_capacity
+from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Group, expert_range
-from engine.moe.accounting import DropAccount
-from engine.moe.agreement import CapacityAgreement, Decision
-from engine.moe.overlap import ExpertLayout
+from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
+from engine.moe.stats import DropAccount
 from engine.moe.step import MoEStep
 
 

@@ -34,7 +34,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig
-from engine.config_check import ConfigError
+from engine.config.validation import ConfigError
 
 if TYPE_CHECKING:
     from engine.interop.megatron_router import CapacityRouter

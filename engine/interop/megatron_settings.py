@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine.config_check import ConfigError
+from engine.config.validation import ConfigError
 from engine.distributed.groups import Group
 from engine.moe.router import RouterSpec
 

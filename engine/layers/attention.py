@@ -18,60 +18,16 @@ import torch
 from torch import nn
 
 from engine.distributed.groups import Group
-from engine.layers.kv import KVSpec
-from engine.layers.parallel import TensorSum, empty_parameter, share_heads
+from engine.layers.kv_cache import KVSpec
+from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
+from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
 from engine.ops.rms_norm import rms_norm
 from engine.ops.rotary import apply_rotary
 from engine.ops.store_kv import store_kv
-from engine.weights import WeightSlot
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Queries:
-    """Which sequences attend with how many tokens, and where their keys lie.
-
-    query_start_S1: int32, sequence s has rows query_start[s] .. query_start[s + 1] of the queries.
-    query_lens: the same as lengths, on the host; they are a context's last tokens. context_lens: a
-    sequence's tokens in the cache after this step, on the host and as int32. block_table_SB: int32,
-    the blocks of each sequence in order. S may be 0.
-    """
-
-    query_start_S1: torch.Tensor
-    query_lens: list[int]
-    context_lens: list[int]
-    context_lens_S: torch.Tensor
-    block_table_SB: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadRows:
-    """The tokens of a step whose final hidden state is read; of each sequence they are the last.
-
-    rows_R: int64, their rows among the step's tokens, ascending. queries: of the sequences that
-    have any.
-    """
-
-    rows_R: torch.Tensor
-    queries: Queries
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepTensors:
-    """One step's tokens, flattened: decodes first, then prefills.
-
-    token_ids_T, positions_T: int64. slots_T: int64, where each token's key goes (block * block_size
-    + offset). queries: of all of them. read: the tokens whose final hidden state is read, None
-    where all are. T may be 0.
-    """
-
-    token_ids_T: torch.Tensor
-    positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    queries: Queries
-    read: ReadRows | None = None
+from engine.weights.slot import WeightSlot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,31 +198,3 @@ class Attention(nn.Module):
             q_name, k_name = f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"
             yield WeightSlot(q_name, self.q_norm, (q_full,), (q_rows,), kind="norm")
             yield WeightSlot(k_name, self.k_norm, (kv_full,), (kv_rows,), kind="norm")
-
-
-def project_out(
-    x_TO: torch.Tensor, out_DO: torch.Tensor, bias_D: torch.Tensor | None, sums: TensorSum
-) -> torch.Tensor:
-    """Apply the output projection, whose columns are split over `tensor`: [T, D].
-
-    Collective over TP: every rank must call.
-    """
-    if sums.group.size == 1:
-        return linear(x_TO, out_DO, bias_D)
-    if not x_TO.shape[0]:  # nobody reads this step's tokens: the same on all ranks of the group
-        sums.sit_out(1)
-        return x_TO.new_empty(0, out_DO.shape[0])
-    out_TD = sums(linear(x_TO, out_DO))
-    # After the sum, so that the bias counts once.
-    return out_TD if bias_D is None else out_TD + bias_D
-
-
-def out_slots(
-    prefix: str, out_DO: torch.Tensor, bias_D: torch.Tensor | None, columns: slice, full: int
-) -> Iterator[WeightSlot]:
-    """Yield the slots of an output projection that takes `columns` of the `full` input width."""
-    hidden = out_DO.shape[0]
-    shard = (slice(0, hidden), columns)
-    yield WeightSlot(f"{prefix}.o_proj.weight", out_DO, (hidden, full), shard)
-    if bias_D is not None:
-        yield WeightSlot(f"{prefix}.o_proj.bias", bias_D, (hidden,), kind="bias")

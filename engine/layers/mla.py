@@ -26,16 +26,16 @@ import torch
 from torch import nn
 
 from engine.distributed.groups import Group
-from engine.layers.attention import ReadRows, StepTensors, out_slots, project_out
-from engine.layers.kv import KVSpec
-from engine.layers.parallel import TensorSum, empty_parameter, share_heads
+from engine.layers.kv_cache import KVSpec
+from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
+from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
 from engine.ops.rms_norm import rms_norm
 from engine.ops.rotary import apply_rotary
 from engine.ops.store_kv import store_kv
-from engine.weights import WeightSlot
+from engine.weights.slot import WeightSlot
 
 # The norms of the two latents use this in every published DeepSeek model, whatever rms_norm_eps
 # says.

@@ -14,7 +14,7 @@ from engine.layers.parallel import empty_parameter
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
 from engine.ops.silu_and_mul import silu_and_mul
-from engine.weights import WeightSlot
+from engine.weights.slot import WeightSlot
 
 
 class DenseMLP(nn.Module):

@@ -14,6 +14,7 @@ Legend: T tokens, D model dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,10 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.distributed.groups import Group
-from engine.profiling.phases import NO_LAYER, Phase
+from engine.ops.linear import linear
+from engine.profiling.phase_clock import NO_LAYER, Phase
 from engine.profiling.telemetry import Telemetry
+from engine.weights.slot import WeightSlot
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +121,31 @@ class TensorSum:
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     """Return an uninitialised parameter without gradient: a weight slot fills it."""
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
+
+def project_out(
+    x_TO: torch.Tensor, out_DO: torch.Tensor, bias_D: torch.Tensor | None, sums: TensorSum
+) -> torch.Tensor:
+    """Apply the output projection, whose columns are split over `tensor`: [T, D].
+
+    Collective over TP: every rank must call.
+    """
+    if sums.group.size == 1:
+        return linear(x_TO, out_DO, bias_D)
+    if not x_TO.shape[0]:  # nobody reads this step's tokens: the same on all ranks of the group
+        sums.sit_out(1)
+        return x_TO.new_empty(0, out_DO.shape[0])
+    out_TD = sums(linear(x_TO, out_DO))
+    # After the sum, so that the bias counts once.
+    return out_TD if bias_D is None else out_TD + bias_D
+
+
+def out_slots(
+    prefix: str, out_DO: torch.Tensor, bias_D: torch.Tensor | None, columns: slice, full: int
+) -> Iterator[WeightSlot]:
+    """Yield the slots of an output projection that takes `columns` of the `full` input width."""
+    hidden = out_DO.shape[0]
+    shard = (slice(0, hidden), columns)
+    yield WeightSlot(f"{prefix}.o_proj.weight", out_DO, (hidden, full), shard)
+    if bias_D is not None:
+        yield WeightSlot(f"{prefix}.o_proj.bias", bias_D, (hidden,), kind="bias")

@@ -18,25 +18,26 @@ from torch import nn
 
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
-from engine.layers.attention import Attention, AttentionSpec, StepTensors
-from engine.layers.kv import KVCache
+from engine.layers.attention import Attention, AttentionSpec
+from engine.layers.kv_cache import KVCache
 from engine.layers.mla import LatentAttention
 from engine.layers.mlp import DenseMLP
 from engine.layers.parallel import empty_parameter
 from engine.layers.rotary import RotaryTable
-from engine.models.moe_weights import moe_slots
+from engine.layers.step_inputs import StepTensors
+from engine.models.expert_weights import moe_slots
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
-from engine.moe.halves import Stages, finish, take_turns
+from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.chunk_tuner import ChunkTuner
+from engine.moe.dispatch.two_batch import Stages, finish, take_turns
 from engine.moe.layer import MoELayer
 from engine.moe.step import MoEStep
-from engine.moe.tuner import ChunkTuner
-from engine.moe.workspace import Workspace
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
 from engine.ops.rms_norm import add_rms_norm, rms_norm
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
-from engine.weights import WeightSlot
+from engine.weights.slot import WeightSlot
 
 # Tensors that old exporters saved although they follow from the configuration.
 _DERIVED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",)

@@ -36,29 +36,27 @@ import torch
 from torch import nn
 
 from engine.config import CapacityConfig, MoEConfig
-from engine.config_world import validate_capacity
-from engine.distributed.collectives import GroupCollectives
+from engine.config.world_rules import validate_capacity
+from engine.distributed.collectives import GroupCollectives, run_meanwhile
 from engine.distributed.groups import Topology, expert_range
 from engine.layers.mlp import DenseMLP
-from engine.moe.accounting import DropAccount
-from engine.moe.agreement import CapacityAgreement
-from engine.moe.dispatcher import Dispatcher
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.chunk_layout import ExpertLayout
+from engine.moe.dispatch.chunk_tuner import ChunkTuner, Turn
+from engine.moe.dispatch.exchange import Dispatcher
+from engine.moe.dispatch.layout_policy import Layouts
+from engine.moe.dispatch.pipeline import Pipeline
+from engine.moe.dispatch.plan import DispatchPlan, ExpertOrder
+from engine.moe.dispatch.row_format import RowKind
+from engine.moe.dispatch.two_batch import Stages, finish
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
-from engine.moe.halves import Stages, finish
-from engine.moe.layouts import Layouts
-from engine.moe.meanwhile import run_meanwhile
-from engine.moe.overlap import ExpertLayout
-from engine.moe.pipeline import Pipeline
-from engine.moe.plan import DispatchPlan, ExpertOrder
-from engine.moe.record import Recorder
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
+from engine.moe.stats import DropAccount, Recorder
 from engine.moe.step import MoEStep
-from engine.moe.token_slice import TokenSlice
-from engine.moe.tuner import ChunkTuner, Turn
-from engine.moe.wire import RowKind
-from engine.moe.workspace import Workspace
+from engine.moe.token_shard import TokenSlice
 from engine.ops.permute import combine_rows
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 
 
@@ -95,7 +93,7 @@ class MoELayer(nn.Module):
         workspace: Workspace | None = None,
         tuner: ChunkTuner | None = None,
     ) -> None:
-        """Allocate the weights, uninitialised; `engine/weights.py` fills them.
+        """Allocate the weights, uninitialised; `engine/weights/loader.py` fills them.
 
         Raises:
             ValueError: more expert-parallel ranks than experts, or a backend that cannot run here.

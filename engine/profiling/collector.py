@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.profiling.charging import charge
-from engine.profiling.costs import CostCurve
-from engine.profiling.phases import Phase, Spans
+from engine.profiling.cost_model import CostCurve
+from engine.profiling.phase_clock import Phase, Spans
+from engine.profiling.wait_attribution import charge
 
 _BATCH = 16
 # Steps that charge nobody: kernels and connections are made in them.

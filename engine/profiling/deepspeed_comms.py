@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.profiling.phases import Phase, Spans
+from engine.profiling.phase_clock import Phase, Spans
 
 # What DeepSpeed calls the collective that a phase waits for. An agreement of several rounds is one.
 _OPERATIONS = {

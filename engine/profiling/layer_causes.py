@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.profiling.collector import Charges, PhaseTotals
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 
 _COMPUTE = (Phase.ATTENTION, Phase.GATE, Phase.PLAN, Phase.OTHER, Phase.EXPERTS)
 _TRAVEL = (Phase.DISPATCH, Phase.COMBINE, Phase.CONSENSUS, Phase.TENSOR)

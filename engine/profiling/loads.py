@@ -3,7 +3,7 @@ after it.
 
 Loads before capacity come out of the agreement, so every rank of an expert-parallel group holds the
 same numbers. Loads after it a rank knows of its own experts alone (extras never leave their rank);
-the ranks tell each other with the control words of the next step, see `engine/control.py`.
+the ranks tell each other with the control words of the next step, see `control.py`.
 
 Legend: E experts, W expert-parallel ranks, L MoE layers.
 """

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector as Source
 
 from engine.profiling.collector import Collector
 from engine.profiling.loads import LoadCounter
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 from engine.profiling.report import StepReport
 
 _EVERY_S = 1.0

@@ -1,4 +1,4 @@
-"""Reports: what a step and a run tell their user. Plain data; `engine/progress.py` prints it."""
+"""Reports: what a step and a run tell their user. Plain data; `progress.py` prints it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.profiling.deepspeed_comms import CommsTable
-from engine.profiling.verdict import Verdict
+from engine.profiling.findings import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class RunReport:
     the sum of the most loaded rank's rows before over that after. latencies: seconds, keys `ttft`
     (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
     two tokens or more: mean seconds per later token), float64; a sample, whose percentiles are
-    estimates, where a rank had more than `engine/latency.py` keeps, 100,000. verdict: who was slow
+    estimates, where a rank had more than `latency.py` keeps, 100,000. verdict: who was slow
     and why, in every group. lost: seconds that a mean rank lost, by cause. clock_error:
     uncertainty of the ranks' clocks against each other, seconds, the worst rank's. capacity_shares:
     each rank's share of the capacity at the end, 1 being even; None where all were the same

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.profiling.clocks import NoClock
 from engine.profiling.decisions import DecisionLog
+from engine.profiling.device_clocks import NoClock
 from engine.profiling.loads import LoadCounter
-from engine.profiling.phases import PhaseClock
+from engine.profiling.phase_clock import PhaseClock
 
 
 @dataclass(slots=True)

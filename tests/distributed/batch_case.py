@@ -19,7 +19,7 @@ from typing import Any
 
 from ranks import run_ranks
 
-from engine.ledger import part_path, parts_dir, scan_part
+from engine.batch.ledger import part_path, parts_dir, scan_part
 
 CONTEXT = 96
 NUM_GOOD = 24
@@ -128,7 +128,7 @@ def infer_each(rank: int, argvs: list[list[str]]) -> list[tuple[int, str, str]]:
 
 
 def set_trap(number: int, event: str) -> None:
-    from engine.ledger import PartWriter
+    from engine.batch.ledger import PartWriter
 
     append, count = PartWriter.append, 0
 

@@ -24,9 +24,9 @@ SEEN_S = 0.4  # longer than the pause between two heartbeats: the others have se
 
 # Where a rank may hang outside of the lockstep: fault -> module, function.
 HANGS = {
-    "hang loading": ("engine.weight_reader", "_read_job"),
-    "hang scanning": ("engine.batch_job", "scan_input"),
-    "hang merging": ("engine.ledger", "DurableWriter"),
+    "hang loading": ("engine.weights.reader", "_read_job"),
+    "hang scanning": ("engine.batch.file_job", "scan_input"),
+    "hang merging": ("engine.batch.ledger", "DurableWriter"),
 }
 
 
@@ -51,7 +51,7 @@ def announce() -> None:
 
 def skip_exchange(call: int) -> None:
     """Leave out one exchange of control words: this rank goes on with those of the one before."""
-    from engine.control import ControlPlane
+    from engine.generation.control import ControlPlane
 
     exchange, count, last = ControlPlane.exchange, 0, None
 

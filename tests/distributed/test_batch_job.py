@@ -29,7 +29,7 @@ from batch_case import (
 )
 from ranks import RanksFailed, run_ranks
 
-from engine.ledger import Ledger, part_path, parts_dir
+from engine.batch.ledger import Ledger, part_path, parts_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,11 +17,11 @@ from torch import nn
 from engine.config import CapacityConfig, Config, ModelConfig, ParallelConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import expert_range
-from engine.memory import MoEShape, row_bound
+from engine.generation.memory import MoEShape, row_bound
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec, gate_logits, route
 from engine.moe.step import MoEStep
-from engine.moe.token_slice import part_bounds
+from engine.moe.token_shard import part_bounds
 
 HIDDEN, FFN = 16, 24
 

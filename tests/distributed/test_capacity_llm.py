@@ -184,8 +184,8 @@ def reports(rank: int, path: Path, settings: list[dict[str, Any]]) -> list[tuple
             scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4),
         )
     )
+    from engine.generation.request_source import ListSource
     from engine.request import Request
-    from engine.source import ListSource
 
     results = []
     for capacity in settings:

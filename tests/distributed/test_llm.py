@@ -15,10 +15,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from engine.generation.request_source import ListSource
 from engine.llm import LLM
 from engine.ops import lane
 from engine.request import Completion, Request, SamplingParams
-from engine.source import ListSource
 from tools.make_random_checkpoint import make_checkpoint
 
 PROMPTS = [

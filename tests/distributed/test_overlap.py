@@ -20,7 +20,7 @@ from engine.config import (
     RuntimeConfig,
 )
 from engine.distributed import bootstrap
-from engine.moe import overlap
+from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.router import RouterSpec
 
 POLICIES = [

@@ -13,9 +13,10 @@ import pytest
 from ranks import run_ranks
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
-from engine.config_io import config_from_tree
+from engine.config.loader import config_from_tree
 from engine.llm import LLM
-from engine.moe import layouts, overlap
+from engine.moe.dispatch import chunk_layout as overlap
+from engine.moe.dispatch import layout_policy as layouts
 from engine.request import SamplingParams
 from tools.make_random_checkpoint import make_checkpoint
 

@@ -20,10 +20,10 @@ from engine.config import (
     ParallelConfig,
     SchedulerConfig,
 )
+from engine.generation.request_source import ListSource
 from engine.llm import LLM
-from engine.profiling.phases import Phase, Spans
+from engine.profiling.phase_clock import Phase, Spans
 from engine.request import Request, SamplingParams
-from engine.source import ListSource
 from tools.make_random_checkpoint import make_checkpoint
 
 NEW = 12

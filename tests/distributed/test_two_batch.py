@@ -23,12 +23,12 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.distributed import bootstrap
+from engine.generation.request_source import deal
 from engine.llm import LLM
-from engine.moe import overlap
-from engine.moe.halves import take_turns
-from engine.profiling.phases import Phase, Spans
+from engine.moe.dispatch import chunk_layout as overlap
+from engine.moe.dispatch.two_batch import take_turns
+from engine.profiling.phase_clock import Phase, Spans
 from engine.request import Request, SamplingParams
-from engine.source import deal
 from tools.make_random_checkpoint import make_checkpoint
 
 TWO = MoEConfig(overlap=OverlapConfig(two_batch=True))

@@ -9,16 +9,18 @@ import json
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import save_file
 
-import engine.weight_reader as weight_reader
+import engine.weights.reader as weight_reader
 from engine.config import Config, ModelConfig, RuntimeConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import Group, Topology, expert_range
-from engine.safetensors_file import read_header
-from engine.weights import CheckpointError, WeightSlot, fill_dummy, load_weights
+from engine.weights.loader import CheckpointError, fill_dummy, load_weights
+from engine.weights.safetensors_header import read_header
+from engine.weights.slot import WeightSlot
 
 SHAPE = (300, 40)
 

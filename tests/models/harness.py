@@ -17,12 +17,12 @@ import torch
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
-from engine.layers.attention import Queries, ReadRows, StepTensors
-from engine.layers.kv import KVCache
+from engine.layers.kv_cache import KVCache
+from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
-from engine.safetensors_file import read_catalog
-from engine.weights import load_weights
+from engine.weights.loader import load_weights
+from engine.weights.safetensors_header import read_catalog
 
 BLOCK_SIZE = 4
 

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
 from engine.models.decoder import CausalLM
-from engine.safetensors_file import read_catalog
+from engine.weights.safetensors_header import read_catalog
 
 SCHEDULES = {"whole": whole, "chunked": chunked, "one by one": one_by_one}
 

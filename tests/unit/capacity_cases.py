@@ -16,8 +16,8 @@ from threads import run_threads
 
 from engine.config import CapacityConfig
 from engine.distributed.groups import expert_range
-from engine.moe.agreement import CapacityAgreement, Decision
-from engine.moe.overlap import ExpertLayout
+from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep
 

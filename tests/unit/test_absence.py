@@ -13,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-from engine.profiling.absence import Absences
+from engine.profiling.stall_detector import Absences
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys, time
-from engine.profiling.absence import Absences
+from engine.profiling.stall_detector import Absences
 with Absences() as absences:
     time.sleep(0.2)
     print("here", flush=True)

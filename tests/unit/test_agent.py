@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 # This test is the agent; the rank that leaves is a child of it, as all ranks are.
-LEAVE = "from engine.distributed.agent import end_stopped; print(end_stopped())"
+LEAVE = "from engine.distributed.launch_agent import end_stopped; print(end_stopped())"
 
 
 def environ(run: str | None) -> dict[str, str]:
@@ -75,7 +75,7 @@ def test_workers_of_another_agent_are_left_alone(start):
 
 def test_a_worker_dies_with_its_agent_and_anything_else_does_not():
     """Two processes of one parent that is killed: one with torchrun's environment, one without."""
-    child = "import time\nfrom engine.distributed.agent import die_with_agent\n"
+    child = "import time\nfrom engine.distributed.launch_agent import die_with_agent\n"
     child += "die_with_agent()\nprint('ready', flush=True)\ntime.sleep(60)"
     agent = "import os, subprocess, sys, time\n"
     agent += "for run in (dict(TORCHELASTIC_RUN_ID='r'), {}):\n"
@@ -110,7 +110,10 @@ def state(pid: int) -> str:
 
 # --- An error of all ranks ------------------------------------------------------------------------
 
-GO = "from engine.distributed.agent import let_rank_0_go_first as wait; wait({}); print('left')"
+GO = (
+    "from engine.distributed.launch_agent import let_rank_0_go_first as wait; "
+    "wait({}); print('left')"
+)
 RANK_0 = [{"RANK": "0"}, {"OMPI_COMM_WORLD_RANK": "0"}, {"PMI_RANK": "0"}, {"SLURM_PROCID": "0"}]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch_input import Line, Pending, TicketQueue, line_id, scan_input
+from engine.batch.input_index import Line, Pending, TicketQueue, line_id, scan_input
 from engine.request import Completion, Request
 
 
@@ -127,7 +127,7 @@ def test_lines_without_an_id_are_no_duplicates_of_each_other(tmp_path):
 
 
 def test_equal_hashes_of_different_ids_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.batch_input._hash", lambda name: 42)
+    monkeypatch.setattr("engine.batch.input_index._hash", lambda name: 42)
     index = scan_input(write(tmp_path / "in.jsonl", b'{"id": 1}\n{"id": 2}\n{"x": 3}\n{"id": 1}'))
     assert index.duplicates == {3: 1}
 
@@ -243,7 +243,7 @@ def test_the_index_is_that_of_reading_line_by_line(tmp_path_factory, lines, last
     content = b"\xef\xbb\xbf" * bom + b"".join(line + end for line, end in lines) + last
     path = write(tmp_path_factory.mktemp("input") / "in.jsonl", content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.batch_input._CHUNK", block)
+        patch.setattr("engine.batch.input_index._CHUNK", block)
         index = scan_input(path)
     expected = plain_index(content)
     assert (index.offsets_n.tolist(), index.numbers_n.tolist(), index.duplicates) == expected

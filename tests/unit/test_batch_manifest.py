@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch_input import scan_input
-from engine.batch_manifest import (
+from engine.batch.input_index import scan_input
+from engine.batch.ledger import Ledger, PartWriter
+from engine.batch.manifest import (
     JobError,
     admit,
     beside,
@@ -15,8 +16,7 @@ from engine.batch_manifest import (
     result_settings,
     seal,
 )
-from engine.config_io import config_from_tree
-from engine.ledger import Ledger, PartWriter
+from engine.config.loader import config_from_tree
 from engine.request import Completion
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from engine import batch_slices, durable
-from engine.batch_manifest import JobError, admit, seal
-from engine.batch_slices import Slice, is_merged, join
-from engine.ledger import Ledger, PartWriter, parts_dir
+from engine.batch import atomic_files as durable
+from engine.batch import input_shards as batch_slices
+from engine.batch.input_shards import Slice, is_merged, join
+from engine.batch.ledger import Ledger, PartWriter, parts_dir
+from engine.batch.manifest import JobError, admit, seal
 from engine.request import Completion
 
 MANIFEST = {

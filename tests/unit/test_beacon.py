@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from engine.distributed.beacon import Beacon
-from engine.distributed.faults import Place
-from engine.distributed.sightings import Beat
+from engine.distributed.health.heartbeat import Beacon
+from engine.distributed.health.peer_monitor import Beat
+from engine.distributed.health.progress import Place
 
 PLACE = Place(step=4, layer=2, phase="experts", collective=31)
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import bench_big_input
 
-from engine.batch_input import scan_input
-from engine.ledger import Ledger
+from engine.batch.input_index import scan_input
+from engine.batch.ledger import Ledger
 
 
 def spans(folder: Path, rank: int, steps: list[tuple[int, int]]) -> None:

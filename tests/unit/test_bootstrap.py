@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.distributed.bootstrap import Launch, discover
-from engine.distributed.checkin import Presence, choose_device, share_of_cores
 from engine.distributed.discovery import choose_library, expand_tasks_per_node, first_node
 from engine.distributed.errors import RankError, merge_errors
+from engine.distributed.rendezvous import Presence, choose_device, share_of_cores
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 

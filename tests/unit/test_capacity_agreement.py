@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 
 from engine.config import CapacityConfig
 from engine.distributed.collectives import Pending
-from engine.moe.agreement import CapacityAgreement
-from engine.moe.overlap import ExpertLayout
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, route
 from engine.moe.step import MoEStep
 

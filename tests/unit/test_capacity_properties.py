@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import capacity_of
 
-from engine.moe.agreement import Decision
+from engine.moe.capacity.agreement import Decision
 from engine.moe.router import Routing
 
 PROPERTY = settings(
@@ -342,7 +342,7 @@ def test_14_no_rank_gets_more_than_its_capacity_so_the_bound_holds(case):
 def test_capacity_is_an_exact_ceiling_and_at_least_one(factor, tokens, top_k, experts, expected):
     from decimal import Decimal
 
-    from engine.moe.capacity import expert_capacity
+    from engine.moe.capacity.limits import expert_capacity
 
     assert expert_capacity(Decimal(factor), tokens, top_k, experts) == expected
     assert capacity_of(factor, tokens, top_k, experts) == expected

@@ -6,10 +6,10 @@ import dataclasses
 import io
 import json
 
-from engine.capacity_summary import describe, print_capacity
 from engine.config import CapacityConfig
 from engine.profiling.report import LayerReport, LayerTotals, RankReport, RunReport
-from engine.progress import Summary, make_console
+from engine.reporting.capacity_table import describe, print_capacity
+from engine.reporting.summary import Summary, make_console
 
 TOKEN_DROP = CapacityConfig(policy="token_drop", factor="1.5")
 

@@ -12,8 +12,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from engine.distributed.checkin import Presence, check_in
 from engine.distributed.errors import RankError, RendezvousError
+from engine.distributed.rendezvous import Presence, check_in
 
 
 def present(rank: int, host: str = "a", error: str | None = None) -> Presence:

@@ -6,10 +6,10 @@ Run: pytest tests/unit/test_collector.py
 import numpy as np
 import pytest
 
-from engine.profiling.clocks import HostClock
 from engine.profiling.collector import Collector
-from engine.profiling.costs import CostCurve, price
-from engine.profiling.phases import Phase
+from engine.profiling.cost_model import CostCurve, price
+from engine.profiling.device_clocks import HostClock
+from engine.profiling.phase_clock import Phase
 from tests.profiles import MS, Simulation, make_spans
 
 

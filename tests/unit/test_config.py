@@ -1,4 +1,4 @@
-"""engine/config.py, config_check.py, config_io.py: what is accepted and how the rest is refused."""
+"""engine/config: what is accepted and how the rest is refused."""
 
 import dataclasses
 import pickle
@@ -11,7 +11,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import config_io
 from engine.config import (
     CapacityConfig,
     Config,
@@ -21,8 +20,8 @@ from engine.config import (
     SamplingConfig,
     SchedulerConfig,
 )
-from engine.config_check import ConfigError
-from engine.config_io import (
+from engine.config import loader as config_io
+from engine.config.loader import (
     PROJECT_ROOT,
     config_from_tree,
     digest,
@@ -30,7 +29,8 @@ from engine.config_io import (
     load_config,
     to_yaml,
 )
-from engine.config_world import expert_ranks, validate_capacity, validate_world
+from engine.config.validation import ConfigError
+from engine.config.world_rules import expert_ranks, validate_capacity, validate_world
 
 SHIPPED = sorted(file.stem for file in (PROJECT_ROOT / "configs").glob("*.yaml"))
 

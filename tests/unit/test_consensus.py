@@ -7,10 +7,11 @@ from __future__ import annotations
 import torch
 from threads import ThreadCollectives, run_threads
 
-from engine.moe.capacity import Pools
-from engine.moe.consensus import Claims, Consensus
-from engine.moe.consensus_global import COLLECTIVE_BYTES, gather_bytes, radix_bytes
-from engine.moe.consensus_registry import make_consensus
+from engine.distributed.collectives import COLLECTIVE_BYTES
+from engine.moe.capacity.consensus import Claims, Consensus
+from engine.moe.capacity.consensus_global import gather_bytes, radix_bytes
+from engine.moe.capacity.consensus_registry import make_consensus
+from engine.moe.capacity.limits import Pools
 
 
 def claims_of(num_claims: int, num_experts: int, padded: int, limit: int = 1) -> Claims:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine.profiling.deepspeed_comms import CommsRow, DeepSpeedComms, open_deepspeed_comms
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 from tests.profiles import make_spans
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +120,7 @@ def test_deepspeeds_own_logger_gives_the_latencies_that_went_in():
     code = """
 import torch.distributed as dist
 from engine.profiling.deepspeed_comms import open_deepspeed_comms
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 from tests.profiles import make_spans
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 comms = open_deepspeed_comms("cpu", 2)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from engine.detokenizer import Detokenizer, StopChecker, load_eos_token_ids
+from engine.generation.detokenizer import Detokenizer, StopChecker, load_eos_token_ids
 from engine.request import SamplingParams
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from engine.durable import Busy, lock, read_json, write_json, write_text
+from engine.batch.atomic_files import Busy, lock, read_json, write_json, write_text
 
 
 def test_what_is_written_reads_back_and_replaces_what_was_there(tmp_path):
@@ -63,7 +63,7 @@ def test_patience_outlasts_a_holder_that_is_just_leaving(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     first, second = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
     lock(first, "it")
-    monkeypatch.setattr("engine.durable.time.sleep", lambda seconds: os.close(first))
+    monkeypatch.setattr("engine.batch.atomic_files.time.sleep", lambda seconds: os.close(first))
     lock(second, "it", patience_s=60)
     os.close(second)
 

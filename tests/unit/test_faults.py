@@ -9,16 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from engine.distributed.faults import (
-    WAITING,
-    Finding,
-    Limits,
-    Place,
-    Seen,
-    describe,
-    judge,
-    store_lost,
-)
+from engine.distributed.health.diagnosis import Finding, Limits, Seen, describe, judge, store_lost
+from engine.distributed.health.progress import WAITING, Place
 
 LIMITS = Limits(period=0.1, lost=2.5, quick=1.0, cut=1.5, stalled=4.0)
 COMBINE = Place(step=12, layer=3, phase="combine", collective=57)

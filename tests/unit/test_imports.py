@@ -99,7 +99,7 @@ def test_only_batch_and_scripts_stand_on_llm_and_only_scripts_on_batch():
     for module, file in MODULES.items():
         head = module.partition(".")[2]
         for imported in imports_of(file):
-            if imported == "engine.batch":
+            if imported == "engine.batch.run":
                 assert head.startswith("cli"), f"{module} imports {imported}"
             if imported == "engine.llm":
                 assert head.startswith(("batch", "cli", "serve")), f"{module} imports {imported}"
@@ -122,7 +122,7 @@ def test_import_engine_loads_nothing_heavy():
 
 
 def test_start_up_loads_no_package_that_only_some_runs_need():
-    assert not modules_after("import engine.batch, engine.llm") & HEAVY
+    assert not modules_after("import engine.batch.run, engine.llm") & HEAVY
 
 
 def test_interop_loads_no_framework_before_it_is_asked_to():

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from engine.interrupts import Interrupts, Stopped
+from engine.generation.interrupts import Interrupts, Stopped
 
 
 def send(signum: int = signal.SIGTERM) -> None:
@@ -64,7 +64,7 @@ def end_by(*signums: str) -> int:
     """The exit code of a process that is inside a deferred block when it gets these signals."""
     sending = "".join(f"    os.kill(os.getpid(), signal.{name})\n" for name in signums)
     code = (
-        "import os, signal, sys\nfrom engine.interrupts import Interrupts\n"
+        "import os, signal, sys\nfrom engine.generation.interrupts import Interrupts\n"
         f"with Interrupts() as interrupts, interrupts.deferred():\n{sending}"
         "    os._exit(9)\n"
     )
@@ -109,7 +109,7 @@ def test_work_that_finished_in_time_meets_the_signal(later_s, raised):
 
 def test_the_same_signal_a_second_later_ends_the_process():
     code = (
-        "import os, signal\nfrom engine.interrupts import Interrupts\nnow = 0.0\n"
+        "import os, signal\nfrom engine.generation.interrupts import Interrupts\nnow = 0.0\n"
         "with Interrupts(9.0, lambda: now) as interrupts, interrupts.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    now = 1.0\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    os._exit(9)\n"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv_cache import BlockPool
+from engine.generation.block_pool import BlockPool
 
 
 def test_blocks_come_in_order_and_the_last_freed_are_reused_first():

@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 import pytest
 
-from engine.latency import MOST, Sample, pooled, timed
+from engine.generation.latency import MOST, Sample, pooled, timed
 from engine.request import Completion, Timing
 
 

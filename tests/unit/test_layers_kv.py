@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.layers.kv import KVCache, KVSpec
+from engine.layers.kv_cache import KVCache, KVSpec
 
 CPU = torch.device("cpu")
 

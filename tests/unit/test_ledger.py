@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import ledger as ledger_module
-from engine.durable import Busy
-from engine.ledger import Ledger, PartWriter, encode, part_path, parts_dir, scan_part
+from engine.batch import ledger as ledger_module
+from engine.batch.atomic_files import Busy
+from engine.batch.ledger import Ledger, PartWriter, encode, part_path, parts_dir, scan_part
 from engine.request import Completion
 
 

@@ -10,7 +10,7 @@ import time
 
 import torch.distributed as dist
 
-from engine.distributed.meeting import meet
+from engine.distributed.store_barrier import meet
 
 WORLD = 3
 ROUNDS = 4

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.control import ControlWords
-from engine.meter import Meter
-from engine.profiling.clocks import HostClock
+from engine.generation.control import ControlWords
+from engine.generation.step_profiler import Meter
 from engine.profiling.collector import Collector
-from engine.profiling.outlets import Outlets
-from engine.profiling.phases import Phase, Spans
+from engine.profiling.device_clocks import HostClock
+from engine.profiling.exporters import Outlets
+from engine.profiling.phase_clock import Phase, Spans
 from engine.profiling.telemetry import Telemetry
 
 STEPS = 5

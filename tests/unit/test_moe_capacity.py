@@ -15,11 +15,12 @@ from reference import hash_key
 from threads import run_threads
 
 from engine.config import CapacityConfig
-from engine.moe.agreement import CapacityAgreement, Decision
-from engine.moe.capacity import Pools, cannot_bind, order_words, random_key, sortable
-from engine.moe.consensus_quota import shares
-from engine.moe.expansion import candidates, choose_extras
-from engine.moe.overlap import ExpertLayout
+from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.capacity.consensus_quota import shares
+from engine.moe.capacity.expansion import candidates, choose_extras
+from engine.moe.capacity.limits import Pools, cannot_bind
+from engine.moe.capacity.priority import order_words, random_key, sortable
+from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
 

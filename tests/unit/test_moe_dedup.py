@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.moe.dedup import Deduplicator, expected_unique, read_bits, rows_by_expert
+from engine.moe.dispatch.dedup import Deduplicator, expected_unique, read_bits, rows_by_expert
 
 
 def test_the_worked_example_of_the_module_holds():

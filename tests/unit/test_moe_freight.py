@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from virtual_ranks import bounds, call
 
 from engine.config import DispatchConfig
-from engine.moe.freight import wire_areas
-from engine.moe.overlap import ExpertLayout
-from engine.moe.wire import RowKind
+from engine.moe.dispatch.chunk_layout import ExpertLayout
+from engine.moe.dispatch.payload import wire_areas
+from engine.moe.dispatch.row_format import RowKind
 
 WIDTH = 24
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.moe.halves import balanced_cut, finish, take_turns
+from engine.generation.runner import balanced_cut
+from engine.moe.dispatch.two_batch import finish, take_turns
 
 
 def talker(name: str, stops: int, said: list[str], fails_at: int | None = None):

@@ -17,11 +17,11 @@ from threads import ThreadCollectives
 from virtual_ranks import call
 
 from engine.config import DispatchConfig, MoEConfig, OverlapConfig
-from engine.moe.consensus_global import COLLECTIVE_BYTES
-from engine.moe.layouts import Layouts
-from engine.moe.overlap import MIN_CHUNK_ROWS, ExpertLayout
-from engine.moe.tuner import ChunkTuner
-from engine.moe.wire import RowKind
+from engine.distributed.collectives import COLLECTIVE_BYTES
+from engine.moe.dispatch.chunk_layout import MIN_CHUNK_ROWS, ExpertLayout
+from engine.moe.dispatch.chunk_tuner import ChunkTuner
+from engine.moe.dispatch.layout_policy import Layouts
+from engine.moe.dispatch.row_format import RowKind
 
 ROWS = RowKind.of(96, torch.float32, DispatchConfig())
 SOME = settings(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.distributed.groups import expert_range
-from engine.moe.overlap import ExpertLayout
+from engine.moe.dispatch.chunk_layout import ExpertLayout
 
 
 def bounds(num_experts: int, num_ranks: int) -> list[int]:

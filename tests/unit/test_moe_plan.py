@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.distributed.groups import expert_range
-from engine.moe.plan import make_plan, sort_by_expert
+from engine.moe.dispatch.plan import make_plan, sort_by_expert
 
 
 def bounds(num_experts: int, num_ranks: int) -> list[int]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.moe import tuner as tuner_module
-from engine.moe.tuner import CANDIDATES, SAMPLES, ChunkTuner, HostLap, bucket_of
+from engine.moe.dispatch import chunk_tuner as tuner_module
+from engine.moe.dispatch.chunk_tuner import CANDIDATES, SAMPLES, ChunkTuner, HostLap, bucket_of
 
 
 class Timed:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import DispatchConfig
-from engine.moe.wire import RowKind, WireFormat
+from engine.moe.dispatch.row_format import RowKind, WireFormat
 
 FP8 = torch.float8_e4m3fn
 

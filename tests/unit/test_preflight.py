@@ -1,12 +1,12 @@
-"""engine/preflight.py: a config that cannot run here is refused with what to do about it."""
+"""engine/config/preflight.py: a config that cannot run here is refused with what to do about it."""
 
 import pytest
 import torch
 
 from engine.config import Config, ModelConfig, RuntimeConfig
-from engine.config_check import ConfigError
-from engine.config_io import load_config
-from engine.preflight import TINY_COMMAND, check_runnable
+from engine.config.loader import load_config
+from engine.config.preflight import TINY_COMMAND, check_runnable
+from engine.config.validation import ConfigError
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.profiling.clocks import CudaClock, HostClock, NoClock, make_clock
+from engine.profiling.device_clocks import CudaClock, HostClock, NoClock, make_clock
 from engine.profiling.loads import LoadCounter
-from engine.profiling.phases import COLLECTIVE_PHASES, Phase, Spans
-from engine.profiling.waiting import breakdown, waiting_ns
+from engine.profiling.phase_clock import COLLECTIVE_PHASES, Phase, Spans
+from engine.profiling.wait_time import breakdown, waiting_ns
 
 MS = 1_000_000
 

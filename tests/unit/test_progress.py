@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from engine.batch.progress import Progress
 from engine.config import CapacityConfig
 from engine.profiling.deepspeed_comms import CommsRow
+from engine.profiling.findings import Verdict
 from engine.profiling.report import LayerTotals, RankReport, RunReport, StepReport
-from engine.profiling.verdict import Verdict
-from engine.progress import Progress, Summary, percentiles, print_summary
+from engine.reporting.summary import Summary, percentiles, print_summary
 
 
 def step(number: int, prefill: int = 0, decode: int = 0) -> StepReport:

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from engine.runner import Hidden, Runner
-from engine.scheduler import Slice
+from engine.generation.runner import Hidden, Runner
+from engine.generation.step import Slice
 
 BLOCK_SIZE = 4
 

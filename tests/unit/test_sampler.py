@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import sampler
+from engine.generation import sampler
+from engine.generation.sampler import NonFiniteLogitsError, sample, token_logprobs, uniform
 from engine.request import SamplingParams
-from engine.sampler import NonFiniteLogitsError, sample, token_logprobs, uniform
 
 LOG = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
 

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv_cache import BlockPool
+from engine.generation.block_pool import BlockPool
+from engine.generation.scheduler import Scheduler
+from engine.generation.sequence import Sequence, Status
+from engine.generation.step import Step
 from engine.request import Completion, Request, SamplingParams
-from engine.scheduler import Scheduler, Step
-from engine.sequence import Sequence, Status
 
 VOCAB = 50
 EOS = 7

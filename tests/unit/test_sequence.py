@@ -2,8 +2,8 @@
 
 import pytest
 
+from engine.generation.sequence import Sequence, Status
 from engine.request import Request, SamplingParams
-from engine.sequence import Sequence, Status
 
 
 def make(*, eos=(), **params) -> Sequence:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import CapacityConfig
-from engine.memory import MoEShape, row_bound
-from engine.moe.capacity import Pools
-from engine.moe.shares import EVERY, LEAST, MOST, ONE, Shares, limits, shares
-from engine.profiling.pace import Pace
-from engine.profiling.phases import Phase
+from engine.generation.memory import MoEShape, row_bound
+from engine.moe.capacity.limits import Pools
+from engine.moe.capacity.speed_weights import EVERY, LEAST, MOST, ONE, Shares, limits, shares
+from engine.profiling.phase_clock import Phase
+from engine.profiling.row_time import Pace
 from tests.profiles import make_spans
 
 TWO_RANKS = [0, 4, 8]

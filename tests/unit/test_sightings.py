@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from engine.distributed.faults import Place
-from engine.distributed.sightings import Beat, Sightings
+from engine.distributed.health.peer_monitor import Beat, Sightings
+from engine.distributed.health.progress import Place
 
 PERIOD = 0.25
 HOSTS = ("h0", "h0", "h1")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.generation.request_source import deal
 from engine.request import Request, SamplingParams
-from engine.source import deal
 
 SHAPES = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 70)), max_size=40)
 

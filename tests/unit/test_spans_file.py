@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.profiling.phases import Phase, Spans
-from engine.profiling.spans_file import SpansHeader, SpanWriter
+from engine.profiling.phase_clock import Phase, Spans
+from engine.profiling.span_file import SpansHeader, SpanWriter
 from tests.profiles import MS, make_spans
 
 OFFSET = 5_000_000_000

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine.profiling.straggler import Analysis, analyse
-from engine.profiling.verdict import HotExpert, Verdict, verdicts
+from engine.profiling.findings import HotExpert, Verdict, verdicts
+from engine.profiling.straggler_causes import Analysis, analyse
 from tests.profiles import Simulation
 
 HOT = {rank: HotExpert(layer=7, expert=24, over_mean=4.1) for rank in range(4)}

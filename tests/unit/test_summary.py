@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import engine.summary
-from engine.latency import Sample
-from engine.loop import Totals
+import engine.reporting.run_report
+from engine.generation.latency import Sample
+from engine.generation.loop import Totals
 from engine.profiling.collector import Collector
 from engine.profiling.loads import LayerDrops, LoadCounter
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 from engine.profiling.report import LayerTotals, RunReport
-from engine.summary import run_report
+from engine.reporting.run_report import run_report
 from tests.profiles import Simulation, make_spans
 
 BEFORE = {1: [[6, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 1, 5, 5], [1, 1, 1, 1]]}
@@ -111,11 +111,11 @@ def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunRepor
         shares.append(share)
         raise HandedIn
 
-    monkeypatch.setattr(engine.summary, "gather_objects", hand_in)
+    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", hand_in)
     for rank in ranks:
         with pytest.raises(HandedIn):
             rank.report()
-    monkeypatch.setattr(engine.summary, "gather_objects", lambda share, group: shares)
+    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", lambda share, group: shares)
     return [rank.report() for rank in ranks]
 
 

@@ -1,11 +1,11 @@
-"""engine/tokenizer.py: tokenizers that cannot be read, and those that are code."""
+"""engine/generation/tokenizer.py: tokenizers that cannot be read, and those that are code."""
 
 import json
 
 import pytest
 
 from engine.config import ModelConfig
-from engine.tokenizer import load_tokenizer
+from engine.generation.tokenizer import load_tokenizer
 
 
 def refusal(folder) -> str:

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from engine.distributed.voice import Voice
-from engine.distributed.watchdog import Watchdog, is_connection_error
+from engine.distributed.health.reporter import Voice
+from engine.distributed.health.watchdog import Watchdog, is_connection_error
 
 
 def test_a_run_of_one_rank_has_no_watch():

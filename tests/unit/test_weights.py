@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import engine.weight_reader as weight_reader
-from engine.safetensors_file import read_catalog, read_header
-from engine.weights import CheckpointError, WeightSlot, fill_dummy, load_weights
+import engine.weights.reader as weight_reader
+from engine.weights.loader import CheckpointError, fill_dummy, load_weights
+from engine.weights.safetensors_header import read_catalog, read_header
+from engine.weights.slot import WeightSlot
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,7 +139,7 @@ def test_one_tensor_may_fill_two_slots(tmp_path):
 
 MEASURE = """
 import os, resource, sys, torch
-from engine.weights import WeightSlot, load_weights
+from engine.weights.loader import WeightSlot, load_weights
 folder, wanted = sys.argv[1], sys.argv[2].split(",")
 shape = (1024, 2048)
 slots = [WeightSlot(name, torch.ones(shape), shape) for name in wanted]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from engine.distributed.groups import expert_range
-from engine.moe.freight import Leg, load
-from engine.moe.overlap import ExpertLayout
-from engine.moe.plan import DispatchPlan
-from engine.moe.workspace import Workspace
+from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.chunk_layout import ExpertLayout
+from engine.moe.dispatch.payload import Leg, load
+from engine.moe.dispatch.plan import DispatchPlan
 from engine.ops.permute import combine_rows
 
 

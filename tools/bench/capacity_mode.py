@@ -34,7 +34,7 @@ from bench.contender import Contender, Running
 from bench.loads import fit, hot_loads, rank_loads, recorded_loads, zipf_loads
 from bench.moe_case import MoEShape
 from bench.report import spread, table
-from engine.profiling.phases import Phase
+from engine.profiling.phase_clock import Phase
 
 HEADER = ["policy", "layer ms", "speedup", "bound S", "of bound", "rows", "adds ms", "adds"]
 PHASES = (

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.moe.capacity import expert_capacity
+from engine.moe.capacity.limits import expert_capacity
 
 
 def zipf_loads(num_tokens: int, num_experts: int, top_k: int, exponent: float) -> np.ndarray:

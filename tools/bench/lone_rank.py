@@ -19,15 +19,15 @@ from bench.transfers import Kind
 from engine.config import DispatchConfig, MoEConfig
 from engine.distributed.collectives import Done, GroupCollectives, Pending
 from engine.distributed.groups import Group, Topology
-from engine.moe.dispatcher import Dispatcher
+from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.exchange import Dispatcher
+from engine.moe.dispatch.pipeline import Pipeline
+from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.layer import MoELayer, MoESpec
-from engine.moe.pipeline import Pipeline
-from engine.moe.plan import DispatchPlan
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep
-from engine.moe.workspace import Workspace
-from engine.profiling.clocks import HostClock, NoClock
-from engine.profiling.phases import Phase
+from engine.profiling.device_clocks import HostClock, NoClock
+from engine.profiling.phase_clock import Phase
 
 CPU = torch.device("cpu")
 TRAVEL = (Phase.DISPATCH, Phase.COMBINE)

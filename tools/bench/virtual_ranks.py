@@ -31,9 +31,9 @@ from bench.lone_rank import CPU, LoneRank, Unanswered
 from bench.moe_case import MoEShape, MoEWeights, make_tokens, share, vary_margins
 from bench.transfers import Kind, Transfers
 from engine.config import CapacityConfig
-from engine.moe.plan import DispatchPlan
+from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.step import MoEStep, TokenTally
-from engine.moe.workspace import Workspace
 
 ROW_BYTES = 4  # float32
 

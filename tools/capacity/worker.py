@@ -18,7 +18,7 @@ class Worker:
         """config: as for `--config`. settings: `section.key=value`. items: `rank`, `index`,
         `prompt` and `new_tokens` of every request; 0 new tokens: it is scored. Collective.
         """
-        from engine.config_io import load_config
+        from engine.config.loader import load_config
         from engine.llm import LLM
         from engine.request import Request, SamplingParams
 
@@ -53,8 +53,8 @@ class Worker:
         `after`, this rank's rows to each expert, and on rank 0 `before`, every rank's, int [W][E].
         """
         from capacity.settings import from_json
+        from engine.generation.request_source import ListSource
         from engine.request import Completion
-        from engine.source import ListSource
 
         self._llm.set_capacity(from_json(capacity))
         entries = self._llm.record_decisions()

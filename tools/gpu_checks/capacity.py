@@ -13,8 +13,8 @@ import torch.distributed as dist
 from engine.config import CapacityConfig
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Group
-from engine.moe.agreement import CapacityAgreement
-from engine.moe.overlap import ExpertLayout
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep
 from gpu_checks.check import Check, at_most, guarded

@@ -16,12 +16,12 @@ import torch
 
 from engine.config import ExpertsConfig, MoEConfig, OverlapConfig
 from engine.distributed.groups import Group
+from engine.moe.dispatch.two_batch import finish
 from engine.moe.experts import choose_backend
-from engine.moe.halves import finish
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.ops.permute import combine_rows
-from engine.profiling.clocks import NoClock
+from engine.profiling.device_clocks import NoClock
 from gpu_checks.check import Check, at_most, guarded, relative_error
 from gpu_checks.experts import BACKENDS
 

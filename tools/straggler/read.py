@@ -1,4 +1,4 @@
-"""Reads the span files of a run and checks them. `engine/profiling/spans_file.py` writes them.
+"""Reads the span files of a run and checks them. `engine/profiling/span_file.py` writes them.
 
 A rank has one file, and a second one with its older steps when the first has grown too large. Both
 begin with a header line; every other line is a step. Nothing of the engine is imported, so that a

@@ -1,4 +1,4 @@
-"""Reads what the page needs of a job's *.report.json, which `engine/progress.py` writes."""
+"""Reads what the page needs of a job's *.report.json, which `engine/batch/progress.py` writes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Worker:
 
         import torch
 
-        from engine.config_io import load_config
+        from engine.config.loader import load_config
         from engine.llm import LLM
         from engine.ops import native
 

@@ -24,14 +24,14 @@ from bench.loads import routing_of
 from bench.moe_case import MoEShape, make_tokens, make_weights, vary_margins
 from bench.protocol import memory_mib, serve
 from engine.config import CapacityConfig
-from engine.config_io import config_from_tree
+from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.distributed.collectives import GroupCollectives
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep, TokenTally
-from engine.profiling.clocks import HostClock, NoClock
-from engine.profiling.phases import Phase
+from engine.profiling.device_clocks import HostClock, NoClock
+from engine.profiling.phase_clock import Phase
 
 
 class Worker:

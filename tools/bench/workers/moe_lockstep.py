@@ -7,7 +7,7 @@ import torch
 from bench.moe_case import MoEShape, MoEWeights
 from bench.protocol import serve
 from bench.workers.moe_base import Layer, MoEWorker
-from engine.config_io import config_from_tree
+from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec

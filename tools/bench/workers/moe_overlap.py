@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from bench.loads import random_routing
 from bench.moe_case import MoEShape, make_tokens, make_weights
-from engine.config_io import config_from_tree
+from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
+from engine.moe.dispatch.chunk_tuner import ChunkTuner
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
-from engine.moe.tuner import ChunkTuner
-from engine.profiling.clocks import HostClock
-from engine.profiling.phases import Phase
+from engine.profiling.device_clocks import HostClock
+from engine.profiling.phase_clock import Phase
 
 EXPOSED = (Phase.DISPATCH, Phase.COMBINE)
 

@@ -22,13 +22,13 @@ from bench.loads import routing_of, zipf_loads
 from bench.moe_case import MoEShape, make_tokens, make_weights
 from bench.workers.moe_overlap import build
 from engine.config import CapacityConfig
-from engine.config_io import config_from_tree
+from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
-from engine.moe.shares import ONE, Shares
+from engine.moe.capacity.speed_weights import ONE, Shares
 from engine.moe.step import MoEStep
-from engine.profiling.clocks import HostClock, NoClock
-from engine.profiling.pace import Pace
-from engine.profiling.phases import Phase
+from engine.profiling.device_clocks import HostClock, NoClock
+from engine.profiling.phase_clock import Phase
+from engine.profiling.row_time import Pace
 
 NAMES = ("dropless", "even", "speed_aware")
 

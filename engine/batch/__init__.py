@@ -1,0 +1,1 @@
+"""Batch jobs: input files to requests, completions to output files, resume after a failure."""

@@ -1,0 +1,266 @@
+"""The input of a batch job as an array of offsets, and the queue that ranks take its lines from.
+
+Second stop of a job (`run.py`): rank 0 scans the JSONL once (`scan_input`), the ledger
+says which lines are done, and the rest travels to every rank as one int64 table (`Pending`). Ranks
+then pull tickets from a counter in the store (`TicketQueue`) and read a line only when they run it:
+the input is indexed, never loaded, and costs 32 bytes a line. `line_parser.py` says what a
+line means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import torch.distributed as dist
+
+from engine.distributed.health.progress import Tick, no_tick
+from engine.request import Completion, Request
+
+_BOM = b"\xef\xbb\xbf"
+# The usual line starts with its id: no need to parse the rest of it to look for duplicates.
+_LEADING_ID = re.compile(
+    rb'\s*\{\s*"(?:custom_)?id"\s*:\s*(?:"([^"\\\x00-\x1f]*)"|(-?\d{1,4000})\s*[,}])'
+)
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the input: its index among the requests, its number in the file from 1, bytes.
+
+    duplicate_of: number of the earlier line with the same id, 0 when there is none.
+    """
+
+    index: int
+    number: int
+    raw: bytes
+    duplicate_of: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputIndex:
+    """Where the requests of an input stand; n lines that are not blank.
+
+    offsets_n: int64, byte at which each line starts. numbers_n: int64, its line number from 1
+    (blank lines count). duplicates: index of a line -> number of the earlier line with the same id.
+    size: bytes. sha256: of the content, hex.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    modified_ns: int
+    offsets_n: np.ndarray
+    numbers_n: np.ndarray
+    duplicates: dict[int, int]
+
+    def __len__(self) -> int:
+        return len(self.offsets_n)
+
+
+def scan_input(path: Path, tick: Tick = no_tick) -> InputIndex:
+    """Read the file once, front to back, and index it. tick: called every now and then.
+
+    Raises OSError, and ValueError for what is no regular file.
+    """
+    if not path.is_file():
+        reason = "is not a regular file" if path.exists() else "does not exist"
+        raise ValueError(f"--input {path}: {reason}; give a JSONL file, one request a line")
+    digest = hashlib.sha256()
+    offsets, numbers, hashes, nameless = array("q"), array("q"), array("q"), []
+    offset = number = 0
+    with path.open("rb", buffering=0) as file:
+        modified_ns = os.fstat(file.fileno()).st_mtime_ns
+        for lines in _line_blocks(file, digest.update):
+            tick()
+            for raw in lines:
+                number += 1
+                skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
+                text = raw[skip:] if skip else raw
+                if text and not text.isspace():
+                    if (name := line_id(text)) is None:
+                        nameless.append(len(offsets))
+                    offsets.append(offset + skip)
+                    numbers.append(number)
+                    hashes.append(_hash(name))
+                offset += len(raw) + 1
+        size = file.tell()
+    offsets_n = np.array(offsets, dtype=np.int64)
+    numbers_n = np.array(numbers, dtype=np.int64)
+    candidates = _equal_hashes(np.array(hashes, dtype=np.int64), nameless)
+    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, tick)
+    return InputIndex(path, size, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates)
+
+
+def line_id(raw: bytes) -> str | int | None:
+    """Return the id of a line as written, None where it has none that is text or a whole number.
+
+    Never fails: a line that is broken further on still gets an error record under its own id. Where
+    a line gives several ids, which `batch_lines` refuses, the first one written counts or, behind
+    other keys, `custom_id`.
+    """
+    if match := _LEADING_ID.match(raw):
+        try:
+            return int(match[2]) if match[1] is None else match[1].decode()
+        except UnicodeDecodeError:
+            return None
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict):
+        return None
+    name = value.get("custom_id", value.get("id"))
+    return name if isinstance(name, str | int) and not isinstance(name, bool) else None
+
+
+def _hash(name: str | int | None) -> int:
+    """64 bits of an id, good for this process."""
+    return hash(name)
+
+
+def _line_blocks(file: IO[bytes], update: Callable[[bytes], object]) -> Iterator[list[bytes]]:
+    """Yield the lines of a file, without their ends, some thousands at a time.
+
+    update: takes every byte read. What follows the last line end is a line if it holds anything.
+    """
+    begun: list[bytes] = []  # of a line that has not ended
+    while block := file.read(_CHUNK):
+        update(block)
+        first, *rest = block.split(b"\n")
+        begun.append(first)
+        if rest:
+            last = rest.pop()
+            yield [b"".join(begun), *rest]
+            begun = [last]
+    if last := b"".join(begun):
+        yield [last]
+
+
+def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:
+    """Indices, ascending, of the lines that share their hash with another line that has an id."""
+    order_n = np.argsort(hashes_n, kind="stable")
+    sorted_n = hashes_n[order_n]
+    same = sorted_n[1:] == sorted_n[:-1]
+    shared_n = np.zeros(len(hashes_n), dtype=bool)
+    shared_n[order_n[1:][same]] = True
+    shared_n[order_n[:-1][same]] = True
+    shared_n[nameless] = False
+    return np.flatnonzero(shared_n)
+
+
+def _verify_duplicates(
+    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray, tick: Tick
+) -> dict[int, int]:
+    """Read the candidates' ids again: equal hashes are not yet equal ids."""
+    first: dict[tuple[type, str | int], int] = {}
+    duplicates = {}
+    with path.open("rb") as file:
+        for index in candidates.tolist():
+            tick()
+            file.seek(int(offsets_n[index]))
+            name = line_id(file.readline())
+            if name is None:
+                continue
+            number = int(numbers_n[index])
+            earlier = first.setdefault((type(name), name), number)
+            if earlier != number:
+                duplicates[index] = earlier
+    return duplicates
+
+
+class Pending:
+    """The lines still to run, by ticket. Every rank holds the same table and reads the file itself.
+
+    table: int64 [P, 4], columns index, byte offset, line number, number of the earlier line with
+    the same id or 0.
+    """
+
+    def __init__(self, path: Path, table: np.ndarray) -> None:
+        self._file = path.open("rb")
+        self._table = table
+
+    @staticmethod
+    def select(index: InputIndex, done_n: np.ndarray, lines: range | None = None) -> np.ndarray:
+        """Make the table of the lines that are not done, in input order.
+
+        done_n: bool, by line. lines: those of interest, by default all.
+        """
+        own = range(len(index)) if lines is None else lines
+        todo = own.start + np.flatnonzero(~done_n[own.start : own.stop])
+        duplicate_of_n = np.zeros(len(index), dtype=np.int64)
+        duplicate_of_n[list(index.duplicates)] = list(index.duplicates.values())
+        columns = (todo, index.offsets_n[todo], index.numbers_n[todo], duplicate_of_n[todo])
+        return np.stack(columns, axis=1)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, ticket: int) -> Line:
+        index, offset, number, duplicate_of = self._table[ticket].tolist()
+        self._file.seek(offset)
+        return Line(index, number, self._file.readline(), duplicate_of)
+
+    def number_of(self, index: int) -> int:
+        """Return the line number of a pending request."""
+        ticket = int(np.searchsorted(self._table[:, 0], index))
+        return int(self._table[ticket, 2])
+
+    def close(self) -> None:
+        """Close the input file."""
+        self._file.close()
+
+
+class Lines(Protocol):
+    """What tickets stand for: `Pending`, or the built-in prompts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, ticket: int) -> Line: ...
+
+
+class TicketQueue:
+    """The request source of one data rank; all data ranks pull from one counter in the store.
+
+    limit: the most requests that this rank may hold at once, so that few requests spread over all
+    ranks (8 on 2 ranks go 4 and 4). `take` talks to the store: only the rank that owns the requests
+    calls it, the first of its tensor group.
+    """
+
+    def __init__(
+        self,
+        lines: Lines,
+        parse: Callable[[Line], Request | Completion],
+        store: dist.Store,
+        key: str,
+        num_data: int,
+    ) -> None:
+        self.limit = max(1, -(-len(lines) // num_data))
+        self._lines = lines
+        self._parse = parse
+        self._store = store
+        self._key = key
+        self._dry = False
+
+    def take(self) -> Request | Completion | None:
+        """Return the next request, an error record for a bad line, or None when nothing is left."""
+        if self._dry:
+            return None
+        ticket = self._store.add(self._key, 1) - 1
+        if ticket >= len(self._lines):
+            self._dry = True
+            return None
+        return self._parse(self._lines[ticket])
+
+    def is_dry(self) -> bool:
+        """Whether all tickets are taken. Takes none."""
+        return self._dry or self._store.add(self._key, 0) >= len(self._lines)

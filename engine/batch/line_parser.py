@@ -1,0 +1,283 @@
+"""What one line of a batch input means: a `Request`, or a `Completion` that says what is wrong.
+
+Called by the ticket queue (`input_index.py`) when a rank is about to run the line. Four
+forms:
+
+    {"id": 1, "prompt": "..."}
+    {"id": 1, "prompt_token_ids": [..]}
+    {"id": 1, "messages": [{"role", "content"}]}   through the tokenizer's chat template
+    {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {..}}
+                                                   or /v1/chat/completions
+
+The first three also take sampling overrides beside the prompt, by our names (`max_new_tokens`, ...)
+or OpenAI's (`max_tokens`, ...). Other keys are the user's own (an expected answer, a task name) and
+are ignored, unless they look like a misspelt setting. In an OpenAI body every key is known or
+refused. What a line leaves out, or gives as null, comes from the config's `sampling`, not from
+OpenAI's defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.batch.input_index import Line, line_id
+from engine.batch.strict_json import parse_object, show
+from engine.request import Completion, Request, SamplingParams
+
+_PROMPTS = ("prompt", "prompt_token_ids", "messages")
+_OURS = frozenset(field.name for field in fields(SamplingParams))
+_ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+# Settings of OpenAI's API (and of other engines) that are not ours, with the values that ask for
+# nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "stream_options": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "use_beam_search": (False,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+}
+_HARMLESS = frozenset({"model", "user", "metadata", "store", "service_tier", "parallel_tool_calls"})
+_URLS = {"/v1/completions": ("prompt",), "/v1/chat/completions": ("messages",)}
+_SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
+
+
+class _LineError(ValueError):
+    """The line cannot be run; `prompt_tokens` counts its prompt where that is known."""
+
+    def __init__(self, message: str, prompt_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineParser:
+    """Turns lines into requests, with what they are checked against.
+
+    sampling: the defaults, an object with the fields of `SamplingParams`. tokenizer: transformers',
+    or None. vocab_size: token ids are below it. max_model_len: tokens of prompt and completion
+    together.
+    """
+
+    sampling: Any
+    tokenizer: Any
+    vocab_size: int
+    max_model_len: int
+
+    def __call__(self, line: Line) -> Request | Completion:
+        """Return the request, or the error that takes its place in the output. Never raises."""
+        name = line_id(line.raw)
+        try:
+            return self._request(line, name)
+        except _LineError as error:
+            return Completion.failure(
+                line.index, name, str(error), line=line.number, prompt_tokens=error.prompt_tokens
+            )
+
+    def _request(self, line: Line, name: str | int | None) -> Request:
+        try:
+            record = parse_object(line.raw)
+        except ValueError as error:
+            raise _LineError(str(error)) from error
+        if name is None:
+            key = "custom_id" if "custom_id" in record else "id"
+            given = f"{key} = {show(record[key])}" if key in record else f"the line has no {key}"
+            raise _LineError(f"{given}: must be text or a whole number")
+        if line.duplicate_of:
+            raise _LineError(
+                f"id {name!r} was given before, on line {line.duplicate_of}; ids must be unique"
+            )
+        source, settings = _openai(record) if _is_openai(record) else _plain(record)
+        params = self._params(settings)
+        prompt = self._prompt(source)
+        room = self.max_model_len - min(1, params.max_new_tokens)
+        if len(prompt) > room:
+            raise _LineError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.max_model_len}, "
+                "of which at least one is for the answer; shorten the prompt",
+                len(prompt),
+            )
+        return Request(index=line.index, id=name, prompt_token_ids=prompt, params=params)
+
+    def _params(self, settings: dict[str, Any]) -> SamplingParams:
+        try:
+            params = SamplingParams.from_config(self.sampling, **settings)
+        except (ValueError, OverflowError) as error:  # a number beyond every float overflows
+            raise _LineError(str(error)) from error
+        if params.stop and self.tokenizer is None:
+            raise _LineError(
+                f"stop = {show(params.stop)}: needs a tokenizer and the model has none; "
+                "use stop_token_ids"
+            )
+        return params
+
+    def _prompt(self, source: dict[str, Any]) -> list[int]:
+        given = [key for key in _PROMPTS if source.get(key) is not None]
+        if len(given) != 1:
+            what = f"the line has {' and '.join(given)}" if given else "the line has no prompt"
+            raise _LineError(f"{what}: {_SHAPE}")
+        value = source[given[0]]
+        if given[0] == "messages":
+            return self._encode("messages", self._render(value), add_special_tokens=False)
+        if isinstance(value, str) and given[0] == "prompt":
+            return self._encode("prompt", value)
+        return self._token_ids(given[0], value)
+
+    def _encode(self, key: str, text: str, **options: Any) -> list[int]:
+        if self.tokenizer is None:
+            raise _LineError(
+                f"{key}: needs a tokenizer and the model has none; use prompt_token_ids"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _LineError(
+                f"{key}: character {error.start} is half of a surrogate pair, which is no text"
+            ) from error
+        if not text or not (ids := self.tokenizer(text, **options)["input_ids"]):
+            raise _LineError(f"{key}: is empty; give at least one token")
+        return ids
+
+    def _token_ids(self, key: str, value: Any) -> list[int]:
+        if not isinstance(value, list):
+            kind = "text or a list of token ids" if key == "prompt" else "a list of token ids"
+            raise _LineError(f"{key} = {show(value)}: must be {kind}")
+        if not value:
+            raise _LineError(f"{key}: is empty; give at least one token")
+        for place, token in enumerate(value):
+            if type(token) is not int:
+                several = ", one prompt a line" if key == "prompt" else ""
+                raise _LineError(
+                    f"{key}[{place}] = {show(token)}: must be a whole number (a token id){several}"
+                )
+            if not 0 <= token < self.vocab_size:
+                raise _LineError(
+                    f"{key}[{place}] = {token}: must be from 0 to {self.vocab_size - 1}, "
+                    "the model's vocabulary"
+                )
+        return value
+
+    def _render(self, messages: Any) -> str:
+        conversation = list(_conversation(messages))
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise _LineError("messages: the tokenizer has no chat template; use prompt")
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+        except (
+            Exception
+        ) as error:  # a template is the checkpoint's own program: it may raise anything
+            raise _LineError(f"messages: the chat template refuses them: {error}") from error
+
+
+def _is_openai(record: dict[str, Any]) -> bool:
+    return "custom_id" in record or "body" in record
+
+
+def _plain(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a line of our own form into prompt and sampling settings; other keys are the user's."""
+    settings = {}
+    for key, value in record.items():
+        if key in _OURS or key in _ALIASES or key in _NEUTRAL:
+            settings[key] = value
+        elif key not in _PROMPTS and key != "id" and (near := _meant(key)):
+            raise _LineError(f"{key!r} is not a sampling parameter: did you mean {near!r}?")
+    return record, _translate(settings, chat="messages" in record)
+
+
+def _openai(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split an OpenAI batch line into its body and sampling settings."""
+    if "id" in record:
+        raise _LineError("the line has both id and custom_id or body: an OpenAI line has custom_id")
+    if (method := record.get("method", "POST")) != "POST":
+        raise _LineError(f"method = {show(method)}: must be POST")
+    body = record.get("body")
+    if not isinstance(body, dict):
+        raise _LineError(f"body = {show(body)}: must be an object with prompt or messages")
+    url = record.get("url")
+    if url is not None and (not isinstance(url, str) or url not in _URLS):
+        raise _LineError(f"url = {show(url)}: must be one of {', '.join(_URLS)}")
+    prompts = _PROMPTS if url is None else _URLS[url]
+    settings = {}
+    for key, value in body.items():
+        if key in _OURS or key in _ALIASES or key in _NEUTRAL:
+            settings[key] = value
+        elif key not in prompts and key not in _HARMLESS and value is not None:
+            near = _meant(key)
+            hint = f": did you mean {near!r}?" if near else f" at {url}" if url else ""
+            raise _LineError(f"body.{key} is not supported{hint}")
+    return body, _translate(settings, chat="messages" in body)
+
+
+def _translate(settings: dict[str, Any], *, chat: bool) -> dict[str, Any]:
+    """Bring settings to our names; refuse what asks for something this engine does not do."""
+    ours: dict[str, Any] = {}
+    for key, value in settings.items():
+        if value is None:
+            continue
+        if key in _NEUTRAL:
+            if value not in _NEUTRAL[key]:
+                raise _LineError(f"{key} = {show(value)}: {key} is not supported")
+            continue
+        name = _ALIASES.get(key, key)
+        if name in ours:
+            others = [other for other in settings if _ALIASES.get(other, other) == name]
+            raise _LineError(f"{' and '.join(others)} say the same: give one of them")
+        ours[name] = value
+    # OpenAI completions ask for the log probabilities of that many likeliest tokens; ours has the
+    # chosen one's.
+    if not chat and type(ours.get("logprobs")) is int and ours["logprobs"] in (0, 1):
+        ours["logprobs"] = True
+    return ours
+
+
+def _conversation(messages: Any) -> Iterator[dict[str, Any]]:
+    """Check the messages and join contents given as parts, which must all be text."""
+    if not isinstance(messages, list) or not messages:
+        raise _LineError(f"messages = {show(messages)}: must be a list of messages, not empty")
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise _LineError(f"{where} = {show(message)}: must be an object with role and content")
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            words = [text for text in texts if isinstance(text, str)]
+            if len(words) < len(content):
+                raise _LineError(f"{where}.content: only parts of type text are supported")
+            content = "".join(words)
+        if not isinstance(content, str):
+            raise _LineError(f"{where}.content = {show(content)}: must be text")
+        yield {**message, "content": content}
+
+
+def _meant(key: str) -> str | None:
+    """The setting that a key misspells: the same letters, or a near miss too long to be chance."""
+    known = {_letters(name): name for name in sorted(_OURS | set(_ALIASES))}
+    letters = _letters(key)
+    if letters in known:
+        return known[letters]
+    near = difflib.get_close_matches(letters, known, n=1, cutoff=0.8) if len(letters) > 5 else []
+    return known[near[0]] if near else None
+
+
+def _letters(key: str) -> str:
+    return re.sub("[^a-z0-9]", "", key.lower())

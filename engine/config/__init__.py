@@ -1,0 +1,33 @@
+"""Settings: schema, validation, YAML loading."""
+
+from engine.config.schema import (
+    CapacityConfig,
+    Config,
+    DispatchConfig,
+    ExpertsConfig,
+    ModelConfig,
+    MoEConfig,
+    OverlapConfig,
+    ParallelConfig,
+    Phase,
+    ProfilerConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    SchedulerConfig,
+)
+
+__all__ = [
+    "CapacityConfig",
+    "Config",
+    "DispatchConfig",
+    "ExpertsConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OverlapConfig",
+    "ParallelConfig",
+    "Phase",
+    "ProfilerConfig",
+    "RuntimeConfig",
+    "SamplingConfig",
+    "SchedulerConfig",
+]

@@ -1,0 +1,112 @@
+"""Can this machine run this config? Asked by `infer.py` and `llm.py` before any rank joins another.
+
+Answers from the file system and the visible devices alone, so a missing checkpoint or GPU costs a
+second and a plain message, and not a stack trace from each of eight ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from engine.config import Config
+from engine.config.validation import ConfigError
+
+TINY_COMMAND = "torchrun --nproc-per-node 2 launch/infer.py --config tiny_mixtral_ep2.yaml"
+_BUNDLED = "configs/checkpoints"
+# As the model families call it in config.json.
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# How many ranks share this host, under torchrun, DeepSpeed's launcher, Open MPI, MPICH and Slurm.
+_LOCAL_RANKS = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
+
+
+def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` unless the checkpoint is on disk and this host has the devices asked for.
+
+    `environ` is the launcher's environment (`os.environ`): it tells how many ranks share the host.
+    The error names everything that is missing and a command that runs without it. No communication.
+    """
+    problems = [*_checkpoint_problems(config), *_device_problems(config, environ)]
+    if not problems:
+        return
+    lines = ["this config cannot run here:", *(f"  - {problem}" for problem in problems)]
+    if _BUNDLED not in Path(config.model.path).as_posix():
+        lines.append(f"The bundled model runs on any machine: {TINY_COMMAND}")
+    raise ConfigError("\n".join(lines))
+
+
+def read_num_experts(folder: Path) -> int:
+    """How many experts a layer of a checkpoint has, by its config.json. Raises `ConfigError`."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = [values[name] for name in _NUM_EXPERTS if values.get(name)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"model.path = {str(folder)!r}: cannot read config.json: {error}"
+        ) from None
+    if not found or not isinstance(found[0], int):
+        raise ConfigError(
+            f"model.path = {str(folder)!r}: config.json has no number of experts "
+            f"({', '.join(_NUM_EXPERTS)}), which parallel.expert = auto needs; give a number"
+        )
+    return found[0]
+
+
+def _checkpoint_problems(config: Config) -> Iterator[str]:
+    model, folder = config.model, Path(config.model.path)
+    if not os.path.isdir(folder):  # Path.is_dir raises where a folder may not be read
+        if folder.parts[:2] == Path(_BUNDLED).parts:
+            remedy = "it is part of the repository: restore it with `git checkout -- configs`"
+        else:
+            remedy = (
+                "put the Hugging Face checkpoint there (config.json, *.safetensors and the "
+                "tokenizer), or name its place with --set model.path=DIR"
+            )
+        yield f"model.path = {model.path!r}: no such directory; {remedy}"
+    elif not os.path.isfile(folder / "config.json"):
+        yield (
+            f"model.path = {model.path!r}: holds no config.json, so it is no checkpoint; name the "
+            "folder that has it, or download the checkpoint again"
+        )
+    elif model.load_format == "safetensors" and not any(folder.glob("*.safetensors")):
+        yield (
+            f"model.path = {model.path!r}: holds no *.safetensors, the only weights that are read; "
+            "convert the checkpoint, or pass --set model.load_format=dummy for random weights"
+        )
+    if model.tokenizer is not None and not os.path.isdir(model.tokenizer):
+        yield (
+            f"model.tokenizer = {model.tokenizer!r}: no such directory; name a Hugging Face "
+            "tokenizer's, or pass --set model.tokenizer=null to use the one in model.path"
+        )
+
+
+def _device_problems(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+    if config.runtime.device != "cuda":
+        return
+    import torch  # here, so that a config can be checked without it
+
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_devices == 0:
+        build = "is built without CUDA" if torch.version.cuda is None else "sees no GPU"
+        yield (
+            f"runtime.device = 'cuda': torch {torch.__version__} {build}; run where there are "
+            "GPUs, or pass --set runtime.device=cpu"
+        )
+    elif (num_ranks := _ranks_on_this_host(environ)) > num_devices:
+        yield (
+            f"runtime.device = 'cuda': {num_ranks} ranks on this host but {num_devices} visible "
+            "GPUs; each rank needs its own, so start fewer ranks or use more hosts"
+        )
+
+
+def _ranks_on_this_host(environ: Mapping[str, str]) -> int:
+    counts = (environ.get(name, "") for name in _LOCAL_RANKS)
+    return next((int(count) for count in counts if count.isdigit()), 1)

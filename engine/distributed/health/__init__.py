@@ -1,0 +1,1 @@
+"""Health of the ranks: heartbeats, the watchdog and the diagnosis of a fault."""

@@ -1,0 +1,1 @@
+"""Continuous batching: requests to sequences, steps, sampled tokens and completions."""

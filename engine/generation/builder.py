@@ -1,0 +1,153 @@
+"""Assembly: what one rank runs, made from the config: model, weights, cache, scheduler.
+
+`llm.py` says in which order, and tells all ranks where one of them fails.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Config
+from engine.config.world_rules import validate_world
+from engine.distributed.groups import Topology
+from engine.distributed.health.progress import Activity
+from engine.distributed.shared_memory import SharedMemoryGroup
+from engine.generation.block_pool import BlockPool
+from engine.generation.memory import MoEShape, num_kv_blocks, row_bound
+from engine.generation.runner import Runner
+from engine.generation.scheduler import Scheduler
+from engine.layers.kv_cache import KVCache
+from engine.models.decoder import CausalLM
+from engine.models.registry import build_model
+from engine.weights.loader import LoadReport, fill_dummy, load_weights
+from engine.weights.safetensors_header import read_catalog
+
+
+def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
+    """This rank's part of the model, its weights not yet filled. hf_config: the checkpoint's.
+
+    Raises:
+        ValueError: when the model cannot be had so: on these ranks, with this dtype or backend.
+    """
+    dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
+    model = build_model(hf_config, config, topology, topology.device, dtype)
+    for layer in model.moe_layers[:1]:
+        validate_world(config, topology.world.size, layer.spec.router.num_experts)
+    return model
+
+
+def checkpoint_names(config: Config) -> frozenset[str]:
+    """Names of the checkpoint's tensors; none where the weights are made up.
+
+    Raises:
+        ValueError, OSError: when the checkpoint cannot be read.
+    """
+    if config.model.load_format == "dummy":
+        return frozenset()
+    return frozenset(read_catalog(Path(config.model.path)).entries)
+
+
+def fill(
+    model: CausalLM,
+    config: Config,
+    topology: Topology,
+    names: frozenset[str],
+    activity: Activity,
+) -> LoadReport | None:
+    """Read this rank's weights, or make them up; what reading took. names: the checkpoint's.
+
+    Collective over all ranks: every rank must call.
+
+    Raises:
+        ValueError: on every rank, naming tensor and file.
+    """
+    if config.model.load_format == "dummy":
+        fill_dummy(model.weight_slots(), config.runtime.seed, activity.tick)
+        return None
+    return load_weights(
+        Path(config.model.path),
+        model.weight_slots(names),
+        ignored=model.ignored_weights,
+        group=topology.world,
+        activity=activity,
+    )
+
+
+def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Runner, Scheduler]:
+    """The KV cache, within the memory that is left, behind the two that use it.
+
+    Raises:
+        ValueError: when the memory does not suffice.
+    """
+    dtype, settings = model.embedding_VD.dtype, config.scheduler
+    reserve = reserve_rows(model, config, topology)
+    num_blocks = num_kv_blocks(
+        settings,
+        bytes_per_block=model.kv_spec.bytes_per_block(settings.block_size, dtype),
+        max_model_len=model.max_model_len,
+        reserve_bytes=reserve if topology.device.type == "cuda" else 0,
+        device=topology.device,
+        local_world_size=topology.local_world_size,
+    )
+    cache = KVCache(model.kv_spec, num_blocks, settings.block_size, topology.device, dtype)
+    pool = BlockPool(num_blocks, settings.block_size)
+    return Runner(model, cache, topology.device), Scheduler(settings, pool, model.max_model_len)
+
+
+def resolved(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:
+    """What settings that may be left to the engine have come to on this rank: setting -> value.
+    Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
+    """
+    device, layers = topology.device, model.moe_layers
+    is_cuda = device.type == "cuda"
+    found: dict[str, Any] = {
+        "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "runtime.threads": torch.get_num_threads(),
+        "runtime.shared_memory": isinstance(topology.expert.handle, SharedMemoryGroup),
+        "model.dtype": str(model.dtype).removeprefix("torch."),
+        "model.max_model_len": model.max_model_len,
+        "parallel.expert": topology.expert.size,
+        "scheduler.kv_cache_blocks": kv_cache_blocks,
+    }
+    if layers:
+        found["moe.experts.backend"] = layers[0].backend
+        choices = layers[0].layouts.choices
+        chunks = {f"from {2**bucket} tokens": each for bucket, each in choices.items()}
+        found["moe.overlap.chunks"] = chunks or layers[0].num_chunks
+    return found
+
+
+def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
+    """Resolve model.dtype: `auto` is the checkpoint's own on CUDA and float32 on CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    own = getattr(hf_config, "dtype", None)
+    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+
+
+def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
+    """Make the row buffers where a capacity policy bounds them; return the bytes that the layers'
+    activations may still take.
+    """
+    if not model.moe_layers:
+        return 0
+    layer, capacity = model.moe_layers[0], config.moe.capacity
+    shape = MoEShape(
+        num_ranks=topology.expert.size,
+        top_k=layer.spec.router.top_k,
+        num_experts=layer.spec.router.num_experts,
+        num_local_experts=layer.num_local_experts,
+        hidden=layer.spec.hidden,
+        ffn=layer.spec.ffn,
+    )
+    limits = config.scheduler
+    bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
+    dtype = model.embedding_VD.dtype
+    needed = bound.activation_bytes(shape, dtype)
+    if capacity.policy == "none":
+        return needed
+    layer.reserve(bound.sent, bound.received)
+    return needed - model.workspace.num_bytes

@@ -1,0 +1,150 @@
+"""Memory plan: rows an MoE layer may have to hold, and how many KV cache blocks that leaves.
+
+Called once by `llm.py` after the weights stand in memory. A dropless MoE layer must be ready for
+the worst case, all tokens of the group choosing experts of one rank:
+
+    received = W * T * min(K, e)
+
+With a capacity factor gamma that every token competes under, a rank receives at most what its
+experts may keep, whatever the router does:
+
+    received = e * C,  C = max(1, ceil(gamma * W * T * K / E))
+
+8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows against 24,576 at gamma = 1.5.
+`local` consensus rounds once a rank: e * (W - 1) rows more. With moe.capacity.speed_aware a fast
+rank gets up to twice that. Tokens of a phase without capacity add min(K, e) rows each. A rank sends
+its tokens' K rows and, with Expanded Drop, what its own experts add. From the rows:
+
+    bytes = (sent + 2 * received) * D      the buffers of engine/moe/dispatch/buffers.py
+          + received * 3 * F               gate, up and their product, where the backend holds them
+
+Legend: T tokens a step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
+rank, D model dim, F expert dim.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from engine.config import CapacityConfig, SchedulerConfig
+from engine.moe.capacity.speed_weights import MOST, ONE
+
+_GIB = 1 << 30
+_CUDA_SHARE = 0.92  # of the free device memory; the rest is for fragmentation and libraries
+_CPU_SHARE = 0.25  # of the host's available memory, divided by the host's ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEShape:
+    """What the worst case of a MoE layer depends on; dims as in the module's legend."""
+
+    num_ranks: int
+    top_k: int
+    num_experts: int
+    num_local_experts: int
+    hidden: int
+    ffn: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowBound:
+    """Most rows one rank may send from, and receive in, one call of a MoE layer."""
+
+    sent: int
+    received: int
+
+    def activation_bytes(self, shape: MoEShape, dtype: torch.dtype) -> int:
+        """Bytes of the row buffers and of the experts' inner activations."""
+        numbers = (self.sent + 2 * self.received) * shape.hidden + self.received * 3 * shape.ffn
+        return numbers * dtype.itemsize
+
+
+def row_bound(
+    shape: MoEShape, capacity: CapacityConfig, max_tokens: int, max_sequences: int
+) -> RowBound:
+    """The bound of the module's formulas.
+
+    max_tokens: T, of one step on one rank. max_sequences: decode tokens of one step and rank, at
+    most; they pass capacity unless it covers their phase.
+    """
+    num_ranks, most = shape.num_ranks, min(shape.top_k, shape.num_local_experts)
+    tokens = num_ranks * max_tokens
+    dropless = RowBound(max_tokens * shape.top_k, tokens * most)
+    factor = capacity.exact_factor
+    if capacity.policy == "none" or not factor.is_finite():
+        return dropless
+    share = Fraction(factor) * shape.top_k
+    if share >= shape.num_experts:
+        return dropless
+    slots = shape.num_local_experts * max(1, math.ceil(share * tokens / shape.num_experts))
+    if capacity.consensus == "local":
+        slots += shape.num_local_experts * (num_ranks - 1)
+    if capacity.speed_aware:
+        slots = slots * MOST // ONE  # each rank's own rounded capacity is shared out by itself
+    passing = 0
+    if "prefill" not in capacity.phases:
+        passing = tokens
+    elif "decode" not in capacity.phases:
+        passing = num_ranks * min(max_sequences, max_tokens)
+    sent, limit = max_tokens * shape.top_k, dropless.received
+    if capacity.policy == "expanded_drop":
+        limit = tokens * shape.num_local_experts  # a rank's experts may take what nobody chose
+        sent += min(slots, max_tokens * shape.num_local_experts)
+    return RowBound(sent, min(limit, slots + passing * most))
+
+
+def num_kv_blocks(
+    config: SchedulerConfig,
+    *,
+    bytes_per_block: int,
+    max_model_len: int,
+    reserve_bytes: int,
+    device: torch.device,
+    local_world_size: int,
+) -> int:
+    """Return the number of KV cache blocks of this rank.
+
+    `scheduler.kv_cache_blocks` and `scheduler.kv_cache_gib` decide if given; otherwise what
+    `max_sequences` sequences of `max_model_len` tokens need, within the free memory of the device
+    less `reserve_bytes`.
+
+    Raises:
+        ValueError: when not even one block fits.
+    """
+    if config.kv_cache_blocks is not None:
+        return config.kv_cache_blocks
+    if config.kv_cache_gib is not None:
+        blocks = int(config.kv_cache_gib * _GIB) // bytes_per_block
+        if blocks < 1:
+            raise ValueError(
+                f"scheduler.kv_cache_gib: {config.kv_cache_gib} is less than one block of "
+                f"{bytes_per_block} bytes; give at least {bytes_per_block / _GIB:.6f}"
+            )
+        return blocks
+    wanted = config.max_sequences * -(-max_model_len // config.block_size)
+    free = _free_bytes(device, local_world_size)
+    fits = (free - reserve_bytes) // bytes_per_block
+    if fits < 1:
+        raise ValueError(
+            f"scheduler.kv_cache_gib: no memory is left for a KV cache on {device}: "
+            f"{free / _GIB:.2f} GiB are free and {reserve_bytes / _GIB:.2f} GiB are kept for the "
+            "MoE layer's worst case; lower scheduler.max_batch_tokens, use more ranks, or set "
+            "scheduler.kv_cache_gib"
+        )
+    return min(wanted, fits)
+
+
+def _free_bytes(device: torch.device, local_world_size: int) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    return int(available * _CPU_SHARE) // local_world_size

@@ -1,0 +1,210 @@
+"""Continuous batching: which tokens of which sequences run in the next step. No tensors here.
+
+The loop around it: `schedule()` picks a `Step`; the runner runs it and samples; `commit()` hands
+the tokens back and returns what finished. A step joins one decode token of every running sequence
+with chunks of prompts, within `max_batch_tokens`.
+
+Everything follows arrival order: `running` and `waiting` are sorted by it, and every running
+sequence came before every waiting one. A sequence is admitted when blocks for all its known tokens
+are free, beside one spare block for each sequence that runs already: decode can go on a while
+before anybody is preempted, and a prompt never stalls half way. When decode finds no block, the
+latest arrival loses its own and waits at the head of the line; its tokens are kept and its keys and
+values computed again. The earliest arrival always advances, so every request finishes.
+
+Only the last of `running` can be inside its prompt, because the next one is admitted only when
+budget is left over. So arrival order puts decode before prefill with no sorting.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Seq
+
+from engine.config import SchedulerConfig
+from engine.generation.block_pool import BlockPool
+from engine.generation.sequence import Sequence, Status
+from engine.generation.step import Slice, Step
+
+
+class Scheduler:
+    """Keeps the running and waiting sequences of one data rank and picks each step's tokens.
+
+    More than `max_batch_tokens` sequences never run at once: each needs a token a step.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, max_model_len: int) -> None:
+        self.pool = pool
+        self.max_model_len = max_model_len
+        self.max_batch_tokens = config.max_batch_tokens
+        self.max_sequences = min(config.max_sequences, config.max_batch_tokens)
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.running or self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that were never admitted, or were preempted."""
+        return len(self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Put a sequence at the end of the line; its length is capped at `max_model_len`.
+
+        Raises ValueError, with both lengths, when it can never run: the prompt leaves no room in
+        the model's context, or the KV cache is too small for its longest outcome.
+        """
+        request, prompt = seq.request, seq.num_prompt
+        new = request.params.max_new_tokens
+        if prompt + min(new, 1) > self.max_model_len:
+            raise ValueError(
+                f"request {request.id!r}: the prompt has {prompt} tokens and the context "
+                f"(model.max_model_len) holds {self.max_model_len}, new ones included; shorten "
+                "the prompt"
+            )
+        seq.max_length = min(prompt + new, self.max_model_len)
+        # The last token is never run, so it needs no place.
+        needed = self.pool.blocks_for(max(prompt, seq.max_length - 1))
+        if needed > self.pool.num_blocks:
+            raise ValueError(
+                f"request {request.id!r}: its {prompt} prompt tokens and max_new_tokens = {new} "
+                f"reach {seq.max_length} tokens and the KV cache holds "
+                f"{self.pool.num_blocks * self.pool.block_size}; lower max_new_tokens or raise "
+                "scheduler.kv_cache_gib (kv_cache_blocks)"
+            )
+        self.waiting.append(seq)
+
+    def room(self, prompt_tokens: int = 1) -> int:
+        """How many more requests of this many prompt tokens could start in the next step.
+
+        Zero while the next step's tokens are spoken for: what cannot start yet is better left in
+        the shared queue, for a rank that can. At least 1 when idle, if the cache can hold one.
+        An estimate that `add` changes: ask again after each.
+        """
+        running, waiting = len(self.running), len(self.waiting)
+        tokens = self.max_batch_tokens - running - sum(len(seq.token_ids) for seq in self.waiting)
+        if running:  # the last may have more than one token to run
+            last = self.running[-1]
+            tokens -= len(last.token_ids) - last.num_computed - 1
+        blocks_for = self.pool.blocks_for
+        blocks = self.pool.num_free - sum(blocks_for(len(seq.token_ids)) for seq in self.waiting)
+        # Each takes its own blocks and one spare for every sequence before it.
+        by_blocks = (blocks - running - waiting + 1) // (blocks_for(prompt_tokens) + 1)
+        by_slots = self.max_sequences - running - waiting
+        return max(0, min(by_slots, by_blocks, -(-tokens // prompt_tokens)))
+
+    def schedule(self) -> Step:
+        """Pick the next step, allocate its blocks, preempt where they run out. May be empty.
+
+        Every step is committed before the next is scheduled.
+        """
+        slices: list[Slice] = []
+        budget = self.max_batch_tokens
+        block_size = self.pool.block_size
+        for seq in self.running:  # preemption shortens the list, but only beyond `seq`, or by it
+            known = len(seq.token_ids)
+            if len(seq.block_ids) * block_size < known and not self._grow(seq):
+                break  # preempted itself: it was the last
+            start = seq.num_computed
+            length = min(known - start, budget)
+            budget -= length
+            slices.append(Slice(seq, start, length, start + length == known < seq.max_length))
+        num_decode = len(slices)
+        if slices and not slices[-1].is_decode:
+            num_decode -= 1
+        while self.waiting and budget and len(self.running) < self.max_sequences:
+            seq = self.waiting[0]
+            known = len(seq.token_ids)
+            needed = self.pool.blocks_for(known)
+            if needed + len(self.running) > self.pool.num_free:
+                break
+            self.running.append(self.waiting.popleft())
+            seq.status = Status.RUNNING
+            seq.block_ids = self.pool.allocate(needed)
+            length = min(known, budget)
+            budget -= length
+            slices.append(Slice(seq, 0, length, length == known < seq.max_length))
+        return Step.of(slices, num_decode)
+
+    def commit(
+        self,
+        step: Step,
+        tokens: Seq[int],
+        logprobs: Seq[float] | None = None,
+        prompt_logprobs: Seq[float] = (),
+    ) -> list[Sequence]:
+        """Record what a step computed; return the sequences that finished, their blocks freed.
+
+        `tokens` and `logprobs`: one for each of `step.sampling`; `logprobs` may be None when no
+        request asked. `prompt_logprobs`: one for each of `step.prompt_rows`. Sequences aborted
+        since `schedule` are passed over.
+        """
+        assert len(tokens) == len(step.sampling), f"{len(tokens)} tokens, {len(step.sampling)} rows"
+        assert len(prompt_logprobs) == len(step.prompt_rows)
+        taken = 0
+        if step.prompt_rows:
+            for piece in step.slices[step.num_decode :]:
+                count, known = len(piece.prompt_logprob_rows), piece.seq.prompt_logprobs
+                if count and known is not None:
+                    known.extend(prompt_logprobs[taken : taken + count])
+                    taken += count
+        finished: list[Sequence] = []
+        taken = 0
+        for piece in step.slices:
+            seq = piece.seq
+            alive = seq.status is Status.RUNNING
+            if alive:
+                seq.num_computed += piece.length
+            if piece.samples:
+                if alive:
+                    seq.append(tokens[taken], None if logprobs is None else logprobs[taken])
+                taken += 1
+            elif alive and seq.num_computed == seq.max_length:
+                seq.finish("length")  # max_new_tokens = 0
+            if alive and seq.finish_reason is not None:
+                finished.append(seq)
+        if finished:
+            self.running = [seq for seq in self.running if seq.status is Status.RUNNING]
+            for seq in finished:
+                self._release(seq)
+        return finished
+
+    def abort(self, seq: Sequence, message: str) -> None:
+        """End a running or waiting sequence with an error, also between `schedule` and `commit`."""
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+        seq.finish("error", message)
+        self._release(seq)
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Give a running sequence its next block, if need be from the latest arrivals.
+
+        False when the latest arrival is `seq` itself.
+        """
+        while not self.pool.num_free:
+            victim = self.running.pop()
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        seq.block_ids += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        assert self.running, "a sequence alone outgrew the cache, which add() rules out"
+        self._release(seq)
+        seq.num_computed_before = max(seq.num_computed_before, seq.num_computed)
+        seq.num_computed = 0
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.free(seq.block_ids)
+        seq.block_ids = []

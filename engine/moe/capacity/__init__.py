@@ -1,0 +1,1 @@
+"""Expert capacity: limits per pool, claims on them, and one decision on all ranks."""

@@ -1,0 +1,80 @@
+"""Workspace: the row buffers of the MoE layers, made once and used by every layer of a model.
+
+Layers run one after the other, so one set serves all. Under a capacity policy a rank receives at
+most what its experts may keep, so `reserve` makes the buffers for good before the first step (their
+size is `engine.generation.memory.row_bound`); without one they grow to the largest step seen.
+
+Legend: R rows, D model dim.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+
+class Slot(IntEnum):
+    """What a buffer holds; see `freight.py` for the way of the rows."""
+
+    SEND = 0
+    ARRIVED = 1
+    GROUPED = 2
+
+
+class Workspace:
+    """Three buffers of bytes. num_growths: how often one had to be made anew."""
+
+    def __init__(self) -> None:
+        self.num_growths = 0
+        self._buffers: dict[Slot, torch.Tensor] = {}
+        self._last: dict[Slot, tuple[tuple[object, ...], torch.Tensor]] = {}
+        self._second: Workspace | None = None
+
+    @property
+    def second(self) -> Workspace:
+        """The buffers of a second half batch, which runs beside the first."""
+        if self._second is None:
+            self._second = Workspace()
+        return self._second
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers."""
+        own = sum(buffer.numel() for buffer in self._buffers.values())
+        return own if self._second is None else own + self._second.num_bytes
+
+    def rows(self, slot: Slot, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        """A buffer of [num_rows, D] with the width, dtype and device of `like`; contents unknown.
+
+        It is the slot's only one: what the slot held before is overwritten.
+        """
+        width = like.shape[1]
+        # Layer after layer asks for the same.
+        wanted, last = (num_rows, width, like.dtype, like.device), self._last.get(slot)
+        if last is not None and last[0] == wanted:
+            return last[1]
+        flat = self.bytes(slot, num_rows * width * like.element_size(), like.device)
+        rows = flat.view(like.dtype).view(num_rows, width)
+        self._last[slot] = wanted, rows
+        return rows
+
+    def bytes(self, slot: Slot, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """The same as bytes: uint8 [num_bytes]."""
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.numel() < num_bytes or buffer.device != device:
+            # A quarter more than asked for: loads creep up, and each growth copies no row.
+            self._make(slot, num_bytes * 5 // 4, device)
+        return self._buffers[slot][:num_bytes]
+
+    def reserve(self, sizes: dict[Slot, int], device: torch.device) -> None:
+        """Make all buffers, once and for all. sizes: bytes of each."""
+        for slot, size in sizes.items():
+            self._make(slot, size, device)
+        self.num_growths = 0
+
+    def _make(self, slot: Slot, size: int, device: torch.device) -> None:
+        self._last.pop(slot, None)
+        self._buffers.pop(slot, None)  # first, so that old and new are never there together
+        self._buffers[slot] = torch.empty(size, dtype=torch.uint8, device=device)
+        self.num_growths += 1

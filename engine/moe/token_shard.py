@@ -1,0 +1,62 @@
+"""Token slice: under attention tensor parallelism every rank of a tensor group holds the same
+tokens.
+
+Before the experts each takes one contiguous part, so that no assignment is sent twice; after them
+the parts are gathered.
+
+Worked example: 7 tokens on a tensor group of 2: parts of ceil(7/2) = 4 rows, [0, 4) and [4, 7); the
+second is padded to 4 rows for the gather and the padding is cut off again.
+
+Legend: T tokens of the tensor group, t tokens of this rank's part, D model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.distributed.collectives import all_gather_rows
+from engine.distributed.groups import Group
+from engine.profiling.phase_clock import NO_LAYER, Phase, PhaseClock
+
+
+def part_bounds(num_tokens: int, size: int, rank: int) -> tuple[int, int]:
+    """First row and end of a rank's part of `num_tokens` rows, in a tensor group of `size`."""
+    part = -(-num_tokens // size)
+    start = min(rank * part, num_tokens)
+    return start, min(start + part, num_tokens)
+
+
+class TokenSlice:
+    """Takes this rank's part of a tensor group's tokens, and gathers the parts again; the identity
+    for one rank.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def take(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows [t, D]; possibly none."""
+        if self._group.size == 1:
+            return x_TD
+        start, end = part_bounds(x_TD.shape[0], self._group.size, self._group.rank)
+        return x_TD[start:end]
+
+    @property
+    def num_collectives(self) -> int:
+        """Collectives of a `regather`."""
+        return int(self._group.size > 1)
+
+    def regather(
+        self, out_tD: torch.Tensor, num_tokens: int, clock: PhaseClock, layer: int = NO_LAYER
+    ) -> torch.Tensor:
+        """Return all rows [T, D]. Collective over the tensor group: every rank must call, with the
+        same num_tokens. clock: told TENSOR; the caller's next phase ends it.
+        """
+        if self._group.size == 1:
+            return out_tD
+        part = -(-num_tokens // self._group.size)
+        padded = out_tD.new_zeros((part, out_tD.shape[1]))
+        padded[: out_tD.shape[0]] = out_tD
+        clock.meet(Phase.TENSOR, layer, part)
+        clock.sent(padded.numel() * padded.element_size() * (self._group.size - 1))
+        return all_gather_rows(padded, self._group)[:num_tokens]

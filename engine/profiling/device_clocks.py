@@ -1,0 +1,228 @@
+"""The phase clocks: of the host, for devices that compute synchronously, and of CUDA.
+
+On CUDA a mark records an event on the current stream. A step is read when the next has been queued
+behind it, so measuring never leaves the device without work.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from engine.profiling.phase_clock import (
+    NO_LAYER,
+    NONE,
+    Mark,
+    Phase,
+    PhaseClock,
+    Position,
+    Sent,
+    Spans,
+    spans_of,
+)
+
+_Stamp = TypeVar("_Stamp")
+
+
+class NoClock:
+    """A clock that keeps nothing but its position (`profiler.enabled: false`)."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._collectives = 0
+        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
+
+    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
+        """Remember where this rank is."""
+        self._last = (phase, layer, tokens, NONE)
+
+    def arrive(self) -> int:
+        """Count a collective."""
+        self._collectives += 1
+        return NONE
+
+    def meet(
+        self,
+        phase: Phase,
+        layer: int = NO_LAYER,
+        tokens: int = 0,
+        collective: int | None = None,
+        *,
+        absent: bool = False,
+    ) -> None:
+        """Remember where this rank is; count the collective if it starts here."""
+        if collective is None:
+            self._collectives += 1
+        self._last = (phase, layer, tokens, NONE)
+
+    def sent(self, num_bytes: int) -> None:
+        """Do nothing."""
+
+    def close_step(self) -> None:
+        """Count the step."""
+        self._steps += 1
+
+    def read(self, *, ended: bool = False) -> Spans | None:
+        """There is never anything to read."""
+        return None
+
+    def position(self) -> Position:
+        """How far this rank has come."""
+        phase, layer, *_ = self._last
+        return Position(self._steps, layer, Phase(phase), self._collectives)
+
+
+class _StampClock(ABC, Generic[_Stamp]):
+    """Marks of the step that runs, each with a stamp of the device's kind, and of closed steps."""
+
+    def __init__(self) -> None:
+        self._marks: list[Mark] = []
+        self._stamps: list[_Stamp] = []
+        self._sent: list[Sent] = []
+        self._arrivals: list[_Stamp | None] = []  # None: left out
+        self._closed: list[tuple[list[Mark], list[_Stamp], list[Sent], list[_Stamp | None]]] = []
+        self._steps = 0
+        self._collectives = 0
+        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
+
+    @abstractmethod
+    def _stamp(self) -> _Stamp:
+        """This moment, of the host or of the current stream."""
+
+    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
+        """End the current span and start one of `phase`, which works on so many tokens."""
+        self._mark((phase, layer, tokens, NONE), self._stamp())
+
+    def arrive(self) -> int:
+        """Note that a collective is being started, to be waited for later; return its number."""
+        self._collectives += 1
+        self._arrivals.append(self._stamp())
+        return len(self._arrivals) - 1
+
+    def meet(
+        self,
+        phase: Phase,
+        layer: int = NO_LAYER,
+        tokens: int = 0,
+        collective: int | None = None,
+        *,
+        absent: bool = False,
+    ) -> None:
+        """End the current span and start one that waits for a collective; as in `PhaseClock`."""
+        stamp = self._stamp()
+        if collective is None:
+            self._collectives += 1
+            collective = len(self._arrivals)
+            self._arrivals.append(None if absent else stamp)
+        self._mark((phase, layer, tokens, collective), stamp)
+
+    def sent(self, num_bytes: int) -> None:
+        """Count bytes sent to other ranks to the current span."""
+        if self._marks:
+            self._sent.append((len(self._marks) - 1, num_bytes))
+
+    def close_step(self) -> None:
+        """End the step's last span; later marks belong to the next step."""
+        if not self._marks:
+            return
+        self._steps += 1
+        self._stamps.append(self._stamp())
+        self._closed.append((self._marks, self._stamps, self._sent, self._arrivals))
+        self._marks, self._stamps, self._sent, self._arrivals = [], [], [], []
+
+    def position(self) -> Position:
+        """How far this rank's host has come; may be asked for by another thread."""
+        phase, layer, *_ = self._last
+        return Position(self._steps, layer, Phase(phase), self._collectives)
+
+    def _mark(self, mark: Mark, stamp: _Stamp) -> None:
+        self._last = mark
+        self._marks.append(mark)
+        self._stamps.append(stamp)
+
+
+class HostClock(_StampClock[int]):
+    """Phase clock for devices that compute synchronously: CLOCK_MONOTONIC stamps."""
+
+    def _stamp(self) -> int:
+        return time.monotonic_ns()
+
+    def read(self, *, ended: bool = False) -> Spans | None:
+        """Return the spans of the oldest closed step that were not read yet, None when there is
+        none.
+        """
+        if not self._closed:
+            return None
+        marks, stamps, sent, arrivals = self._closed.pop(0)
+        columns = np.array(marks, dtype=np.int64).T
+        started = [NONE if stamp is None else stamp for stamp in arrivals]
+        return spans_of(columns, sent, np.array(stamps), np.array(started, dtype=np.int64))
+
+
+class CudaClock(_StampClock[torch.cuda.Event]):
+    """Phase clock for CUDA: events on the current stream, read a step late.
+
+    A step is read when the next one is closed too, so that the host, which may run ahead of the
+    device by a step, has something queued behind what it reads and never leaves the device idle.
+
+    Event times are turned into nanoseconds of the host's monotonic clock through a base event, so
+    ranks on one host compare directly. The first base is synchronised when the clock is made. From
+    then on the last event of a step that was read is the base of the next: the time between two
+    events is a float32 of milliseconds, which tells microseconds apart over seconds and no longer
+    over an hour.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._pool: list[torch.cuda.Event] = []
+        self._base = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.device(device):
+            self._base.record()
+        # SYNC: once, when the engine is built, to tie device time to host time.
+        self._base.synchronize()
+        self._base_ns = time.monotonic_ns()
+
+    def read(self, *, ended: bool = False) -> Spans | None:
+        """Return the spans of the oldest closed step that were not read yet; None when there is
+        none, or only the last one and it has not `ended`.
+        """
+        if len(self._closed) < (1 if ended else 2):
+            return None
+        marks, events, sent, arrivals = self._closed.pop(0)
+        # SYNC: of a step with another one queued behind it; passed, but where neither of the two
+        # sampled. Polling instead would let ranks drift apart by a step, and stamps of different
+        # steps cannot be compared.
+        events[-1].synchronize()
+        columns = np.array(marks, dtype=np.int64).T
+        spans = spans_of(columns, sent, self._nanoseconds(events), self._nanoseconds(arrivals))
+        # An arrival may be the event of a span too; each goes back into the pool once.
+        free = {id(each): each for each in (self._base, *events, *arrivals) if each is not None}
+        self._base, self._base_ns = free.pop(id(events[-1])), int(spans.ends[-1])
+        self._pool.extend(free.values())
+        return spans
+
+    def _nanoseconds(self, events: Sequence[torch.cuda.Event | None]) -> np.ndarray:
+        base, base_ns = self._base, self._base_ns
+        stamps = [
+            NONE if event is None else base_ns + int(base.elapsed_time(event) * 1e6)
+            for event in events
+        ]
+        return np.array(stamps, dtype=np.int64)
+
+    def _stamp(self) -> torch.cuda.Event:
+        event = self._pool.pop() if self._pool else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def make_clock(device: torch.device, enabled: bool = True) -> PhaseClock:
+    """Return the clock that fits the device."""
+    if not enabled:
+        return NoClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()

@@ -1,0 +1,36 @@
+"""Pace: how long this rank's experts have lately needed for a row.
+
+Only calls with enough rows count: a small one is bound by reading weights and says nothing about
+the device. Old steps fade, so that a device that slows down shows within some ten steps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.profiling.phase_clock import Phase, Spans
+
+_ENOUGH_ROWS = 32
+_KEEP = 0.85
+
+
+class Pace:
+    """One rank's smoothed time a row."""
+
+    def __init__(self) -> None:
+        self._nanoseconds = 0.0
+        self._rows = 0.0
+
+    def add(self, spans: Spans) -> None:
+        """Count a step."""
+        calls = (spans.phases == Phase.EXPERTS) & (spans.tokens >= _ENOUGH_ROWS)
+        if not calls.any():
+            return
+        nanoseconds = float((spans.ends - spans.starts)[calls].sum())
+        self._nanoseconds = _KEEP * self._nanoseconds + nanoseconds
+        self._rows = _KEEP * self._rows + float(np.sum(spans.tokens[calls]))
+
+    @property
+    def picoseconds_a_row(self) -> int:
+        """0 while unknown."""
+        return max(1, int(1e3 * self._nanoseconds / self._rows)) if self._rows else 0

@@ -1,0 +1,138 @@
+"""Span files: everything the phase clock saw, one JSON line a step, one file a rank, bounded.
+
+Written while `profiler.spans` names a folder; read by `tools/straggler_report.py`. The first line
+of a file is a header. All stamps are on rank 0's clock. A file that the next step would take beyond
+half of the bound becomes `.old` in place of the one before it, so the newest steps are always there
+and both files together never pass the bound. A step that takes more than half of it alone drops
+whatever it does not fit beside; one that all of it cannot hold is left out.
+
+    {"format": "lockstep-spans", "version": 1, "rank": 0, ...}
+    {"step": 17, "start_ns": 123, "prefill": 512, "decode": 3,
+     "spans": [[phase, layer, offset_ns, duration_ns, tokens, bytes, waited_ns], ...],
+     "before": {"3": [rows of every expert]}, "after": {"3": [rows of this rank's own experts]}}
+
+waited_ns is -1 where the other ranks' arrivals are not known.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from engine.profiling.loads import StepLoads
+from engine.profiling.phase_clock import Phase, Spans
+from engine.profiling.wait_time import waiting_ns
+
+FORMAT, VERSION = "lockstep-spans", 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpansHeader:
+    """Who wrote a span file. group: global ranks in lockstep with this one. clock_offset_ns: what
+    was added to this rank's own stamps when the run began; clock_error_ns: its uncertainty.
+    """
+
+    rank: int
+    host: str
+    world_size: int
+    group: list[int]
+    clock_offset_ns: int
+    clock_error_ns: int
+    num_layers: int
+    num_experts: int
+    first_expert: int
+    num_local_experts: int
+    policy: str
+    phases: list[str] = field(default_factory=lambda: [phase.name.lower() for phase in Phase])
+    format: str = FORMAT
+    version: int = VERSION
+
+
+class SpanWriter:
+    """Writes one rank's span files into a folder that exists.
+
+    max_bytes: of both files together; a header, some 600 bytes, is written even where it is less.
+    peers: the places of this rank's tensor group in the group.
+    Raises OSError where the folder cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, header: SpansHeader, max_bytes: int, peers: range = range(1)
+    ) -> None:
+        self._peers = peers
+        self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
+        self._old = self._path.with_suffix(".old.jsonl")
+        self._header = json.dumps(asdict(header)) + "\n"
+        self._max_bytes, self._old_bytes = max_bytes, 0
+        self._old.unlink(missing_ok=True)
+        self._file = self._open()
+
+    def write(
+        self,
+        step: int,
+        spans: Spans,
+        arrivals_WC: np.ndarray | None,
+        offset: int,
+        tokens: tuple[int, int],
+        loads: StepLoads,
+    ) -> None:
+        """Write one step. arrivals_WC: as in `waiting.py`. offset: nanoseconds to add
+        to this rank's stamps to get rank 0's. tokens: prefill and decode.
+        """
+        if not len(spans.starts):
+            return
+        start = int(spans.starts[0])
+        unknown = np.full_like(spans.starts, -1)
+        table = np.stack(
+            (
+                spans.phases,
+                spans.layers,
+                spans.starts - start,
+                spans.ends - spans.starts,
+                spans.tokens,
+                spans.num_bytes,
+                unknown if arrivals_WC is None else waiting_ns(spans, arrivals_WC, self._peers),
+            ),
+            axis=1,
+        )
+        line = {
+            "step": step,
+            "start_ns": start + offset,
+            "prefill": tokens[0],
+            "decode": tokens[1],
+            "spans": table.tolist(),
+            "before": {layer: before.tolist() for layer, (before, _) in loads.items()},
+            "after": {layer: after for layer, (_, after) in loads.items()},
+        }
+        text = json.dumps(line, separators=(",", ":")) + "\n"
+        if self._make_room(len(text)):
+            self._written += self._file.write(text)
+
+    def close(self) -> None:
+        """Write what is buffered. Safe to call twice."""
+        self._file.close()
+
+    def _make_room(self, size: int) -> bool:
+        """Drop the oldest steps until another `size` bytes fit; False where they never do."""
+        bound, alone = self._max_bytes, len(self._header) + size
+        if self._written + size <= min(bound // 2, bound - self._old_bytes):
+            return True
+        if alone > bound:
+            return False
+        self._file.close()
+        self._old.unlink(missing_ok=True)
+        self._old_bytes = 0
+        if len(self._header) < self._written <= bound - alone:
+            self._path.replace(self._old)
+            self._old_bytes = self._written
+        self._file = self._open()
+        return True
+
+    def _open(self) -> IO[str]:
+        file = self._path.open("w", encoding="utf-8")
+        self._written = file.write(self._header)
+        return file

@@ -1,0 +1,147 @@
+"""Print the summary of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine.config import CapacityConfig
+from engine.profiling.report import RunReport
+from engine.reporting.capacity_table import print_capacity
+from engine.reporting.comms_table import print_comms
+from engine.reporting.straggler_table import print_stragglers
+
+_WIDTH = 100
+
+
+_HEADINGS = {"communication": "communi-\ncation"}
+
+
+def make_console(**options: Any) -> Console:
+    """Return a console; into a file or a pipe it writes lines of a width that the tables need."""
+    console = Console(**options)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """A finished job. requests, prompt_tokens and generated_tokens are this run's alone.
+
+    total: requests of the job. resumed: done by earlier runs. errors: error records in the output.
+    run: what the engine measured, None where nothing was left to run. capacity: the policy it ran
+    under.
+    """
+
+    total: int
+    resumed: int
+    errors: int
+    requests: int
+    prompt_tokens: int
+    generated_tokens: int
+    run: RunReport | None
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+
+    def to_json(self) -> str:
+        """Everything as JSON, latencies as percentiles."""
+        values: dict[str, Any] = {
+            key: getattr(self, key)
+            for key in self.__dataclass_fields__
+            if key not in ("run", "capacity")
+        }
+        values["capacity"] = asdict(self.capacity)
+        if self.run is not None:
+            values["run"] = asdict(self.run) | {"latencies": percentiles(self.run)}
+        return json.dumps(values, indent=2) + "\n"
+
+
+def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
+    """The 50th and 99th percentile of each latency that has values; in seconds."""
+    return {
+        name: {
+            "p50": float(np.percentile(values, 50)),
+            "p99": float(np.percentile(values, 99)),
+        }
+        for name, values in run.latencies.items()
+        if len(values)
+    }
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """Print throughput, latency and where each rank's time went."""
+    run = summary.run
+    if run is not None:
+        console.print(_throughput(summary, run))
+        if latencies := percentiles(run):
+            console.print(_latency(latencies))
+        console.print(_ranks(run))
+        print_capacity(console, run, summary.capacity)
+        print_stragglers(console, run)
+        print_comms(console, run)
+    words = [f"{summary.total} requests"]
+    if summary.resumed:
+        words.append(f"{summary.resumed} of them by earlier runs")
+    if summary.errors:
+        words.append(f"{summary.errors} with an error record")
+    console.print(", ".join(words) + ".", highlight=False)
+
+
+def _throughput(summary: Summary, run: RunReport) -> Table:
+    seconds = max(run.seconds, 1e-9)
+    table = _table("Throughput", "count", "per second")
+    for name, count in (
+        ("requests", summary.requests),
+        ("prompt tokens", summary.prompt_tokens),
+        ("generated tokens", summary.generated_tokens),
+    ):
+        table.add_row(name, f"{count:,}", f"{count / seconds:,.1f}")
+    table.caption = f"{run.seconds:.2f} s, {run.steps} steps, max/mean load {run.max_over_mean:.2f}"
+    return table
+
+
+def _latency(latencies: dict[str, dict[str, float]]) -> Table:
+    table = _table("Latency", "p50", "p99")
+    for key, name in (("ttft", "time to first token"), ("tpot", "time per later token")):
+        if key in latencies:
+            table.add_row(name, *(_duration(latencies[key][point]) for point in ("p50", "p99")))
+    return table
+
+
+def _ranks(run: RunReport) -> Table:
+    kinds = list(dict.fromkeys(kind for rank in run.ranks for kind in rank.seconds))
+    counted = ("host", "prefill\ntokens", "decode\ntokens", "expert\nrows")
+    timed = [_HEADINGS.get(kind, kind) for kind in kinds]
+    table = _table("Rank", *counted, *timed)
+    for rank in run.ranks:
+        counts = (rank.tokens_prefill, rank.tokens_decode, rank.expert_rows)
+        table.add_row(
+            str(rank.rank),
+            rank.host,
+            *(f"{count:,}" for count in counts),
+            *(f"{rank.seconds.get(kind, 0.0):.2f}" for kind in kinds),
+        )
+    table.caption = "seconds in each kind of work"
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
+    for place, column in enumerate(columns):
+        words = place == 0 or column == "host"
+        table.add_column(column, justify="left" if words else "right", vertical="bottom")
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

@@ -1,0 +1,1 @@
+"""Checkpoint weights: every rank reads only the tensors that it holds."""

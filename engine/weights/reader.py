@@ -1,0 +1,241 @@
+"""Tensor bytes from files into tensors, by a few threads, checked as they pass.
+
+The data half of loading: `weights.py` decides what is read, this module reads it. Plain positioned
+reads go straight into the destination's memory, so peak memory is the destination's (a mapped
+file's pages would come on top). A tensor that is cut inside its rows, converted to another dtype
+or bound for a GPU passes through a staging buffer of a few MiB a thread.
+
+Every value is looked at while it is in cache: NaN, infinity and values that the target's dtype
+cannot hold are errors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.distributed.collectives import gather_objects
+from engine.distributed.errors import merge_errors
+from engine.distributed.groups import Group
+from engine.distributed.health.progress import Activity, Tick
+from engine.weights.safetensors_header import CheckpointError, TensorEntry
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_CHUNK_BYTES = 4 << 20  # one read: large for a file system, and still in cache when it is checked
+_CHECK_ITEMS = 1 << 16
+_READERS = 4  # one thread alone does not fill a network or parallel file system
+_BEAT_S = 5.0  # ranks that read tell each other this often that all is well
+
+# Bits of |x| as an unsigned integer, from which on a value is infinite or NaN in its own dtype ...
+_NOT_FINITE = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
+# ... and from which on it rounds to infinity in a narrower one.
+_OVERFLOW = {
+    ("F32", torch.float16): 0x477FF000,  # 65520
+    ("BF16", torch.float16): 0x4780,  # 65536, the next bfloat16 after 65280
+    ("F32", torch.bfloat16): 0x7F7F8000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """Read rows and columns `bounds` ([start, stop) a dimension) of a file's tensor into `target`.
+
+    `target` has the bounds' shape and dtype float32, bfloat16 or float16, on any device.
+    """
+
+    name: str
+    entry: TensorEntry
+    target: torch.Tensor
+    bounds: tuple[tuple[int, int], ...]
+
+
+def read_all(jobs: Iterable[ReadJob], group: Group | None, activity: Activity | None = None) -> int:
+    """Run all jobs and return the bytes read. Collective over `group`: every rank must call.
+
+    Ranks have unequal work, which may take longer than the group's timeout. Meanwhile they meet
+    every few seconds, so that a rank in trouble stops the others and a dead one is noticed; one
+    whose reads do not come back is noticed by its `activity`.
+
+    Raises CheckpointError with the same text on every rank.
+    """
+    queue = deque(sorted(jobs, key=lambda job: (job.entry.file, job.entry.offset)))
+    files, activity = _Files(), activity or Activity()
+    waits = False
+    with ThreadPoolExecutor(_READERS, "read-weights") as pool:
+        try:
+            readers = [
+                pool.submit(_read_jobs, queue, files, activity.tick) for _ in range(_READERS)
+            ]
+            while True:
+                done, pending = wait(readers, timeout=_BEAT_S)
+                problem = next(
+                    (text for reader in done if (text := _problem(reader.exception()))), None
+                )
+                if not pending and not waits:
+                    waits = True
+                    activity.wait()
+                if _all_done(problem, not pending, group):
+                    return sum(reader.result() for reader in readers)
+        finally:
+            queue.clear()  # on an error: readers stop after the tensor in hand
+            pool.shutdown()
+            files.close()
+
+
+def _problem(error: BaseException | None) -> str | None:
+    if error is None or isinstance(error, CheckpointError):
+        return error and str(error)
+    return f"{type(error).__name__} while reading weights: {error}"
+
+
+def _all_done(problem: str | None, done: bool, group: Group | None) -> bool:
+    if group is None:
+        answers, ranks = [(problem, done)], (0,)
+    else:
+        answers, ranks = gather_objects((problem, done), group), group.ranks
+    found = {rank: text for rank, (text, _) in zip(ranks, answers, strict=True) if text is not None}
+    if found:
+        raise CheckpointError(merge_errors(found, len(answers)))
+    return all(done for _, done in answers)
+
+
+def _read_jobs(queue: deque[ReadJob], files: _Files, tick: Tick) -> int:
+    """One reader: take jobs until none is left; returns the bytes read."""
+    staging = _Staging()
+    num_bytes = 0
+    try:
+        while True:
+            try:
+                job = queue.popleft()
+            except IndexError:
+                return num_bytes
+            num_bytes += _read_job(job, files, staging, tick)
+    except BaseException:
+        queue.clear()  # the other readers need not go on
+        raise
+
+
+def _read_job(job: ReadJob, files: _Files, staging: _Staging, tick: Tick) -> int:
+    """Read one tensor's shard; returns the bytes read."""
+    entry, target = job.entry, job.target.detach()
+    dtype = DTYPES[entry.dtype]
+    if target.numel() == 0:
+        return 0
+    # The rows that hold the shard are one run of bytes; its columns are cut from them in memory.
+    (first, last), *columns = job.bounds or ((0, 1),)
+    row_shape = entry.shape[1:]
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    begin, num_bytes = entry.offset + first * row_bytes, (last - first) * row_bytes
+    run = _Run(job, files.open(entry.file), begin)
+    whole_rows = all(bound == (0, size) for bound, size in zip(columns, row_shape, strict=True))
+    if whole_rows and target.is_contiguous():
+        target, row_shape, columns, row_bytes = target.view(-1), (), [], dtype.itemsize
+        if target.device.type == "cpu" and target.dtype == dtype:
+            memory = target.view(torch.uint8).numpy()
+            for low in range(0, num_bytes, _CHUNK_BYTES):
+                run.read(memory[low : low + _CHUNK_BYTES], low)
+                tick()
+            return num_bytes
+    cut = (slice(None), *(slice(start, stop) for start, stop in columns))
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for row in range(0, target.shape[0], step):
+        part = target[row : row + step]
+        buffer = staging.take(part.shape[0] * row_bytes, target.device)
+        run.read(buffer.numpy(), row * row_bytes)
+        tick()
+        part.copy_(buffer.view(dtype).view(part.shape[0], *row_shape)[cut], non_blocking=True)
+        staging.give_back(target.device)
+    return num_bytes
+
+
+class _Run:
+    """A run of bytes of one file, read and checked piece by piece."""
+
+    def __init__(self, job: ReadJob, descriptor: int, begin: int) -> None:
+        self._job, self._descriptor, self._begin = job, descriptor, begin
+        self._not_finite = _NOT_FINITE[job.entry.dtype]
+        self._limit = _OVERFLOW.get((job.entry.dtype, job.target.dtype), self._not_finite)
+
+    def read(self, memory: np.ndarray, low: int) -> None:
+        """Fill `memory` (uint8) with the bytes from the run's byte `low` on."""
+        filled, where = 0, f"{self._job.name} in {self._job.entry.file}"
+        while filled < len(memory):
+            try:
+                rest = memoryview(memory)[filled:]  # type: ignore[arg-type]
+                count = os.preadv(self._descriptor, [rest], self._begin + low + filled)
+            except OSError as error:
+                raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(f"{where}: the file became shorter while it was read")
+            filled += count
+        worst = _largest_bits(memory, DTYPES[self._job.entry.dtype].itemsize)
+        if worst >= self._not_finite:
+            raise CheckpointError(
+                f"{where}: holds NaN or infinity; the checkpoint is damaged or diverged in training"
+            )
+        if worst >= self._limit:
+            raise CheckpointError(
+                f"{where}: holds values too large for {self._job.target.dtype}; set "
+                "model.dtype to bfloat16 or float32"
+            )
+
+
+def _largest_bits(memory: np.ndarray, itemsize: int) -> int:
+    """The largest |x| in `memory` as bits: for IEEE floats the order of the numbers, NaN on top."""
+    values = memory.view(np.uint32 if itemsize == 4 else np.uint16)
+    without_sign = values.dtype.type(0x7FFFFFFF if itemsize == 4 else 0x7FFF)
+    return max(
+        int((values[low : low + _CHECK_ITEMS] & without_sign).max())
+        for low in range(0, len(values), _CHECK_ITEMS)
+    )
+
+
+class _Staging:
+    """One thread's buffer between file and target; pinned where the target is on a GPU."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        pinned = device.type == "cuda"
+        if len(self._buffer) < num_bytes or self._pinned != pinned:
+            size = max(num_bytes, _CHUNK_BYTES)
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._pinned = pinned
+        return self._buffer[:num_bytes]
+
+    def give_back(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            # SYNC: the copy must have left the buffer before the next read overwrites it.
+            torch.cuda.current_stream(device).synchronize()
+
+
+class _Files:
+    """File descriptors by path, opened on first use by whichever reader comes first."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def open(self, path: Path) -> int:
+        if path not in self._descriptors:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            if self._descriptors.setdefault(path, descriptor) != descriptor:
+                os.close(descriptor)  # another reader was faster
+        return self._descriptors[path]
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)

@@ -1,0 +1,38 @@
+"""A parameter and the checkpoint tensors that fill it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """One tensor of the checkpoint and where this rank wants it.
+
+    `target` is the destination view, of the shard's shape; `full_shape` is the shape in the file;
+    `shard` is the part of it this rank takes, slices without step for its first dimensions (None:
+    all of it). `aliases` are other names under which a file may have the tensor. One tensor may
+    fill several slots.
+    """
+
+    name: str
+    target: torch.Tensor
+    full_shape: tuple[int, ...]
+    shard: tuple[slice, ...] | None = None
+    kind: Literal["matrix", "norm", "bias"] = "matrix"
+    aliases: tuple[str, ...] = ()
+
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of the shard in every dimension of the file's tensor."""
+        whole = slice(None)
+        shard = (self.shard or ()) + (whole,) * (len(self.full_shape) - len(self.shard or ()))
+        parts = [part.indices(size) for part, size in zip(shard, self.full_shape, strict=True)]
+        assert all(step == 1 for _, _, step in parts), self.name
+        assert tuple(self.target.shape) == tuple(stop - start for start, stop, _ in parts), (
+            f"{self.name}: target {tuple(self.target.shape)}, shard {self.shard} of "
+            f"{self.full_shape}"
+        )
+        return tuple((start, stop) for start, stop, _ in parts)
