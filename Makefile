@@ -50,9 +50,9 @@ format: setup
 # Two tests at a time; then, alone, those that judge how fast real ranks are.
 test: lint
 	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest \
-	    -n 2 --dist worksteal -m 'not alone' tests/unit tests/models tests/distributed tests/gpu
+	    -n 2 --dist worksteal -m 'not alone' tests/unit tests/tools tests/models tests/distributed tests/gpu
 	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest \
-	    -m alone tests/unit tests/models tests/distributed tests/gpu
+	    -m alone tests/unit tests/tools tests/models tests/distributed tests/gpu
 	@echo 'make test: lint, types and tests passed'
 
 # Its files run two at a time: they mostly wait. -rs: what is not installed here is named.

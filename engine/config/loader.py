@@ -24,7 +24,7 @@ import yaml
 from engine.config import Config, ModelConfig
 from engine.config.validation import ConfigError, alternatives, type_hints
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _MAX_DIGITS = 300
 
 

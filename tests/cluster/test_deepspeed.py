@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from chaos.job import Job, read_lines
-from namespaces import VirtualHosts, why_no_hosts
+
+from tests.helpers.namespaces import VirtualHosts, why_no_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from chaos.job import Job, read_lines
-from namespaces import VirtualHosts, which, why_no_hosts
+
+from tests.helpers.namespaces import VirtualHosts, which, why_no_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_REQUESTS = 24

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_case import command, make_batch_job, records, run
+
+from tests.helpers.batch_case import command, make_batch_job, records, run
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from batch_case import (
+
+from engine.batch.ledger import Ledger, part_path, parts_dir
+from tests.helpers.batch_case import (
     ALL,
     BAD,
     CONTEXT,
@@ -27,9 +29,7 @@ from batch_case import (
     report,
     run,
 )
-from ranks import RanksFailed, run_ranks
-
-from engine.batch.ledger import Ledger, part_path, parts_dir
+from tests.helpers.ranks import RanksFailed, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
 from engine.distributed.errors import RankError, RendezvousError, UnheardError, share_errors
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,80 +9,27 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import reference
 import torch
-from ranks import RanksFailed, run_ranks
-from torch import nn
 
 from engine.config import CapacityConfig, Config, ModelConfig, ParallelConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import expert_range
 from engine.generation.memory import MoEShape, row_bound
-from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec, gate_logits, route
-from engine.moe.step import MoEStep
-from engine.moe.token_shard import part_bounds
-
-HIDDEN, FFN = 16, 24
-
-
-class Doubled(nn.Module):
-    """A shared expert whose output is easy to take away again."""
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return 2 * x_TD
-
-
-def weights_of(num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    gate = torch.randn(num_experts, HIDDEN, generator=generator)
-    gate[0] += 0.6  # with tokens of positive mean, expert 0 is hot
-    return (
-        gate,
-        torch.randn(num_experts, 2 * FFN, HIDDEN, generator=generator) * 0.3,
-        torch.randn(num_experts, HIDDEN, FFN, generator=generator) * 0.3,
-    )
-
-
-def tokens_of(rank: int, count: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(100 + rank)
-    return torch.randn(count, HIDDEN, generator=generator) + 0.4
-
-
-def build(topology, config: Config, spec: RouterSpec, shared: nn.Module | None) -> MoELayer:
-    layer = MoELayer(
-        MoESpec(router=spec, hidden=HIDDEN, ffn=FFN),
-        layer=3,
-        topology=topology,
-        config=config.moe,
-        device=topology.device,
-        dtype=torch.float32,
-        shared=shared,
-    )
-    gate, w13, w2 = weights_of(spec.num_experts)
-    local = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
-    layer.gate_weight_ED.copy_(gate)
-    layer.experts.w13_e2FD.copy_(w13[local])
-    layer.experts.w2_eDF.copy_(w2[local])
-    return layer
-
-
-def step_of(topology, counts: list[int], tensor: int) -> MoEStep:
-    """Request = data rank, position = row; everything competes."""
-    data, count = topology.data_rank, counts[topology.data_rank]
-    start, end = part_bounds(count, tensor, topology.tensor.rank)
-    sizes = [
-        part_bounds(counts[rank // tensor], tensor, rank % tensor)
-        for rank in range(topology.expert.size)
-    ]
-    return MoEStep(
-        request_T=torch.full((end - start,), data, dtype=torch.int32),
-        position_T=torch.arange(start, end, dtype=torch.int32),
-        competes_T=None,
-        num_own_competing=end - start,
-        num_tokens_W=tuple(last - first for first, last in sizes),
-        num_competing=sum(counts),
-    )
+from tests.helpers import reference
+from tests.helpers.layer_cases import (
+    DEEPSEEK,
+    FFN,
+    HIDDEN,
+    MIXTRAL,
+    OLMOE,
+    Doubled,
+    build,
+    step_of,
+    tokens_of,
+    weights_of,
+)
+from tests.helpers.ranks import RanksFailed, run_ranks
 
 
 def run_layer(
@@ -163,9 +110,6 @@ def expected(
     return outs, outcome
 
 
-MIXTRAL = RouterSpec(num_experts=8, top_k=2, normalize=True)
-OLMOE = RouterSpec(num_experts=10, top_k=3)
-DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_groups=2)
 SETTINGS = [
     {"policy": "token_drop", "factor": "1"},
     {"policy": "token_drop", "factor": "1", "scope": "rank"},

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import RanksFailed, run_ranks
 
 from engine.config import (
     CapacityConfig,
@@ -23,6 +22,7 @@ from engine.config import (
 )
 from engine.llm import LLM
 from engine.request import Completion, SamplingParams
+from tests.helpers.ranks import RanksFailed, run_ranks
 from tools.make_random_checkpoint import FAMILIES, make_checkpoint
 
 PROMPTS = [

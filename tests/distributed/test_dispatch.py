@@ -7,17 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_ranks
-from test_capacity_layer import (
-    DEEPSEEK,
-    HIDDEN,
-    MIXTRAL,
-    OLMOE,
-    Doubled,
-    build,
-    step_of,
-    tokens_of,
-)
 
 from engine.config import (
     CapacityConfig,
@@ -31,6 +20,17 @@ from engine.config import (
 )
 from engine.distributed import bootstrap
 from engine.moe.router import RouterSpec
+from tests.helpers.layer_cases import (
+    DEEPSEEK,
+    HIDDEN,
+    MIXTRAL,
+    OLMOE,
+    Doubled,
+    build,
+    step_of,
+    tokens_of,
+)
+from tests.helpers.ranks import run_ranks
 
 WIDE = RouterSpec(num_experts=16, top_k=6)
 POLICIES = [

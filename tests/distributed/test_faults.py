@@ -22,9 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fault_worker
 import pytest
-import ranks  # noqa: F401  its fork server has loaded the slow libraries
+
+from tests.helpers import (
+    fault_worker,
+    ranks,  # noqa: F401  its fork server has loaded the slow libraries
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = re.escape(socket.gethostname())

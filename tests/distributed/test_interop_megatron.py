@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron_case import (
+
+from engine.config import CapacityConfig
+from engine.interop.megatron import capacity_router
+from engine.interop.megatron_settings import router_scores
+from tests.helpers import reference
+from tests.helpers.megatron_case import (
     HIDDEN,
     make_layer,
     make_router,
@@ -23,11 +27,7 @@ from megatron_case import (
     random_logits,
     transformer_config,
 )
-from ranks import run_ranks
-
-from engine.config import CapacityConfig
-from engine.interop.megatron import capacity_router
-from engine.interop.megatron_settings import router_scores
+from tests.helpers.ranks import run_ranks
 
 pytestmark = needs_megatron
 

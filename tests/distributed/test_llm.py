@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
@@ -19,6 +18,7 @@ from engine.generation.request_source import ListSource
 from engine.llm import LLM
 from engine.ops import lane
 from engine.request import Completion, Request, SamplingParams
+from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 PROMPTS = [

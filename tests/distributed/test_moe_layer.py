@@ -5,12 +5,12 @@ Run: pytest tests/distributed/test_moe_layer.py
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from engine.config import Config, ExpertsConfig, ModelConfig, MoEConfig, ParallelConfig
 from engine.distributed import bootstrap
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
+from tests.helpers.ranks import run_ranks
 
 HIDDEN, FFN = 16, 24
 

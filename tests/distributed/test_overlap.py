@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import RanksFailed, run_ranks
-from test_capacity_layer import DEEPSEEK, MIXTRAL, OLMOE, Doubled, build, step_of, tokens_of
 
 from engine.config import (
     CapacityConfig,
@@ -22,6 +20,8 @@ from engine.config import (
 from engine.distributed import bootstrap
 from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.router import RouterSpec
+from tests.helpers.layer_cases import DEEPSEEK, MIXTRAL, OLMOE, Doubled, build, step_of, tokens_of
+from tests.helpers.ranks import RanksFailed, run_ranks
 
 POLICIES = [
     {"policy": "none"},

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
 from engine.config.loader import config_from_tree
@@ -18,6 +17,7 @@ from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.dispatch import layout_policy as layouts
 from engine.request import SamplingParams
+from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 PROMPTS = [

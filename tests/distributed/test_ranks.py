@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from ranks import RanksFailed, run_ranks
+
+from tests.helpers.ranks import RanksFailed, run_ranks
 
 
 def place(rank: int, offset: int) -> tuple[int, str, str]:

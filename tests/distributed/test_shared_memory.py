@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from engine.config import Config, ModelConfig, RuntimeConfig
 from engine.distributed import bootstrap
@@ -22,6 +21,7 @@ from engine.distributed.collectives import all_gather_rows, broadcast_object, ga
 from engine.distributed.groups import Topology
 from engine.distributed.shared_memory import BACKEND
 from engine.ops import lane as lane_op
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not lane_op.available(), reason="the compiled library is not there, so ranks meet over gloo"

@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from batch_case import ALL, command, run
-from ranks import RanksFailed
+
+from tests.helpers.batch_case import ALL, command, run
+from tests.helpers.ranks import RanksFailed
 
 COUNT = 3
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
 
 from engine.config import (
     CapacityConfig,
@@ -24,6 +23,7 @@ from engine.generation.request_source import ListSource
 from engine.llm import LLM
 from engine.profiling.phase_clock import Phase, Spans
 from engine.request import Request, SamplingParams
+from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 NEW = 12

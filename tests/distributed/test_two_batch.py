@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import RanksFailed, run_ranks
-from test_capacity_layer import MIXTRAL, Doubled, build, tokens_of
 
 from engine.config import (
     Config,
@@ -29,6 +27,8 @@ from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.dispatch.two_batch import take_turns
 from engine.profiling.phase_clock import Phase, Spans
 from engine.request import Request, SamplingParams
+from tests.helpers.layer_cases import MIXTRAL, Doubled, build, tokens_of
+from tests.helpers.ranks import RanksFailed, run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 TWO = MoEConfig(overlap=OverlapConfig(two_batch=True))

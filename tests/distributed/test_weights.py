@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import save_file
 
 import engine.weights.reader as weight_reader
@@ -21,6 +20,7 @@ from engine.distributed.groups import Group, Topology, expert_range
 from engine.weights.loader import CheckpointError, fill_dummy, load_weights
 from engine.weights.safetensors_header import read_header
 from engine.weights.slot import WeightSlot
+from tests.helpers.ranks import run_ranks
 
 SHAPE = (300, 40)
 

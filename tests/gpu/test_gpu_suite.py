@@ -6,16 +6,12 @@ python -m pytest tests/gpu/test_gpu_suite.py
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_suite
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import gpu_suite
 from gpu_checks.check import Check, at_most, guarded, relative_error
 from gpu_checks.experts import check_experts
 from gpu_checks.kernels import check_kernels

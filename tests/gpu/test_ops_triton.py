@@ -11,19 +11,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from ops_cases import PagedCase, paged_case
 
 from engine.ops.paged_attention import paged_attention_reference
 from engine.ops.permute import combine_rows_reference
 from engine.ops.select_experts import SelectionRule, select_experts_reference
 from engine.ops.silu_and_mul import silu_and_mul_reference
 from engine.ops.store_kv import store_kv_reference
+from tests.helpers.ops_cases import PagedCase, paged_case
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -15,8 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, NEW_TOKENS, SHARDED_CASES, Reference, make_reference
-from harness import (
+from safetensors.torch import load_file, save_file
+
+from engine.distributed import bootstrap
+from engine.distributed.groups import Topology
+from engine.models.decoder import CausalLM
+from engine.weights.safetensors_header import read_catalog
+from tests.helpers.model_cases import CASES, NEW_TOKENS, SHARDED_CASES, Reference, make_reference
+from tests.helpers.model_harness import (
     chunked,
     load_model,
     logits_on_this_rank,
@@ -25,13 +31,7 @@ from harness import (
     run_schedule,
     whole,
 )
-from ranks import run_ranks
-from safetensors.torch import load_file, save_file
-
-from engine.distributed import bootstrap
-from engine.distributed.groups import Topology
-from engine.models.decoder import CausalLM
-from engine.weights.safetensors_header import read_catalog
+from tests.helpers.ranks import run_ranks
 
 SCHEDULES = {"whole": whole, "chunked": chunked, "one by one": one_by_one}
 

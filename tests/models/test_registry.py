@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import CASES
 from transformers import AutoConfig, GPT2Config
 
 from engine.layers.attention import AttentionSpec
 from engine.layers.mla import MLASpec
 from engine.models.registry import model_length, read_config, read_spec, supported_model_types
 from engine.models.spec import DenseSpec, SparseSpec
+from tests.helpers.model_cases import CASES
 
 
 def published(tmp_path: Path, **settings: Any) -> Any:

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cases import CASES
-from harness import make_config
 
 from engine.distributed.groups import Group, Topology
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
+from tests.helpers.model_cases import CASES
+from tests.helpers.model_harness import make_config
 
 
 def model_of(case: str, rank: int = 0, world: int = 1, tensor: int = 1) -> CausalLM:

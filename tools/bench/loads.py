@@ -1,6 +1,6 @@
 """Skewed loads: how many tokens choose each expert, and a routing that does exactly that.
 
-One place for tests, benches and reports (tests/loads.py passes it on). A load is int64 [E], its sum
+One place for tests, benches and reports (`loads.py` of the tests too). A load is int64 [E], its sum
 T * K, no entry above T, because a token chooses an expert once. Experts are placed contiguously on
 ranks, so the first ranks are the loaded ones.
 

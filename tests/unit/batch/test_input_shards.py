@@ -1,0 +1,303 @@
+"""Slices: whose lines are whose, and a merge that may die at any operation on the file system.
+
+python -m pytest tests/unit/batch/test_input_shards.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.batch import atomic_files as durable
+from engine.batch import input_shards as batch_slices
+from engine.batch.input_shards import Slice, is_merged, join
+from engine.batch.ledger import Ledger, PartWriter, parts_dir
+from engine.batch.manifest import JobError, admit, seal
+from engine.request import Completion
+
+MANIFEST = {
+    "version": 1,
+    "input": {"path": "in.jsonl", "size": 10, "sha256": "abc", "requests": 5},
+    "settings": {"sampling.seed": 0},
+}
+TOTAL = 5
+COUNT = 3
+
+
+class Died(BaseException):
+    """Stands for a kill."""
+
+
+def completion(index: int) -> Completion:
+    return Completion.failure(index, f"r{index}", "none", prompt_tokens=0)
+
+
+def finish(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> None:
+    """Run a slice to its end, but for the join."""
+    ledger, errors = merged(output, part, manifest)
+    seal(ledger, manifest, errors)
+    ledger.close()
+
+
+def merged(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> tuple[Ledger, int]:
+    """Run a slice up to its output; return its ledger, still open, and its number of errors."""
+    own = part.output(output)
+    ledger = Ledger(own)
+    assert admit(ledger, manifest, overwrite=False) == "fresh"
+    ledger.create_parts(1)
+    writer = PartWriter(parts_dir(own), 0)
+    writer.append([completion(index) for index in reversed(part.lines(TOTAL))])
+    writer.close()
+    errors = ledger.merge(part.lines(TOTAL))
+    own.with_name(own.name + ".config.yaml").write_text("model: {}\n")
+    report = {"total": len(part.lines(TOTAL)), "errors": errors, "capacity": {"policy": "none"}}
+    own.with_name(own.name + ".report.json").write_text(json.dumps(report))
+    return ledger, errors
+
+
+def ids(output: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in output.read_text().splitlines()]
+
+
+def files(output: Path) -> set[str]:
+    return {path.name for path in output.parent.iterdir()}
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+@pytest.mark.parametrize("text", ["", "3", "3/3", "4/3", "-1/3", "a/b", "1/0", "1 / 3", "0/100000"])
+def test_what_is_no_slice_is_refused_with_the_rule(text):
+    with pytest.raises(JobError, match=r"must be I/N with 0 <= I < N") as caught:
+        Slice.parse(text)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("total, count", [(0, 3), (2, 5), (5, 3), (9, 3), (10, 1)])
+def test_slices_are_contiguous_even_and_together_everything(total, count):
+    parts = [Slice(index, count).lines(total) for index in range(count)]
+    assert [line for part in parts for line in part] == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_last_slice_merges_all_in_input_order_and_leaves_nothing_else(output):
+    for index in (2, 0):
+        finish(output, Slice(index, COUNT))
+        done = join(output, COUNT, MANIFEST)
+        assert "not complete yet" in done and not output.exists()
+    finish(output, Slice(1, COUNT))
+    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+    assert ids(output) == [f"r{index}" for index in range(TOTAL)]
+    beside = {".config.yaml", ".report.json", ".job.json"}
+    assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in beside}
+    report = json.loads((output.parent / "out.jsonl.report.json").read_text())
+    assert (report["total"], report["errors"], len(report["slices"])) == (5, 5, 3)
+    assert is_merged(output, Slice(0, COUNT), MANIFEST)
+
+
+def test_a_slice_between_its_output_and_its_seal_is_waited_for(output):
+    """Two slices that end at once: the other looks at this very moment."""
+    ledger, errors = merged(output, Slice(1, COUNT))
+    for index in (0, 2):
+        finish(output, Slice(index, COUNT))
+    assert "slices 1 of 3 are not complete yet" in join(output, COUNT, MANIFEST)
+    seal(ledger, MANIFEST, errors)
+    ledger.close()
+    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+
+
+def test_a_file_in_a_slices_place_that_no_run_holds_is_refused(output):
+    finish(output, Slice(0, COUNT))
+    Slice(1, COUNT).output(output).write_text("mine\n")
+    with pytest.raises(JobError, match="is no slice of this job: nothing says which job made it"):
+        join(output, COUNT, MANIFEST)
+
+
+def operations(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Die before the `number`-th operation that changes the file system."""
+    left = number
+
+    def guard(function: Any) -> Any:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Died
+            return function(*args, **kwargs)
+
+        return guarded
+
+    monkeypatch.setattr(os, "replace", guard(os.replace))
+    monkeypatch.setattr(os, "fsync", guard(os.fsync))
+    monkeypatch.setattr(Path, "unlink", guard(Path.unlink))
+    monkeypatch.setattr(batch_slices.shutil, "copyfileobj", guard(batch_slices.shutil.copyfileobj))
+    monkeypatch.setattr(durable, "write_json", guard(durable.write_json))
+
+
+def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch):
+    survived, number = False, 0
+    while not survived:
+        number += 1
+        for path in output.parent.iterdir():
+            path.unlink() if path.is_file() else batch_slices.shutil.rmtree(path)
+        for index in range(COUNT):
+            finish(output, Slice(index, COUNT))
+        with monkeypatch.context() as patch:
+            operations(patch, number)
+            try:
+                join(output, COUNT, MANIFEST)
+                survived = True
+            except Died:
+                pass
+        if output.exists():
+            assert ids(output) == [f"r{index}" for index in range(TOTAL)], "whole or not at all"
+        join(output, COUNT, MANIFEST)
+        assert ids(output) == [f"r{index}" for index in range(TOTAL)]
+        assert is_merged(output, Slice(1, COUNT), MANIFEST)
+        rest = ("slice", "parts", "tmp")
+        assert not [name for name in files(output) if any(word in name for word in rest)]
+    assert number > 15, "the merge has many places to die in"
+
+
+def finish_all(output: Path) -> None:
+    for index in range(COUNT):
+        finish(output, Slice(index, COUNT))
+
+
+def test_a_copy_of_another_size_than_its_slices_is_not_sealed_and_they_stay(output, monkeypatch):
+    finish_all(output)
+    slices = {name for name in files(output) if "slice" in name}
+    copies, write = [], batch_slices.DurableWriter.write
+
+    def forget_the_second(self: Any, data: bytes) -> None:
+        copies.append(data)
+        if len(copies) != 2:
+            write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_slices.DurableWriter, "write", forget_the_second)
+        with pytest.raises(JobError, match=r"is \d+ bytes, its slices are \d+.*slices are kept"):
+            join(output, COUNT, MANIFEST)
+    assert {name for name in files(output) if "slice" in name} == slices
+    assert not output.with_name(output.name + ".job.json").exists()
+    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+    assert ids(output) == [f"r{index}" for index in range(TOTAL)]
+
+
+def test_a_merge_that_waits_for_another_one_says_that_it_is_alive(output):
+    """Nobody may take it for a rank that hangs."""
+    finish_all(output)
+    other, ticks = Ledger(output), []
+
+    def tick() -> None:
+        ticks.append(1)
+        if len(ticks) == 3:
+            other.close()
+
+    assert join(output, COUNT, MANIFEST, tick) == f"{output} is complete: 3 slices, merged"
+    assert len(ticks) > 3, "and goes on ticking while it merges"
+
+
+def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monkeypatch):
+    """The second runs from start to end at each place where the first may be interrupted."""
+    monkeypatch.setattr(durable.fcntl, "flock", lambda fd, how: no_locks())
+    for place in range(COUNT + 1):
+        for path in output.parent.iterdir():
+            path.unlink() if path.is_file() else batch_slices.shutil.rmtree(path)
+        finish_all(output)
+        copy, replace, left = batch_slices.shutil.copyfileobj, os.replace, [place]
+
+        def other(left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                join(output, COUNT, MANIFEST)
+
+        def copying(*args: Any, copy: Any = copy, other: Any = other) -> None:
+            other()
+            copy(*args)
+
+        def replacing(*args: Any, replace: Any = replace, other: Any = other) -> None:
+            other()
+            replace(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(batch_slices.shutil, "copyfileobj", copying)
+            patch.setattr(os, "replace", replacing)
+            assert str(output) in join(output, COUNT, MANIFEST)
+        assert left[0] < 0, "the other merge has run"
+        assert ids(output) == [f"r{index}" for index in range(TOTAL)]
+        assert is_merged(output, Slice(0, COUNT), MANIFEST)
+        beside = {".config.yaml", ".report.json", ".job.json"}
+        assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in beside}
+        report = json.loads((output.parent / "out.jsonl.report.json").read_text())
+        assert (report["total"], report["errors"]) == (5, 5)
+
+
+def no_locks() -> None:
+    raise OSError(errno.ENOLCK, "no locks")
+
+
+def test_what_killed_merges_left_is_removed_by_the_next_and_nothing_of_other_outputs(output):
+    finish_all(output)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = [
+        f"out.jsonl.merge-{socket.gethostname()}-{dead.pid}-01234567.tmp",
+        "out.jsonl.merge-another-host-12-89abcdef.tmp",
+    ]
+    others = ["out.jsonl.x.merge-another-host-12-89abcdef.tmp", "out.jsonl.merge.tmp"]
+    for name in left + others:
+        output.with_name(name).write_text("half")
+    join(output, COUNT, MANIFEST)
+    assert {name for name in files(output) if name.endswith(".tmp")} == set(others)
+
+
+def test_slices_of_another_division_are_named(output):
+    finish(output, Slice(0, 2))
+    with pytest.raises(JobError, match=r"lie slices of 2; go on with --slice I/2"):
+        is_merged(output, Slice(0, 3), MANIFEST)
+    assert not is_merged(output, Slice(1, 2), MANIFEST)
+
+
+def test_a_slice_of_another_job_is_named_and_nothing_is_merged(output):
+    other = {**MANIFEST, "settings": {"sampling.seed": 1}}
+    for index in range(COUNT):
+        finish(output, Slice(index, COUNT), other if index == 1 else MANIFEST)
+    with pytest.raises(JobError, match=r"slice-00001-of-00003: is no slice.*sampling.seed was 1"):
+        join(output, COUNT, MANIFEST)
+    assert not output.exists()
+
+
+def test_another_jobs_output_is_not_touched(output):
+    output.write_text("mine\n")
+    with pytest.raises(JobError, match="exists and is not this job's"):
+        is_merged(output, Slice(0, COUNT), MANIFEST)
+    assert output.read_text() == "mine\n"
+
+
+def test_the_records_of_a_run_without_slices_are_kept(output):
+    ledger = Ledger(output)
+    admit(ledger, MANIFEST, overwrite=False)
+    ledger.create_parts(1)
+    writer = PartWriter(parts_dir(output), 0)
+    writer.append([completion(3)])
+    writer.close()
+    ledger.close()
+    with pytest.raises(JobError, match="belongs to a run without --slice"):
+        is_merged(output, Slice(0, COUNT), MANIFEST)
+    for index in range(COUNT):
+        finish(output, Slice(index, COUNT))
+    with pytest.raises(JobError, match="belongs to a run without --slice"):
+        join(output, COUNT, MANIFEST)
+    ledger = Ledger(output)
+    assert ledger.count() == 1 and admit(ledger, MANIFEST, overwrite=False) == "resume"
+    ledger.close()

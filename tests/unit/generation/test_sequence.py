@@ -1,0 +1,82 @@
+"""A sequence's life from prompt to completion.
+
+Run: pytest tests/unit/generation/test_sequence.py
+"""
+
+import pytest
+
+from engine.generation.sequence import Sequence, Status
+from engine.request import Request, SamplingParams
+
+
+def make(*, eos=(), **params) -> Sequence:
+    request = Request(index=3, id="r", prompt_token_ids=(7, 8, 9), params=SamplingParams(**params))
+    return Sequence(request, eos_token_ids=eos)
+
+
+def test_length_ends_a_sequence_and_the_completion_counts_its_tokens():
+    seq = make(max_new_tokens=2)
+    seq.append(1)
+    assert seq.finish_reason is None
+    assert seq.num_generated == 1
+    seq.append(2)
+    assert seq.status is Status.FINISHED
+    done = seq.completion()
+    assert (done.index, done.id, done.finish_reason, done.text) == (3, "r", "length", "")
+    assert (done.token_ids, done.prompt_tokens, done.completion_tokens) == ([1, 2], 3, 2)
+    assert done.logprobs is None
+    assert done.prompt_logprobs is None
+    assert done.error is None
+
+
+def test_a_stop_id_on_the_last_token_is_a_stop_and_stays_in_the_token_ids():
+    seq = make(max_new_tokens=2, eos={5})
+    seq.append(1)
+    seq.append(5)
+    done = seq.completion()
+    assert (done.finish_reason, done.token_ids, done.completion_tokens) == ("stop", [1, 5], 2)
+
+
+def test_logprobs_are_kept_one_a_token_and_prompt_logprobs_begin_with_none():
+    seq = make(max_new_tokens=2, logprobs=True, prompt_logprobs=True)
+    assert seq.prompt_logprobs == [None]
+    seq.append(1, -0.25)
+    seq.append(2, -0.5)
+    assert seq.completion().logprobs == [-0.25, -0.5]
+    with pytest.raises(AssertionError, match="asked for logprobs"):
+        make(logprobs=True).append(1)
+
+
+def test_timing_is_ordered_and_complete_once_finished():
+    seq = make(max_new_tokens=2)
+    assert seq.timing.first_token is None
+    seq.append(1)
+    first = seq.timing.first_token
+    seq.append(2)
+    assert first is not None
+    assert seq.timing.first_token == first
+    assert seq.timing.finished is not None
+    assert seq.timing.arrived <= first <= seq.timing.finished
+
+
+def test_an_error_keeps_the_tokens_and_carries_its_message():
+    seq = make()
+    seq.append(1)
+    seq.finish("error", "logits are not finite")
+    done = seq.completion()
+    assert done.error == {"message": "logits are not finite", "line": None}
+    assert (done.finish_reason, done.token_ids) == ("error", [1])
+    with pytest.raises(AssertionError, match="finishes twice"):
+        seq.finish("length")
+
+
+def test_the_prompt_of_the_request_is_never_changed():
+    prompt = [7, 8]
+    seq = Sequence(Request(index=0, id="r", prompt_token_ids=prompt))
+    seq.append(1)
+    assert prompt == [7, 8]
+
+
+def test_an_unfinished_sequence_has_no_completion():
+    with pytest.raises(AssertionError, match="'r' is not finished"):
+        make().completion()

@@ -1,0 +1,44 @@
+"""The paged cache's tensors. Run: python -m pytest tests/unit/layers/test_kv_cache.py."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.layers.kv_cache import KVCache, KVSpec
+
+CPU = torch.device("cpu")
+
+
+def allocated(cache: KVCache) -> int:
+    tensors = [*cache.keys, *cache.values]
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def test_bytes_per_block_is_what_a_block_really_takes():
+    for latent in (False, True):
+        spec = KVSpec(num_layers=3, num_kv_heads=2, key_dim=24, value_dim=16, latent=latent)
+        cache = KVCache(spec, 5, 4, CPU, torch.bfloat16)
+        assert allocated(cache) == 5 * spec.bytes_per_block(4, torch.bfloat16)
+
+
+def test_a_latent_value_is_the_head_of_its_key():
+    spec = KVSpec(num_layers=1, num_kv_heads=1, key_dim=6, value_dim=4, latent=True)
+    cache = KVCache(spec, 2, 4, CPU, torch.float32)
+    cache.keys[0][1, 0, 2] = torch.arange(6.0)
+    assert cache.values[0][1, 0, 2].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_the_cache_starts_as_zeros_and_takes_memory_only_where_it_is_written():
+    spec = KVSpec(num_layers=2, num_kv_heads=1, key_dim=64, value_dim=64)
+    before = resident_bytes()
+    cache = KVCache(spec, 16384, 16, CPU, torch.float32)
+    assert resident_bytes() - before < allocated(cache) / 10
+    assert not cache.keys[1][123].any()
+    cache.values[0][5, 0, 1] = 1.0
+    assert cache.values[0].sum() == 64
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096

@@ -1,0 +1,101 @@
+"""Which experts backend runs where. Run: pytest tests/unit/moe/test_experts.py"""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from engine.moe.experts import ExpertWeights, choose_backend, make_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def pretend_installed(monkeypatch, installed: bool) -> None:
+    find = importlib.util.find_spec
+
+    def fake(name, *rest):
+        if name == "transformer_engine":
+            return object() if installed else None
+        return find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", fake)
+    package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
+    package.pytorch = module  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+
+
+class BrokenImport:
+    """Finds Transformer Engine, built for another torch."""
+
+    def find_spec(self, name, *rest):
+        if name.startswith("transformer_engine"):
+            raise OSError("libtorch.so: undefined symbol: _ZN2at4_ops5zerosE\nmore")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "installed", "expected"),
+    [
+        (CPU, torch.float32, True, "torch"),
+        (CPU, torch.bfloat16, True, "torch"),
+        (CUDA, torch.float32, True, "torch"),
+        (CUDA, torch.bfloat16, True, "te"),
+        (CUDA, torch.float16, True, "te"),
+        (CUDA, torch.bfloat16, False, "grouped_mm"),
+        (CUDA, torch.float16, False, "torch"),
+    ],
+)
+def test_auto_takes_the_best_backend_that_keeps_the_dtype(
+    monkeypatch, device, dtype, installed, expected
+):
+    pretend_installed(monkeypatch, installed)
+    assert choose_backend("auto", device, dtype) == expected
+
+
+def test_te_is_refused_where_it_cannot_run(monkeypatch):
+    pretend_installed(monkeypatch, False)
+    with pytest.raises(ValueError, match=r"moe\.experts\.backend: 'te' runs on CUDA only"):
+        choose_backend("te", CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"'te' needs Transformer Engine.*lockstep-moe\[cuda\]"):
+        choose_backend("te", CUDA, torch.bfloat16)
+
+
+def test_a_transformer_engine_that_cannot_be_imported_is_told_and_auto_goes_on(monkeypatch, caplog):
+    pretend_installed(monkeypatch, True)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [BrokenImport(), *sys.meta_path])
+    with pytest.raises(ValueError, match=r"'te' needs.*fails: libtorch.so: undefined.*; install"):
+        choose_backend("te", CUDA, torch.bfloat16)
+    assert choose_backend("auto", CUDA, torch.bfloat16) == "grouped_mm"
+    assert "undefined symbol" in caplog.text and "going on without it" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["torch", "grouped_mm"])
+@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0], [1, 1, 70]])
+def test_every_backend_computes_the_gated_ffn_of_each_expert(name, counts):
+    generator = torch.Generator().manual_seed(0)
+    weights = ExpertWeights(3, 16, 32, CPU, torch.float32)
+    weights.w13_e2FD.copy_(torch.randn(3, 64, 16, generator=generator))
+    weights.w2_eDF.copy_(torch.randn(3, 16, 32, generator=generator))
+    rows = torch.randn(sum(counts), 16, generator=generator)
+    out = make_backend(name, weights)(rows, counts)
+    start = 0
+    for expert, count in enumerate(counts):
+        x = rows[start : start + count].double()
+        up = x @ weights.w13_e2FD[expert].double().T
+        hidden = torch.nn.functional.silu(up[:, :32]) * up[:, 32:]
+        expected = hidden @ weights.w2_eDF[expert].double().T
+        torch.testing.assert_close(
+            out[start : start + count].double(), expected, atol=1e-3, rtol=1e-4
+        )
+        start += count
+    assert out.shape == rows.shape
+    index = torch.randperm(len(rows), generator=generator)
+    apart, buffer = torch.empty_like(rows), torch.empty_like(rows)
+    apart[index] = rows
+    for into in (None, buffer):  # rows that lie anywhere, as they arrive from several ranks
+        got = make_backend(name, weights)(apart, counts, into, index)
+        assert torch.equal(got[index], out)

@@ -1,0 +1,88 @@
+"""The router: hand-worked choices and weights of each family's rule. Run: pytest
+tests/unit/moe/test_router.py
+"""
+
+import pytest
+import torch
+
+from engine.moe.router import RouterSpec, combine_weights, gate_logits, route
+
+LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 3.5, -2.0, 0.5]])
+
+
+def test_softmax_router_keeps_raw_scores_unless_told_to_normalize():
+    spec = RouterSpec(num_experts=4, top_k=2)
+    routing = route(LOGITS, spec)
+    assert routing.topk_ids_TK.tolist() == [[1, 2], [1, 0]]
+    torch.testing.assert_close(routing.scores_TE, LOGITS.softmax(-1))
+    raw = routing.scores_TE.gather(1, routing.topk_ids_TK)
+    assert torch.equal(routing.topk_weights_TK, raw)
+    assert (routing.topk_weights_TK.sum(-1) < 1).all()
+
+
+def test_normalized_weights_sum_to_scale():
+    spec = RouterSpec(num_experts=4, top_k=3, normalize=True, scale=2.5)
+    weights = route(LOGITS, spec).topk_weights_TK
+    torch.testing.assert_close(weights.sum(-1), torch.tensor([2.5, 2.5]))
+
+
+def test_correction_bias_changes_the_choice_and_never_the_weight():
+    spec = RouterSpec(num_experts=4, top_k=1, score="sigmoid", correction_bias=True)
+    routing = route(LOGITS, spec, torch.tensor([0.0, 0.0, 0.0, 10.0]))
+    assert routing.topk_ids_TK.tolist() == [[3], [3]]
+    assert torch.equal(routing.topk_weights_TK, routing.scores_TE[:, 3:])
+    torch.testing.assert_close(routing.scores_TE, LOGITS.sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("group_score", "expected"),
+    # Groups (0,1) and (2,3). By best expert group 1 wins (0.9); by the sum of two group 0 does (1.3
+    # against 1.0).
+    [("max", [2, 3]), ("top2", [0, 1])],
+)
+def test_group_limited_choice_stays_inside_the_best_group(group_score, expected):
+    scores = torch.tensor([[0.7, 0.6, 0.9, 0.1]])
+    spec = RouterSpec(
+        num_experts=4, top_k=2, score="sigmoid", num_groups=2, group_score=group_score
+    )
+    assert route(scores.logit(), spec).topk_ids_TK.tolist() == [expected]
+
+
+def test_no_tokens_route_to_nothing():
+    routing = route(torch.empty(0, 4), RouterSpec(num_experts=4, top_k=2, num_groups=2))
+    assert routing.topk_ids_TK.shape == (0, 2)
+    assert routing.scores_TE.shape == (0, 4)
+
+
+def test_scores_are_float32_for_a_bfloat16_model():
+    x, gate = torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    for float32_logits in (False, True):
+        spec = RouterSpec(num_experts=4, top_k=2, float32_logits=float32_logits)
+        assert gate_logits(x, gate, spec).dtype == torch.float32
+
+
+def test_top_k_equal_to_all_experts_uses_every_score():
+    spec = RouterSpec(num_experts=4, top_k=4)
+    routing = route(LOGITS, spec)
+    torch.testing.assert_close(routing.topk_weights_TK.sum(-1), torch.ones(2))
+
+
+def test_normalize_eps_is_added_to_the_sum():
+    spec = RouterSpec(num_experts=2, top_k=2, normalize=True, normalize_eps=1.0)
+    weights = combine_weights(torch.tensor([[0.5, 0.5]]), spec)
+    assert weights.tolist() == [[0.25, 0.25]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 5}, "num_experts_per_tok: 5"),
+        ({"top_k": 0}, "num_experts_per_tok: 0"),
+        ({"top_k": 1, "num_groups": 3}, "n_group: 3"),
+        ({"top_k": 1, "num_groups": 2, "top_groups": 3}, "topk_group: 3"),
+        ({"top_k": 3, "num_groups": 2, "top_groups": 1}, "exceeds the 2 experts"),
+    ],
+)
+def test_impossible_router_is_refused_by_name_and_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RouterSpec(num_experts=4, **fields)

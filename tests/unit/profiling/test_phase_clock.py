@@ -1,0 +1,266 @@
+"""Phase clock, waiting split and load counters on hand-worked numbers.
+
+Run: pytest tests/unit/profiling/test_phase_clock.py
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from engine.profiling.device_clocks import CudaClock, HostClock, NoClock, make_clock
+from engine.profiling.loads import LoadCounter
+from engine.profiling.phase_clock import COLLECTIVE_PHASES, Phase, Spans
+from engine.profiling.wait_time import breakdown, waiting_ns
+
+MS = 1_000_000
+
+
+def spans(*pieces: tuple[Phase, int, int]) -> Spans:
+    """Touching or not; every collective phase starts a collective of its own. Milliseconds."""
+    phases, starts, ends = (np.array(column) for column in zip(*pieces, strict=True))
+    waits = np.isin(phases, COLLECTIVE_PHASES)
+    nothing = np.zeros(len(phases), dtype=np.int64)
+    return Spans(
+        phases=phases,
+        layers=nothing - 1,
+        tokens=nothing,
+        num_bytes=nothing,
+        collectives=np.where(waits, waits.cumsum() - 1, -1),
+        starts=starts * MS,
+        ends=ends * MS,
+        arrivals=starts[waits] * MS,
+    )
+
+
+def test_spans_of_a_step_touch_and_add_up_to_its_length():
+    clock = HostClock()
+    for phase in (Phase.OTHER, Phase.ATTENTION, Phase.EXPERTS, Phase.ATTENTION):
+        clock.enter(phase)
+    clock.close_step()
+    step = clock.read()
+    assert step is not None and clock.read() is None
+    assert step.phases.tolist() == [0, 1, 6, 1]
+    assert (step.starts[1:] == step.ends[:-1]).all()
+    total = (step.ends[-1] - step.starts[0]) * 1e-9
+    assert step.seconds_by_phase().sum() == pytest.approx(total)
+    assert step.seconds_by_phase()[Phase.DISPATCH] == 0
+
+
+def test_steps_are_read_in_the_order_they_were_closed():
+    clock = HostClock()
+    for phase in (Phase.GATE, Phase.PLAN):
+        clock.enter(phase)
+        clock.close_step()
+    clock.close_step()  # nothing entered: no step
+    first, second = clock.read(), clock.read()
+    assert first is not None and second is not None
+    assert (first.phases.tolist(), second.phases.tolist()) == ([Phase.GATE], [Phase.PLAN])
+    assert clock.read() is None
+
+
+def test_a_disabled_clock_has_nothing_to_read():
+    clock = make_clock(torch.device("cpu"), enabled=False)
+    clock.enter(Phase.EXPERTS)
+    clock.close_step()
+    assert isinstance(clock, NoClock) and clock.read() is None
+
+
+def test_the_worked_example_of_waiting_holds_on_each_rank():
+    arrivals = np.array([[0], [6], [7]]) * MS
+    for start, end, expected in ((0, 10, 7), (6, 10, 1), (7, 10, 0)):
+        own = spans((Phase.DISPATCH, start, end))
+        assert waiting_ns(own, arrivals).tolist() == [expected * MS]
+
+
+def test_waiting_never_exceeds_the_collective_itself():
+    # A peer's stamp far in the future (a bad clock offset) cannot claim more than this rank's span.
+    own = spans((Phase.COMBINE, 0, 4))
+    assert waiting_ns(own, np.array([[0], [900]]) * MS).tolist() == [4 * MS]
+
+
+def test_work_between_collectives_is_no_waiting():
+    own = spans((Phase.EXPERTS, 0, 50), (Phase.COMBINE, 50, 52), (Phase.OTHER, 52, 60))
+    assert waiting_ns(own, np.array([[50], [10]]) * MS).tolist() == [0, 0, 0]
+
+
+def test_breakdown_adds_up_to_all_time():
+    seconds = np.zeros(len(Phase))
+    seconds[Phase.ATTENTION], seconds[Phase.EXPERTS], seconds[Phase.GATE] = 1.0, 2.0, 0.25
+    seconds[Phase.DISPATCH], seconds[Phase.CONTROL] = 0.5, 0.5
+    parts = breakdown(seconds, waiting=0.75)
+    assert parts == pytest.approx(
+        {
+            "attention": 1.0,
+            "experts": 2.0,
+            "communication": 0.25,
+            "waiting": 0.75,
+            "other": 0.25,
+        }
+    )
+
+
+def record(loads: LoadCounter, layer: int, before: list[int], own_after: int | None = None):
+    """One expert a rank; this is rank 1 of 2."""
+    after = before[1] if own_after is None else own_after
+    loads.record(
+        layer,
+        before_E=np.array(before),
+        rank_before=before,
+        own_after=[after],
+        first_expert=1,
+    )
+
+
+def test_rows_after_capacity_count_once_all_ranks_have_told_them():
+    loads = LoadCounter()
+    record(loads, 3, [6, 2])
+    record(loads, 5, [1, 7], own_after=4)
+    assert loads.take_rows() == [2, 4] and loads.take_rows() == []
+    record(loads, 3, [6, 2])
+    assert loads.take_rows() == [2]
+    loads.settle(np.array([[4], [2]]))
+    assert loads.layers[3].max_over_mean_after == pytest.approx(4 / 3)
+    assert loads.layers[3].own_after.tolist() == [4]
+    assert loads.layers[5].max_over_mean_after == 1.0, "nobody has told of layer 5 yet"
+    assert loads.speed_bound() == pytest.approx((6 + 6 + 7) / 4)
+
+
+def test_one_rank_is_balanced_before_and_after_whatever_it_dropped():
+    loads = LoadCounter()
+    for settled in (False, True):
+        loads.record(
+            0, before_E=np.array([6, 2]), rank_before=[8], own_after=[4, 2], first_expert=0
+        )
+        assert loads.take_rows() == [6]
+        if settled:
+            loads.settle(np.array([[6]]))
+        assert loads.max_over_mean() == loads.max_over_mean_after() == 1.0
+    assert loads.layers[0].own_after.tolist() == [8, 4]
+
+
+def test_the_bound_is_of_the_slowest_rank_of_each_step_not_of_the_sums():
+    # Each rank is the slow one once: over both steps their rows are even, and yet all waited.
+    loads = LoadCounter()
+    for before, after in (([6, 2], [4, 2]), ([2, 6], [2, 4])):
+        record(loads, 0, before, own_after=after[1])
+        loads.take_rows()
+        loads.settle(np.array([[after[0]], [after[1]]]))
+    assert loads.layers[0].experts.tolist() == [8, 8]
+    assert loads.max_over_mean() == (6 + 6) / (4 + 4)
+    assert loads.max_over_mean_after() == (4 + 4) / (3 + 3)
+    assert loads.speed_bound() == (6 + 6) / (4 + 4)
+
+
+def test_a_new_run_starts_from_nothing_even_when_the_last_was_broken_off():
+    loads = LoadCounter()
+    record(loads, 0, [6, 2])  # stopped before anybody took its rows
+    loads.clear()
+    assert loads.take_rows() == [] and loads.reset_step() == 1.0
+    record(loads, 4, [3, 3])
+    assert loads.take_rows() == [3]
+    loads.settle(np.array([[3], [3]]))
+    assert list(loads.layers) == [4] and loads.speed_bound() == 1.0
+
+
+def test_load_counter_weighs_layers_by_their_rows():
+    loads = LoadCounter()
+    record(loads, 0, [6, 2])  # max 6, mean 4
+    record(loads, 1, [1, 1])  # max 1, mean 1
+    assert loads.layers[0].max_over_mean == pytest.approx(1.5)
+    assert loads.max_over_mean() == pytest.approx(7 / 5)
+    assert loads.reset_step() == pytest.approx(7 / 5)
+    assert loads.reset_step() == 1.0, "an empty step is balanced"
+    record(loads, 0, [0, 4])
+    assert loads.layers[0].experts.tolist() == [6, 6]
+    assert loads.reset_step() == pytest.approx(2.0)
+    loads.clear()
+    assert loads.max_over_mean() == 1.0 and not loads.layers
+
+
+class Events:
+    """Stands for torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
+
+    now_ns = 0
+    waited_for: list[int] = []
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = -1
+
+    def record(self, stream: object = None) -> None:
+        self.at = Events.now_ns
+
+    def synchronize(self) -> None:
+        assert self.at >= 0
+        Events.waited_for.append(self.at)
+
+    def elapsed_time(self, later: "Events") -> float:
+        return float(np.float32((later.at - self.at) * 1e-6))
+
+
+def test_the_wait_in_a_tensor_collective_is_for_the_tensor_group():
+    own = spans((Phase.TENSOR, 0, 9), (Phase.COMBINE, 9, 20))
+    arrivals = np.array([[0, 9], [4, 11], [8, 12], [8, 12]]) * MS
+    assert waiting_ns(own, arrivals, range(2)).tolist() == [4 * MS, 3 * MS]
+
+
+def cuda_clock(monkeypatch: pytest.MonkeyPatch) -> CudaClock:
+    monkeypatch.setattr(torch.cuda, "Event", Events)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    Events.now_ns, Events.waited_for = 0, []
+    return CudaClock(torch.device("cuda", 0))
+
+
+def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monkeypatch):
+    clock = cuda_clock(monkeypatch)
+    Events.waited_for.clear()
+    ends, tokens = [], []
+    for step in range(5):
+        clock.enter(Phase.EXPERTS, 0, step)
+        Events.now_ns += 1_000
+        clock.close_step()
+        ends.append(Events.now_ns)
+        spans = clock.read()
+        assert (spans is None) == (step == 0)
+        assert clock.read() is None
+        assert Events.waited_for == ends[:step], "the last step may still run"
+        tokens += [] if spans is None else spans.tokens.tolist()
+    rest = clock.read(ended=True)
+    assert rest is not None and tokens + rest.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert clock.read(ended=True) is None
+
+
+def test_a_collective_left_out_has_no_stamp_on_a_cuda_clock(monkeypatch):
+    clock = cuda_clock(monkeypatch)
+    Events.now_ns += 5_000
+    clock.meet(Phase.TENSOR, 0, absent=True)
+    clock.meet(Phase.DISPATCH, 0)
+    clock.close_step()
+    step = clock.read(ended=True)
+    assert step is not None and step.collectives.tolist() == [0, 1]
+    assert step.arrivals.tolist() == [-1, step.starts[1]]
+    assert clock.position().collective == 2
+
+
+def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):
+    clock = cuda_clock(monkeypatch)
+    start = None
+    for _ in range(4000):  # four hours
+        Events.now_ns += 3_600_000_000
+        clock.enter(Phase.EXPERTS, 0, 1)
+        Events.now_ns += 7_000
+        clock.enter(Phase.OTHER)
+        Events.now_ns += 1_000
+        clock.close_step()
+        spans = clock.read(ended=True)
+        assert spans is not None
+        start = spans.starts[0] if start is None else start
+    assert (spans.ends - spans.starts).tolist() == [
+        pytest.approx(7_000, abs=300),
+        pytest.approx(1_000, abs=300),
+    ]
+    whole = 3999 * (3_600_000_000 + 8_000)
+    assert spans.starts[0] - start == pytest.approx(whole, abs=1_000_000)
+    assert len(clock._pool) <= 4, "events go round"

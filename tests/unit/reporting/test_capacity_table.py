@@ -1,0 +1,134 @@
+"""What a run says about capacity. Run: pytest tests/unit/reporting/test_capacity_table.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+from engine.config import CapacityConfig
+from engine.profiling.report import LayerReport, LayerTotals, RankReport, RunReport
+from engine.reporting.capacity_table import describe, print_capacity
+from engine.reporting.summary import Summary, make_console
+
+TOKEN_DROP = CapacityConfig(policy="token_drop", factor="1.5")
+
+
+def layer(number: int, dropped: int = 116, assignments: int = 1000, added: int = 0) -> LayerReport:
+    return LayerReport(
+        layer=number,
+        rank_max_over_mean=1.87,
+        rank_max_over_mean_after=1.24,
+        expert_max_over_mean=2.5,
+        expert_max_over_mean_after=1.5,
+        expert_loads=[600, 400],
+        expert_loads_after=[500, 384 + added],
+        assignments=assignments,
+        dropped=dropped,
+        added=added,
+        orphans=3,
+        gate_mass_kept=0.935,
+        drop_rate=dropped / assignments if assignments else 0.0,
+    )
+
+
+def run(layers: list[LayerReport], ranks: int = 2, imbalance: float = 1.87) -> RunReport:
+    rank = RankReport(
+        rank=0,
+        host="a",
+        tokens_prefill=1,
+        tokens_decode=1,
+        expert_rows=1,
+        bytes_sent=0,
+        num_collectives=0,
+        preemptions=0,
+        seconds={},
+    )
+    return RunReport(
+        seconds=1.0,
+        steps=1,
+        ranks=[rank] * ranks,
+        layers=layers,
+        max_over_mean=imbalance,
+        max_over_mean_after=1.24,
+        speed_bound=1.51,
+        totals=LayerTotals(
+            added=sum(layer.added for layer in layers),
+            orphans=sum(layer.orphans for layer in layers),
+            gate_mass_kept=0.935,
+            drop_rate=sum(layer.drop_rate for layer in layers) / len(layers),
+        ),
+    )
+
+
+def printed(report: RunReport, capacity: CapacityConfig) -> str:
+    out = io.StringIO()
+    print_capacity(make_console(file=out), report, capacity)
+    return out.getvalue()
+
+
+def test_one_sentence_says_what_was_dropped_and_gained():
+    assert describe(run([layer(0), layer(1, dropped=84)]), TOKEN_DROP) == (
+        "token_drop at gamma 1.5 (expert scope, global consensus) dropped 10.0% of the 2,000 "
+        "competing assignments; over the run the most loaded rank worked on 33.8% fewer rows "
+        "(max/mean 1.87 -> 1.24): MoE layers at most 1.51x faster."
+    )
+    expanded = CapacityConfig(policy="expanded_drop", factor="1.5")
+    assert "and added 40 on idle local experts" in describe(run([layer(0, added=40)]), expanded)
+
+
+def test_extras_that_slow_the_layers_down_are_named_with_their_remedy():
+    expanded = CapacityConfig(policy="expanded_drop", factor="2")
+    slower = dataclasses.replace(run([layer(0, added=900)]), speed_bound=0.8)
+    text = describe(slower, expanded)
+    assert "MoE layers 1.25x SLOWER" in text and "moe.capacity.extras=dropped" in text
+
+
+def test_the_last_row_is_the_whole_run():
+    text = printed(run([layer(number, added=2) for number in range(9)]), TOKEN_DROP)
+    (row,) = [line.split() for line in text.splitlines() if "all 9" in line]
+    assert row == ["all", "9", "1.87", "->", "1.24", "11.6%", "18", "27", "0.935"]
+
+
+def test_the_table_has_every_layer_or_the_six_that_dropped_most():
+    few = printed(run([layer(number) for number in range(8)]), TOKEN_DROP)
+    assert all(f"layer {number}" in few for number in range(8))
+    assert "1.87 -> 1.24" in few and "11.6%" in few and "0.935" in few
+    many = printed(run([layer(number, dropped=10 * number) for number in range(9)]), TOKEN_DROP)
+    assert [number for number in range(9) if f"layer {number}" in many] == [3, 4, 5, 6, 7, 8]
+    assert "the 6 of 9 layers that dropped most" in many.replace("\n", " ")
+
+
+def test_phases_with_nothing_to_do_are_said():
+    text = printed(run([layer(0, dropped=0, assignments=0)]), TOKEN_DROP)
+    assert "had nothing to do: no token of phase prefill competed" in " ".join(text.split())
+    assert "layer 0" not in text
+
+
+def test_an_imbalanced_run_without_a_policy_is_told_what_one_would_bound():
+    none = CapacityConfig()
+    text = printed(run([layer(0)]), none)
+    assert "--set moe.capacity.policy=token_drop" in text and "1.87x" in text
+    # A factor above the imbalance drops next to nothing; only 1 can reach the bound it promises.
+    assert "--set moe.capacity.factor=1," in " ".join(text.split())
+    assert printed(run([layer(0)], imbalance=1.2), none) == ""
+    assert printed(run([layer(0)], ranks=1), none) == "", "one rank waits for nobody"
+
+
+def test_the_json_beside_the_output_has_policy_and_layers():
+    summary = Summary(
+        total=1,
+        resumed=0,
+        errors=0,
+        requests=1,
+        prompt_tokens=1,
+        generated_tokens=1,
+        run=run([layer(4)]),
+        capacity=TOKEN_DROP,
+    )
+    values = json.loads(summary.to_json())
+    assert values["capacity"]["policy"] == "token_drop" and values["capacity"]["factor"] == "1.5"
+    (entry,) = values["run"]["layers"]
+    assert (entry["layer"], entry["dropped"], entry["drop_rate"]) == (4, 116, 0.116)
+    assert (entry["rank_max_over_mean"], entry["rank_max_over_mean_after"]) == (1.87, 1.24)
+    assert entry["orphans"] == 3 and values["run"]["speed_bound"] == 1.51

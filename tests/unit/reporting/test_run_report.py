@@ -1,0 +1,300 @@
+"""From two ranks' counters to one report, on hand-worked numbers.
+
+4 experts on 2 ranks, 2 MoE layers (numbers 1 and 3), 2 steps. Rows of each expert, and what the
+ranks' experts worked on:
+
+    layer  step  before       ranks   after                       ranks
+    1      1     6 2 | 3 1    8  4    4 2 | 3 1 (two dropped)      6  4
+    1      2     2 0 | 1 1    2  2    2 0 | 1 1                    2  2
+    3      1     1 1 | 5 5    2 10    1 2 | 4 4 (two, one extra)   3  8
+    3      2     1 1 | 1 1    2  2    1 1 | 1 1                    2  2
+
+Run: pytest tests/unit/reporting/test_run_report.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import engine.reporting.run_report
+from engine.generation.latency import Sample
+from engine.generation.loop import Totals
+from engine.profiling.collector import Collector
+from engine.profiling.loads import LayerDrops, LoadCounter
+from engine.profiling.phase_clock import Phase
+from engine.profiling.report import LayerTotals, RunReport
+from engine.reporting.run_report import run_report
+from tests.helpers.profiles import Simulation, make_spans
+
+BEFORE = {1: [[6, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 1, 5, 5], [1, 1, 1, 1]]}
+AFTER = {1: [[4, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 2, 4, 4], [1, 1, 1, 1]]}
+STEPS = 2
+
+
+def loads_of(expert_rank: int) -> LoadCounter:
+    """The counter of one of the two ranks after both steps."""
+    loads = LoadCounter()
+    own = slice(2 * expert_rank, 2 * expert_rank + 2)
+    for step in range(STEPS):
+        for layer, before in BEFORE.items():
+            before_E = np.array(before[step])
+            loads.record(
+                layer,
+                before_E=before_E,
+                rank_before=[int(before_E[:2].sum()), int(before_E[2:].sum())],
+                own_after=AFTER[layer][step][own],
+                first_expert=own.start,
+            )
+        assert loads.take_rows() == [sum(after[step][own]) for after in AFTER.values()]
+        rows_LW = [[sum(after[step][:2]), sum(after[step][2:])] for after in AFTER.values()]
+        loads.settle(np.array(rows_LW).T)
+    return loads
+
+
+@dataclass
+class Rank:
+    """What one rank hands to `run_report`."""
+
+    rank: int
+    replica: int = 0
+    seconds: float = 1.0
+    steps: int = STEPS
+    latencies: dict[str, list[float]] = field(default_factory=lambda: {"ttft": [], "tpot": []})
+    loads: LoadCounter = field(default_factory=LoadCounter)
+    traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
+    drops: dict[int, LayerDrops] = field(default_factory=dict)
+    profile: Collector = field(default_factory=lambda: Collector(4, 2))
+    policy: str = "none"
+
+    def report(self) -> RunReport:
+        topology: Any = SimpleNamespace(
+            world=SimpleNamespace(rank=self.rank),
+            expert=SimpleNamespace(rank=self.rank % 2),
+            replica=self.replica,
+            host=f"host{self.rank}",
+        )
+        totals = Totals(steps=self.steps, tokens_prefill=10 + self.rank)
+        return run_report(
+            self.seconds,
+            totals,
+            self.profile,
+            {key: sample_of(values) for key, values in self.latencies.items()},
+            self.loads,
+            topology,
+            traffic=self.traffic,
+            preemptions=self.rank,
+            drops=self.drops,
+        )
+
+
+def sample_of(values: list[float]) -> Sample:
+    sample = Sample()
+    for value in values:
+        sample.add(value)
+    return sample
+
+
+class HandedIn(Exception):
+    """Stands for waiting until every rank has."""
+
+
+def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunReport]:
+    """Every rank's report: the first round collects what each hands in, the second deals it out."""
+    shares: list[Any] = []
+
+    def hand_in(share: Any, group: Any) -> list[Any]:
+        shares.append(share)
+        raise HandedIn
+
+    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", hand_in)
+    for rank in ranks:
+        with pytest.raises(HandedIn):
+            rank.report()
+    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", lambda share, group: shares)
+    return [rank.report() for rank in ranks]
+
+
+def two_ranks(first: int = 0, replica: int = 0) -> list[Rank]:
+    return [
+        Rank(
+            first,
+            replica,
+            seconds=2.0,
+            latencies={"ttft": [0.1], "tpot": [0.01, 0.02]},
+            loads=loads_of(0),
+            traffic={1: (100, 6), 3: (10, 8)},
+            drops={
+                1: LayerDrops(routed=9, dropped=2, added=0, orphans=1, mass=4.5, mass_kept=3.5),
+                3: LayerDrops(routed=9, dropped=0, added=0, orphans=0, mass=4.5, mass_kept=4.5),
+            },
+        ),
+        Rank(
+            first + 1,
+            replica,
+            seconds=3.0,
+            latencies={"ttft": [0.3], "tpot": []},
+            loads=loads_of(1),
+            traffic={1: (50, 6), 3: (20, 8)},
+            drops={
+                1: LayerDrops(routed=7, dropped=0, added=0, orphans=0, mass=3.5, mass_kept=3.5),
+                3: LayerDrops(routed=7, dropped=2, added=1, orphans=2, mass=3.5, mass_kept=2.0),
+            },
+        ),
+    ]
+
+
+def test_a_layer_has_all_ranks_loads_before_and_after(monkeypatch):
+    report, other = reports(monkeypatch, two_ranks())
+    assert report == other, "the same on every rank"
+    one, three = report.layers
+    assert (one.layer, three.layer) == (1, 3)
+    assert (one.expert_loads, one.expert_loads_after) == ([8, 2, 4, 2], [6, 2, 4, 2])
+    assert (three.expert_loads, three.expert_loads_after) == ([2, 2, 6, 6], [2, 3, 5, 5])
+    assert one.expert_max_over_mean == 8 / 4
+    assert one.expert_max_over_mean_after == pytest.approx(6 / 3.5)
+    # The most loaded rank of each step, over the mean rank of each step.
+    assert one.rank_max_over_mean == (8 + 2) / (6 + 2)
+    assert one.rank_max_over_mean_after == pytest.approx((6 + 2) / (5 + 2))
+    assert three.rank_max_over_mean == (10 + 2) / (6 + 2)
+    assert three.rank_max_over_mean_after == pytest.approx((8 + 2) / (5.5 + 2))
+
+
+def test_what_ranks_dropped_of_their_own_tokens_is_added_up(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    one, three = report.layers
+    assert (one.assignments, one.dropped, one.added, one.orphans) == (16, 2, 0, 1)
+    assert (three.assignments, three.dropped, three.added, three.orphans) == (16, 2, 1, 2)
+    assert (one.drop_rate, one.gate_mass_kept) == (2 / 16, 7 / 8)
+    assert (three.drop_rate, three.gate_mass_kept) == (2 / 16, 6.5 / 8)
+    for layer in report.layers:  # here every token competes
+        after = sum(layer.expert_loads) - layer.dropped + layer.added
+        assert sum(layer.expert_loads_after) == after
+
+
+def test_the_run_has_totals_over_its_layers(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    assert report.totals == LayerTotals(
+        assignments=32,
+        dropped=4,
+        added=1,
+        orphans=3,
+        gate_mass_kept=13.5 / 16,  # by mass, not the mean of the layers' shares
+        drop_rate=4 / 32,
+        bytes_sent=180,
+        collectives_per_call=(6 + 8) / (2 * STEPS),
+    )
+    assert report.max_over_mean == (10 + 12) / (8 + 8)
+    assert report.max_over_mean_after == pytest.approx((8 + 10) / (7 + 7.5))
+    assert report.speed_bound == pytest.approx((10 + 12) / (8 + 10))
+
+
+def test_traffic_is_told_by_layer_and_by_rank(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    assert [(layer.bytes_sent, layer.num_collectives) for layer in report.layers] == [
+        (150, 6),
+        (30, 8),
+    ]
+    assert [(rank.bytes_sent, rank.num_collectives) for rank in report.ranks] == [
+        (110, 14),
+        (70, 14),
+    ]
+    # Rows after capacity, extras included: 6 + 2 + 2 + 3 and 4 + 2 + 5 + 5.
+    assert [rank.expert_rows for rank in report.ranks] == [13, 16]
+    assert [rank.tokens_prefill for rank in report.ranks] == [10, 11]
+    assert [rank.preemptions for rank in report.ranks] == [0, 1]
+
+
+def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
+    quiet = two_ranks(first=2, replica=1)
+    for rank in quiet:
+        rank.drops, rank.seconds = {}, 9.0
+        rank.traffic = dict.fromkeys(BEFORE, (7, 6))
+    everyone = reports(monkeypatch, two_ranks() + quiet)
+    assert everyone[0] == everyone[1] and everyone[2] == everyone[3]
+    first, second = everyone[0], everyone[2]
+    assert first.totals.dropped == 4 and first.totals.bytes_sent == 180
+    assert second.totals.dropped == 0 and second.totals.bytes_sent == 4 * 7
+    assert first.layers[0].expert_loads == [8, 2, 4, 2], "not the rows of both replicas"
+    for report in (first, second):
+        assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3]
+        assert report.seconds == 9.0, "the slowest rank's"
+        found = {key: values.tolist() for key, values in report.latencies.items()}
+        assert found == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
+
+
+def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank]:
+    """Two ranks that stepped for about a second, one of them slow; their clocks do not quite agree
+    on how long a step was.
+    """
+    simulation = Simulation(2)
+    for turn in range(200):
+        work = [2.0 if rank == late else 1.0 for rank in range(2)]
+        simulation.step(
+            host=[0.2 + 0.1 * (turn % 2), 0.3 - 0.1 * (turn % 2)],
+            attention=work,
+            experts=[2 * each for each in work],
+            tokens=[8, 8],
+            rows=[8, 8],
+            travel=0.3,
+        )
+    ranks = []
+    for rank, collector in enumerate(simulation.collectors):
+        longer = make_spans((Phase.CONTROL, -1, 0, 1), (Phase.OTHER, -1, 1, 2 + rank))
+        collector.add(longer, np.array([[0], [0]]))
+        loads = LoadCounter()
+        rows = np.array([8, 8])
+        loads.record(0, before_E=rows, rank_before=[8, 8], own_after=[8], first_expert=rank)
+        loads.take_rows()
+        loads.settle(np.array([[8], [8]]))
+        ranks.append(
+            Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, profile=collector)
+        )
+    return ranks
+
+
+def test_all_ranks_have_one_report_though_each_measured_the_steps_by_its_own_clock(monkeypatch):
+    ranks = timed_ranks(late=1)
+    lengths = {rank.profile.charges().step_seconds for rank in ranks}
+    assert len(lengths) == 2, "the ranks would each come to a result of their own"
+    first, second = reports(monkeypatch, ranks)
+    assert first == second
+    assert first.lost["device"] > 0 and first.lost["network"] > 0
+    assert [verdict.ranks for verdict in first.verdict if verdict.cause == "device"] == [[1]]
+
+
+def test_the_verdict_is_of_every_replica_and_the_same_on_all_ranks(monkeypatch):
+    ranks = timed_ranks(late=None) + timed_ranks(late=1, first=2, replica=1)
+    everyone = reports(monkeypatch, ranks)
+    for report in everyone:
+        assert report.verdict == everyone[0].verdict
+        assert report.ranks == everyone[0].ranks and report.lost == everyone[0].lost
+        assert [verdict.ranks for verdict in report.verdict] == [[3]]
+        assert report.verdict[0].text.startswith("replica 1 (ranks 2-3): rank 3 on host3 computes")
+        assert [rank.slowness > 1.5 for rank in report.ranks] == [False, False, False, True]
+    quiet = reports(monkeypatch, timed_ranks(None) + timed_ranks(None, first=2, replica=1))
+    for report in quiet:
+        (verdict,) = report.verdict
+        assert verdict.cause == "balanced" and verdict.text.startswith("replica ")
+
+
+def test_where_nothing_competed_nothing_was_lost(monkeypatch):
+    ranks = two_ranks()
+    for rank in ranks:
+        rank.drops = {layer: LayerDrops() for layer in BEFORE}
+    report, _ = reports(monkeypatch, ranks)
+    for part in (*report.layers, report.totals):
+        assert (part.assignments, part.dropped, part.added, part.orphans) == (0, 0, 0, 0)
+        assert (part.gate_mass_kept, part.drop_rate) == (1.0, 0.0)
+
+
+def test_a_run_without_steps_or_without_moe_layers_has_a_report(monkeypatch):
+    for steps in (0, 5):
+        (report,) = reports(monkeypatch, [Rank(0, steps=steps, profile=Collector(4, 1))])
+        assert report.layers == [] and report.totals == LayerTotals()
+        assert (report.max_over_mean, report.max_over_mean_after) == (1.0, 1.0)
+        assert report.speed_bound == 1.0
