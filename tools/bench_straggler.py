@@ -2,7 +2,7 @@
 
     python tools/bench_straggler.py                       # all but the slow link
     python tools/bench_straggler.py --only slow_link      # as root: two network namespaces
-    python tools/bench_straggler.py --out docs/bench/straggler
+    python tools/bench_straggler.py --out docs/results/straggler
 
 Two real ranks, each pinned to a core, run launch/infer.py on a random Mixtral:
 
