@@ -27,8 +27,8 @@ from engine.batch.run import JobFailed, Stopped, run_batch
 from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
 from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
-from engine.distributed.errors import RendezvousError, UnheardError
-from engine.distributed.launch_agent import let_rank_0_go_first
+from engine.distributed.errors import RendezvousError, UnreportedError
+from engine.distributed.launch_agent import wait_for_rank_0_exit
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         launch = bootstrap.discover(os.environ)
         rank, local_rank = launch.rank, launch.local_rank
-        with bootstrap.telling_all():  # this host may lack what the others have
+        with bootstrap.broadcast_startup_error():  # this host may lack what the others have
             args = _parse(argv)
             config = load_config(args.config, args.overrides)
             if args.print_config:
@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, part=part)
         bootstrap.stop(topology)
     except ValueError as error:  # the user's to mend, and the same on every rank that knows of it
-        if rank == 0 or (isinstance(error, UnheardError) and local_rank == 0):
+        if rank == 0 or (isinstance(error, UnreportedError) and local_rank == 0):
             place = f"rank {rank} on {os.uname().nodename}: " if rank else ""
             print(f"{place}error: {error}", file=sys.stderr)
         else:
-            let_rank_0_go_first(bootstrap.PATIENCE_S)
+            wait_for_rank_0_exit(bootstrap.PATIENCE_S)
         return 2
     except (JobFailed, RendezvousError, Stopped) as error:
         if str(error):  # otherwise another rank has told
