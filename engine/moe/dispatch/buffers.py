@@ -1,10 +1,10 @@
-"""RowBuffers: the row buffers of the MoE layers, made once and used by every layer of a model.
+"""Row buffers of the MoE layers: one set, used by every layer of a model.
 
 Layers run one after the other, so one set serves all. Under a capacity policy a rank receives at
-most what its experts may keep, so `reserve` makes the buffers for good before the first step (their
-size is `engine.generation.memory.row_bound`); without one they grow to the largest step seen.
+most what its experts may keep, so `reserve` allocates the buffers before the first step (their size
+is `engine.generation.memory.row_bound`); without one they grow to the largest step seen.
 
-Legend: R rows, D model dim.
+Legend: D model dim.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 
 
 class Slot(IntEnum):
-    """What a buffer holds; see `freight.py` for the way of the rows."""
+    """What a buffer holds; `payload.py` says when."""
 
     SEND = 0
-    ARRIVED = 1
-    GROUPED = 2
+    RECV = 1
+    EXPERT = 2
 
 
 class RowBuffers:
-    """Three buffers of bytes. num_growths: how often one had to be made anew."""
+    """Three buffers of bytes, one per slot."""
 
     def __init__(self) -> None:
-        self.num_growths = 0
+        self.num_growths = 0  # reallocations since `reserve`
         self._buffers: dict[Slot, torch.Tensor] = {}
         self._last: dict[Slot, tuple[tuple[object, ...], torch.Tensor]] = {}
         self._second: RowBuffers | None = None
 
     @property
     def second(self) -> RowBuffers:
-        """The buffers of a second half batch, which runs beside the first."""
+        """The buffers of a step's second micro-batch, in use at the same time as the first's."""
         if self._second is None:
             self._second = RowBuffers()
         return self._second
@@ -45,12 +45,12 @@ class RowBuffers:
         return own if self._second is None else own + self._second.num_bytes
 
     def rows(self, slot: Slot, num_rows: int, like: torch.Tensor) -> torch.Tensor:
-        """A buffer of [num_rows, D] with the width, dtype and device of `like`; contents unknown.
+        """Return the slot's buffer as [num_rows, D], with the width, dtype and device of `like`.
 
-        It is the slot's only one: what the slot held before is overwritten.
+        Contents are undefined. A slot has one buffer: what it held before is overwritten.
         """
         width = like.shape[1]
-        # Layer after layer asks for the same.
+        # Most layers of a step ask for the same shape.
         wanted, last = (num_rows, width, like.dtype, like.device), self._last.get(slot)
         if last is not None and last[0] == wanted:
             return last[1]
@@ -60,21 +60,21 @@ class RowBuffers:
         return rows
 
     def bytes(self, slot: Slot, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """The same as bytes: uint8 [num_bytes]."""
+        """Return the slot's buffer as uint8 [num_bytes]."""
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < num_bytes or buffer.device != device:
-            # A quarter more than asked for: loads creep up, and each growth copies no row.
-            self._make(slot, num_bytes * 5 // 4, device)
+            # A quarter more than asked for: loads rise gradually, and a new buffer copies no row.
+            self._allocate(slot, num_bytes * 5 // 4, device)
         return self._buffers[slot][:num_bytes]
 
     def reserve(self, sizes: dict[Slot, int], device: torch.device) -> None:
-        """Make all buffers, once and for all. sizes: bytes of each."""
+        """Allocate buffers of `sizes` bytes each, in place of those there are."""
         for slot, size in sizes.items():
-            self._make(slot, size, device)
+            self._allocate(slot, size, device)
         self.num_growths = 0
 
-    def _make(self, slot: Slot, size: int, device: torch.device) -> None:
+    def _allocate(self, slot: Slot, size: int, device: torch.device) -> None:
         self._last.pop(slot, None)
-        self._buffers.pop(slot, None)  # first, so that old and new are never there together
+        self._buffers.pop(slot, None)  # first, so that old and new never exist at the same time
         self._buffers[slot] = torch.empty(size, dtype=torch.uint8, device=device)
         self.num_growths += 1

@@ -1,7 +1,7 @@
-"""Overlap: the layer's rows travel in chunks, so that one chunk's experts work while others travel.
+"""Chunk layout: how a call's rows are cut into chunks, so that they can be overlapped.
 
-    compute    pack 0  pack 1 | experts 0 | experts 1 | experts 2 |        | weigh
-    network            | out 0  | out 1   | back 0, out 2 | back 1 | back 2 |
+    compute    pack 0  pack 1 | experts 0 | experts 1  | experts 2  |           | weigh
+    network            | disp 0 | disp 1  | comb 0, disp 2 | comb 1 | comb 2    |
 
 Two ways to cut (`moe.overlap.by`):
 
@@ -13,23 +13,22 @@ Two ways to cut (`moe.overlap.by`):
               products: bit for bit the same where a product's rows do not depend on each other
               (the native CPU kernel), otherwise up to the rounding of the library's kernels.
 
-All ranks start the same collectives in the same order: out 0, out 1, back 0, out 2, back 1, ... On
-CUDA they run on NCCL's own stream, which waits for the compute stream where a collective is
-started, and a wait holds up the compute stream and not the host. On gloo they are handles that
-background threads work on.
+All ranks start the same collectives in the same order: dispatch 0, dispatch 1, combine 0,
+dispatch 2, combine 1, ... On CUDA they run on NCCL's own stream, which waits for the compute stream
+where a collective is started; waiting for one holds up the compute stream and not the host. On gloo
+they are handles that background threads work on.
 
-A layout is also where deduplication (`dedup.py`) is decided: what every rank must know of the
-others, `ExpertOrder.numbers`, carries their unique rows beside their loads, and once a call's
-numbers are there `plans` takes what moves fewer bytes, the same on every rank.
+A layout also decides on deduplication (`dedup.py`): what every rank needs to know of the others,
+`ExpertOrder.counts_to_exchange`, holds their unique rows after their loads, and from the exchanged
+counts `plans` takes what moves fewer bytes, the same on every rank.
 
 Worked example, 2 ranks, experts 0 1 2 on rank 0 and 3 4 on rank 1, two chunks of experts: rank 0
-cuts 0 | 1 2, rank 1 cuts 3 | 4. Rows travel in the order of experts 0 3 | 1 2 4. In two chunks of
-tokens, rank 0 with 5 tokens cuts t0 t1 | t2 t3 t4, a rank with one token none | t0, and experts
-travel in the order 0 1 2 3 4 twice.
+cuts 0 | 1 2, rank 1 cuts 3 | 4. The send order of experts is 0 3 | 1 2 4. In two chunks of tokens,
+rank 0 with 5 tokens cuts t0 t1 | t2 t3 t4, a rank with one token none | t0, and experts are sent in
+the order 0 1 2 3 4 twice.
 
-Legend: T tokens, M columns of the ids, E experts, C chunks, W ranks, P places (experts in the order
-of travel, C * E of them for chunks of tokens), G groups (C * W), A rows sent, R rows received, D
-model dim, n numbers of a rank.
+Legend: T tokens, M columns of the ids, E experts, C chunks, W ranks, P positions (experts in send
+order, C * E of them for chunks of tokens), G groups (C * W), D model dim, n counts per rank.
 """
 
 from __future__ import annotations
@@ -52,10 +51,10 @@ from engine.moe.dispatch.plan import (
 from engine.moe.dispatch.row_format import RowFormat, RowFormats
 from engine.ops.to_device import to_device
 
-By = Literal["experts", "tokens"]
+Granularity = Literal["experts", "tokens"]  # what is cut into chunks
 
-# Rows of a chunk on the mean rank from which it pays: below, the collectives cost more than they
-# hide. 256 rows of 512 floats are 0.5 MB, a millisecond on a 4 Gbit/s link.
+# Rows per chunk on the mean rank from which a chunk pays: below, its collectives cost more than
+# they hide. 256 rows of 512 floats are 0.5 MB, a millisecond on a 4 Gbit/s link.
 MIN_CHUNK_ROWS = 256
 
 
@@ -68,29 +67,29 @@ def fills_chunks(group_rows: int, num_ranks: int, num_chunks: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One part of the places. columns: where they stand in the order of travel. bounds: W + 1
-    boundaries between the ranks inside it. local_starts: the first local expert of each rank.
-    """
+    """One part of the positions."""
 
-    columns: slice
-    bounds: list[int]
-    local_starts: list[int]
+    columns: slice  # its positions
+    bounds: list[int]  # W + 1 boundaries between the ranks inside it
+    local_starts: list[int]  # the first local expert of each rank
 
 
 class ExpertLayout:
-    """In which order experts' rows travel: chunk after chunk, in a chunk rank after rank.
+    """The send order of experts' rows: chunk by chunk, within a chunk rank by rank.
 
-    first_experts: W + 1 boundaries, rank w hosts first_experts[w] .. first_experts[w + 1] - 1.
-    num_chunks: as many as asked for, of experts at most the most experts of a rank; 1 on one rank.
-    by: what is cut. rows: how rows travel; as they are by default. deduplicate: count unique rows,
-    and send those where that moves fewer bytes.
+    Args:
+        first_experts: W + 1 boundaries, rank w hosts first_experts[w] .. first_experts[w + 1] - 1.
+        num_chunks: how many to cut; of experts at most the most experts of a rank, 1 on one rank.
+        by: what is cut.
+        rows: the formats that rows may be sent in; None: unpacked.
+        deduplicate: count unique rows, and send those where that moves fewer bytes.
     """
 
     def __init__(
         self,
         first_experts: list[int],
         num_chunks: int,
-        by: By = "experts",
+        by: Granularity = "experts",
         rows: RowFormats | None = None,
         *,
         deduplicate: bool = False,
@@ -113,86 +112,90 @@ class ExpertLayout:
                 starts.append(start)
             self.chunks.append(Chunk(slice(begin, len(experts)), bounds, starts))
         self._experts = np.array(experts)
-        self._places: dict[torch.device, torch.Tensor] = {}
+        self._tables: dict[torch.device, torch.Tensor] = {}
         self._rows = rows
-        self._each: RowFormat | None = None
+        self._format: RowFormat | None = None  # of rows sent once per assignment
         if rows is not None and self._num_ranks > 1:
-            self._each = rows.each()
-        self._dedup: Deduplicator | None = None
-        self._once_wire: RowFormat | None = None
+            self._format = rows.per_assignment()
+        self._groups: Deduplicator | None = None
+        self._unique_format: RowFormat | None = None
         if deduplicate and rows is not None and self._num_ranks > 1:
             bounds = [chunk.bounds for chunk in self.chunks]
-            self._dedup = groups = Deduplicator(np.diff(bounds).ravel().tolist())
-            self._once_wire = rows.once(groups.most_experts, groups.num_bytes)
+            self._groups = groups = Deduplicator(np.diff(bounds).ravel().tolist())
+            self._unique_format = rows.deduplicated(groups.most_experts, groups.num_bytes)
 
     @property
     def deduplicates(self) -> bool:
         """Whether unique rows are counted."""
-        return self._dedup is not None
+        return self._groups is not None
 
     @property
     def group_sizes(self) -> list[int]:
-        """Experts of the groups that one token's rows may go to."""
+        """Experts of the groups that one token's rows may be sent to."""
         chunks = self.chunks[:1] if self.by_tokens else self.chunks
         return [int(size) for chunk in chunks for size in np.diff(chunk.bounds)]
 
     @property
     def unique_row_bytes(self) -> int:
-        """Bytes of a unique row on the way out, 0 where they are not counted."""
-        return 0 if self._once_wire is None else self._once_wire.row_bytes
+        """Bytes of a dispatched unique row, 0 where they are not counted."""
+        return 0 if self._unique_format is None else self._unique_format.row_bytes
 
     @property
     def has_extra_counts(self) -> bool:
-        """Whether ranks must know more of each other than their loads by expert."""
+        """Whether ranks exchange more than their loads by expert."""
         return self.by_tokens or self.deduplicates
 
-    def pays(self, group_tokens: int, top_k: int) -> bool:
-        """Whether a step of so many tokens over all ranks is worth cutting up."""
+    def is_worthwhile(self, group_tokens: int, top_k: int) -> bool:
+        """Return whether a step of so many tokens over all ranks is worth cutting."""
         return fills_chunks(group_tokens * top_k, self._num_ranks, self.num_chunks)
 
     def sort(self, ids_TM: torch.Tensor) -> ExpertOrder:
-        """Sort this rank's assignments into the order of travel; load_E is by expert as ever.
+        """Sort this rank's assignments into the send order; `load_E` stays by expert.
 
         ids_TM: int64, -1 where an assignment is dropped.
         """
-        place_TM = self._place(ids_TM[None], [ids_TM.shape[0]])[0]
-        order = sort_by_expert(place_TM, len(self._experts))
+        position_TM = self._positions(ids_TM[None], [ids_TM.shape[0]])[0]
+        order = sort_by_expert(position_TM, len(self._experts))
         load_E = load_P = order.load_E
         if self.by_tokens:
             load_E = load_P.view(self.num_chunks, -1).sum(0)
         elif self.num_chunks > 1:
             load_E = load_P = load_P[self._table(ids_TM.device)[:-1]]
-        if self._dedup is None:
+        if self._groups is None:
             return ExpertOrder(order.token_N, order.slot_TK, load_E, load_P)
-        unique = self._dedup.unique(place_TM)
-        numbers = torch.cat((load_P, unique.load_G))
-        return ExpertOrder(order.token_N, order.slot_TK, load_E, numbers, unique)
+        unique = self._groups.unique(position_TM)
+        counts = torch.cat((load_P, unique.load_G))
+        return ExpertOrder(order.token_N, order.slot_TK, load_E, counts, unique)
 
-    def numbers(self, ids_WTM: torch.Tensor, num_tokens_W: Sequence[int]) -> torch.Tensor:
-        """What `sort` tells of every rank, from all ranks' ids: int64 [W, n].
+    def counts_to_exchange(
+        self, ids_WTM: torch.Tensor, num_tokens_W: Sequence[int]
+    ) -> torch.Tensor:
+        """Return what `sort` would have every rank exchange, int64 [W, n], from all ranks' ids.
 
-        ids_WTM: int64, -1 where there is no assignment; of rank w the first num_tokens_W[w] rows.
+        Args:
+            ids_WTM: int64, -1 where there is no assignment.
+            num_tokens_W: the rows of ids_WTM that are tokens, per rank.
         """
-        place_WTM = self._place(ids_WTM, num_tokens_W)
-        place_WN = place_WTM.flatten(1)
-        place_WN = place_WN.where(place_WN >= 0, len(self._experts))
-        load_WP = place_WN.new_zeros((len(place_WN), len(self._experts) + 1))
-        load_WP = load_WP.scatter_add_(1, place_WN, torch.ones_like(place_WN))[:, :-1]
+        position_WTM = self._positions(ids_WTM, num_tokens_W)
+        position_WN = position_WTM.flatten(1)
+        position_WN = position_WN.where(position_WN >= 0, len(self._experts))
+        load_WP = position_WN.new_zeros((len(position_WN), len(self._experts) + 1))
+        load_WP = load_WP.scatter_add_(1, position_WN, torch.ones_like(position_WN))[:, :-1]
         if not self.by_tokens and self.num_chunks > 1:
             load_WP = load_WP[:, self._table(ids_WTM.device)[:-1]]
-        if self._dedup is None:
+        if self._groups is None:
             return load_WP
-        return torch.cat((load_WP, self._dedup.count(place_WTM)), dim=1)
+        return torch.cat((load_WP, self._groups.count(position_WTM)), dim=1)
 
-    def counts(self, exchanged_Wn: np.ndarray) -> np.ndarray:
-        """Rows that each rank has for each expert, int64 [W, E], from all ranks' numbers."""
+    def loads(self, exchanged_Wn: np.ndarray) -> np.ndarray:
+        """Return the rows that each rank has for each expert, int64 [W, E], from the counts."""
         if not self.by_tokens:
             return exchanged_Wn[:, : self._num_experts]
-        loads = exchanged_Wn[:, : len(self._experts)]
-        return loads.reshape(len(loads), self.num_chunks, -1).sum(1)
+        load_WP = exchanged_Wn[:, : len(self._experts)]
+        return load_WP.reshape(len(load_WP), self.num_chunks, -1).sum(1)
 
     def plans(self, order: ExpertOrder, exchanged_Wn: np.ndarray, rank: int) -> list[DispatchPlan]:
-        """One plan a chunk from every rank's numbers; pure. A plan's `order` is its own rows'."""
+        """Return one plan per chunk from every rank's counts; pure. A plan's `order` is its own."""
         counts_WP = exchanged_Wn[:, : len(self._experts)]
         if self.num_chunks > 1 and not self.by_tokens:
             counts_WP = counts_WP[:, self._experts]
@@ -204,16 +207,16 @@ class ExpertLayout:
             plan = make_plan(rest, counts_WP[:, chunk.columns], rank, chunk.bounds)
             before = chunk.local_starts[rank]
             after = num_local - before - len(plan.expert_counts)
-            if before or after or self._each is not None:
+            if before or after or self._format is not None:
                 expert_counts = [0] * before + plan.expert_counts + [0] * after
-                plan = replace(plan, expert_counts=expert_counts, wire=self._each)
+                plan = replace(plan, expert_counts=expert_counts, row_format=self._format)
             found.append(plan)
             sent += sum(plan.send_splits)
-        if self._dedup is None or order.unique is None:
+        if self._groups is None or order.unique is None:
             return found
-        return self._once(found, order.unique, exchanged_Wn, counts_WP, rank)
+        return self._deduplicate(found, order.unique, exchanged_Wn, counts_WP, rank)
 
-    def _once(
+    def _deduplicate(
         self,
         plans: list[DispatchPlan],
         unique: UniqueRows,
@@ -221,22 +224,24 @@ class ExpertLayout:
         counts_WP: np.ndarray,
         rank: int,
     ) -> list[DispatchPlan]:
-        """The plans with unique rows where these move fewer bytes, which all ranks see alike."""
-        groups, rows, wire, num_ranks = self._dedup, self._rows, self._once_wire, self._num_ranks
-        assert groups is not None and rows is not None and wire is not None
+        """Return the plans with unique rows where these move fewer bytes, by the counts of all."""
+        groups, rows, row_format = self._groups, self._rows, self._unique_format
+        assert groups is not None and rows is not None and row_format is not None
+        num_ranks = self._num_ranks
         unique_WCW = exchanged_Wn[:, -groups.num_groups :].reshape(num_ranks, -1, num_ranks)
         bounds = [
             chunk.columns.start + bound for chunk in self.chunks for bound in chunk.bounds[:-1]
         ]
         upto_WP = np.concatenate((np.zeros((num_ranks, 1), np.int64), counts_WP.cumsum(1)), axis=1)
-        each_WCW = np.diff(upto_WP[:, [*bounds, -1]]).reshape(unique_WCW.shape)
-        # A rank's rows to itself do not travel, and others may not know of its extras.
+        assigned_WCW = np.diff(upto_WP[:, [*bounds, -1]]).reshape(unique_WCW.shape)
+        # Only rows for other ranks count: a rank's own are not sent, and others may not know of its
+        # extras.
         remote = ~np.eye(num_ranks, dtype=bool)[:, None]
-        num_each, num_once = int(each_WCW.sum(where=remote)), int(unique_WCW.sum(where=remote))
-        home = num_once if rows.partial else num_each
-        if num_once * wire.row_bytes + home * rows.home_bytes >= num_each * (
-            rows.out_bytes + rows.home_bytes
-        ):
+        num_assigned = int(assigned_WCW.sum(where=remote))
+        num_unique = int(unique_WCW.sum(where=remote))
+        num_combined = num_unique if rows.pre_reduced else num_assigned
+        unique_bytes = num_unique * row_format.row_bytes + num_combined * rows.combine_bytes
+        if unique_bytes >= num_assigned * (rows.dispatch_bytes + rows.combine_bytes):
             return plans
         total = int(unique_WCW[rank].sum())
         token_U = unique.token_U[:total]
@@ -245,38 +250,38 @@ class ExpertLayout:
         cell_U = token_U * groups.num_groups + group_U
         found, sent = [], 0
         for index, (plan, chunk) in enumerate(zip(plans, self.chunks, strict=True)):
-            to_W = unique_WCW[rank, index].tolist()
-            part = slice(sent, sent := sent + sum(to_W))
-            once = UniquePlan(
+            send_splits = unique_WCW[rank, index].tolist()
+            part = slice(sent, sent := sent + sum(send_splits))
+            rows_of_chunk = UniquePlan(
                 rows=unique,
                 groups=groups,
                 token_U=token_U[part],
                 cell_U=cell_U[part],
-                send_splits=to_W,
+                send_splits=send_splits,
                 recv_splits=unique_WCW[:, index, rank].tolist(),
                 num_experts=chunk.bounds[rank + 1] - chunk.bounds[rank],
             )
-            found.append(replace(plan, wire=wire, once=once))
+            found.append(replace(plan, row_format=row_format, unique=rows_of_chunk))
         return found
 
-    def _place(self, ids_WTM: torch.Tensor, num_tokens_W: Sequence[int]) -> torch.Tensor:
-        """The place of every rank's assignments in the order of travel, -1 for none."""
+    def _positions(self, ids_WTM: torch.Tensor, num_tokens_W: Sequence[int]) -> torch.Tensor:
+        """Return the position of every rank's assignments in the send order, -1 for none."""
         if self.num_chunks == 1:
             return ids_WTM
         if not self.by_tokens:
             return self._table(ids_WTM.device)[ids_WTM]
-        device, most = ids_WTM.device, ids_WTM.shape[1]
-        token_T = torch.arange(1, most + 1, device=device)
+        device, num_rows = ids_WTM.device, ids_WTM.shape[1]
+        token_T = torch.arange(1, num_rows + 1, device=device)
         # Chunk j of T tokens is [T * j // C, T * (j + 1) // C).
         num_W = to_device(torch.tensor([max(num, 1) for num in num_tokens_W]), device)
         chunk_WT = (token_T * self.num_chunks - 1) // num_W[:, None]
-        place_WTM = ids_WTM + self._num_experts * chunk_WT[:, :, None]
-        return place_WTM.where(ids_WTM >= 0, -1)
+        position_WTM = ids_WTM + self._num_experts * chunk_WT[:, :, None]
+        return position_WTM.where(ids_WTM >= 0, -1)
 
     def _table(self, device: torch.device) -> torch.Tensor:
-        """The place of each expert in the order of travel, int64 [E + 1], and -1 at the end."""
-        if device not in self._places:
-            place = np.full(len(self._experts) + 1, -1)
-            place[self._experts] = np.arange(len(self._experts))
-            self._places[device] = to_device(torch.from_numpy(place), device)
-        return self._places[device]
+        """Return the position of each expert in the send order, int64 [E + 1], last entry -1."""
+        if device not in self._tables:
+            position = np.full(len(self._experts) + 1, -1)
+            position[self._experts] = np.arange(len(self._experts))
+            self._tables[device] = to_device(torch.from_numpy(position), device)
+        return self._tables[device]

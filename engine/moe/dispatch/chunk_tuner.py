@@ -1,21 +1,19 @@
-"""Tuner: how many chunks to cut a step into, measured while the job runs (`moe.overlap.chunks:
+"""Chunk tuner: how many chunks to cut a step into, measured during the job (`moe.overlap.chunks:
 auto`).
 
-Steps are told apart by size, in buckets of powers of two of their tokens over all ranks. In the
-first steps of a bucket the layers of a model take turns with the candidates, each rank measures its
-own time from dispatch to combine, then the ranks add their times up and keep what was fastest: one
-chunk unless another is at least 2% faster. The sum is one small all-reduce a bucket on the
+Steps are classified by size, in buckets of powers of two of their tokens over all ranks. In the
+first steps of a bucket the layers of a model rotate through the candidates, each rank measures its
+own time from dispatch to combine, then the ranks add their times and keep the fastest candidate:
+one chunk unless another is at least 2% faster. The sum is one small all-reduce per bucket on the
 host-side group.
 
-All ranks must cut alike, so nothing here looks at a time before it is agreed: whose turn it is and
-when ranks agree follows from the tokens of the steps so far, which all of them know. Ranks agree at
-the first layer's call of a later step, when the times have long been there.
+All ranks must cut alike, so no time is used before it is agreed: which candidate is next and when
+ranks agree follows from the tokens of the steps so far, which are equal on all of them. Ranks agree
+at the first layer's call of a later step, when the times are long complete.
 
 Worked example, 2 layers, candidates 1 2 4: ceil(3 / 2) = 2 visits warm up, then 3 cycles of 3
-visits give 6 times a candidate. Layer 0 takes 1 2 | 1 2 4 1 2 4 1 2 4 and layer 1 takes 2 4 | 2 4 1
-2 4 1 2 4 1, so that every layer has tried every candidate as often; they agree at visit 12.
-
-Legend: L layers, n candidates.
+visits give 6 times per candidate. Layer 0 takes 1 2 | 1 2 4 1 2 4 1 2 4 and layer 1 takes 2 4 |
+2 4 1 2 4 1 2 4 1, so that every layer has tried every candidate as often; they agree at visit 12.
 """
 
 from __future__ import annotations
@@ -29,41 +27,41 @@ from typing import Protocol
 import torch
 
 CANDIDATES = (1, 2, 4)
-# Times a candidate, at least.
+# Times per candidate, at least.
 SAMPLES = 6
-# Of the serial time, in percent: what a number of chunks must not exceed to be chosen.
+# Percent of the time with one chunk that a number of chunks must not exceed to be chosen.
 MUST_REACH = 98
 
 
 class Timer(Protocol):
-    """A time that has begun."""
+    """Starts when it is made."""
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the timer."""
         ...
 
     def seconds(self) -> float:
-        """How long it took; may wait until that is known."""
+        """Return the time from start to stop; may wait until it is known."""
         ...
 
 
 class HostTimer:
-    """A lap of a device that computes synchronously."""
+    """A timer for a device that computes synchronously."""
 
     def __init__(self) -> None:
         self._begin = self._end = time.monotonic_ns()
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the timer."""
         self._end = time.monotonic_ns()
 
     def seconds(self) -> float:
-        """How long it took."""
+        """Return the time from start to stop."""
         return (self._end - self._begin) * 1e-9
 
 
 class CudaEventTimer:
-    """A lap between two events of the current stream."""
+    """A timer between two events on the current stream."""
 
     def __init__(self) -> None:
         self._begin = torch.cuda.Event(enable_timing=True)
@@ -71,139 +69,144 @@ class CudaEventTimer:
         self._begin.record()
 
     def stop(self) -> None:
-        """End it."""
+        """Record the second event."""
         self._end.record()
 
     def seconds(self) -> float:
-        """How long it took."""
-        # SYNC: a few times a bucket, a step or more after the event was recorded.
+        """Return the time between the events."""
+        # SYNC: a few times per bucket, a step or more after the event was recorded.
         self._end.synchronize()
         return self._begin.elapsed_time(self._end) * 1e-3
 
 
 class Trial:
-    """One layer call's number of chunks, None where the tuner has no say. Dispatch to combine run
-    inside `with turn:`, which measures them where they are wanted.
+    """The number of chunks of one layer call. Dispatch to combine run inside `with trial:`, which
+    times them where the tuner needs it.
     """
 
     def __init__(
         self,
-        chunks: int | None = None,
-        keep: Callable[[Timer], None] | None = None,
-        new_lap: type[Timer] = HostTimer,
+        chunks: int | None = None,  # None: as configured
+        keep: Callable[[Timer], None] | None = None,  # receives the timer; None: not timed
+        new_timer: Callable[[], Timer] = HostTimer,
     ) -> None:
-        """keep: takes the lap; None: nothing is measured."""
         self.chunks = chunks
-        self._keep, self._new_lap = keep, new_lap
-        self._lap: Timer | None = None
+        self._keep, self._new_timer = keep, new_timer
+        self._timer: Timer | None = None
 
     def __enter__(self) -> None:
         if self._keep is not None:
-            self._lap = self._new_lap()
+            self._timer = self._new_timer()
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._lap is not None and self._keep is not None and kind is None:
-            self._lap.stop()
-            self._keep(self._lap)
+        if self._timer is not None and self._keep is not None and kind is None:
+            self._timer.stop()
+            self._keep(self._timer)
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """One bucket. laps: of each candidate, with the step's tokens. visits: of each layer."""
+    """Steps of about the same size."""
 
     candidates: tuple[int, ...]
-    laps: list[list[tuple[int, Timer]]]
-    visits: dict[int, int] = field(default_factory=dict)
+    timers: list[list[tuple[int, Timer]]]  # per candidate, with the step's tokens
+    visits: dict[int, int] = field(default_factory=dict)  # per layer
     chosen: int | None = None
 
 
 class ChunkTuner:
     """Chooses for all layers of a model. Build it alike on every rank."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, new_timer: Callable[[], Timer] | None = None
+    ) -> None:
         self._layers: list[int] = []
-        self._trials: dict[int, _Bucket] = {}
-        cuda = device is not None and device.type == "cuda"
-        self._new_lap: type[Timer] = CudaEventTimer if cuda else HostTimer
+        self._buckets: dict[int, _Bucket] = {}
+        is_cuda = device is not None and device.type == "cuda"
+        self._new_timer = new_timer or (CudaEventTimer if is_cuda else HostTimer)
 
     @property
     def choices(self) -> dict[int, int]:
         """The agreed number of chunks by bucket: {b: chunks} for steps of 2^b tokens and more."""
-        trials = sorted(self._trials.items())
-        return {bucket: trial.chosen for bucket, trial in trials if trial.chosen is not None}
+        buckets = sorted(self._buckets.items())
+        return {number: each.chosen for number, each in buckets if each.chosen is not None}
 
     def register(self, layer: int) -> None:
-        """A layer that will ask. All join before the first asks."""
+        """Add a layer. All layers are registered before the first trial."""
         self._layers.append(layer)
 
     def reset(self) -> None:
-        """Begin anew, between steps and alike on every rank: costs have changed."""
-        self._trials.clear()
+        """Discard all times and choices, between steps and alike on every rank."""
+        self._buckets.clear()
 
     def due(self, layer: int, group_tokens: int) -> list[int] | None:
-        """This rank's costs of a bucket's candidates, where the ranks must now add them up and call
-        `settle`; None otherwise. The same on every rank.
+        """Return this rank's costs of a bucket's candidates where the ranks must now add them and
+        call `choose`, else None; which of the two is the same on every rank.
 
-        layer: that is about to be called. group_tokens: of the step, over all ranks. Costs are in
-        femtoseconds a token: the median of a candidate's laps.
+        Costs are in femtoseconds per token: the median of a candidate's times.
+
+        Args:
+            layer: about to be called.
+            group_tokens: tokens of the step over all ranks.
         """
-        trial = self._trials.get(bucket_of(group_tokens))
-        if trial is None or trial.chosen is not None or layer != self._layers[0]:
+        bucket = self._buckets.get(bucket_of(group_tokens))
+        if bucket is None or bucket.chosen is not None or layer != self._layers[0]:
             return None
-        if trial.visits[layer] < self._last_visit(trial):
+        if bucket.visits[layer] < self._last_visit(bucket):
             return None
         return [
-            round(1e15 * statistics.median(lap.seconds() / tokens for tokens, lap in laps))
-            for laps in trial.laps
+            round(1e15 * statistics.median(timer.seconds() / tokens for tokens, timer in timers))
+            for timers in bucket.timers
         ]
 
     def choose(self, group_tokens: int, totals: Sequence[int]) -> None:
         """Choose by the sums of all ranks' costs, in the order of the candidates."""
-        trial = self._trials[bucket_of(group_tokens)]
+        bucket = self._buckets[bucket_of(group_tokens)]
         best = min(range(len(totals)), key=totals.__getitem__)
         wins = 100 * totals[best] <= MUST_REACH * totals[0]
-        trial.chosen = trial.candidates[best] if wins else trial.candidates[0]
-        trial.laps = []
+        bucket.chosen = bucket.candidates[best] if wins else bucket.candidates[0]
+        bucket.timers = []
 
     def begin_trial(
         self, layer: int, group_tokens: int, candidates: Callable[[int], Sequence[int]]
     ) -> Trial:
-        """The number of chunks of one call.
+        """Return the number of chunks of one call, to be timed until its bucket has a choice.
 
         candidates: from the least tokens of a bucket to what may be tried there, beginning with 1.
         """
-        bucket = bucket_of(group_tokens)
-        trial = self._trials.get(bucket)
-        if trial is None:
-            tried = tuple(candidates(1 << bucket))
-            trial = self._trials[bucket] = _Bucket(tried, [[] for _ in tried])
+        number = bucket_of(group_tokens)
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            tried = tuple(candidates(1 << number))
+            bucket = self._buckets[number] = _Bucket(tried, [[] for _ in tried])
             if len(tried) == 1:
-                trial.chosen = tried[0]
-        if trial.chosen is not None:
-            return Trial(trial.chosen)
-        visit = trial.visits.get(layer, 0)
-        trial.visits[layer] = visit + 1
-        warm_up = self._warm_up(trial)
-        number = len(trial.candidates)
+                bucket.chosen = tried[0]
+        if bucket.chosen is not None:
+            return Trial(bucket.chosen)
+        visit = bucket.visits.get(layer, 0)
+        bucket.visits[layer] = visit + 1
+        warm_up = self._warm_up(bucket)
         shift = visit if visit < warm_up else visit - warm_up
-        index = (shift + self._layers.index(layer)) % number
+        index = (shift + self._layers.index(layer)) % len(bucket.candidates)
         if visit < warm_up:
-            return Trial(trial.candidates[index])
-        laps = trial.laps[index]
+            return Trial(bucket.candidates[index])
+        timers = bucket.timers[index]
         return Trial(
-            trial.candidates[index], lambda lap: laps.append((group_tokens, lap)), self._new_lap
+            bucket.candidates[index],
+            lambda timer: timers.append((group_tokens, timer)),
+            self._new_timer,
         )
 
-    def _warm_up(self, trial: _Bucket) -> int:
-        """Visits of a layer in which buffers may still grow."""
-        return -(-len(trial.candidates) // len(self._layers))
+    def _warm_up(self, bucket: _Bucket) -> int:
+        """Return the visits per layer in which buffers may still grow."""
+        return -(-len(bucket.candidates) // len(self._layers))
 
-    def _last_visit(self, trial: _Bucket) -> int:
-        """Visits of a layer after which there are times enough."""
+    def _last_visit(self, bucket: _Bucket) -> int:
+        """Return the visits per layer after which there are enough times."""
         cycles = -(-SAMPLES // len(self._layers))
-        return self._warm_up(trial) + cycles * len(trial.candidates)
+        return self._warm_up(bucket) + cycles * len(bucket.candidates)
 
 
 def bucket_of(group_tokens: int) -> int:
-    """The bucket of a step: the power of two that its tokens reach, 0 for none."""
+    """Return a step's bucket: the exponent of the power of two its tokens reach, 0 for none."""
     return max(group_tokens, 1).bit_length() - 1

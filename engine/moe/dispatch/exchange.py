@@ -1,68 +1,65 @@
-"""Exchange: the collectives of the MoE layer. Counts first, then rows out, then results back.
+"""Exchange: the all-to-alls of one expert-parallel group.
 
-Buffer sizes and splits come from the exchanged counts alone, so every rank calls the same
+Sizes and splits follow from counts that all ranks have exchanged, so every rank starts the same
 collectives with shapes that match, whatever its own load: a rank without tokens sends zero rows and
-still takes part. `pipeline.py` calls them; `freight.py` says what the rows are.
+still takes part. `payload.py` fills and reads the buffers, `pipeline.py` orders the calls.
 
-Legend: n numbers of a rank (its loads, and its unique rows where they are counted), W ranks.
+Legend: S rows sent, R rows received, U deduplicated rows sent, L bytes of a packed row.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
-from engine.distributed.collectives import Done, GroupCollectives, Pending, Started
+from engine.distributed.collectives import Collectives, Done, Pending, Started
 from engine.distributed.groups import Group
-from engine.moe.dispatch.buffers import RowBuffers
-from engine.moe.dispatch.payload import Payload, load
-from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.experts import ExpertsBackend
+
+
+@dataclass(frozen=True, slots=True)
+class AllToAll:
+    """Arguments of one all-to-all."""
+
+    send: torch.Tensor  # [S, D], or uint8 [U, L] when packed
+    recv: torch.Tensor  # the same layout, from all ranks
+    send_splits: list[int]  # rows per destination rank
+    recv_splits: list[int]  # rows per source rank
 
 
 class Exchange:
-    """All-to-all of one expert-parallel group; holds nothing between calls but its row buffers."""
+    """Starts all-to-alls and counts them in the `collectives` of the same group."""
 
-    def __init__(self, group: Group, collectives: GroupCollectives, workspace: RowBuffers) -> None:
+    def __init__(self, group: Group, collectives: Collectives) -> None:
+        self.collectives = collectives
         self._group = group
-        self._collectives = collectives
-        self._workspace = workspace
 
-    def exchange_counts(self, numbers: torch.Tensor) -> Pending:
-        """Begin to gather every rank's numbers, int64 [n], to [W, n]. Collective over EP: every
-        rank must call.
+    @property
+    def is_single_rank(self) -> bool:
+        """Whether the group has one rank: received rows are the rows sent."""
+        return self._group.size == 1
+
+    def start(self, rows: AllToAll) -> Pending:
+        """Start an all-to-all; `wait` on the result returns `rows.recv`, filled.
+
+        `rows.send` must not change before the wait. Collective over EP: every rank must call.
         """
-        return self._collectives.all_gather(numbers)
-
-    def load(
-        self,
-        x_TD: torch.Tensor,
-        weights_TM: torch.Tensor,
-        plans: list[DispatchPlan],
-        experts: ExpertsBackend,
-    ) -> Payload:
-        """This call's rows, in the buffers of the workspace."""
-        alone = self._group.size == 1
-        return load(x_TD, weights_TM, plans, experts, self._workspace, alone=alone)
-
-    def start(
-        self, rows: torch.Tensor, into: torch.Tensor, send_splits: list[int], recv_splits: list[int]
-    ) -> Pending:
-        """Start an all-to-all of rows; `wait` on what it returns gives `into`, filled.
-
-        rows must not change before the wait. Collective over EP: every rank must call.
-        """
-        group = self._group
-        if group.size == 1:
-            return Done(rows)
+        if self.is_single_rank:
+            return Done(rows.send)
         work = dist.all_to_all_single(
-            into, rows, recv_splits, send_splits, group=group.handle, async_op=True
+            rows.recv,
+            rows.send,
+            rows.recv_splits,
+            rows.send_splits,
+            group=self._group.handle,
+            async_op=True,
         )
-        self._collectives.bytes_sent += self.remote_bytes(rows, send_splits)
-        self._collectives.num_collectives += 1
-        return Started(work, into)
+        self.collectives.bytes_sent += self.remote_bytes(rows)
+        self.collectives.num_collectives += 1
+        return Started(work, rows.recv)
 
-    def remote_bytes(self, rows: torch.Tensor, send_splits: list[int]) -> int:
-        """Bytes of `rows` that go to other ranks."""
-        remote = rows.shape[0] - send_splits[self._group.rank]
-        return remote * rows.shape[1] * rows.element_size()
+    def remote_bytes(self, rows: AllToAll) -> int:
+        """Return the bytes that go to other ranks."""
+        remote = rows.send.shape[0] - rows.send_splits[self._group.rank]
+        return remote * rows.send.shape[1] * rows.send.element_size()

@@ -1,224 +1,244 @@
-"""Payload: one layer call's rows between the tokens, the wire and the experts.
+"""Payload: the rows that one MoE call exchanges, and the buffers they use.
 
-`pipeline.py` says when; this says what each all-to-all carries and what is done to rows before and
-after it. Rows live in the three buffers of `workspace.py`:
+`pipeline.py` schedules the all-to-alls. A payload fills the send buffer of each one and interprets
+what was received. `RowPayload` sends rows in the model's dtype, `PackedPayload` in a packed format
+(`row_format.py`), deduplicated per rank where the plan says so.
 
-    SEND      packed rows on their way out; later the results that came home
-    ARRIVED   rows as they arrive; later the experts' results
-    GROUPED   results in the order of arrival, on their way home; in a wire format, and for experts
-              that need it, first the rows by expert
+    SEND      rows to dispatch; later the combined results
+    RECV      received rows; later the experts' outputs
+    EXPERT    outputs in receive order, ready to combine; for packed rows first the rows by expert
 
-Rows travel as they are (`RowPayload`) or in a wire format (`PackedPayload`). A wire row may be
-longer than a row, so the wire rows of chunk c begin where its rows would, or after those of chunk c
-- 1 where these reach further: they lie over rows of their own and later chunks alone, which are
-written when the wire rows of both are spent.
+A packed row may be longer than a row, so the packed rows of chunk c begin at the offset of its
+unpacked rows, or after those of chunk c - 1 where these reach further: they overlap rows of their
+own and later chunks alone, which are written when the packed rows of both have been read.
 
-Legend: T tokens, D model dim, A rows home, R rows received, U unique rows sent, V unique rows
-received, L bytes of a wire row, e experts of the chunk.
+Legend: T tokens, M columns of the decision, D model dim, S rows sent, R rows received, U unique
+rows sent, V unique rows received, L bytes of a packed row, e experts of the chunk.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from engine.moe.dispatch.buffers import RowBuffers, Slot
 from engine.moe.dispatch.dedup import read_bits, rows_by_expert
+from engine.moe.dispatch.exchange import AllToAll
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.dispatch.row_format import RowFormat
-from engine.moe.experts import ExpertsBackend
 from engine.ops.permute import combine_rows, gather_rows
 
 
-@dataclass(frozen=True, slots=True)
-class AllToAll:
-    """An all-to-all to be started: rows and where others' go, with the splits of both."""
+class ExpertRows(NamedTuple):
+    """What the experts work on: the arguments of `ExpertsBackend.__call__`."""
 
-    rows: torch.Tensor
-    into: torch.Tensor
-    send_splits: list[int]
-    recv_splits: list[int]
+    rows_RD: torch.Tensor
+    expert_counts: list[int]  # rows of each local expert
+    out_RD: torch.Tensor  # a buffer for the results
+    index_R: torch.Tensor | None  # int64, where the rows of each expert are; None: grouped
 
 
 class Payload(Protocol):
-    """One layer call's rows. home: [A, D], complete once every chunk's way back has ended."""
+    """The rows of one MoE call."""
 
-    home: torch.Tensor
+    combined_SD: torch.Tensor  # results for this rank's tokens; valid once every combine completed
 
-    def pack(self, index: int) -> AllToAll:
-        """Make chunk `index` ready to go out."""
+    def pack_dispatch(self, chunk: int) -> AllToAll:
+        """Fill the send buffer of `chunk`."""
         ...
 
-    def work(self, index: int, arrived: torch.Tensor) -> AllToAll:
-        """Run the experts on what has arrived of chunk `index`; its results' way home."""
+    def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
+        """Return the received rows of `chunk` as the experts take them."""
+        ...
+
+    def pack_combine(self, chunk: int, out_RD: torch.Tensor) -> AllToAll:
+        """Prepare the experts' outputs for the combine of `chunk`, the last one unpacked."""
         ...
 
 
 class RowPayload:
-    """Rows travel as they are, one an assignment."""
+    """Rows in the model's dtype, one per assignment.
+
+    Args:
+        x_TD: this rank's tokens.
+        plans: one per chunk.
+        buffers: where rows are sent from and received.
+        single_rank: nothing is exchanged, so the experts read the send buffer.
+    """
 
     def __init__(
-        self,
-        x_TD: torch.Tensor,
-        plans: list[DispatchPlan],
-        experts: ExpertsBackend,
-        workspace: RowBuffers,
-        *,
-        alone: bool,
+        self, x_TD: torch.Tensor, plans: list[DispatchPlan], buffers: RowBuffers, *, single_rank: bool
     ) -> None:
-        """alone: one rank; nothing travels, and what is packed is what the experts read."""
-        self._x_TD, self._plans, self._experts = x_TD, plans, experts
+        self._x_TD, self._plans = x_TD, plans
         sent = [plan.order.token_N.numel() for plan in plans]
         received = [plan.num_received for plan in plans]
-        rows = workspace.rows
-        self.home = rows(Slot.SEND, sum(sent), x_TD)
-        arrived = self.home if alone else rows(Slot.ARRIVED, sum(received), x_TD)
-        results = rows(Slot.ARRIVED if alone else Slot.GROUPED, sum(received), x_TD)
+        self.combined_SD = buffers.rows(Slot.SEND, sum(sent), x_TD)
+        recv, out_slot = self.combined_SD, Slot.RECV
+        if not single_rank:
+            recv, out_slot = buffers.rows(Slot.RECV, sum(received), x_TD), Slot.EXPERT
+        out = buffers.rows(out_slot, sum(received), x_TD)
         if len(plans) == 1:
-            self._sends, self._arrived, self._results = (self.home,), (arrived,), (results,)
+            self._send, self._recv, self._out = (self.combined_SD,), (recv,), (out,)
         else:
-            self._sends = self.home.split(sent)
-            self._arrived, self._results = arrived.split(received), results.split(received)
+            self._send = self.combined_SD.split(sent)
+            self._recv, self._out = recv.split(received), out.split(received)
 
-    def pack(self, index: int) -> AllToAll:
+    def pack_dispatch(self, chunk: int) -> AllToAll:
         """Gather the tokens' rows by rank and expert."""
-        plan, send = self._plans[index], self._sends[index]
+        plan, send = self._plans[chunk], self._send[chunk]
         gather_rows(self._x_TD, plan.order.token_N, send)
-        return AllToAll(send, self._arrived[index], plan.send_splits, plan.recv_splits)
+        return AllToAll(send, self._recv[chunk], plan.send_splits, plan.recv_splits)
 
-    def work(self, index: int, arrived: torch.Tensor) -> AllToAll:
-        """Run the experts on the rows where they lie; results come in the order of arrival."""
-        plan = self._plans[index]
-        results_RD = self._experts(
-            arrived, plan.expert_counts, self._results[index], plan.arrival_R
-        )
-        return AllToAll(results_RD, self._sends[index], plan.recv_splits, plan.send_splits)
+    def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
+        """Return the rows in receive order; the experts read and write them there."""
+        plan = self._plans[chunk]
+        return ExpertRows(recv, plan.expert_counts, self._out[chunk], plan.recv_index_R)
+
+    def pack_combine(self, chunk: int, out_RD: torch.Tensor) -> AllToAll:
+        """Send each output back to the rank of its token, over the rows that were dispatched."""
+        plan = self._plans[chunk]
+        return AllToAll(out_RD, self._send[chunk], plan.recv_splits, plan.send_splits)
 
 
 class PackedPayload:
-    """Rows travel in a wire format, once a rank or once an assignment."""
+    """Rows in a packed format, deduplicated per rank or one per assignment.
+
+    Args:
+        x_TD: this rank's tokens.
+        weights_TM: float32 combine weights; sent with the rows where these are pre-reduced.
+        plans: one per chunk, all with a row format.
+        buffers: where rows are sent from and received.
+    """
 
     def __init__(
         self,
         x_TD: torch.Tensor,
         weights_TM: torch.Tensor,
         plans: list[DispatchPlan],
-        experts: ExpertsBackend,
-        workspace: RowBuffers,
+        buffers: RowBuffers,
     ) -> None:
-        wire = plans[0].wire
-        assert wire is not None, "rows that go as they are need no wire format"
-        self._wire, self._plans, self._experts = wire, plans, experts
-        self._encoded = wire.encode(x_TD)
-        sent = [plan.order.token_N.numel() for plan in plans]
+        row_format = plans[0].row_format
+        assert row_format is not None, "rows in the model's dtype need no row format"
+        self._format, self._plans = row_format, plans
+        self._encoded = row_format.encode(x_TD)
+        combined = [plan.order.token_N.numel() for plan in plans]
         received = [plan.num_received for plan in plans]
-        home = sent
         self._weights_CE: torch.Tensor | None = None
         self._bits_CB: torch.Tensor | None = None
-        if (once := plans[0].once) is not None:
-            self._bits_CB = once.rows.bits_TGB.flatten(0, 1)
-            if plans[0].partial:
-                home = [sum(_splits(plan)[0]) for plan in plans]
-                weights = once.groups.weights(once.rows, weights_TM)
+        if (unique := plans[0].unique) is not None:
+            self._bits_CB = unique.rows.bits_TGB.flatten(0, 1)
+            if plans[0].pre_reduced:
+                combined = [sum(_dispatch_splits(plan)[0]) for plan in plans]
+                weights = unique.groups.weights(unique.rows, weights_TM)
                 self._weights_CE = weights.flatten(0, 1)
-        out = [sum(_splits(plan)[0]) for plan in plans]
-        into = [sum(_splits(plan)[1]) for plan in plans]
-        row = x_TD.shape[1] * x_TD.element_size()
-        out_starts, out_end = packed_offsets(
-            [row * n for n in home], [wire.row_bytes * n for n in out]
+        # Packed rows of each chunk, sent and received.
+        num_send, num_recv = zip(
+            *([sum(splits) for splits in _dispatch_splits(plan)] for plan in plans), strict=True
         )
-        in_starts, in_end = packed_offsets(
-            [row * n for n in received], [wire.row_bytes * n for n in into]
+        row, packed = x_TD.shape[1] * x_TD.element_size(), row_format.row_bytes
+        send_starts, send_end = packed_offsets(
+            [row * n for n in combined], [packed * n for n in num_send]
         )
-        # The larger view first: a buffer that grows forgets what it held.
-        send = workspace.bytes(Slot.SEND, max(out_end, row * sum(home)), x_TD.device)
-        arrived = workspace.bytes(Slot.ARRIVED, max(in_end, row * sum(received)), x_TD.device)
-        self.home = workspace.rows(Slot.SEND, sum(home), x_TD)
-        self._homes = self.home.split(home)
-        self._results = workspace.rows(Slot.ARRIVED, sum(received), x_TD).split(received)
-        self._grouped = workspace.rows(Slot.GROUPED, sum(received), x_TD).split(received)
-        self._sends = _rows_at(send, out_starts, out, wire)
-        self._arrived = _rows_at(arrived, in_starts, into, wire)
+        recv_starts, recv_end = packed_offsets(
+            [row * n for n in received], [packed * n for n in num_recv]
+        )
+        # The larger view first: a buffer that grows loses its contents.
+        send = buffers.bytes(Slot.SEND, max(send_end, row * sum(combined)), x_TD.device)
+        recv = buffers.bytes(Slot.RECV, max(recv_end, row * sum(received)), x_TD.device)
+        self.combined_SD = buffers.rows(Slot.SEND, sum(combined), x_TD)
+        self._combined = self.combined_SD.split(combined)
+        self._out = buffers.rows(Slot.RECV, sum(received), x_TD).split(received)
+        self._grouped = buffers.rows(Slot.EXPERT, sum(received), x_TD).split(received)
+        self._send = _packed_rows(send, send_starts, num_send, row_format)
+        self._recv = _packed_rows(recv, recv_starts, num_recv, row_format)
+        # Of the chunk last unpacked, for its combine.
+        self._slot_Ve: torch.Tensor | None = None
+        self._weights_Ve: torch.Tensor | None = None
 
-    def pack(self, index: int) -> AllToAll:
-        """Write the tokens' rows, and what the receiver must know of them, into wire rows."""
-        plan, out_UL = self._plans[index], self._sends[index]
-        once = plan.once
-        token_U = plan.order.token_N if once is None else once.token_U
-        self._wire.pack(self._encoded, token_U, out_UL)
-        if once is not None and self._bits_CB is not None:
+    def pack_dispatch(self, chunk: int) -> AllToAll:
+        """Pack the tokens' rows, with the bitmaps and weights that the receiver needs."""
+        plan, out_UL = self._plans[chunk], self._send[chunk]
+        unique = plan.unique
+        token_U = plan.order.token_N if unique is None else unique.token_U
+        self._format.pack(self._encoded, token_U, out_UL)
+        if unique is not None and self._bits_CB is not None:
             weights_Ue = self._weights_CE
             if weights_Ue is not None:
-                weights_Ue = weights_Ue.index_select(0, once.cell_U)
-            self._wire.pack_header(self._bits_CB.index_select(0, once.cell_U), weights_Ue, out_UL)
-        return AllToAll(out_UL, self._arrived[index], *_splits(plan))
+                weights_Ue = weights_Ue.index_select(0, unique.cell_U)
+            bits_UB = self._bits_CB.index_select(0, unique.cell_U)
+            self._format.pack_header(bits_UB, weights_Ue, out_UL)
+        return AllToAll(out_UL, self._recv[chunk], *_dispatch_splits(plan))
 
-    def work(self, index: int, arrived: torch.Tensor) -> AllToAll:
-        """Read rows by expert, run the experts, and put results in the order of their way home."""
-        plan, wire = self._plans[index], self._wire
-        grouped_RD, results_RD = self._grouped[index], self._results[index]
-        send_splits, recv_splits = plan.recv_splits, plan.send_splits
-        index_R, slot_Ve, weights_Ve = plan.arrival_R, None, None
-        if plan.once is not None:
-            num_experts = plan.once.num_experts
-            flags_eV = read_bits(wire.bits(arrived), num_experts)
-            index_R, slot_Ve = rows_by_expert(flags_eV, plan.num_received)
-            if plan.partial:  # a copy: the results will lie over the arrived rows
-                weights_Ve = wire.weights(arrived)[:, :num_experts].clone()
-                recv_splits, send_splits = _splits(plan)
-        wire.unpack(arrived, index_R, grouped_RD)
-        results_RD = self._experts(grouped_RD, plan.expert_counts, results_RD)
-        if slot_Ve is not None and weights_Ve is not None:
-            results_RD = combine_rows(results_RD, slot_Ve, weights_Ve)
-        elif plan.arrival_R is not None:
-            results_RD = grouped_RD.index_copy_(0, plan.arrival_R, results_RD)
-        return AllToAll(results_RD, self._homes[index], send_splits, recv_splits)
+    def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
+        """Return the rows grouped by expert, a deduplicated one once per expert that it serves."""
+        plan, row_format = self._plans[chunk], self._format
+        index_R = plan.recv_index_R
+        if plan.unique is not None:
+            num_experts = plan.unique.num_experts
+            flags_eV = read_bits(row_format.bits(recv), num_experts)
+            index_R, self._slot_Ve = rows_by_expert(flags_eV, plan.num_received)
+            if plan.pre_reduced:  # a copy: the outputs will overwrite the received rows
+                self._weights_Ve = row_format.weights(recv)[:, :num_experts].clone()
+        grouped_RD = self._grouped[chunk]
+        row_format.unpack(recv, index_R, grouped_RD)
+        return ExpertRows(grouped_RD, plan.expert_counts, self._out[chunk], None)
+
+    def pack_combine(self, chunk: int, out_RD: torch.Tensor) -> AllToAll:
+        """Sum the outputs per token where rows are pre-reduced, else put them in receive order."""
+        plan = self._plans[chunk]
+        send_splits, recv_splits = plan.send_splits, plan.recv_splits
+        if self._slot_Ve is not None and self._weights_Ve is not None:
+            out_RD = combine_rows(out_RD, self._slot_Ve, self._weights_Ve)
+            send_splits, recv_splits = _dispatch_splits(plan)
+        elif plan.recv_index_R is not None:
+            out_RD = self._grouped[chunk].index_copy_(0, plan.recv_index_R, out_RD)
+        return AllToAll(out_RD, self._combined[chunk], recv_splits, send_splits)
 
 
-def load(
+def make_payload(
     x_TD: torch.Tensor,
     weights_TM: torch.Tensor,
     plans: list[DispatchPlan],
-    experts: ExpertsBackend,
-    workspace: RowBuffers,
+    buffers: RowBuffers,
     *,
-    alone: bool,
+    single_rank: bool,
 ) -> Payload:
-    """The freight of one layer call, as its plans say. weights_TM: combine weights. alone: one
-    rank.
-    """
-    if plans[0].wire is None:
-        return RowPayload(x_TD, plans, experts, workspace, alone=alone)
-    return PackedPayload(x_TD, weights_TM, plans, experts, workspace)
+    """Build the payload that the plans ask for; see `RowPayload` and `PackedPayload`."""
+    if plans[0].row_format is None:
+        return RowPayload(x_TD, plans, buffers, single_rank=single_rank)
+    return PackedPayload(x_TD, weights_TM, plans, buffers)
 
 
-def packed_offsets(row_bytes: list[int], wire_bytes: list[int]) -> tuple[list[int], int]:
-    """Where each chunk's wire rows begin, a multiple of 16 bytes, and where the last ones end.
+def packed_offsets(row_bytes: list[int], packed_bytes: list[int]) -> tuple[list[int], int]:
+    """Return where each chunk's packed rows begin, a multiple of 16 bytes, and where the last end.
 
-    row_bytes, wire_bytes: of each chunk. Worked example: rows of 32, 16 and 64 bytes, wire rows of
-    64, 32 and 16: they begin at 0, 64 (the rows of chunk 1 at 32) and 96 (at 48), and end at 112.
+    Args:
+        row_bytes: bytes of each chunk's unpacked rows.
+        packed_bytes: bytes of each chunk's packed rows.
+
+    Worked example: rows of 32, 16 and 64 bytes, packed rows of 64, 32 and 16: they begin at 0, 64
+    (the rows of chunk 1 at 32) and 96 (at 48), and end at 112.
     """
     starts, end = [], 0
-    for begin, size in zip(accumulate(row_bytes, initial=0), wire_bytes, strict=False):
+    for begin, size in zip(accumulate(row_bytes, initial=0), packed_bytes, strict=False):
         start = -(-max(begin, end) // 16) * 16
         starts.append(start)
         end = start + size
     return starts, end
 
 
-def _splits(plan: DispatchPlan) -> tuple[list[int], list[int]]:
-    """Splits of the way out."""
-    way = plan if plan.once is None else plan.once
-    return way.send_splits, way.recv_splits
+def _dispatch_splits(plan: DispatchPlan) -> tuple[list[int], list[int]]:
+    """Return the dispatch's rows per destination and per source rank."""
+    rows = plan if plan.unique is None else plan.unique
+    return rows.send_splits, rows.recv_splits
 
 
-def _rows_at(
-    buffer: torch.Tensor, starts: list[int], counts: list[int], wire: RowFormat
+def _packed_rows(
+    buffer: torch.Tensor, starts: list[int], counts: tuple[int, ...], row_format: RowFormat
 ) -> list[torch.Tensor]:
-    length = wire.row_bytes
+    length = row_format.row_bytes
     return [
         buffer[start : start + count * length].view(count, length)
         for start, count in zip(starts, counts, strict=True)

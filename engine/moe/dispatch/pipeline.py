@@ -1,12 +1,12 @@
-"""Pipeline: chunks of rows through dispatch, experts and combine, each while others travel.
+"""Pipeline: chunks of rows through dispatch, experts and combine, overlapped with each other.
 
-Steps 5 to 7 of `layer.py`. With one chunk it is the plain sequence; `overlap.py` says what a chunk
-is and shows the order of the collectives; `freight.py` says what is done to the rows.
+Steps 5 to 7 of `layer.py`. With one chunk it is the plain sequence; `chunk_layout.py` defines
+chunks and shows the order of the collectives, `payload.py` packs and unpacks the rows.
 
-Where a step is two half batches (`halves.py`), a call stops twice: while its rows are under way to
-the experts, and on their way back.
+In a step of two micro-batches (`two_batch.py`) a call yields twice: while its rows are dispatched,
+and while the results are combined.
 
-Legend: T tokens, M columns of the decision, D model dim, A rows home.
+Legend: T tokens, M columns of the decision, D model dim, S rows sent.
 """
 
 from __future__ import annotations
@@ -17,97 +17,102 @@ from dataclasses import dataclass
 import torch
 
 from engine.distributed.collectives import Pending
-from engine.moe.dispatch.exchange import Exchange
-from engine.moe.dispatch.payload import AllToAll
+from engine.moe.dispatch.buffers import RowBuffers
+from engine.moe.dispatch.exchange import AllToAll, Exchange
+from engine.moe.dispatch.payload import make_payload
 from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.dispatch.two_batch import Stages
+from engine.moe.dispatch.two_batch import Steps
 from engine.moe.experts import ExpertsBackend
 from engine.profiling.phase_clock import Phase, PhaseClock
 
 
 @dataclass(frozen=True, slots=True)
-class _Trip:
-    """An all-to-all under way. arrival: its number, None where the clock already stands at it."""
+class _InFlight:
+    """An all-to-all that has been started."""
 
     phase: Phase
     pending: Pending
     num_rows: int
     num_bytes: int
-    arrival: int | None
+    arrival: int | None  # the clock's number of it; None: the clock has entered it already
 
 
 class Pipeline:
-    """Moves rows to the experts' ranks and their results back."""
+    """Exchanges the rows of one layer's calls and runs its experts on them."""
 
-    def __init__(self, dispatcher: Exchange, experts: ExpertsBackend, layer: int) -> None:
-        self._dispatcher = dispatcher
-        self._experts = experts
-        self._layer = layer
+    def __init__(
+        self, exchange: Exchange, experts: ExpertsBackend, buffers: RowBuffers, layer: int
+    ) -> None:
+        self._exchange, self._experts = exchange, experts
+        self._buffers, self._layer = buffers, layer
 
-    def stages(
+    def steps(
         self,
         x_TD: torch.Tensor,
         weights_TM: torch.Tensor,
         plans: list[DispatchPlan],
         clock: PhaseClock,
         *,
-        stops: bool = False,
-    ) -> Stages[torch.Tensor]:
-        """Return the rows [A, D] that came home, in the order of the plans; `DispatchPlan.terms`
-        says which of them make up a token. Collective over EP: every rank must call, with as many
-        plans.
+        yields: bool = False,
+    ) -> Steps[torch.Tensor]:
+        """Return the combined rows [S, D], in the order of the plans; `DispatchPlan.terms` maps
+        them to tokens. Collective over EP: every rank must call, with as many plans.
 
-        weights_TM: float32 combine weights. clock: told DISPATCH and COMBINE once a chunk, for the
-        time that this rank waits. stops: yield where all there is to do is to wait. Where something
-        fails, or the generator is closed, all that is under way is waited for first.
+        Where something fails, or the generator is closed, every collective in flight is waited for
+        first.
+
+        Args:
+            x_TD: this rank's tokens.
+            weights_TM: float32 combine weights.
+            plans: one per chunk.
+            clock: enters DISPATCH and COMBINE once per chunk, for the time that this rank waits.
+            yields: yield where there is nothing left to do but wait.
         """
-        serial, layer = len(plans) == 1 and not stops, self._layer
-        freight = self._dispatcher.load(x_TD, weights_TM, plans, self._experts)
-        under_way: list[_Trip] = []
+        serial, layer, exchange = len(plans) == 1 and not yields, self._layer, self._exchange
+        payload = make_payload(
+            x_TD, weights_TM, plans, self._buffers, single_rank=exchange.is_single_rank
+        )
+        in_flight: list[_InFlight] = []
 
-        def start(phase: Phase, leg: AllToAll) -> _Trip:
-            rows = leg.rows
-            num_bytes, arrival = self._dispatcher.remote_bytes(rows, leg.send_splits), None
-            if serial:  # the rank waits at once
-                clock.enter_collective(phase, layer, rows.shape[0])
+        def start(phase: Phase, rows: AllToAll) -> _InFlight:
+            num_rows, num_bytes, arrival = rows.send.shape[0], exchange.remote_bytes(rows), None
+            if serial:  # this rank waits at once
+                clock.enter_collective(phase, layer, num_rows)
                 clock.sent(num_bytes)
             else:
                 arrival = clock.record_arrival()
-            pending = self._dispatcher.start(rows, leg.into, leg.send_splits, leg.recv_splits)
-            under_way.append(_Trip(phase, pending, rows.shape[0], num_bytes, arrival))
-            return under_way[-1]
+            in_flight.append(_InFlight(phase, exchange.start(rows), num_rows, num_bytes, arrival))
+            return in_flight[-1]
 
-        def wait(trip: _Trip) -> torch.Tensor:
-            if trip.arrival is not None:
-                clock.enter_collective(trip.phase, layer, trip.num_rows, trip.arrival)
-                clock.sent(trip.num_bytes)
-            return trip.pending.wait()
+        def wait(started: _InFlight) -> torch.Tensor:
+            if started.arrival is not None:
+                clock.enter_collective(started.phase, layer, started.num_rows, started.arrival)
+                clock.sent(started.num_bytes)
+            return started.pending.wait()
 
-        def start_out(index: int) -> _Trip:
+        def start_dispatch(chunk: int) -> _InFlight:
             clock.enter(Phase.PLAN, layer)
-            return start(Phase.DISPATCH, freight.pack(index))
+            return start(Phase.DISPATCH, payload.pack_dispatch(chunk))
 
         try:
-            coming = start_out(0)
-            if stops:
+            dispatch = start_dispatch(0)
+            if yields:
                 yield
-            backs: list[_Trip] = []
-            for index, plan in enumerate(plans):
-                following = start_out(index + 1) if index + 1 < len(plans) else None
-                arrived = wait(coming)
+            combines: list[_InFlight] = []
+            for chunk, plan in enumerate(plans):
+                following = start_dispatch(chunk + 1) if chunk + 1 < len(plans) else None
+                recv = wait(dispatch)
                 clock.enter(Phase.EXPERTS, layer, plan.num_received)
-                backs.append(start(Phase.COMBINE, freight.work(index, arrived)))
+                out_RD = self._experts(*payload.unpack(chunk, recv))
+                combines.append(start(Phase.COMBINE, payload.pack_combine(chunk, out_RD)))
                 if following is not None:
-                    coming = following
-            if stops:
+                    dispatch = following
+            if yields:
                 yield
-            rows = freight.home
-            for back in backs:
-                home = wait(back)
-                rows = home if len(plans) == 1 else rows
-            return rows
+            results = [wait(combine) for combine in combines]
+            return results[0] if len(plans) == 1 else payload.combined_SD
         except BaseException:
-            for trip in under_way:
-                with suppress(RuntimeError):  # the first failure is the one to tell
-                    trip.pending.wait()
+            for started in in_flight:
+                with suppress(RuntimeError):  # the first failure is the one to report
+                    started.pending.wait()
             raise

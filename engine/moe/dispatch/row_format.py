@@ -1,19 +1,19 @@
-"""Wire format: what a row looks like between two ranks where it is more than the row itself.
+"""Row format: the bytes of a dispatched row where it is more than the row in the model's dtype.
 
-    payload   the row, as it is, in bfloat16, or in float8_e4m3fn with one scale
+    payload   the row, in the model's dtype, in bfloat16, or in float8_e4m3fn with one scale
     scale     float32, with float8: the row's largest magnitude / 448
-    weights   float32 [e], with partial sums: the combine weights of the group's experts
-    bitmap    uint8 [B], with deduplication: which of them the row serves, see dedup.py
+    weights   float32 [e], where rows are pre-reduced: the combine weights of the group's experts
+    bitmap    uint8 [B], where rows are deduplicated: which of them the row serves, see `dedup.py`
     padding   to 16 bytes, so that payloads stay aligned
 
-All of it is one row of bytes, so rows and what belongs to them travel in one all-to-all. Rows that
-need none of it travel as they are, without a wire format.
+All of it is one row of bytes, so one all-to-all is enough. Rows that need none of it are sent
+unpacked, without a row format.
 
 float8 keeps 3 bits of mantissa: an element differs by at most 1/16 of itself, or by 1/1,024 of the
-scale where it is smaller than scale / 64. A row that holds NaN or infinity arrives as NaN.
+scale where it is smaller than scale / 64. A row that holds NaN or infinity is received as NaN.
 
 Legend: T tokens, U rows sent, V rows received, R assignments received, D model dim, L bytes of a
-wire row.
+packed row.
 """
 
 from __future__ import annotations
@@ -27,22 +27,27 @@ from engine.ops.permute import gather_rows
 
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
-# Rows turned back at a time: what is in between stays small beside the row buffers.
+# Rows unpacked at a time: intermediates stay small compared to the row buffers.
 _BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens in the payload's form. rows_TD: payload dtype, float8 as uint8. scale_T1: float32."""
+    """Tokens in the payload's dtype."""
 
-    rows_TD: torch.Tensor
-    scale_T1: torch.Tensor | None
+    rows_TD: torch.Tensor  # payload dtype; float8 as uint8
+    scale_T1: torch.Tensor | None  # float32, with float8
 
 
 class RowFormat:
-    """Packs rows of `width` numbers of `dtype`, and reads them.
+    """Packs and unpacks rows of `width` numbers of `dtype`.
 
-    payload: the dtype they travel in. num_weights, bitmap_bytes: e and B, 0 for none. row_bytes: L.
+    Args:
+        width: D.
+        dtype: of unpacked rows.
+        payload: the dtype in which they are sent.
+        num_weights: e, 0 for none.
+        bitmap_bytes: B, 0 for none.
     """
 
     def __init__(
@@ -60,10 +65,10 @@ class RowFormat:
         self._scale = -(-width * payload.itemsize // 4) * 4
         self._weights = self._scale + 4 * self._scaled
         self._bits = self._weights + 4 * num_weights
-        self.row_bytes = -(-(self._bits + bitmap_bytes) // 16) * 16
+        self.row_bytes = -(-(self._bits + bitmap_bytes) // 16) * 16  # L
 
     def encode(self, x_TD: torch.Tensor) -> Encoded:
-        """Turn tokens [T, D] into the payload's form, each row by itself."""
+        """Return tokens [T, D] in the payload's dtype, each row scaled by itself."""
         if not self._scaled:
             return Encoded(x_TD.to(self.payload), None)
         x_TD = x_TD.float()
@@ -86,20 +91,20 @@ class RowFormat:
         if weights_Ue is not None:
             self.weights(out_UL).copy_(weights_Ue)
 
-    def bits(self, arrived_VL: torch.Tensor) -> torch.Tensor:
-        """The bitmaps of arrived rows: uint8 [V, B], a view."""
-        return arrived_VL[:, self._bits : self._bits + self.bitmap_bytes]
+    def bits(self, recv_VL: torch.Tensor) -> torch.Tensor:
+        """Return the bitmaps of received rows, uint8 [V, B], a view."""
+        return recv_VL[:, self._bits : self._bits + self.bitmap_bytes]
 
-    def weights(self, arrived_VL: torch.Tensor) -> torch.Tensor:
-        """The combine weights of arrived rows: float32 [V, e], a view."""
-        return self._part(arrived_VL, self._weights, self.num_weights)
+    def weights(self, recv_VL: torch.Tensor) -> torch.Tensor:
+        """Return the combine weights of received rows, float32 [V, e], a view."""
+        return self._part(recv_VL, self._weights, self.num_weights)
 
     def unpack(
-        self, arrived_VL: torch.Tensor, index_R: torch.Tensor | None, out_RD: torch.Tensor
+        self, recv_VL: torch.Tensor, index_R: torch.Tensor | None, out_RD: torch.Tensor
     ) -> None:
-        """Write arrived rows, those of index_R (int64; None: all in order), into out_RD."""
+        """Write received rows, those of index_R (int64; None: all in order), into out_RD."""
         if not self._scaled and self.payload == self.dtype:
-            rows_VD = arrived_VL.view(self.dtype)[:, : self.width]
+            rows_VD = recv_VL.view(self.dtype)[:, : self.width]
             if index_R is None:
                 out_RD.copy_(rows_VD)
             else:
@@ -108,9 +113,9 @@ class RowFormat:
         for start in range(0, out_RD.shape[0], _BLOCK):
             block = slice(start, min(start + _BLOCK, out_RD.shape[0]))
             if index_R is None:
-                part = arrived_VL[block]
+                part = recv_VL[block]
             else:
-                part = arrived_VL.index_select(0, index_R[block])
+                part = recv_VL.index_select(0, index_R[block])
             rows = part.view(self.payload)[:, : self.width]
             if self._scaled:
                 out_RD[block] = rows.float() * self._part(part, self._scale, 1)
@@ -123,43 +128,39 @@ class RowFormat:
 
 @dataclass(frozen=True, slots=True)
 class RowFormats:
-    """What a layer's rows are and how the settings let them travel.
+    """The row formats that a layer's settings allow."""
 
-    width: D. dtype: the compute dtype. payload: moe.dispatch.dtype. partial: send one summed row
-    a token and rank home (moe.dispatch.partial_sums).
-    """
-
-    width: int
-    dtype: torch.dtype
-    payload: torch.dtype
-    partial: bool = False
+    width: int  # D
+    dtype: torch.dtype  # of the layer's computation
+    payload: torch.dtype  # moe.dispatch.dtype
+    pre_reduced: bool = False  # moe.dispatch.partial_sums: combine one row per token and rank
 
     @property
-    def home_bytes(self) -> int:
-        """Bytes of a row on the way back."""
+    def combine_bytes(self) -> int:
+        """Bytes of a row in the combine."""
         return self.width * self.dtype.itemsize
 
     @property
-    def out_bytes(self) -> int:
-        """Bytes of a row on the way out that is not deduplicated."""
-        wire = self.each()
-        return self.home_bytes if wire is None else wire.row_bytes
+    def dispatch_bytes(self) -> int:
+        """Bytes of a dispatched row that is not deduplicated."""
+        row_format = self.per_assignment()
+        return self.combine_bytes if row_format is None else row_format.row_bytes
 
-    def each(self) -> RowFormat | None:
-        """The format of rows that go once an expert; None: as they are."""
+    def per_assignment(self) -> RowFormat | None:
+        """Return the format of rows sent once per assignment; None: unpacked."""
         if self.payload == self.dtype:
             return None
         return RowFormat(self.width, self.dtype, self.payload)
 
-    def once(self, most_experts: int, bitmap_bytes: int) -> RowFormat:
-        """The format of rows that go once a rank."""
-        weights = most_experts if self.partial else 0
+    def deduplicated(self, most_experts: int, bitmap_bytes: int) -> RowFormat:
+        """Return the format of rows sent once per token and rank."""
+        weights = most_experts if self.pre_reduced else 0
         return RowFormat(
             self.width, self.dtype, self.payload, num_weights=weights, bitmap_bytes=bitmap_bytes
         )
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype, config: DispatchConfig) -> RowFormats:
-        """From the settings."""
+        """Return the formats for rows of `width` numbers under moe.dispatch."""
         payload = {"auto": dtype, "bf16": torch.bfloat16, "fp8": _FP8}[config.dtype]
         return cls(width, dtype, payload, config.partial_sums)

@@ -1,14 +1,15 @@
-"""Halves: two half batches of a step that take turns, so that one works while the other travels.
+"""Two-batch overlap: two micro-batches interleaved, so that one computes while the other's rows move.
 
-`moe.overlap.two_batch`. A layer call is a generator that stops where its rows are under way
-(`MoELayer.stages`); a half batch is the generator of all its layers (`CausalLM`). `interleave` goes
-from one to the other at every stop:
+`moe.overlap.two_batch`. A layer call is a generator that yields while its rows are in flight
+(`MoELayer.steps`); a micro-batch is the generator of all its layers (`CausalLM`). `interleave`
+switches between the two at every yield:
 
     compute   A attention  B attention | A experts | B experts | A next attention | B next ...
-    network                  A out     |   B out   |  A back   |     B back       |
+    network              A dispatch    | B dispatch | A combine |    B combine     |
 
-Every rank splits its own sequences and makes the same stops, also with an empty half, so all start
-the same collectives in the same order: A out, B out, A back, B back, layer after layer.
+Every rank splits its own sequences and has the same yield points, also with an empty micro-batch,
+so all ranks start the same collectives in the same order: A dispatch, B dispatch, A combine,
+B combine, layer after layer.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-Stages = Generator[None, None, _T]
+Steps = Generator[None, None, _T]  # yields while rows are in flight, returns the result
 
 
-def finish(stages: Stages[_T]) -> _T:
-    """Run to the end without leaving at the stops."""
+def run_to_end(steps: Steps[_T]) -> _T:
+    """Run a generator to its end, without leaving it at its yield points; return its result."""
     while True:
         try:
-            next(stages)
+            next(steps)
         except StopIteration as end:
             return end.value
 
 
-def interleave(parts: Sequence[Stages[_T]]) -> list[_T]:
-    """Run all to the end, each from stop to stop in turn; their results in order.
+def interleave(micro_batches: Sequence[Steps[_T]]) -> list[_T]:
+    """Run all generators to their ends, switching at every yield; return the results in order.
 
-    Where one fails the others are closed, which waits for what they have under way.
+    Where one fails the others are closed, which waits for the collectives they have in flight.
     """
     results: dict[int, _T] = {}
     try:
-        while len(results) < len(parts):
-            for index, stages in enumerate(parts):
+        while len(results) < len(micro_batches):
+            for index, steps in enumerate(micro_batches):
                 if index in results:
                     continue
                 try:
-                    next(stages)
+                    next(steps)
                 except StopIteration as end:
                     results[index] = end.value
     finally:
-        for stages in parts:
-            stages.close()
-    return [results[index] for index in range(len(parts))]
+        for steps in micro_batches:
+            steps.close()
+    return [results[index] for index in range(len(micro_batches))]
