@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine.distributed.groups import Group
+from engine.profiling.phase_clock import Phase, PhaseClock
 
 # torch 2.13 renamed all_gather_into_tensor to all_gather_single and warns about the old name.
 _all_gather: Callable[..., Any] = (
@@ -148,15 +149,52 @@ class GroupCollectives:
 COLLECTIVE_BYTES = 256 * 1024
 
 
-def run_overlapped(work: Callable[[], None], wait: Callable[[], object]) -> None:
-    """Run `work`; where it fails, `wait` for the collective before its error goes on.
+class Waitable(Protocol):
+    """What is in flight until `wait` returns."""
 
-    A collective nobody waits for outlives its buffers. What went wrong first is what to tell, also
-    where the others are gone by now.
+    def wait(self) -> object:
+        """Wait for it."""
+        ...
+
+
+_W = TypeVar("_W", bound=Waitable)
+
+
+def run_overlapped(
+    start: Callable[[], _W],
+    work: Callable[[], None] | None,
+    clock: PhaseClock,
+    layer: int,
+    *,
+    phase: Phase | None,
+) -> _W:
+    """Start a collective, run `work` while it is in flight, and return it, ready to be waited for.
+
+    Where `work` fails, the collective is waited for before the error is raised: one that is never
+    waited for outlives its buffers.
+
+    Args:
+        start: starts the collective.
+        work: None: nothing to overlap.
+        clock: enters EXPERTS for the work, then `phase`, with the arrival at the start.
+        layer: for the clock.
+        phase: of the collective; None: `start` starts none.
     """
+    if work is None:
+        if phase is not None:
+            clock.enter_collective(phase, layer)
+        return start()
+    arrival = None if phase is None else clock.record_arrival()
+    pending = start()
+    clock.enter(Phase.EXPERTS, layer)
     try:
         work()
     except Exception:
-        with suppress(Exception):
-            wait()
+        with suppress(Exception):  # the first failure is the one to report
+            pending.wait()
         raise
+    if phase is None:
+        clock.enter(Phase.PLAN, layer)
+    else:
+        clock.enter_collective(phase, layer, collective=arrival)
+    return pending

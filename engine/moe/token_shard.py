@@ -1,11 +1,11 @@
-"""Token slice: under attention tensor parallelism every rank of a tensor group holds the same
-tokens.
+"""Token shard: a tensor rank's part of the tokens that its whole tensor group holds.
 
-Before the experts each takes one contiguous part, so that no assignment is sent twice; after them
-the parts are gathered.
+Under attention tensor parallelism every rank of a tensor group has the same tokens. Before the
+experts each takes one contiguous part, so that no assignment is sent twice; after them the parts
+are gathered.
 
 Worked example: 7 tokens on a tensor group of 2: parts of ceil(7/2) = 4 rows, [0, 4) and [4, 7); the
-second is padded to 4 rows for the gather and the padding is cut off again.
+second is padded to 4 rows for the gather, and the padding is removed after it.
 
 Legend: T tokens of the tensor group, t tokens of this rank's part, D model dim.
 """
@@ -20,21 +20,19 @@ from engine.profiling.phase_clock import NO_LAYER, Phase, PhaseClock
 
 
 def part_bounds(num_tokens: int, size: int, rank: int) -> tuple[int, int]:
-    """First row and end of a rank's part of `num_tokens` rows, in a tensor group of `size`."""
+    """Return the first row and the end of a rank's part, in a tensor group of `size` ranks."""
     part = -(-num_tokens // size)
     start = min(rank * part, num_tokens)
     return start, min(start + part, num_tokens)
 
 
 class TokenShard:
-    """Takes this rank's part of a tensor group's tokens, and gathers the parts again; the identity
-    for one rank.
-    """
+    """Scatters tokens over a tensor group and gathers the parts; the identity for one rank."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def take(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def scatter(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows [t, D]; possibly none."""
         if self._group.size == 1:
             return x_TD
@@ -43,14 +41,19 @@ class TokenShard:
 
     @property
     def num_collectives(self) -> int:
-        """Collectives of a `gather`."""
+        """Collectives per `gather`."""
         return int(self._group.size > 1)
 
     def gather(
         self, out_tD: torch.Tensor, num_tokens: int, clock: PhaseClock, layer: int = NO_LAYER
     ) -> torch.Tensor:
-        """Return all rows [T, D]. Collective over the tensor group: every rank must call, with the
-        same num_tokens. clock: told TENSOR; the caller's next phase ends it.
+        """Return all rows [T, D]. Collective over the tensor group: every rank must call.
+
+        Args:
+            out_tD: this rank's rows.
+            num_tokens: T, the same on every rank.
+            clock: enters TENSOR; the caller's next phase ends it.
+            layer: for the clock.
         """
         if self._group.size == 1:
             return out_tD

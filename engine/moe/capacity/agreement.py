@@ -1,8 +1,9 @@
 """Agreement: from one rank's routing to what is computed, decided alike on all ranks.
 
-Step 3 of `layer.py` when a capacity policy is on. In order:
+Step 3 of `layer.py`. Without a capacity policy, or where it cannot bind, the ranks exchange their
+loads and every assignment is kept. Otherwise, in order:
 
-    claims     every competing assignment gets its order words              claims.py
+    claims     every assignment subject to capacity gets its sort keys      claim_maker.py
     consensus  overloaded pools are cut                                     consensus.py
     extras     Expanded Drop: this rank's free slots for its own tokens     expansion.py
     order      what is left, sorted by expert                               plan.py
@@ -10,11 +11,11 @@ Step 3 of `layer.py` when a capacity policy is on. In order:
                layout needs more than loads, from the claims of all ranks (`global` by gather), by
                one more exchange (`quota` with scope `expert`), else in the exchange of the rows
 
-Equal claims at a cut are the exception that costs a second round; then all ranks see the same flag
-and all go round again.
+Equal claims at a cut are the exception that costs a second selection; all ranks see the same flag
+and repeat it together.
 
-Legend: T tokens on this rank, K top-k, M columns of the result (K, or K + e), N columns that
-compete, E experts, e experts on this rank, P pools, W expert-parallel ranks, n numbers of a rank.
+Legend: T tokens on this rank, K top-k, M columns of the result (K, or K + e), N columns subject to
+capacity, E experts, e experts on this rank, P pools, W expert-parallel ranks, n counts per rank.
 """
 
 from __future__ import annotations
@@ -42,32 +43,34 @@ from engine.profiling.phase_clock import Phase, PhaseClock
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What this rank's tokens get, and every rank's counts.
+    """What is computed for this rank's tokens, and every rank's counts."""
 
-    ids_TM: int64, the experts that will be computed: the top-k columns, -1 where dropped, then one
-    column a local expert for extras, -1 where none. weights_TM: float32 combine weights, 0 where
-    the id is -1. keep_TK: bool. extra_Te: bool, None without expansion. order: ids_TM sorted by
-    expert. exchanged_Wn: int64 on the host, `ExpertOrder.numbers` of every rank; the extras of
-    other ranks, which stay there, may be missing. counts_WE: rows each rank sends to each expert,
-    the same way. before_WE: top-k assignments before capacity.
-    """
-
+    # int64, the top-k experts, -1 where dropped, then one column per local expert for extras, -1
+    # where none
     ids_TM: torch.Tensor
-    weights_TM: torch.Tensor
-    keep_TK: torch.Tensor
-    extra_Te: torch.Tensor | None
-    order: ExpertOrder
+    weights_TM: torch.Tensor  # float32 combine weights, 0 where the id is -1
+    order: ExpertOrder  # ids_TM sorted by expert
+    # int64 on the host, every rank's `ExpertOrder.counts_to_exchange`; the extras of other ranks,
+    # which stay there, may be missing
     exchanged_Wn: np.ndarray
-    counts_WE: np.ndarray
-    before_WE: np.ndarray
+    before_WE: np.ndarray  # top-k assignments before capacity, per rank and expert
+    counts_WE: np.ndarray  # rows per rank and expert after it; extras as in exchanged_Wn
+    keep_TK: torch.Tensor | None = None  # bool; None: nothing could be dropped or added
+    extra_Te: torch.Tensor | None = None  # bool; None: without expansion
 
 
 class CapacityAgreement:
     """Decides one MoE layer's drops and extras together with the other ranks.
 
-    layout: which rank hosts which experts, and in which order their rows travel. ranks: what to
-    call the group's ranks in errors, 0 .. W - 1 by default. Build it with the same arguments on
-    every rank.
+    Build it with the same arguments on every rank.
+
+    Args:
+        router: of the layer.
+        config: moe.capacity.
+        layer: for random order and errors.
+        layout: which rank hosts which experts; the send order where a call names none.
+        collectives: of the expert-parallel group.
+        ranks: the group's ranks as errors name them, by default 0 .. W - 1.
     """
 
     def __init__(
@@ -101,19 +104,36 @@ class CapacityAgreement:
             config.consensus, config.selection, self._claims.pools, collectives
         )
 
-    def applies(self, step: MoEStep) -> bool:
-        """Whether anything may be dropped or added in this step; the same on every rank."""
-        if not self._binds or not step.num_competing:
+    def applies(self, step: MoEStep | None) -> bool:
+        """Return whether anything may be dropped or added in this step, the same on every rank."""
+        if step is None or not self._binds or not step.num_competing:
             return False
         if self._expands or self.config.consensus == "local":
             return True
         return self._claims.may_bind(step)
 
     def costs_exchange(self, step: MoEStep | None) -> bool:
-        """Whether a layout that tells more than loads by expert costs one more collective in this
-        step; the same on every rank.
+        """Return whether a layout with more counts than loads by expert costs one more collective
+        in this step, the same on every rank.
         """
-        return step is not None and self._consensus.counts_only and self.applies(step)
+        return self._consensus.counts_only and self.applies(step)
+
+    def agree(
+        self,
+        routing: Routing,
+        step: MoEStep | None,
+        *,
+        clock: PhaseClock,
+        overlap: Callable[[], None] | None = None,
+        layout: ExpertLayout | None = None,
+    ) -> Decision:
+        """Decide under the capacity policy where it applies, else keep every assignment.
+
+        Collective over EP: every rank must call. See `decide` for the arguments.
+        """
+        if step is None or not self.applies(step):
+            return self._keep_all(routing, clock, overlap, layout or self._layout)
+        return self.decide(routing, step, clock=clock, overlap=overlap, layout=layout)
 
     def decide(
         self,
@@ -121,51 +141,47 @@ class CapacityAgreement:
         step: MoEStep,
         *,
         clock: PhaseClock | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        overlap: Callable[[], None] | None = None,
         layout: ExpertLayout | None = None,
     ) -> Decision:
         """Agree on this layer's drops and extras. Collective over EP: every rank must call.
 
-        clock: told PLAN and, exactly once, CONSENSUS. meanwhile: work that needs no answer, done
-        while the first collective is under way. layout: the order of travel in this call, the same
-        on every rank; by default the one given at the start.
+        Args:
+            routing: of this rank's tokens.
+            step: which tokens are subject to capacity.
+            clock: enters PLAN and, exactly once, CONSENSUS.
+            overlap: work to do while the first collective is in flight.
+            layout: the send order of this call, the same on every rank.
 
         Raises:
             ValueError: a router score is NaN or infinite on some rank; on every rank.
         """
-        clock, consensus = clock or NoClock(), self._consensus
+        clock, consensus, layer = clock or NoClock(), self._consensus, self._layer
         layout = layout or self._layout
-        layer, sent = self._layer, self.collectives.bytes_sent
+        sent = self.collectives.bytes_sent
         clock.enter(Phase.PLAN, layer)
         claims = self._claims.make(routing, step)
-        started = None
-        if consensus.communicates:
-            if meanwhile is None:
-                clock.enter_collective(Phase.CONSENSUS, layer)
-            else:
-                started = clock.record_arrival()
-        round = consensus.begin(claims)
-        if meanwhile is not None:
-            clock.enter(Phase.EXPERTS, layer)
-            run_overlapped(meanwhile, round.wait)
-            if started is not None:
-                clock.enter_collective(Phase.CONSENSUS, layer, collective=started)
-            else:
-                clock.enter(Phase.PLAN, layer)
-        round.wait()
+        pending = run_overlapped(
+            lambda: consensus.begin(claims),
+            overlap,
+            clock,
+            layer,
+            phase=Phase.CONSENSUS if consensus.communicates else None,
+        )
+        pending.wait()
         if consensus.communicates:
             clock.sent(self.collectives.bytes_sent - sent)
-        if round.complete and not (layout.has_extra_counts and consensus.counts_only):
+        if pending.complete and not (layout.has_extra_counts and consensus.counts_only):
             clock.enter(Phase.PLAN, layer)
         exact = False
         while True:
-            verdict = round.verdict(exact=exact)
-            keep_TK, extra_Te = self._apply(verdict, routing, step, claims)
+            selection = pending.select(exact=exact)
+            keep_TK, extra_Te = self._apply(selection, routing, step, claims)
             ids_TM = _merge(routing.topk_ids_TK, keep_TK, extra_Te, self._own.start)
             order = layout.sort(ids_TM)
-            rows_Wn2 = self._rows(verdict, claims, order, layout, step, clock)
+            rows_Wn2 = self._rows(selection, claims, order, layout, step, clock)
             # SYNC: all_to_all takes its splits as host integers; the layer's only copy. The flags
-            # for ties and bad scores ride along.
+            # for ties and non-finite scores are part of it.
             host = rows_Wn2.cpu().numpy()
             self._check_finite(host[:, -2])
             if exact or not host[:, -1].any():
@@ -175,23 +191,58 @@ class CapacityAgreement:
         return Decision(
             ids_TM=ids_TM,
             weights_TM=self._weights(routing, keep_TK, extra_Te),
-            keep_TK=keep_TK,
-            extra_Te=extra_Te,
             order=order,
             exchanged_Wn=exchanged_Wn,
-            counts_WE=layout.counts(exchanged_Wn),
             before_WE=host[:, exchanged_Wn.shape[1] : -2],
+            counts_WE=layout.loads(exchanged_Wn),
+            keep_TK=keep_TK,
+            extra_Te=extra_Te,
+        )
+
+    def _keep_all(
+        self,
+        routing: Routing,
+        clock: PhaseClock,
+        overlap: Callable[[], None] | None,
+        layout: ExpertLayout,
+    ) -> Decision:
+        """Sort the assignments and exchange the loads. Collective."""
+        clock.enter(Phase.PLAN, self._layer)
+        order = layout.sort(routing.topk_ids_TK)
+        assert order.counts_to_exchange is not None
+        counts, collectives = order.counts_to_exchange, self.collectives
+        sent = collectives.bytes_sent
+        pending = run_overlapped(
+            lambda: collectives.all_gather(counts),
+            overlap,
+            clock,
+            self._layer,
+            phase=Phase.CONSENSUS,
+        )
+        # SYNC: all_to_all takes its splits as host integers; one copy per layer.
+        exchanged_Wn = pending.wait().cpu().numpy()
+        clock.sent(collectives.bytes_sent - sent)
+        clock.enter(Phase.PLAN, self._layer)
+        loads_WE = layout.loads(exchanged_Wn)
+        return Decision(
+            ids_TM=routing.topk_ids_TK,
+            weights_TM=routing.topk_weights_TK,
+            order=order,
+            exchanged_Wn=exchanged_Wn,
+            before_WE=loads_WE,
+            counts_WE=loads_WE,
         )
 
     def _apply(
-        self, verdict: Selection, routing: Routing, step: MoEStep, claims: Claims
+        self, selection: Selection, routing: Routing, step: MoEStep, claims: Claims
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turn the verdict into keep_TK and extra_Te."""
+        """Return keep_TK and extra_Te of a selection."""
         num_tokens, top_k = routing.topk_ids_TK.shape
-        keep_TN = verdict.keep_N.view(num_tokens, claims.code_N.numel() // max(num_tokens, 1))
+        keep_TN = selection.keep_N.view(num_tokens, claims.code_N.numel() // max(num_tokens, 1))
         if not num_tokens:
-            keep_TN = verdict.keep_N.view(0, top_k)
+            keep_TN = selection.keep_N.view(0, top_k)
         keep_TK = keep_TN[:, :top_k]
+        # Tokens that are not subject to capacity keep all of theirs.
         if step.competes_T is not None:
             keep_TK = keep_TK | ~step.competes_T[:, None]
         if not self._expands:
@@ -201,7 +252,8 @@ class CapacityAgreement:
             return keep_TK, keep_TK.new_zeros((0, num_local))
         if self.config.tiers == "one":
             return keep_TK, keep_TN[:, top_k : top_k + num_local]
-        free_P = claims.limit_P - verdict.pool_kept_P
+        # The slots that are left, for this rank's own tokens and experts.
+        free_P = claims.limit_P - selection.pool_kept_P
         pool_e = claims.pool_of_code[self._own]
         allowed_Te = self._claims.outside_topk(routing, step) & (free_P[pool_e] > 0)
         budget: torch.Tensor | int = num_local if self.config.expand is None else self.config.expand
@@ -215,43 +267,45 @@ class CapacityAgreement:
 
     def _rows(
         self,
-        verdict: Selection,
+        selection: Selection,
         claims: Claims,
         order: ExpertOrder,
         layout: ExpertLayout,
         step: MoEStep,
         clock: PhaseClock,
     ) -> torch.Tensor:
-        """Every rank's numbers [W, n + E + 2]: of its rows, rows before capacity, bad, tied."""
+        """Return every rank's counts, int64 [W, n + E + 2]: of its rows, its assignments before
+        capacity, and the flags for non-finite scores and ties.
+        """
         num_experts, size = self._router.num_experts, self.collectives.size
-        tied, own = verdict.tied.long(), order.numbers
+        tied, own = selection.tied.long(), order.counts_to_exchange
         assert own is not None
-        if verdict.rows_WE2 is None:
+        if selection.rows_WE2 is None:
             before_E = claims.count_codes()[: 2 * num_experts].view(2, num_experts).sum(0)
             if not self._consensus.communicates:
                 clock.enter_collective(Phase.CONSENSUS, self._layer)
-            return self._gather(torch.cat((own, before_E, claims.bad, tied[None])), clock)
-        exchanged_Wn = verdict.rows_WE2[:, :num_experts]
-        if layout.has_extra_counts and verdict.all_ids is not None:
+            return self._gather(torch.cat((own, before_E, claims.non_finite, tied[None])), clock)
+        exchanged_Wn = selection.rows_WE2[:, :num_experts]
+        if layout.has_extra_counts and selection.all_ids is not None:
             most = max(step.num_tokens_W)
-            ids_WTM = verdict.all_ids().view(size, most, claims.padded // max(most, 1))
-            exchanged_Wn = layout.numbers(ids_WTM, step.num_tokens_W)
+            ids_WTM = selection.all_ids().view(size, most, claims.padded // max(most, 1))
+            exchanged_Wn = layout.counts_to_exchange(ids_WTM, step.num_tokens_W)
         elif layout.has_extra_counts:
             exchanged_Wn = self._gather(own, clock)
         exchanged_Wn[self.collectives.rank] = own  # with this rank's extras
-        rest_WE2 = verdict.rows_WE2[:, num_experts:]
+        rest_WE2 = selection.rows_WE2[:, num_experts:]
         return torch.cat((exchanged_Wn, rest_WE2, tied.expand(size, 1)), dim=1)
 
     def _gather(self, own: torch.Tensor, clock: PhaseClock) -> torch.Tensor:
-        """Every rank's numbers, int64 [W, n]. Collective."""
+        """Return every rank's counts, int64 [W, n]. Collective."""
         sent = self.collectives.bytes_sent
         gathered = self.collectives.all_gather(own).wait()
         clock.sent(self.collectives.bytes_sent - sent)
         clock.enter(Phase.PLAN, self._layer)
         return gathered
 
-    def _check_finite(self, bad_W: np.ndarray) -> None:
-        names = [str(rank) for rank, bad in zip(self._ranks, bad_W, strict=True) if bad]
+    def _check_finite(self, flag_W: np.ndarray) -> None:
+        names = [str(rank) for rank, flag in zip(self._ranks, flag_W, strict=True) if flag]
         if names:
             raise ValueError(
                 f"layer {self._layer}: router scores are NaN or infinite on rank "
@@ -263,6 +317,7 @@ class CapacityAgreement:
     def _weights(
         self, routing: Routing, keep_TK: torch.Tensor, extra_Te: torch.Tensor | None
     ) -> torch.Tensor:
+        """Return the combine weights [T, M] of what is kept and added."""
         weights_TK = routing.topk_weights_TK
         kept_TM = weights_TK.where(keep_TK, 0.0)
         if extra_Te is not None:
@@ -279,7 +334,7 @@ class CapacityAgreement:
             changed_T1 = changed_T1 | extra_Te.any(1, keepdim=True)
         kept_T1 = kept_TM.sum(1, keepdim=True)
         changed_T1 = changed_T1 & (kept_T1 > 0)
-        # Shares first: the old sum over a tiny new one would overflow.
+        # Divide first: the old sum over a tiny new one would overflow.
         rescaled_TM = kept_TM / kept_T1 * weights_TK.sum(1, keepdim=True)
         return rescaled_TM.where(changed_T1, kept_TM)
 
@@ -290,7 +345,7 @@ def _merge(
     extra_Te: torch.Tensor | None,
     first_expert: int,
 ) -> torch.Tensor:
-    """ids_TM: surviving top-k, then extras in the order of the local experts; -1 elsewhere."""
+    """Return ids_TM: the top-k kept, then extras in the order of the local experts; -1 elsewhere."""
     ids_TK = topk_ids_TK.where(keep_TK, -1)
     if extra_Te is None:
         return ids_TK

@@ -1,10 +1,10 @@
-"""Claims: a rank's routing as what consensus compares, and the limits they are held to.
+"""Claim maker: a rank's routing as claims on pools, with their sort keys and the pools' limits.
 
-The first part of `agreement.py`: which of the rank's assignments compete, by which words, in which
-pools, for how many slots.
+The first part of `agreement.py`: which of the rank's assignments are subject to capacity, by which
+keys, in which pools, for how many slots.
 
 Legend: T tokens on this rank, K top-k, X extra columns (most experts on any rank), N claims (T * K,
-or T * (K + X) when extras compete), E experts, e experts on this rank, P pools.
+or T * (K + X) when extras are claims), E experts, e experts on this rank, P pools.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.config import CapacityConfig
 from engine.moe.capacity.consensus import Claims
 from engine.moe.capacity.expansion import candidates
 from engine.moe.capacity.limits import Pools, expert_capacity
-from engine.moe.capacity.priority import order_words
+from engine.moe.capacity.priority import sort_keys
 from engine.moe.capacity.speed_weights import limits
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
@@ -25,7 +25,7 @@ _LimitKey = tuple[torch.device, int, tuple[int, ...] | None]
 
 
 class ClaimMaker:
-    """Makes one layer's claims of one rank. own: the experts it hosts."""
+    """Makes one layer's claims of one rank."""
 
     def __init__(
         self,
@@ -36,20 +36,20 @@ class ClaimMaker:
         first_experts: list[int],
         rank: int,
     ) -> None:
-        self.own = slice(*first_experts[rank : rank + 2])
+        self.own = slice(*first_experts[rank : rank + 2])  # the experts that this rank hosts
         self.pools = Pools.make(config.scope, first_experts)
         self._router, self._config, self._layer = router, config, layer
         self._most_local = max(
             end - start for start, end in zip(first_experts, first_experts[1:], strict=False)
         )
-        self._extras_compete = (
+        self._extras_claim = (
             config.policy == "expanded_drop" and config.expand != 0 and config.tiers == "one"
         )
         self._tables: dict[torch.device, torch.Tensor] = {}
         self._limits: dict[_LimitKey, torch.Tensor] = {}
 
     def may_bind(self, step: MoEStep) -> bool:
-        """Whether some pool may be claimed more often than it has slots."""
+        """Return whether some pool may have more claims than slots."""
         slots = limits(self.pools, self.capacity(step.num_competing), step.shares_W)
         most = step.num_competing
         return any(
@@ -58,28 +58,28 @@ class ClaimMaker:
         )
 
     def capacity(self, num_competing: int) -> int:
-        """C for so many competing tokens."""
+        """Return C for so many tokens subject to capacity."""
         router = self._router
         return expert_capacity(
             self._config.exact_factor, num_competing, router.top_k, router.num_experts
         )
 
     def make(self, routing: Routing, step: MoEStep) -> Claims:
-        """This rank's claims in one call of the layer; no collective, no host sync."""
+        """Return this rank's claims in one call of the layer; no collective, no host sync."""
         num_experts, config = self._router.num_experts, self._config
         code_TN, score_TN = routing.topk_ids_TK, routing.scores_TE.gather(1, routing.topk_ids_TK)
         columns = self._router.top_k
         if step.competes_T is not None:
             code_TN = code_TN + num_experts * (~step.competes_T[:, None]).long()
-        if self._extras_compete:
-            extra_TX, score_TX = self._competing_extras(routing, step)
+        if self._extras_claim:
+            extra_TX, score_TX = self._extra_claims(routing, step)
             code_TN = torch.cat((code_TN, extra_TX), dim=1)
             score_TN = torch.cat((score_TN, score_TX), dim=1)
             columns += self._most_local
         expert_N = None
         if any(size > 1 for size in self.pools.sizes):
             expert_N = code_TN.flatten() % num_experts
-        words, leading = order_words(
+        keys, num_primary = sort_keys(
             config.order,
             score_N=score_TN.flatten(),
             request_N=_each(step.request_T, columns),
@@ -91,21 +91,21 @@ class ClaimMaker:
         device = code_TN.device
         local = config.consensus == "local"
         return Claims(
-            words=words,
-            leading=leading,
+            keys=keys,
+            num_primary=num_primary,
             code_N=code_TN.flatten(),
             pool_of_code=self._table(device),
             limit_P=self._limit(
                 device, step.num_own_competing if local else step.num_competing, step.shares_W
             ),
-            bad=(~routing.scores_TE.isfinite().all()).long()[None],
+            non_finite=(~routing.scores_TE.isfinite().all()).long()[None],
             padded=max(step.num_tokens_W) * columns,
         )
 
-    def _competing_extras(
+    def _extra_claims(
         self, routing: Routing, step: MoEStep
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes [T, X] and scores [T, X] of extras that compete with top-k; 3E is none."""
+        """Return codes [T, X] and scores [T, X] of extras that claim slots as top-k does; 3E: none."""
         scores_Te = routing.scores_TE[:, self.own]
         num_tokens, num_local = scores_Te.shape
         allowed_Te = self.outside_topk(routing, step)
@@ -121,13 +121,13 @@ class ClaimMaker:
         return code_TX, score_TX
 
     def outside_topk(self, routing: Routing, step: MoEStep) -> torch.Tensor:
-        """bool [T, e]: the local experts that a competing token has not chosen."""
+        """Return which local experts each token subject to capacity has not chosen: bool [T, e]."""
         chosen_TE = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
         outside_Te = ~chosen_TE.scatter_(1, routing.topk_ids_TK, True)[:, self.own]
         return outside_Te if step.competes_T is None else outside_Te & step.competes_T[:, None]
 
     def _table(self, device: torch.device) -> torch.Tensor:
-        """The pool of every code, int64 [3E + 1]."""
+        """Return the pool of every code, int64 [3E + 1]."""
         if device not in self._tables:
             pools = list(self.pools.pool_of_expert)
             codes = [*pools, *([-1] * len(pools)), *pools, -1]
@@ -137,7 +137,7 @@ class ClaimMaker:
     def _limit(
         self, device: torch.device, num_competing: int, shares_W: tuple[int, ...] | None
     ) -> torch.Tensor:
-        """Slots of every pool, int64 [P]; kept for the next layer call with as many tokens."""
+        """Return the slots of every pool, int64 [P]; kept for calls with as many tokens."""
         capacity = self.capacity(num_competing)
         key = (device, capacity, shares_W)
         if key not in self._limits:
@@ -147,5 +147,5 @@ class ClaimMaker:
 
 
 def _each(numbers_T: torch.Tensor, times: int) -> torch.Tensor:
-    """Repeat each token's number for its claims: [T * times]."""
+    """Return each token's number once per claim: [T * times]."""
     return numbers_T[:, None].expand(-1, times).flatten()

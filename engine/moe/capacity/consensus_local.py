@@ -1,7 +1,7 @@
 """Local consensus: a rank caps its own tokens by its own load, as the paper does (section 3.2).
 
-Nothing is communicated to decide. Where ranks see different traffic it drops far more than needed:
-an expert that is hot on one rank and idle on the others still has only that rank's share.
+Nothing is communicated to decide. Where ranks have different traffic it drops far more than needed:
+an expert that is overloaded on one rank and idle on the others has only that rank's quota.
 
 Legend: N claims of this rank, P pools.
 """
@@ -19,7 +19,7 @@ class LocalConsensus:
     counts_only = False
 
     def begin(self, claims: Claims) -> PendingSelection:
-        """Nothing is under way: the decision needs this rank alone."""
+        """Return at once: the selection needs this rank alone."""
         return _PendingLocal(claims)
 
 
@@ -30,11 +30,11 @@ class _PendingLocal:
         self._claims = claims
 
     def wait(self) -> None:
-        """There is nothing to wait for."""
+        """Return at once."""
 
-    def verdict(self, *, exact: bool) -> Selection:
-        """Keep this rank's best up to its own limit; always exact. No collective."""
+    def select(self, *, exact: bool) -> Selection:
+        """Select this rank's best up to its own limit; always exact. No collective."""
         claims = self._claims
-        keep_N, tied = select_top(claims.words, claims.pool_N, claims.limit_P)
+        keep_N, tied = select_top(claims.keys, claims.pool_N, claims.limit_P)
         own_P = claims.by_pool(claims.count_codes()[: claims.num_experts])
         return Selection(keep_N, own_P.minimum(claims.limit_P), tied, None)

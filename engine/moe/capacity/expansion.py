@@ -1,9 +1,8 @@
-"""Expansion: extra local experts for tokens, in slots that capacity leaves free; pure functions.
+"""Expansion: extra local experts for tokens, in slots that capacity leaves free. Pure functions.
 
 The second half of Expanded Drop (arXiv 2503.05066, section 3.3): an expert of the token's own rank
-costs no communication, so a slot that would stay empty is given to a token that ranked the expert
-outside its top-k. A rank's free slots are claimed by its own tokens alone, so nothing here needs
-another rank.
+costs no communication, so a free slot is given to a token that ranked the expert outside its top-k.
+A rank's free slots are for its own tokens alone, so nothing here depends on another rank.
 
 Worked example: this rank hosts experts 0 and 1, expert 0 has 1 free slot and expert 1 none. Tokens
 t0 (top-k 1, 5), t1 (top-k 2, 3) and t2 (top-k 0, 4) score expert 0 with .2, .3 and .4. t2 has it
@@ -23,20 +22,24 @@ from engine.ops.select_top import select_top
 def candidates(
     scores_Te: torch.Tensor, allowed_Te: torch.Tensor, budget_T1: torch.Tensor | int
 ) -> torch.Tensor:
-    """Each token's best allowed local experts, at most `budget` of them: bool [T, e].
+    """Return each token's best allowed local experts, at most `budget` of them: bool [T, e].
 
-    scores_Te: float32, of this rank's experts. allowed_Te: bool. budget_T1: int64 [T, 1] or one
-    number for all. Equal scores: the lower expert first.
+    Equal scores: the lower expert first.
+
+    Args:
+        scores_Te: float32, of this rank's experts.
+        allowed_Te: bool.
+        budget_T1: int64 [T, 1], or one number for all.
     """
     num_local = scores_Te.shape[1]
     if isinstance(budget_T1, int) and budget_T1 >= num_local:
         return allowed_Te
     ranked_Te = scores_Te.masked_fill(~allowed_Te, float("-inf"))
     order_Te = ranked_Te.argsort(dim=1, descending=True, stable=True)
-    place_Te = torch.empty_like(order_Te).scatter_(
+    rank_Te = torch.empty_like(order_Te).scatter_(
         1, order_Te, torch.arange(num_local, device=scores_Te.device).expand_as(order_Te)
     )
-    return allowed_Te & (place_Te < budget_T1)
+    return allowed_Te & (rank_Te < budget_T1)
 
 
 def choose_extras(
@@ -47,19 +50,24 @@ def choose_extras(
     request_T: torch.Tensor,
     position_T: torch.Tensor,
 ) -> torch.Tensor:
-    """Give free slots to candidates, best score first: bool [T, e].
+    """Return which candidates get a free slot, best score first: bool [T, e].
 
-    scores_Te: float32. candidate_Te: bool. pool_e: int64, the pool each local expert draws from.
-    free_P: int64, slots left in each pool. request_T, position_T: int32, the global token id; ties
-    go to the lower id, then the lower expert.
+    Ties go to the lower global token id, then the lower expert.
+
+    Args:
+        scores_Te: float32.
+        candidate_Te: bool.
+        pool_e: int64, the pool of each local expert.
+        free_P: int64, slots left in each pool.
+        request_T, position_T: int32, the global token id.
     """
     num_tokens, num_local = scores_Te.shape
     pool_N = pool_e.expand(num_tokens, -1).where(candidate_Te, -1).flatten()
     expert_N = torch.arange(num_local, dtype=torch.int32, device=scores_Te.device)
-    words = [
+    keys = [
         sortable(scores_Te.contiguous()).flatten(),
         (~request_T)[:, None].expand(-1, num_local).flatten(),
         (~position_T)[:, None].expand(-1, num_local).flatten(),
         (~expert_N).expand(num_tokens, -1).flatten(),
     ]
-    return select_top(words, pool_N, free_P)[0].view(num_tokens, num_local)
+    return select_top(keys, pool_N, free_P)[0].view(num_tokens, num_local)

@@ -1,4 +1,10 @@
-"""Sort keys of claims."""
+"""Priority: the sort keys that decide which claims a pool keeps first. Pure functions.
+
+A claim has int32 keys, most significant first; of two claims the one with the larger keys is kept.
+The order is total: after the policy's key come the global token id and the expert.
+
+Legend: N claims.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +14,11 @@ import torch
 
 Order = Literal["score", "first", "last", "random"]
 
-
 _LOW32 = 0xFFFFFFFF
 
 
 def sortable(score_N: torch.Tensor) -> torch.Tensor:
-    """Map float32 to int32 so that integers compare as the floats do; -0.0 equals 0.0."""
+    """Return int32 that compare as the float32 scores do; -0.0 equals 0.0."""
     bits_N = (score_N + 0.0).view(torch.int32)
     return bits_N ^ (bits_N >> 31).bitwise_and(0x7FFFFFFF)
 
@@ -21,7 +26,7 @@ def sortable(score_N: torch.Tensor) -> torch.Tensor:
 def random_key(
     seed: int, layer: int, request_N: torch.Tensor, position_N: torch.Tensor
 ) -> torch.Tensor:
-    """int32 [N], the same for a token wherever it is: a hash of (seed, layer, request, position).
+    """Return a hash of (seed, layer, request, position), int32 [N], the same on every rank.
 
     With mix(x) the finaliser of SplitMix64 (x ^= x >> 30; x *= 0xBF58476D1CE4E5B9; x ^= x >> 27;
     x *= 0x94D049BB133111EB; x ^= x >> 31, all modulo 2**64):
@@ -36,7 +41,7 @@ def random_key(
     return mixed_N.bitwise_right_shift(32).to(torch.int32)  # arithmetic shift: the sign is kept
 
 
-def order_words(
+def sort_keys(
     order: Order,
     *,
     score_N: torch.Tensor,
@@ -46,27 +51,32 @@ def order_words(
     seed: int,
     layer: int,
 ) -> tuple[list[torch.Tensor], int]:
-    """The words by which claims are compared, larger kept first; see `engine.ops.select_top`.
+    """Return the keys by which claims are compared, and how many of them are primary.
 
-    score_N: float32. request_N, position_N: int32, the global token id. expert_N: int64, given
-    where two claims of one token can be in one pool. Returns int32 words [N], most significant
-    first, and how many of them tell most claims apart; the others break ties: lower token id, then
-    lower expert.
+    Keys are int32 [N], most significant first, larger kept first (`engine.ops.select_top`). The
+    primary ones distinguish most claims; the others break ties: lower token id, then lower expert.
+
+    Args:
+        order: moe.capacity.order.
+        score_N: float32.
+        request_N, position_N: int32, the global token id.
+        expert_N: int64, where two claims of one token can be in one pool; else None.
+        seed, layer: for random order.
     """
     if order == "last":
-        words, leading = [request_N, position_N], 2
+        keys, num_primary = [request_N, position_N], 2
     elif order == "first":
-        words, leading = [~request_N, ~position_N], 2
+        keys, num_primary = [~request_N, ~position_N], 2
     else:
-        lead_N = (
+        first_N = (
             sortable(score_N)
             if order == "score"
             else random_key(seed, layer, request_N, position_N)
         )
-        words, leading = [lead_N, ~request_N, ~position_N], 1
+        keys, num_primary = [first_N, ~request_N, ~position_N], 1
     if expert_N is not None:
-        words.append(~expert_N.to(torch.int32))
-    return words, leading
+        keys.append(~expert_N.to(torch.int32))
+    return keys, num_primary
 
 
 def _mix_int(x: int) -> int:
@@ -76,12 +86,12 @@ def _mix_int(x: int) -> int:
 
 
 def _mix(x_N: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser on int64, whose products wrap like unsigned ones."""
+    """Return SplitMix64's finaliser of int64, whose products wrap as unsigned ones do."""
     x_N = (x_N ^ _shift(x_N, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x_N = (x_N ^ _shift(x_N, 27)) * (0x94D049BB133111EB - 2**64)
     return x_N ^ _shift(x_N, 31)
 
 
 def _shift(x_N: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical right shift of int64, which has only an arithmetic one."""
+    """Return the logical right shift of int64, for which torch has the arithmetic one alone."""
     return x_N.bitwise_right_shift(by).bitwise_and(2 ** (64 - by) - 1)

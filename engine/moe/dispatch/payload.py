@@ -69,7 +69,12 @@ class RowPayload:
     """
 
     def __init__(
-        self, x_TD: torch.Tensor, plans: list[DispatchPlan], buffers: RowBuffers, *, single_rank: bool
+        self,
+        x_TD: torch.Tensor,
+        plans: list[DispatchPlan],
+        buffers: RowBuffers,
+        *,
+        single_rank: bool,
     ) -> None:
         self._x_TD, self._plans = x_TD, plans
         sent = [plan.order.token_N.numel() for plan in plans]

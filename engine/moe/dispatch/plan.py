@@ -35,7 +35,9 @@ from engine.ops.to_device import to_device
 class ExpertOrder:
     """This rank's assignments sorted by expert; device tensors only, no host sync."""
 
-    token_N: torch.Tensor  # int64, the token of each row to send; dropped assignments last, undefined
+    token_N: (
+        torch.Tensor
+    )  # int64, the token of each row to send; dropped assignments last, undefined
     slot_TK: torch.Tensor  # int64, the row of each assignment, -1 where it is dropped
     load_E: torch.Tensor  # int64, this rank's assignments of each expert
     # int64 [n], what the other ranks need to make their plans (`ExpertLayout.sort`); None: load_E

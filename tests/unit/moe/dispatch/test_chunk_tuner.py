@@ -1,4 +1,4 @@
-"""The tuner's turns and choices, without a clock.
+"""The tuner's trials and choices, without a clock.
 
 Run: pytest tests/unit/moe/dispatch/test_chunk_tuner.py
 """
@@ -17,13 +17,13 @@ from engine.moe.dispatch.chunk_tuner import CANDIDATES, SAMPLES, ChunkTuner, Hos
 
 
 class Timed:
-    """A lap of known length."""
+    """A timer of known length."""
 
     def __init__(self, length: float) -> None:
-        self.length = length
+        self.length, self.stopped = length, False
 
     def stop(self) -> None:
-        pass
+        self.stopped = True
 
     def seconds(self) -> float:
         return self.length
@@ -34,9 +34,12 @@ def everything(_: int) -> tuple[int, ...]:
 
 
 def tuner_of(num_layers: int, lengths=lambda: 1.0) -> ChunkTuner:
-    """A tuner of so many layers; lengths: of the laps, asked as they begin."""
-    found = ChunkTuner()
-    pytest.MonkeyPatch().setattr(found, "_new_lap", lambda: Timed(lengths()))
+    """A tuner of so many layers; lengths: of the timers, asked as they start."""
+    return tuner_with(num_layers, lambda: Timed(lengths()))
+
+
+def tuner_with(num_layers: int, new_timer) -> ChunkTuner:
+    found = ChunkTuner(new_timer=new_timer)
     for layer in range(num_layers):
         found.register(layer)
     return found
@@ -44,14 +47,15 @@ def tuner_of(num_layers: int, lengths=lambda: 1.0) -> ChunkTuner:
 
 def run(tuner: ChunkTuner, layer: int, tokens: int, candidates=everything) -> int:
     """One call; its number of chunks."""
-    turn = tuner.begin_trial(layer, tokens, candidates)
-    with turn:
+    trial = tuner.begin_trial(layer, tokens, candidates)
+    with trial:
         pass
-    return turn.chunks
+    return trial.chunks
 
 
-def test_layers_take_turns_as_in_the_worked_example():
-    tuner = tuner_of(2)
+def test_layers_rotate_through_the_candidates_as_in_the_worked_example():
+    timed: list[float] = []
+    tuner = tuner_of(2, lambda: timed.append(1.0) or 1.0)
     taken: list[list[int]] = [[], []]
     for _ in range(11):
         assert tuner.due(0, 4096) is None
@@ -61,7 +65,7 @@ def test_layers_take_turns_as_in_the_worked_example():
     assert taken[1] == [2, 4, 2, 4, 1, 2, 4, 1, 2, 4, 1]
     assert tuner.due(1, 4096) is None, "the first layer asks"
     assert tuner.due(0, 4096) is not None
-    assert all(len(laps) == SAMPLES for laps in tuner._trials[12].laps), "warm-up does not count"
+    assert len(timed) == SAMPLES * len(CANDIDATES), "warm-up does not count"
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 5, 32])
@@ -98,27 +102,28 @@ def test_one_chunk_stays_unless_another_number_is_two_percent_faster(totals, cho
     tuner.choose(600, totals)
     assert tuner.choices == {9: chosen}
     assert tuner.begin_trial(0, 1023, everything).chunks == chosen, "the whole bucket"
-    assert tuner.due(0, 600) is None, "it is settled once"
+    assert tuner.due(0, 600) is None, "a bucket is decided once"
     assert tuner.begin_trial(0, 1024, everything).chunks == 1, "another bucket is measured anew"
 
 
-def test_costs_are_medians_a_token_in_the_order_of_the_candidates():
-    tuner, now = tuner_of(1), []
-    pytest.MonkeyPatch().setattr(tuner, "_new_lap", lambda: Timed(now[0]))
+def test_costs_are_medians_per_token_in_the_order_of_the_candidates():
+    now: list[float] = []
+    tuner = tuner_of(1, lambda: now[0])
     for visit in range(3 + 3 * SAMPLES):
         tokens = 1000 if visit % 2 else 512  # of one bucket
         slow = 50 if visit > 3 * SAMPLES else 1  # a hiccup
-        turn = tuner.begin_trial(0, tokens, everything)
-        now[:] = [slow * turn.chunks * tokens * 1e-15]
-        with turn:
+        trial = tuner.begin_trial(0, tokens, everything)
+        now[:] = [slow * trial.chunks * tokens * 1e-15]
+        with trial:
             pass
     assert tuner.due(0, 512) == [1, 2, 4]
 
 
-def test_a_bucket_with_one_candidate_is_settled_before_anything_is_measured():
-    tuner = tuner_of(1)
-    turn = tuner.begin_trial(0, 3, lambda tokens: [1] if tokens < 256 else CANDIDATES)
-    assert turn.chunks == 1 and turn._keep is None
+def test_a_bucket_with_one_candidate_has_its_choice_before_anything_is_timed():
+    timed: list[float] = []
+    tuner = tuner_of(1, lambda: timed.append(1.0) or 1.0)
+    assert run(tuner, 0, 3, lambda tokens: [1] if tokens < 256 else CANDIDATES) == 1
+    assert not timed
     assert tuner.choices == {1: 1}
 
 
@@ -130,15 +135,16 @@ def test_candidates_are_asked_for_the_least_tokens_of_a_bucket():
 
 
 def test_a_call_that_fails_leaves_no_time():
-    tuner = tuner_of(1)
+    timers: list[Timed] = []
+    tuner = tuner_with(1, lambda: timers.append(Timed(1.0)) or timers[-1])
     for _ in range(3):
         run(tuner, 0, 64)
     with pytest.raises(RuntimeError), tuner.begin_trial(0, 64, everything):
         raise RuntimeError
-    assert not any(tuner._trials[6].laps)
+    assert [timer.stopped for timer in timers] == [False]
 
 
-def test_forgetting_begins_anew():
+def test_a_reset_discards_choices_and_times():
     tuner = tuner_of(1)
     run(tuner, 0, 64)
     tuner.choose(64, [3, 1, 2])
@@ -169,9 +175,9 @@ def test_ranks_with_different_times_always_cut_and_agree_alike(num_ranks, num_la
     assert all(tuner.choices == tuners[0].choices for tuner in tuners)
 
 
-def test_a_host_lap_lasts_from_its_start_to_its_end(monkeypatch):
+def test_a_host_timer_lasts_from_its_start_to_its_end(monkeypatch):
     ticks = iter([5_000, 25_000])
     monkeypatch.setattr(tuner_module.time, "monotonic_ns", lambda: next(ticks))
-    lap = HostTimer()
-    lap.stop()
-    assert lap.seconds() == pytest.approx(20e-6)
+    timer = HostTimer()
+    timer.stop()
+    assert timer.seconds() == pytest.approx(20e-6)
