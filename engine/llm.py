@@ -231,7 +231,7 @@ class LLM:
         layers = self.model.moe_layers
         before = {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in layers}
         for layer in layers:
-            layer.account.take()
+            layer.drops.read_and_reset()
         self._telemetry.loads.clear()
         began = time.monotonic()
         absences = StallDetector(self.config.profiler.enabled)
@@ -257,7 +257,7 @@ class LLM:
                 for layer in layers
             },
             preemptions=self._scheduler.num_preemptions - preempted,
-            drops={layer.layer: layer.account.take() for layer in layers},
+            drops={layer.layer: layer.drops.read_and_reset() for layer in layers},
             policy=capacity.policy,
             clock_error=self._clock_offset.error * 1e-9,
             shares_W=meter.shares_W,

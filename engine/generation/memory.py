@@ -32,7 +32,7 @@ from fractions import Fraction
 import torch
 
 from engine.config import CapacityConfig, SchedulerConfig
-from engine.moe.capacity.speed_weights import MOST, ONE
+from engine.moe.capacity.speed_weights import MAX_WEIGHT, ONE
 
 _GIB = 1 << 30
 _CUDA_SHARE = 0.92  # of the free device memory; the rest is for fragmentation and libraries
@@ -85,7 +85,9 @@ def row_bound(
     if capacity.consensus == "local":
         slots += shape.num_local_experts * (num_ranks - 1)
     if capacity.speed_aware:
-        slots = slots * MOST // ONE  # each rank's own rounded capacity is shared out by itself
+        slots = (
+            slots * MAX_WEIGHT // ONE
+        )  # each rank's own rounded capacity is shared out by itself
     passing = 0
     if "prefill" not in capacity.phases:
         passing = tokens

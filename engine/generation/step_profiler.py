@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.generation.control import ControlMessage, ControlPlane
-from engine.moe.capacity.speed_weights import ONE, Shares
+from engine.moe.capacity.speed_weights import ONE, SpeedWeights
 from engine.profiling.collector import Collector
 from engine.profiling.exporters import Exporters
 from engine.profiling.loads import StepLoads
@@ -45,7 +45,7 @@ class StepProfiler:
         self._telemetry = telemetry
         self._outlets = outlets or Exporters()
         self._pace = RowTime()
-        self._shares = Shares() if speed_aware else None
+        self._shares = SpeedWeights() if speed_aware else None
         self._logs = logs
         self._spans: Spans | None = None
         self._num_read = 0

@@ -106,7 +106,9 @@ class CapacityRouter(TopKRouter):
         """
         if self._last_drops is None:
             # SYNC: of a call's sums, only when somebody asks.
-            self._last_drops = LayerDrops() if self._gate is None else self._gate.account.take()
+            self._last_drops = (
+                LayerDrops() if self._gate is None else self._gate.account.read_and_reset()
+            )
         return self._last_drops
 
     def _make_gate(self) -> None:

@@ -29,7 +29,7 @@ from engine.models.expert_weights import moe_slots
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
-from engine.moe.dispatch.two_batch import Stages, finish, interleave
+from engine.moe.dispatch.two_batch import Steps, interleave, run_to_end
 from engine.moe.layer import MoELayer
 from engine.moe.step import MoEStep
 from engine.ops.linear import linear
@@ -200,7 +200,7 @@ class CausalLM(nn.Module):
 
         Collective over EP and TP: every rank must call, T and R may be 0.
         """
-        return finish(self._stages(step, kv, moe_step, group))
+        return run_to_end(self._stages(step, kv, moe_step, group))
 
     def splits(self, group_tokens: int) -> bool:
         """Whether a step of so many tokens over all ranks, none of which competes for capacity, is
@@ -225,7 +225,7 @@ class CausalLM(nn.Module):
         moe_step: MoEStep | None,
         group: GroupTokens | None,
         half: int | None = None,
-    ) -> Stages[torch.Tensor]:
+    ) -> Steps[torch.Tensor]:
         """All layers; of a half, with stops."""
         eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
         num_tokens, last = step.token_ids_T.shape[0], self.num_layers - 1
@@ -252,7 +252,7 @@ class CausalLM(nn.Module):
                 residual_TD = residual_TD.index_select(0, read.rows_R)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                x_TD = yield from layer.mlp.stages(x_TD, moe_step, group_tokens, half, tunes)
+                x_TD = yield from layer.mlp.steps(x_TD, moe_step, group_tokens, half, tunes)
             else:
                 x_TD = layer.mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)

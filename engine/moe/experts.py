@@ -1,8 +1,7 @@
 """Experts: one protocol over stacked weights, several ways to run the matrix products.
 
-`layer.py` hands over rows grouped by local expert and how many each has. All backends read the same
-two tensors, w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a second copy. Once they are
-filled, `settle` lets the backend rearrange them in place.
+All backends read the same two tensors, w13_e2FD (gate rows, then up rows) and w2_eDF; none keeps a
+second copy. Once they are loaded, `finalize_weights` lets the backend change their layout in place.
 
 | backend    | runs on   | how                                                                    |
 |------------|-----------|------------------------------------------------------------------------|
@@ -45,8 +44,8 @@ class ExpertWeights(nn.Module):
         self.w2_eDF = _empty(num_local, hidden, ffn, device=device, dtype=dtype)
 
     def to_panels(self) -> None:
-        """Bring them into the layout of the compiled CPU kernels, where those run: in place, and
-        for `grouped_ffn` alone from then on.
+        """Change them to the packed layout of the compiled CPU kernels, where those run: in place,
+        and for `grouped_ffn` alone from then on.
         """
         to_panels(self.w13_e2FD, stacked=2)
         to_panels(self.w2_eDF)
@@ -60,7 +59,7 @@ class ExpertsBackend(Protocol):
     name: str
 
     def finalize_weights(self) -> None:
-        """The weights are final: a backend may bring them into a layout of its own, in place."""
+        """Change the loaded weights to the backend's own layout, in place, where it has one."""
         ...
 
     def __call__(
@@ -70,9 +69,14 @@ class ExpertsBackend(Protocol):
         out_RD: torch.Tensor | None = None,
         index_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """rows_RD: rows grouped by local expert. expert_counts: rows of each. out_RD: a buffer for
-        the result, which a backend may use. index_R: int64 [R], where the rows lie that would be
-        grouped so; they need not be moved. Returns [R, D], each result where its row lies.
+        """Return the experts' outputs [R, D], each at the index of its row.
+
+        Args:
+            rows_RD: rows grouped by local expert, or in the order that index_R maps to.
+            expert_counts: rows of each local expert.
+            out_RD: a buffer that the backend may return the outputs in.
+            index_R: int64, the row of each grouped position; None: rows_RD is grouped. A backend
+                need not move the rows.
         """
         ...
 
@@ -86,7 +90,7 @@ class TorchExperts:
         self._weights = weights
 
     def finalize_weights(self) -> None:
-        """Into panels, where the native kernel runs."""
+        """Change to the packed layout, where the native kernel runs."""
         self._weights.to_panels()
 
     def __call__(
@@ -102,7 +106,7 @@ class TorchExperts:
 
 
 class GroupedMMExperts:
-    """torch.nn.functional.grouped_mm: one call a projection whatever the number of experts."""
+    """torch.nn.functional.grouped_mm: one call per projection for any number of experts."""
 
     name = "grouped_mm"
 
@@ -110,7 +114,7 @@ class GroupedMMExperts:
         self._weights = weights
 
     def finalize_weights(self) -> None:
-        """Stay as they are."""
+        """Do nothing: the weights stay as loaded."""
 
     def __call__(
         self,
@@ -145,7 +149,7 @@ class TransformerEngineExperts:
         self._splits_as_tensor = "Tensor" in str(annotation)
 
     def finalize_weights(self) -> None:
-        """Stay as they are: its modules hold views."""
+        """Do nothing: the modules hold views of the weights."""
 
     def __call__(
         self,
@@ -164,10 +168,10 @@ class TransformerEngineExperts:
 
 
 def import_transformer_engine() -> Any:
-    """Import Transformer Engine's torch module, or say how to get it.
+    """Import Transformer Engine's torch module.
 
     Raises:
-        ValueError: when it is not installed, or its import fails.
+        ValueError: it is not installed, or its import fails; the text names what to do.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
@@ -186,10 +190,10 @@ def import_transformer_engine() -> Any:
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve `auto` and refuse what cannot run here, before any rank builds a layer.
+    """Return the backend that moe.experts.backend selects on this device.
 
-    auto: `torch` on CPU and for float32, which Transformer Engine multiplies in TF32; on CUDA `te`
-    where it can be imported, else `grouped_mm` for bfloat16, else `torch`.
+    `auto` is `torch` on CPU and for float32, which Transformer Engine multiplies in TF32; on CUDA
+    `te` where it can be imported, else `grouped_mm` for bfloat16, else `torch`.
 
     Raises:
         ValueError: naming the backend and what it needs.
@@ -236,7 +240,7 @@ def _grouped(
     out_RD: torch.Tensor | None,
     index_R: torch.Tensor,
 ) -> torch.Tensor:
-    """Group the rows for a backend that needs them so, and put its results back in their places."""
+    """Group the rows for a backend that needs it, and return its outputs in the rows' order."""
     grouped_RD = gather_rows(
         rows_RD, index_R, torch.empty_like(rows_RD) if out_RD is None else out_RD
     )
@@ -256,6 +260,6 @@ def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     weights = torch.empty(*shape, device=device, dtype=dtype)
-    # Decode reads every weight once a step and waits for memory, not for arithmetic.
+    # Decode reads every weight once per step, so memory bandwidth sets its time.
     prefer_huge_pages(weights)
     return nn.Parameter(weights, requires_grad=False)

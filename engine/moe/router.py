@@ -1,4 +1,4 @@
-"""Router: gate logits to scores, top-k experts and combine weights. The first step of `layer.py`.
+"""Router: gate logits to scores, top-k experts and combine weights; step 2 of `layer.py`.
 
 Pure functions on tensors; no collective, no host sync. Every family's routing is one `RouterSpec`:
 
@@ -32,28 +32,23 @@ from engine.ops.select_experts import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSpec:
-    """How one family turns gate logits into experts and weights.
+    """How one family turns gate logits into experts and weights."""
 
-    `scale` multiplies the combine weights (DeepSeek's routed_scaling_factor). `normalize` divides a
-    token's top-k scores by their sum plus `normalize_eps`, before `scale`. With `num_groups` > 1
-    only the experts of the `top_groups` best groups may be chosen. `correction_bias` is added for
-    the choice, never to the weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-    """
-
-    num_experts: int
-    top_k: int
+    num_experts: int  # E
+    top_k: int  # K
     score: Literal["softmax", "sigmoid"] = "softmax"
-    normalize: bool = False
+    normalize: bool = False  # divide a token's top-k scores by their sum + normalize_eps
     normalize_eps: float = 0.0
-    scale: float = 1.0
+    scale: float = 1.0  # of the combine weights, after `normalize` (routed_scaling_factor)
     num_groups: int = 1
-    top_groups: int = 1
+    top_groups: int = 1  # only experts of that many best groups may be chosen
     group_score: Literal["max", "top2"] = "max"
+    # added to scores for the choice, never to weights (DeepSeek-V3, arXiv 2412.19437, 2.1.2)
     correction_bias: bool = False
     float32_logits: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no checkpoint can mean.
+        """Check the fields against each other.
 
         Raises:
             ValueError: naming the field, its value and the rule.
@@ -82,35 +77,30 @@ class RouterSpec:
 
     @property
     def rule(self) -> SelectionRule:
-        """What the choice among all experts needs to know of it."""
+        """The rule by which experts are chosen among all."""
         return SelectionRule(self.top_k, self.score, self.normalize, self.normalize_eps, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What the router decided for this rank's tokens.
+    """The router's result for this rank's tokens."""
 
-    scores_TE: float32, the family's scores before any top-k normalisation (S_te of the capacity
-    literature). topk_ids_TK: int64, the chosen experts, best first. topk_weights_TK: float32, the
-    combine weights.
-    """
-
-    scores_TE: torch.Tensor
-    topk_ids_TK: torch.Tensor
-    topk_weights_TK: torch.Tensor
+    scores_TE: torch.Tensor  # float32, before any top-k normalisation (S_te in the paper)
+    topk_ids_TK: torch.Tensor  # int64, the chosen experts, best first
+    topk_weights_TK: torch.Tensor  # float32, the combine weights
 
 
 def gate_logits(x_TD: torch.Tensor, gate_weight_ED: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Return gate logits [T, E], float32; the product runs in float32 where the family says so."""
+    """Return gate logits [T, E], float32; computed in float32 where the family does so."""
     if spec.float32_logits and x_TD.dtype != torch.float32:
         return linear(x_TD.float(), gate_weight_ED.float())
     return linear(x_TD, gate_weight_ED).float()
 
 
 def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None) -> Routing:
-    """Turn float32 gate logits [T, E] into scores, chosen experts and combine weights.
+    """Return scores, chosen experts and combine weights of float32 gate logits [T, E].
 
-    bias_E: float32 [E], the correction bias, required exactly when the spec says so.
+    bias_E: float32, the correction bias, if and only if the spec has one.
     """
     assert (bias_E is not None) == spec.correction_bias, "correction bias and spec disagree"
     rule = spec.rule
@@ -122,25 +112,25 @@ def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None
 
 
 def combine_weights(topk_scores_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """The family's combine weights for the original top-k scores, both float32 [T, K]."""
+    """Return the family's combine weights for top-k scores, both float32 [T, K]."""
     return score_weights(topk_scores_TK, topk_scores_TK, spec)
 
 
 def score_weights(
     scores_TX: torch.Tensor, topk_scores_TK: torch.Tensor, spec: RouterSpec
 ) -> torch.Tensor:
-    """The weights the family gives to any scores of tokens whose original top-k scores are known.
+    """Return the family's weights for any scores of tokens, float32 [T, X].
 
-    scores_TX, topk_scores_TK: float32. Returns float32 [T, X].
+    scores_TX, topk_scores_TK: float32; the latter are the tokens' original top-k scores.
     """
     return weigh_scores(scores_TX, topk_scores_TK, spec.rule)
 
 
 def _mask_groups(choice_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Set the experts outside each token's best groups to -inf (DeepSeek-V2, arXiv 2405.04434,
-    2.1.2).
+    """Return the scores with experts outside each token's best groups set to -inf (DeepSeek-V2,
+    arXiv 2405.04434, section 2.1.2).
     """
-    grouped = choice_TE.unflatten(1, (spec.num_groups, -1))  # [T, groups, experts a group]
+    grouped = choice_TE.unflatten(1, (spec.num_groups, -1))  # [T, groups, experts per group]
     if spec.group_score == "max":
         group_scores = grouped.amax(-1)
     else:

@@ -1,6 +1,9 @@
-"""Record: what an MoE layer tells the profiler of a call: loads, and decisions where asked.
+"""Layer statistics: loads, drops and recorded decisions of one MoE layer.
 
-Legend: E experts, W expert-parallel ranks.
+Drops are summed on the device and read at the end of a step or run; only tokens subject to capacity
+are counted.
+
+Legend: T tokens on this rank, K top-k, E experts, e experts on this rank, W expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -14,41 +17,62 @@ from engine.moe.capacity.agreement import Decision
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.router import Routing
 from engine.moe.step import MoEStep
-from engine.profiling.decisions import DecisionLog, LayerDecision
-from engine.profiling.loads import LayerDrops, LoadCounter
+from engine.profiling.decisions import LayerDecision
+from engine.profiling.loads import LayerDrops
+from engine.profiling.telemetry import Telemetry
 
 
-class Recorder:
-    """Tells of one layer's calls. first_experts: W + 1 boundaries. rank: this one."""
+class LayerStats:
+    """One layer's statistics on this rank.
+
+    Args:
+        layer: the layer's index.
+        first_experts: W + 1 boundaries.
+        rank: this rank's position in the group.
+    """
 
     def __init__(self, layer: int, first_experts: list[int], rank: int) -> None:
+        self.drops = DropStats()
         self._layer = layer
         self._bounds = list(pairwise(first_experts))
         self._first_expert = first_experts[rank]
+        # Of a step's first micro-batch, until the second's are added.
         self._held: tuple[np.ndarray, list[DispatchPlan]] | None = None
 
-    def loads(
+    def add(
         self,
-        counter: LoadCounter,
+        telemetry: Telemetry,
+        routing: Routing,
+        decision: Decision,
+        plans: list[DispatchPlan],
+        step: MoEStep | None,
+        micro_batch: int | None = None,
+    ) -> None:
+        """Add one call. micro_batch: 0 or 1 in a step of two, whose loads are added together."""
+        if step is not None:
+            self.drops.add(routing, decision, step)
+        self._add_loads(telemetry, decision.before_WE, plans, micro_batch)
+        if step is not None and decision.keep_TK is not None:
+            self._record_decision(telemetry, routing, decision, decision.keep_TK, step)
+
+    def _add_loads(
+        self,
+        telemetry: Telemetry,
         before_WE: np.ndarray,
         plans: list[DispatchPlan],
-        half: int | None,
+        micro_batch: int | None,
     ) -> None:
-        """Note a call's loads; those of two half batches together, with the second.
-
-        before_WE: int64, of all ranks before capacity. plans: what this rank's experts get. half: 0
-        or 1 in a step of two.
-        """
-        if half == 0:
+        """Record the loads of all ranks before capacity, and what this rank's experts get."""
+        if micro_batch == 0:
             self._held = before_WE, plans
             return
-        if half == 1 and self._held is not None:
+        if micro_batch == 1 and self._held is not None:
             before_WE, plans = before_WE + self._held[0], plans + self._held[1]
         before_E = before_WE.sum(0)
-        # Plain numbers: of a few experts each numpy call would cost more than the sums.
+        # Python integers: with a few experts, numpy calls would cost more than the sums.
         rows = before_E.tolist()
         counts = [plan.expert_counts for plan in plans]
-        counter.record(
+        telemetry.loads.record(
             self._layer,
             before_E=before_E,
             rank_before=[sum(rows[first:end]) for first, end in self._bounds],
@@ -56,13 +80,19 @@ class Recorder:
             first_expert=self._first_expert,
         )
 
-    def decision(
-        self, log: DecisionLog, routing: Routing, decision: Decision, step: MoEStep
+    def _record_decision(
+        self,
+        telemetry: Telemetry,
+        routing: Routing,
+        decision: Decision,
+        keep_TK: torch.Tensor,
+        step: MoEStep,
     ) -> None:
-        """Note what capacity decided, where somebody asked."""
+        """Record what capacity decided, where decisions are recorded."""
+        log = telemetry.decisions
         if log.entries is None:
             return
-        # SYNC: only while somebody records decisions.
+        # SYNC: only while decisions are recorded.
         extra, competes_T = decision.extra_Te, step.competes_T
         if competes_T is None:
             competes_T = torch.ones_like(step.request_T, dtype=torch.bool)
@@ -74,7 +104,7 @@ class Recorder:
                 position_T=step.position_T.cpu().numpy(),
                 competes_T=competes_T.cpu().numpy(),
                 topk_ids_TK=routing.topk_ids_TK.cpu().numpy(),
-                keep_TK=decision.keep_TK.cpu().numpy(),
+                keep_TK=keep_TK.cpu().numpy(),
                 extra_Te=None if extra is None else extra.cpu().numpy(),
                 first_expert=self._first_expert,
                 before_WE=decision.before_WE,
@@ -84,18 +114,19 @@ class Recorder:
 
 
 class DropStats:
-    """One layer's sums over a run, of this rank's tokens."""
+    """A layer's drops over a run, of this rank's tokens."""
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None  # float64 [6], in the order of LayerDrops
 
     def add(self, routing: Routing, decision: Decision | None, step: MoEStep) -> None:
-        """Count one call in, here and in the step's tally; decision: None where nothing could be
-        dropped. No host sync.
+        """Add one call, here and to the step's token counts. No host sync.
+
+        decision: None, or one without keep_TK, where nothing could be dropped.
         """
         weights_TK = routing.topk_weights_TK
         mass_T = weights_TK.sum(1)
-        if decision is None:
+        if decision is None or decision.keep_TK is None:
             kept_T = mass_T
             dropped_T = added_T = orphan_T = torch.zeros_like(mass_T)
         else:
@@ -127,11 +158,11 @@ class DropStats:
         sums = parts_6T.sum(1, dtype=torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def take(self) -> LayerDrops:
-        """Return the sums so far and start anew."""
+    def read_and_reset(self) -> LayerDrops:
+        """Return the sums so far and set them to zero."""
         if self._sums is None:
             return LayerDrops()
-        # SYNC: once a run, for its report.
+        # SYNC: once per run, for its report.
         routed, dropped, added, orphans, mass, kept = self._sums.tolist()
         self._sums = None
         return LayerDrops(int(routed), int(dropped), int(added), int(orphans), mass, kept)

@@ -61,7 +61,7 @@ def run_layer(
                 "bytes": layer.bytes_sent - bytes_before,
                 "collectives": layer.num_collectives - calls_before,
                 "decision": asdict(entries[0]) if entries else None,
-                "account": asdict(layer.account.take()),
+                "account": asdict(layer.drops.read_and_reset()),
                 "rows": layer.telemetry.loads.take_rows()[0],
             }
         )
@@ -167,7 +167,8 @@ def events_of_a_dropless_call(rank: int, fails: bool) -> tuple[list[str], str]:
 
     config = Config(model=ModelConfig(path="unused"))
     layer = build(topology, config, RouterSpec(num_experts=4, top_k=2), Noting())
-    begin = layer._dispatcher.exchange_counts
+    collectives = layer._collectives
+    begin = collectives.all_gather
 
     class Noted:
         def __init__(self, pending) -> None:
@@ -177,11 +178,11 @@ def events_of_a_dropless_call(rank: int, fails: bool) -> tuple[list[str], str]:
             events.append("waited")
             return self.pending.wait()
 
-    def exchange_counts(numbers: torch.Tensor) -> Noted:
+    def all_gather(counts: torch.Tensor) -> Noted:
         events.append("begun")
-        return Noted(begin(numbers))
+        return Noted(begin(counts))
 
-    pytest.MonkeyPatch().setattr(layer._dispatcher, "exchange_counts", exchange_counts)
+    pytest.MonkeyPatch().setattr(collectives, "all_gather", all_gather)
     told = ""
     try:
         layer(tokens_of(rank, 5))
@@ -191,7 +192,7 @@ def events_of_a_dropless_call(rank: int, fails: bool) -> tuple[list[str], str]:
     return events, told
 
 
-def test_without_a_policy_the_shared_expert_runs_while_the_loads_travel():
+def test_without_a_policy_the_shared_expert_runs_while_the_loads_are_exchanged():
     assert (
         run_ranks(events_of_a_dropless_call, 2, False) == [(["begun", "shared", "waited"], "")] * 2
     )

@@ -20,7 +20,16 @@ from engine.config import (
 from engine.distributed import bootstrap
 from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.router import RouterSpec
-from tests.helpers.layer_cases import DEEPSEEK, MIXTRAL, OLMOE, Doubled, build, step_of, tokens_of
+from tests.helpers.layer_cases import (
+    DEEPSEEK,
+    MIXTRAL,
+    OLMOE,
+    Doubled,
+    WatchedExchange,
+    build,
+    step_of,
+    tokens_of,
+)
 from tests.helpers.ranks import RanksFailed, run_ranks
 
 POLICIES = [
@@ -106,21 +115,11 @@ def broken(rank: int, chunk: int, by: str) -> None:
     )
     topology = bootstrap.start(config)
     layer = build(topology, config, MIXTRAL, None)
-    patch = pytest.MonkeyPatch()
-    started: list = []
-    waited: list = []
-    start = layer._dispatcher.start
-
-    def watched(*arguments):
-        pending = start(*arguments)
-        wait = pending.wait
-        pending.wait = lambda: (waited.append(pending), wait())[1]
-        started.append(pending)
-        return pending
-
-    patch.setattr(layer._dispatcher, "start", watched)
+    exchange = WatchedExchange(topology)
+    layer = build(topology, config, MIXTRAL, None, exchange)
     if rank == 1:
-        experts, calls = layer._pipeline._experts, []
+        pipeline, calls = layer._pipelines[0], []
+        experts = pipeline._experts
 
         def fail(*arguments):
             calls.append(1)
@@ -128,14 +127,14 @@ def broken(rank: int, chunk: int, by: str) -> None:
                 raise FloatingPointError("the experts of rank 1 broke")
             return experts(*arguments)
 
-        patch.setattr(layer._pipeline, "_experts", fail)
+        pytest.MonkeyPatch().setattr(pipeline, "_experts", fail)
     try:
         layer(tokens_of(rank, 11))
     finally:
         if rank == 1:
             # Rows of chunks 0 .. chunk + 1 went out, those of 0 .. chunk - 1 back.
-            assert len(started) == min(chunk + 2, 4) + chunk
-            assert {id(one) for one in started} <= {id(one) for one in waited}, "a handle leaked"
+            assert len(exchange.started) == min(chunk + 2, 4) + chunk
+            exchange.assert_none_in_flight()
 
 
 @pytest.mark.parametrize(

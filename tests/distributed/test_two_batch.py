@@ -27,14 +27,14 @@ from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.dispatch.two_batch import interleave
 from engine.profiling.phase_clock import Phase, Spans
 from engine.request import Request, SamplingParams
-from tests.helpers.layer_cases import MIXTRAL, Doubled, build, tokens_of
+from tests.helpers.layer_cases import MIXTRAL, Doubled, WatchedExchange, build, tokens_of
 from tests.helpers.ranks import RanksFailed, run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 TWO = MoEConfig(overlap=OverlapConfig(two_batch=True))
 
 
-def halves_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> dict:
+def micro_batches_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> dict:
     """One layer on a rank's tokens, whole and in two halves."""
     config = Config(model=ModelConfig(path="unused"), moe=TWO)
     topology = bootstrap.start(config)
@@ -43,7 +43,7 @@ def halves_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> dict:
     whole = layer(x)
     rows = layer.telemetry.loads.take_rows()
     layer.telemetry.loads.clear()
-    parts = [layer.stages(part, half=half) for half, part in enumerate((x[:cut], x[cut:]))]
+    parts = [layer.steps(part, micro_batch=half) for half, part in enumerate((x[:cut], x[cut:]))]
     halves = torch.cat(interleave(parts))
     found = {
         "equal": torch.equal(whole, halves),
@@ -59,58 +59,41 @@ def halves_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> dict:
     ("counts", "cuts"),
     [([13, 9], [6, 5]), ([8, 5, 0], [8, 0, 0]), ([0, 0], [0, 0]), ([7, 4], [7, 4])],
 )
-def test_two_halves_of_a_layer_give_the_whole_bit_for_bit(counts, cuts):
-    for found in run_ranks(halves_of_a_layer, len(counts), counts, cuts):
+def test_two_micro_batches_of_a_layer_give_the_whole_bit_for_bit(counts, cuts):
+    for found in run_ranks(micro_batches_of_a_layer, len(counts), counts, cuts):
         assert found["equal"]
-        assert found["rows"][0] == found["rows"][1], "loads of both halves are one call's"
+        assert found["rows"][0] == found["rows"][1], "loads of both are one call's"
         assert found["experts"] == sum(counts) * MIXTRAL.top_k
         assert found["most"] == 6
 
 
-def broken_half(rank: int, half: int) -> None:
-    """Rank 1's experts fail in one half; nothing that was started is left behind."""
+def broken_micro_batch(rank: int, broken: int) -> None:
+    """Rank 1's experts fail in one micro-batch; no collective is left in flight."""
     config = Config(model=ModelConfig(path="unused"), moe=TWO)
     topology = bootstrap.start(config)
-    layer = build(topology, config, MIXTRAL, None)
-    started: list = []
-    waited: list = []
-    pipelines = [layer._pipeline, layer._second]
-    for pipeline in pipelines:
-        _watch(pipeline._dispatcher, started, waited)
+    exchange = WatchedExchange(topology)
+    layer = build(topology, config, MIXTRAL, None, exchange)
     if rank == 1:
 
         def fail(*arguments):
             raise FloatingPointError("the experts of rank 1 broke")
 
-        pipelines[half]._experts = fail
+        pytest.MonkeyPatch().setattr(layer._pipelines[broken], "_experts", fail)
     x = tokens_of(rank, 12)
-    parts = [layer.stages(part, half=index) for index, part in enumerate((x[:6], x[6:]))]
+    parts = [layer.steps(part, micro_batch=index) for index, part in enumerate((x[:6], x[6:]))]
     try:
         interleave(parts)
     finally:
         if rank == 1:
-            # Both halves' rows went out; those of the first come back where the second fails.
-            assert len(started) == 2 + half
-            assert {id(one) for one in started} <= {id(one) for one in waited}, "a handle leaked"
+            # Both are dispatched; the first is combined where the second fails.
+            assert len(exchange.started) == 2 + broken
+            exchange.assert_none_in_flight()
 
 
-def _watch(dispatcher, started: list, waited: list) -> None:
-    start = dispatcher.start
-
-    def watched(*arguments):
-        pending = start(*arguments)
-        wait = pending.wait
-        pending.wait = lambda: (waited.append(pending), wait())[1]
-        started.append(pending)
-        return pending
-
-    pytest.MonkeyPatch().setattr(dispatcher, "start", watched)
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_a_failure_in_one_half_waits_for_what_the_other_has_under_way(half):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_failure_in_one_micro_batch_waits_for_what_the_other_has_in_flight(broken):
     with pytest.raises(RanksFailed) as caught:
-        run_ranks(broken_half, 2, half, timeout=60)
+        run_ranks(broken_micro_batch, 2, broken, timeout=60)
     text = str(caught.value)
     assert "the experts of rank 1 broke" in text and "a handle leaked" not in text
     assert "AssertionError" not in text and "returned" not in text

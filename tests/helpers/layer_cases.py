@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from engine.config import Config
+from engine.distributed.collectives import GroupCollectives
+from engine.moe.dispatch.exchange import Exchange
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep
@@ -37,7 +39,33 @@ def tokens_of(rank: int, count: int) -> torch.Tensor:
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
 
 
-def build(topology, config: Config, spec: RouterSpec, shared: nn.Module | None) -> MoELayer:
+class WatchedExchange(Exchange):
+    """An exchange that keeps what it starts, and what of it was waited for."""
+
+    def __init__(self, topology) -> None:
+        super().__init__(topology.expert, GroupCollectives(topology.expert))
+        self.started: list = []
+        self.waited: list = []
+
+    def start(self, rows):
+        pending = super().start(rows)
+        wait = pending.wait
+        pending.wait = lambda: (self.waited.append(pending), wait())[1]
+        self.started.append(pending)
+        return pending
+
+    def assert_none_in_flight(self) -> None:
+        waited = {id(pending) for pending in self.waited}
+        assert {id(pending) for pending in self.started} <= waited, "a handle leaked"
+
+
+def build(
+    topology,
+    config: Config,
+    spec: RouterSpec,
+    shared: nn.Module | None,
+    exchange: Exchange | None = None,
+) -> MoELayer:
     layer = MoELayer(
         MoESpec(router=spec, hidden=HIDDEN, ffn=FFN),
         layer=3,
@@ -46,6 +74,7 @@ def build(topology, config: Config, spec: RouterSpec, shared: nn.Module | None) 
         device=topology.device,
         dtype=torch.float32,
         shared=shared,
+        exchange=exchange,
     )
     gate, w13, w2 = weights_of(spec.num_experts)
     local = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)

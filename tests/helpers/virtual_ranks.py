@@ -1,7 +1,7 @@
-"""Layer calls of several ranks in one process, for tests: real plans and freight, the all-to-alls
+"""Layer calls of several ranks in one process, for tests: real plans and payloads, the all-to-alls
 are copies.
 
-The experts are elementwise, so a row's result does not depend on the rows beside it.
+The experts are elementwise, so a row's result does not depend on the rows next to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_layout import ExpertLayout
-from engine.moe.dispatch.payload import AllToAll, load
+from engine.moe.dispatch.exchange import AllToAll
+from engine.moe.dispatch.payload import make_payload
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.ops.permute import combine_rows
 
@@ -42,24 +43,24 @@ class Scaled:
 
 @dataclass
 class Call:
-    """outs: each rank's output. plans: each rank's. sent: bytes to other ranks, out and back."""
+    """One layer call of all ranks."""
 
-    outs: list[torch.Tensor]
-    plans: list[list[DispatchPlan]]
-    sent: tuple[int, int]
+    outs: list[torch.Tensor]  # each rank's output
+    plans: list[list[DispatchPlan]]  # each rank's
+    sent: tuple[int, int]  # bytes to other ranks in dispatches and combines
 
 
-def travel(legs: list[AllToAll]) -> int:
+def exchange(calls: list[AllToAll]) -> int:
     """Carry out one all-to-all; return the bytes that went to other ranks."""
     num_bytes = 0
-    for target, leg in enumerate(legs):
+    for target, own in enumerate(calls):
         parts = []
-        for source, other in enumerate(legs):
-            part = other.rows.split(other.send_splits)[target]
-            assert part.shape[0] == leg.recv_splits[source], "splits of two ranks do not match"
+        for source, other in enumerate(calls):
+            part = other.send.split(other.send_splits)[target]
+            assert part.shape[0] == own.recv_splits[source], "splits of two ranks do not match"
             num_bytes += part.numel() * part.element_size() if source != target else 0
             parts.append(part.clone())
-        leg.into.copy_(torch.cat(parts))
+        own.recv.copy_(torch.cat(parts))
     return num_bytes
 
 
@@ -72,39 +73,51 @@ def call(
     late: bool = False,
     known: list[np.ndarray] | None = None,
 ) -> Call:
-    """One layer call. ids: [T, M] of each rank, -1 where dropped. xs: [T, D]. ws: [T, M].
+    """Run one layer call.
 
-    late: every all-to-all moves its rows as late as `pipeline.py` allows, otherwise at once. known:
-    what each rank knows of all ranks' numbers [W, n]; everything by default.
+    Args:
+        layout: of all ranks.
+        ids: [T, M] of each rank, -1 where dropped.
+        xs: [T, D] of each rank.
+        ws: [T, M] of each rank.
+        late: every all-to-all moves its rows as late as `pipeline.py` allows, otherwise at once.
+        known: what each rank has of all ranks' counts [W, n]; everything by default.
     """
     orders = [layout.sort(part) for part in ids]
     if known is None:
-        known = [torch.stack([order.numbers for order in orders]).numpy()] * len(ids)
+        counts = [order.counts_to_exchange for order in orders]
+        known = [torch.stack(counts).numpy()] * len(ids)
     plans = [layout.plans(order, known[rank], rank) for rank, order in enumerate(orders)]
-    firsts = layout.first_experts
-    freights = [
-        load(x, w, plan, Scaled(firsts[rank]), RowBuffers(), alone=len(ids) == 1)
-        for rank, (x, w, plan) in enumerate(zip(xs, ws, plans, strict=True))
+    experts = [Scaled(first) for first in layout.first_experts[:-1]]
+    payloads = [
+        make_payload(x, w, plan, RowBuffers(), single_rank=len(ids) == 1)
+        for x, w, plan in zip(xs, ws, plans, strict=True)
     ]
 
-    def pack(index: int) -> list[AllToAll]:
-        return [freight.pack(index) for freight in freights]
+    def pack(chunk: int) -> list[AllToAll]:
+        return [payload.pack_dispatch(chunk) for payload in payloads]
+
+    def work(chunk: int, dispatches: list[AllToAll]) -> list[AllToAll]:
+        combines = []
+        for payload, run, rows in zip(payloads, experts, dispatches, strict=True):
+            out_RD = run(*payload.unpack(chunk, rows.recv))
+            combines.append(payload.pack_combine(chunk, out_RD))
+        return combines
 
     last, out, back = layout.num_chunks - 1, 0, 0
-    coming = pack(0)
-    out += 0 if late else travel(coming)
-    homeward = []
-    for index in range(last + 1):
-        following = pack(index + 1) if index < last else []
-        out += travel(coming) if late else travel(following) if following else 0
-        pairs = zip(freights, coming, strict=True)
-        homeward.append([freight.work(index, leg.into) for freight, leg in pairs])
-        back += 0 if late else travel(homeward[-1])
-        coming = following
+    dispatches = pack(0)
+    out += 0 if late else exchange(dispatches)
+    combines = []
+    for chunk in range(last + 1):
+        following = pack(chunk + 1) if chunk < last else []
+        out += exchange(dispatches) if late else exchange(following) if following else 0
+        combines.append(work(chunk, dispatches))
+        back += 0 if late else exchange(combines[-1])
+        dispatches = following
     if late:
-        back = sum(travel(legs) for legs in homeward)
+        back = sum(exchange(each) for each in combines)
     outs = [
-        combine_rows(freight.home, *plan[0].terms(w))
-        for freight, plan, w in zip(freights, plans, ws, strict=True)
+        combine_rows(payload.combined_SD, *plan[0].terms(w))
+        for payload, plan, w in zip(payloads, plans, ws, strict=True)
     ]
     return Call(outs, plans, (out, back))

@@ -16,7 +16,7 @@ import torch
 
 from engine.config import ExpertsConfig, MoEConfig, OverlapConfig
 from engine.distributed.groups import Group
-from engine.moe.dispatch.two_batch import finish
+from engine.moe.dispatch.two_batch import run_to_end
 from engine.moe.experts import choose_backend
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
@@ -70,7 +70,7 @@ def _run(device: torch.device, backend: str, chunks: int) -> torch.Tensor:
     out = torch.empty(0)
     for _ in range(2):  # the first call compiles and tunes, which may synchronise
         with _no_sync(device) if out.numel() else nullcontext():
-            rows_AD = finish(pipeline.stages(x_TD, weights_TM, plans, NoClock()))
+            rows_AD = run_to_end(pipeline.steps(x_TD, weights_TM, plans, NoClock()))
             out = combine_rows(rows_AD, *plans[0].terms(weights_TM))
     return out
 

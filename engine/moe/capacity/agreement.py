@@ -345,7 +345,7 @@ def _merge(
     extra_Te: torch.Tensor | None,
     first_expert: int,
 ) -> torch.Tensor:
-    """Return ids_TM: the top-k kept, then extras in the order of the local experts; -1 elsewhere."""
+    """Return ids_TM: the top-k kept, then extras in the order of the local experts, else -1."""
     ids_TK = topk_ids_TK.where(keep_TK, -1)
     if extra_Te is None:
         return ids_TK

@@ -102,10 +102,8 @@ class ClaimMaker:
             padded=max(step.num_tokens_W) * columns,
         )
 
-    def _extra_claims(
-        self, routing: Routing, step: MoEStep
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes [T, X] and scores [T, X] of extras that claim slots as top-k does; 3E: none."""
+    def _extra_claims(self, routing: Routing, step: MoEStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes [T, X], 3E for none, and scores [T, X] of extras that claim slots."""
         scores_Te = routing.scores_TE[:, self.own]
         num_tokens, num_local = scores_Te.shape
         allowed_Te = self.outside_topk(routing, step)

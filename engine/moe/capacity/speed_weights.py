@@ -1,13 +1,13 @@
-"""Shares: how much of the capacity each rank gets, by how fast it has been. Pure functions.
+"""Speed weights: how much of the capacity each rank gets, by its measured speed. Pure functions.
 
 `moe.capacity.speed_aware`: a rank that needs twice the time per row gets half the slots of the
-others, and their sum stays what it was, so that all ranks finish together. Every rank sends its
-pace with the control words before each step (`control.py`), so all see the same paces at the
-same step and work out the same shares without another collective.
+others, and their sum is unchanged, so that all ranks finish together. Every rank sends its time per
+row with the step control message (`control.py`), so all of them have the same times at the same
+step and compute the same weights without another collective.
 
-Worked example, 2 ranks with 4 experts each, C = 6, paces 100 and 200 ns a row: speeds 2 : 1, shares
-4/3 and 2/3 of the even share. With scope rank the limits are 24 * 4/3 = 32 and 16 instead of 24 and
-24; with scope expert 8 and 4 instead of 6 and 6.
+Worked example, 2 ranks with 4 experts each, C = 6, 100 and 200 ns per row: speeds 2 : 1, weights
+4/3 and 2/3. With scope rank the limits are 24 * 4/3 = 32 and 16 instead of 24 and 24; with scope
+expert 8 and 4 instead of 6 and 6.
 
 Legend: P pools, W expert-parallel ranks.
 """
@@ -18,81 +18,86 @@ from collections.abc import Sequence
 
 from engine.moe.capacity.limits import Pools
 
-# A share is a multiple of the even one, in units of 1/ONE, within these bounds.
+# A weight of ONE is an equal share of the capacity; weights are within these bounds.
 ONE = 1024
-LEAST, MOST = ONE // 4, 2 * ONE
-# Ranks whose paces are within this many twentieths of each other are as fast as each other.
+MIN_WEIGHT, MAX_WEIGHT = ONE // 4, 2 * ONE
+# Ranks whose times per row differ by at most this many twentieths count as equally fast.
 _NOISE = 1
-# Steps between two changes.
-EVERY = 4
+# Steps between two updates.
+UPDATE_EVERY = 4
 
 
-def shares(paces: Sequence[int]) -> tuple[int, ...] | None:
-    """Each rank's share from its pace; None where all are about the same, or not all are known.
+def speed_weights(times_per_row: Sequence[int]) -> tuple[int, ...] | None:
+    """Return each rank's weight; None where all are about equally fast, or a time is unknown.
 
-    paces: W numbers, time a row in any unit, 0 where unknown. Integers only: every rank gets the
-    same answer.
+    times_per_row: W numbers in any unit, 0 where unknown. Integers only, so that every rank
+    computes the same.
     """
-    if min(paces) <= 0 or max(paces) * 20 <= min(paces) * (20 + _NOISE):
+    slowest, fastest = max(times_per_row), min(times_per_row)
+    if fastest <= 0 or slowest * 20 <= fastest * (20 + _NOISE):
         return None
-    scale = max(paces) << 20
-    speeds = [scale // pace for pace in paces]
+    scale = slowest << 20
+    speeds = [scale // time for time in times_per_row]
     total = sum(speeds)
-    found = tuple(min(MOST, max(LEAST, speed * len(paces) * ONE // total)) for speed in speeds)
+    found = tuple(
+        min(MAX_WEIGHT, max(MIN_WEIGHT, speed * len(speeds) * ONE // total)) for speed in speeds
+    )
     return None if len(set(found)) == 1 else found
 
 
-def limits(pools: Pools, capacity: int, shares_W: Sequence[int] | None) -> list[int]:
-    """Slots of every pool: its size times the capacity, dealt out anew by its owner's share.
+def limits(pools: Pools, capacity: int, weights_W: Sequence[int] | None) -> list[int]:
+    """Return the slots of every pool: its size times the capacity, by its owner's weight.
 
-    No pool gets more than MOST / ONE of its even limit, which is what `memory.py` reserves
-    for: where the sum of the shares is below W, what is above goes to the others in proportion. The
-    sum over the pools is kept (largest remainder, ties to the lower pool), but every pool has at
-    least one slot, as without shares.
+    No pool gets more than MAX_WEIGHT / ONE of its equal limit, for which `memory.py` reserves
+    buffers: where the sum of the weights is below W, the excess is partitioned over the others in
+    proportion. The sum over the pools is kept (largest remainder, ties to the lower pool), but
+    every pool has at least one slot, as without weights.
 
-    Paces of 1 and seven times 100, each rank a pool with an even limit of 12: shares 2 and seven
-    times 1/4, so the first gets 24, not 96 * 2 / 3.75 = 51, and 72 slots are left for the seven.
+    Worked example, times per row of 1 and seven times 100, each rank a pool with an equal limit of
+    12: weights 2 and seven times 1/4, so the first gets 24, not 96 * 2 / 3.75 = 51, and 72 slots
+    are left for the seven.
     """
     even = [size * capacity for size in pools.sizes]
-    if shares_W is None:
+    if weights_W is None:
         return even
     weights = [
-        size * shares_W[owner] for size, owner in zip(pools.sizes, pools.owners, strict=True)
+        size * weights_W[owner] for size, owner in zip(pools.sizes, pools.owners, strict=True)
     ]
-    most = [limit * MOST // ONE for limit in even]
-    dealt, slots, free = most.copy(), sum(even), list(range(len(even)))
+    most = [limit * MAX_WEIGHT // ONE for limit in even]
+    slots_of, slots, free = most.copy(), sum(even), list(range(len(even)))
+    # Pools above their maximum get just that; repeat for the others with the slots that are left.
     while True:
         total = sum(weights[pool] for pool in free)
         over = {pool for pool in free if slots * weights[pool] > most[pool] * total}
         if not over:
             break
-        # Never all of them: together they may have twice what there is.
+        # Never all of them: together they may have twice the slots that there are.
         slots -= sum(most[pool] for pool in over)
         free = [pool for pool in free if pool not in over]
     for pool in free:
-        dealt[pool] = slots * weights[pool] // total
+        slots_of[pool] = slots * weights[pool] // total
     rest = sorted(free, key=lambda pool: -(slots * weights[pool] % total))
-    for pool in rest[: slots - sum(dealt[pool] for pool in free)]:
-        dealt[pool] += 1
-    return [max(1, limit) for limit in dealt]
+    for pool in rest[: slots - sum(slots_of[pool] for pool in free)]:
+        slots_of[pool] += 1
+    return [max(1, limit) for limit in slots_of]
 
 
-class Shares:
-    """The shares that a group runs under, renewed every few steps from everybody's paces."""
+class SpeedWeights:
+    """The weights of a group, updated every few steps from the times per row of all its ranks."""
 
     def __init__(self) -> None:
         self.current: tuple[int, ...] | None = None
         self._steps = 0
 
-    def update(self, paces: Sequence[int]) -> bool:
-        """Take the paces of one step; True where the shares have changed noticeably.
+    def update(self, times_per_row: Sequence[int]) -> bool:
+        """Add the times of one step; return True where the weights have changed noticeably.
 
-        Every rank must call with the same paces in the same step.
+        Every rank must call with the same times in the same step.
         """
         self._steps += 1
-        if self._steps % EVERY:
+        if self._steps % UPDATE_EVERY:
             return False
-        before = self.current or (ONE,) * len(paces)
-        self.current = shares(paces)
-        after = self.current or (ONE,) * len(paces)
+        before = self.current or (ONE,) * len(times_per_row)
+        self.current = speed_weights(times_per_row)
+        after = self.current or (ONE,) * len(times_per_row)
         return any(abs(new - old) * 20 > ONE for new, old in zip(after, before, strict=True))

@@ -117,7 +117,11 @@ class LayoutPolicy:
             number
             for number in CANDIDATES
             if (layout := self.layout(number)).num_chunks == number
-            and (number == 1 or group_tokens is None or layout.is_worthwhile(group_tokens, self._top_k))
+            and (
+                number == 1
+                or group_tokens is None
+                or layout.is_worthwhile(group_tokens, self._top_k)
+            )
         ]
 
     def buffer_sizes(self, send_rows: int, received_rows: int) -> dict[Slot, int]:

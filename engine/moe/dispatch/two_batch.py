@@ -1,4 +1,4 @@
-"""Two-batch overlap: two micro-batches interleaved, so that one computes while the other's rows move.
+"""Two-batch overlap: one micro-batch computes while the other's rows are in flight.
 
 `moe.overlap.two_batch`. A layer call is a generator that yields while its rows are in flight
 (`MoELayer.steps`); a micro-batch is the generator of all its layers (`CausalLM`). `interleave`

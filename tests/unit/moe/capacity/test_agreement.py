@@ -159,5 +159,5 @@ def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
 
     communicates = rules["consensus"] != "local"
     with pytest.raises(MemoryError, match="does not fit"):
-        agreement.decide(route(torch.randn(6, 4), spec), step, meanwhile=meanwhile)
+        agreement.decide(route(torch.randn(6, 4), spec), step, overlap=meanwhile)
     assert collectives.waited == collectives.started

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from engine.config import CapacityConfig
 from engine.moe.capacity.agreement import CapacityAgreement, Decision
-from engine.moe.capacity.consensus_quota import shares
+from engine.moe.capacity.consensus_quota import quotas
 from engine.moe.capacity.expansion import candidates, choose_extras
 from engine.moe.capacity.limits import Pools, cannot_bind
-from engine.moe.capacity.priority import order_words, random_key, sortable
+from engine.moe.capacity.priority import random_key, sort_keys, sortable
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
@@ -80,14 +80,14 @@ def test_an_order_of_one_pool_compares_experts_of_one_rank():
 
 def test_the_worked_example_of_shares_holds():
     claims = torch.tensor([[4], [3], [3]])
-    assert shares(claims, torch.tensor([5])).flatten().tolist() == [2, 2, 1]
-    assert shares(claims, torch.tensor([10**6])).flatten().tolist() == [4, 3, 3]
-    assert shares(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([3])).tolist() == [[0], [0]]
+    assert quotas(claims, torch.tensor([5])).flatten().tolist() == [2, 2, 1]
+    assert quotas(claims, torch.tensor([10**6])).flatten().tolist() == [4, 3, 3]
+    assert quotas(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([3])).tolist() == [[0], [0]]
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 200))
 def test_shares_use_every_slot_and_exceed_no_ranks_claims(claims, limit):
-    dealt = shares(torch.tensor(claims)[:, None], torch.tensor([limit])).flatten().tolist()
+    dealt = quotas(torch.tensor(claims)[:, None], torch.tensor([limit])).flatten().tolist()
     assert sum(dealt) == min(sum(claims), limit)
     assert all(0 <= share <= count for share, count in zip(dealt, claims, strict=True))
 
@@ -139,7 +139,7 @@ def test_random_keys_are_the_documented_hash(seed, layer, request_number, positi
     assert key.tolist() == [hash_key(seed, layer, request_number, position)]
 
 
-def test_words_put_the_better_claim_first_and_count_those_that_lead():
+def test_keys_put_the_better_claim_first_and_count_the_primary_ones():
     request = torch.tensor([1, 0], dtype=torch.int32)
     position = torch.tensor([5, 9], dtype=torch.int32)
     common = {
@@ -150,13 +150,13 @@ def test_words_put_the_better_claim_first_and_count_those_that_lead():
         "seed": 0,
         "layer": 0,
     }
-    words, leading = order_words("score", **common)
-    assert leading == 1 and len(words) == 4
-    assert words[0][0] == words[0][1] and words[1][1] > words[1][0], "a tie goes to request 0"
-    words, leading = order_words("first", **common)
-    assert leading == 2 and words[0][1] > words[0][0]
-    words, leading = order_words("last", **common)
-    assert leading == 2 and words[0][0] > words[0][1]
+    keys, num_primary = sort_keys("score", **common)
+    assert num_primary == 1 and len(keys) == 4
+    assert keys[0][0] == keys[0][1] and keys[1][1] > keys[1][0], "a tie goes to request 0"
+    keys, num_primary = sort_keys("first", **common)
+    assert num_primary == 2 and keys[0][1] > keys[0][0]
+    keys, num_primary = sort_keys("last", **common)
+    assert num_primary == 2 and keys[0][0] > keys[0][1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Shares of the capacity by measured speed: pure numbers, and what a layer keeps under them.
+"""SpeedWeights of the capacity by measured speed: pure numbers, and what a layer keeps under them.
 
 Run: pytest tests/unit/moe/capacity/test_speed_weights.py
 """
@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from engine.config import CapacityConfig
 from engine.generation.memory import MoEShape, row_bound
 from engine.moe.capacity.limits import Pools
-from engine.moe.capacity.speed_weights import EVERY, LEAST, MOST, ONE, Shares, limits, shares
+from engine.moe.capacity.speed_weights import (
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    ONE,
+    UPDATE_EVERY,
+    SpeedWeights,
+    limits,
+    speed_weights,
+)
 from engine.profiling.phase_clock import Phase
 from engine.profiling.row_time import RowTime
 from tests.helpers.profiles import make_spans
@@ -22,23 +30,23 @@ TWO_RANKS = [0, 4, 8]
 
 
 def test_the_worked_example():
-    found = shares([100, 200])
+    found = speed_weights([100, 200])
     assert found == (ONE * 4 // 3, ONE * 2 // 3)
     assert limits(Pools.make("rank", TWO_RANKS), 6, found) == [32, 16]
     assert limits(Pools.make("expert", TWO_RANKS), 6, found) == [8] * 4 + [4] * 4
 
 
 def test_a_rank_among_eight_that_is_half_as_fast_gets_half_of_what_the_others_get():
-    found = shares([100] * 7 + [200])
+    found = speed_weights([100] * 7 + [200])
     assert found is not None
     assert found[7] * 2 == pytest.approx(found[0], abs=2) and len(set(found[:7])) == 1
     assert sum(found) == pytest.approx(8 * ONE, abs=8)
 
 
 def test_unknown_or_equal_paces_leave_the_capacity_as_it_is():
-    assert shares([100, 0]) is None and shares([0, 0]) is None
-    assert shares([7, 7, 7]) is None
-    assert shares([100, 105]) is None and shares([100, 106]) is not None
+    assert speed_weights([100, 0]) is None and speed_weights([0, 0]) is None
+    assert speed_weights([7, 7, 7]) is None
+    assert speed_weights([100, 105]) is None and speed_weights([100, 106]) is not None
     pools = Pools.make("rank", TWO_RANKS)
     assert limits(pools, 6, None) == [24, 24] == limits(pools, 6, (ONE, ONE))
 
@@ -52,21 +60,21 @@ def test_unknown_or_equal_paces_leave_the_capacity_as_it_is():
 def test_the_sum_of_the_slots_is_kept_and_every_share_is_bounded(paces, capacity, scope, data):
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=len(paces), max_size=len(paces)))
     pools = Pools.make(scope, [0, *np.cumsum(sizes).tolist()])
-    found = shares(paces)
+    found = speed_weights(paces)
     slots = limits(pools, capacity, found)
     assert min(slots) >= 1
     even = sum(pools.sizes) * capacity
     lifted = slots.count(1)
     assert even <= sum(slots) <= even + lifted, "only a pool that would have none adds a slot"
     if found is not None:
-        assert all(LEAST <= share <= MOST for share in found)
+        assert all(MIN_WEIGHT <= share <= MAX_WEIGHT for share in found)
         slower = [a for a in range(len(paces)) for b in range(len(paces)) if paces[a] > paces[b]]
         faster = [b for a in range(len(paces)) for b in range(len(paces)) if paces[a] > paces[b]]
         assert all(found[a] <= found[b] for a, b in zip(slower, faster, strict=True))
 
 
 def test_the_worked_example_of_one_rank_a_hundred_times_as_fast_as_seven_holds():
-    found = shares([1] + [100] * 7)
+    found = speed_weights([1] + [100] * 7)
     assert limits(Pools.make("rank", list(range(9))), 12, found) == [24, *[11] * 2, *[10] * 5]
 
 
@@ -83,11 +91,11 @@ def test_no_rank_gets_more_than_the_most_that_memory_is_reserved_for(
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=len(numbers), max_size=len(numbers)))
     pools = Pools.make(scope, [0, *np.cumsum(sizes).tolist()])
     # What `shares` makes of paces, or anything within its bounds.
-    bounded = tuple(LEAST + number % (MOST - LEAST + 1) for number in numbers)
-    slots = limits(pools, capacity, found := shares(numbers) if paced else bounded)
+    bounded = tuple(MIN_WEIGHT + number % (MAX_WEIGHT - MIN_WEIGHT + 1) for number in numbers)
+    slots = limits(pools, capacity, found := speed_weights(numbers) if paced else bounded)
     assert slots == limits(pools, capacity, found), "every rank works the same out"
     owned = np.bincount(pools.owners, weights=slots).astype(int)
-    assert (owned * ONE <= np.array(sizes) * capacity * MOST).all()
+    assert (owned * ONE <= np.array(sizes) * capacity * MAX_WEIGHT).all()
     even = sum(sizes) * capacity
     assert even <= sum(slots) <= even + slots.count(1), "what is cut off goes to the others"
     weights = found or (ONE,) * len(numbers)
@@ -100,17 +108,21 @@ def test_memory_is_reserved_for_shares_and_for_the_rounding_of_every_rank():
     shape = MoEShape(num_ranks=4, top_k=2, num_experts=8, num_local_experts=2, hidden=8, ffn=8)
     local = CapacityConfig(policy="token_drop", factor="0.5", consensus="local", speed_aware=True)
     own_capacity = 3  # of 17 tokens: ceil(0.5 * 17 * 2 / 8)
-    fastest = limits(Pools.make("rank", [0, 2, 4, 6, 8]), own_capacity, (MOST, *[LEAST] * 3))[0]
+    fastest = limits(
+        Pools.make("rank", [0, 2, 4, 6, 8]), own_capacity, (MAX_WEIGHT, *[MIN_WEIGHT] * 3)
+    )[0]
     assert row_bound(shape, local, max_tokens=17, max_sequences=0).received >= 4 * fastest == 48
 
 
 def test_shares_change_every_few_steps_and_say_when_it_matters():
-    kept = Shares()
-    assert [kept.update([100, 200]) for _ in range(EVERY)] == [False] * (EVERY - 1) + [True]
-    assert kept.current == shares([100, 200])
-    assert not any(kept.update([100, 202]) for _ in range(EVERY)), "a hundredth is no news"
-    assert kept.current == shares([100, 202])
-    assert any(kept.update([100, 100]) for _ in range(EVERY)) and kept.current is None
+    kept = SpeedWeights()
+    assert [kept.update([100, 200]) for _ in range(UPDATE_EVERY)] == [False] * (
+        UPDATE_EVERY - 1
+    ) + [True]
+    assert kept.current == speed_weights([100, 200])
+    assert not any(kept.update([100, 202]) for _ in range(UPDATE_EVERY)), "a hundredth is no news"
+    assert kept.current == speed_weights([100, 202])
+    assert any(kept.update([100, 100]) for _ in range(UPDATE_EVERY)) and kept.current is None
 
 
 def test_pace_is_time_a_row_of_calls_with_enough_rows():

@@ -77,7 +77,9 @@ def test_every_row_reaches_its_expert_in_some_chunk_and_comes_home(
         for target, plan in enumerate(chunk):
             arrived = [row for source in range(num_ranks) for row in sends[source][target]]
             assert [len(sends[source][target]) for source in range(num_ranks)] == plan.recv_splits
-            places = range(len(arrived)) if plan.arrival_R is None else plan.arrival_R.tolist()
+            places = (
+                range(len(arrived)) if plan.recv_index_R is None else plan.recv_index_R.tolist()
+            )
             assert len(plan.expert_counts) == starts[target + 1] - starts[target]
             work = [e for e, count in enumerate(plan.expert_counts) for _ in range(count)]
             results = [None] * len(arrived)

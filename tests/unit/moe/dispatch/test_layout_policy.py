@@ -70,13 +70,13 @@ def test_the_worked_example_of_token_chunks_holds():
     ids = torch.tensor([[0], [4], [1], [-1], [4]])
     order = layout.sort(ids)
     assert order.load_E.tolist() == [1, 1, 0, 0, 2]
-    assert order.numbers.tolist() == [1, 0, 0, 0, 1, 0, 1, 0, 0, 1]
+    assert order.counts_to_exchange.tolist() == [1, 0, 0, 0, 1, 0, 1, 0, 0, 1]
     assert order.token_N[:4].tolist() == [0, 1, 2, 4]
-    alone = layout.sort(torch.tensor([[2]]))
-    assert alone.numbers.tolist() == [0] * 5 + [0, 0, 1, 0, 0], "one token is in the last chunk"
-    numbers = np.stack([order.numbers.numpy(), alone.numbers.numpy()])
-    assert layout.counts(numbers).tolist() == [[1, 1, 0, 0, 2], [0, 0, 1, 0, 0]]
-    first, second = layout.plans(order, numbers, 0)
+    own, other = order.counts_to_exchange, layout.sort(torch.tensor([[2]])).counts_to_exchange
+    assert other.tolist() == [0] * 5 + [0, 0, 1, 0, 0], "one token is in the last chunk"
+    exchanged = np.stack([own.numpy(), other.numpy()])
+    assert layout.loads(exchanged).tolist() == [[1, 1, 0, 0, 2], [0, 0, 1, 0, 0]]
+    first, second = layout.plans(order, exchanged, 0)
     assert (first.send_splits, first.recv_splits) == ([1, 1], [1, 0])
     assert (second.send_splits, second.recv_splits) == ([1, 1], [1, 1])
     assert second.expert_counts == [0, 1, 1] and second.order.token_N.tolist() == [2, 4]
@@ -143,19 +143,19 @@ def test_rows_go_once_only_where_the_counts_say_that_moves_less():
         x, w = torch.randn(18, 96), torch.rand(18, 2)
         found = call(layout, [ids, ids], [x, x], [w, w])
         for plans in found.plans:
-            assert (plans[0].once is not None) == once
+            assert (plans[0].unique is not None) == once
 
 
-def test_extras_that_only_their_own_rank_knows_of_do_not_sway_it():
+def test_extras_that_only_their_own_rank_counts_do_not_change_the_choice():
     layout = ExpertLayout([0, 4, 8], 1, "experts", ROWS, deduplicate=True)
-    with_extras = torch.tensor([[4, 0, 1, 2, 3]] * 9)  # one expert over there, four at home
+    with_extras = torch.tensor([[4, 0, 1, 2, 3]] * 9)  # one remote expert, four local ones
     none = torch.full((9, 5), -1)
     orders = [layout.sort(with_extras), layout.sort(none)]
-    known = [np.stack([order.numbers.numpy() for order in orders])] * 2
+    known = [np.stack([order.counts_to_exchange.numpy() for order in orders])] * 2
     known[1] = known[1].copy()
     known[1][0, :4] = known[1][0, -2] = 0  # what rank 0 keeps for itself
     plans = [layout.plans(order, known[rank], rank) for rank, order in enumerate(orders)]
-    assert [plan[0].once for plan in plans] == [None, None]
+    assert [plan[0].unique for plan in plans] == [None, None]
     assert plans[0][0].send_splits == [36, 9] and plans[1][0].recv_splits == [9, 0]
 
 
@@ -185,4 +185,4 @@ def test_under_every_policy_ranks_know_enough_to_plan_alike(case, chunks, by, de
     plain = call(ExpertLayout(case.bounds, 1), ids, xs, ws)
     for out, expected in zip(found.outs, plain.outs, strict=True):
         assert torch.equal(out, expected)
-    assert len({plans[0].once is None for plans in found.plans}) == 1
+    assert len({plans[0].unique is None for plans in found.plans}) == 1

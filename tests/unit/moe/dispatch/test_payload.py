@@ -94,7 +94,7 @@ def test_rows_of_four_experts_on_one_rank_travel_once_and_come_home_four_times()
     found = call(layout, ids, xs, ws)
     row = WIDTH * 4
     assert found.sent == (10 * (row + 16), 40 * row), "16 bytes for the bitmap"
-    assert found.plans[0][0].once is not None and found.plans[1][0].once is not None
+    assert found.plans[0][0].unique is not None and found.plans[1][0].unique is not None
 
 
 def test_partial_sums_send_one_row_a_token_and_rank_home():
@@ -128,7 +128,7 @@ def test_partial_sums_differ_from_the_whole_sum_by_rounding_alone(
     found = call(layout, ids, xs, ws, late=late)
     for out, expected in zip(found.outs, exact.outs, strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
-    if found.plans[0][0].partial:
+    if found.plans[0][0].pre_reduced:
         assert found.sent[1] <= exact.sent[1]
 
 
@@ -137,7 +137,7 @@ def test_a_token_that_keeps_nothing_gets_exactly_zero_from_partial_sums():
     ids[0][3] = -1
     layout = ExpertLayout([0, 8, 16], 1, "experts", rows_of(partial=True), deduplicate=True)
     found = call(layout, ids, xs, ws)
-    assert found.plans[0][0].partial and not found.outs[0][3].any()
+    assert found.plans[0][0].pre_reduced and not found.outs[0][3].any()
     assert found.outs[0][4].any()
 
 
@@ -153,7 +153,7 @@ def test_narrow_rows_move_fewer_bytes_and_err_within_their_mantissa(
     narrow = rows_of(name=name)
     layout = ExpertLayout([0, 8, 16], 2, "tokens", narrow, deduplicate=deduplicate)
     found = call(layout, ids, xs, ws)
-    assert (found.plans[0][0].once is not None) == deduplicate
+    assert (found.plans[0][0].unique is not None) == deduplicate
     rows = exact.sent[0] // (WIDTH * 4)
     if deduplicate:
         assert found.sent[0] < rows * (payload + 15)
@@ -173,5 +173,5 @@ def test_one_rank_keeps_its_rows_as_they_are():
     ids, xs, ws = draw(1, 6, 2, [9], 1)
     layout = ExpertLayout([0, 6], 3, "tokens", rows_of(name="fp8"), deduplicate=True)
     found = call(layout, ids, xs, ws)
-    assert found.plans[0][0].wire is None and len(found.plans[0]) == 1
+    assert found.plans[0][0].row_format is None and len(found.plans[0]) == 1
     assert torch.equal(found.outs[0], call(ExpertLayout([0, 6], 1), ids, xs, ws).outs[0])

@@ -20,7 +20,7 @@ def test_the_worked_example_of_the_module_docstring_holds():
     assert plan.send_splits == [2, 2]
     assert plan.recv_splits == [2, 2]
     assert plan.expert_counts == [3, 1]
-    assert plan.arrival_R is not None and plan.arrival_R.tolist() == [0, 1, 2, 3]
+    assert plan.recv_index_R is not None and plan.recv_index_R.tolist() == [0, 1, 2, 3]
     assert plan.num_received == 4
 
 
@@ -28,7 +28,7 @@ def test_arrival_order_regroups_rows_of_two_sources_by_expert():
     order = sort_by_expert(torch.tensor([[0], [1]]), 2)
     # Arrivals: rank 0 sent e0 e1, rank 1 sent e0 e0 e1. Grouped: e0 is 0, 2, 3 and e1 is 1, 4.
     plan = make_plan(order, np.array([[1, 1], [2, 1]]), 0, [0, 2, 2])
-    assert plan.arrival_R is not None and plan.arrival_R.tolist() == [0, 2, 3, 1, 4]
+    assert plan.recv_index_R is not None and plan.recv_index_R.tolist() == [0, 2, 3, 1, 4]
     assert plan.send_splits == [2, 0]
 
 
@@ -63,9 +63,9 @@ def test_every_assignment_reaches_its_expert_and_finds_its_way_back(
         arrived = [row for source in range(num_ranks) for row in sent(source, target)]
         assert len(arrived) == plan.num_received
         assert plan.recv_splits == [len(sent(source, target)) for source in range(num_ranks)]
-        if plan.arrival_R is not None:
-            assert sorted(plan.arrival_R.tolist()) == list(range(len(arrived)))
-            arrived = [arrived[index] for index in plan.arrival_R.tolist()]
+        if plan.recv_index_R is not None:
+            assert sorted(plan.recv_index_R.tolist()) == list(range(len(arrived)))
+            arrived = [arrived[index] for index in plan.recv_index_R.tolist()]
         row = 0
         for local, count in enumerate(plan.expert_counts):
             for source, token, slot in arrived[row : row + count]:

@@ -78,10 +78,11 @@ def test_headers_do_not_touch_payloads():
     assert torch.equal(wire.bits(rows), bits) and torch.equal(wire.weights(rows), weights)
 
 
-def test_rows_that_need_nothing_have_no_wire_format():
-    assert RowFormats.of(16, torch.bfloat16, DispatchConfig()).each() is None
-    assert RowFormats.of(16, torch.bfloat16, DispatchConfig(dtype="bf16")).each() is None
+def test_rows_in_the_models_dtype_have_no_row_format():
+    assert RowFormats.of(16, torch.bfloat16, DispatchConfig()).per_assignment() is None
+    assert RowFormats.of(16, torch.bfloat16, DispatchConfig(dtype="bf16")).per_assignment() is None
     narrow = RowFormats.of(16, torch.float32, DispatchConfig(dtype="bf16"))
-    assert (narrow.out_bytes, narrow.home_bytes) == (32, 64)
-    once = RowFormats.of(16, torch.float32, DispatchConfig(partial_sums=True)).once(4, 1)
-    assert (once.num_weights, once.bitmap_bytes, once.row_bytes) == (4, 1, 96)
+    assert (narrow.dispatch_bytes, narrow.combine_bytes) == (32, 64)
+    rows = RowFormats.of(16, torch.float32, DispatchConfig(partial_sums=True))
+    unique = rows.deduplicated(4, 1)
+    assert (unique.num_weights, unique.bitmap_bytes, unique.row_bytes) == (4, 1, 96)

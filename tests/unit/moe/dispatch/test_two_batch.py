@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.generation.runner import balanced_cut
-from engine.moe.dispatch.two_batch import finish, interleave
+from engine.moe.dispatch.two_batch import interleave, run_to_end
 
 
 def talker(name: str, stops: int, said: list[str], fails_at: int | None = None):
@@ -45,7 +45,7 @@ def test_where_one_fails_the_others_are_closed_and_the_failure_is_told():
 
 def test_finish_does_not_leave_at_the_stops():
     said: list[str] = []
-    assert finish(talker("a", 2, said)) == "A"
+    assert run_to_end(talker("a", 2, said)) == "A"
     assert said == ["a0", "a1", "a ends"]
 
 
