@@ -36,8 +36,7 @@ from engine.ops.rotary import apply_rotary
 from engine.ops.store_kv import store_kv
 from engine.weights.slot import WeightSlot
 
-# The norms of the two latents use this in every published DeepSeek model, whatever rms_norm_eps
-# says.
+# Every published DeepSeek model uses this for the norms of the two latents, not rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 
 

@@ -34,10 +34,7 @@ def test_the_longest_go_first_to_the_rank_with_fewest_tokens():
 
 def test_requests_of_one_length_go_to_the_ranks_in_turn():
     requests = [request(i, 8, 2) for i in range(5)]
-    assert [[each.index for each in share] for share in partition(requests, 2)] == [
-        [0, 2, 4],
-        [1, 3],
-    ]
+    assert indices(partition(requests, 2)) == [[0, 2, 4], [1, 3]]
 
 
 @given(shapes=SHAPES, num_ranks=st.integers(1, 5))
