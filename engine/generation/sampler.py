@@ -26,12 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class NonFiniteLogitsError(ValueError):
-    """Logits that are NaN, infinite, or all -inf. The other rows are sampled nevertheless.
-
-    Attributes:
-        rows: the failed ones.
-        tokens, logprobs: what `sample` would have returned, with token -1 in the failed rows.
-    """
+    """Logits that are NaN, infinite, or all -inf. The other rows are sampled nevertheless."""
 
     def __init__(
         self, rows: list[int], names: list[str], tokens: list[int], logprobs: list[float] | None
@@ -41,8 +36,8 @@ class NonFiniteLogitsError(ValueError):
             f"request {', '.join(names[:3])}{many}: its logits are not finite; look for NaN in the "
             "checkpoint, or run with model.dtype = float32 or bfloat16 if this is an overflow"
         )
-        self.rows = rows
-        self.tokens = tokens
+        self.rows = rows  # the failed ones
+        self.tokens = tokens  # what `sample` would have returned, with -1 in the failed rows
         self.logprobs = logprobs
 
 

@@ -30,9 +30,6 @@ from engine.moe.step import MoEStep
 class CapacityGate:
     """One layer's capacity.
 
-    Attributes:
-        account: what the last call did to this rank's tokens.
-
     Rank w of the group has the experts that `expert_range` assigns to it.
     """
 
@@ -57,7 +54,7 @@ class CapacityGate:
             collectives=self._collectives,
             ranks=group.ranks,
         )
-        self.account = DropStats()
+        self.account = DropStats()  # what the last call did to this rank's tokens
 
     def apply(
         self,

@@ -49,10 +49,6 @@ class AttentionSpec:
 class Attention(nn.Module):
     """This tensor rank's heads of one layer.
 
-    Parameters:
-        qkv_OD: query, key and value rows in one matrix, O = (H + 2 G) * Dh.
-        out_DO: the output projection's columns of this rank's heads.
-
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
     """
@@ -68,6 +64,8 @@ class Attention(nn.Module):
         self.q_width = share.num_heads * spec.head_dim
         self.kv_width = share.num_kv_heads * spec.head_dim
         rows = self.q_width + 2 * self.kv_width
+        # Query, key and value rows in one matrix, O = (H + 2 G) * Dh; of the output projection the
+        # columns of this rank's heads.
         self.qkv_OD = empty_parameter(rows, spec.hidden, device=device, dtype=dtype)
         self.out_DO = empty_parameter(spec.hidden, self.q_width, device=device, dtype=dtype)
         self.qkv_bias_O = self.out_bias_D = self.q_norm = self.k_norm = None

@@ -40,12 +40,7 @@ class KVSpec:
 
 
 class KVCache:
-    """The cache tensors of every layer on this rank.
-
-    Attributes:
-        keys: per layer [num_blocks, G, block_size, Dk].
-        values: per layer [num_blocks, G, block_size, Dv], a view of the keys if the spec is latent.
-    """
+    """The cache tensors of every layer on this rank."""
 
     def __init__(
         self,
@@ -63,6 +58,7 @@ class KVCache:
         def new(width: int) -> torch.Tensor:
             return _zeros((*shape, width), device, dtype)
 
+        # Per layer [num_blocks, G, block_size, Dk or Dv]; values are views of the keys if latent.
         self.keys = [new(spec.key_dim) for _ in range(spec.num_layers)]
         if spec.latent:
             self.values = [keys[..., : spec.value_dim] for keys in self.keys]

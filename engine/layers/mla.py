@@ -59,12 +59,6 @@ class MLASpec:
 class LatentAttention(nn.Module):
     """This tensor rank's heads of one layer.
 
-    Parameters:
-        down_OD: all projections of x in one matrix: queries (or the query latent, Q rows), then
-            latent and rotary key (C + R rows).
-        q_up_OQ: queries from their latent.
-        kv_up_HOC: [H, N + V, C], each head's key rows, then value rows.
-
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
     """
@@ -85,8 +79,11 @@ class LatentAttention(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return empty_parameter(*shape, device=device, dtype=dtype)
 
+        # All projections of x in one matrix: queries (or the query latent, Q rows), then latent and
+        # rotary key (C + R rows).
         self.down_OD = empty(self.down_q + self.latent_width, spec.hidden)
         self.kv_norm_C = empty(spec.kv_rank)
+        # Each head's key rows (N), then its value rows (V).
         self.kv_up_HOC = empty(heads, spec.nope_dim + spec.value_dim, spec.kv_rank)
         self.out_DO = empty(spec.hidden, heads * spec.value_dim)
         self.down_bias_O = self.out_bias_D = self.q_norm_Q = self.q_up_OQ = None

@@ -18,13 +18,7 @@ from engine.weights.slot import WeightSlot
 
 
 class DenseMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), times sigmoid(output gate . x) where there is such a gate.
-
-    Parameters:
-        gate_up_2FD: gate rows, then up rows.
-        down_DF: the down projection.
-        output_gate_1D: Qwen2-MoE's gate on its shared expert, or None.
-    """
+    """down(silu(gate(x)) * up(x)), times sigmoid(output gate . x) where there is such a gate."""
 
     def __init__(
         self,
@@ -42,7 +36,7 @@ class DenseMLP(nn.Module):
             hidden: D.
             ffn: F.
             bias: on the three projections (DeepSeek-V2's mlp_bias).
-            output_gate: whether the output has a gate.
+            output_gate: whether the output has a gate (Qwen2-MoE's shared expert).
         """
         super().__init__()
         self.hidden, self.ffn = hidden, ffn
@@ -50,7 +44,7 @@ class DenseMLP(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return empty_parameter(*shape, device=device, dtype=dtype)
 
-        self.gate_up_2FD = empty(2 * ffn, hidden)
+        self.gate_up_2FD = empty(2 * ffn, hidden)  # gate rows, then up rows
         self.down_DF = empty(hidden, ffn)
         self.gate_up_bias_2F = empty(2 * ffn) if bias else None
         self.down_bias_D = empty(hidden) if bias else None

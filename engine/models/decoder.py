@@ -101,11 +101,6 @@ class DecoderLayer(nn.Module):
 class CausalLM(nn.Module):
     """A decoder-only language model and its head.
 
-    Attributes:
-        kv_spec: the cache it needs on this rank.
-        moe_layers: its MoE layers in order.
-        max_model_len: positions it can run.
-
     Parameters are uninitialised until the `weight_slots` are filled.
 
     Raises:
@@ -124,10 +119,10 @@ class CausalLM(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.spec, self.max_model_len, self.dtype = spec, max_model_len, dtype
+        self.spec, self.dtype = spec, dtype
+        self.max_model_len = max_model_len  # positions it can run
         self.vocab_size, self.num_layers = spec.vocab_size, len(spec.layers)
-        self.telemetry = Telemetry()
-        self.rotary = rotary
+        self.telemetry, self.rotary = Telemetry(), rotary
         shape = (spec.vocab_size, spec.hidden)
         self.embedding_VD = empty_parameter(*shape, device=device, dtype=dtype)
         self.head_VD = (
@@ -152,6 +147,7 @@ class CausalLM(nn.Module):
             for i, layer in enumerate(spec.layers)
         ]
         self.layers = nn.ModuleList(self._layers)
+        # The MoE layers in order, and the cache that the model needs on this rank.
         self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
         self.kv_spec = self._layers[0].attention.kv_spec(self.num_layers)
 
@@ -258,6 +254,8 @@ class CausalLM(nn.Module):
         ):
             clock.enter(Phase.ATTENTION, index, num_tokens)
             if index == last and moe_step is None:
+                # Only the rows that are read; fewer tokens than in the other layers, so such a call
+                # does not tune the chunks.
                 read = step.read
                 if group is not None:
                     group_tokens, tunes = group.read, group.read == group.all
