@@ -32,16 +32,16 @@ from engine.generation.builder import (
     build,
     build_cache,
     checkpoint_names,
-    fill,
+    load_weights,
     reserve_rows,
-    resolved,
+    resolved_settings,
 )
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
 from engine.generation.latency import Sample, timed
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
-from engine.generation.request_source import ListSource, RequestSource, Sink, deal
+from engine.generation.request_source import ListSource, RequestSource, Sink, partition
 from engine.generation.step_profiler import StepProfiler
 from engine.generation.tokenizer import load_tokenizer
 from engine.models.registry import read_config
@@ -95,9 +95,9 @@ class LLM:
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
         )
         self.model = self._on_all_ranks(lambda: build(config, hf_config, topology))
-        self.model.observe(self._telemetry)
+        self.model.set_telemetry(self._telemetry)
         names = self._on_all_ranks(lambda: checkpoint_names(config))
-        self.weights_report = fill(self.model, config, topology, names, self._activity)
+        self.weights_report = load_weights(self.model, config, topology, names, self._activity)
         self._activity.begin("loading the model")
         self.model.finalize_weights(self._activity.tick)
         self._runner, self._scheduler = self._on_all_ranks(
@@ -120,7 +120,7 @@ class LLM:
         """What settings that may be left to the engine have come to on this rank: setting -> value.
         Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
         """
-        return resolved(self.model, self.topology, self._runner.cache.num_blocks)
+        return resolved_settings(self.model, self.topology, self._runner.cache.num_blocks)
 
     def place(self) -> Progress:
         """How far this rank has come; for the watchdog's thread."""
@@ -163,7 +163,7 @@ class LLM:
         ]
         done: list[Completion] = []
         topology = self.topology
-        own = deal(requests, topology.num_data)[topology.data_rank]
+        own = partition(requests, topology.num_data)[topology.data_rank]
         self.run(ListSource(own), done.extend)
         shares = gather_objects(done, topology.world)
         return sorted((item for share in shares for item in share), key=lambda item: item.index)

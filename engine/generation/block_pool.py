@@ -1,14 +1,18 @@
-"""Which blocks of the paged KV cache are free: the bookkeeping, without the tensors.
+"""Block pool: which blocks of the paged KV cache are free. Bookkeeping only, no tensors.
 
-The scheduler allocates blocks here and writes their numbers into each sequence's block table; the
-attention layers own the memory those numbers point into.
+A block number indexes the cache tensors of every layer (`layers/kv_cache.py`); a sequence's block
+table (`sequence.py`) lists its blocks in order.
 """
 
 from __future__ import annotations
 
 
 class BlockPool:
-    """A fixed set of cache blocks, each holding the keys and values of `block_size` tokens."""
+    """A fixed set of cache blocks, each holding the keys and values of `block_size` tokens.
+
+    Raises:
+        ValueError: when `num_blocks` or `block_size` is below 1.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -24,15 +28,15 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of free blocks."""
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold `num_tokens` tokens."""
+        """Return how many blocks `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Take blocks out of the pool; the caller has made sure that `num_free` suffices."""
+        """Return the numbers of `num_blocks` free blocks, now in use; at most `num_free`."""
         kept = len(self._free) - num_blocks
         assert kept >= 0, f"{num_blocks} blocks asked of {len(self._free)} free ones"
         block_ids = self._free[kept:][::-1]
@@ -42,7 +46,7 @@ class BlockPool:
         return block_ids
 
     def free(self, block_ids: list[int]) -> None:
-        """Give blocks back; each must be in use."""
+        """Return blocks to the pool; each must be in use."""
         for block in block_ids:
             assert self._used[block], f"block {block} is freed twice"
             self._used[block] = 0

@@ -1,6 +1,7 @@
-"""Assembly: what one rank runs, made from the config: model, weights, cache, scheduler.
+"""Builder: the parts that one rank runs, built from the config.
 
-`llm.py` says in which order, and tells all ranks where one of them fails.
+In this order: the model without weights, the weights, then the KV cache in the memory that is
+left, with the runner and the scheduler on top of it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
-from engine.weights.loader import LoadReport, fill_dummy, load_weights
+from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
-    """This rank's part of the model, its weights not yet filled. hf_config: the checkpoint's.
+    """Build this rank's part of the model, its weights uninitialised.
+
+    Args:
+        hf_config: the checkpoint's transformers configuration.
 
     Raises:
-        ValueError: when the model cannot be had so: on these ranks, with this dtype or backend.
+        ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
     dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
     model = build_model(hf_config, config, topology, topology.device, dtype)
@@ -40,7 +44,7 @@ def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
 
 
 def checkpoint_names(config: Config) -> frozenset[str]:
-    """Names of the checkpoint's tensors; none where the weights are made up.
+    """Return the names of the checkpoint's tensors; empty with model.load_format = dummy.
 
     Raises:
         ValueError, OSError: when the checkpoint cannot be read.
@@ -50,24 +54,28 @@ def checkpoint_names(config: Config) -> frozenset[str]:
     return frozenset(read_catalog(Path(config.model.path)).entries)
 
 
-def fill(
+def load_weights(
     model: CausalLM,
     config: Config,
     topology: Topology,
     names: frozenset[str],
     activity: ProgressReporter,
-) -> LoadReport | None:
-    """Read this rank's weights, or make them up; what reading took. names: the checkpoint's.
+) -> loader.LoadReport | None:
+    """Read this rank's weights from the checkpoint, or draw random ones (load_format = dummy).
 
-    Collective over all ranks: every rank must call.
+    Args:
+        names: the checkpoint's tensors, see `checkpoint_names`.
+
+    Returns what was read and how long it took; None for random weights. Collective over all ranks:
+    every rank must call.
 
     Raises:
         ValueError: on every rank, naming tensor and file.
     """
     if config.model.load_format == "dummy":
-        fill_dummy(model.weight_slots(), config.runtime.seed, activity.tick)
+        loader.fill_dummy(model.weight_slots(), config.runtime.seed, activity.tick)
         return None
-    return load_weights(
+    return loader.load_weights(
         Path(config.model.path),
         model.weight_slots(names),
         ignored=model.ignored_weights,
@@ -77,7 +85,7 @@ def fill(
 
 
 def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Runner, Scheduler]:
-    """The KV cache, within the memory that is left, behind the two that use it.
+    """Build the KV cache in the memory that is left, and the runner and scheduler that use it.
 
     Raises:
         ValueError: when the memory does not suffice.
@@ -97,9 +105,11 @@ def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Ru
     return Runner(model, cache, topology.device), Scheduler(settings, pool, model.max_model_len)
 
 
-def resolved(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:
-    """What settings that may be left to the engine have come to on this rank: setting -> value.
-    Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
+def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:
+    """Return the values that the engine chose for settings left to it: setting -> value.
+
+    With moe.overlap.chunks = auto its value is itself a mapping, from a step's tokens to the chunks
+    chosen so far.
     """
     device, layers = topology.device, model.moe_layers
     is_cuda = device.type == "cuda"
@@ -114,14 +124,14 @@ def resolved(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[
     }
     if layers:
         found["moe.experts.backend"] = layers[0].backend
-        choices = layers[0].layouts.choices
+        choices = layers[0].layout_policy.choices
         chunks = {f"from {2**bucket} tokens": each for bucket, each in choices.items()}
         found["moe.overlap.chunks"] = chunks or layers[0].num_chunks
     return found
 
 
 def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
-    """Resolve model.dtype: `auto` is the checkpoint's own on CUDA and float32 on CPU."""
+    """Resolve model.dtype: `auto` is the checkpoint's dtype on CUDA and float32 on CPU."""
     if name != "auto":
         return getattr(torch, name)
     own = getattr(hf_config, "dtype", None)
@@ -129,8 +139,9 @@ def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype
 
 
 def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
-    """Make the row buffers where a capacity policy bounds them; return the bytes that the layers'
-    activations may still take.
+    """Allocate the MoE row buffers where a capacity policy bounds their size.
+
+    Returns the bytes that the layers' activations may still take.
     """
     if not model.moe_layers:
         return 0

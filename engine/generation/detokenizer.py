@@ -1,7 +1,8 @@
-"""From token ids to text, and the end of a request: stop ids, stop strings, length.
+"""Detokenizer: token ids to text, and the end of a request by stop ids, stop strings or length.
 
-Every sequence has one `StopChecker`, asked once a token. It owns a `Detokenizer`, which turns ids
-into text only when text is needed: each token where there are stop strings, else once at the end.
+Every sequence (`sequence.py`) has one `StopChecker`, called once per token. It owns a
+`Detokenizer`, which decodes only when text is needed: after each token where there are stop
+strings, else once at the end.
 """
 
 from __future__ import annotations
@@ -13,45 +14,45 @@ from typing import Any, Literal, Protocol
 
 from engine.request import SamplingParams
 
-_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not, or not yet, a character
-_CONTEXT_TOKENS = 5  # of the prompt, so that a decoder sees what the first new token follows
-_MAX_HELD = 64  # reads a text may end in half a character before its bytes are taken as invalid
+_REPLACEMENT = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
+_CONTEXT_TOKENS = 5  # of the prompt, as the context of the first new token
+_MAX_HELD = 64  # reads that may end in an incomplete character before its bytes count as invalid
 
 
 class TokenDecoder(Protocol):
-    """What is asked of a tokenizer; `tokenizers` and `transformers` ones both have it."""
+    """The part of a tokenizer that is used; those of `tokenizers` and `transformers` have it."""
 
     def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
-        """The text of `ids`, with U+FFFD for bytes that make no character."""
+        """Return the text of `ids`, with U+FFFD for bytes that form no character."""
         ...
 
 
 class Detokenizer:
-    """The text of a growing list of token ids, given out in whole characters.
+    """The text of a growing list of token ids, released in whole characters.
 
     A token's text depends on its neighbours (a byte completes a character, a leading space is kept
     only inside a text), so a short window is decoded twice, with and without the new tokens, and
-    the difference is the new text. The window starts where earlier text ended, which keeps the
-    cost of a token constant. Special tokens have no text.
+    the difference is the new text. The window starts where earlier text ended, so that the cost per
+    token is constant. Special tokens have no text.
     """
 
     def __init__(self, tokenizer: TokenDecoder, context: Sequence[int] = ()) -> None:
-        # The Rust tokenizer within a transformers one decodes faster, and never "cleans up" spaces.
+        # The Rust tokenizer inside a transformers one decodes faster and never "cleans up" spaces.
         self._tokenizer: TokenDecoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._window = list(context[-_CONTEXT_TOKENS:])
-        self._num_known = len(self._window)  # tokens of the window whose text is given out
-        self._known_chars: int | None = None  # their characters; decoded when first needed
+        self._num_known = len(self._window)  # tokens of the window whose text is released
+        self._known_chars: int | None = None  # their characters; None: not decoded yet
         self._num_held = 0
         self._pieces: list[str] = []
 
     def append(self, token_id: int) -> None:
-        """Add a token; its text is worked out when it is read."""
+        """Append a token; it is decoded by the next read."""
         self._window.append(token_id)
 
     def read(self) -> str:
-        """The text that became certain since the last read; an unfinished character is held back.
+        """Return the text that became final since the last read, without an incomplete character.
 
-        After 64 reads in a row that end in one, the bytes are given out as U+FFFD.
+        After 64 consecutive reads that end in one, its bytes are released as U+FFFD.
         """
         if len(self._window) == self._num_known:
             return ""
@@ -72,7 +73,7 @@ class Detokenizer:
         return piece
 
     def held(self) -> str:
-        """The whole characters among the text that `read` still holds back."""
+        """Return the whole characters of the text that `read` has not released yet."""
         if len(self._window) == self._num_known:
             return ""
         return self._decode(self._window).rstrip(_REPLACEMENT)[self._chars_known() :]
@@ -86,8 +87,9 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _chars_known(self) -> int:
+        """Return how many characters of the window are released."""
         if self._known_chars is None:
-            # A prompt may end inside a character: then the whole character belongs to the answer.
+            # A prompt may end inside a character, which then belongs to the completion as a whole.
             self._known_chars = len(
                 self._decode(self._window[: self._num_known]).rstrip(_REPLACEMENT)
             )
@@ -97,8 +99,11 @@ class Detokenizer:
 class StopChecker:
     """Decides, token by token, whether a request is finished and what its text is.
 
-    The text ends before the stop string or stop token; the token ids keep both. Raises ValueError
-    for stop strings without a tokenizer. `tokenizer=None` leaves the text empty.
+    The text ends before the stop string or stop token; the token ids contain both. Without a
+    tokenizer the text is empty.
+
+    Raises:
+        ValueError: for stop strings without a tokenizer.
     """
 
     def __init__(
@@ -120,14 +125,15 @@ class StopChecker:
         self._stop = params.stop
         self._longest = max(map(len, params.stop), default=0)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context)
-        self._tail = ""  # the end of the text where a stop string may have begun
+        self._tail = ""  # the end of the text, where a stop string may have started
         self._tail_start = 0
         self._text_end: int | None = None
 
     def check(self, token_id: int, *, full: bool) -> Literal["stop", "length"] | None:
-        """Take one new token in; say how the request ended, or None when it goes on.
+        """Add one new token; return how the request ended, None if it continues.
 
-        `full`: the token is the last that fits.
+        Args:
+            full: the token is the last that the request may have.
         """
         if token_id in self._stop_ids:
             return "stop"
@@ -143,6 +149,7 @@ class StopChecker:
         return "" if self._detokenizer is None else self._detokenizer.text[: self._text_end]
 
     def _found_stop(self, detokenizer: Detokenizer, full: bool) -> bool:
+        """Search the tail and the new text for a stop string; record where the text ends."""
         text = self._tail + detokenizer.read()
         searched = text + detokenizer.held() if full else text
         hits = [at for stop in self._stop if (at := searched.find(stop)) >= 0]
@@ -156,9 +163,12 @@ class StopChecker:
 
 
 def load_eos_token_ids(model_path: str | Path, tokenizer: Any = None) -> frozenset[int]:
-    """The ids that end a text: of generation_config.json (else config.json) and of the tokenizer.
+    """Return the end-of-text ids of generation_config.json (else config.json) and the tokenizer.
 
-    Empty when none of them names one. Raises ValueError when a file does not hold what it should.
+    Empty when none of them names one.
+
+    Raises:
+        ValueError: when a file has no JSON object, or eos_token_id is no id or list of ids.
     """
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT as an exception, raised at once or, where it must wait, at a `check`.
+"""Interrupts: SIGTERM and SIGINT as an exception, raised at once or, if deferred, at a `check`.
 
-SIGTERM is what batch systems send some time before the end: the work in flight has that time to
-finish (`runtime.drain_s`). SIGINT is a person who waits: it stops at the next step.
+Batch systems send SIGTERM some time before they kill a job: the requests in flight may finish
+within runtime.drain_s. SIGINT comes from a terminal and stops at the next step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_S = 1.0  # a launcher and the process group both pass on what was sent once
+_SAME_S = 1.0  # a launcher and the process group both forward a signal that was sent once
 
 
 class Stopped(BaseException):
-    """The process was asked to stop. `exit_code` is the shell's: 128 + the signal's number."""
+    """The process is to stop. `exit_code` is 128 + the signal's number, as in shells."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -26,20 +26,20 @@ class Stopped(BaseException):
 
 
 class StopRequest(NamedTuple):
-    """signal: that asks this rank to stop, 0 for none. now: not even for what is running."""
+    """Whether this rank is to stop, and how."""
 
-    signal: int = 0
-    now: bool = False
+    signal: int = 0  # the signal received; 0: none
+    now: bool = False  # stop without finishing the running requests
 
 
 class Interrupts:
     """Context manager that turns the signals into `Stopped`; a second signal ends the process.
 
-    drain_s: seconds that work in flight has after SIGTERM. The same signal again within a second is
-    taken for the first one, come by another way.
+    The same signal again within a second counts as a duplicate of the first.
     """
 
     def __init__(self, drain_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """drain_s: seconds after SIGTERM in which running requests may finish."""
         self._drain_s = drain_s
         self._clock = clock
         self._received: int | None = None
@@ -62,10 +62,10 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within this block signals are only noted, until `check` or the end of the block.
+        """Within this block signals are only recorded, until `check` or the end of the block.
 
-        An error that leaves the block gives way to `Stopped` when a signal came first: a peer that
-        stopped breaks this rank's collectives.
+        An error that leaves the block becomes `Stopped` when a signal was received before: a peer
+        that stopped breaks this rank's collectives.
         """
         self._deferred = True
         try:
@@ -80,19 +80,19 @@ class Interrupts:
 
     @property
     def request(self) -> StopRequest:
-        """What the signal that came asks for by now."""
+        """What the received signal requires at this time."""
         if self._received is None:
             return StopRequest()
         drained = self._clock() - self._received_at >= self._drain_s
         return StopRequest(self._received, self._received == signal.SIGINT or drained)
 
     def finished(self) -> None:
-        """All work is done: a signal that would have let it finish is met."""
+        """Mark all work as done: clears a signal that allowed it to finish."""
         if not self.request.now:
             self._received = None
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came."""
+        """Raise `Stopped` if a signal was received."""
         if self._received is not None:
             raise Stopped(self._received)
 

@@ -1,16 +1,18 @@
-"""The generation loop: all ranks of an expert-parallel group step together until nobody has work.
+"""Generation loop: all ranks of an expert-parallel group step together until none has work.
 
-One turn on every rank:
+One iteration on every rank:
 
-    1. admit      pull requests while the scheduler has room       (tensor rank 0, for its peers)
-                  and nobody was asked to stop
-    2. schedule   decode tokens first, then chunks of prompts      scheduler.py
-    3. agree      control words: is there a step, is anybody busy  control.py
-    4. forward    tensors -> model; without tokens, with none      runner.py, competition.py
-    5. sample     next tokens, log probabilities                   sampler.py
-    6. commit     sequences grow, finished ones leave through the sink
+    1. admit      pull requests from the source while the           request_source.py
+                  scheduler has room and no rank is to stop
+                  (tensor rank 0, which broadcasts them)
+    2. schedule   decode tokens first, then chunks of prompts       scheduler.py
+    3. control    exchange control messages: is there a step,       control.py
+                  does any rank have work
+    4. forward    run the model, also with zero tokens              runner.py, moe_step.py
+    5. sample     next tokens, log probabilities                    sampler.py
+    6. commit     append tokens; pass finished requests to the sink scheduler.py, sequence.py
 
-A rank never leaves the loop alone: step 3 gives all of them the same answer.
+A rank never leaves the loop alone: step 3 has the same outcome on all of them.
 """
 
 from __future__ import annotations
@@ -18,17 +20,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import Phase as ConfigPhase
+from engine import config
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
 from engine.generation.interrupts import Stopped, StopRequest
-from engine.generation.moe_step import build_moe_step, capacity_uses, count_competing
+from engine.generation.moe_step import build_moe_step, capacity_uses, count_eligible
 from engine.generation.request_source import RequestSource, Sink
 from engine.generation.runner import Hidden, Runner
 from engine.generation.sampler import NonFiniteLogitsError, sample, token_logprobs
@@ -42,12 +43,12 @@ from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import CapacityUse, Completion, Request
 
-# Rows whose prompt logprobs are taken at once: a whole chunk of logits over a large vocabulary is
-# gigabytes.
+# Rows whose prompt logprobs are computed at once: the logits of a whole chunk over a large
+# vocabulary take gigabytes.
 _PROMPT_ROWS = 256
 
-# Collectives of a step outside of the model: the control words; in a tensor group requests,
-# outcomes and, under a capacity policy, what was dropped.
+# Collectives of a step outside of the model: the control message; in a tensor group the requests,
+# the outcomes and, under a capacity policy, the dropped assignments.
 NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 3
 
 OnStep = Callable[[StepReport], None]
@@ -55,12 +56,12 @@ OnStep = Callable[[StepReport], None]
 
 @dataclass(slots=True)
 class Totals:
-    """What one rank counted over a run."""
+    """Counts of one rank over a run; tokens and requests on the first rank of a tensor group."""
 
     steps: int = 0
     tokens_prefill: int = 0
     tokens_decode: int = 0
-    finished: int = 0
+    finished: int = 0  # requests, failed ones included
 
 
 class GenerationLoop:
@@ -73,19 +74,24 @@ class GenerationLoop:
         control: ControlPlane,
         topology: Topology,
         telemetry: Telemetry,
-        meter: StepProfiler,
+        step_profiler: StepProfiler,
         *,
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
-        top_k: Seq[int],
-        capacity_phases: Collection[ConfigPhase] = (),
+        top_k: list[int],
+        capacity_phases: Collection[config.Phase] = (),
     ) -> None:
-        """meter: takes every step's measurements. top_k: experts of a token in each layer.
-        capacity_phases: the phases whose tokens compete for expert capacity; none without a
-        capacity policy.
+        """Build the loop of one run.
+
+        Args:
+            step_profiler: records every step's measurements.
+            tokenizer: None leaves the text of completions empty.
+            top_k: experts per token in each layer.
+            capacity_phases: the phases whose tokens are subject to expert capacity; empty without a
+                capacity policy.
         """
         self.totals = Totals()
-        self.meter = meter
+        self._step_profiler = step_profiler
         self._runner = runner
         self._scheduler = scheduler
         self._control = control
@@ -95,7 +101,7 @@ class GenerationLoop:
         self._eos_token_ids = eos_token_ids
         self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
         self._phases = tuple(capacity_phases)
-        self._leads = topology.tensor.rank == 0
+        self._is_leader = topology.tensor.rank == 0
 
     def run(
         self,
@@ -104,51 +110,58 @@ class GenerationLoop:
         on_step: OnStep | None = None,
         stop: Callable[[], StopRequest] = StopRequest,
     ) -> None:
-        """Run until every rank's source is dry and all its sequences have finished.
+        """Run until every rank's source is exhausted and all its sequences have finished.
 
-        sink: called on the leading rank of each tensor group with the completions of a step, before
-        the next begins. stop: asked before every step whether this rank is to stop. Once one rank
-        is, nobody pulls requests any more. Collective over EP: every rank must call.
+        Args:
+            sink: called on the first rank of each tensor group with the completions of a step,
+                before the next begins.
+            on_step: called after every step.
+            stop: called before every step; returns whether this rank is to stop. Once one rank is,
+                no rank pulls requests any more.
+
+        Collective over EP: every rank must call.
 
         Raises:
-            Stopped: a rank was asked to stop with requests left, and all that ran have finished or
-            it may not wait for them; on all ranks, before the same step.
+            Stopped: a rank was asked to stop with requests left, and all running requests have
+                finished or it must not wait for them; on all ranks, before the same step.
         """
-        began, exhausted, asked = time.monotonic(), False, 0
+        started_at, exhausted, stop_signal = time.monotonic(), False, 0
         clock, loads = self._telemetry.clock, self._telemetry.loads
         while True:
             clock.enter(Phase.OTHER)
-            exhausted = self._admit(source, sink, closed=bool(asked)) or exhausted
+            exhausted = self._admit(source, sink, closed=bool(stop_signal)) or exhausted
             step = self._scheduler.schedule()
-            everyone = self._agree(step, exhausted, stop())
-            asked = max(words.signal for words in everyone)
-            at_work = any(words.running + words.waiting for words in everyone)
-            if not at_work and all(words.exhausted for words in everyone):
+            messages = self._exchange_control(step, exhausted, stop())
+            stop_signal = max(message.signal for message in messages)
+            has_work = any(message.running + message.waiting for message in messages)
+            if not has_work and all(message.exhausted for message in messages):
                 break
-            if any(words.stop_now for words in everyone) or (asked and not at_work):
-                raise Stopped(asked)
-            self._deliver(self._advance(step, everyone), sink)
+            if any(message.stop_now for message in messages) or (stop_signal and not has_work):
+                raise Stopped(stop_signal)
+            self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
-            report = _report(self.totals.steps, everyone, loads.reset_step(), began)
-            self.meter.update(report)
+            report = _report(self.totals.steps, messages, loads.reset_step(), started_at)
+            self._step_profiler.update(report)
             if on_step is not None:
                 on_step(report)
             clock.close_step()
         clock.close_step()
-        self.meter.finish()
+        self._step_profiler.finish()
 
     def _admit(self, source: RequestSource, sink: Sink, closed: bool) -> bool:
-        """Fill the scheduler's room from the source, unless closed; True when the source is dry."""
+        """Admit requests while the scheduler has room, none if closed; return whether the source is
+        exhausted.
+        """
         arrivals: list[Request] = []
         failed: list[Completion] = []
         exhausted = False
         scheduler = self._scheduler
-        if self._leads and closed:
+        if self._is_leader and closed:
             exhausted = source.is_exhausted()
-        elif self._leads:
+        elif self._is_leader:
             in_flight = scheduler.num_running + scheduler.num_waiting
-            # One at a time: whatever cannot start at once is left to the other ranks.
+            # One at a time: a request that cannot start at once is left to the other ranks.
             while in_flight < source.limit and scheduler.room() > 0:
                 item = source.take()
                 if item is None:
@@ -161,8 +174,8 @@ class GenerationLoop:
                 else:
                     arrivals.append(item)
                     in_flight += 1
-        arrivals, exhausted = self._share((arrivals, exhausted))
-        if not self._leads:
+        arrivals, exhausted = self._broadcast((arrivals, exhausted))
+        if not self._is_leader:
             for request in arrivals:
                 self._add(request)
         elif failed:
@@ -171,7 +184,7 @@ class GenerationLoop:
         return exhausted
 
     def _add(self, request: Request) -> Completion | None:
-        """Hand a request to the scheduler; return its failure when it can never run."""
+        """Add a request to the scheduler; return its failure when it can never run."""
         try:
             self._scheduler.add(
                 Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
@@ -185,42 +198,47 @@ class GenerationLoop:
             )
         return None
 
-    def _agree(self, step: Step, exhausted: bool, stop: StopRequest) -> list[ControlMessage]:
+    def _exchange_control(
+        self, step: Step, exhausted: bool, stop: StopRequest
+    ) -> list[ControlMessage]:
+        """Send this rank's control message; return those of all ranks. Collective over EP."""
         scheduler = self._scheduler
-        leads = int(self._leads)  # a tensor group's requests count once
-        words = ControlMessage(
+        leads = int(self._is_leader)  # a tensor group's requests count once
+        message = ControlMessage(
             tokens_prefill=(step.num_tokens - step.num_decode) * leads,
             tokens_decode=step.num_decode * leads,
             running=scheduler.num_running * leads,
             waiting=scheduler.num_waiting * leads,
             finished=self.totals.finished * leads,
             exhausted=exhausted,
-            competing=count_competing(step, self._phases) * leads,
+            tokens_eligible=count_eligible(step, self._phases) * leads,
             signal=stop.signal,
             stop_now=stop.now,
-            pace=self.meter.read(),
+            time_per_row=self._step_profiler.read(),
             tokens_read=step.num_read * leads,
         )
-        self.totals.tokens_prefill += words.tokens_prefill
-        self.totals.tokens_decode += words.tokens_decode
-        return self.meter.exchange(self._control, words)
+        self.totals.tokens_prefill += message.tokens_prefill
+        self.totals.tokens_decode += message.tokens_decode
+        return self._step_profiler.exchange(self._control, message)
 
-    def _advance(self, step: Step, everyone: list[ControlMessage]) -> list[Sequence]:
+    def _run_step(self, step: Step, messages: list[ControlMessage]) -> list[Sequence]:
         """Run one step; return the sequences that finished."""
         moe_step = None
         if self._phases:
             moe_step = build_moe_step(
-                step, everyone, self._phases, self._topology, self.meter.shares_W
+                step, messages, self._phases, self._topology, self._step_profiler.shares_W
             )
-        # Of each tensor group only the leader's words count.
+        # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(
-            all=sum(words.tokens_prefill + words.tokens_decode for words in everyone),
-            read=sum(words.tokens_read for words in everyone),
+            all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
+            read=sum(message.tokens_read for message in messages),
         )
-        may_split = any(words.running > 1 for words in everyone)
+        may_split = any(message.running > 1 for message in messages)
         hidden = self._runner.forward(step, moe_step, group, may_split)
-        outcome = self._sample(step, hidden) if self._leads else None
-        tokens, logprobs, of_prompt, errors = self._share(outcome)
+        outcome = self._sample(step, hidden) if self._is_leader else None
+        tokens, logprobs, of_prompt, errors = self._broadcast(outcome)
+        # Routed assignments, recomputed tokens left out. Where no token is subject to capacity the
+        # last layer runs only the rows that are read (`CausalLM.forward`).
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
             in_last = run if moe_step is not None else min(run, piece.num_read)
@@ -237,8 +255,8 @@ class GenerationLoop:
             self._scheduler.abort(sequence, message)
         return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
 
-    def _share(self, value: Any) -> Any:
-        """What the leader of the tensor group has. Collective over TP."""
+    def _broadcast(self, value: Any) -> Any:
+        """Return the value of the first rank of the tensor group. Collective over TP."""
         tensor, clock = self._topology.tensor, self._telemetry.clock
         if tensor.size == 1:
             return value
@@ -252,7 +270,7 @@ class GenerationLoop:
     ) -> tuple[list[int], list[float] | None, list[float], dict[int, str]]:
         """Return next tokens, their logprobs, the prompt rows' logprobs, and the failures.
 
-        Failures map the index of a slice whose logits are not finite to what to tell its user.
+        Failures map the index of a slice whose logits are not finite to the error message.
         """
         of_prompt: list[float] = []
         for start in range(0, len(step.prompt_rows), _PROMPT_ROWS):
@@ -280,33 +298,35 @@ class GenerationLoop:
         return tokens, logprobs, of_prompt, errors
 
     def _deliver(self, finished: list[Sequence], sink: Sink) -> None:
+        """Count the finished sequences and pass their completions to the sink."""
         self.totals.finished += len(finished)
-        if finished and self._leads:
+        if finished and self._is_leader:
             sink([sequence.completion() for sequence in finished])
 
 
 def _prompt_failures(step: Step, of_prompt: list[float]) -> dict[int, str]:
-    """Slices with a prompt logprob that is not a number, by index, and what to tell their user."""
+    """Return the slices with a prompt logprob that is not finite: index -> error message."""
     failures: dict[int, str] = {}
-    taken = 0
+    start = 0
     for index, piece in enumerate(step.slices):
         count = len(piece.prompt_logprob_rows)
-        if count and not all(map(math.isfinite, of_prompt[taken : taken + count])):
+        if count and not all(map(math.isfinite, of_prompt[start : start + count])):
             failures[index] = str(NonFiniteLogitsError([], [repr(piece.seq.request.id)], [], None))
-        taken += count
+        start += count
     return failures
 
 
 def _report(
-    step: int, everyone: list[ControlMessage], max_over_mean: float, began: float
+    step: int, messages: list[ControlMessage], max_over_mean: float, started_at: float
 ) -> StepReport:
+    """Add up the ranks' messages; `started_at` is the run's start on the monotonic clock."""
     return StepReport(
         step=step,
-        tokens_prefill=sum(words.tokens_prefill for words in everyone),
-        tokens_decode=sum(words.tokens_decode for words in everyone),
-        running=sum(words.running for words in everyone),
-        waiting=sum(words.waiting for words in everyone),
-        finished=sum(words.finished for words in everyone),
+        tokens_prefill=sum(message.tokens_prefill for message in messages),
+        tokens_decode=sum(message.tokens_decode for message in messages),
+        running=sum(message.running for message in messages),
+        waiting=sum(message.waiting for message in messages),
+        finished=sum(message.finished for message in messages),
         max_over_mean=max_over_mean,
-        elapsed=time.monotonic() - began,
+        elapsed=time.monotonic() - started_at,
     )

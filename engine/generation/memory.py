@@ -1,24 +1,24 @@
-"""Memory plan: rows an MoE layer may have to hold, and how many KV cache blocks that leaves.
+"""Memory plan: the most rows an MoE layer may have to hold, and how many KV cache blocks fit.
 
-Called once by `llm.py` after the weights stand in memory. A dropless MoE layer must be ready for
-the worst case, all tokens of the group choosing experts of one rank:
+Computed after the weights are loaded, from the memory that is free then. A dropless MoE layer must
+have room for the worst case, all tokens of the group choosing experts of one rank:
 
     received = W * T * min(K, e)
 
-With a capacity factor gamma that every token competes under, a rank receives at most what its
-experts may keep, whatever the router does:
+With a capacity factor gamma and all tokens subject to it, a rank receives at most what its experts
+may keep, whatever the router does:
 
     received = e * C,  C = max(1, ceil(gamma * W * T * K / E))
 
 8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows against 24,576 at gamma = 1.5.
-`local` consensus rounds once a rank: e * (W - 1) rows more. With moe.capacity.speed_aware a fast
-rank gets up to twice that. Tokens of a phase without capacity add min(K, e) rows each. A rank sends
-its tokens' K rows and, with Expanded Drop, what its own experts add. From the rows:
+`local` consensus rounds up once per rank: e * (W - 1) rows more. With moe.capacity.speed_aware a
+fast rank gets up to twice that. Tokens of a phase without capacity add min(K, e) rows each. A rank
+sends K rows per token and, with Expanded Drop, the extras of its own experts. From the rows:
 
     bytes = (sent + 2 * received) * D      the buffers of engine/moe/dispatch/buffers.py
-          + received * 3 * F               gate, up and their product, where the backend holds them
+          + received * 3 * F               gate, up and their product, where the backend stores them
 
-Legend: T tokens a step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
+Legend: T tokens per step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
 rank, D model dim, F expert dim.
 """
 
@@ -41,25 +41,25 @@ _CPU_SHARE = 0.25  # of the host's available memory, divided by the host's ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEShape:
-    """What the worst case of a MoE layer depends on; dims as in the module's legend."""
+    """Shape of an MoE layer on this rank, for its worst case."""
 
-    num_ranks: int
-    top_k: int
-    num_experts: int
-    num_local_experts: int
-    hidden: int
-    ffn: int
+    num_ranks: int  # W
+    top_k: int  # K
+    num_experts: int  # E
+    num_local_experts: int  # e
+    hidden: int  # D
+    ffn: int  # F
 
 
 @dataclass(frozen=True, slots=True)
 class RowBound:
-    """Most rows one rank may send from, and receive in, one call of a MoE layer."""
+    """Upper bound on the rows that a rank sends and receives in one call of an MoE layer."""
 
     sent: int
     received: int
 
     def activation_bytes(self, shape: MoEShape, dtype: torch.dtype) -> int:
-        """Bytes of the row buffers and of the experts' inner activations."""
+        """Return the bytes of the row buffers and of the experts' inner activations."""
         numbers = (self.sent + 2 * self.received) * shape.hidden + self.received * 3 * shape.ffn
         return numbers * dtype.itemsize
 
@@ -67,10 +67,12 @@ class RowBound:
 def row_bound(
     shape: MoEShape, capacity: CapacityConfig, max_tokens: int, max_sequences: int
 ) -> RowBound:
-    """The bound of the module's formulas.
+    """Return the bound that the module's formulas give.
 
-    max_tokens: T, of one step on one rank. max_sequences: decode tokens of one step and rank, at
-    most; they pass capacity unless it covers their phase.
+    Args:
+        max_tokens: T.
+        max_sequences: upper bound on the decode tokens per step and rank, which are not subject to
+            capacity unless it covers their phase.
     """
     num_ranks, most = shape.num_ranks, min(shape.top_k, shape.num_local_experts)
     tokens = num_ranks * max_tokens
@@ -85,9 +87,7 @@ def row_bound(
     if capacity.consensus == "local":
         slots += shape.num_local_experts * (num_ranks - 1)
     if capacity.speed_aware:
-        slots = (
-            slots * MAX_WEIGHT // ONE
-        )  # each rank's own rounded capacity is shared out by itself
+        slots = slots * MAX_WEIGHT // ONE  # the rounded capacity of each rank is scaled by itself
     passing = 0
     if "prefill" not in capacity.phases:
         passing = tokens
@@ -95,7 +95,7 @@ def row_bound(
         passing = num_ranks * min(max_sequences, max_tokens)
     sent, limit = max_tokens * shape.top_k, dropless.received
     if capacity.policy == "expanded_drop":
-        limit = tokens * shape.num_local_experts  # a rank's experts may take what nobody chose
+        limit = tokens * shape.num_local_experts  # extras are of any token
         sent += min(slots, max_tokens * shape.num_local_experts)
     return RowBound(sent, min(limit, slots + passing * most))
 
@@ -111,9 +111,9 @@ def num_kv_blocks(
 ) -> int:
     """Return the number of KV cache blocks of this rank.
 
-    `scheduler.kv_cache_blocks` and `scheduler.kv_cache_gib` decide if given; otherwise what
-    `max_sequences` sequences of `max_model_len` tokens need, within the free memory of the device
-    less `reserve_bytes`.
+    By scheduler.kv_cache_blocks or scheduler.kv_cache_gib if set; otherwise what max_sequences
+    sequences of `max_model_len` tokens need, within the free memory of the device less
+    `reserve_bytes`.
 
     Raises:
         ValueError: when not even one block fits.
@@ -142,6 +142,7 @@ def num_kv_blocks(
 
 
 def _free_bytes(device: torch.device, local_world_size: int) -> int:
+    """Return the bytes that this rank may use for its KV cache and reserve."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,9 @@
-"""Who competes for expert capacity in a step: from the scheduler's slices to the layers' `MoEStep`.
+"""MoE step: which tokens of a step are subject to expert capacity, as the MoE layers' `MoEStep`.
 
-`loop.py` counts this rank's competing tokens before the step, agrees on everybody's by control
-words, and then asks for the `MoEStep`. A token is in the prefill phase while its position is inside
-the prompt, whether it runs alone, in a chunk, or a second time after a preemption.
+Built from the scheduler's slices (`step.py`) and all ranks' control messages (`control.py`), which
+carry how many tokens each rank has and how many are eligible: subject to capacity because their
+phase is in moe.capacity.phases. A token is in the prefill phase while its position is inside the
+prompt, whether it runs alone, in a chunk, or a second time after a preemption.
 
 Legend: T tokens of this data rank's step, t of this rank's slice, W expert-parallel ranks.
 """
@@ -25,46 +26,50 @@ from engine.profiling.phase_clock import PhaseClock
 from engine.request import CapacityUse
 
 
-def count_competing(step: Step, phases: Sequence[Phase]) -> int:
-    """Tokens of the step that are in one of `phases`."""
-    return sum(length for piece in step.slices for length in _competing_parts(piece, phases))
+def count_eligible(step: Step, phases: Sequence[Phase]) -> int:
+    """Return how many tokens of the step are in one of `phases`."""
+    return sum(length for piece in step.slices for length in _eligible_lengths(piece, phases))
 
 
 def build_moe_step(
     step: Step,
-    everyone: Sequence[ControlMessage],
+    messages: Sequence[ControlMessage],
     phases: Sequence[Phase],
     topology: Topology,
     shares_W: tuple[int, ...] | None = None,
 ) -> MoEStep | None:
-    """What the MoE layers must know of this rank's tokens; None where no token of the group
-    competes, which all ranks see alike.
+    """Build the MoE layers' view of this rank's tokens.
 
-    everyone: the agreed words of every rank of the expert-parallel group; those of a tensor group
-    are its leader's. shares_W: each rank's share of the capacity, None: all the same.
+    Args:
+        messages: of every rank of the expert-parallel group, in rank order. A tensor group counts
+            once: by the message of its first rank.
+        phases: moe.capacity.phases.
+        shares_W: share of the capacity per rank; None: equal shares.
+
+    Returns None, on all ranks alike, where no token of the group is eligible.
     """
     tensor = topology.tensor.size
-    leaders = [everyone[rank // tensor * tensor] for rank in range(len(everyone))]
-    num_competing = sum(words.competing for words in leaders[::tensor])
-    if not num_competing:
+    leaders = [messages[rank // tensor * tensor] for rank in range(len(messages))]
+    num_eligible = sum(message.tokens_eligible for message in leaders[::tensor])
+    if not num_eligible:
         return None
     sizes_W = [
-        part_bounds(words.tokens_prefill + words.tokens_decode, tensor, rank % tensor)
-        for rank, words in enumerate(leaders)
+        part_bounds(message.tokens_prefill + message.tokens_decode, tensor, rank % tensor)
+        for rank, message in enumerate(leaders)
     ]
     start, end = part_bounds(step.num_tokens, tensor, topology.tensor.rank)
-    request_T, position_T, competes_T = _identify(step, phases)
-    own_competes = competes_T[start:end]
-    num_own = int(own_competes.sum())
+    request_T, position_T, eligible_T = _identify(step, phases)
+    own_eligible_t = eligible_T[start:end]
+    num_own = int(own_eligible_t.sum())
     device = topology.device
     return MoEStep(
         request_T=_upload(request_T[start:end], device),
         position_T=_upload(position_T[start:end], device),
-        competes_T=None if num_own == end - start else _upload(own_competes, device),
-        num_own_competing=num_own,
+        eligible_T=None if num_own == end - start else _upload(own_eligible_t, device),
+        num_own_eligible=num_own,
         num_tokens_W=tuple(last - first for first, last in sizes_W),
-        num_competing=num_competing,
-        tally=TokenCounts.zeros(end - start, device),
+        num_eligible=num_eligible,
+        counts=TokenCounts.zeros(end - start, device),
         shares_W=shares_W,
     )
 
@@ -72,15 +77,20 @@ def build_moe_step(
 def capacity_uses(
     step: Step, moe_step: MoEStep, topology: Topology, clock: PhaseClock
 ) -> list[CapacityUse]:
-    """What capacity did to each slice's tokens that ran for the first time; assignments are left
-    to the caller. clock: told of the collective, which the caller's next phase ends.
+    """Return what capacity did to each slice's tokens, without those that ran before a preemption.
+
+    Args:
+        moe_step: the step's, its counts filled by the layers.
+        clock: records the collective; the phase is left open.
+
+    The numbers of assignments are not filled in.
 
     Collective over the tensor group: every rank must call.
     """
-    assert moe_step.tally is not None, "the step was built with a tally"
-    tally_T4 = TokenShard(topology.tensor).gather(moe_step.tally.stack(), step.num_tokens, clock)
-    # SYNC: once a step, when the step is over anyway and its tokens are read.
-    rows_T4 = tally_T4.cpu().double().numpy()
+    assert moe_step.counts is not None, "the step was built without counts"
+    counts_T4 = TokenShard(topology.tensor).gather(moe_step.counts.stack(), step.num_tokens, clock)
+    # SYNC: once per step, when the step is over anyway and its tokens are read.
+    rows_T4 = counts_T4.cpu().double().numpy()
     uses, row = [], 0
     for piece in step.slices:
         first, row = row + piece.num_recomputed, row + piece.length
@@ -89,17 +99,18 @@ def capacity_uses(
     return uses
 
 
-def _competing_parts(piece: Slice, phases: Sequence[Phase]) -> list[int]:
+def _eligible_lengths(piece: Slice, phases: Sequence[Phase]) -> list[int]:
+    """Return how many tokens of the slice are in each of `phases`."""
     in_prompt = max(0, min(piece.start + piece.length, piece.seq.num_prompt) - piece.start)
     lengths = {"prefill": in_prompt, "decode": piece.length - in_prompt}
     return [lengths[phase] for phase in phases]
 
 
 def _identify(step: Step, phases: Sequence[Phase]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Request and position of every token, int32 [T], and whether it competes, bool [T]."""
+    """Return every token's request and position, int32 [T], and if it is eligible, bool [T]."""
     request_T = np.empty(step.num_tokens, dtype=np.int32)
     position_T = np.empty(step.num_tokens, dtype=np.int32)
-    competes_T = np.empty(step.num_tokens, dtype=np.bool_)
+    eligible_T = np.empty(step.num_tokens, dtype=np.bool_)
     row = 0
     for piece in step.slices:
         rows = slice(row, row + piece.length)
@@ -107,9 +118,9 @@ def _identify(step: Step, phases: Sequence[Phase]) -> tuple[np.ndarray, np.ndarr
         positions = np.arange(piece.start, piece.start + piece.length)
         position_T[rows] = positions
         in_prompt = positions < piece.seq.num_prompt
-        competes_T[rows] = (in_prompt & ("prefill" in phases)) | (~in_prompt & ("decode" in phases))
+        eligible_T[rows] = (in_prompt & ("prefill" in phases)) | (~in_prompt & ("decode" in phases))
         row += piece.length
-    return request_T, position_T, competes_T
+    return request_T, position_T, eligible_T
 
 
 def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

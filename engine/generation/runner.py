@@ -1,7 +1,8 @@
-"""Runner: one scheduler step becomes tensors, goes through the model, and comes back as hidden rows
-that need logits.
+"""Runner: turns a scheduler step into tensors and runs the model on them.
 
-Between `loop.py`, which drives it, and `models/decoder.py`. It owns the KV cache tensors.
+Input is a `Step` (`step.py`), output the final hidden states of the rows that are read, from which
+`logits` makes logits. Holds the KV cache tensors; a sequence's `block_ids` say which blocks are
+its own. A step without tokens still runs the MoE layers, whose collectives need every rank.
 
 Legend: T tokens of the step, R of them that are read, S sequences, B columns of the block table, D
 model dim.
@@ -20,25 +21,23 @@ from engine.generation.step import Slice, Step
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM, GroupTokens
+from engine.moe.dispatch.two_batch import run_to_end
 from engine.moe.step import MoEStep
 from engine.ops.to_device import to_device
 
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """Final hidden states of a step's rows that are read.
+    """Final hidden states of a step's rows that are read."""
 
-    states_RD: on the model's device. rows_R: int64, their numbers among the step's rows, ascending;
-    None where all rows are there.
-    """
-
-    states_RD: torch.Tensor
-    rows_R: np.ndarray | None
+    states_RD: torch.Tensor  # on the model's device
+    rows_R: np.ndarray | None  # int64, their row numbers in the step, ascending; None: all rows
 
 
 class Runner:
-    """Runs steps on one rank. `cache` holds the keys and values; the scheduler owns its block
-    numbers.
+    """Runs steps on one rank.
+
+    Which block of `cache` belongs to which sequence is the scheduler's decision.
     """
 
     def __init__(self, model: CausalLM, cache: KVCache, device: torch.device) -> None:
@@ -54,26 +53,34 @@ class Runner:
         group: GroupTokens | None = None,
         may_split: bool = False,
     ) -> Hidden:
-        """Run the step's tokens; return what their logits are made of. Collective over EP: every
-        rank must call.
+        """Run the step's tokens; return their final hidden states.
 
-        moe_step: who competes for expert capacity; None where nobody does. group: tokens of the
-        step over all ranks of the expert-parallel group. may_split: some rank has two sequences to
-        run as half batches; the same on every rank.
+        Args:
+            step: may be empty.
+            moe_step: which tokens are subject to expert capacity; None: none.
+            group: tokens of the step over all ranks of the expert-parallel group.
+            may_split: whether the step may run as two micro-batches, because some rank has two
+                sequences; the same on every rank.
 
-        An empty step is fine: the rank takes part in the MoE layers with zero tokens.
+        Collective over EP and TP: every rank must call.
         """
         rows_R = _read_rows(step.slices)
-        if may_split and moe_step is None and group is not None and self.model.splits(group.all):
+        if may_split and moe_step is None and group and self.model.splits_batch(group.all):
             cut = balanced_cut([piece.length for piece in step.slices])
-            halves = self.build(step.slices[:cut]), self.build(step.slices[cut:])
-            return Hidden(self.model.forward_two_batch(halves, self.cache, group), rows_R)
+            batches = self.build(step.slices[:cut]), self.build(step.slices[cut:])
+            return Hidden(self.model.forward_two_batch(batches, self.cache, group), rows_R)
         tensors = self.build(step.slices)
-        return Hidden(self.model(tensors, self.cache, moe_step, group), rows_R)
+        # The generator itself: one frame less than `CausalLM.forward` between step and kernel.
+        steps = self.model.steps(tensors, self.cache, moe_step, group)
+        return Hidden(run_to_end(steps), rows_R)
 
     @torch.inference_mode()
     def logits(self, hidden: Hidden, rows: list[int]) -> torch.Tensor:
-        """Float32 logits [len(rows), vocabulary] of rows of the step, which are read."""
+        """Return float32 logits [len(rows), vocabulary].
+
+        Args:
+            rows: row numbers of the step, all of them read.
+        """
         states_RD = hidden.states_RD
         index = np.asarray(rows, dtype=np.int64)
         if hidden.rows_R is not None:
@@ -83,18 +90,20 @@ class Runner:
         return self.model.logits(states_RD)
 
     def build(self, slices: Sequence[Slice]) -> StepTensors:
-        """Flatten slices, decodes first as the scheduler gives them, into the model's input."""
+        """Flatten slices, in order, into the model's input."""
         block_size = self.cache.block_size
         starts_S = np.array([piece.start for piece in slices], dtype=np.int64)
         lens_S = np.array([piece.length for piece in slices], dtype=np.int64)
         ends_S = starts_S + lens_S
         blocks_S = -(-ends_S // block_size)
+        # One table for all sequences, padded with block 0: a row per sequence, its blocks in order.
         table_SB = np.zeros((len(slices), int(blocks_S.max(initial=0))), dtype=np.int32)
         tables = [
             piece.seq.block_ids[:blocks]
             for piece, blocks in zip(slices, blocks_S.tolist(), strict=True)
         ]
         table_SB[np.arange(table_SB.shape[1]) < blocks_S[:, None]] = list(chain(*tables))
+        # A token's cache slot follows from its sequence's block table and its position.
         tokens = [piece.seq.token_ids[piece.start : piece.start + piece.length] for piece in slices]
         positions_T = _spans(starts_S, lens_S)
         sequence_T = np.repeat(np.arange(len(slices)), lens_S)
@@ -110,6 +119,7 @@ class Runner:
     def _read(
         self, slices: Sequence[Slice], contexts_S: np.ndarray, table_SB: np.ndarray
     ) -> ReadRows | None:
+        """Return the rows that are read, as queries of their own; None where all are."""
         rows_R = _read_rows(slices)
         if rows_R is None:
             return None
@@ -135,7 +145,7 @@ class Runner:
 
 
 def _read_rows(slices: Sequence[Slice]) -> np.ndarray | None:
-    """The rows whose final hidden state is read, int64, ascending; None where all are."""
+    """Return the rows whose final hidden state is read, int64, ascending; None where all are."""
     lens_S = np.array([piece.length for piece in slices], dtype=np.int64)
     read_S = np.array([piece.num_read for piece in slices], dtype=np.int64)
     if (lens_S == read_S).all():
@@ -144,16 +154,17 @@ def _read_rows(slices: Sequence[Slice]) -> np.ndarray | None:
 
 
 def _spans(starts_S: np.ndarray, lens_S: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ..., lens[0] numbers of them, and so on: int64 [sum of lens]."""
+    """Return starts[0], starts[0] + 1, ... (lens[0] numbers), then starts[1], ...: int64."""
     before_S = np.cumsum(lens_S) - lens_S
     return np.arange(lens_S.sum()) + np.repeat(starts_S - before_S, lens_S)
 
 
 def balanced_cut(lengths: Sequence[int]) -> int:
-    """How many of the first pieces make the first half, so that the halves differ least.
+    """Return how many leading slices form the first micro-batch, for the most even cut by tokens.
 
-    Worked example: 1 1 1 900 700 cuts after the fourth piece: 903 and 700. One piece is all in the
-    first half. Of equal cuts the later.
+    Of equal cuts the later one, so a single slice is in the first micro-batch.
+
+    Worked example: lengths 1 1 1 900 700 are cut after the fourth: 903 and 700 tokens.
     """
     total, before, best, cut = sum(lengths), 0, sum(lengths), 0
     for index, length in enumerate(lengths):

@@ -1,12 +1,12 @@
-"""From logits to tokens: greedy and seeded sampling, and logprobs. The last thing a step does.
+"""Sampler: greedy and seeded sampling of the next tokens from their logits, and logprobs.
 
 A sampled token depends on its own logits, its parameters and (seed, request index, position), and
 on nothing else: not on the other rows, the rank or the number of ranks. Each row draws one number
 from a counter-based generator and inverts the distribution's CDF, taken in order of token id. That
-order survives rounding: logits that differ in the last bit move the CDF by as little, whereas in
-order of probability two near-equal tokens could trade places and with them the outcome.
+order is robust to rounding: logits that differ in the last bit move the CDF by as little, whereas
+in order of probability two near-equal tokens could swap places and change the outcome.
 
-Shapes: S rows that sample, V vocabulary, R rows of a subset, C candidates of a row.
+Legend: S rows that sample, V vocabulary, R rows of a subset, C candidates of a row.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class NonFiniteLogitsError(ValueError):
-    """Logits that are NaN, infinite, or all -inf. The other rows are sampled all the same.
-
-    rows: the failed ones; tokens, logprobs: what `sample` would have returned, with token -1 there.
-    """
+    """Logits that are NaN, infinite, or all -inf. The other rows are sampled nevertheless."""
 
     def __init__(
         self, rows: list[int], names: list[str], tokens: list[int], logprobs: list[float] | None
@@ -39,18 +36,18 @@ class NonFiniteLogitsError(ValueError):
             f"request {', '.join(names[:3])}{many}: its logits are not finite; look for NaN in the "
             "checkpoint, or run with model.dtype = float32 or bfloat16 if this is an overflow"
         )
-        self.rows = rows
-        self.tokens = tokens
+        self.rows = rows  # the failed ones
+        self.tokens = tokens  # what `sample` would have returned, with -1 in the failed rows
         self.logprobs = logprobs
 
 
 def uniform(
     seeds: Sequence[int], request_indices: Sequence[int], positions: Sequence[int]
 ) -> np.ndarray:
-    """One number in [0, 1) for each (seed, request, position), as float64 [S] in numpy.
+    """Return one number in [0, 1) per (seed, request, position), as float64 [S] in numpy.
 
     Three rounds of the SplitMix64 finaliser (Steele, Lea and Flood, "Fast Splittable Pseudorandom
-    Number Generators", OOPSLA 2014), one a key; the top 53 bits make the number.
+    Number Generators", OOPSLA 2014), one per key; the top 53 bits make the number.
     """
     state = np.zeros(len(seeds), np.uint64)
     for key in (seeds, request_indices, positions):
@@ -68,13 +65,19 @@ def sample(
     request_indices: Sequence[int],
     request_ids: Sequence[str | int] | None = None,
 ) -> tuple[list[int], list[float] | None]:
-    """Choose each row's next token.
+    """Return the next token of each row, and their logprobs if any row asks for them, else None.
 
-    logits_SV: float32 [S, V], any device; -inf forbids a token. positions: the place each new token
-    takes in its sequence. Returns the tokens and, if any row asks for them, their logprobs: natural
-    log of the softmax of the raw logits (temperature 1, unfiltered), else None. Equal logits: the
-    lower id wins, in greedy choice and at the edge of top_k and top_p. Raises
-    `NonFiniteLogitsError` (a ValueError), which names the request ids, or indices without them.
+    Equal logits: the lower id wins, in greedy choice and at the edge of top_k and top_p.
+
+    Args:
+        logits_SV: float32 [S, V], any device; -inf forbids a token.
+        positions: the position of each new token in its sequence.
+        request_ids: names for the error; by default the indices.
+
+    A logprob is the natural log of the softmax of the raw logits (temperature 1, unfiltered).
+
+    Raises:
+        NonFiniteLogitsError: a ValueError that names the requests with non-finite logits.
     """
     if not params:
         return [], None
@@ -100,10 +103,12 @@ def sample(
 
 
 def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tensor:
-    """The natural-log probability of one given token a row, float32 [R], on the logits' device.
+    """Return the natural-log probability of one given token per row, float32 [R], on their device.
 
-    token_ids: [R] int64, or a list. For prompt logprobs, the prompt's next tokens. Non-finite
-    logits give non-finite results.
+    Args:
+        token_ids: int64 [R], or a list; for prompt logprobs the prompt's next tokens.
+
+    Non-finite logits give non-finite results.
     """
     ids_R = torch.as_tensor(token_ids, dtype=torch.int64)
     if not isinstance(token_ids, Tensor):
@@ -113,20 +118,17 @@ def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tens
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The rows of a step that sample in one way: logits, their maxima, parameters, one draw each.
+    """The rows of a step that sample in one way. All on the logits' device, float64 by default."""
 
-    All float64 [R] on the logits' device, except logits_RV (float32 [R, V]) and top_R (float32).
-    """
-
-    logits_RV: Tensor
-    top_R: Tensor
-    random_R: Tensor
+    logits_RV: Tensor  # float32
+    top_R: Tensor  # float32, the largest logit
+    random_R: Tensor  # one draw each, in [0, 1)
     temperature_R: Tensor
     top_k_R: Tensor  # V where it is off
     top_p_R: Tensor
 
     def weights(self, logits_RC: Tensor) -> Tensor:
-        """Unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1."""
+        """Return unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1."""
         smallest = torch.finfo(torch.float32).tiny
         temperature_R1 = self.temperature_R.float().clamp(min=smallest)[:, None]
         return ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
@@ -174,9 +176,9 @@ def _sample_rows(
 
 
 def _invert(weights_RC: Tensor, random_R: Tensor) -> Tensor:
-    """The column [R] where the cumulative weight passes the share `random_R` of its total.
+    """Return the column [R] where the cumulative weight exceeds the share `random_R` of its total.
 
-    In float64, where u < 1 makes u * total < total: a column of weight 0 is never met.
+    In float64, where u < 1 makes u * total < total: a column of weight 0 is never chosen.
     """
     cdf_RC = weights_RC.cumsum(dim=1, dtype=torch.float64)
     target_R1 = (random_R * cdf_RC[:, -1])[:, None]
@@ -186,10 +188,10 @@ def _invert(weights_RC: Tensor, random_R: Tensor) -> Tensor:
 
 
 def _likeliest(logits_RV: Tensor, width: int) -> Tensor:
-    """Token ids [R, width] by descending logit; of equal logits the lower id comes first.
+    """Return token ids [R, width] by descending logit; of equal logits the lower id comes first.
 
-    The float's bits, made to order as integers, and the id make one integer key without ties, so
-    that top-k needs no promise about them.
+    The float's bits, mapped to integers of the same order, and the id form one integer key without
+    ties, so that the result does not depend on how top-k breaks ties.
     """
     vocab = logits_RV.shape[1]
     bits_RV = (logits_RV + 0.0).view(torch.int32)  # + 0.0: -0 equals 0
@@ -200,10 +202,14 @@ def _likeliest(logits_RV: Tensor, width: int) -> Tensor:
 
 
 def _pick_filtered(rows: _Rows, width: int, *, nucleus: bool) -> Tensor:
-    """Sample [R] among the top_k likeliest; of these, among the fewest that hold top_p of the mass.
+    """Return tokens [R], sampled after filtering by top_k and then by top_p.
 
-    width: how many candidates to look at, at least every top_k that is on. nucleus: some have none,
-    and their top_p may need more candidates than that: then all tokens are looked at.
+    Top-p keeps the fewest of the likeliest tokens whose mass reaches top_p.
+
+    Args:
+        width: number of candidates to sort, at least every top_k that is on.
+        nucleus: whether some rows have no top_k. If their top_p needs more candidates than
+            `width`, all tokens are sorted.
     """
     vocab = rows.logits_RV.shape[1]
     ids_RC = _likeliest(rows.logits_RV, width)
@@ -215,7 +221,7 @@ def _pick_filtered(rows: _Rows, width: int, *, nucleus: bool) -> Tensor:
     if nucleus and width < vocab:
         all_R = rows.weights(rows.logits_RV).sum(dim=1, dtype=torch.float64)
         total_R = torch.where(rows.top_k_R < vocab, total_R, all_R)
-        # SYNC: whether to sort the whole vocabulary depends on the values; rare, so worth asking.
+        # SYNC: whether to sort the whole vocabulary depends on the values; rare, so worth the wait.
         if bool((mass_RC[:, -1] < rows.top_p_R * total_R).any()):
             return _pick_filtered(rows, vocab, nucleus=nucleus)
     kept_RC = mass_RC - weights_RC < (rows.top_p_R * total_R)[:, None]  # by the mass before a token

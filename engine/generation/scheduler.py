@@ -1,15 +1,16 @@
-"""Continuous batching: which tokens of which sequences run in the next step. No tensors here.
+"""Scheduler: continuous batching. Picks which tokens of which sequences run in the next step.
 
-The loop around it: `schedule()` picks a `Step`; the runner runs it and samples; `commit()` hands
-the tokens back and returns what finished. A step joins one decode token of every running sequence
-with chunks of prompts, within `max_batch_tokens`.
+Pure, no tensors. `schedule()` returns a `Step` (`step.py`); once it has run and its tokens are
+sampled, `commit()` records them and returns the sequences that finished. A step joins one decode
+token of every running sequence with chunks of prompts, within `max_batch_tokens`.
 
 Everything follows arrival order: `running` and `waiting` are sorted by it, and every running
 sequence came before every waiting one. A sequence is admitted when blocks for all its known tokens
-are free, beside one spare block for each sequence that runs already: decode can go on a while
-before anybody is preempted, and a prompt never stalls half way. When decode finds no block, the
-latest arrival loses its own and waits at the head of the line; its tokens are kept and its keys and
-values computed again. The earliest arrival always advances, so every request finishes.
+are free, plus one spare block per sequence that already runs: decode can continue for a while
+before a sequence is preempted, and a prompt never stalls in the middle. When decode finds no block,
+the latest arrival is preempted: its blocks are freed and it moves to the front of the queue; its
+tokens are kept and its keys and values recomputed. The earliest arrival always advances, so every
+request finishes.
 
 Only the last of `running` can be inside its prompt, because the next one is admitted only when
 budget is left over. So arrival order puts decode before prefill with no sorting.
@@ -17,8 +18,7 @@ budget is left over. So arrival order puts decode before prefill with no sorting
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence as Seq
+from collections import abc, deque
 
 from engine.config import SchedulerConfig
 from engine.generation.block_pool import BlockPool
@@ -27,9 +27,9 @@ from engine.generation.step import Slice, Step
 
 
 class Scheduler:
-    """Keeps the running and waiting sequences of one data rank and picks each step's tokens.
+    """The running and waiting sequences of one data rank.
 
-    More than `max_batch_tokens` sequences never run at once: each needs a token a step.
+    At most `max_batch_tokens` sequences run at once: each needs one token per step.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, max_model_len: int) -> None:
@@ -48,19 +48,20 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold blocks."""
+        """Number of sequences that own blocks."""
         return len(self.running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that were never admitted, or were preempted."""
+        """Number of sequences not admitted yet, or preempted."""
         return len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Put a sequence at the end of the line; its length is capped at `max_model_len`.
+        """Append a sequence to the waiting queue; its length is capped at `max_model_len`.
 
-        Raises ValueError, with both lengths, when it can never run: the prompt leaves no room in
-        the model's context, or the KV cache is too small for its longest outcome.
+        Raises:
+            ValueError: with both lengths, when it can never run: the prompt leaves no room in the
+                model's context, or the KV cache is too small for its longest outcome.
         """
         request, prompt = seq.request, seq.num_prompt
         new = request.params.max_new_tokens
@@ -71,7 +72,7 @@ class Scheduler:
                 "the prompt"
             )
         seq.max_length = min(prompt + new, self.max_model_len)
-        # The last token is never run, so it needs no place.
+        # The last token is never run, so it needs no slot in the cache.
         needed = self.pool.blocks_for(max(prompt, seq.max_length - 1))
         if needed > self.pool.num_blocks:
             raise ValueError(
@@ -83,11 +84,11 @@ class Scheduler:
         self.waiting.append(seq)
 
     def room(self, prompt_tokens: int = 1) -> int:
-        """How many more requests of this many prompt tokens could start in the next step.
+        """Return how many more requests of this many prompt tokens could start in the next step.
 
-        Zero while the next step's tokens are spoken for: what cannot start yet is better left in
-        the shared queue, for a rank that can. At least 1 when idle, if the cache can hold one.
-        An estimate that `add` changes: ask again after each.
+        Zero while the next step's token budget is used up: a request that cannot start yet is
+        better left in the shared queue, for a rank that can run it. At least 1 when idle, if the
+        cache can hold one. An estimate, out of date after each `add`.
         """
         running, waiting = len(self.running), len(self.waiting)
         tokens = self.max_batch_tokens - running - sum(len(seq.token_ids) for seq in self.waiting)
@@ -96,15 +97,15 @@ class Scheduler:
             tokens -= len(last.token_ids) - last.num_computed - 1
         blocks_for = self.pool.blocks_for
         blocks = self.pool.num_free - sum(blocks_for(len(seq.token_ids)) for seq in self.waiting)
-        # Each takes its own blocks and one spare for every sequence before it.
+        # Each needs its own blocks and one spare per sequence before it.
         by_blocks = (blocks - running - waiting + 1) // (blocks_for(prompt_tokens) + 1)
         by_slots = self.max_sequences - running - waiting
         return max(0, min(by_slots, by_blocks, -(-tokens // prompt_tokens)))
 
     def schedule(self) -> Step:
-        """Pick the next step, allocate its blocks, preempt where they run out. May be empty.
+        """Return the next step, its blocks allocated; preempt when blocks run out. May be empty.
 
-        Every step is committed before the next is scheduled.
+        Every step must be committed before the next is scheduled.
         """
         slices: list[Slice] = []
         budget = self.max_batch_tokens
@@ -137,15 +138,18 @@ class Scheduler:
     def commit(
         self,
         step: Step,
-        tokens: Seq[int],
-        logprobs: Seq[float] | None = None,
-        prompt_logprobs: Seq[float] = (),
+        tokens: abc.Sequence[int],
+        logprobs: abc.Sequence[float] | None = None,
+        prompt_logprobs: abc.Sequence[float] = (),
     ) -> list[Sequence]:
-        """Record what a step computed; return the sequences that finished, their blocks freed.
+        """Record a step's results; return the sequences that finished, their blocks freed.
 
-        `tokens` and `logprobs`: one for each of `step.sampling`; `logprobs` may be None when no
-        request asked. `prompt_logprobs`: one for each of `step.prompt_rows`. Sequences aborted
-        since `schedule` are passed over.
+        Args:
+            tokens: one per slice of `step.sampling`.
+            logprobs: the same; None when no request wants them.
+            prompt_logprobs: one per row of `step.prompt_rows`.
+
+        Sequences aborted since `schedule` are skipped.
         """
         assert len(tokens) == len(step.sampling), f"{len(tokens)} tokens, {len(step.sampling)} rows"
         assert len(prompt_logprobs) == len(step.prompt_rows)
@@ -184,9 +188,9 @@ class Scheduler:
         self._release(seq)
 
     def _grow(self, seq: Sequence) -> bool:
-        """Give a running sequence its next block, if need be from the latest arrivals.
+        """Allocate the next block of a running sequence, preempting the latest arrivals if needed.
 
-        False when the latest arrival is `seq` itself.
+        Returns False when the latest arrival is `seq` itself: then it was preempted.
         """
         while not self.pool.num_free:
             victim = self.running.pop()
@@ -197,7 +201,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        assert self.running, "a sequence alone outgrew the cache, which add() rules out"
+        assert self.running, "a single sequence exceeds the cache, which add() rules out"
         self._release(seq)
         seq.num_computed_before = max(seq.num_computed_before, seq.num_computed)
         seq.num_computed = 0

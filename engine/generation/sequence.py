@@ -1,9 +1,10 @@
-"""One request while it runs: its tokens, its place in the KV cache, and how it ended.
+"""Sequence: one request while it runs. Its tokens, its KV cache blocks, and how it ended.
 
     waiting --admitted--> running --stop or length--> finished
        ^---- preempted ------'
 
-The scheduler moves it along; the runner reads `token_ids`, `block_ids` and `num_computed`.
+`scheduler.py` changes the status; its `abort` finishes a waiting or running sequence with reason
+"error".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from engine.request import CapacityUse, Completion, FinishReason, Request, Timin
 
 
 class Status(Enum):
-    """Where a sequence stands; a preempted one waits again."""
+    """Status of a sequence; a preempted one is waiting again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -25,10 +26,14 @@ class Status(Enum):
 
 
 class Sequence:
-    """The state of one request. Raises ValueError for stop strings without a tokenizer.
+    """The state of one request.
 
-    Who writes what: the scheduler `num_computed`, `block_ids`, `status`, `max_length`; the runner
-    `capacity`; everything else only this class.
+    Written from outside: `num_computed`, `num_computed_before`, `block_ids`, `status` and
+    `max_length` by the scheduler, `prompt_logprobs` (extended) by its `commit`, `capacity` by the
+    loop. Everything else is written by this class alone.
+
+    Raises:
+        ValueError: for stop strings without a tokenizer.
     """
 
     __slots__ = (
@@ -49,8 +54,8 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)  # prompt, then generated
         self.num_prompt = len(self.token_ids)
         self.max_length = self.num_prompt + params.max_new_tokens  # at most, in tokens
-        self.num_computed = 0  # leading tokens whose keys and values stand in the cache
-        self.num_computed_before = 0  # the same before a preemption: these are run a second time
+        self.num_computed = 0  # leading tokens whose keys and values are in the cache
+        self.num_computed_before = 0  # the same before a preemption; these run a second time
         self.block_ids: list[int] = []  # block i holds tokens [i * block_size, (i+1) * block_size)
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -73,11 +78,15 @@ class Sequence:
 
     @property
     def text(self) -> str:
-        """The generated text so far, in whole characters and without a stop string."""
+        """The generated text so far: whole characters, without the stop string."""
         return self.stopper.text
 
     def append(self, token_id: int, logprob: float | None = None) -> None:
-        """Add a sampled token and see whether it is the last; `logprob` is kept when asked for."""
+        """Append a sampled token and check whether it ends the request.
+
+        Args:
+            logprob: required, and kept, when the request asked for logprobs.
+        """
         self.token_ids.append(token_id)
         if self.logprobs is not None:
             assert logprob is not None, "the request asked for logprobs"
@@ -89,7 +98,7 @@ class Sequence:
             self.finish(reason)
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
-        """End the sequence; its blocks are the scheduler's to free."""
+        """End the sequence; does not free its blocks."""
         assert self.finish_reason is None, f"request {self.request.id!r} finishes twice"
         self.finish_reason = reason
         self.error = error
@@ -97,7 +106,7 @@ class Sequence:
         self.timing.finished = time.monotonic()
 
     def completion(self) -> Completion:
-        """The outcome, once finished."""
+        """Return the outcome of a finished sequence."""
         assert self.finish_reason is not None, f"request {self.request.id!r} is not finished"
         return Completion(
             index=self.request.index,

@@ -87,7 +87,7 @@ class StepProfiler:
         if spans is not None:
             self._file(spans, arrivals)
         self._tokens = (words.tokens_prefill, words.tokens_decode)
-        if self._shares is not None and self._shares.update([each.pace for each in everyone]):
+        if self._shares is not None and self._shares.update([m.time_per_row for m in everyone]):
             self._log(everyone)
         return everyone
 
@@ -116,5 +116,5 @@ class StepProfiler:
                 "step %d: shares of the capacity are now %s; nanoseconds a row are %s",
                 self._num_read,
                 ", ".join(f"{share / ONE:.2f}" for share in shares),
-                ", ".join(f"{words.pace / 1e3:.0f}" for words in everyone),
+                ", ".join(f"{words.time_per_row / 1e3:.0f}" for words in everyone),
             )

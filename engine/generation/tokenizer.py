@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, by transformers; none is a valid answer."""
+"""Tokenizer: the checkpoint's own, loaded by transformers. A checkpoint without one is valid."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.j
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """Return the transformers tokenizer of `model.tokenizer` or `model.path`, None where there are
-    no tokenizer files.
+    """Return the transformers tokenizer of model.tokenizer, by default that of model.path.
+
+    None when model.path has no tokenizer files and model.tokenizer is not set.
 
     Raises:
-        ValueError: when the files are there and cannot be read, naming the directory.
+        ValueError: when model.tokenizer has no tokenizer files, or files cannot be read; names the
+            directory.
     """
     path = Path(config.tokenizer or config.path)
     if not any((path / name).exists() for name in _FILES):

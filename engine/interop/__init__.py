@@ -1,1 +1,1 @@
-"""Lockstep's parts for models that other frameworks run; the engine itself imports none of this."""
+"""Lockstep's capacity for models that other frameworks run; nothing in the engine imports it."""

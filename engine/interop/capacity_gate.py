@@ -1,13 +1,14 @@
-"""Capacity between another framework's router and its dispatcher: weights and a mask in and out.
+"""Capacity gate: capacity between another framework's router and its dispatcher.
 
-The router has chosen; `CapacityAgreement` says with the other ranks what stays and what is added,
-as it does in the engine's own layer. Nothing here knows which framework it is.
+Takes the router's choice as weights and a mask, returns both after capacity: `CapacityAgreement`
+decides with the other ranks which assignments are dropped and added, as in the engine's own layer.
+Independent of the framework; `megatron_router.py` adapts it to Megatron-Core.
 
 Worked example, one rank, Token Drop, K = 1, E = 2, T = 4, gamma = 1, so C = 4 * 1 / 2 = 2:
     scores_TE  .9 .1 | .8 .2 | .7 .3 | .4 .6     expert 0 is chosen by t0, t1, t2 and keeps t0, t1
-    out        t2 gets weight 0 and no expert; t0, t1 and t3 what they had, bit for bit
+    out        t2 gets weight 0 and no expert; t0, t1 and t3 keep theirs, bit for bit
 
-Legend: T tokens on this rank, t those that are no padding, E experts, K top-k, M columns of the
+Legend: T tokens on this rank, t those without padding, E experts, K top-k, M columns of the
 decision.
 """
 
@@ -27,18 +28,18 @@ from engine.moe.step import MoEStep
 
 
 class CapacityGate:
-    """One layer's capacity. account: what the last call did to this rank's tokens.
+    """One layer's capacity.
 
-    Rank w of the group hosts the experts that `expert_range` gives it.
+    Rank w of the group has the experts that `expert_range` assigns to it.
     """
 
     def __init__(
         self, spec: RouterSpec, config: CapacityConfig, *, group: Group, layer: int
     ) -> None:
-        """Build it with the same arguments on every rank; no collective.
+        """Build it, with the same arguments on every rank; no collective.
 
         Raises:
-            ValueError: settings that this number of experts or ranks cannot honour.
+            ValueError: settings that do not fit this number of experts or ranks.
         """
         num_experts, size = spec.num_experts, group.size
         validate_capacity(config, num_experts=num_experts, top_k=spec.top_k, expert_ranks=size)
@@ -53,7 +54,7 @@ class CapacityGate:
             collectives=self._collectives,
             ranks=group.ranks,
         )
-        self.account = DropStats()
+        self.drops = DropStats()  # what the last call did to this rank's tokens
 
     def apply(
         self,
@@ -62,19 +63,22 @@ class CapacityGate:
         chosen_TE: torch.Tensor,
         padding_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return combine weights [T, E] and who computes what, bool [T, E], after capacity.
-        Collective over the group: every rank must call, T may be 0.
+        """Return combine weights [T, E] and assignments, bool [T, E], after capacity.
 
-        scores_TE: float32, not negative. weights_TE: combine weights of the chosen, any float
-        dtype, kept with their gradients. chosen_TE: bool, K of every token that is no padding.
-        padding_T: bool, True where there is no token; it gets no expert.
+        Args:
+            scores_TE: float32, not negative.
+            weights_TE: combine weights of the chosen experts, any float dtype; gradients are kept.
+            chosen_TE: bool, K experts per token that is no padding.
+            padding_T: bool, True for padding, which gets no expert.
+
+        Collective over the group: every rank must call, T may be 0.
 
         Raises:
             ValueError: a score is NaN or infinite on some rank; on every rank.
         """
         if padding_T is None:
             return self._apply(scores_TE, weights_TE, chosen_TE)
-        # SYNC: how many tokens there are decides the shapes of all that follows.
+        # SYNC: the number of tokens decides the shapes of all that follows.
         real_t = (~padding_T).nonzero().flatten()
         weights_tE, kept_tE = self._apply(scores_TE[real_t], weights_TE[real_t], chosen_TE[real_t])
         return (
@@ -89,17 +93,17 @@ class CapacityGate:
         # -1 is below every score, so these are the chosen experts, best first.
         ids_TK = scores_TE.where(chosen_TE, -1.0).topk(self._top_k, dim=1).indices
         weights_TK = weights_TE.gather(1, ids_TK)
-        # Sums in half precision would be coarse; the way to float32 and back is exact.
+        # Sums in half precision would be coarse; to float32 and back is exact.
         weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
         routing = Routing(scores_TE, ids_TK, weights_TK)
         decision = self._agreement.decide(routing, step) if self._agreement.applies(step) else None
-        self.account = DropStats()
+        self.drops = DropStats()
         with torch.no_grad():
-            self.account.add(routing, decision, step)
+            self.drops.add(routing, decision, step)
         return (weights_TE, chosen_TE) if decision is None else _spread(decision, weights_TE)
 
     def _step(self, scores_TE: torch.Tensor) -> MoEStep:
-        """This call's tokens, numbered through the group's ranks. Collective."""
+        """Return this call's tokens, numbered across the ranks of the group. Collective."""
         num_tokens, rank, device = scores_TE.shape[0], self._collectives.rank, scores_TE.device
         counts = [num_tokens]
         if self._collectives.size > 1:
@@ -112,9 +116,9 @@ class CapacityGate:
 
 
 def _spread(decision: Decision, weights_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decision's columns as weights and a mask over all experts."""
+    """Return the decision's columns as weights and a mask over all experts."""
     num_tokens, num_experts = weights_TE.shape
-    # What was dropped goes into a column behind the last expert's, which is cut off.
+    # Dropped assignments go to an extra column after the last expert, which is cut off.
     column_TM = decision.ids_TM.where(decision.ids_TM >= 0, num_experts)
     weights_TM = decision.weights_TM.to(weights_TE.dtype)
     weights = weights_TE.new_zeros((num_tokens, num_experts + 1)).scatter(1, column_TM, weights_TM)

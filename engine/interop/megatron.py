@@ -1,28 +1,30 @@
-"""Lockstep's capacity in a Megatron-Core model: its MoE layers drop and add what the engine's do.
+"""Lockstep's capacity in a Megatron-Core model: its MoE layers drop and add as the engine's do.
 
-Megatron builds a layer's router from `MoESubmodules(router=...)`; what `capacity_router` returns
-goes there:
+Megatron builds a layer's router from `MoESubmodules(router=...)`; pass it the result of
+`capacity_router`:
 
     moe = layer_spec.submodules.mlp                  # ModuleSpec(MoELayer, MoESubmodules(...))
     moe.submodules.router = capacity_router(CapacityConfig(policy="token_drop", factor="1"))
 
-The router (`megatron_router.py`) lets Megatron's own choose, has the engine's `CapacityAgreement`
-decide with the other expert-parallel ranks (`capacity_gate.py`) and hands on the same two tensors,
-so that all that follows in the layer is Megatron's as before. `megatron_settings.py` says which of
-Megatron's settings go with it: above all, the alltoall dispatcher needs moe_expert_capacity_factor
-= num_moe_experts, which drops nothing and makes it count its rows instead of expecting K a token.
-What a Megatron layer does not know, and what stands for it:
+The router (`megatron_router.py`) runs Megatron's own router, then lets the engine's
+`CapacityAgreement` decide with the other expert-parallel ranks (`capacity_gate.py`), and returns
+the same two tensors as Megatron's: the rest of the layer is unchanged. `megatron_settings.py`
+checks Megatron's settings: above all, the alltoall dispatcher needs moe_expert_capacity_factor =
+num_moe_experts, which drops nothing and makes it count its rows instead of expecting K per token.
 
-    requests    a token's global id is its place among the tokens of all expert-parallel ranks,
-                lower ranks first: ties go to the lower (rank, position). One list of tokens, in
-                contiguous parts on any number of ranks, so loses the same assignments
-    phases      all tokens of a call are of the router's attribute `phase`, "prefill" unless set;
-                set it alike on all ranks: a phase outside moe.capacity.phases calls no collective
-    loads       one more small collective a call tells every rank how many tokens the others have
-    padding     where the caller gives a padding mask, padded tokens get no expert at all
+What a Megatron layer does not know, and the substitute:
 
-CUDA graphs cannot hold the router: it reads what the ranks agreed on. Experts that Megatron pads
-for quantisation work on up to that many rows more than the capacity.
+    requests    a token's global id is its index among the tokens of all expert-parallel ranks,
+                lower ranks first: ties go to the lower (rank, position). So one list of tokens
+                loses the same assignments, in contiguous parts on any number of ranks
+    phases      all tokens of a call have the phase of the router's attribute `phase`, "prefill"
+                unless set; set it alike on all ranks: a phase outside moe.capacity.phases calls no
+                collective
+    loads       one more small collective per call exchanges the ranks' numbers of tokens
+    padding     with a padding mask, padded tokens get no expert at all
+
+The router cannot be captured in a CUDA graph: it reads the ranks' decision on the host. Experts
+that Megatron pads for quantisation process up to that many rows more than the capacity.
 
 Importing this module imports nothing of Megatron-Core, which takes seconds; `capacity_router` does.
 """
@@ -41,12 +43,12 @@ if TYPE_CHECKING:
 
 
 def capacity_router(config: CapacityConfig) -> Callable[..., CapacityRouter]:
-    """Return what builds a Megatron router under this capacity: the `router` of `MoESubmodules`.
+    """Return a builder of Megatron routers with this capacity, as `router` of `MoESubmodules`.
 
-    Give it the same config on every rank. Imports Megatron-Core; no collective.
+    The config must be the same on every rank. Imports Megatron-Core; no collective.
 
     Raises:
-        ValueError: settings that contradict each other, or that only the engine can honour.
+        ValueError: settings that contradict each other, or that only the engine supports.
         ImportError: Megatron-Core is not installed.
     """
     if config.speed_aware:

@@ -1,7 +1,8 @@
-"""The router of a Megatron-Core MoE layer, under Lockstep's capacity; see `megatron.py`.
+"""Megatron router: the router of a Megatron-Core MoE layer with Lockstep's capacity.
 
-Importing this module imports Megatron-Core. Written for 0.16 to 0.19, whose routers take further
-keyword arguments one after the other: what is not known here is passed on.
+See `megatron.py` for its use. Importing this module imports Megatron-Core. Written for 0.16 to
+0.19, whose routers got further keyword arguments from version to version: unknown ones are passed
+on.
 
 Legend: T tokens on this rank (sequence * batch), E experts.
 """
@@ -21,23 +22,22 @@ from engine.profiling.loads import LayerDrops
 
 
 class CapacityRouter(TopKRouter):
-    """Megatron's top-k router, whose choice is held to a capacity.
+    """Megatron's top-k router, with a capacity applied to its choice."""
 
-    phase: of which phase the tokens of the next calls are; the same on every rank.
-    """
-
-    phase: Phase = "prefill"
+    phase: Phase = "prefill"  # of the tokens of the next calls; the same on every rank
 
     def __init__(
         self, config: Any, pg_collection: Any = None, *, capacity: CapacityConfig, **kwargs: Any
     ) -> None:
-        """Megatron's arguments, and the capacity. With policy none it is Megatron's router.
+        """Build Megatron's router, with a capacity; policy none leaves it as Megatron's.
 
-        config: a TransformerConfig. pg_collection: its `ep` is the capacity group; by default the
-        expert-parallel group of `parallel_state`.
+        Args:
+            config: a TransformerConfig.
+            pg_collection: its `ep` is the capacity group; by default the expert-parallel group of
+                `parallel_state`.
 
         Raises:
-            ValueError: settings of Megatron that do not go with a capacity policy.
+            ValueError: settings of Megatron that are incompatible with a capacity policy.
         """
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.capacity = capacity
@@ -45,7 +45,7 @@ class CapacityRouter(TopKRouter):
         self._last_drops: LayerDrops | None = None
         if capacity.policy == "none":
             return
-        # A collection has only the groups that somebody gave it.
+        # A collection has only the groups that it was built with.
         self._expert_group = group_of(
             getattr(pg_collection, "ep", None)
             or parallel_state.get_expert_model_parallel_group(check_initialized=False)
@@ -54,8 +54,8 @@ class CapacityRouter(TopKRouter):
             getattr(pg_collection, "expt_tp", None)
             or parallel_state.get_expert_tensor_parallel_group(check_initialized=False)
         )
-        # Not asked again in a call: Megatron's inference switches sequence_parallel off for the
-        # layers that are no MoE layers, in the config that all share.
+        # Checked here and not per call: Megatron's inference switches sequence_parallel off for the
+        # layers that are no MoE layers, in the config that all layers share.
         check_settings(
             config,
             tensor_ranks=group_of(self.tp_group).size,
@@ -64,7 +64,7 @@ class CapacityRouter(TopKRouter):
         self._make_gate()
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Take the layer's number, which moe.capacity.order = random hashes and errors name."""
+        """Set the layer's number, which moe.capacity.order = random hashes and errors name."""
         super().set_layer_number(layer_number)
         if self._gate is not None:
             self._make_gate()
@@ -73,14 +73,17 @@ class CapacityRouter(TopKRouter):
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return combine weights [T, E] in Megatron's dtype and bool [T, E], after capacity.
+
+        Args:
+            logits: [sequence, batch, E].
+            padding_mask: bool [sequence, batch], True for padding, as Megatron's code reads it (its
+                docstrings say the opposite).
+
         Collective over EP: every rank must call, T may be 0.
 
-        logits: [sequence, batch, E]. padding_mask: bool [sequence, batch], True where there is no
-        token, as Megatron's code reads it (its docstrings say the opposite).
-
         Raises:
-            ValueError: a score is NaN or infinite on some rank, on every rank; or a mask of another
-                number of tokens.
+            ValueError: a score is NaN or infinite on some rank, raised on every rank; or the mask
+                has another number of tokens.
         """
         probs_TE, chosen_TE = super().routing(logits, padding_mask=padding_mask, **kwargs)
         gate = self._gate
@@ -102,12 +105,12 @@ class CapacityRouter(TopKRouter):
     @property
     def last_drops(self) -> LayerDrops:
         """Assignments of this rank's tokens that the last call routed, dropped and added, and their
-        weights. All 0 where no capacity was asked for, by policy or phase, and before any call.
+        weights. All 0 without capacity, by policy or phase, and before any call.
         """
         if self._last_drops is None:
-            # SYNC: of a call's sums, only when somebody asks.
+            # SYNC: of a call's sums, only when they are read.
             self._last_drops = (
-                LayerDrops() if self._gate is None else self._gate.account.read_and_reset()
+                LayerDrops() if self._gate is None else self._gate.drops.read_and_reset()
             )
         return self._last_drops
 

@@ -1,4 +1,4 @@
-"""What capacity needs to know of a Megatron-Core `TransformerConfig`, and what it cannot go with.
+"""Megatron settings: what capacity reads of a Megatron-Core `TransformerConfig`, and refuses.
 
 Pure; imports nothing of Megatron-Core. Field names hold from 0.16 to 0.19.
 
@@ -23,13 +23,14 @@ _SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),  # from Megatron-Core 0.18 on
 }
-# What Megatron adds to the sum by which scores other than softmax's are divided.
+# Megatron adds this to the sum by which scores other than softmax's are divided.
 _NORMALIZE_EPS = 1e-20
 
 
 def router_spec(config: Any) -> RouterSpec:
-    """What the agreement must know of a router: sizes, and the combine weight of an expert that was
-    not chosen. The scores are made by `router_scores`, the choice by Megatron.
+    """Return a router's sizes, and how to weight an expert that was not chosen.
+
+    The scores are computed by `router_scores`, the choice by Megatron.
     """
     top_k, softmax = config.moe_router_topk, config.moe_router_score_function == "softmax"
     return RouterSpec(
@@ -43,20 +44,22 @@ def router_spec(config: Any) -> RouterSpec:
 
 
 def router_scores(logits_TE: torch.Tensor, name: str) -> torch.Tensor:
-    """S_TE, float32 [T, E]: the scores of moe_router_score_function `name`, not normalised.
+    """Return the scores of moe_router_score_function `name`, float32 [T, E], not normalised.
 
-    logits_TE: any float dtype.
+    Args:
+        logits_TE: any float dtype.
     """
     return _SCORES[name](logits_TE.float())
 
 
 def check_settings(config: Any, *, tensor_ranks: int, expert_tensor_ranks: int) -> None:
-    """Refuse what does not go with a capacity policy.
+    """Check that Megatron's settings are compatible with a capacity policy.
 
-    tensor_ranks, expert_tensor_ranks: sizes of the groups that share a token and an expert.
+    Args:
+        tensor_ranks, expert_tensor_ranks: sizes of the groups that share a token and an expert.
 
     Raises:
-        ValueError: one sentence for each, which names the field, its value and what to do.
+        ValueError: one sentence per problem, which names the field, its value and what to do.
     """
     problems = []
     factor, dispatcher = config.moe_expert_capacity_factor, config.moe_token_dispatcher_type
@@ -106,15 +109,15 @@ def check_settings(config: Any, *, tensor_ranks: int, expert_tensor_ranks: int) 
         )
     if expert_tensor_ranks > 1:
         problems.append(
-            f"expert_tensor_parallel_size = {expert_tensor_ranks}: the ranks that compete for an "
-            "expert would not be one expert-parallel group; set it to 1"
+            f"expert_tensor_parallel_size = {expert_tensor_ranks}: the ranks that share an "
+            "expert's capacity would not be one expert-parallel group; set it to 1"
         )
     if problems:
         raise ConfigError(*problems)
 
 
 def group_of(handle: Any) -> Group:
-    """The engine's view of a process group; None is a rank by itself."""
+    """Return the engine's view of a process group; None is a group of one rank."""
     if handle is None:
         unused: Any = None  # a group of one calls no collective
         return Group(rank=0, size=1, ranks=(0,), handle=unused)

@@ -1,1 +1,1 @@
-"""Attention, MLA, rotary embedding and dense MLP on flattened tokens; called by `engine.models`."""
+"""Attention, MLA, rotary embedding and dense MLP, on the flattened tokens of a step."""

@@ -1,8 +1,7 @@
 """Grouped-query attention on flattened tokens over the paged cache.
 
-One call a layer and step for decode and prefill together: project, normalise, turn, store the
-step's keys and values, and attend over the cache. Called by `models/decoder.py`; DeepSeek's variant
-is `mla.py`.
+One call per layer and step for decode and prefill together: project, normalise, rotate, store the
+step's keys and values, attend over the cache, project out. DeepSeek's variant is `mla.py`.
 
 Legend: T tokens of the step, S sequences, B columns of the block table, D model dim, H and G query
 and key/value heads on this rank, Dh head dim, R rotated dims.
@@ -32,12 +31,7 @@ from engine.weights.slot import WeightSlot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """One attention layer as the checkpoint has it, before any sharding.
-
-    qk_norm: "head" normalises each head (Qwen3), "projection" the whole projection of queries and
-    of keys (OLMoE). clip_qkv: bound on the absolute value of queries, keys and values. window: keys
-    a query sees, itself included.
-    """
+    """One attention layer as the checkpoint has it, before any sharding."""
 
     hidden: int
     num_heads: int
@@ -45,17 +39,15 @@ class AttentionSpec:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
+    # "head" normalises each head (Qwen3), "projection" all queries and all keys as one (OLMoE).
     qk_norm: Literal["none", "head", "projection"] = "none"
-    norm_eps: float = 1e-6
-    clip_qkv: float | None = None
-    window: int | None = None
+    norm_eps: float = 1e-6  # of qk_norm
+    clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
+    window: int | None = None  # keys that a query attends to, its own included; None: all
 
 
 class Attention(nn.Module):
     """This tensor rank's heads of one layer.
-
-    qkv_OD: query, key and value rows in one matrix, O = (H + 2 G) * Dh. out_DO: columns of this
-    rank's heads.
 
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
@@ -72,6 +64,8 @@ class Attention(nn.Module):
         self.q_width = share.num_heads * spec.head_dim
         self.kv_width = share.num_kv_heads * spec.head_dim
         rows = self.q_width + 2 * self.kv_width
+        # Query, key and value rows in one matrix, O = (H + 2 G) * Dh; of the output projection the
+        # columns of this rank's heads.
         self.qkv_OD = empty_parameter(rows, spec.hidden, device=device, dtype=dtype)
         self.out_DO = empty_parameter(spec.hidden, self.q_width, device=device, dtype=dtype)
         self.qkv_bias_O = self.out_bias_D = self.q_norm = self.k_norm = None
@@ -95,8 +89,14 @@ class Attention(nn.Module):
         v_cache: torch.Tensor,
         read: ReadRows | None = None,
     ) -> torch.Tensor:
-        """Return [T, D], of `read` only those rows; k_cache and v_cache, [blocks, G, block_size,
-        Dh], take the keys and values of all of the step's tokens.
+        """Return the attention output [T, D]; with `read` only its R rows.
+
+        Args:
+            x_TD: normalised hidden states.
+            cos_TR, sin_TR: of the tokens' positions, see `RotaryTable.rows`.
+            k_cache, v_cache: [blocks, G, block_size, Dh]; written with the keys and values of all T
+                tokens.
+            read: the rows whose output is needed; None: all.
 
         Collective over TP: every rank must call.
         """
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.sums)
 
     def kv_spec(self, num_layers: int) -> KVSpec:
-        """The cache of `num_layers` such layers on this rank."""
+        """Return the shape of the cache of `num_layers` such layers on this rank."""
         dim = self.spec.head_dim
         return KVSpec(
             num_layers=num_layers,
@@ -148,7 +148,10 @@ class Attention(nn.Module):
     def _norm_projections(
         self, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise the whole query and key projections, of which this rank may hold a part."""
+        """Normalise the whole query and key projections, of which a tensor rank holds a part.
+
+        Collective over TP: every rank must call.
+        """
         assert self.q_norm is not None and self.k_norm is not None
         spec, share = self.spec, self.share
         if self.sums.group.size == 1:
@@ -156,7 +159,7 @@ class Attention(nn.Module):
         wide_q, wide_k = q.float(), k.float()
         squares_T2 = torch.stack((wide_q.square().sum(1), wide_k.square().sum(1)), dim=1)
         self.sums(squares_T2)
-        # Every key head was summed once for each rank that holds it.
+        # Every key head was summed once per rank that has a replica of it.
         q_count = spec.num_heads * spec.head_dim
         k_count = spec.num_kv_heads * spec.head_dim * share.kv_replicas
         q_scale_T1 = (squares_T2[:, :1] / q_count + spec.norm_eps).rsqrt()
@@ -166,12 +169,12 @@ class Attention(nn.Module):
         return q, k
 
     def finalize_weights(self) -> None:
-        """The weights are final: bring them into the layout that is read fastest."""
+        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest."""
         for weight in (self.qkv_OD, self.out_DO):
             to_panels(weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Yield the slots of this rank's heads; `prefix` is like model.layers.0.self_attn."""
+        """Yield the slots of this rank's heads; prefix: as in model.layers.0.self_attn."""
         spec, share, dim = self.spec, self.share, self.spec.head_dim
         q_rows = slice(share.first_head * dim, share.first_head * dim + self.q_width)
         kv_rows = slice(share.first_kv_head * dim, share.first_kv_head * dim + self.kv_width)

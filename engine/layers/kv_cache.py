@@ -1,7 +1,7 @@
-"""The paged key/value cache: one pair of tensors a layer, addressed by block and offset.
+"""Paged key/value cache: one pair of tensors per layer, addressed by block and offset.
 
-Made by the runner from `CausalLM.kv_spec`, written and read by the attention layers. Which sequence
-owns which block is the scheduler's business (`block_pool.py`); here are only the tensors.
+Tensors only: which blocks are free is kept in `generation/block_pool.py`, which sequence owns which
+block in its block table.
 
 Slot s of the cache is block s // block_size, offset s % block_size.
 
@@ -21,30 +21,26 @@ from engine.ops.huge_pages import prefer_huge_pages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """The cache's shape a layer on this rank.
+    """Shape of the cache on this rank.
 
     With `latent` the value is the first `value_dim` numbers of the key (MLA's latent followed by
     the rotary key, DeepSeek-V2, arXiv 2405.04434, section 2.1), so only keys are stored.
     """
 
     num_layers: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
+    num_kv_heads: int  # G, per layer
+    key_dim: int  # Dk
+    value_dim: int  # Dv
     latent: bool = False
 
     def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block of `block_size` tokens takes over all layers on this rank."""
+        """Return the bytes of one block of `block_size` tokens, over all layers of this rank."""
         width = self.key_dim if self.latent else self.key_dim + self.value_dim
         return self.num_layers * self.num_kv_heads * block_size * width * dtype.itemsize
 
 
 class KVCache:
-    """The cache tensors of every layer on this rank.
-
-    keys[i]: [num_blocks, G, block_size, Dk]. values[i]: [num_blocks, G, block_size, Dv], a view of
-    keys[i] when the spec is latent.
-    """
+    """The cache tensors of every layer on this rank."""
 
     def __init__(
         self,
@@ -62,6 +58,7 @@ class KVCache:
         def new(width: int) -> torch.Tensor:
             return _zeros((*shape, width), device, dtype)
 
+        # Per layer [num_blocks, G, block_size, Dk or Dv]; values are views of the keys if latent.
         self.keys = [new(spec.key_dim) for _ in range(spec.num_layers)]
         if spec.latent:
             self.values = [keys[..., : spec.value_dim] for keys in self.keys]
@@ -70,9 +67,10 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros, not garbage: a kernel may load a whole block and mask it, and 0 * NaN is NaN.
+    """Return a zeroed tensor. Zeros because a kernel may load a whole block and mask it: 0 * NaN is
+    NaN.
 
-    On CPU the pages come from the kernel, zero and page-aligned, and take memory once a sequence
+    On CPU its pages come zeroed from the operating system and take memory only once a sequence
     writes to them; torch.zeros would touch the whole cache at start-up.
     """
     if device.type != "cpu":

@@ -2,7 +2,7 @@
 
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.
 
-The cache holds one vector a token: the normalised latent c (C numbers) and one rotary key (R
+The cache holds one vector per token: the normalised latent c (C numbers) and one rotary key (R
 numbers) that all heads share. Instead of expanding c into keys and values, their up-projections are
 absorbed into the query and into the output:
 
@@ -10,8 +10,7 @@ absorbed into the query and into the output:
     output  sum_j p_j (U_v c_j)                 =  U_v (sum_j p_j c_j)
 
 so that attention itself is multi-query attention with key width C + R and value width C, the value
-being a prefix of the key. Called by `models/decoder.py`; under tensor parallelism heads are split
-and the latent is replicated.
+being a prefix of the key. Under tensor parallelism heads are split and the latent is replicated.
 
 Legend: T tokens, D model dim, H heads on this rank, C latent (kv_lora_rank), Q query latent
 (q_lora_rank), N and R dims of a head without and with rotation, V value dim of a head.
@@ -37,38 +36,28 @@ from engine.ops.rotary import apply_rotary
 from engine.ops.store_kv import store_kv
 from engine.weights.slot import WeightSlot
 
-# The norms of the two latents use this in every published DeepSeek model, whatever rms_norm_eps
-# says.
+# Every published DeepSeek model uses this for the norms of the two latents, not rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLASpec:
-    """One latent attention layer as the checkpoint has it, before any sharding.
-
-    q_rank: the query latent's width, None for a direct query projection. scale: on the scores,
-    YaRN's factor included. interleaved: rotary pairs are neighbours (2i, 2i + 1) rather than
-    halves. bias: on the two down-projections and the output projection.
-    """
+    """One latent attention layer as the checkpoint has it, before any sharding."""
 
     hidden: int
     num_heads: int
-    q_rank: int | None
-    kv_rank: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-    scale: float
-    interleaved: bool = True
-    bias: bool = False
+    q_rank: int | None  # Q; None: a direct query projection
+    kv_rank: int  # C
+    nope_dim: int  # N
+    rope_dim: int  # R
+    value_dim: int  # V
+    scale: float  # on the scores, YaRN's factor included
+    interleaved: bool = True  # rotary pairs are (2i, 2i + 1); otherwise (i, i + R / 2)
+    bias: bool = False  # on the two down-projections and the output projection
 
 
 class LatentAttention(nn.Module):
     """This tensor rank's heads of one layer.
-
-    down_OD: the rows that read x in one matrix: queries (or the query latent, Q rows), then latent
-    and rotary key (C + R rows). q_up_OQ: queries from their latent. kv_up_HOC: [H, N + V, C], each
-    head's key rows, then value rows.
 
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
@@ -78,7 +67,7 @@ class LatentAttention(nn.Module):
         self, spec: MLASpec, tensor: Group, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        # A key/value head per query head: the latent has none to share.
+        # One key/value head per query head: the latent has no heads to share.
         self.share = share_heads(spec.num_heads, spec.num_heads, tensor)
         self.spec, self.sums = spec, TensorSum(tensor)
         heads = self.share.num_heads
@@ -90,8 +79,11 @@ class LatentAttention(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return empty_parameter(*shape, device=device, dtype=dtype)
 
+        # All projections of x in one matrix: queries (or the query latent, Q rows), then latent and
+        # rotary key (C + R rows).
         self.down_OD = empty(self.down_q + self.latent_width, spec.hidden)
         self.kv_norm_C = empty(spec.kv_rank)
+        # Each head's key rows (N), then its value rows (V).
         self.kv_up_HOC = empty(heads, spec.nope_dim + spec.value_dim, spec.kv_rank)
         self.out_DO = empty(spec.hidden, heads * spec.value_dim)
         self.down_bias_O = self.out_bias_D = self.q_norm_Q = self.q_up_OQ = None
@@ -114,8 +106,14 @@ class LatentAttention(nn.Module):
         v_cache: torch.Tensor,
         read: ReadRows | None = None,
     ) -> torch.Tensor:
-        """Return [T, D], of `read` only those rows. k_cache, [blocks, 1, block_size, C + R], and
-        v_cache, its first C columns, take the latents of all of the step's tokens.
+        """Return the attention output [T, D]; with `read` only its rows.
+
+        Args:
+            x_TD: normalised hidden states.
+            cos_TR, sin_TR: of the tokens' positions, see `RotaryTable.rows`.
+            k_cache: [blocks, 1, block_size, C + R]; written with the latents of all T tokens.
+            v_cache: a view of its first C columns.
+            read: the rows whose output is needed; None: all.
 
         Collective over TP: every rank must call.
         """
@@ -136,6 +134,7 @@ class LatentAttention(nn.Module):
             q_nope_THN = q_nope_THN.index_select(0, read.rows_R)
             q_rope_THR = q_rope_THR.index_select(0, read.rows_R)
 
+        # Absorb the keys' up-projection into the queries; the values' follows after attention.
         key_up_HNC, value_up_HVC = self.kv_up_HOC.split((spec.nope_dim, spec.value_dim), dim=1)
         absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), key_up_HNC)
         q_THL = torch.cat((absorbed_HTC.transpose(0, 1), q_rope_THR), dim=2)
@@ -159,7 +158,7 @@ class LatentAttention(nn.Module):
         return project_out(out_TO, self.out_DO, self.out_bias_D, self.sums)
 
     def kv_spec(self, num_layers: int) -> KVSpec:
-        """The cache of `num_layers` such layers; the latent is the same on every tensor rank."""
+        """Return the cache shape of `num_layers` such layers, the same on every tensor rank."""
         return KVSpec(
             num_layers=num_layers,
             num_kv_heads=1,
@@ -169,13 +168,13 @@ class LatentAttention(nn.Module):
         )
 
     def finalize_weights(self) -> None:
-        """The weights are final: bring those of `linear` into the layout that is read fastest."""
+        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest."""
         for weight in (self.down_OD, self.q_up_OQ, self.out_DO):
             if weight is not None:
                 to_panels(weight)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Yield the slots of this rank's heads; `prefix` is like model.layers.0.self_attn."""
+        """Yield the slots of this rank's heads; prefix: as in model.layers.0.self_attn."""
         spec, share = self.spec, self.share
         first, end = share.first_head, share.first_head + share.num_heads
 
@@ -213,9 +212,9 @@ class LatentAttention(nn.Module):
 
 
 def split_pairs(x: torch.Tensor) -> torch.Tensor:
-    """Return x [.., R] with neighbours apart: evens in the first half, odds in the second.
+    """Return x [.., R] with rotary pairs (2i, 2i + 1) moved to (i, i + R / 2).
 
-    Queries and keys both turn in this order, so their products are those of the interleaved
+    Queries and keys are both rotated in this order, so their products are those of the interleaved
     rotation.
     """
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

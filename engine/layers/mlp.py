@@ -1,4 +1,4 @@
-"""The gated feed-forward that every rank holds in full: dense layers and shared experts.
+"""Dense MLP: the gated feed-forward of dense layers and shared experts, replicated on every rank.
 
 Legend: T tokens, D model dim, F hidden dim.
 """
@@ -18,11 +18,7 @@ from engine.weights.slot import WeightSlot
 
 
 class DenseMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), times sigmoid(output gate . x) where there is such a gate.
-
-    gate_up_2FD: gate rows, then up rows. down_DF. output_gate_1D: Qwen2-MoE's gate on its shared
-    expert, or None. bias: on the three projections (DeepSeek-V2's mlp_bias).
-    """
+    """down(silu(gate(x)) * up(x)), times sigmoid(output gate . x) where there is such a gate."""
 
     def __init__(
         self,
@@ -34,20 +30,28 @@ class DenseMLP(nn.Module):
         bias: bool = False,
         output_gate: bool = False,
     ) -> None:
+        """Build it uninitialised.
+
+        Args:
+            hidden: D.
+            ffn: F.
+            bias: on the three projections (DeepSeek-V2's mlp_bias).
+            output_gate: whether the output has a gate (Qwen2-MoE's shared expert).
+        """
         super().__init__()
         self.hidden, self.ffn = hidden, ffn
 
         def empty(*shape: int) -> nn.Parameter:
             return empty_parameter(*shape, device=device, dtype=dtype)
 
-        self.gate_up_2FD = empty(2 * ffn, hidden)
+        self.gate_up_2FD = empty(2 * ffn, hidden)  # gate rows, then up rows
         self.down_DF = empty(hidden, ffn)
         self.gate_up_bias_2F = empty(2 * ffn) if bias else None
         self.down_bias_D = empty(hidden) if bias else None
         self.output_gate_1D = empty(1, hidden) if output_gate else None
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return [T, D] in x's dtype; T may be 0."""
+        """Return the output [T, D] in x's dtype; T may be 0."""
         hidden_TF = silu_and_mul(linear(x_TD, self.gate_up_2FD, self.gate_up_bias_2F))
         out_TD = linear(hidden_TF, self.down_DF, self.down_bias_D)
         if self.output_gate_1D is not None:
@@ -55,12 +59,12 @@ class DenseMLP(nn.Module):
         return out_TD
 
     def finalize_weights(self) -> None:
-        """The weights are final: bring them into the layout that is read fastest."""
+        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest."""
         for weight in (self.gate_up_2FD, self.down_DF):
             to_panels(weight)
 
     def weight_slots(self, prefix: str, output_gate: str = "") -> Iterator[WeightSlot]:
-        """Yield the slots under `prefix`; `output_gate` names the output gate's weight."""
+        """Yield the slots under `prefix`; output_gate: full name of the output gate's weight."""
         hidden, ffn = self.hidden, self.ffn
         gate, up = self.gate_up_2FD[:ffn], self.gate_up_2FD[ffn:]
         yield WeightSlot(f"{prefix}.gate_proj.weight", gate, (ffn, hidden))

@@ -1,15 +1,14 @@
-"""Tensor parallelism of attention: which heads a rank owns, and the reductions that follow.
+"""Tensor parallelism of attention: which heads a rank owns, its output projection and its sums.
 
-Used by `attention.py` and `mla.py`. Only attention is split: query heads are cut into equal
-consecutive shares, the output projection is cut along the same heads, and its partial products are
-summed over `topology.tensor`. Embeddings, norms, dense MLPs and the language-model head are
-replicated.
+Only attention (`attention.py`, `mla.py`) is split: query heads are cut into equal consecutive
+shares, the output projection is cut along the same heads, and its partial products are summed over
+`topology.tensor`. Embeddings, norms, dense MLPs and the language-model head are replicated.
 
 Worked example, 8 query heads, 2 key/value heads:
     tensor 2    rank 0: heads 0-3, kv head 0      rank 1: heads 4-7, kv head 1
     tensor 4    rank 0: heads 0-1, kv head 0      rank 1: heads 2-3, kv head 0 (a replica)   ...
 
-Legend: T tokens, D model dim.
+Legend: T tokens, D model dim, O columns of the output projection on this rank.
 """
 
 from __future__ import annotations
@@ -30,16 +29,13 @@ from engine.weights.slot import WeightSlot
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """The heads one tensor rank owns, consecutive from the first one.
-
-    `kv_replicas` ranks of the tensor group hold the same key/value heads.
-    """
+    """The heads that one tensor rank owns, consecutive from the first one."""
 
     num_heads: int
     first_head: int
     num_kv_heads: int
     first_kv_head: int
-    kv_replicas: int
+    kv_replicas: int  # ranks of the tensor group with the same key/value heads
 
 
 def share_heads(num_heads: int, num_kv_heads: int, group: Group) -> HeadShare:
@@ -78,27 +74,27 @@ def share_heads(num_heads: int, num_kv_heads: int, group: Group) -> HeadShare:
 
 
 class TensorSum:
-    """Sums partial results of one layer's attention over the tensor group, each in a span of its
-    own. calls: how many of them one attention needs.
-    """
+    """Sums partial results of one layer's attention over the tensor group, each in its own span."""
 
     def __init__(self, group: Group, calls: int = 1) -> None:
+        """calls: sums per attention call."""
         self.group = group
         self._calls = calls if group.size > 1 else 0
-        self.observe(Telemetry(), NO_LAYER)
+        self.set_telemetry(Telemetry(), NO_LAYER)
 
     @property
     def num_collectives(self) -> int:
-        """Collectives of one attention call."""
+        """Collectives per attention call."""
         return self._calls
 
-    def observe(self, telemetry: Telemetry, layer: int) -> None:
-        """Write to `telemetry` as decoder layer `layer`."""
+    def set_telemetry(self, telemetry: Telemetry, layer: int) -> None:
+        """Set where the sums are recorded, and the decoder layer they belong to."""
         self._telemetry, self._layer = telemetry, layer
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum `x` over the group in place and return it. Collective over TP: every rank must call;
-        a group of one calls nothing.
+        """Sum `x` over the group in place and return it.
+
+        Collective over TP: every rank must call. A group of one rank calls nothing.
         """
         size = self.group.size
         if size == 1:
@@ -110,30 +106,39 @@ class TensorSum:
         clock.enter(Phase.ATTENTION, self._layer)
         return x
 
-    def sit_out(self, calls: int | None = None) -> None:
-        """The tensor group has no tokens and calls nothing, while others may: count their calls, so
-        that all ranks number the collectives of a step alike. calls: how many, by default all.
+    def record_skipped(self, calls: int | None = None) -> None:
+        """Record collectives that this tensor group skips because it has no tokens.
+
+        Other tensor groups may call them: so all ranks number the collectives of a step alike.
+
+        Args:
+            calls: how many are skipped; None: all of an attention call.
         """
         for _ in range(self._calls if calls is None else calls):
             self._telemetry.clock.enter_collective(Phase.TENSOR, self._layer, absent=True)
 
 
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
-    """Return an uninitialised parameter without gradient: a weight slot fills it."""
+    """Return an uninitialised parameter without gradient, to be filled by a `WeightSlot`."""
     return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
 
 
 def project_out(
     x_TO: torch.Tensor, out_DO: torch.Tensor, bias_D: torch.Tensor | None, sums: TensorSum
 ) -> torch.Tensor:
-    """Apply the output projection, whose columns are split over `tensor`: [T, D].
+    """Return the output projection [T, D] of the heads' outputs, summed over the tensor group.
+
+    Args:
+        x_TO: outputs of this rank's heads.
+        out_DO: the projection's columns of these heads.
+        bias_D: the same on every rank, added once.
 
     Collective over TP: every rank must call.
     """
     if sums.group.size == 1:
         return linear(x_TO, out_DO, bias_D)
-    if not x_TO.shape[0]:  # nobody reads this step's tokens: the same on all ranks of the group
-        sums.sit_out(1)
+    if not x_TO.shape[0]:  # no token of this step is read: the same on all ranks of the group
+        sums.record_skipped(1)
         return x_TO.new_empty(0, out_DO.shape[0])
     out_TD = sums(linear(x_TO, out_DO))
     # After the sum, so that the bias counts once.
@@ -143,7 +148,7 @@ def project_out(
 def out_slots(
     prefix: str, out_DO: torch.Tensor, bias_D: torch.Tensor | None, columns: slice, full: int
 ) -> Iterator[WeightSlot]:
-    """Yield the slots of an output projection that takes `columns` of the `full` input width."""
+    """Yield the slots of an output projection that owns `columns` of the `full` input width."""
     hidden = out_DO.shape[0]
     shard = (slice(0, hidden), columns)
     yield WeightSlot(f"{prefix}.o_proj.weight", out_DO, (hidden, full), shard)

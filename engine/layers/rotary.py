@@ -1,8 +1,8 @@
-"""Rotary position embedding: one table of cosines and sines a model, read once a step.
+"""Rotary position embedding: one table of cosines and sines per model, read once per step.
 
-`models/decoder.py` builds the table for positions 0 .. max_len - 1 and hands every layer the rows
-of the step's tokens; the rotation itself is `engine.ops.rotary`. Frequencies and attention scaling
-of every scaling type come from transformers, so a checkpoint means here what it means there.
+The table covers positions 0 .. max_len - 1; its rows of a step's tokens are the same for every
+layer. The rotation itself is `engine.ops.rotary`. Frequencies and attention scaling of every
+scaling type come from transformers, so a checkpoint has the same angles here and there.
 
 Legend: T tokens, P positions, R rotated dims of a head.
 """
@@ -21,14 +21,17 @@ from torch import nn
 class RotaryTable(nn.Module):
     """Cosines and sines of every position below `max_len`, in the model's dtype.
 
-    hf_config: a transformers configuration, whose `rope_parameters` are read. rotary_dim: R, dims
-    of a head that turn. Scaling types that look at the sequence length (dynamic, longrope) are
-    resolved once for `max_len`, because keys in the cache cannot be turned again: dynamic equals
-    transformers up to max_position_embeddings, and longrope takes its long factors exactly when
-    `max_len` exceeds the original context.
+    Args:
+        hf_config: a transformers configuration, whose `rope_parameters` are read.
+        rotary_dim: R.
+
+    Scaling types that depend on the sequence length (dynamic, longrope) are resolved once for
+    `max_len`, because keys in the cache cannot be rotated again: dynamic equals transformers up to
+    max_position_embeddings, and longrope uses its long factors exactly when `max_len` exceeds the
+    original context.
 
     Raises:
-        ValueError: on a scaling type or a partial rotation that this engine does not know.
+        ValueError: on a scaling type or a partial rotation that this engine does not support.
     """
 
     table_PR: torch.Tensor
@@ -44,18 +47,18 @@ class RotaryTable(nn.Module):
         super().__init__()
         inv_freq, scaling = rope_frequencies(hf_config, rotary_dim, max_len)
         angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inv_freq)
-        # Each angle is kept once: R/2 cosines, then R/2 sines.
+        # Each angle is stored once: R/2 cosines, then R/2 sines.
         table = torch.cat((angles.cos(), angles.sin()), dim=1) * scaling
         self.register_buffer("table_PR", table.to(device, dtype), persistent=False)
 
     def rows(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines [T, R] of int64 positions; each angle twice, as the op wants."""
+        """Return cosines and sines [T, R] of int64 positions; each angle twice, as the op needs."""
         cos, sin = self.table_PR.index_select(0, positions_T).chunk(2, dim=1)
         return cos.repeat(1, 2), sin.repeat(1, 2)
 
 
 def rope_frequencies(hf_config: Any, rotary_dim: int, max_len: int) -> tuple[torch.Tensor, float]:
-    """Return the inverse frequencies (float32 [R / 2]) and the factor on cosines and sines.
+    """Return the inverse frequencies, float32 [R / 2], and the factor on cosines and sines.
 
     Raises:
         ValueError: see `RotaryTable`.
@@ -65,7 +68,7 @@ def rope_frequencies(hf_config: Any, rotary_dim: int, max_len: int) -> tuple[tor
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"partial_rotary_factor: {parameters['partial_rotary_factor']} in config.json is not "
-            "supported, only 1.0: in every model family of this engine the whole head turns"
+            "supported, only 1.0: in every model family of this engine the whole head is rotated"
         )
     if rope_type == "default":
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
@@ -90,7 +93,8 @@ def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
 
 
 def _scaling_function(rope_type: str) -> Callable[..., tuple[torch.Tensor, float]]:
-    # Imported where a scaled model needs it: transformers takes long to import.
+    """Return transformers' function for a scaling type."""
+    # Imported only for a scaled model: transformers takes long to import.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     known = sorted(set(ROPE_INIT_FUNCTIONS) & {"linear", "dynamic", "yarn", "llama3", "longrope"})

@@ -1,4 +1,19 @@
-"""Inputs of one step that every attention layer reads."""
+"""Step inputs: one step's tokens and cache addresses as tensors, the same for every layer.
+
+Built by `generation/runner.py` from a `Step`. The tokens of all sequences are flattened to rows,
+decodes first, then prefills; `slots_T` and the block tables address the cache of `kv_cache.py`.
+
+Worked example, block size 4, A decodes at position 6, B's prompt of 3 tokens runs whole:
+
+    positions_T      6, 0, 1, 2
+    query_start_S1   0, 1, 4
+    query_lens       1, 3
+    context_lens     7, 3
+    rows_R           0, 3          (both are read for their last token alone)
+
+Legend: T tokens of the step, S sequences, S1 = S + 1, B columns of the block table, R rows whose
+final hidden state is read.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +24,29 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queries:
-    """Which sequences attend with how many tokens, and where their keys lie.
+    """Which sequences attend with how many tokens, and where their keys are. S may be 0."""
 
-    query_start_S1: int32, sequence s has rows query_start[s] .. query_start[s + 1] of the queries.
-    query_lens: the same as lengths, on the host; they are a context's last tokens. context_lens: a
-    sequence's tokens in the cache after this step, on the host and as int32. block_table_SB: int32,
-    the blocks of each sequence in order. S may be 0.
-    """
-
-    query_start_S1: torch.Tensor
-    query_lens: list[int]
-    context_lens: list[int]
-    context_lens_S: torch.Tensor
-    block_table_SB: torch.Tensor
+    query_start_S1: torch.Tensor  # int32, sequence s has the query rows [start[s], start[s + 1])
+    query_lens: list[int]  # the same as lengths; the queries are a context's last tokens
+    context_lens: list[int]  # tokens per sequence in the cache after this step
+    context_lens_S: torch.Tensor  # int32, the same on the device
+    block_table_SB: torch.Tensor  # int32, the blocks of each sequence in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRows:
-    """The tokens of a step whose final hidden state is read; of each sequence they are the last.
+    """The tokens of a step whose final hidden state is read: the last ones of each sequence."""
 
-    rows_R: int64, their rows among the step's tokens, ascending. queries: of the sequences that
-    have any.
-    """
-
-    rows_R: torch.Tensor
-    queries: Queries
+    rows_R: torch.Tensor  # int64, their rows among the step's tokens, ascending
+    queries: Queries  # of the sequences that have any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTensors:
-    """One step's tokens, flattened: decodes first, then prefills.
+    """One step's tokens, flattened: decodes first, then prefills. T may be 0."""
 
-    token_ids_T, positions_T: int64. slots_T: int64, where each token's key goes (block * block_size
-    + offset). queries: of all of them. read: the tokens whose final hidden state is read, None
-    where all are. T may be 0.
-    """
-
-    token_ids_T: torch.Tensor
-    positions_T: torch.Tensor
-    slots_T: torch.Tensor
-    queries: Queries
-    read: ReadRows | None = None
+    token_ids_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64
+    slots_T: torch.Tensor  # int64, cache slot of each token's key: block * block_size + offset
+    queries: Queries  # of all T tokens
+    read: ReadRows | None = None  # the tokens whose final hidden state is read; None: all

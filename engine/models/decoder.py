@@ -1,7 +1,11 @@
-"""The decoder that every family shares: embedding, layers, final norm and head.
+"""Decoder: the model that every family shares. Embedding, layers, final norm and head.
 
-Built by `registry.py` from a family's `ModelSpec`, called once a step by the runner. Attention is
-sharded over `topology.tensor` and experts over `topology.expert`; everything else is replicated.
+Built from a family's `ModelSpec` (`spec.py`); one call per step. Attention is sharded over
+`topology.tensor` and experts over `topology.expert`; everything else is replicated.
+
+The layers are a generator: with moe.overlap.two_batch a step runs as two micro-batches, and the
+generator yields where one waits for its rows, so that the other computes (two-batch overlap,
+`moe/dispatch/two_batch.py`).
 
 Legend: T tokens of the step, R of them whose final hidden state is read, S rows that need logits, D
 model dim, V vocabulary.
@@ -45,17 +49,14 @@ _DERIVED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",)
 
 @dataclass(frozen=True, slots=True)
 class GroupTokens:
-    """Tokens of a step over all ranks of the expert-parallel group, and how many of them are read.
-
-    The same on every rank.
-    """
+    """Tokens of a step over all ranks of the expert-parallel group; the same on every rank."""
 
     all: int
-    read: int
+    read: int  # tokens whose final hidden state is read
 
 
 class DecoderLayer(nn.Module):
-    """The parts of one layer; `CausalLM` joins them."""
+    """The modules of one layer; `CausalLM` runs them."""
 
     def __init__(
         self,
@@ -100,8 +101,7 @@ class DecoderLayer(nn.Module):
 class CausalLM(nn.Module):
     """A decoder-only language model and its head.
 
-    kv_spec: the cache it needs on this rank. moe_layers: its MoE layers in order. max_model_len:
-    positions it can run. Parameters are uninitialised until `weight_slots` are filled.
+    Parameters are uninitialised until the `weight_slots` are filled.
 
     Raises:
         ValueError: when the ranks do not fit the model's heads or experts.
@@ -119,10 +119,10 @@ class CausalLM(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.spec, self.max_model_len, self.dtype = spec, max_model_len, dtype
+        self.spec, self.dtype = spec, dtype
+        self.max_model_len = max_model_len  # positions it can run
         self.vocab_size, self.num_layers = spec.vocab_size, len(spec.layers)
-        self.telemetry = Telemetry()
-        self.rotary = rotary
+        self.telemetry, self.rotary = Telemetry(), rotary
         shape = (spec.vocab_size, spec.hidden)
         self.embedding_VD = empty_parameter(*shape, device=device, dtype=dtype)
         self.head_VD = (
@@ -147,33 +147,36 @@ class CausalLM(nn.Module):
             for i, layer in enumerate(spec.layers)
         ]
         self.layers = nn.ModuleList(self._layers)
+        # The MoE layers in order, and the cache that the model needs on this rank.
         self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
         self.kv_spec = self._layers[0].attention.kv_spec(self.num_layers)
 
-    def observe(self, telemetry: Telemetry) -> None:
-        """Let this model and its MoE layers write to `telemetry`."""
+    def set_telemetry(self, telemetry: Telemetry) -> None:
+        """Set where this model and its layers record their measurements."""
         self.telemetry = telemetry
         for index, layer in enumerate(self._layers):
-            layer.attention.sums.observe(telemetry, index)
+            layer.attention.sums.set_telemetry(telemetry, index)
         for moe in self.moe_layers:
             moe.telemetry = telemetry
 
     @property
     def top_k(self) -> list[int]:
-        """Experts that a token is routed to in each layer, 0 in a dense one."""
+        """Experts per token in each layer, 0 in a dense one."""
         experts = (layer.mlp for layer in self._layers)
         return [mlp.spec.router.top_k if isinstance(mlp, MoELayer) else 0 for mlp in experts]
 
     @property
     def max_collectives(self) -> int:
-        """Collectives of a step at most that the phase clock is told of."""
-        halves = 2 if any(moe.layouts.two_batch for moe in self.moe_layers) else 1
+        """Upper bound on the collectives of a step that the phase clock records."""
+        micro_batches = 2 if any(moe.layout_policy.two_batch for moe in self.moe_layers) else 1
         sums = sum(layer.attention.sums.num_collectives for layer in self._layers)
-        return halves * sums + sum(moe.max_collectives for moe in self.moe_layers)
+        return micro_batches * sums + sum(moe.max_collectives for moe in self.moe_layers)
 
     def finalize_weights(self, tick: Callable[[], None] = lambda: None) -> None:
-        """All slots are filled: bring weights into the layouts that are read fastest, in place.
-        tick: called now and then.
+        """Rearrange the loaded weights, in place, into the layouts that the kernels read fastest.
+
+        Args:
+            tick: called once per layer, as a sign of progress.
         """
         for layer in self._layers:
             tick()
@@ -189,44 +192,55 @@ class CausalLM(nn.Module):
         moe_step: MoEStep | None = None,
         group: GroupTokens | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states after the final norm of the rows that are read, [R, D]; `kv`
-        takes keys and values of all of them.
+        """Return the hidden states after the final norm of the rows that are read, [R, D].
 
-        moe_step: who competes for expert capacity, of this rank's slice; None where nobody does.
-        group: tokens of this step over all ranks of the expert-parallel group, where known.
+        Args:
+            kv: written with the keys and values of all T tokens.
+            moe_step: which of this rank's tokens are subject to expert capacity; None: none.
+            group: tokens of this step over all ranks of the expert-parallel group, where known.
 
-        Behind its projections the last layer runs the rows that are read alone, unless tokens
-        compete for capacity: it is all of them that compete.
+        After its key and value projections the last layer runs only the rows that are read, unless
+        tokens are subject to capacity: then all of them count in its loads.
 
         Collective over EP and TP: every rank must call, T and R may be 0.
         """
-        return run_to_end(self._stages(step, kv, moe_step, group))
+        return run_to_end(self.steps(step, kv, moe_step, group))
 
-    def splits(self, group_tokens: int) -> bool:
-        """Whether a step of so many tokens over all ranks, none of which competes for capacity, is
-        run by `forward_two_batch`; the same on every rank.
+    def splits_batch(self, group_tokens: int) -> bool:
+        """Return whether a step is to run as two micro-batches, by `forward_two_batch`.
+
+        Args:
+            group_tokens: tokens of the step over all ranks, none of them subject to capacity.
+
+        The same on every rank.
         """
-        return any(moe.layouts.splits(group_tokens) for moe in self.moe_layers[:1])
+        return any(moe.layout_policy.splits_batch(group_tokens) for moe in self.moe_layers[:1])
 
     def forward_two_batch(
-        self, halves: tuple[StepTensors, StepTensors], kv: KVCache, group: GroupTokens
+        self, batches: tuple[StepTensors, StepTensors], kv: KVCache, group: GroupTokens
     ) -> torch.Tensor:
-        """`forward` of a step cut in two between its sequences: attention of one half runs while
-        the rows of the other travel. Either may be empty. Collective over EP and TP.
+        """`forward` of a step split into two micro-batches between its sequences.
+
+        Attention of one micro-batch runs while the rows of the other are in flight. Either may be
+        empty. Collective over EP and TP: every rank must call.
         """
         share = GroupTokens(group.all // 2, group.read // 2)
-        parts = [self._stages(step, kv, None, share, half) for half, step in enumerate(halves)]
+        parts = [self.steps(step, kv, None, share, index) for index, step in enumerate(batches)]
         return torch.cat(interleave(parts))
 
-    def _stages(
+    def steps(
         self,
         step: StepTensors,
         kv: KVCache,
-        moe_step: MoEStep | None,
-        group: GroupTokens | None,
-        half: int | None = None,
+        moe_step: MoEStep | None = None,
+        group: GroupTokens | None = None,
+        micro_batch: int | None = None,
     ) -> Steps[torch.Tensor]:
-        """All layers; of a half, with stops."""
+        """Generator form of `forward`: yields while the rows of a micro-batch are in flight.
+
+        Args:
+            micro_batch: 0 or 1 in a two-batch step, None for a whole step (never yields).
+        """
         eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
         num_tokens, last = step.token_ids_T.shape[0], self.num_layers - 1
         group_tokens, tunes = None if group is None else group.all, True
@@ -240,19 +254,21 @@ class CausalLM(nn.Module):
         ):
             clock.enter(Phase.ATTENTION, index, num_tokens)
             if index == last and moe_step is None:
+                # Only the rows that are read; fewer tokens than in the other layers, so such a call
+                # does not tune the chunks.
                 read = step.read
                 if group is not None:
                     group_tokens, tunes = group.read, group.read == group.all
-            if num_tokens:
+            if num_tokens:  # the same on all ranks of the tensor group
                 x_TD = layer.attention(x_TD, cos_TR, sin_TR, step, k_cache, v_cache, read)
             else:
-                layer.attention.sums.sit_out()
+                layer.attention.sums.record_skipped()
             clock.enter(Phase.OTHER, index)
             if read is not None:
                 residual_TD = residual_TD.index_select(0, read.rows_R)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                x_TD = yield from layer.mlp.steps(x_TD, moe_step, group_tokens, half, tunes)
+                x_TD = yield from layer.mlp.steps(x_TD, moe_step, group_tokens, micro_batch, tunes)
             else:
                 x_TD = layer.mlp(x_TD)
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
@@ -261,14 +277,15 @@ class CausalLM(nn.Module):
         return x_TD
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [S, V] of rows of `forward`'s result."""
+        """Return float32 logits [S, V] of rows [S, D] of `forward`'s result."""
         return linear(hidden_SD, self.head_VD).float()
 
     def weight_slots(self, checkpoint: Collection[str] = ()) -> Iterator[WeightSlot]:
-        """Yield every tensor this rank needs.
+        """Yield a slot for every checkpoint tensor that this rank needs.
 
-        checkpoint: names of the tensors in the checkpoint; they decide whether experts are read one
-        by one or stacked.
+        Args:
+            checkpoint: names of the tensors in the checkpoint; they decide whether experts are read
+                one by one or stacked.
         """
         shape = (self.spec.vocab_size, self.spec.hidden)
         yield WeightSlot("model.embed_tokens.weight", self.embedding_VD, shape)
@@ -287,7 +304,7 @@ class CausalLM(nn.Module):
 
     @property
     def ignored_weights(self) -> tuple[str, ...]:
-        """Regular expressions of the checkpoint's tensors that no rank needs."""
+        """Regular expressions of checkpoint tensors that no rank needs."""
         tied = (r"^lm_head\.weight$",) if self.spec.tied_embeddings else ()
         return (*_DERIVED, *self.spec.ignored, *tied)
 

@@ -1,9 +1,9 @@
 """DeepSeek-V2 (arXiv 2405.04434) and V2-Lite.
 
-Latent attention, dense first layers, ungated shared experts, routing limited to groups.
+Latent attention, dense first layers, ungated shared experts, group-limited routing.
 
-`deepseek_spec` is what DeepSeek-V3 has in common with it: the two differ in routing and in nothing
-else that runs here.
+`deepseek_spec` is shared with DeepSeek-V3 (`deepseek_v3.py`): the two differ in routing alone, as
+far as they are run here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def read_spec(hf_config: Any) -> ModelSpec:
 def deepseek_spec(
     hf_config: Any, router: RouterSpec, *, interleaved: bool, mlp_bias: bool = False
 ) -> ModelSpec:
-    """The DeepSeek decoder around a router. interleaved: rotary pairs are neighbours."""
+    """Return the DeepSeek decoder with a given router.
+
+    Args:
+        interleaved: whether rotary pairs are neighbours, as in `MLASpec`.
+        mlp_bias: whether the dense layers and shared experts have biases.
+    """
     head_width = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim
     attention = MLASpec(
         hidden=hf_config.hidden_size,
@@ -79,8 +84,7 @@ def deepseek_spec(
         shared=shared if num_shared else None,
     )
     dense = DenseSpec(ffn=hf_config.intermediate_size, bias=mlp_bias)
-    # Published configurations carry moe_layer_freq, which transformers drops because it is always
-    # 1.
+    # Published configurations have moe_layer_freq; transformers drops it because it is always 1.
     every = getattr(hf_config, "moe_layer_freq", 1)
     first = hf_config.first_k_dense_replace
     num_layers = hf_config.num_hidden_layers
@@ -95,6 +99,6 @@ def deepseek_spec(
             for i in range(num_layers)
         ),
         # Layers past the last are multi-token prediction heads (V3, section 2.2), which plain
-        # decoding leaves out.
+        # decoding does not use.
         ignored=(rf"^model\.layers\.{num_layers}\..*$",),
     )

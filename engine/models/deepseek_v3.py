@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (arXiv 2412.19437): V2's decoder, sigmoid scores, a bias that balances the choice."""
+"""DeepSeek-V3 (arXiv 2412.19437): V2's decoder, sigmoid scores, a bias for load balancing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which tensors of the checkpoint fill an MoE layer.
+"""Expert weights: which checkpoint tensors fill an MoE layer, as `WeightSlot`s.
 
-Two layouts occur: one matrix an expert and projection (every published checkpoint, and what
+Two layouts occur: one matrix per expert and projection (every published checkpoint, and what
 save_pretrained writes), or all experts of a layer stacked in two tensors (transformers' layout in
 memory). Slots exist only for the experts of this rank.
 
@@ -22,8 +22,10 @@ def moe_slots(
 ) -> Iterator[WeightSlot]:
     """Yield the slots of one MoE layer.
 
-    prefix: the decoder layer's name, as in model.layers.0. checkpoint: names of the tensors in the
-    checkpoint, empty when there is none.
+    Args:
+        prefix: the decoder layer's name, as in model.layers.0.
+        names: the family's names below it.
+        checkpoint: names of the tensors in the checkpoint; empty when there is none.
     """
     spec, block = moe.spec, f"{prefix}.{names.block}"
     num_experts, hidden = spec.router.num_experts, spec.hidden
@@ -44,6 +46,7 @@ def moe_slots(
 
 
 def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
+    """Yield three slots per local expert; gate and up are views into one stacked tensor."""
     hidden, ffn = moe.spec.hidden, moe.spec.ffn
     w13_e2FD, w2_eDF = moe.experts.w13_e2FD, moe.experts.w2_eDF
     for local in range(moe.num_local_experts):
@@ -55,6 +58,7 @@ def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[Weigh
 
 
 def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+    """Yield two slots, each this rank's range of a tensor that stacks all experts."""
     num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
     mine = slice(moe.first_expert, moe.first_expert + moe.num_local_experts)
     for name, target, rows, columns in (

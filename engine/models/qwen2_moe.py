@@ -1,6 +1,6 @@
 """Qwen2-MoE (Qwen1.5-MoE-A2.7B and kin): a shared expert behind a sigmoid gate, biased qkv.
 
-`is_routed` and `moe_spec` are what Qwen3-MoE has in common with it.
+`is_routed` and `moe_spec` are shared with Qwen3-MoE (`qwen3_moe.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def read_spec(hf_config: Any) -> ModelSpec:
     dense = DenseSpec(ffn=hf_config.intermediate_size)
 
     def layer(index: int) -> LayerSpec:
-        # Which layers slide follows from use_sliding_window and max_window_layers; transformers
-        # spells it out.
+        # Which layers have a sliding window follows from use_sliding_window and max_window_layers;
+        # transformers lists them in layer_types.
         slides = hf_config.layer_types[index] == "sliding_attention"
         attention = AttentionSpec(
             hidden=hf_config.hidden_size,
@@ -47,7 +47,7 @@ def read_spec(hf_config: Any) -> ModelSpec:
 
 
 def is_routed(hf_config: Any, index: int) -> bool:
-    """Whether layer `index` is routed: every decoder_sparse_step-th, less mlp_only_layers."""
+    """Return whether layer `index` is routed: every decoder_sparse_step-th, not mlp_only_layers."""
     return (
         hf_config.num_experts > 0
         and index not in (hf_config.mlp_only_layers or ())
@@ -56,7 +56,7 @@ def is_routed(hf_config: Any, index: int) -> bool:
 
 
 def moe_spec(hf_config: Any) -> MoESpec:
-    """The routed experts of a Qwen model."""
+    """Return the routed experts of a Qwen2-MoE or Qwen3-MoE configuration."""
     router = RouterSpec(
         num_experts=hf_config.num_experts,
         top_k=hf_config.num_experts_per_tok,

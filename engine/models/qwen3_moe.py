@@ -1,4 +1,4 @@
-"""Qwen3-MoE (arXiv 2505.09388): each head of queries and keys normalised, no shared expert."""
+"""Qwen3-MoE (arXiv 2505.09388): query and key heads normalised one by one, no shared expert."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From a Hugging Face configuration to a model: which family reads which `model_type`.
+"""Registry: which family reads which `model_type`, and how a checkpoint's config becomes a model.
 
-The runner calls it once, on every rank:
+Every rank builds its own share:
 
     hf_config = read_config(path)
     model = build_model(hf_config, config, topology, device, dtype)
@@ -44,12 +44,12 @@ _AT_LEAST_1 = (
 
 
 def supported_model_types() -> tuple[str, ...]:
-    """The values of `model_type` in config.json that this engine runs."""
+    """Return the values of `model_type` in config.json that this engine runs."""
     return tuple(_FAMILIES)
 
 
 def read_config(folder: Path) -> Any:
-    """Return the transformers configuration of a checkpoint, once a model can be made of it.
+    """Return the transformers configuration of a checkpoint, after checking that it can run.
 
     Runs no code of the checkpoint.
 
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> Any:
     try:
         hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         rope_frequencies(hf_config, read_spec(hf_config).rotary_dim, 1)
-    except Exception as error:  # transformers computes with the values before it looks at them
+    except Exception as error:  # transformers computes with the values before it checks them
         why = " ".join(str(error).split())
         if not isinstance(error, ValueError):
             why = f"{type(error).__name__}: {why}"
@@ -86,7 +86,7 @@ def _refused(folder: Path, why: str) -> ValueError:
 
 
 def _problem(values: Any) -> str | None:
-    """What is wrong in a config.json as it is written; the rest is for transformers to find."""
+    """Return what is wrong in the text of a config.json, or None; transformers checks the rest."""
     if not isinstance(values, Mapping):
         return "config.json must hold one JSON object; download it again"
     model_type = values.get("model_type")
@@ -126,10 +126,10 @@ def read_spec(hf_config: Any) -> ModelSpec:
 
 
 def model_length(hf_config: Any, max_model_len: int | None) -> int:
-    """Return the positions to run: `model.max_model_len`, by default the checkpoint's context.
+    """Return the longest sequence to run: `max_model_len`, by default the checkpoint's context.
 
     Raises:
-        ValueError: when more is asked for than the checkpoint's rotary embedding was made for.
+        ValueError: when it exceeds what the checkpoint's rotary embedding supports.
     """
     context = hf_config.max_position_embeddings
     if max_model_len is None:

@@ -1,7 +1,7 @@
-"""What a family file says about a model: shapes, routing and names, without tensors.
+"""Model spec: a model's shapes, routing and tensor names, without tensors.
 
-Each family file turns a Hugging Face configuration into a `ModelSpec`; `decoder.py` builds the
-modules from it.
+Each family file (`mixtral.py`, `olmoe.py`, ...) turns a Hugging Face configuration into a
+`ModelSpec`; `decoder.py` builds the modules from it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ from engine.moe.layer import MoESpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseSpec:
-    """A dense feed-forward. ffn: its hidden dim. bias: on its three projections."""
+    """A dense feed-forward."""
 
-    ffn: int
-    bias: bool = False
+    ffn: int  # hidden dim
+    bias: bool = False  # on its three projections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseSpec:
-    """A Mixture-of-Experts feed-forward. shared: the expert that every token passes, or None.
-
-    shared_gate: the shared expert's output is multiplied by a sigmoid of the token (Qwen2-MoE).
-    """
+    """A Mixture-of-Experts feed-forward."""
 
     moe: MoESpec
-    shared: DenseSpec | None = None
-    shared_gate: bool = False
+    shared: DenseSpec | None = None  # the shared expert, which runs on every token
+    shared_gate: bool = False  # multiply its output by a sigmoid of the token (Qwen2-MoE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +41,14 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoENames:
-    """Where a family's checkpoints keep an MoE layer, relative to model.layers.{i}.
+    """Names of an MoE layer's tensors in a family's checkpoints.
 
-    block: its prefix. w1, w3, w2: gate, up and down projection of one expert. Transformers' own
-    names in memory (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj) are always
-    accepted as well.
+    Transformers' own names in memory (mlp.gate.weight, mlp.experts.gate_up_proj,
+    mlp.experts.down_proj) are always accepted as well.
     """
 
-    block: str = "mlp"
-    w1: str = "gate_proj"
+    block: str = "mlp"  # the layer's prefix below model.layers.{i}
+    w1: str = "gate_proj"  # projections of one expert
     w3: str = "up_proj"
     w2: str = "down_proj"
     shared: str = "shared_experts"
@@ -60,23 +56,20 @@ class MoENames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A whole model.
-
-    rotary_dim: dims of a head that turn. ignored: regular expressions of tensors nobody needs.
-    """
+    """A whole model."""
 
     vocab_size: int
     hidden: int
-    norm_eps: float
-    tied_embeddings: bool
-    rotary_dim: int
+    norm_eps: float  # of the layers' RMS norms and the final one
+    tied_embeddings: bool  # the head is the embedding
+    rotary_dim: int  # rotated dims of a head
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
 
 
 def check_config(hf_config: Any) -> None:
-    """Refuse what no family here can run.
+    """Check the settings that no family supports.
 
     Raises:
         ValueError: naming the field of config.json, its value and the rule.
@@ -94,7 +87,7 @@ def check_config(hf_config: Any) -> None:
 
 
 def require(hf_config: Any, field: str) -> Any:
-    """Return a field that a configuration may carry as null but this model needs.
+    """Return a field that may be null in a configuration but that this model needs.
 
     Raises:
         ValueError: when it is null.

@@ -128,8 +128,9 @@ class MoELayer(nn.Module):
         exchange = exchange or Exchange(group, GroupCollectives(group))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
-        self.layouts = LayoutPolicy(first_experts, spec.router.top_k, rows, config)
-        self.layouts.tune(layer, tuner or ChunkTuner(device), GroupCollectives(topology.control))
+        self.layout_policy = LayoutPolicy(first_experts, spec.router.top_k, rows, config)
+        control = GroupCollectives(topology.control)
+        self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
         self.gate_bias_E = (
@@ -167,13 +168,14 @@ class MoELayer(nn.Module):
     @property
     def num_chunks(self) -> int:
         """The largest number of chunks of any call."""
-        return self.layouts.num_chunks
+        return self.layout_policy.num_chunks
 
     @property
     def max_collectives(self) -> int:
         """Upper bound of the collectives per step that the phase clock enters."""
-        micro_batches = 2 if self.layouts.two_batch else 1
-        return self.layouts.max_collectives + micro_batches * self._token_shard.num_collectives
+        policy = self.layout_policy
+        gathers = (2 if policy.two_batch else 1) * self._token_shard.num_collectives
+        return policy.max_collectives + gathers
 
     @property
     def bytes_sent(self) -> int:
@@ -190,7 +192,7 @@ class MoELayer(nn.Module):
 
         Layers that share a workspace need it once.
         """
-        sizes = self.layouts.buffer_sizes(send_rows, received_rows)
+        sizes = self.layout_policy.buffer_sizes(send_rows, received_rows)
         self.workspace.reserve(sizes, self.gate_weight_ED.device)
 
     def set_capacity(self, config: CapacityConfig) -> None:
@@ -210,11 +212,11 @@ class MoELayer(nn.Module):
             router,
             config,
             layer=self.layer,
-            layout=self.layouts.choose(None),
+            layout=self.layout_policy.choose(None),
             collectives=self._collectives,
             ranks=self._group.ranks,
         )
-        self.layouts.reset()
+        self.layout_policy.reset()
 
     def forward(
         self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
@@ -255,8 +257,8 @@ class MoELayer(nn.Module):
             overlap = lambda: shared_out.append(module(x_tD))  # noqa: E731
         trial = Trial(1)
         if micro_batch is None:
-            trial = self.layouts.begin_trial(group_tokens, tunes)
-        layout = self.layouts.choose(
+            trial = self.layout_policy.begin_trial(group_tokens, tunes)
+        layout = self.layout_policy.choose(
             group_tokens, trial.chunks, costs_exchange=self._agreement.costs_exchange(step)
         )
         decision, plans = self.agree(routing, step, overlap, layout, micro_batch)
@@ -298,9 +300,12 @@ class MoELayer(nn.Module):
         """
         if layout is None:
             costs_exchange = self._agreement.costs_exchange(step)
-            layout = self.layouts.choose(None, costs_exchange=costs_exchange)
-        clock = self.telemetry.clock
-        decision = self._agreement.agree(routing, step, clock=clock, overlap=overlap, layout=layout)
+            layout = self.layout_policy.choose(None, costs_exchange=costs_exchange)
+        clock, agreement = self.telemetry.clock, self._agreement
+        if step is not None and agreement.applies(step):
+            decision = agreement.decide(routing, step, clock=clock, overlap=overlap, layout=layout)
+        else:
+            decision = agreement.keep_all(routing, clock=clock, overlap=overlap, layout=layout)
         plans = layout.plans(decision.order, decision.exchanged_Wn, self._group.rank)
         self._stats.add(self.telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans

@@ -93,16 +93,16 @@ class LayerStats:
         if log.entries is None:
             return
         # SYNC: only while decisions are recorded.
-        extra, competes_T = decision.extra_Te, step.competes_T
-        if competes_T is None:
-            competes_T = torch.ones_like(step.request_T, dtype=torch.bool)
+        extra, eligible_T = decision.extra_Te, step.eligible_T
+        if eligible_T is None:
+            eligible_T = torch.ones_like(step.request_T, dtype=torch.bool)
         log.entries.append(
             LayerDecision(
                 step=log.step,
                 layer=self._layer,
                 request_T=step.request_T.cpu().numpy(),
                 position_T=step.position_T.cpu().numpy(),
-                competes_T=competes_T.cpu().numpy(),
+                eligible_T=eligible_T.cpu().numpy(),
                 topk_ids_TK=routing.topk_ids_TK.cpu().numpy(),
                 keep_TK=keep_TK.cpu().numpy(),
                 extra_Te=None if extra is None else extra.cpu().numpy(),
@@ -148,13 +148,13 @@ class DropStats:
                 kept_T,
             )
         )
-        if step.competes_T is not None:
-            parts_6T = parts_6T.where(step.competes_T, 0.0)
-        if step.tally is not None:
-            step.tally.dropped_T += parts_6T[1]
-            step.tally.added_T += parts_6T[2]
-            step.tally.mass_T += parts_6T[4]
-            step.tally.mass_kept_T += parts_6T[5]
+        if step.eligible_T is not None:
+            parts_6T = parts_6T.where(step.eligible_T, 0.0)
+        if step.counts is not None:
+            step.counts.dropped_T += parts_6T[1]
+            step.counts.added_T += parts_6T[2]
+            step.counts.mass_T += parts_6T[4]
+            step.counts.mass_kept_T += parts_6T[5]
         sums = parts_6T.sum(1, dtype=torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
 

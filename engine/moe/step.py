@@ -1,7 +1,7 @@
 """MoE step: which tokens a step has and which of them are subject to capacity.
 
 All layers of a step share one `MoEStep`. Everything in it that shapes a collective (`num_tokens_W`,
-`num_competing`) is the same on every rank of the expert-parallel group.
+`num_eligible`) is the same on every rank of the expert-parallel group.
 
 Legend: T tokens on this rank, W expert-parallel ranks, K top-k.
 """
@@ -39,11 +39,11 @@ class MoEStep:
     # (request, position) is a token's global id, which breaks ties and does not depend on the rank.
     request_T: torch.Tensor  # int32
     position_T: torch.Tensor  # int32
-    competes_T: torch.Tensor | None  # bool, tokens subject to capacity; None: all
-    num_own_competing: int  # this rank's tokens subject to capacity
+    eligible_T: torch.Tensor | None  # bool, tokens subject to capacity; None: all
+    num_own_eligible: int  # this rank's tokens subject to capacity
     num_tokens_W: tuple[int, ...]  # all tokens, per rank of the group
-    num_competing: int  # T_g, the group's tokens subject to capacity
-    tally: TokenCounts | None = None  # the layers add to it; None: not counted
+    num_eligible: int  # T_g, the group's tokens subject to capacity
+    counts: TokenCounts | None = None  # the layers add to it; None: not counted
     shares_W: tuple[int, ...] | None = None  # weight per rank (`speed_weights.py`); None: equal
 
     @classmethod
@@ -57,8 +57,8 @@ class MoEStep:
         return cls(
             request_T=request_T.to(torch.int32),
             position_T=position_T.to(torch.int32),
-            competes_T=None,
-            num_own_competing=request_T.shape[0],
+            eligible_T=None,
+            num_own_eligible=request_T.shape[0],
             num_tokens_W=tuple(num_tokens_W),
-            num_competing=sum(num_tokens_W),
+            num_eligible=sum(num_tokens_W),
         )

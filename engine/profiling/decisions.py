@@ -18,7 +18,7 @@ class LayerDecision:
     """One layer of one step, this rank's tokens.
 
     step: counted from 0 since recording began. request_T, position_T: the global token id.
-    competes_T: bool. topk_ids_TK: int64. keep_TK: bool. extra_Te: bool, of the experts from
+    eligible_T: bool. topk_ids_TK: int64. keep_TK: bool. extra_Te: bool, of the experts from
     first_expert on; None without expansion. before_WE, after_WE: int64, rows each rank sends to
     each expert, without the extras of other ranks.
     """
@@ -27,7 +27,7 @@ class LayerDecision:
     layer: int
     request_T: np.ndarray
     position_T: np.ndarray
-    competes_T: np.ndarray
+    eligible_T: np.ndarray
     topk_ids_TK: np.ndarray
     keep_TK: np.ndarray
     extra_Te: np.ndarray | None

@@ -1,4 +1,4 @@
-"""Capacity through the whole engine: the same decisions however a job is spread, and who is told.
+"""Capacity through the whole engine: the same decisions on any number of ranks, and their reports.
 
 Run: pytest tests/distributed/test_capacity_llm.py
 """
@@ -59,12 +59,12 @@ def generate(
             token = (entry.layer, int(entry.request_T[t]), int(entry.position_T[t]))
             assert token not in kept, "a token was decided on twice"
             chosen = entry.topk_ids_TK[t].tolist()
-            kept[token] = (chosen, entry.keep_TK[t].tolist(), bool(entry.competes_T[t]))
+            kept[token] = (chosen, entry.keep_TK[t].tolist(), bool(entry.eligible_T[t]))
     return {"done": done, "kept": kept, "idle": report}
 
 
 class _Nothing:
-    """A source that is dry."""
+    """A source that is exhausted."""
 
     limit = 1
 
@@ -128,7 +128,7 @@ def test_tensor_ranks_and_replicas_count_a_request_once(checkpoint, parallel, sc
         assert item.capacity.dropped == sum(mine)
 
 
-def test_each_request_learns_what_it_lost(checkpoint):
+def test_each_completion_reports_its_dropped_assignments(checkpoint):
     done, kept = run(checkpoint, 2, {"policy": "token_drop", "factor": "1"})
     num_layers, top_k = layers_and_k(checkpoint)
     lost = dict.fromkeys(range(len(PROMPTS)), 0)
@@ -142,7 +142,7 @@ def test_each_request_learns_what_it_lost(checkpoint):
     assert sum(lost.values()) > 0
 
 
-def test_only_tokens_of_the_listed_phases_compete(checkpoint):
+def test_only_tokens_of_the_listed_phases_are_subject_to_capacity(checkpoint):
     _, prefill = run(checkpoint, 2, {"policy": "token_drop", "factor": "0.5"})
     assert {position < len(PROMPTS[r]) for (_, r, position) in prefill} == {True}
     _, decode = run(checkpoint, 2, {"policy": "token_drop", "factor": "0.5", "phases": ("decode",)})
@@ -150,10 +150,10 @@ def test_only_tokens_of_the_listed_phases_compete(checkpoint):
     assert any(not all(keep) for _, keep, _ in decode.values())
     # In a batch of both, tokens of the other phase pass.
     _, mixed = run(checkpoint, 2, {"policy": "token_drop", "factor": "0.5"}, chunk=24)
-    for (_, request, position), (_, keep, competes) in mixed.items():
-        assert competes == (position < len(PROMPTS[request]))
-        assert competes or all(keep)
-    assert not all(competes for _, _, competes in mixed.values()), "no batch was mixed"
+    for (_, request, position), (_, keep, eligible) in mixed.items():
+        assert eligible == (position < len(PROMPTS[request]))
+        assert eligible or all(keep)
+    assert not all(eligible for _, _, eligible in mixed.values()), "no batch was mixed"
 
 
 def test_phases_with_nothing_to_do_are_dropless(checkpoint):

@@ -72,7 +72,7 @@ def own_part(whole: torch.Tensor, rank: int, sizes: tuple[int, ...]) -> torch.Te
 
 
 def route_all(rank: int, collection: Any) -> list[list[tuple[torch.Tensor, torch.Tensor, Any]]]:
-    """This rank's weights, mask and counts for every rule and every way to deal the tokens."""
+    """This rank's weights, mask and counts for every rule and every partition of the tokens."""
     config = transformer_config(E, K, expert_model_parallel_size=dist.get_world_size())
     results = []
     for rules in RULES:

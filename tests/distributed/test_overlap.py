@@ -185,7 +185,7 @@ def tuned(rank: int, costs: tuple[list[int], list[int]]) -> dict:
     )
     topology = bootstrap.start(config)
     layer = build(topology, config, MIXTRAL, None)
-    tuner, asked = layer.layouts.tuner, []
+    tuner, asked = layer.layout_policy.tuner, []
     due = tuner.due
 
     def with_costs(number: int, tokens: int) -> list[int] | None:
@@ -201,7 +201,7 @@ def tuned(rank: int, costs: tuple[list[int], list[int]]) -> dict:
         before = layer.num_collectives
         outs.append(layer(x, None, 22))
         calls.append(layer.num_collectives - before)
-    early = dict(layer.layouts.choices)
+    early = dict(layer.layout_policy.choices)
     layer(x[:1], None, 2)
     bootstrap.stop(topology)
     return {"outs": outs, "calls": calls, "asked": asked, "early": early}

@@ -1,4 +1,4 @@
-"""Every way for rows to travel through the whole engine: the same completions.
+"""Every layout and payload through the whole engine: the same completions.
 
 Run: pytest tests/distributed/test_overlap_llm.py
 """
@@ -34,18 +34,18 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def generate(
-    rank: int, path: Path, ways: list[dict[str, Any]], parallel: dict[str, int]
+    rank: int, path: Path, settings: list[dict[str, Any]], parallel: dict[str, int]
 ) -> list[dict[str, Any]]:
     """Completions of one job under each setting of `moe`; no step is too small for anything."""
     patch = pytest.MonkeyPatch()
     patch.setattr(overlap, "MIN_CHUNK_ROWS", 1)
     patch.setattr(layouts, "COLLECTIVE_BYTES", 1)
     found = []
-    for way in ways:
+    for setting in settings:
         config = Config(
             model=ModelConfig(path=str(path), max_model_len=64),
             scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_batch_tokens=24),
-            moe=config_from_tree({"model": {"path": "."}, "moe": way}).moe,
+            moe=config_from_tree({"model": {"path": "."}, "moe": setting}).moe,
             parallel=ParallelConfig(**parallel),
             runtime=RuntimeConfig(shared_memory=False),
         )
@@ -55,7 +55,7 @@ def generate(
         found.append(
             {
                 "done": [(item.token_ids, item.logprobs) for item in done],
-                "chosen": [layer.layouts.choices for layer in llm.model.moe_layers],
+                "chosen": [layer.layout_policy.choices for layer in llm.model.moe_layers],
                 "chunks": [layer.num_chunks for layer in llm.model.moe_layers],
             }
         )
@@ -67,22 +67,22 @@ DROP = {"capacity": {"policy": "token_drop", "factor": "1"}}
 PLAIN = {"dispatch": {"deduplicate": False}}
 AUTO = {"overlap": {"chunks": "auto"}}
 TOKENS = {"overlap": {"chunks": 3, "by": "tokens"}}
-WAYS = [PLAIN, {}, AUTO, TOKENS, {**PLAIN, **DROP}, {**AUTO, **DROP}, {**TOKENS, **DROP}]
+SETTINGS = [PLAIN, {}, AUTO, TOKENS, {**PLAIN, **DROP}, {**AUTO, **DROP}, {**TOKENS, **DROP}]
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"tensor": 2}), (4, {"expert": 2})])
-def test_completions_do_not_depend_on_how_rows_travel(checkpoint, world, parallel):
-    results = run_ranks(generate, world, checkpoint, WAYS, parallel, timeout=240)
+def test_completions_do_not_depend_on_layout_or_payload(checkpoint, world, parallel):
+    results = run_ranks(generate, world, checkpoint, SETTINGS, parallel, timeout=240)
     plain, dropping = results[0][0]["done"], results[0][4]["done"]
     assert plain != dropping, "capacity binds"
     for result in results:
-        for way, one in zip(WAYS, result, strict=True):
-            expected = dropping if "capacity" in way else plain
+        for setting, one in zip(SETTINGS, result, strict=True):
+            expected = dropping if "capacity" in setting else plain
             assert one["done"] == expected, "to the last bit of every log probability"
-    for way, *of_ranks in zip(WAYS, *results, strict=True):
+    for setting, *of_ranks in zip(SETTINGS, *results, strict=True):
         first = of_ranks[0]
         assert all(one["chunks"] == first["chunks"] for one in of_ranks)
         assert all(one["chosen"] == first["chosen"] for one in of_ranks[: world // 2])
-        auto = way.get("overlap", {}).get("chunks") == "auto"
+        auto = setting.get("overlap", {}).get("chunks") == "auto"
         assert bool(first["chosen"][0]) == auto, "a choice is made by the end of the job"
         assert all(chosen == first["chosen"][0] for chosen in first["chosen"])

@@ -21,7 +21,7 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.distributed import bootstrap
-from engine.generation.request_source import deal
+from engine.generation.request_source import partition
 from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout as overlap
 from engine.moe.dispatch.two_batch import interleave
@@ -205,7 +205,7 @@ def test_completions_of_half_batches_are_those_of_whole_steps(
         Request(index=i, id=str(i), prompt_token_ids=prompt, params=PARAMS)
         for i, prompt in enumerate(PROMPTS[:prompts])
     ]
-    shares = deal(requests, world // tensor)
+    shares = partition(requests, world // tensor)
     for rank, (whole, halves) in enumerate(results):
         for (tokens, logprobs), other in zip(whole["done"], halves["done"], strict=True):
             assert tokens == other[0]

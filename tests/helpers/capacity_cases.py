@@ -119,10 +119,10 @@ def run_engine(
         step = MoEStep(
             request_T=torch.from_numpy(tokens.request)[mine].int(),
             position_T=torch.from_numpy(tokens.position)[mine].int(),
-            competes_T=None if tokens.competes.all() else competes,
-            num_own_competing=int(competes.sum()),
+            eligible_T=None if tokens.competes.all() else competes,
+            num_own_eligible=int(competes.sum()),
             num_tokens_W=tuple(int((tokens.owner == other).sum()) for other in range(world)),
-            num_competing=int(tokens.competes.sum()),
+            num_eligible=int(tokens.competes.sum()),
             shares_W=case.capacity_rules.shares,
         )
         decision = agreement.decide(routing, step) if agreement.applies(step) else None

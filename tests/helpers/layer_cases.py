@@ -95,10 +95,10 @@ def step_of(topology, counts: list[int], tensor: int) -> MoEStep:
     return MoEStep(
         request_T=torch.full((end - start,), data, dtype=torch.int32),
         position_T=torch.arange(start, end, dtype=torch.int32),
-        competes_T=None,
-        num_own_competing=end - start,
+        eligible_T=None,
+        num_own_eligible=end - start,
         num_tokens_W=tuple(last - first for first, last in sizes),
-        num_competing=sum(counts),
+        num_eligible=sum(counts),
     )
 
 

@@ -1,4 +1,4 @@
-"""Megatron-Core on CPU, for tests: routers and whole MoE layers under Lockstep's capacity.
+"""Megatron-Core on CPU, for tests: routers and whole MoE layers with Lockstep's capacity.
 
 Megatron-Core takes seconds to import, so nothing here does before a function is called.
 """
@@ -57,7 +57,7 @@ def groups(**given: Any) -> Any:
 
 
 def make_router(config: Any, capacity: CapacityConfig | None, layer: int = 1, **given: Any) -> Any:
-    """Megatron's own router, or one under this capacity."""
+    """Build Megatron's own router, or one with this capacity."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     build = TopKRouter if capacity is None else capacity_router(capacity)
@@ -79,7 +79,7 @@ def logits_of(scores: list[list[float]]) -> torch.Tensor:
 
 
 class _Stream:
-    """Stands for a CUDA stream where there is none: everything has happened at once."""
+    """Substitute for a CUDA stream on CPU: all work is complete at once."""
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -99,8 +99,8 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 
 @contextlib.contextmanager
 def no_cuda():
-    """Megatron's layers and dispatchers on CPU, where they ask for CUDA streams, for splits that
-    come from a CUDA tensor, and their gate for Transformer Engine.
+    """Patch what Megatron's layers need CUDA for: streams, splits of a CUDA tensor, and the
+    Transformer Engine of the gate.
     """
     stream = _Stream()
     with (
@@ -117,7 +117,7 @@ def no_cuda():
 
 
 def make_layer(config: Any, router: Any, pg_collection: Any) -> Any:
-    """A MoELayer of Megatron's own experts, one after the other. router: what builds its router."""
+    """Build a MoELayer of Megatron's own sequential experts; router: builds its router."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.experts import SequentialMLP

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, one a feature, written by transformers, and what it makes of them.
+"""Tiny random checkpoints, one per feature, written by transformers, with its logits and tokens.
 
 Every parameter is redrawn: with the library's initialisation norms are all ones, biases are zero
 and logits nearly flat, so that many mistakes would not show.
@@ -197,7 +197,7 @@ CASES = {
     "deepseek-v3": _deepseek_v3(
         rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, num_nextn_predict_layers=1
     ),
-    "deepseek-v3-halves-unnormalised": _deepseek_v3(
+    "deepseek-v3-split-pairs-unnormalised": _deepseek_v3(
         rope_interleave=False, norm_topk_prob=False, n_group=1, topk_group=1
     ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
@@ -259,7 +259,7 @@ def make_reference(case: Case, path: Path, **save: Any) -> Reference:
 
 
 def redraw(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter and buffer of the checkpoint a value that matters."""
+    """Redraw every parameter and buffer of the checkpoint, so that each changes the logits."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator)

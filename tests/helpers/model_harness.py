@@ -1,4 +1,4 @@
-"""Drives a `CausalLM` step by step as the runner does, with a schedule that the test chooses.
+"""Run a `CausalLM` step by step, as `Runner` does, with a schedule that the test chooses.
 
 A schedule is a list of steps, a step a list of pieces (sequence, start, length). Sequences belong
 to data ranks in turn; a rank runs its own pieces and an empty step where it has none.
@@ -36,7 +36,7 @@ def whole(lengths: Sequence[int]) -> Schedule:
 
 
 def chunked(lengths: Sequence[int]) -> Schedule:
-    """Chunks of three tokens; sequence s joins in step s, so chunks of all kinds meet."""
+    """Chunks of three tokens; sequence s joins in step s, so a step mixes chunks of all kinds."""
     steps: Schedule = [[] for _ in range(len(lengths) + max(lengths))]
     for s, n in enumerate(lengths):
         for i, start in enumerate(range(0, n, 3)):
@@ -45,7 +45,7 @@ def chunked(lengths: Sequence[int]) -> Schedule:
 
 
 def one_by_one(lengths: Sequence[int]) -> Schedule:
-    """The first token of every sequence, then one token a step until each has ended."""
+    """The first token of every sequence, then one token per step until each has ended."""
     return [[(s, i, 1) for s, n in enumerate(lengths) if i < n] for i in range(max(lengths))]
 
 
@@ -83,7 +83,7 @@ def run_schedule(
 ) -> dict[int, torch.Tensor]:
     """Run a schedule; return the logits [tokens, V] of each sequence this rank owns.
 
-    last: of how many last tokens of each sequence the logits are read; None: of all.
+    last: how many last tokens per sequence have their logits read; None: all.
     """
     mine = set(range(topology.data_rank, len(sequences), topology.num_data))
     needed = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
@@ -153,8 +153,8 @@ def logits_on_this_rank(
     parallel: dict[str, int],
     last: int,
 ) -> dict[tuple[str, int | None], dict[int, torch.Tensor]]:
-    """What `run_ranks` calls: load the checkpoint, run every schedule, return own logits, of all
-    tokens and of the `last` ones.
+    """Load the checkpoint and run every schedule; return this rank's logits, of all tokens and of
+    the `last` ones.
     """
     config = make_config(path, **parallel)
     topology = bootstrap.start(config, os.environ)

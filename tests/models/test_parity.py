@@ -77,7 +77,7 @@ def check(reference: Reference, logits: dict[int, torch.Tensor]) -> None:
 
 
 def inputs(reference: Reference) -> list[list[int]]:
-    """The sequences without their last token, whose logits nobody asked transformers for."""
+    """The sequences without their last token, which has no reference logits."""
     return [tokens[:-1] for tokens in reference.sequences]
 
 

@@ -177,7 +177,7 @@ def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "config.json is not valid JSON"),
         ("[]", "config.json must hold one JSON object"),
@@ -192,8 +192,8 @@ def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
         (altered(rope_parameters=7), "config.json"),
     ],
 )
-def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, said):
-    assert said in refusal(tmp_path, text)
+def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, message):
+    assert message in refusal(tmp_path, text)
 
 
 def test_a_config_json_that_is_no_text_is_refused(tmp_path):

@@ -175,9 +175,9 @@ def _step(rank: int, sizes: tuple[int, ...]) -> MoEStep:
     return MoEStep(
         request_T=torch.full((num_tokens,), rank, dtype=torch.int32),
         position_T=torch.arange(num_tokens, dtype=torch.int32),
-        competes_T=None,
-        num_own_competing=num_tokens,
+        eligible_T=None,
+        num_own_eligible=num_tokens,
         num_tokens_W=sizes,
-        num_competing=sum(sizes),
-        tally=TokenCounts.zeros(num_tokens, CPU),
+        num_eligible=sum(sizes),
+        counts=TokenCounts.zeros(num_tokens, CPU),
     )

@@ -106,7 +106,7 @@ class CapacityAgreement:
 
     def applies(self, step: MoEStep | None) -> bool:
         """Return whether anything may be dropped or added in this step, the same on every rank."""
-        if step is None or not self._binds or not step.num_competing:
+        if step is None or not self._binds or not step.num_eligible:
             return False
         if self._expands or self.config.consensus == "local":
             return True
@@ -117,23 +117,6 @@ class CapacityAgreement:
         in this step, the same on every rank.
         """
         return self._consensus.counts_only and self.applies(step)
-
-    def agree(
-        self,
-        routing: Routing,
-        step: MoEStep | None,
-        *,
-        clock: PhaseClock,
-        overlap: Callable[[], None] | None = None,
-        layout: ExpertLayout | None = None,
-    ) -> Decision:
-        """Decide under the capacity policy where it applies, else keep every assignment.
-
-        Collective over EP: every rank must call. See `decide` for the arguments.
-        """
-        if step is None or not self.applies(step):
-            return self._keep_all(routing, clock, overlap, layout or self._layout)
-        return self.decide(routing, step, clock=clock, overlap=overlap, layout=layout)
 
     def decide(
         self,
@@ -199,14 +182,18 @@ class CapacityAgreement:
             extra_Te=extra_Te,
         )
 
-    def _keep_all(
+    def keep_all(
         self,
         routing: Routing,
+        *,
         clock: PhaseClock,
         overlap: Callable[[], None] | None,
         layout: ExpertLayout,
     ) -> Decision:
-        """Sort the assignments and exchange the loads. Collective."""
+        """Keep every assignment and exchange the loads; for steps in which `applies` is false.
+
+        Collective over EP: every rank must call. See `decide` for the arguments.
+        """
         clock.enter(Phase.PLAN, self._layer)
         order = layout.sort(routing.topk_ids_TK)
         assert order.counts_to_exchange is not None
@@ -243,8 +230,8 @@ class CapacityAgreement:
             keep_TN = selection.keep_N.view(0, top_k)
         keep_TK = keep_TN[:, :top_k]
         # Tokens that are not subject to capacity keep all of theirs.
-        if step.competes_T is not None:
-            keep_TK = keep_TK | ~step.competes_T[:, None]
+        if step.eligible_T is not None:
+            keep_TK = keep_TK | ~step.eligible_T[:, None]
         if not self._expands:
             return keep_TK, None
         num_local = self._own.stop - self._own.start

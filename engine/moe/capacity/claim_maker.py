@@ -50,18 +50,18 @@ class ClaimMaker:
 
     def may_bind(self, step: MoEStep) -> bool:
         """Return whether some pool may have more claims than slots."""
-        slots = limits(self.pools, self.capacity(step.num_competing), step.shares_W)
-        most = step.num_competing
+        slots = limits(self.pools, self.capacity(step.num_eligible), step.shares_W)
+        most = step.num_eligible
         return any(
             limit < most * min(self._router.top_k, size)
             for limit, size in zip(slots, self.pools.sizes, strict=True)
         )
 
-    def capacity(self, num_competing: int) -> int:
+    def capacity(self, num_eligible: int) -> int:
         """Return C for so many tokens subject to capacity."""
         router = self._router
         return expert_capacity(
-            self._config.exact_factor, num_competing, router.top_k, router.num_experts
+            self._config.exact_factor, num_eligible, router.top_k, router.num_experts
         )
 
     def make(self, routing: Routing, step: MoEStep) -> Claims:
@@ -69,8 +69,8 @@ class ClaimMaker:
         num_experts, config = self._router.num_experts, self._config
         code_TN, score_TN = routing.topk_ids_TK, routing.scores_TE.gather(1, routing.topk_ids_TK)
         columns = self._router.top_k
-        if step.competes_T is not None:
-            code_TN = code_TN + num_experts * (~step.competes_T[:, None]).long()
+        if step.eligible_T is not None:
+            code_TN = code_TN + num_experts * (~step.eligible_T[:, None]).long()
         if self._extras_claim:
             extra_TX, score_TX = self._extra_claims(routing, step)
             code_TN = torch.cat((code_TN, extra_TX), dim=1)
@@ -96,7 +96,7 @@ class ClaimMaker:
             code_N=code_TN.flatten(),
             pool_of_code=self._table(device),
             limit_P=self._limit(
-                device, step.num_own_competing if local else step.num_competing, step.shares_W
+                device, step.num_own_eligible if local else step.num_eligible, step.shares_W
             ),
             non_finite=(~routing.scores_TE.isfinite().all()).long()[None],
             padded=max(step.num_tokens_W) * columns,
@@ -122,7 +122,7 @@ class ClaimMaker:
         """Return which local experts each token subject to capacity has not chosen: bool [T, e]."""
         chosen_TE = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
         outside_Te = ~chosen_TE.scatter_(1, routing.topk_ids_TK, True)[:, self.own]
-        return outside_Te if step.competes_T is None else outside_Te & step.competes_T[:, None]
+        return outside_Te if step.eligible_T is None else outside_Te & step.eligible_T[:, None]
 
     def _table(self, device: torch.device) -> torch.Tensor:
         """Return the pool of every code, int64 [3E + 1]."""
@@ -133,10 +133,10 @@ class ClaimMaker:
         return self._tables[device]
 
     def _limit(
-        self, device: torch.device, num_competing: int, shares_W: tuple[int, ...] | None
+        self, device: torch.device, num_eligible: int, shares_W: tuple[int, ...] | None
     ) -> torch.Tensor:
         """Return the slots of every pool, int64 [P]; kept for calls with as many tokens."""
-        capacity = self.capacity(num_competing)
+        capacity = self.capacity(num_eligible)
         key = (device, capacity, shares_W)
         if key not in self._limits:
             limit_P = torch.tensor(limits(self.pools, capacity, shares_W))

@@ -46,9 +46,9 @@ from engine.moe.dispatch.plan import (
     ExpertOrder,
     UniquePlan,
     make_plan,
-    sort_by_expert,
 )
 from engine.moe.dispatch.row_format import RowFormat, RowFormats
+from engine.ops import sort_by_expert as sort_op
 from engine.ops.to_device import to_device
 
 Granularity = Literal["experts", "tokens"]  # what is cut into chunks
@@ -155,17 +155,17 @@ class ExpertLayout:
         ids_TM: int64, -1 where an assignment is dropped.
         """
         position_TM = self._positions(ids_TM[None], [ids_TM.shape[0]])[0]
-        order = sort_by_expert(position_TM, len(self._experts))
-        load_E = load_P = order.load_E
+        token_N, slot_TM, load_P = sort_op.sort_by_expert(position_TM, len(self._experts))
+        load_E = load_P
         if self.by_tokens:
             load_E = load_P.view(self.num_chunks, -1).sum(0)
         elif self.num_chunks > 1:
             load_E = load_P = load_P[self._table(ids_TM.device)[:-1]]
         if self._groups is None:
-            return ExpertOrder(order.token_N, order.slot_TK, load_E, load_P)
+            return ExpertOrder(token_N, slot_TM, load_E, load_P)
         unique = self._groups.unique(position_TM)
         counts = torch.cat((load_P, unique.load_G))
-        return ExpertOrder(order.token_N, order.slot_TK, load_E, counts, unique)
+        return ExpertOrder(token_N, slot_TM, load_E, counts, unique)
 
     def counts_to_exchange(
         self, ids_WTM: torch.Tensor, num_tokens_W: Sequence[int]

@@ -66,7 +66,7 @@ class LayoutPolicy:
         self.tuner: ChunkTuner | None = None
         self.two_batch = overlap.two_batch and len(self._sizes) > 1
 
-    def splits(self, group_tokens: int) -> bool:
+    def splits_batch(self, group_tokens: int) -> bool:
         """Return whether a step of so many tokens over all ranks is run as two micro-batches: where
         each has as many rows as pay for a chunk.
         """

@@ -1,6 +1,6 @@
 """Dispatch plan: which row goes to which rank and expert, frozen before any row moves.
 
-`sort_by_expert` (pure, this rank only) orders the rows, the ranks exchange their counts, and
+`engine.ops.sort_by_expert` orders this rank's rows, the ranks exchange their counts, and
 `make_plan` (pure) derives the plan from the counts of all. `chunk_layout.py` makes one plan per
 chunk and adds the row format where rows are packed; `payload.py` carries it out.
 
@@ -27,7 +27,6 @@ import torch
 
 from engine.moe.dispatch.dedup import Deduplicator, UniqueRows
 from engine.moe.dispatch.row_format import RowFormat
-from engine.ops import sort_by_expert as sort_op
 from engine.ops.to_device import to_device
 
 
@@ -88,16 +87,6 @@ class DispatchPlan:
         if self.pre_reduced and self.unique is not None:
             return self.unique.rows.slot_TM, torch.ones_like(weights_TM)
         return self.order.slot_TK, weights_TM
-
-
-def sort_by_expert(topk_ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
-    """Sort this rank's assignments by expert, stably, so that an expert's rows stay in token order.
-
-    Args:
-        topk_ids_TK: int64, -1 where an assignment is dropped; T may be 0.
-        num_experts: E.
-    """
-    return ExpertOrder(*sort_op.sort_by_expert(topk_ids_TK, num_experts))
 
 
 def make_plan(

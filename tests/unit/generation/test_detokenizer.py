@@ -58,7 +58,7 @@ def pieces(*words: str) -> list[int]:
 
 
 def run(params: SamplingParams, tokens: list[int], **kwargs) -> tuple[list[str | None], str]:
-    """Every verdict up to the first that ends it, and the text."""
+    """Every outcome up to the first that ends it, and the text."""
     checker = StopChecker(params, tokenizer=BYTES, **kwargs)
     verdicts: list[str | None] = []
     for place, token in enumerate(tokens):
@@ -96,7 +96,7 @@ def test_a_character_of_four_tokens_appears_with_its_last_one():
     assert read == ["a", "", "", "", "🙂", "b"]
 
 
-def test_half_a_character_at_the_end_is_left_out():
+def test_an_incomplete_character_at_the_end_is_left_out():
     detokenizer = Detokenizer(BYTES)
     for token in ids("né🙂")[:-1]:
         detokenizer.append(token)
@@ -104,7 +104,7 @@ def test_half_a_character_at_the_end_is_left_out():
     assert detokenizer.text == "né"
 
 
-def test_a_prompt_that_ends_inside_a_character_leaves_the_whole_of_it_to_the_answer():
+def test_a_prompt_that_ends_inside_a_character_leaves_the_whole_of_it_to_the_completion():
     tokens = ids("xé!")
     detokenizer = Detokenizer(BYTES, tokens[:2])
     for token in tokens[2:]:
@@ -112,7 +112,7 @@ def test_a_prompt_that_ends_inside_a_character_leaves_the_whole_of_it_to_the_ans
     assert detokenizer.read() == "é!"
 
 
-def test_bytes_that_never_make_a_character_are_given_out_in_the_end():
+def test_bytes_that_never_form_a_character_are_released_in_the_end():
     detokenizer = Detokenizer(BYTES)
     bad = ids("é")[0]
     for token in [bad] * 200 + ids("ok"):
@@ -142,7 +142,7 @@ def test_a_long_run_of_special_tokens_has_no_text_and_keeps_the_window_short():
     assert detokenizer.text == " world x"
 
 
-def test_reading_text_half_way_changes_nothing():
+def test_reading_text_early_changes_nothing():
     detokenizer = Detokenizer(BYTES)
     seen = []
     for token in ids("é🙂the"):
@@ -210,7 +210,7 @@ def test_the_stop_token_has_no_text_and_eos_can_be_ignored():
     assert run(asked, tokens, eos_token_ids={stop_id})[0] == [None, "stop"]
 
 
-def test_a_stop_string_held_back_with_half_a_character_still_counts_at_the_end():
+def test_a_stop_string_held_back_with_an_incomplete_character_counts_at_the_end():
     # A token that ends one character and begins the next holds both back.
     class Joined:
         def decode(self, ids, /, *, skip_special_tokens):

@@ -1,4 +1,7 @@
-"""A signal stops the job at once or, while it runs, at the next check."""
+"""A signal stops the job at once or, while it is deferred, at the next check.
+
+Run: pytest tests/unit/generation/test_interrupts.py
+"""
 
 import os
 import signal
@@ -23,7 +26,7 @@ def test_a_signal_raises_at_once_with_the_shells_exit_code(signum, code):
     assert stopped.value.exit_code == code and str(stopped.value) == signum.name
 
 
-def test_a_deferred_signal_waits_for_the_check():
+def test_a_deferred_signal_is_raised_by_the_check():
     reached = False
     with pytest.raises(Stopped), Interrupts() as interrupts, interrupts.deferred():
         interrupts.check()
@@ -53,7 +56,7 @@ def test_an_error_without_a_signal_passes_unchanged():
         raise KeyError("x")
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with Interrupts():
         assert signal.getsignal(signal.SIGTERM) != before
@@ -76,7 +79,7 @@ def test_a_second_signal_ends_a_process_that_does_not_stop():
     assert end_by("SIGINT", "SIGTERM") == -signal.SIGTERM
 
 
-def test_a_signal_that_comes_by_two_ways_at_once_is_one():
+def test_a_signal_received_twice_within_a_second_is_one():
     assert end_by("SIGTERM", "SIGTERM") == 9
 
 
@@ -98,7 +101,7 @@ def test_sigterm_leaves_time_to_finish_and_sigint_none(signum, at_once):
 
 
 @pytest.mark.parametrize("later_s, raised", [(4.0, False), (6.0, True)])
-def test_work_that_finished_in_time_meets_the_signal(later_s, raised):
+def test_work_that_finished_in_time_clears_the_signal(later_s, raised):
     now = 100.0
     expected = pytest.raises(Stopped) if raised else nullcontext()
     with expected, Interrupts(5.0, lambda: now) as interrupts, interrupts.deferred():

@@ -27,7 +27,7 @@ def runner(model: Any = None) -> Runner:
     return Runner(model, cache, torch.device("cpu"))
 
 
-# Two that decode, the second after a whole block; a chunk that nobody reads, one read in part.
+# Two that decode, the second after a full block; a chunk that is not read, one read in part.
 STEP = [
     piece([5, 9], 6, 1, 1),
     piece([2, 7, 1], 8, 1, 1),
@@ -36,7 +36,7 @@ STEP = [
 ]
 
 
-def test_a_step_is_flattened_with_the_places_of_its_keys():
+def test_a_step_is_flattened_with_the_slots_of_its_keys():
     step = runner().build(STEP)
     places = [
         (piece, position)
@@ -58,7 +58,7 @@ def test_a_step_is_flattened_with_the_places_of_its_keys():
     assert {step.token_ids_T.dtype, step.positions_T.dtype, step.slots_T.dtype} == {torch.int64}
 
 
-def test_sequences_that_nobody_reads_ask_nothing_of_the_last_layer():
+def test_sequences_that_are_not_read_have_no_queries_in_the_last_layer():
     read = runner().build(STEP).read
     assert read is not None
     assert read.rows_R.tolist() == [0, 1, 11, 12]
@@ -72,7 +72,7 @@ def test_sequences_that_nobody_reads_ask_nothing_of_the_last_layer():
     assert read.queries.block_table_SB.tolist() == [[5, 9, 0], [2, 7, 1], [8, 6, 0]]
 
 
-def test_a_step_of_which_nothing_is_read_asks_nothing_at_all():
+def test_a_step_of_which_nothing_is_read_has_no_queries_there():
     read = runner().build(STEP[2:3]).read
     assert read is not None
     assert read.rows_R.tolist() == read.queries.query_lens == read.queries.context_lens == []
@@ -80,12 +80,12 @@ def test_a_step_of_which_nothing_is_read_asks_nothing_at_all():
 
 
 @pytest.mark.parametrize("slices", [STEP[:2], []], ids=["decode", "empty"])
-def test_a_step_that_is_read_whole_needs_no_second_list(slices):
+def test_a_step_that_is_read_whole_needs_no_read_rows(slices):
     step = runner().build(slices)
     assert step.read is None and step.token_ids_T.shape == (len(slices),)
 
 
-def test_logits_are_asked_for_by_the_rows_of_the_step():
+def test_logits_are_selected_by_row_numbers_of_the_step():
     states_RD = torch.tensor([[0.0], [1.0], [11.0], [12.0]])
     here = runner(SimpleNamespace(logits=lambda states: states))
     rows_R = runner().build(STEP).read

@@ -1,6 +1,6 @@
 """Greedy and seeded sampling. Run: pytest tests/unit/generation/test_sampler.py
 
-A slow oracle in float64, one row at a time in plain Python, says which token each draw must give.
+A slow oracle in float64, one row at a time in plain Python, gives the token of each draw.
 """
 
 import math
@@ -71,7 +71,7 @@ def test_a_vanishing_temperature_is_greedy_and_overflows_nothing():
 # --- the draw ---------------------------------------------------------------------------------
 
 
-def test_uniform_is_reproducible_for_ever():
+def test_uniform_is_reproducible_in_every_release():
     # A change here changes every seeded result users have.
     values = uniform([0, 0, 0, 1, 2**63 - 1], [0, 0, 1, 0, 12345], [0, 1, 0, 0, 678])
     expected = [0.1387094101, 0.1843666743, 0.2691303196, 0.6935121390, 0.8836429716]
@@ -167,7 +167,7 @@ def test_top_p_that_needs_more_candidates_than_are_looked_at_first_gets_them():
     assert max(tokens) > 2400
 
 
-def test_top_p_is_of_the_mass_of_top_k_also_beside_rows_without_top_k():
+def test_top_p_is_of_the_mass_of_top_k_also_with_other_rows_without_top_k():
     # 0.5, 0.3, 0.15 and a tail of 0.05: of the first three's 0.95, 0.83 is 0.7885, less than 0.8.
     logits = torch.full((400, 2003), math.log(0.05 / 2000))
     logits[:, :3] = torch.tensor([0.5, 0.3, 0.15]).log()
@@ -280,7 +280,7 @@ def test_asking_for_logprobs_does_not_change_the_tokens():
     )
 
 
-def test_token_logprobs_pick_one_token_a_row_in_float32():
+def test_token_logprobs_pick_one_token_per_row_in_float32():
     logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(3))
     targets = [0, 99, 5, 5, 42]
     result = token_logprobs(logits, targets)

@@ -118,7 +118,7 @@ def commit(scheduler: Scheduler, step: Step, token: int = 1) -> list[int]:
 # --- hand-worked steps ------------------------------------------------------------------------
 
 
-def test_prompts_are_cut_into_chunks_that_fill_the_budget_beside_decode():
+def test_prompts_are_cut_into_chunks_that_fill_the_budget_left_by_decode():
     scheduler = make_scheduler(tokens=10)
     for index, prompt in enumerate([4, 13, 3]):
         scheduler.add(make(index, prompt, max_new_tokens=9))
@@ -363,7 +363,7 @@ def test_aborting_between_schedule_and_commit_ends_one_request_and_no_other():
 def test_room_ends_with_the_slots_the_tokens_or_the_blocks():
     assert make_scheduler(sequences=5).room() == 5
     assert make_scheduler(tokens=64, sequences=8).room(prompt_tokens=30) == 3
-    # The third takes its two blocks beside four in use and two spare.
+    # The third needs its two blocks in addition to four in use and two spare.
     assert make_scheduler(blocks=8, block_size=4).room(prompt_tokens=8) == 3
     assert make_scheduler(blocks=7, block_size=4).room(prompt_tokens=8) == 2
     assert make_scheduler(blocks=1).room() == 1
@@ -481,10 +481,10 @@ def check_step(scheduler: Scheduler, step: Step, limits: dict) -> None:
         row += piece.length
     assert sorted(step.logit_rows) == sorted(expected_rows)
     assert len(set(step.logit_rows)) == len(step.logit_rows)
-    # First come, first served: whoever runs came before whoever waits.
+    # First come, first served: every running sequence arrived before every waiting one.
     order = [seq.request.index for seq in (*scheduler.running, *scheduler.waiting)]
     assert order == sorted(order)
-    # Progress: the earliest arrival always runs, so nobody starves.
+    # Progress: the earliest arrival always runs, so none starves.
     if scheduler.has_work:
         assert step.slices[0].seq.request.index == order[0]
 

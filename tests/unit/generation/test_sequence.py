@@ -37,7 +37,7 @@ def test_a_stop_id_on_the_last_token_is_a_stop_and_stays_in_the_token_ids():
     assert (done.finish_reason, done.token_ids, done.completion_tokens) == ("stop", [1, 5], 2)
 
 
-def test_logprobs_are_kept_one_a_token_and_prompt_logprobs_begin_with_none():
+def test_logprobs_are_kept_one_per_token_and_prompt_logprobs_begin_with_none():
     seq = make(max_new_tokens=2, logprobs=True, prompt_logprobs=True)
     assert seq.prompt_logprobs == [None]
     seq.append(1, -0.25)

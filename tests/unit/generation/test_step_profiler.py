@@ -62,7 +62,7 @@ def run(clock: HostClock, lines: Lines | None) -> StepProfiler:
     control: Any = Control()
     for step in range(1, STEPS + 2):
         clock.enter(Phase.OTHER)
-        words = ControlMessage(step, 0, 1, 0, 0, False, pace=meter.read())
+        words = ControlMessage(step, 0, 1, 0, 0, False, time_per_row=meter.read())
         meter.exchange(control, words)
         if step > STEPS:  # nobody has work
             break

@@ -44,7 +44,7 @@ def experts_of(mask_TE: torch.Tensor) -> list[list[int]]:
 
 
 def both(config, capacity: CapacityConfig, logits: torch.Tensor, padding=None):
-    """What Megatron's own router says, and the one under capacity; and the latter."""
+    """Results of Megatron's own router and of the one with capacity; and the latter router."""
     router = make_router(config, capacity)
     return (
         make_router(config, None).routing(logits, padding),
@@ -139,7 +139,7 @@ def test_padding_takes_no_capacity_and_gets_no_expert(policy):
     config, logits = config_of(6, 2), random_logits(40, 6)
     padding = torch.zeros(40, 1, dtype=torch.bool)
     padding[[0, 3, 4, 17, 39]] = True
-    logits[padding] = float("nan")  # nobody may look at them
+    logits[padding] = float("nan")  # must not be read
     capacity = CapacityConfig(policy=policy, factor="1")
     without = make_router(config, capacity).routing(logits[~padding][:, None])
     router = make_router(config, capacity)

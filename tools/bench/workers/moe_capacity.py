@@ -125,7 +125,7 @@ class Worker:
         vary_margins(x_TD, self._seed)
         own = slice(tokens * rank, tokens * (rank + 1))
         step = MoEStep.whole(torch.full((tokens,), rank), torch.arange(tokens), (tokens,) * world)
-        step = replace(step, tally=TokenCounts.zeros(tokens, torch.device("cpu")))
+        step = replace(step, counts=TokenCounts.zeros(tokens, torch.device("cpu")))
         return x_TD[own].contiguous(), step
 
     def _once(

@@ -84,7 +84,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     x_TD = x_TD[tokens * rank : tokens * (rank + 1)].contiguous()
     for layer in layers.values():
         calls = 0
-        while layer.layouts.tuner is not None and not layer.layouts.choices:
+        while layer.layout_policy.tuner is not None and not layer.layout_policy.choices:
             assert calls < _TRIALS, "the tuner does not settle"
             layer(x_TD, group_tokens=2 * tokens)
             calls += 1
@@ -110,7 +110,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     for entry in found.values():
         entry["median_exposed"] = float(np.median(entry["exposed"]))
     for name, layer in layers.items():
-        found[name]["chosen"] = next(iter(layer.layouts.choices.values()), None)
+        found[name]["chosen"] = next(iter(layer.layout_policy.choices.values()), None)
     return found
 
 

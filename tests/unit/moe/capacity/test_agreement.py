@@ -147,10 +147,10 @@ def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
     step = MoEStep(
         request_T=numbers,
         position_T=numbers,
-        competes_T=None,
-        num_own_competing=6,
+        eligible_T=None,
+        num_own_eligible=6,
         num_tokens_W=(6,),
-        num_competing=6,
+        num_eligible=6,
     )
 
     def meanwhile() -> None:

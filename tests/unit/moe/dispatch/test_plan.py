@@ -7,8 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.moe.dispatch.plan import make_plan, sort_by_expert
+from engine.moe.dispatch.plan import ExpertOrder, make_plan
+from engine.ops import sort_by_expert as sort_op
 from tests.helpers.bounds import bounds
+
+
+def sort_by_expert(ids_TK: torch.Tensor, num_experts: int) -> ExpertOrder:
+    return ExpertOrder(*sort_op.sort_by_expert(ids_TK, num_experts))
 
 
 def test_the_worked_example_of_the_module_docstring_holds():
