@@ -1,4 +1,4 @@
-"""Rendezvous: every rank publishes its info, and all decide the same from everybody's.
+"""Rendezvous: every rank publishes its info, and all ranks decide the same from all infos.
 
 Between `discovery.py` and the process groups of `bootstrap.py`. It uses the store alone, so missing
 ranks are named, and ranks that cannot run together fail with one text instead of hanging in a

@@ -36,7 +36,7 @@ MARGIN_S = 2.0  # for a continued process
 NUM_LINES = 30
 WORLD = 3
 CALL = {"skip": 7, "mismatch": 50}  # exchange and all-to-all of some step in the middle
-LAYER_CALL = 26  # of 4 a step: layer 1 of the 7th step
+LAYER_CALL = 26  # of 4 per step: layer 1 of the 7th step
 PROGRESS = r"step \d+, (layer \d+, )?[a-z]+, collective \d+"
 IN_LAYER = r"step 6, layer 1, [a-z]+, collective \d+"
 

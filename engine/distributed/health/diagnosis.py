@@ -1,12 +1,12 @@
 """Fault diagnosis: from what one rank knows of its peers to the ranks at fault. Pure functions.
 
 `heartbeat.py` exchanges heartbeats, `peer_monitor.py` measures their ages on the observer's clock.
-In order of certainty, a rank
+In order of certainty, a rank at fault is
 
-    failed        and has published its error
-    unreachable   has published no heartbeat: killed, stopped, or its host unreachable
-    stalled       is alive but makes no progress, nor does any other, while some wait for it in a
-                  collective or, outside of the lockstep, for its part of the work
+    failed        it has published its error
+    unreachable   it publishes no heartbeats: killed, stopped, or its host unreachable
+    stalled       it is alive, but no rank makes progress and some wait for it: in a collective or,
+                  outside of the lockstep, for its part of the work
 
 When a collective fails while all ranks are alive, the rank at fault is found as in a stall, sooner.
 

@@ -33,7 +33,7 @@ class Progress:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the phase is one in which a rank waits for others."""
+        """Return whether the phase is one in which a rank waits for others."""
         return self.phase in _WAITING_PHASES or self.phase == WAITING
 
     def __str__(self) -> str:
