@@ -126,7 +126,7 @@ class LLM:
         """How far this rank has come; for the watchdog's thread."""
         position = self._telemetry.clock.position()
         if not position.collective:
-            return self._activity.place  # a run begins
+            return self._activity.progress  # a run begins
         phase = position.phase.name.lower()
         return Progress(position.step, position.layer, phase, position.collective)
 

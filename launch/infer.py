@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             place = f"rank {rank} on {os.uname().nodename}: " if rank else ""
             print(f"{place}error: {error}", file=sys.stderr)
         else:
-            wait_for_rank_0_exit(bootstrap.PATIENCE_S)
+            wait_for_rank_0_exit(bootstrap.RENDEZVOUS_TIMEOUT_S)
         return 2
     except (JobFailed, RendezvousError, Stopped) as error:
         if str(error):  # otherwise another rank has told

@@ -38,7 +38,7 @@ from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
-from engine.distributed.store_barrier import meet
+from engine.distributed.store_barrier import barrier
 from engine.generation.interrupts import Interrupts, Stopped, StopRequest
 from engine.profiling.report import RunReport, StepReport
 from engine.reporting.summary import Summary, make_console, print_summary
@@ -102,9 +102,9 @@ def run_batch(
         rank=topology.world.rank,
         hosts=gather_objects(topology.host, topology.world),
         timeout_s=config.runtime.timeout_s,
-        holder=topology.store_holder,
+        store_rank=topology.store_rank,
         advice="what has finished is kept; the same command goes on from here",
-        activity=activity,
+        reporter=activity,
     )
     with (
         Interrupts(config.runtime.drain_s) as interrupts,
@@ -196,7 +196,7 @@ def _generate(
             raise RuntimeError("another replica has left")
 
     def on_end() -> None:
-        meet(store, f"{key}/ended", topology.world.size, still_wanted)
+        barrier(store, f"{key}/ended", topology.world.size, still_wanted)
 
     told = False
 

@@ -1,1 +1,1 @@
-"""Who am I, who are the others: launch discovery, process groups, errors shared between ranks."""
+"""Ranks of one run: launch discovery, rendezvous, process groups, collectives, shared errors."""

@@ -1,11 +1,11 @@
-"""From one config on many processes to a `Topology`: the first thing a rank does.
+"""Bootstrap: from one config on many processes to a `Topology`, the first thing that a rank does.
 
-    discover    the launcher's environment -> who am I                    (discovery.py)
-    check in    every rank's host, GPU, config digest and errors -> all   (checkin.py)
-    join        device, CPU threads, process groups -> Topology
+    discover    the launcher's environment -> rank, world size, address     (discovery.py)
+    join        host, GPU, config digest and errors of all ranks            (rendezvous.py)
+    create      device, CPU threads, process groups -> Topology             (groups.py)
 
-A mistake is raised by every rank with the same text before a process group exists: also one that
-only one host makes (`broadcast_startup_error`), as a file that it lacks.
+An error is raised by every rank with the same text before a process group exists. So is one that
+only one host has, such as a missing file (`broadcast_startup_error`).
 """
 
 from __future__ import annotations
@@ -32,43 +32,50 @@ from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnreportedError
 from engine.distributed.groups import Group, Topology, layout
 from engine.distributed.launch_agent import die_with_agent, kill_stopped_workers
-from engine.distributed.rendezvous import RankInfo, check_in, choose_device, share_of_cores
+from engine.distributed.rendezvous import RankInfo, choose_device, join, share_of_cores
 from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
-from engine.distributed.shared_memory import open_lane
+from engine.distributed.shared_memory import open_channel
 
-__all__ = ["PATIENCE_S", "Launch", "discover", "start", "stop", "broadcast_startup_error"]
+__all__ = ["RENDEZVOUS_TIMEOUT_S", "Launch", "discover", "start", "stop", "broadcast_startup_error"]
 
 logger = logging.getLogger(__name__)
-PATIENCE_S = 20.0  # for others to hear of an error; their imports may take that long
+# For the other ranks to join one with a startup error; their imports may take that long.
+RENDEZVOUS_TIMEOUT_S = 20.0
 
 
 @contextmanager
 def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """What a rank does before `start`, alone: a ValueError of it becomes that of every rank.
+    """Turn a ValueError that one rank raises before `start` into an error of every rank.
 
-    The others hear of it in `start`, or here where they have one too. Raises RankError with the
-    same text on every rank; UnreportedError where they do not meet within PATIENCE_S.
+    The other ranks receive it in `start`, or here where they have one too.
+
+    Raises:
+        RankError: with the same text on every rank.
+        UnreportedError: the others did not join within RENDEZVOUS_TIMEOUT_S.
     """
     try:
         yield
     except ValueError as error:
-        launch, timeout = discover(environ), timedelta(seconds=PATIENCE_S)
+        launch, timeout = discover(environ), timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
         die_with_agent(environ)
-        own = _presence(launch, digest="", gpu=None, no_gpu="", error=str(error))
+        own = _rank_info(launch, digest="", gpu=None, no_gpu="", error=str(error))
         try:
-            store = dist.PrefixStore("lockstep", _rendezvous(launch, timeout, environ))
-            check_in(store, own, launch.world_size, timeout)  # raises the error
-        except RankError as same_on_all:
-            raise same_on_all from error
-        except RendezvousError as apart:
-            raise UnreportedError(f"{error}\nThe other ranks do not know of it: {apart}") from error
+            store = dist.PrefixStore("lockstep", _open_store(launch, timeout, environ))
+            join(store, own, launch.world_size, timeout)  # raises the error
+        except RankError as shared:
+            raise shared from error
+        except RendezvousError as cause:
+            raise UnreportedError(f"{error}\nThe other ranks do not know of it: {cause}") from error
 
 
 def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
-    """Join the run that the launcher's environment describes.
+    """Join the run that the launcher's environment describes; return its topology.
 
-    Collective over the world. Sets the CUDA device and torch's number of CPU threads. Raises
-    ValueError with the same text on every rank; RendezvousError when ranks do not meet.
+    Sets the CUDA device and torch's number of CPU threads. Collective over the world.
+
+    Raises:
+        ValueError: with the same text on every rank.
+        RendezvousError: ranks are missing.
     """
     if dist.is_initialized():
         raise RuntimeError(
@@ -78,18 +85,18 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
     launch = discover(environ)
     die_with_agent(environ)
     timeout = timedelta(seconds=config.runtime.timeout_s)
-    store = dist.PrefixStore("lockstep", _rendezvous(launch, timeout, environ))
+    store = dist.PrefixStore("lockstep", _open_store(launch, timeout, environ))
     gpu_index, gpu, no_gpu = _find_gpu(config, launch)
     config, problem = _fit_world(config, launch)
-    own = _presence(launch, digest=digest(config), gpu=gpu, no_gpu=no_gpu, error=problem)
+    own = _rank_info(launch, digest=digest(config), gpu=gpu, no_gpu=no_gpu, error=problem)
     try:
-        return _meet(config, launch, environ, store, own, gpu_index)
-    except RuntimeError:  # somebody did not come, or left again
+        return _join_run(config, launch, environ, store, own, gpu_index)
+    except RuntimeError:  # a rank has not joined, or has exited again
         kill_stopped_workers(environ)
         raise
 
 
-def _presence(
+def _rank_info(
     launch: Launch, *, digest: str, gpu: str | None, no_gpu: str, error: str | None
 ) -> RankInfo:
     return RankInfo(
@@ -103,7 +110,7 @@ def _presence(
     )
 
 
-def _meet(
+def _join_run(
     config: Config,
     launch: Launch,
     environ: Mapping[str, str],
@@ -111,20 +118,20 @@ def _meet(
     own: RankInfo,
     gpu_index: int,
 ) -> Topology:
-    """Check in, agree on the device, join."""
+    """Pass the rendezvous, agree on the device, create the groups."""
     timeout = timedelta(seconds=config.runtime.timeout_s)
-    present, run = check_in(store, own, launch.world_size, timeout)
+    infos, run = join(store, own, launch.world_size, timeout)
     store = dist.PrefixStore(run, store)  # it may outlive this run and hold another's keys
-    kind = choose_device(config.runtime.device, present)
-    if launch.rank == 0 and kind == "cpu" != config.runtime.device and any(p.gpu for p in present):
+    kind = choose_device(config.runtime.device, infos)
+    if launch.rank == 0 and kind == "cpu" != config.runtime.device and any(i.gpu for i in infos):
         logger.warning("runtime.device = auto: running on CPU, not every rank has a GPU of its own")
     device = torch.device("cuda", gpu_index) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    torch.set_num_threads(_num_threads(config, launch, environ, present))
+    torch.set_num_threads(_num_threads(config, launch, environ, infos))
     atexit.register(_let_gloo_finish)
-    holder = None if _launcher_holds_store(environ) else 0
-    return _join(config, launch, device, store, timeout, holder)
+    store_rank = None if _launcher_holds_store(environ) else 0
+    return _create_groups(config, launch, device, store, timeout, store_rank)
 
 
 def stop(topology: Topology) -> None:
@@ -133,21 +140,21 @@ def stop(topology: Topology) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     for group in (topology.world, topology.expert, topology.tensor, topology.control):
-        # The last reference: gloo's destructor joins its threads (see _let_gloo_finish).
+        # Drop the last reference: gloo's destructor joins its threads (see _let_gloo_finish).
         object.__setattr__(group, "handle", None)
 
 
 def _let_gloo_finish() -> None:
-    """At an exit without `stop`: yield the GIL, which gloo's threads need to free their tensors.
+    """Yield the GIL at an exit without `stop`: gloo's threads need it to free their tensors.
 
-    A thread that is still about to do so when the interpreter ends aborts the process; without
-    this, one exit in eight that follows a collective at once.
+    A thread that is about to do so when the interpreter ends aborts the process. Without this, that
+    happens in one of eight exits that directly follow a collective.
     """
     time.sleep(0.05)
 
 
 def _fit_world(config: Config, launch: Launch) -> tuple[Config, str | None]:
-    """The config with `parallel.expert: auto` as a number, and what does not fit this world."""
+    """Return the config with `parallel.expert: auto` as a number, and what does not fit."""
     try:
         if config.parallel.expert == "auto":
             num_experts = read_num_experts(Path(config.model.path))
@@ -159,8 +166,8 @@ def _fit_world(config: Config, launch: Launch) -> tuple[Config, str | None]:
     return config, None
 
 
-def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) -> dist.Store:
-    """The store that all ranks of the run share; rank 0 holds it unless torchrun's agent does."""
+def _open_store(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) -> dist.Store:
+    """Open the store that all ranks share; rank 0 holds it unless torchrun's agent does."""
     if launch.source == "single":
         return dist.HashStore()
     holds = launch.rank == 0 and not _launcher_holds_store(environ)
@@ -185,19 +192,19 @@ def _rendezvous(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) 
 
 
 def _launcher_holds_store(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun's agent holds the store, and not rank 0."""
+    """Return whether torchrun's agent holds the store, and not rank 0."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
-    """(device index, its unique id or None, why there is none) for this rank."""
+    """Return this rank's device index, the device's unique id or None, and why there is none."""
     if config.runtime.device == "cpu":
         return 0, None, "none"
     if not torch.cuda.is_available():
         return 0, None, f"no CUDA device (torch {torch.__version__} sees none)"
     count = torch.cuda.device_count()
     # One visible device and several local ranks: the launcher gave each rank its own GPU (Slurm's
-    # --gpus-per-task), or all share the only one. The unique ids, compared by all ranks, tell.
+    # --gpus-per-task), or all share the only one. `choose_device` compares the unique ids.
     index = launch.local_rank if count > 1 else 0
     if index >= count:
         return 0, None, f"local rank {index}, but only {count} CUDA devices"
@@ -205,9 +212,9 @@ def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
 
 
 def _num_threads(
-    config: Config, launch: Launch, environ: Mapping[str, str], present: list[RankInfo]
+    config: Config, launch: Launch, environ: Mapping[str, str], infos: list[RankInfo]
 ) -> int:
-    """`runtime.threads`, else OMP_NUM_THREADS, else this rank's share of its host's cores.
+    """Return `runtime.threads`, else OMP_NUM_THREADS, else this rank's share of its host's cores.
 
     torchrun sets OMP_NUM_THREADS=1 by itself, so under torchrun a 1 counts as not set.
     """
@@ -216,16 +223,16 @@ def _num_threads(
     omp = environ.get("OMP_NUM_THREADS", "")
     if omp.isdigit() and int(omp) > 0 and not (launch.source == "torchrun" and omp == "1"):
         return int(omp)
-    return share_of_cores(launch.rank, present)
+    return share_of_cores(launch.rank, infos)
 
 
-def _join(
+def _create_groups(
     config: Config,
     launch: Launch,
     device: torch.device,
     store: dist.Store,
     timeout: timedelta,
-    store_holder: int | None,
+    store_rank: int | None,
 ) -> Topology:
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -236,43 +243,43 @@ def _join(
         device_id=device if device.type == "cuda" else None,
     )
     expert = expert_ranks(config.parallel, launch.world_size)
-    place = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
+    own = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
 
-    meets_in_memory = config.runtime.shared_memory and device.type == "cpu"
-    everyone = dist.group.WORLD
-    assert everyone is not None
+    use_channel = config.runtime.shared_memory and device.type == "cpu"
+    world = dist.group.WORLD
+    assert world is not None
 
     def group(name: str, ranks: tuple[int, ...], backend: str | None = None) -> Group:
-        # Every rank makes its own three groups in the same order; only their members take part.
-        own, lane = ranks.index(launch.rank), None
-        if meets_in_memory and len(ranks) > 1:
-            keys = dist.PrefixStore(f"lane/{name}/{ranks[0]}", store)
-            lane = open_lane(keys, own, len(ranks))
-        if lane is None and backend is None and len(ranks) == launch.world_size:
-            return Group(own, len(ranks), ranks, everyone)
+        # Every rank creates its own three groups in the same order; only their members take part.
+        rank, channel = ranks.index(launch.rank), None
+        if use_channel and len(ranks) > 1:
+            keys = dist.PrefixStore(f"channel/{name}/{ranks[0]}", store)
+            channel = open_channel(keys, rank, len(ranks))
+        if channel is None and backend is None and len(ranks) == launch.world_size:
+            return Group(rank, len(ranks), ranks, world)
         handle = dist.new_group(
             list(ranks),
             timeout=timeout,
-            backend=backend if lane is None else SHARED_MEMORY,
-            pg_options=lane,
+            backend=backend if channel is None else SHARED_MEMORY,
+            pg_options=channel,
             use_local_synchronization=True,
         )
         assert isinstance(handle, dist.ProcessGroup)
-        return Group(own, len(ranks), ranks, handle)
+        return Group(rank, len(ranks), ranks, handle)
 
     return Topology(
-        world=Group(launch.rank, launch.world_size, tuple(range(launch.world_size)), everyone),
-        expert=group("expert", place.expert),
-        tensor=group("tensor", place.tensor),
-        control=group("control", place.expert, "gloo"),
-        data_rank=place.data_rank,
-        num_data=place.num_data,
-        replica=place.replica,
-        num_replicas=place.num_replicas,
+        world=Group(launch.rank, launch.world_size, tuple(range(launch.world_size)), world),
+        expert=group("expert", own.expert),
+        tensor=group("tensor", own.tensor),
+        control=group("control", own.expert, "gloo"),
+        data_rank=own.data_rank,
+        num_data=own.num_data,
+        replica=own.replica,
+        num_replicas=own.num_replicas,
         device=device,
         store=store,
         local_rank=launch.local_rank,
         local_world_size=launch.local_world_size,
         host=socket.gethostname(),
-        store_holder=store_holder,
+        store_rank=store_rank,
     )

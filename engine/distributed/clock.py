@@ -1,10 +1,9 @@
-"""Clock offsets: how far each rank's monotonic clock is from rank 0's, so that stamps can be
-compared.
+"""Clock offsets: how far each rank's monotonic clock is from rank 0's, to compare timestamps.
 
 Ranks on one host share CLOCK_MONOTONIC and need no correction. Across hosts all ranks leave a
-barrier at nearly the same moment, so the stamps taken on leaving differ by the offset plus the
-barrier's own skew; the median over rounds removes what is random in it, and half the spread of the
-middle half is reported as the error.
+barrier at nearly the same moment, so the timestamps taken on leaving differ by the offset plus the
+barrier's own skew. The median over rounds removes the random part of the skew; half the
+interquartile range is reported as the error.
 """
 
 from __future__ import annotations
@@ -27,18 +26,17 @@ _RECENT, _EVERY = 64, 16
 
 @dataclass(frozen=True, slots=True)
 class ClockOffset:
-    """Add `nanoseconds` to this rank's monotonic stamps to get rank 0's; `error` is its
-    uncertainty, nanoseconds. shared: all ranks are on one host and read the same clock.
-    """
+    """What to add to this rank's monotonic timestamps to get rank 0's."""
 
     nanoseconds: int
-    error: int
-    shared: bool = True
+    error: int  # uncertainty, nanoseconds
+    shared: bool = True  # all ranks are on one host and read the same clock
 
 
 def measure_clock_offset(group: Group, host: str) -> ClockOffset:
-    """Measure this rank's offset to rank 0 of a host-side group. Collective over `group`: every
-    rank must call.
+    """Measure this rank's offset to rank 0 of a host-side group.
+
+    Collective over `group`: every rank must call.
     """
     if len(set(gather_objects(host, group))) == 1:
         return ClockOffset(0, 0)
@@ -53,22 +51,25 @@ def measure_clock_offset(group: Group, host: str) -> ClockOffset:
 
 
 class ClockTracker:
-    """Follows an offset through a run: clocks drift by some ten microseconds a second.
+    """Tracks an offset through a run: clocks drift by some ten microseconds per second.
 
-    Ranks leave every exchange of control words at about the same moment. Who is how much later is
-    partly the collective's own habit, so only the change since the start is believed.
+    Ranks leave every exchange of control messages at about the same moment. How much later a rank
+    leaves is partly a constant of the collective, so only the change since the start is applied.
     """
 
     def __init__(self, start: ClockOffset, rank: int) -> None:
         self.nanoseconds = start.nanoseconds
         self._start, self._rank = start, rank
         self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._habit: float | None = None
+        self._bias: float | None = None
         self._count = 0
 
     def note(self, left_W: np.ndarray) -> None:
-        """Take the stamps, int64 [W], at which the ranks left one collective, each by its own
-        clock; negative ones are unknown.
+        """Update the offset from one collective.
+
+        Args:
+            left_W: int64 [W], when each rank left it, nanoseconds of its own clock; negative where
+                unknown.
         """
         if self._start.shared or left_W[0] < 0 or left_W[self._rank] < 0:
             return
@@ -77,6 +78,6 @@ class ClockTracker:
         if self._count % _EVERY:
             return
         middle = float(np.median(self._recent))
-        if self._habit is None:
-            self._habit = middle
-        self.nanoseconds = self._start.nanoseconds + int(middle - self._habit)
+        if self._bias is None:
+            self._bias = middle
+        self.nanoseconds = self._start.nanoseconds + int(middle - self._bias)

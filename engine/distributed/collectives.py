@@ -1,5 +1,7 @@
-"""Small collectives under names that hold across torch versions; everything else calls
-torch.distributed itself.
+"""Small collectives, and a protocol for those that run asynchronously.
+
+All-gathers go through one name that every supported torch version has; other collectives call
+torch.distributed directly.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ _all_gather: Callable[..., Any] = (
 
 
 def all_gather_rows(part: torch.Tensor, group: Group) -> torch.Tensor:
-    """Stack every rank's rows: part [n, ...] gives [W * n, ...] in rank order, the same n
-    everywhere.
+    """Return the rows of all ranks in rank order: [W * n, ...].
 
-    Collective over `group`: every rank must call. A group of one returns `part` itself.
+    part: [n, ...], the same n on every rank; returned itself in a group of one.
+
+    Collective over `group`: every rank must call.
     """
     if group.size == 1:
         return part
@@ -34,7 +37,10 @@ def all_gather_rows(part: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def broadcast_object(value: Any, group: Group) -> Any:
-    """Return rank 0's value on every rank (pickled, small host data). Collective over `group`."""
+    """Return rank 0's value on every rank (pickled; for small host data).
+
+    Collective over `group`: every rank must call.
+    """
     if group.size == 1:
         return value
     box = [value]
@@ -43,8 +49,9 @@ def broadcast_object(value: Any, group: Group) -> Any:
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Return every rank's value on every rank, in rank order (pickled; for small host data).
-    Collective over `group`.
+    """Return the values of all ranks, in rank order (pickled; for small host data).
+
+    Collective over `group`: every rank must call.
     """
     if group.size == 1:
         return [value]
@@ -54,37 +61,36 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective in flight."""
 
     def wait(self) -> torch.Tensor:
-        """Return its result once it is there; on CUDA the current stream waits, not the host."""
+        """Wait for the result and return it; on CUDA the current stream waits, not the host."""
         ...
 
 
 class Collectives(Protocol):
-    """The two collectives that agreement needs, counted; every rank calls the same in one order.
+    """The two collectives that capacity agreement needs, with counters.
 
-    rank, size: this rank's place in the group. bytes_sent: what this rank handed to other ranks, by
-    the ring algorithm's count for all_reduce. num_collectives: calls so far. A group of one calls
-    nothing and counts nothing.
+    Every rank calls the same ones in the same order. A group of one communicates and counts
+    nothing.
     """
 
-    rank: int
+    rank: int  # of this process, within the group
     size: int
-    bytes_sent: int
-    num_collectives: int
+    bytes_sent: int  # by this rank to others; all_reduce counted as a ring
+    num_collectives: int  # calls so far
 
     def all_gather(self, part: torch.Tensor) -> Pending:
-        """Start gathering parts of equal shape: [W, *part.shape]."""
+        """Start gathering parts of equal shape; the result is [W, *part.shape]."""
         ...
 
     def all_reduce(self, part: torch.Tensor) -> Pending:
-        """Start adding parts of equal shape up, in place."""
+        """Start summing parts of equal shape, in place."""
         ...
 
 
 class Done:
-    """A `Pending` whose result was there from the start."""
+    """A `Pending` whose result is available from the start."""
 
     def __init__(self, result: torch.Tensor) -> None:
         self._result = result
@@ -95,13 +101,16 @@ class Done:
 
 
 class Started:
-    """A collective of torch.distributed under way. work: its handle."""
+    """A collective of torch.distributed in flight.
+
+    work: its handle, None where it has completed.
+    """
 
     def __init__(self, work: dist.Work | None, result: torch.Tensor) -> None:
         self._work, self._result = work, result
 
     def wait(self) -> torch.Tensor:
-        """Wait, on CUDA on the current stream alone, and return the result."""
+        """Wait for the result and return it; on CUDA the current stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -118,7 +127,7 @@ class GroupCollectives:
         self._group = group
 
     def all_gather(self, part: torch.Tensor) -> Pending:
-        """Start gathering parts of equal shape: [W, *part.shape]. Collective."""
+        """Start gathering parts of equal shape; the result is [W, *part.shape]. Collective."""
         if self.size == 1:
             return Done(part[None])
         out = part.new_empty((self.size, *part.shape))
@@ -132,7 +141,7 @@ class GroupCollectives:
         return Started(work, out)
 
     def all_reduce(self, part: torch.Tensor) -> Pending:
-        """Start adding parts of equal shape up, in place. Collective."""
+        """Start summing parts of equal shape, in place. Collective."""
         if self.size == 1:
             return Done(part)
         work = dist.all_reduce(part, group=self._group.handle, async_op=True)
@@ -144,8 +153,9 @@ class GroupCollectives:
         self.num_collectives += 1
 
 
-# What one more small collective costs, as bytes that could travel meanwhile: 20 microseconds at
-# 12.5 GB/s, a node's share of a 100 Gbit/s link. Within a node both are faster by the same order.
+# The cost of one more small collective, as bytes that could be sent in the same time: 20
+# microseconds at 12.5 GB/s, a node's share of a 100 Gbit/s link. Within a node both are faster by
+# about the same factor.
 COLLECTIVE_BYTES = 256 * 1024
 
 

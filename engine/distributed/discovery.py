@@ -1,6 +1,6 @@
-"""Who am I: the launcher's environment read as a `Launch`.
+"""Launch discovery: this process's rank and rendezvous address, from the launcher's environment.
 
-First step of `bootstrap.start`. The launchers, in order of precedence:
+First step of `bootstrap.py`. The launchers, in order of precedence:
 
     torchrun   RANK and friends are set, by torchrun or by hand. Wins inside a Slurm or MPI job.
     deepspeed  the same, but the ranks of a host are counted by LOCAL_SIZE. Its `openmpi` and
@@ -26,32 +26,35 @@ from dataclasses import dataclass
 from typing import Literal
 
 _LOCAL_SIZE = "LOCAL_SIZE"  # DeepSpeed's name of LOCAL_WORLD_SIZE
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Family: what it is called, and the library that its programs are linked with.
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# MPI family: its name, and the library that its programs are linked with.
 _LIBRARIES = {"openmpi": ("Open MPI", "libmpi.so.40"), "mpich": ("MPICH", "libmpi.so.12")}
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """This process as its launcher describes it; rank 0 listens at `addr`:`port`."""
+    """This process, as its launcher describes it."""
 
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int  # on its host
     local_world_size: int
-    addr: str
+    addr: str  # where rank 0 or the launcher listens
     port: int
     source: Literal["torchrun", "deepspeed", "slurm", "mpi", "single"]
 
 
 def discover(environ: Mapping[str, str]) -> Launch:
-    """Read the launcher's environment.
+    """Return the launch that an environment describes.
 
-    Under mpirun this imports mpi4py and is collective over all ranks of the job; otherwise it
-    communicates with nobody. Raises ValueError naming the variable that is missing or wrong.
+    Under mpirun this imports mpi4py and is collective over all ranks of the job; otherwise it does
+    not communicate.
+
+    Raises:
+        ValueError: a variable is missing or wrong; the text names it.
     """
     if "RANK" in environ:
-        return _checked(_given(environ), environ)
+        return _checked(_torchrun(environ), environ)
     in_step = "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
     # srun's PMI sets PMI_RANK too; MPI_LOCALRANKID comes from Hydra (MPICH, Intel MPI) alone.
     pmi = "PMI_RANK" in environ and ("MPI_LOCALRANKID" in environ or not in_step)
@@ -69,14 +72,14 @@ def discover(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, 0, 1, "localhost", 0, "single")
 
 
-def _given(environ: Mapping[str, str]) -> Launch:
-    """What torchrun or DeepSpeed's launcher has set."""
+def _torchrun(environ: Mapping[str, str]) -> Launch:
+    """Return the launch that torchrun or DeepSpeed's launcher describes."""
     deepspeed = "LOCAL_WORLD_SIZE" not in environ and _LOCAL_SIZE in environ
-    names = [_LOCAL_SIZE if deepspeed and n == "LOCAL_WORLD_SIZE" else n for n in _TORCHRUN]
+    names = [_LOCAL_SIZE if deepspeed and n == "LOCAL_WORLD_SIZE" else n for n in _VARIABLES]
     if missing := [name for name in names if name not in environ]:
         raise ValueError(
             f"RANK is set but {', '.join(missing)} is not: start with torchrun, which sets all of "
-            f"{', '.join(_TORCHRUN)}, or unset RANK to run on one rank"
+            f"{', '.join(_VARIABLES)}, or unset RANK to run on one rank"
         )
     rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in names[:4])
     port = _integer(environ, "MASTER_PORT")
@@ -106,14 +109,14 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def first_node(nodelist: str) -> str:
-    """The first host of a Slurm node list: `gpu[003-010,012],login1` is `gpu003`."""
+    """Return the first host of a Slurm node list: `gpu003` for `gpu[003-010,012],login1`."""
     prefix = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     assert prefix is not None
     return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", prefix.group())
 
 
 def expand_tasks_per_node(text: str) -> list[int]:
-    """Tasks of each node from Slurm's short form: `2(x3),1` is [2, 2, 2, 1]."""
+    """Return the tasks per node from Slurm's short form: [2, 2, 2, 1] for `2(x3),1`."""
     counts = []
     for part in text.split(","):
         if not (match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)):
@@ -123,7 +126,7 @@ def expand_tasks_per_node(text: str) -> list[int]:
 
 
 def _node_address(node: str) -> str:
-    """The node's name where it resolves, else the address Slurm knows it by."""
+    """Return the node's name where it resolves, else its address in Slurm."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -147,16 +150,16 @@ def _node_address(node: str) -> str:
 
 
 def _job_port(environ: Mapping[str, str]) -> int:
-    """A port all tasks of a step agree on without talking; below Linux's ephemeral range."""
+    """Return a port that is the same for all tasks of a step, below Linux's ephemeral range."""
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
     return 20000 + (job * 37 + step) % 12000
 
 
 @functools.cache  # MPI can be initialised only once in a process
 def _mpi(family: str, addr: str | None, port: str | None) -> Launch:
-    """Rank and rendezvous over MPI_COMM_WORLD; MPI is finalised before this returns.
+    """Return the launch that MPI_COMM_WORLD describes; finalise MPI before returning.
 
-    Left running, its exit handler would make a failing rank wait for ranks that wait for it.
+    Otherwise MPI's exit handler would make a failing rank wait for ranks that wait for it.
     """
     choose_library(family)
     try:
@@ -191,10 +194,10 @@ def _mpi(family: str, addr: str | None, port: str | None) -> Launch:
 
 
 def choose_library(family: str) -> None:
-    """Have mpi4py load the library of the MPI that started this process, where it can choose.
+    """Make mpi4py load the library of the MPI family that started this process.
 
-    Its wheels hold a build for each family and take the first library they find, also where several
-    are installed. MPI4PY_LIBMPI and MPI4PY_MPIABI, where set, are left to the user.
+    Its wheels hold a build per family and take the first library that they find, also where several
+    are installed. MPI4PY_LIBMPI and MPI4PY_MPIABI, where set by the user, are kept.
     """
     if "MPI4PY_LIBMPI" not in os.environ and "MPI4PY_MPIABI" not in os.environ:
         name = _LIBRARIES[family][1]
@@ -209,10 +212,10 @@ def _free_port() -> int:
 
 
 def _own_address() -> str:
-    """An address of this host that other hosts reach: its name may resolve to loopback at home."""
+    """Return an address that other hosts reach: the host's name may resolve to loopback here."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("10.255.255.255", 1))  # sends nothing: asks for the route's own address
+            probe.connect(("10.255.255.255", 1))  # sends nothing: looks up the route's own address
             return probe.getsockname()[0]
         except OSError:  # no route at all
             return socket.gethostname()
@@ -236,7 +239,7 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 
 def _checked(launch: Launch, environ: Mapping[str, str]) -> Launch:
-    """The launch, if its numbers fit each other."""
+    """Return `launch` if its numbers are consistent; raise ValueError otherwise."""
     for name, rank, size, of in (
         ("rank", launch.rank, launch.world_size, "the run"),
         ("local rank", launch.local_rank, launch.local_world_size, "its host"),

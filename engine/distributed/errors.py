@@ -1,7 +1,7 @@
-"""One rank's mistake becomes everybody's error, so that a run fails and never hangs.
+"""Errors shared between ranks: a fault of one rank fails the run, which never hangs.
 
-Called wherever a rank may find a fault alone (its config, its files, its GPU) before the next
-collective that the others would enter without it.
+For a fault that a rank may find alone (in its config, its files, its GPU) before the next
+collective, which the others would enter without it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class RankError(ValueError):
 
 
 class UnreportedError(ValueError):
-    """An error of this rank that it could not tell the others: whoever has one tells the user."""
+    """An error of this rank that the others do not know of, so rank 0 cannot report it."""
 
 
 class RendezvousError(RuntimeError):
-    """Ranks did not meet: raised by those that came, each for itself."""
+    """Ranks are missing at the rendezvous: raised by those that joined, each for itself."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class RendezvousError(RuntimeError):
 def raise_on_any_rank(
     group: Group, error: str | None, exception: type[ValueError] = RankError
 ) -> None:
-    """Raise `exception` on every rank when any rank passes an error; return None otherwise.
+    """Raise `exception` on every rank if any rank passes an error.
 
     Collective over `group`: every rank must call.
     """
@@ -41,9 +41,12 @@ def raise_on_any_rank(
 def merge_errors(
     errors: Mapping[int, str], num_ranks: int, hosts: Sequence[str] | None = None
 ) -> str:
-    """One text from the errors of global ranks: each distinct error once, after who has it.
+    """Return one text for several errors: each distinct error once, after the ranks that have it.
 
-    hosts: of all ranks by rank, to be named too.
+    Args:
+        errors: by global rank.
+        num_ranks: of the group; an error that all of them have is returned without their names.
+        hosts: of all ranks by rank, to be named too.
     """
     ranks_of: dict[str, list[int]] = {}
     for rank, text in sorted(errors.items()):
@@ -62,6 +65,6 @@ def merge_errors(
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Ranks in words, at most eight of them: `rank 3`, `ranks 0, 2`, `ranks 0, 1, ... (64)`."""
+    """Return ranks as text, at most eight: `rank 3`, `ranks 0, 2`, `ranks 0, 1, ... (64)`."""
     shown = ", ".join(map(str, ranks[:8])) + (f", ... ({len(ranks)})" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

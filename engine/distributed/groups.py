@@ -1,8 +1,8 @@
-"""Process groups of one run and the arithmetic of who holds what.
+"""Process groups of one run, and the arithmetic of which rank owns what.
 
-Stands between `bootstrap`, which creates the groups once, and everything that communicates.
-The layout is fixed: ranks of a tensor group are consecutive, expert groups are consecutive blocks
-of `parallel.expert` ranks, and each such block holds one full copy (replica) of the model:
+`bootstrap.py` creates the groups once; everything that communicates uses them. The layout is fixed:
+ranks of a tensor group are consecutive, expert groups are consecutive blocks of `parallel.expert`
+ranks, and each such block holds one full copy (replica) of the model:
 
     world 8, expert 4, tensor 2     replica 0: ranks 0 1 2 3      replica 1: ranks 4 5 6 7
     tensor groups (0 1) (2 3) (4 5) (6 7)    data ranks 0 0 1 1 2 2 3 3
@@ -18,28 +18,23 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A process group and this rank's place in it; `ranks` are global, `rank` counts inside."""
+    """A process group, as seen by one of its ranks."""
 
-    rank: int
+    rank: int  # of this process, within the group
     size: int
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # global ranks of the members
     handle: dist.ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Everything a rank knows about its run; made by `bootstrap.start`, never changed.
-
-    `control` is a group over the ranks of `expert` for words and objects on the host.
-    Requests are owned by data ranks: the ranks of one tensor group share a `data_rank`. The process
-    of rank `store_holder` holds the store; None where the launcher does.
-    """
+    """The groups, device and store of one rank; constant for the whole run."""
 
     world: Group
     expert: Group
     tensor: Group
-    control: Group
-    data_rank: int
+    control: Group  # the ranks of `expert`, for host data
+    data_rank: int  # owns requests; shared by the ranks of one tensor group
     num_data: int
     replica: int
     num_replicas: int
@@ -48,21 +43,21 @@ class Topology:
     local_rank: int
     local_world_size: int
     host: str
-    store_holder: int | None = None
+    store_rank: int | None = None  # its process holds the store; None: the launcher does
 
     @property
     def tensor_rank_offsets(self) -> range:
-        """Where in `expert` the ranks of `tensor` stand."""
+        """Positions within `expert` of the ranks of `tensor`."""
         first = self.expert.ranks.index(self.tensor.ranks[0])
         return range(first, first + self.tensor.size)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One rank's groups as global ranks: the part of `Topology` known before any group exists."""
+    """The part of a rank's `Topology` that is known before any group exists."""
 
-    expert: tuple[int, ...]
-    tensor: tuple[int, ...]
+    expert: tuple[int, ...]  # global ranks
+    tensor: tuple[int, ...]  # global ranks
     data_rank: int
     num_data: int
     replica: int
@@ -70,9 +65,9 @@ class Layout:
 
 
 def layout(rank: int, world_size: int, expert: int, tensor: int) -> Layout:
-    """Progress `rank` in its expert and tensor groups, of sizes `expert` and `tensor`.
+    """Return the groups of global rank `rank`, for groups of sizes `expert` and `tensor`.
 
-    The sizes must tile the world, which `config_world.validate_world` has checked.
+    The sizes must tile the world, as `config/world_rules.py` validates.
     """
     assert 0 <= rank < world_size and world_size % expert == 0 and expert % tensor == 0
     replica, data_rank = rank // expert, rank // tensor
@@ -87,7 +82,7 @@ def layout(rank: int, world_size: int, expert: int, tensor: int) -> Layout:
 
 
 def expert_range(num_experts: int, size: int, rank: int) -> tuple[int, int]:
-    """First expert and number of experts that `rank` of an expert group of `size` holds.
+    """Return the first expert and the number of experts of `rank` in an expert group of `size`.
 
     Contiguous; the remainder is spread over the first ranks: 7 experts on 3 ranks are
     (0, 3), (3, 2), (5, 2). A rank holds none when there are fewer experts than ranks.

@@ -1,16 +1,16 @@
-"""The launcher's agent on a host and its workers: what each must know of the others' ends.
+"""The launcher's agent on a host and its workers: how each ends when the other does.
 
-A worker outlives an agent that is killed, holding GPUs and ports, unless it asks Linux not to:
-`launch/infer.py` does so before its slow imports.
+A worker outlives an agent that is killed, holding GPUs and ports, unless it asks Linux not to. It
+has to ask before its slow imports, so this module imports nothing slow.
 
-A stopped worker (SIGSTOP, a suspended job) does not hear the agent's SIGTERM: the agent waits 30 s
-for it (`torchrun --shutdown-timeout`) before it kills it, and only then starts the next round. When
-the run is over anyway, a survivor on the same host ends it at once.
+A stopped worker (SIGSTOP, a suspended job) does not handle the agent's SIGTERM: the agent waits
+30 s for it (`torchrun --shutdown-timeout`) before it kills it, and only then starts the next round.
+When the run has failed anyway, a survivor on the same host kills it at once.
 
-Launchers end all workers when one has left. An error that all ranks have is told by rank 0, one
-that they do not know of by the first rank of its host, so the others let these go first.
+Launchers end all workers when one has exited. An error of all ranks is printed by rank 0, one that
+the others do not know of by the first rank of its host, so the other ranks let these exit first.
 
-Loads nothing slow. Linux only; elsewhere, and without such a launcher, nothing happens.
+Linux only; elsewhere, and without such a launcher, nothing happens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 _PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1
 _HEAD_START_S = 1.0
-# Who a worker is in the run and on its host, under torchrun and DeepSpeed, Open MPI, MPICH, Slurm.
+# A worker's rank in the run and on its host, under torchrun and DeepSpeed, Open MPI, MPICH, Slurm.
 _RANKS = {
     "RANK": "LOCAL_RANK",
     "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -47,14 +47,14 @@ def die_with_agent(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def kill_stopped_workers(environ: Mapping[str, str] = os.environ) -> list[int]:
-    """SIGKILL the stopped workers of this rank's agent; return their process ids.
+    """Kill the stopped workers of this rank's agent, by SIGKILL; return their process ids.
 
-    To be called by a rank that ends its process because the run has failed.
+    Only for a rank that ends its process because the run has failed.
     """
     run_id = environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None or not hasattr(os, "pidfd_open"):
         return []
-    ended = []
+    killed = []
     for entry in _siblings():
         pid = int(entry.name)
         with suppress(OSError):  # it has ended, or is another user's
@@ -63,28 +63,28 @@ def kill_stopped_workers(environ: Mapping[str, str] = os.environ) -> list[int]:
                 own = {"TORCHELASTIC_RUN_ID": run_id}.items() <= _environ(entry).items()
                 if own and _state(entry) == ("T", os.getppid()):
                     signal.pidfd_send_signal(process, signal.SIGKILL)
-                    ended.append(pid)
+                    killed.append(pid)
             finally:
                 os.close(process)
-    return ended
+    return killed
 
 
-def wait_for_rank_0_exit(patience_s: float) -> None:
-    """Wait until rank 0, or else its host's first rank, has left, at most `patience_s`.
+def wait_for_rank_0_exit(timeout_s: float) -> None:
+    """Wait until rank 0, or else this host's first rank, has exited, for at most `timeout_s`.
 
-    Sees workers of the same agent; rank 0 on another host only gets a head start. To be called by
-    another rank before it ends its process because of an error of all ranks.
+    Only workers of the same agent can be observed; rank 0 on another host gets a head start of a
+    second. For another rank that is about to end its process because of an error of all ranks.
     """
     first = [entry for entry in _siblings() if "0" in _ranks(entry)]
     if not first:
-        time.sleep(min(_HEAD_START_S, patience_s))
-    deadline = time.monotonic() + patience_s
+        time.sleep(min(_HEAD_START_S, timeout_s))
+    deadline = time.monotonic() + timeout_s
     while any(map(_is_alive, first)) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def _siblings() -> Iterator[Path]:
-    """Other processes with this one's parent, by their folders in /proc."""
+    """Yield the folders in /proc of the other processes with this one's parent."""
     if sys.platform == "linux":
         for entry in _PROC.iterdir():
             with suppress(OSError):
@@ -94,7 +94,7 @@ def _siblings() -> Iterator[Path]:
 
 
 def _ranks(entry: Path) -> tuple[str | None, ...]:
-    """The rank that a process was started as, and its rank on its host."""
+    """Return the rank that a process was started as, and its rank on its host."""
     environ = {}
     with suppress(OSError):
         environ = _environ(entry)
@@ -109,13 +109,13 @@ def _is_alive(entry: Path) -> bool:
 
 
 def _state(entry: Path) -> tuple[str, int]:
-    """State, "T" for stopped, and parent."""
+    """Return a process's state, "T" for stopped, and its parent's id."""
     # The name, in brackets, may hold anything; state and parent follow it.
     state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
     return state, int(parent)
 
 
 def _environ(entry: Path) -> dict[str, str]:
-    """What a process was started with."""
+    """Return the environment that a process was started with."""
     pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
     return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}

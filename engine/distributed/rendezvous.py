@@ -1,19 +1,20 @@
-"""The first words between ranks: each says what it has, and all decide the same from the answers.
+"""Rendezvous: every rank publishes its info, and all ranks decide the same from all infos.
 
-Between `discovery` and the process groups of `bootstrap`. It runs over the store alone, so ranks
-that are missing are named, and ranks that cannot run together fail with one text instead of
-meeting in a collective.
+Between `discovery.py` and the process groups of `bootstrap.py`. It uses the store alone, so missing
+ranks are named, and ranks that cannot run together fail with one text instead of hanging in a
+collective.
 
-The store may remember other runs: torchrun's agent keeps one from restart to restart, whose ranks
-had the same numbers. So every rank draws a nonce, and waits only for keys that hold a nonce of now:
+The store may hold keys of other runs: torchrun's agent keeps one from restart to restart, whose
+ranks had the same numbers. So every rank draws a random id, and waits only for keys that contain an
+id of this run:
 
-    rank r   presence/r = its answer             rank 0 looks at these again and again
-    rank 0   seat/<r's nonce> = its own nonce    it has seen this very rank r; its nonce names the
-    rank r   <run>/here/<r's nonce>              run, and nobody of an earlier one can say so
-    rank 0   <run>/go                            all answers, once every rank is here
+    rank r   info/r = its info                  polled by rank 0
+    rank 0   admitted/<r's id> = its own id     rank 0 runs now; its id is the name of the run
+    rank r   <run>/confirmed/<r's id>           rank r runs now
+    rank 0   <run>/release                      all infos, once every rank has confirmed
 
-A presence of an earlier run is never here, and gives way to that of the rank that arrives.
-Everything below `check_in` and its helpers is a pure function of the answers.
+The info of a rank of an earlier run is never confirmed, and is overwritten by the rank that joins.
+Everything below `join` and its helpers is a pure function of the infos.
 """
 
 from __future__ import annotations
@@ -38,83 +39,80 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankInfo:
-    """One rank's answer. `gpu` is the device's unique id, or None and `no_gpu` says why."""
+    """What a rank publishes at the rendezvous."""
 
     rank: int
     host: str
     cores: list[int]  # CPU numbers this process may run on
     digest: str  # of the config
-    gpu: str | None
-    no_gpu: str
+    gpu: str | None  # the device's unique id
+    no_gpu: str  # why `gpu` is None
     error: str | None  # what this rank already knows to be wrong
 
 
-def check_in(
+def join(
     store: dist.Store, own: RankInfo, world_size: int, timeout: timedelta
 ) -> tuple[list[RankInfo], str]:
-    """All ranks' answers, in rank order, and a name for this run that no other run has.
+    """Return the infos of all ranks, in rank order, and a name for this run that no other has.
 
-    Collective over the world, through the store. Raises RankError, with the same text on every
-    rank, for an error in an answer or configs that differ; RendezvousError when ranks are missing
-    after `timeout`.
+    Collective over the world, through the store.
+
+    Raises:
+        RankError: a rank's info has an error, or configs differ; with the same text on every rank.
+        RendezvousError: ranks are missing after `timeout`.
     """
-    nonce = uuid.uuid4().hex
-    answer = json.dumps({"nonce": nonce, "presence": dataclasses.asdict(own)})
+    own_id = uuid.uuid4().hex
     try:
-        store.set(_presence(own.rank), answer)
+        store.set(f"info/{own.rank}", json.dumps({"id": own_id, "info": dataclasses.asdict(own)}))
         if own.rank == 0:
-            run, answers = nonce, _seat_all(store, nonce, world_size, timeout)
+            run, values = own_id, _admit_all(store, own_id, world_size, timeout)
         else:
-            store.wait([f"seat/{nonce}"], timeout)
-            run = store.get(f"seat/{nonce}").decode()
-            store.set(_here(run, nonce), "")
-            store.wait([f"{run}/go"], timeout)
-            answers = json.loads(store.get(f"{run}/go"))
+            store.wait([f"admitted/{own_id}"], timeout)
+            run = store.get(f"admitted/{own_id}").decode()
+            store.set(_confirmed(run, own_id), "")
+            store.wait([f"{run}/release"], timeout)
+            values = json.loads(store.get(f"{run}/release"))
     # A timeout or a lost store; the types of these differ between torch versions.
     except (RuntimeError, TimeoutError) as error:
-        missing = _who_is_missing(store, own.rank, nonce, world_size, timeout)
+        missing = _describe_missing(store, own.rank, own_id, world_size, timeout)
         raise RendezvousError(missing) from error
-    present = [RankInfo(**values) for values in answers]
-    if problem := _problem(present):
-        _leave_together(dist.PrefixStore(run, store), own.rank, world_size)
+    infos = [RankInfo(**each) for each in values]
+    if problem := _problem(infos):
+        _wait_for_readers(dist.PrefixStore(run, store), own.rank, world_size)
         raise RankError(problem)
-    return present, run
+    return infos, run
 
 
-def _presence(rank: int) -> str:
-    return f"presence/{rank}"
+def _confirmed(run: str, rank_id: str) -> str:
+    return f"{run}/confirmed/{rank_id}"
 
 
-def _here(run: str, nonce: str) -> str:
-    return f"{run}/here/{nonce}"
-
-
-def _seat_all(
-    store: dist.Store, nonce: str, world_size: int, timeout: timedelta
+def _admit_all(
+    store: dist.Store, own_id: str, world_size: int, timeout: timedelta
 ) -> list[dict[str, Any]]:
-    """What rank 0 does: see every rank, until all are here; return their answers."""
+    """Admit every rank until all have confirmed; return their infos. For rank 0."""
     deadline = time.monotonic() + timeout.total_seconds()
-    seated = {nonce}
-    store.set(_here(nonce, nonce), "")
+    admitted = {own_id}
+    store.set(_confirmed(own_id, own_id), "")
     while True:
-        answers = _answers(store, world_size)
-        found = [answer["nonce"] for answer in answers.values()]
-        for other in found:
-            if other not in seated:
-                store.set(f"seat/{other}", nonce)
-                seated.add(other)
-        if len(found) == world_size and store.check([_here(nonce, n) for n in found]):
-            all_answers = [answers[rank]["presence"] for rank in range(world_size)]
-            store.set(f"{nonce}/go", json.dumps(all_answers))
-            return all_answers
+        published = _read_published(store, world_size)
+        ids = [each["id"] for each in published.values()]
+        for rank_id in ids:
+            if rank_id not in admitted:
+                store.set(f"admitted/{rank_id}", own_id)
+                admitted.add(rank_id)
+        if len(ids) == world_size and store.check([_confirmed(own_id, each) for each in ids]):
+            infos = [published[rank]["info"] for rank in range(world_size)]
+            store.set(f"{own_id}/release", json.dumps(infos))
+            return infos
         if time.monotonic() >= deadline:
             raise TimeoutError
         time.sleep(_POLL_S)
 
 
-def _answers(store: dist.Store, world_size: int) -> dict[int, dict[str, Any]]:
-    """The answers that there are, perhaps of ranks of an earlier run, by rank."""
-    keys = [_presence(rank) for rank in range(world_size)]
+def _read_published(store: dist.Store, world_size: int) -> dict[int, dict[str, Any]]:
+    """Return the ids and infos published so far, by rank; some may be of an earlier run."""
+    keys = [f"info/{rank}" for rank in range(world_size)]
     if store.check(keys):
         values: Sequence[bytes | None] = store.multi_get(keys)
     else:  # reading a key that is missing would wait for it
@@ -122,37 +120,39 @@ def _answers(store: dist.Store, world_size: int) -> dict[int, dict[str, Any]]:
     return {rank: json.loads(value) for rank, value in enumerate(values) if value is not None}
 
 
-def _who_is_missing(
-    store: dist.Store, own: int, nonce: str, world_size: int, timeout: timedelta
+def _describe_missing(
+    store: dist.Store, own: int, own_id: str, world_size: int, timeout: timedelta
 ) -> str:
     try:
-        answers = _answers(store, world_size)
-        run = nonce if own == 0 else None
-        if own != 0 and store.check([f"seat/{nonce}"]):
-            run = store.get(f"seat/{nonce}").decode()
-        if run is None:  # what is there of rank 0, if anything, is from an earlier run
-            here = set(answers) - {0}
+        published = _read_published(store, world_size)
+        run = own_id if own == 0 else None
+        if own != 0 and store.check([f"admitted/{own_id}"]):
+            run = store.get(f"admitted/{own_id}").decode()
+        if run is None:  # an info of rank 0, if there is one, is of an earlier run
+            joined = set(published) - {0}
         else:
-            here = {n for n, each in answers.items() if store.check([_here(run, each["nonce"])])}
+            joined = {
+                n for n, each in published.items() if store.check([_confirmed(run, each["id"])])
+            }
     except RuntimeError:
         return (
-            "the store that introduces the ranks is gone: look for the error of rank 0, or of "
-            "torchrun on its host"
+            "the rendezvous store is unreachable: look for the error of rank 0, or of torchrun on "
+            "its host"
         )
-    missing = [rank for rank in range(world_size) if rank not in here]
-    late = name_ranks(missing) if missing else "the last"  # that one came while we counted
+    missing = [rank for rank in range(world_size) if rank not in joined]
+    late = name_ranks(missing) if missing else "the last"  # which has joined since the timeout
     return (
-        f"{late} of {world_size} did not arrive within "
+        f"{late} of {world_size} did not join within "
         f"{timeout.total_seconds():g} s: look for their own error, or raise runtime.timeout_s if "
         "they start that slowly"
     )
 
 
-def _problem(present: Sequence[RankInfo]) -> str | None:
-    if errors := {rank.rank: rank.error for rank in present if rank.error is not None}:
-        return merge_errors(errors, len(present), [rank.host for rank in present])
+def _problem(infos: Sequence[RankInfo]) -> str | None:
+    if errors := {rank.rank: rank.error for rank in infos if rank.error is not None}:
+        return merge_errors(errors, len(infos), [rank.host for rank in infos])
     ranks_of: dict[str, list[int]] = defaultdict(list)
-    for rank in present:
+    for rank in infos:
         ranks_of[rank.digest].append(rank.rank)
     if len(ranks_of) == 1:
         return None
@@ -166,33 +166,35 @@ def _problem(present: Sequence[RankInfo]) -> str | None:
     )
 
 
-def _leave_together(store: dist.Store, rank: int, world_size: int) -> None:
-    """Keep rank 0, which may hold the store, until the others have read it (5 s at most)."""
+def _wait_for_readers(store: dist.Store, rank: int, world_size: int) -> None:
+    """Keep rank 0, which may hold the store, until all ranks have read the infos (5 s at most)."""
     deadline = time.monotonic() + 5
-    with contextlib.suppress(RuntimeError):  # rank 0 has waited and left: no matter, all is read
+    with contextlib.suppress(RuntimeError):  # rank 0 has exited after its wait: all have read
         store.add("read", 1)
         while rank == 0 and store.add("read", 0) < world_size and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
-def choose_device(requested: str, present: Sequence[RankInfo]) -> str:
-    """`cuda` or `cpu` for the whole run, from `runtime.device` and all answers.
+def choose_device(requested: str, infos: Sequence[RankInfo]) -> str:
+    """Return `cuda` or `cpu` for the whole run, from `runtime.device` and the infos of all ranks.
 
-    auto takes CUDA when every rank has a GPU of its own, and the CPU otherwise. Raises RankError
-    where cuda is asked for and a rank has none, or shares one.
+    auto takes CUDA when every rank has a GPU of its own, and the CPU otherwise.
+
+    Raises:
+        RankError: cuda is requested, and a rank has no GPU or shares one.
     """
     if requested == "cpu":
         return "cpu"
     without: dict[tuple[str, str], list[int]] = defaultdict(list)
     owners: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for rank in present:
+    for rank in infos:
         if rank.gpu is None:
             without[rank.host, rank.no_gpu].append(rank.rank)
         else:
             owners[rank.host, rank.gpu].append(rank.rank)
     problems = [f"{name_ranks(ranks)} on {host}: {why}" for (host, why), ranks in without.items()]
     problems += [
-        f"{name_ranks(ranks)} on {host}: one GPU between them"
+        f"{name_ranks(ranks)} on {host}: share one GPU"
         for (host, _), ranks in owners.items()
         if len(ranks) > 1
     ]
@@ -202,15 +204,16 @@ def choose_device(requested: str, present: Sequence[RankInfo]) -> str:
         return "cpu"
     raise RankError(
         f"runtime.device = 'cuda' needs a GPU of its own for every rank ({'; '.join(problems)}): "
-        "start at most one rank a GPU (torchrun --nproc-per-node), or set runtime.device=cpu"
+        "start at most one rank per GPU (torchrun --nproc-per-node), or set runtime.device=cpu"
     )
 
 
-def share_of_cores(rank: int, present: Sequence[RankInfo]) -> int:
-    """CPU threads for `rank`: its cores, each divided by the ranks of its host that may use it.
+def share_of_cores(rank: int, infos: Sequence[RankInfo]) -> int:
+    """Return the CPU threads for `rank`, at least 1.
 
-    Ranks the launcher has bound to cores of their own keep them all. At least 1.
+    Each of its cores is divided by the ranks of its host that may use it, so ranks that the
+    launcher has bound to cores of their own keep them all.
     """
-    own = present[rank]
-    users = Counter(core for other in present if other.host == own.host for core in other.cores)
+    own = infos[rank]
+    users = Counter(core for other in infos if other.host == own.host for core in other.cores)
     return max(1, int(sum(1 / users[core] for core in own.cores) + 1e-6))

@@ -1,16 +1,16 @@
 """A torch.distributed backend for ranks of one host that compute on the CPU: shared memory.
 
 gloo sends through the host's network stack, where even an empty collective costs a good part of a
-millisecond and rows move at a fraction of what memory gives. Here ranks write into rings that the
-others read (`engine/ops/lane.py`). Everything above still calls torch.distributed, as it does for
-NCCL.
+millisecond, and rows are copied at a fraction of the memory bandwidth. Here ranks write into ring
+buffers that the others read: a shared-memory channel (`engine/ops/lane.py`). Callers use
+torch.distributed, as they do with NCCL.
 
-    lane = open_lane(store, rank, size)                 all ranks, or None on all of them
-    handle = dist.new_group(ranks, backend=BACKEND, pg_options=lane)
+    channel = open_channel(store, rank, size)           on all ranks, or None on all of them
+    handle = dist.new_group(ranks, backend=BACKEND, pg_options=channel)
 
-Collectives must be called in the same order on every rank, which each message is checked for: a
-rank that skips one makes the others fail at once and not after a timeout. all_reduce adds in the
-order of the ranks, so every rank gets the same bits.
+Collectives must be called in the same order on every rank. Each message is checked for it, so a
+rank that skips one makes the others fail at once and not after a timeout. all_reduce sums in rank
+order, so every rank gets the same bits.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from engine.ops import lane as lane_op
 from engine.ops.lane import Lane
 
 BACKEND = "shared_memory"
-_SPIN_S = 3e-4  # longer than a wake-up takes; a wait of 2 ms was tried and gained nothing
+_SPIN_S = 3e-4  # longer than a wake-up takes; 2 ms was tried and gained nothing
 
 
 class Kind(enum.IntEnum):
-    """What is called; ranks that differ in it are told apart."""
+    """The collective that a message belongs to; checked to be the same on every rank."""
 
     ALL_TO_ALL = 0
     ALL_GATHER = 1
@@ -43,53 +43,56 @@ class Kind(enum.IntEnum):
     BARRIER = 4
 
 
-def open_lane(store: dist.Store, rank: int, size: int) -> Lane | None:
-    """This rank's end of a group in shared memory; None on every rank where one of them cannot:
-    ranks on several hosts or in containers that do not see each other's processes, no compiled
-    library, no memory.
+def open_channel(store: dist.Store, rank: int, size: int) -> Lane | None:
+    """Return this rank's end of a shared-memory channel, or None on every rank.
 
-    Collective over the ranks that share `store`, which must hold nothing of an earlier call.
+    None where one rank cannot open it: ranks on several hosts, or in containers that do not see
+    each other's processes; no compiled library; no memory.
+
+    Collective over the ranks that share `store`, which must hold no keys of an earlier call.
     """
     segment, offer = _offer(size)
     try:
-        offers = [json.loads(each) for each in _tell_all(store, "offer", rank, size, offer)]
-        if None in offers or len({each["place"] for each in offers}) > 1:
+        offers = [json.loads(each) for each in _exchange(store, "offer", rank, size, offer)]
+        if None in offers or len({each["host"] for each in offers}) > 1:
             return None
-        lane = _connect(rank, offers)
-        opened = _tell_all(store, "opened", rank, size, lane is not None)
+        channel = _connect(rank, offers)
+        opened = _exchange(store, "opened", rank, size, channel is not None)
         if all(json.loads(each) for each in opened):
-            return lane
-        if lane is not None:
-            lane.close()
+            return channel
+        if channel is not None:
+            channel.close()
         return None
     finally:
         if segment is not None:
             os.close(segment)
 
 
-def _tell_all(store: dist.Store, key: str, rank: int, size: int, value: Any) -> list[bytes]:
+def _exchange(store: dist.Store, key: str, rank: int, size: int, value: Any) -> list[bytes]:
+    """Return the values of all ranks, as JSON, in rank order."""
     store.set(f"{key}/{rank}", json.dumps(value))
     return [store.get(f"{key}/{other}") for other in range(size)]
 
 
 def _offer(size: int) -> tuple[int | None, dict[str, Any] | None]:
-    """This rank's segment, and where others find it; (None, None) where there is none."""
+    """Return this rank's segment and where others find it; (None, None) where there is none."""
     if not lane_op.available():
         return None, None
     try:
-        # Ranks share memory where they also share a network: what looks like two hosts is two.
+        # Ranks share memory only where they also share a network, so that namespaces that look like
+        # several hosts count as several.
         spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net", "uts")]
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            place = " ".join([socket.gethostname(), file.read().strip(), *spaces])
+            host = " ".join([socket.gethostname(), file.read().strip(), *spaces])
         segment = lane_op.make_segment(size)
     except OSError:
         return None, None
-    return segment, {"place": place, "pid": os.getpid(), "segment": segment}
+    return segment, {"host": host, "pid": os.getpid(), "segment": segment}
 
 
 def _connect(rank: int, offers: Sequence[dict[str, Any]]) -> Lane | None:
     segments: list[int] = []
-    # A wait that looks instead of sleeping takes a core from a rank that has none of its own.
+    # A spinning wait takes a core from a rank that has none of its own.
     spin_s = _SPIN_S if len(offers) <= len(os.sched_getaffinity(0)) else 0.0
     try:
         for offer in offers:
@@ -103,7 +106,12 @@ def _connect(rank: int, offers: Sequence[dict[str, Any]]) -> Lane | None:
 
 
 class _Work(dist.Work):
-    """A collective under way. kept: the tensors it reads and writes."""
+    """A collective in flight.
+
+    Args:
+        kept: the tensors it reads and writes, referenced until it has completed.
+        finish: called once it has completed.
+    """
 
     def __init__(
         self, group: SharedMemoryGroup, number: int, kept: Any, finish: Callable[[], None] | None
@@ -112,7 +120,11 @@ class _Work(dist.Work):
         self._group, self._number, self._kept, self._finish = group, number, kept, finish
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Wait. Raises RuntimeError where it cannot be completed."""
+        """Wait for completion.
+
+        Raises:
+            RuntimeError: it cannot be completed.
+        """
         if self._kept is not None:
             self._group.complete(self._number, timeout)
             if self._finish is not None:
@@ -122,27 +134,26 @@ class _Work(dist.Work):
 
 
 class SharedMemoryGroup(dist.ProcessGroup):
-    """The collectives that the engine calls, for tensors in host memory. Not for two threads at
-    once.
+    """The collectives that the engine calls, for tensors in host memory. Not thread-safe.
 
     Its methods have the names and arguments of torch's own process groups.
     """
 
-    def __init__(self, lane: Lane, timeout: timedelta) -> None:
-        super().__init__(lane.rank, lane.size)  # pyright: ignore[reportCallIssue]: not in its stub
-        self._lane, self._timeout_s = lane, timeout.total_seconds()
-        self._rank, self._size = lane.rank, lane.size
+    def __init__(self, channel: Lane, timeout: timedelta) -> None:
+        super().__init__(channel.rank, channel.size)  # pyright: ignore[reportCallIssue]: no stub
+        self._channel, self._timeout_s = channel, timeout.total_seconds()
+        self._rank, self._size = channel.rank, channel.size
 
     def getBackendName(self) -> str:
-        """As torch asks."""
+        """Return the name under which the backend is registered."""
         return BACKEND
 
     def size(self) -> int:
-        """Ranks."""
+        """Return the number of ranks."""
         return self._size
 
     def rank(self) -> int:
-        """This rank's place."""
+        """Return this rank within the group."""
         return self._rank
 
     def all_to_all_single(
@@ -153,7 +164,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         input_splits: list[int],
         opts: Any = None,
     ) -> dist.Work:
-        """Rows to every rank; without splits the same number to each."""
+        """Send rows to every rank; without splits the same number to each."""
         row = input[0].nbytes if input.shape[0] else output[0].nbytes if output.shape[0] else 0
         send = [row * n for n in input_splits or self._even(input)]
         recv = [row * n for n in output_splits or self._even(output)]
@@ -166,13 +177,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def all_gather_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = None
     ) -> dist.Work:
-        """Every rank's `input`, one after the other."""
+        """Gather every rank's `input` in rank order."""
         return self._gather(Kind.ALL_GATHER, input, output)
 
     def allgather(
         self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None
     ) -> dist.Work:
-        """Every rank's tensor into a list."""
+        """Gather every rank's tensor into a list."""
         (parts,), (own,) = outputs, inputs
         into = own.new_empty((self._size, *own.shape))
 
@@ -183,7 +194,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return self._gather(Kind.ALL_GATHER, own, into, spread)
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
-        """Add up in place, in the order of the ranks."""
+        """Sum in place, in rank order."""
         (own,) = tensors
         if opts is not None and opts.reduceOp != dist.ReduceOp.SUM:
             raise NotImplementedError(f"{BACKEND}: all_reduce adds, and {opts.reduceOp} is not it")
@@ -198,7 +209,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return self._gather(Kind.ALL_REDUCE, own, into, add)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
-        """The root's tensor on every rank."""
+        """Copy the root's tensor to every rank."""
         (own,) = tensors
         root, none = opts.rootRank, [0] * self._size
         send, recv = list(none), list(none)
@@ -210,7 +221,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return self._start(Kind.BROADCAST, own, none, send, own, recv)
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        """Wait for every rank."""
+        """Wait until every rank has reached the barrier."""
         none = [0] * self._size
         empty = torch.empty(0)
         work = self._start(Kind.BARRIER, empty, none, none, empty, none)
@@ -218,20 +229,20 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return work
 
     def complete(self, number: int, timeout: timedelta | None) -> None:
-        """Wait for collective `number`; what goes wrong is told with the backend's name."""
+        """Wait for collective `number`; its errors carry the backend's name."""
         timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
         try:
-            self._lane.wait(number, timeout_s or self._timeout_s)
+            self._channel.wait(number, timeout_s or self._timeout_s)
         except RuntimeError as error:
             raise RuntimeError(f"[{BACKEND}] rank {self._rank}: {error}") from None
 
     def shutdown(self) -> None:
-        """Leave the group: who waits for this rank is told."""
-        self._lane.close()
+        """Leave the group; ranks that wait for this one fail."""
+        self._channel.close()
 
     def abort(self) -> None:
         """Leave the group."""
-        self._lane.close()
+        self._channel.close()
 
     # Their names before torch 2.13.
     alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]: names differ
@@ -268,16 +279,16 @@ class SharedMemoryGroup(dist.ProcessGroup):
     ) -> dist.Work:
         own = send.contiguous()
         try:
-            number = self._lane.start(int(kind), own, send_at, send_bytes, into, recv_bytes)
+            number = self._channel.start(int(kind), own, send_at, send_bytes, into, recv_bytes)
         except RuntimeError as error:
             raise RuntimeError(f"[{BACKEND}] rank {self._rank}: {error}") from None
         return _Work(self, number, (own, into), finish)
 
 
-def _create(opts: Any, lane: Lane | None) -> SharedMemoryGroup:
-    if lane is None:
-        raise ValueError(f"backend {BACKEND}: give an open Lane as pg_options")
-    return SharedMemoryGroup(lane, opts.timeout)
+def _create(opts: Any, channel: Lane | None) -> SharedMemoryGroup:
+    if channel is None:
+        raise ValueError(f"backend {BACKEND}: pass the result of open_channel as pg_options")
+    return SharedMemoryGroup(channel, opts.timeout)
 
 
 if BACKEND not in dist.Backend.backend_list:

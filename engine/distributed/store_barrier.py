@@ -1,7 +1,7 @@
-"""A barrier without a time limit: replicas of a model may end a job minutes apart.
+"""A barrier without a time limit: replicas of a model may finish a job minutes apart.
 
-A collective would give up after `runtime.timeout_s`. Here ranks count themselves in the store and
-look again and again; whether the others are still alive is the watchdog's business.
+A collective would time out after `runtime.timeout_s`. Here every rank increments a counter in the
+store and polls it; whether the other ranks are alive is the watchdog's concern.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ _FIRST_POLL_S = 0.005
 _LAST_POLL_S = 0.5
 
 
-def meet(
+def barrier(
     store: dist.Store, key: str, world_size: int, check: Callable[[], None] = lambda: None
 ) -> None:
-    """Wait until all ranks have come. A key may be used again by the same ranks.
+    """Wait until all ranks have reached the barrier. The same ranks may use a key again.
 
-    check: called while this rank waits; may raise. Raises RuntimeError when the store is gone.
     Collective over the world, through the store.
+
+    Args:
+        check: called while this rank waits; may raise.
+
+    Raises:
+        RuntimeError: the store is unreachable.
     """
     arrival = store.add(key, 1) - 1
-    full = (arrival // world_size + 1) * world_size  # the end of this round of arrivals
+    full = (arrival // world_size + 1) * world_size  # the count at which this round is complete
     pause_s = _FIRST_POLL_S
     while store.add(key, 0) < full:
         check()

@@ -1,12 +1,13 @@
 #!/bin/bash
-# Batch inference under MPI (Open MPI or MPICH): one rank a GPU, mpi4py finds the others.
+# Batch inference under MPI (Open MPI or MPICH): one rank per GPU; mpi4py finds the other ranks.
 #
 #   RANKS=16 HOSTFILE=hosts launch/mpi/infer.sh \
 #       --config mixtral_ep8.yaml --input requests.jsonl --output completions.jsonl
 #
-# What follows the script goes to launch/infer.py. MPI launches and introduces the ranks; tensors go
-# over NCCL or gloo. Rank 0 picks the rendezvous port; where its address is not the one that the
-# other hosts reach it by, set MASTER_ADDR (and pass it on: MPIRUN_FLAGS="-x MASTER_ADDR").
+# What follows the script goes to launch/infer.py. MPI starts the ranks and provides the rendezvous
+# address; tensors are sent over NCCL or gloo. Rank 0 chooses the rendezvous port; where its address
+# is not the one that the other hosts reach it by, set MASTER_ADDR (and pass it on:
+# MPIRUN_FLAGS="-x MASTER_ADDR").
 
 set -euo pipefail
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the batch scripts of this folder share. Each sources it once it knows $LOCKSTEP.
+# Functions of the batch scripts of this folder. Each sources this file once $LOCKSTEP is known.
 #
 # How a job ends, by the exit code of its ranks:
 #     0     done
@@ -20,8 +20,8 @@ job=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 restarts=${SLURM_RESTART_COUNT:-0}
 
-# Below Linux's ephemeral ports; another one after a requeue: what is left of the run before may
-# still hold its own.
+# Below Linux's ephemeral ports; another one after a requeue, as processes left over from the run
+# before may hold the first.
 export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 37 + restarts) % 12000))}
 if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -30,7 +30,7 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
         MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 fi
 export MASTER_ADDR
-# A launcher around sbatch may have left these; they are not this job's.
+# May be set by a launcher around sbatch; they are not this job's.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 
 job_state() {
@@ -38,7 +38,7 @@ job_state() {
 }
 
 # The trap on SIGTERM, which `--signal=B:TERM@120` sends to this shell alone, some time before the
-# end. The ranks are signalled by way of Slurm: srun, sent a TERM, would kill them.
+# end. The ranks are signalled through Slurm: srun would kill them on a TERM.
 pass_on_term() {
     interrupted=1
     # On scancel and on preemption Slurm signals the ranks too, and once is enough.
@@ -47,8 +47,8 @@ pass_on_term() {
     scancel --signal=TERM "$job" || true # its steps, without this shell
 }
 
-# requeue LIMIT WHY: back to the queue, unless the job was there LIMIT times or is not to run on.
-# Returns where it stays out.
+# requeue LIMIT WHY: requeue the job, unless it was requeued LIMIT times or is not to run again.
+# Returns where the job is not requeued.
 requeue() {
     ((restarts < $1)) && [[ $(job_state) == RUNNING ]] || return 0
     echo "job $job: $2: requeued, restart $((restarts + 1))" >&2
@@ -60,11 +60,11 @@ announce() {
     echo "$SLURM_JOB_NUM_NODES nodes x $1 ranks, rendezvous at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# run_step SRUN_ARGUMENT...: run the job's step, see it through signals, requeue or exit.
+# run_step SRUN_ARGUMENT...: run the job's step to its end, also through signals; requeue or exit.
 run_step() {
     local step code interrupted
     trap pass_on_term TERM
-    # When a rank is gone the others find out who and why, and leave by themselves; after --wait
+    # When a rank has exited the others diagnose which and why, and exit by themselves; after --wait
     # seconds Slurm ends them. Not --kill-on-bad-exit: its SIGTERM would make an error of one rank
     # look like the unfinished work of another. No CPU binding: the engine divides a host's cores
     # among its ranks.
@@ -73,7 +73,7 @@ run_step() {
     while :; do
         code=0 interrupted=
         wait "$step" || code=$?
-        [[ -n $interrupted ]] || break # else it was the signal that ended the wait
+        [[ -n $interrupted ]] || break # else the signal ended the wait
     done
     case $code in
     0 | 2) ;;
@@ -83,7 +83,7 @@ run_step() {
     exit "$code"
 }
 
-# run_torchrun ARGUMENT...: one torchrun a node, RANKS_PER_NODE ranks each, for launch/infer.py.
+# run_torchrun ARGUMENT...: one torchrun per node, RANKS_PER_NODE ranks each, for launch/infer.py.
 run_torchrun() {
     announce "$RANKS_PER_NODE"
     # $CONTAINER and $PYTHON are several words on purpose.

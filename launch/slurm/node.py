@@ -4,8 +4,8 @@
         --master-addr HEAD --master-port 20000 launch/infer.py --config ...
 
 Slurm signals every process of a step. torchrun would signal its ranks once more, which ends them at
-once where the first signal lets them finish what is running; and it exits with 1 whatever happened,
-where infer.sbatch must tell what is unfinished (143) from what is wrong (2).
+once where the first signal lets them finish what is running. It also exits with 1 in every case,
+where infer.sbatch must distinguish unfinished work (143) from a wrong setting (2).
 """
 
 import os
@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser, main
 
 def run(argv: list[str]) -> int:
     """Run torchrun with `argv`; return 0 or the exit code of the rank that failed first."""
-    # 0 on the first node, the head: node ranks are given, not raced for.
+    # 0 on the first node, the head: node ranks are fixed, not assigned by order of arrival.
     argv = ["--node-rank", os.environ["SLURM_NODEID"], *argv]
     # Older releases of torch lack the option. There the ranks stop at once; what is done is kept.
     if "--signals-to-handle" in get_args_parser().format_help():

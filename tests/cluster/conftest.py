@@ -1,4 +1,4 @@
-"""What the tests of this folder share: tools/ for faults and clusters, and a job's right output."""
+"""Fixture of the tests in this folder: the correct output of a job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chaos.job import Job, read_lines
 
 @pytest.fixture(scope="module")
 def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The records that one process leaves of the module's `job`, which no launcher started."""
+    """The records that one process, without a launcher, writes for the module's `job`."""
     output = tmp_path_factory.mktemp("undisturbed") / "out.jsonl"
     done = subprocess.run([sys.executable, *job.command(output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""DeepSpeed's launcher starts launch/infer.py as it is: on this host, by pdsh and by mpirun on two.
+"""DeepSpeed's launcher starts launch/infer.py unchanged: on one host; by pdsh and mpirun on two.
 
 python -m pytest tests/cluster/test_deepspeed.py
 
@@ -43,9 +43,9 @@ def hosts() -> Iterator[VirtualHosts]:
 
 @pytest.fixture
 def environ() -> dict[str, str]:
-    """What a user has set; the second half is for Open MPI, run as root on two cores."""
+    """The user's environment; the second half is for Open MPI, run as root on two cores."""
     return {
-        "DS_ACCELERATOR": "cpu",  # DeepSpeed asks for it where there is no GPU
+        "DS_ACCELERATOR": "cpu",  # required by DeepSpeed where there is no GPU
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -100,7 +100,7 @@ def test_over_two_hosts_the_records_are_those_of_one_process(
     assert "waiting for late ranks and overlapped work included" in done.output
 
 
-def test_a_wrong_setting_fails_the_launch_and_is_told_once(job, tmp_path, environ):
+def test_a_wrong_setting_fails_the_launch_and_is_reported_once(job, tmp_path, environ):
     command = [LAUNCHER, "--num_gpus", "2", *job.command(tmp_path / "out.jsonl")]
     done = subprocess.run(
         [*command, "--set", "moe.capacity.factr=2"],

@@ -1,8 +1,8 @@
-"""Elastic runs: torchrun starts the ranks again, as many as there are, and the ledger goes on.
+"""Elastic runs: torchrun restarts the available ranks, and the job resumes from its ledger.
 
 python -m pytest tests/cluster/test_elastic.py
 
-Real agents over gloo. Several agents of this machine, each with ranks of its own, stand for nodes.
+Real agents over gloo. Several agents of this machine, each with its own ranks, simulate nodes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from chaos.records import compare
 
 NUM_REQUESTS = 100
 TIMEOUT_S = 10.0
-# What a run of several nodes needs to go on soon without one: how long the others wait for more
-# nodes once they are enough, and how soon they take one for dead.
+# Lets a run of several nodes resume soon without one: how long the others wait for more nodes once
+# they are enough, and how soon they declare one dead.
 ELASTIC = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-# Agents of torch 2.13 go on naming the first round's store, which was on the node of its rank 0.
+# Agents of torch 2.13 keep using the first round's store, which was on the node of its rank 0.
 FRESH_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -60,7 +60,7 @@ class Agents:
             )
 
     def ranks(self) -> dict[int, int]:
-        """The process of each rank that is there now."""
+        """Return the process of each rank that exists now."""
         found: dict[int, int] = {}
         for agent in self.processes:
             found |= ranks_of(agent.pid)
@@ -68,7 +68,7 @@ class Agents:
         return found
 
     def at_work(self, world: int, output: Path) -> dict[int, int]:
-        """The ranks of a world of this size, once they have written records."""
+        """Wait until a world of this size has written records; return its ranks."""
         begun = written(output)
         self.until(lambda: len(self.ranks()) == world and written(output) > begun)
         return self.ranks()
@@ -85,7 +85,7 @@ class Agents:
             try:
                 agent.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                pytest.fail(f"an agent is still there:\n{self.log()}")
+                pytest.fail(f"an agent is still running:\n{self.log()}")
         return [agent.returncode for agent in self.processes]
 
     def log(self) -> str:
@@ -120,9 +120,9 @@ def one_node(num_ranks: int, max_restarts: int = 1) -> list[str]:
 
 
 def node(port: int, nodes: str, run: str, is_host: bool = False) -> list[str]:
-    """One of several agents, with one rank, that meet at a port of this machine.
+    """Return the options of one of several agents, with one rank, that rendezvous at a port.
 
-    is_host: it holds the store where the agents meet, without which there is no run to go on.
+    is_host: it holds the agents' store, without which the run cannot continue.
     """
     return [
         f"--nnodes={nodes}",
@@ -146,7 +146,7 @@ def report(output: Path) -> dict[str, Any]:
 
 
 def finished_by(output: Path, undisturbed: list[str]) -> int:
-    """The number of ranks of the last run, once its output is known to be right."""
+    """Check the output of the last run; return its number of ranks."""
     found = compare(read_lines(output), undisturbed)
     assert found.same, found
     values = report(output)
@@ -155,7 +155,7 @@ def finished_by(output: Path, undisturbed: list[str]) -> int:
 
 
 @pytest.mark.parametrize("name, world", [("SIGKILL", 4), ("SIGSTOP", 2)])
-def test_a_lost_rank_is_started_again_and_the_job_goes_on(
+def test_a_dead_rank_is_restarted_and_the_job_resumes(
     agents, job, undisturbed, tmp_path, name, world
 ):
     output = tmp_path / "out.jsonl"
@@ -166,12 +166,12 @@ def test_a_lost_rank_is_started_again_and_the_job_goes_on(
     agents.until(lambda: len(agents.ranks()) == world)
     assert agents.codes() == [0], agents.log()
     assert finished_by(output, undisturbed) == world
-    told = re.findall("^fault: (.*)$", agents.log(), re.MULTILINE)
-    assert len(told) == 1 and told[0].startswith("rank 1 on "), agents.log()
+    reports = re.findall("^fault: (.*)$", agents.log(), re.MULTILINE)
+    assert len(reports) == 1 and reports[0].startswith("rank 1 on "), agents.log()
 
 
 @pytest.mark.parametrize("victim, world", [("the node of rank 0", 4), ("another node", 3)])
-def test_a_lost_node_leaves_its_share_to_the_others(
+def test_the_work_of_a_dead_node_is_done_by_the_others(
     agents, job, undisturbed, tmp_path, victim, world
 ):
     output, port = tmp_path / "out.jsonl", free_port()

@@ -1,4 +1,4 @@
-"""mpirun starts the ranks and mpi4py introduces them, under Open MPI and under MPICH.
+"""mpirun starts the ranks and mpi4py provides their rendezvous, under Open MPI and MPICH.
 
 python -m pytest tests/cluster/test_mpi.py
 
@@ -47,7 +47,7 @@ def mpirun(family: str) -> str:
 
 
 def environment(family: str, folder: Path) -> dict[str, str]:
-    """What a user of this family has set; folder: for the link that Debian's MPICH lacks."""
+    """Return a user's environment; folder: for the link that Debian's MPICH lacks."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MPI4PY_LIBMPI")
     environ = {name: value for name, value in os.environ.items() if name not in names}
     if family == "mpich" and (library := library_of_debian()):
@@ -57,7 +57,7 @@ def environment(family: str, folder: Path) -> dict[str, str]:
 
 
 def hosts_of_ranks(output: Path) -> list[str]:
-    """The host of each rank of the run, as its report says."""
+    """Return the host of each rank, from the run's report."""
     report = json.loads(output.with_name(output.name + ".report.json").read_text())
     return [rank["host"] for rank in report["run"]["ranks"]]
 
@@ -72,7 +72,7 @@ def launch(command: list[str], environ: Mapping[str, str]) -> subprocess.Complet
 
 
 @pytest.mark.parametrize("family", PROGRAMS)
-def test_a_job_under_mpirun_leaves_the_records_of_one_process(family, job, undisturbed, tmp_path):
+def test_a_job_under_mpirun_writes_the_records_of_one_process(family, job, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     command = [mpirun(family), "-n", "2", sys.executable, *job.command(output)]
     done = launch(command, environment(family, tmp_path))
@@ -95,7 +95,7 @@ def test_the_script_for_mpi_starts_the_ranks_it_is_asked_for(family, job, undist
 
 
 @pytest.mark.parametrize("family", PROGRAMS)
-def test_a_wrong_setting_ends_mpirun_with_its_message_told_once(family, job, tmp_path):
+def test_a_wrong_setting_ends_mpirun_with_its_message_printed_once(family, job, tmp_path):
     arguments = [*job.command(tmp_path / "out.jsonl"), "--set", "moe.capacity.factr=2"]
     command = [mpirun(family), "-n", "2", sys.executable, *arguments]
     done = launch(command, environment(family, tmp_path))
@@ -103,7 +103,7 @@ def test_a_wrong_setting_ends_mpirun_with_its_message_told_once(family, job, tmp
     assert done.stderr.count("moe.capacity.factr = 2: unknown key; did you mean") == 1, done.stderr
 
 
-def test_mpich_without_its_library_is_told_where_to_get_it(job, tmp_path):
+def test_mpich_without_its_library_is_an_error_that_names_the_remedy(job, tmp_path):
     program = mpirun("mpich")
     environ = environment("openmpi", tmp_path) | {"LD_LIBRARY_PATH": str(tmp_path)}
     own = Path(sys.prefix) / "lib" / "libmpi.so.12"
@@ -123,7 +123,7 @@ def hosts() -> Iterator[VirtualHosts]:
         yield hosts
 
 
-def test_mpirun_over_two_hosts_leaves_the_records_of_one_process(hosts, job, undisturbed, tmp_path):
+def test_mpirun_over_two_hosts_writes_the_records_of_one_process(hosts, job, undisturbed, tmp_path):
     output, hostfile = tmp_path / "out.jsonl", tmp_path / "hosts"
     hostfile.write_text("".join(f"{name} slots=2\n" for name in hosts.names))
     command = [str(which("mpirun.openmpi")), "-n", "4", "--hostfile", str(hostfile)]

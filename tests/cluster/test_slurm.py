@@ -3,7 +3,7 @@
 python -m pytest tests/cluster/test_slurm.py
 
 Needs Debian's packages slurm-wlm and munge, and skips without. Every job runs the tiny model on the
-CPU over the same requests and must leave the file that one undisturbed process leaves.
+CPU over the same requests and must write the file that one undisturbed process writes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(requests: Path) -> bytes:
-    """The output of one process that no launcher started and nothing happened to."""
+    """The output of one process, without a launcher and without faults."""
     output = requests.with_name("undisturbed.jsonl")
     script = ROOT / "launch" / "infer.py"
     argv = [sys.executable, str(script), *arguments(requests, output, ranks=1)]
@@ -67,7 +67,7 @@ def undisturbed(requests: Path) -> bytes:
 
 
 def arguments(requests: Path, output: Path, ranks: int, *more: str) -> list[str]:
-    """What follows the script; a job on two ranks is slow, so that it has a middle to disturb."""
+    """Return the script's arguments; a job on two ranks is slow enough to be interrupted."""
     settings = {
         "parallel.expert": ranks,
         "scheduler.max_sequences": 8 if ranks == 2 else 64,
@@ -85,16 +85,16 @@ def submit(
 ) -> str:
     """Submit from a directory that is not the project's; return the job's id."""
     options = [f"--chdir={log.parent}", f"--output={log}", *options]
-    place = {"LOCKSTEP": str(ROOT), "PYTHON": sys.executable}
-    return slurm.sbatch(*options, str(SCRIPTS / script), *argv, environ=place | environ)
+    settings = {"LOCKSTEP": str(ROOT), "PYTHON": sys.executable}
+    return slurm.sbatch(*options, str(SCRIPTS / script), *argv, environ=settings | environ)
 
 
 def resumed(output: Path) -> int:
-    """How many requests the last run found done."""
+    """Return how many requests the last run found completed."""
     return json.loads(output.with_name(output.name + ".report.json").read_text())["resumed"]
 
 
-def test_one_torchrun_a_node_and_one_rank_a_gpu_give_the_output_of_one_process(
+def test_one_torchrun_per_node_and_one_rank_per_gpu_give_the_output_of_one_process(
     slurm, requests, undisturbed, tmp_path
 ):
     output, log, inside = tmp_path / "out.jsonl", tmp_path / "log", tmp_path / "inside"
@@ -112,7 +112,7 @@ def test_one_torchrun_a_node_and_one_rank_a_gpu_give_the_output_of_one_process(
     assert inside.read_text().count("launch/slurm/node.py --nnodes=2 --nproc-per-node=2") == 2
 
 
-def test_one_task_a_rank_gives_the_output_of_one_process(slurm, requests, undisturbed, tmp_path):
+def test_one_task_per_rank_gives_the_output_of_one_process(slurm, requests, undisturbed, tmp_path):
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
     argv = arguments(requests, output, ranks=4)
     job = submit(slurm, "infer_srun.sbatch", ["--nodes=2", "--ntasks-per-node=2"], argv, log)
@@ -131,7 +131,7 @@ def test_without_the_script_a_task_finds_the_head_through_scontrol(slurm):
     shown = slurm.run(*step, sys.executable, "-c", code, str(ROOT)).split()
     assert sorted(shown[0::3]) == ["0", "1", "2", "3"]
     assert shown[1::3] == ["127.0.0.1"] * 4
-    assert len(set(shown[2::3])) == 1, "all ranks meet at one port"
+    assert len(set(shown[2::3])) == 1, "all ranks use one port"
 
 
 def test_a_cancelled_job_stays_cancelled_and_the_same_command_finishes_it(
@@ -151,7 +151,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_finishes_it(
     assert output.read_bytes() == undisturbed and resumed(output) > 0
 
 
-def test_a_job_that_runs_out_of_time_requeues_itself_and_goes_on(
+def test_a_job_that_runs_out_of_time_requeues_itself_and_resumes(
     slurm, requests, undisturbed, tmp_path
 ):
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
@@ -166,7 +166,7 @@ def test_a_job_that_runs_out_of_time_requeues_itself_and_goes_on(
     assert output.read_bytes() == undisturbed and resumed(output) > 0
 
 
-def test_a_preempted_job_is_requeued_once_and_goes_on(slurm, requests, undisturbed, tmp_path):
+def test_a_preempted_job_is_requeued_once_and_resumes(slurm, requests, undisturbed, tmp_path):
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
     job = submit(
         slurm, "infer_srun.sbatch", ["--nodes=2"], arguments(requests, output, ranks=2), log
@@ -180,7 +180,7 @@ def test_a_preempted_job_is_requeued_once_and_goes_on(slurm, requests, undisturb
     assert output.read_bytes() == undisturbed and resumed(output) > 0
 
 
-def test_a_job_that_loses_its_head_node_goes_on_without_it(slurm, requests, undisturbed, tmp_path):
+def test_a_job_that_loses_its_head_node_resumes_without_it(slurm, requests, undisturbed, tmp_path):
     output, log = tmp_path / "out.jsonl", tmp_path / "log"
     job = submit(
         slurm, "infer_srun.sbatch", ["--nodes=2"], arguments(requests, output, ranks=2), log

@@ -103,7 +103,7 @@ def test_a_killed_job_resumes_with_nothing_lost_doubled_or_redone(
     job, undisturbed, tmp_path, event, victim, again
 ):
     output = tmp_path / "out.jsonl"
-    with pytest.raises(RanksFailed, match=f"rank {victim}: died without a word, exit code -9"):
+    with pytest.raises(RanksFailed, match=f"rank {victim}: exited without a result, exit code -9"):
         run(2, command(job, output), (victim, 3, event))
     done = committed(output, 2)
     assert 0 < len(done) < ALL and not output.exists()
@@ -251,7 +251,7 @@ def test_a_rank_that_waits_in_vain_says_for_whom_and_exits(job):
         timeout=90,
     )
     assert done.returncode == 1
-    assert "rank 1 of 2 did not arrive within 2 s" in done.stderr
+    assert "rank 1 of 2 did not join within 2 s" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Ranks that meet, and ranks that must not run together: real processes over gloo.
+"""Ranks that join, and ranks that must not run together: real processes over gloo.
 
 python -m pytest tests/distributed/test_bootstrap.py
 """
@@ -83,7 +83,7 @@ def start_twice(rank: int) -> list[int]:
     return sums
 
 
-def test_a_process_can_run_twice_over_a_store_that_remembers():
+def test_a_process_can_run_twice_over_a_store_with_old_keys():
     assert run_ranks(start_twice, 2) == [[2, 20], [2, 20]]
 
 
@@ -97,7 +97,7 @@ def error_of_different(rank: int) -> str:
     return error_of(rank, make_config(seed=1 if rank == 2 else 0))
 
 
-def test_ranks_with_different_configs_are_refused_and_the_odd_one_named():
+def test_ranks_with_different_configs_are_refused_and_grouped_by_digest():
     errors = run_ranks(error_of_different, 4)
     assert len(set(errors)) == 1
     assert "different configs" in errors[0]
@@ -115,7 +115,7 @@ def error_of_one_host(rank: int) -> str:
     return error_of(rank, make_config(), "model.path = 'x': no such directory" if rank else None)
 
 
-def test_a_problem_that_one_rank_has_before_they_meet_is_raised_by_all_with_its_host():
+def test_a_problem_of_one_rank_before_the_rendezvous_is_raised_by_all_with_its_host():
     errors = run_ranks(error_of_one_host, 2)
     expected = f"rank 1 on {socket.gethostname()}: model.path = 'x': no such directory"
     assert errors == [expected] * 2
@@ -126,22 +126,22 @@ def test_a_problem_that_all_ranks_have_is_raised_without_their_names():
 
 
 def absent_with_problem(rank: int) -> str:
-    pytest.MonkeyPatch().setattr(bootstrap, "PATIENCE_S", 2.0)
+    pytest.MonkeyPatch().setattr(bootstrap, "RENDEZVOUS_TIMEOUT_S", 2.0)
     return error_of(rank, make_config(), "no such disk") if rank == 0 else "absent"
 
 
-def test_a_rank_with_a_problem_tells_it_even_when_another_never_arrives():
+def test_a_rank_with_a_problem_raises_it_even_when_another_never_joins():
     error, _ = run_ranks(absent_with_problem, 2)
-    assert error.startswith("no such disk\n") and "rank 1 of 2 did not arrive" in error
+    assert error.startswith("no such disk\n") and "rank 1 of 2 did not join" in error
 
 
 def absent(rank: int) -> str:
     return error_of(rank, make_config(timeout_s=2.0)) if rank != 1 else "absent"
 
 
-def test_a_rank_that_never_arrives_is_named():
+def test_a_rank_that_never_joins_is_named():
     errors = run_ranks(absent, 3)
-    assert "rank 1 of 3 did not arrive within 2 s" in errors[0]
+    assert "rank 1 of 3 did not join within 2 s" in errors[0]
     assert errors[2] == errors[0]
 
 
@@ -163,7 +163,7 @@ def test_an_error_of_some_ranks_is_raised_by_all_with_one_text():
 def threads(rank: int, omp: str, config: Config) -> int:
     os.environ["OMP_NUM_THREADS"] = omp
     topology = bootstrap.start(config)
-    raise_on_any_rank(topology.control, None)  # no rank leaves while another still connects
+    raise_on_any_rank(topology.control, None)  # no rank exits while another connects
     return torch.get_num_threads()
 
 
@@ -246,8 +246,8 @@ def test_torchrun_starts_two_ranks_and_an_error_of_one_fails_the_job(tmp_path):
     assert code != 0 and "error: rank 1: no more room" in err
 
 
-def test_a_wrong_setting_is_told_though_rank_0_is_the_last_to_know(tmp_path):
-    """torchrun ends all ranks when the first has left, and only rank 0 speaks."""
+def test_a_wrong_setting_is_reported_though_rank_0_starts_last(tmp_path):
+    """torchrun ends all ranks when the first has exited, and only rank 0 reports."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\nif os.environ.get('RANK') == '0': time.sleep(5)\n"
     )
@@ -260,8 +260,8 @@ def test_a_wrong_setting_is_told_though_rank_0_is_the_last_to_know(tmp_path):
 
 
 def infer(rank: int, port: int, *arguments: str) -> subprocess.Popen:
-    """launch/infer.py as one rank of two, each on a host of its own."""
-    place = {
+    """Start launch/infer.py as one rank of two, each on a host of its own."""
+    launch = {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
         "LOCAL_RANK": "0",
@@ -271,14 +271,14 @@ def infer(rank: int, port: int, *arguments: str) -> subprocess.Popen:
     }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "launch" / "infer.py"), *arguments],
-        env=os.environ | place,
+        env=os.environ | launch,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_a_checkpoint_that_only_another_host_lacks_is_told_by_rank_0():
+def test_a_checkpoint_that_only_another_host_lacks_is_reported_by_rank_0():
     port, tiny = free_port(), ["--config", "tiny_mixtral_ep2"]
     here = infer(0, port, *tiny)
     there = infer(1, port, *tiny, "--set", "model.path=/no/such")
@@ -286,10 +286,10 @@ def test_a_checkpoint_that_only_another_host_lacks_is_told_by_rank_0():
     assert code == 2 and f"error: rank 1 on {socket.gethostname()}: this config cannot run" in err
     assert "model.path = '/no/such': no such directory" in err and "Traceback" not in err
     code, _, err = finish(there)
-    assert code == 2 and "error:" not in err, "rank 0 has told"
+    assert code == 2 and "error:" not in err, "rank 0 has reported"
 
 
-def test_a_config_that_only_another_host_lacks_is_told_by_rank_0():
+def test_a_config_that_only_another_host_lacks_is_reported_by_rank_0():
     port = free_port()
     here = infer(0, port, "--config", "tiny_mixtral_ep2")
     there = infer(1, port, "--config", "/no/such.yaml")
@@ -300,12 +300,12 @@ def test_a_config_that_only_another_host_lacks_is_told_by_rank_0():
 
 
 def run_alone(rank: int, local_rank: int) -> tuple[int, str]:
-    """launch/infer.py as rank 1 of two, of which the other never comes."""
+    """Run launch/infer.py as rank 1 of two, of which the other never joins."""
     from launch import infer as script
 
     if rank == 0:
         return 0, ""
-    pytest.MonkeyPatch().setattr(bootstrap, "PATIENCE_S", 1.0)
+    pytest.MonkeyPatch().setattr(bootstrap, "RENDEZVOUS_TIMEOUT_S", 1.0)
     os.environ["LOCAL_RANK"] = str(local_rank)
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
@@ -313,11 +313,11 @@ def run_alone(rank: int, local_rank: int) -> tuple[int, str]:
     return code, err.getvalue()
 
 
-def test_an_error_that_the_others_cannot_hear_is_told_once_a_host():
+def test_an_error_that_the_others_cannot_receive_is_reported_once_per_host():
     code, err = run_ranks(run_alone, 2, 0)[1]
     assert code == 2
     assert err.startswith(f"rank 1 on {socket.gethostname()}: error: --config /no/such.yaml")
-    assert "rank 0 of 2 did not arrive within 1 s" in err
+    assert "rank 0 of 2 did not join within 1 s" in err
     assert run_ranks(run_alone, 2, 1)[1] == (2, "")
 
 
@@ -340,7 +340,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_slurm_tasks_meet_at_the_steps_own_port(tmp_path):
+def test_slurm_tasks_join_at_the_steps_own_port(tmp_path):
     step = {
         "SLURM_JOB_ID": str(free_port()),  # the port is derived from it
         "SLURM_STEP_ID": "0",

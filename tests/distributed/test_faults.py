@@ -1,10 +1,10 @@
-"""Ranks that die, stop, hang, fail or go astray in the middle of a job: the others say who and
-where and leave in time, and the job goes on from its ledger.
+"""Ranks that die, stop, hang, fail or skip a collective in the middle of a job: the others report
+which rank and where, exit in time, and the job resumes from its ledger.
 
 python -m pytest tests/distributed/test_faults.py
 
 Real processes over gloo, three ranks, mostly started as by hand, so that rank 0 holds the store.
-`fault_worker.py` plants the fault.
+`fault_worker.py` injects the fault.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from tests.helpers import (
 ROOT = Path(__file__).resolve().parents[2]
 HOST = re.escape(socket.gethostname())
 TIMEOUT_S = 5
-MARGIN_S = 2.0  # to come back to life
+MARGIN_S = 2.0  # for a continued process
 NUM_LINES = 30
 WORLD = 3
 CALL = {"skip": 7, "mismatch": 50}  # exchange and all-to-all of some step in the middle
-LAYER_CALL = 26  # of 4 a step: layer 1 of the 7th step
-PLACE = r"step \d+, (layer \d+, )?[a-z]+, collective \d+"
+LAYER_CALL = 26  # of 4 per step: layer 1 of the 7th step
+PROGRESS = r"step \d+, (layer \d+, )?[a-z]+, collective \d+"
 IN_LAYER = r"step 6, layer 1, [a-z]+, collective \d+"
 
 
 class Job:
-    """One run of the job on several processes, and what became of them."""
+    """One run of the job on several processes, and how each of them ended."""
 
     def __init__(self, folder: Path, argv: list[str], world: int = WORLD) -> None:
         """Start `fault_worker.py argv` on every rank, without a launcher."""
@@ -77,18 +77,18 @@ class Job:
         return re.findall(r"^fault: (.*)$", self.all_err(), re.MULTILINE)
 
     def codes(self, except_rank: int | None = None, within_s: float = 60.0) -> list[int]:
-        """Exit codes, in rank order, once all have left."""
+        """Return the exit codes in rank order, once all have exited."""
         deadline = time.monotonic() + within_s
         waited = [p for rank, p in enumerate(self.processes) if rank != except_rank]
         for process in waited:
             process.join(max(0.0, deadline - time.monotonic()))
-        assert all(p.exitcode is not None for p in waited), f"still there:\n{self.all_err()}"
+        assert all(p.exitcode is not None for p in waited), f"still running:\n{self.all_err()}"
         return [process.exitcode for process in waited]
 
-    def broken_at(self, rank: int) -> float:
-        """When the fault happened, after waiting for it."""
+    def faulted_at(self, rank: int) -> float:
+        """Wait for the fault; return when it happened."""
         deadline = time.monotonic() + 60
-        while not (found := re.search(r"^broken at ([\d.]+)$", self.err(rank), re.MULTILINE)):
+        while not (found := re.search(r"^fault at ([\d.]+)$", self.err(rank), re.MULTILINE)):
             assert time.monotonic() < deadline and self.processes[rank].is_alive(), self.all_err()
             time.sleep(0.01)
         return float(found[1])
@@ -101,7 +101,7 @@ class Job:
 
 
 def one_rank(argv: list[str], environ: dict[str, str], err: Path) -> None:
-    """What a rank's process does: run the command as if it was started by hand."""
+    """Run the command as a rank, as if it was started by hand."""
     os.environ.update(environ)
     for stream, path in ((sys.stdout, Path(os.devnull)), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
@@ -166,10 +166,10 @@ def start(folder: Path, tmp_path: Path) -> Iterator[Any]:
 
 
 def one_report(job: Job, victim: int) -> str:
-    """The only report, once the survivors have left in time with exit code 1."""
-    broken = job.broken_at(victim)
+    """Return the only report, once the survivors have exited in time with exit code 1."""
+    began = job.faulted_at(victim)
     codes = job.codes(except_rank=victim)
-    taken = time.monotonic() - broken
+    taken = time.monotonic() - began
     assert codes == [1] * len(codes), job.all_err()
     assert taken < TIMEOUT_S, f"{taken:.1f} s"
     assert len(job.reports()) == 1, job.all_err()
@@ -187,10 +187,10 @@ def resumed(folder: Path, tmp_path: Path) -> list[dict[str, Any]]:
     return records
 
 
-# As ranks on several hosts, and all with GPUs: what they wait in is not of our making.
+# As ranks on several hosts, and all with GPUs: they wait in collectives of another library.
 OVER_GLOO = ("--set", "runtime.shared_memory=false")
 VICTIMS = pytest.mark.parametrize(
-    ("victim", "way"),
+    ("victim", "settings"),
     [
         pytest.param(1, (), id="a rank"),
         pytest.param(0, (), id="the rank with the store"),
@@ -200,12 +200,12 @@ VICTIMS = pytest.mark.parametrize(
 
 
 @VICTIMS
-def test_a_killed_rank_is_named_with_its_last_place_and_the_job_goes_on(
-    folder, undisturbed, start, tmp_path, victim, way
+def test_a_killed_rank_is_named_with_its_last_progress_and_the_job_resumes(
+    folder, undisturbed, start, tmp_path, victim, settings
 ):
-    job = start("kill", victim, *way)
+    job = start("kill", victim, *settings)
     report = one_report(job, victim)
-    silence = "has not been heard of" if victim else "which holds the store, has not answered"
+    silence = "has published no heartbeat" if victim else "which holds the store, has not answered"
     assert re.match(rf"rank {victim} on {HOST},? {silence}", report), report
     assert re.search(f"last seen in {IN_LAYER}", report), report
     assert job.processes[victim].exitcode == -signal.SIGKILL
@@ -213,25 +213,25 @@ def test_a_killed_rank_is_named_with_its_last_place_and_the_job_goes_on(
 
 
 @VICTIMS
-def test_a_stopped_rank_is_named_and_leaves_too_when_it_is_continued(
-    folder, undisturbed, start, tmp_path, victim, way
+def test_a_stopped_rank_is_named_and_exits_too_when_it_is_continued(
+    folder, undisturbed, start, tmp_path, victim, settings
 ):
-    job = start("stop", victim, *way)
+    job = start("stop", victim, *settings)
     report = one_report(job, victim)
     assert re.match(rf"rank {victim} on {HOST}", report) and "stopped" in report
     assert re.search(f"last seen in {IN_LAYER}", report), report
     os.kill(job.processes[victim].pid, signal.SIGCONT)
     assert job.codes(within_s=TIMEOUT_S + MARGIN_S)[victim] == 1
-    assert len(job.reports()) == 1, "the one that comes back accuses nobody"
+    assert len(job.reports()) == 1, "the continued rank reports no other"
     assert f"rank {victim} on" in job.err(victim)
     assert resumed(folder, tmp_path) == undisturbed
 
 
-def test_a_rank_that_is_continued_in_time_goes_on_as_if_nothing_had_happened(
+def test_a_rank_that_is_continued_in_time_finishes_the_job_undisturbed(
     undisturbed, start, tmp_path
 ):
     job = start("stop", 1)
-    job.broken_at(1)
+    job.faulted_at(1)
     time.sleep(1.5)
     os.kill(job.processes[1].pid, signal.SIGCONT)
     assert job.codes() == [0, 0, 0], job.all_err()
@@ -241,12 +241,14 @@ def test_a_rank_that_is_continued_in_time_goes_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("victim", [1, 0], ids=["a rank", "the rank with the store"])
-def test_an_exception_in_one_rank_is_told_by_the_others_with_its_text(
+def test_an_exception_in_one_rank_is_reported_by_the_others_with_its_text(
     folder, undisturbed, start, tmp_path, victim
 ):
     job = start("raise", victim)
     report = one_report(job, victim)
-    expected = f"rank {victim} on {HOST} failed in {IN_LAYER}: ArithmeticError: an expert came to 7"
+    expected = (
+        f"rank {victim} on {HOST} failed in {IN_LAYER}: ArithmeticError: the experts summed to 7"
+    )
     assert re.match(expected, report), report
     assert job.codes()[victim] == 1 and "Traceback" in job.err(victim)
     assert resumed(folder, tmp_path) == undisturbed
@@ -260,10 +262,12 @@ def test_a_rank_that_is_not_where_the_others_wait_is_named(
     job = start(fault, victim)
     report = one_report(job, victim)
     others = "ranks 0, 2" if victim == 1 else "ranks 0, 1"
-    place = PLACE if fault == "skip" else IN_LAYER
-    expected = rf"rank {victim} on {HOST} has been at {place} for [\d.]+ s, while {others} wait at"
-    assert re.match(f"{expected} {PLACE}", report), report
-    assert job.codes()[victim] == 1, "it leaves too"
+    progress = PROGRESS if fault == "skip" else IN_LAYER
+    expected = (
+        rf"rank {victim} on {HOST} has been at {progress} for [\d.]+ s, while {others} wait at"
+    )
+    assert re.match(f"{expected} {PROGRESS}", report), report
+    assert job.codes()[victim] == 1, "it exits too"
     assert resumed(folder, tmp_path) == undisturbed
 
 
@@ -283,18 +287,18 @@ def test_a_rank_that_hangs_outside_of_the_steps_is_named_with_what_it_was_doing(
     others = "ranks 0, 2 wait" if victim == 1 else "ranks 1, 2 wait"
     expected = rf"rank {victim} on {HOST} has been {doing} for [\d.]+ s, while {others}: it hangs"
     assert re.match(expected, report), report
-    assert job.codes()[victim] == 1, "it leaves too"
+    assert job.codes()[victim] == 1, "it exits too"
     assert finish(folder, tmp_path / "out.jsonl") == undisturbed
 
 
-@pytest.mark.parametrize("way", [(), OVER_GLOO], ids=["shared memory", "gloo"])
-def test_a_rank_that_skips_an_all_to_all_is_named_by_the_numbers_of_the_collectives(
-    folder, undisturbed, start, tmp_path, way
+@pytest.mark.parametrize("settings", [(), OVER_GLOO], ids=["shared memory", "gloo"])
+def test_a_rank_that_skips_an_all_to_all_is_named_by_the_collective_counts(
+    folder, undisturbed, start, tmp_path, settings
 ):
-    """Its next collective meets the others' with sizes that do not fit, if it meets it at all."""
-    job = start("mismatch", 1, *way)
+    """Its next collective has sizes that do not fit those of the others, if one is matched."""
+    job = start("mismatch", 1, *settings)
     report = one_report(job, 1)
-    assert re.match(f"rank 1 on {HOST} has been at {PLACE} for ", report), report
+    assert re.match(f"rank 1 on {HOST} has been at {PROGRESS} for ", report), report
     mine, theirs = map(int, re.findall(r"collective (\d+)", report))
     assert mine > theirs and "ranks 0, 2 wait at" in report, "it is ahead of the others"
     assert job.codes()[1] == 1
@@ -304,10 +308,10 @@ def test_a_rank_that_skips_an_all_to_all_is_named_by_the_numbers_of_the_collecti
 def test_a_rank_of_another_expert_group_ends_the_run_too(start):
     job = start("kill", 3, "--set", "parallel.expert=2", world=4)
     report = one_report(job, 3)
-    assert re.match(f"rank 3 on {HOST} has not been heard of", report), report
+    assert re.match(f"rank 3 on {HOST} has published no heartbeat", report), report
 
 
-def test_under_torchrun_the_report_comes_though_the_agent_ends_the_survivors(
+def test_under_torchrun_the_report_is_printed_though_the_agent_ends_the_survivors(
     folder, undisturbed, tmp_path
 ):
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]

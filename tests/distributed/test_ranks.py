@@ -1,4 +1,4 @@
-"""`run_ranks`, on which all tests of several ranks stand: it returns, it tells, never hangs.
+"""`run_ranks`, the basis of all tests of several ranks: it returns, reports and never hangs.
 
 python -m pytest tests/distributed/test_ranks.py
 """
@@ -14,7 +14,7 @@ import torch
 from tests.helpers.ranks import RanksFailed, run_ranks
 
 
-def place(rank: int, offset: int) -> tuple[int, str, str]:
+def rank_and_environ(rank: int, offset: int) -> tuple[int, str, str]:
     return rank + offset, os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
@@ -38,15 +38,15 @@ def sleep(rank: int) -> None:
     time.sleep(60)
 
 
-def test_results_come_back_in_rank_order():
-    assert run_ranks(place, 3, 10) == [(10, "0", "3"), (11, "1", "3"), (12, "2", "3")]
+def test_results_are_returned_in_rank_order():
+    assert run_ranks(rank_and_environ, 3, 10) == [(10, "0", "3"), (11, "1", "3"), (12, "2", "3")]
 
 
-def test_tensors_survive_the_rank_that_made_them():
+def test_tensors_survive_the_rank_that_created_them():
     assert [part.tolist() for part in run_ranks(tensor, 2)] == [[0.0, 0.0], [1.0, 1.0]]
 
 
-def test_an_exception_is_told_with_its_traceback_and_ends_the_others():
+def test_an_exception_is_reported_with_its_traceback_and_ends_the_others():
     started = time.monotonic()
     with pytest.raises(RanksFailed, match="lost key") as caught:
         run_ranks(raise_on_one, 2)
@@ -55,7 +55,7 @@ def test_an_exception_is_told_with_its_traceback_and_ends_the_others():
 
 
 def test_a_rank_that_dies_is_named_with_its_exit_code():
-    with pytest.raises(RanksFailed, match="rank 0: died without a word, exit code 7"):
+    with pytest.raises(RanksFailed, match="rank 0: exited without a result, exit code 7"):
         run_ranks(die_on_zero, 2)
 
 

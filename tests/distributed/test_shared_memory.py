@@ -1,4 +1,4 @@
-"""Ranks of one host meet in shared memory: the same results as gloo, and faults that are told.
+"""Ranks of one host over shared memory: the same results as gloo, and faults that are reported.
 
 Run: pytest tests/distributed/test_shared_memory.py
 """
@@ -24,7 +24,7 @@ from engine.ops import lane as lane_op
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
-    not lane_op.available(), reason="the compiled library is not there, so ranks meet over gloo"
+    not lane_op.available(), reason="without the compiled library ranks communicate over gloo"
 )
 
 
@@ -39,7 +39,7 @@ def some_rows(rank: int, num_rows: int) -> torch.Tensor:
 
 
 def collectives(rank: int, shared_memory: bool) -> list[Any]:
-    """Everything the engine calls, results as they come."""
+    """Run everything that the engine calls; return the results in order."""
     topology = join(shared_memory=shared_memory)
     group, size = topology.expert, topology.expert.size
     results: list[Any] = [dist.get_backend(group.handle), dist.get_backend(topology.control.handle)]
@@ -53,15 +53,15 @@ def collectives(rank: int, shared_memory: bool) -> list[Any]:
     dist.broadcast(root, src=size - 1, group=group.handle)
     results.append(root)
     dist.barrier(group.handle)
-    # Three under way at once: one larger than a ring, one with nothing for some ranks, one empty.
-    under_way = []
+    # Three in flight at once: one larger than a ring, one with nothing for some ranks, one empty.
+    in_flight = []
     for scale in (5000, 1, 0):
         rows_to = [[scale * (a + b) * (a != 1) for b in range(size)] for a in range(size)]
         sent, received = rows_to[rank], [row[rank] for row in rows_to]
         rows, into = some_rows(rank, sum(sent)), torch.empty(sum(received), 33)
         work = dist.all_to_all_single(into, rows, received, sent, group=group.handle, async_op=True)
-        under_way.append((work, into, rows))
-    for work, into, _ in under_way:
+        in_flight.append((work, into, rows))
+    for work, into, _ in in_flight:
         work.wait()
         work.wait()
         results.append(into)
@@ -82,14 +82,14 @@ def test_every_collective_gives_what_gloo_gives(world: int):
 
 
 def failure(rank: int, fault: str) -> tuple[str, float]:
-    """What rank 0 is told, and after how many seconds, when rank 1 misbehaves."""
+    """Return rank 0's error, and after how many seconds, when rank 1 has a fault."""
     topology = join(timeout_s=1.0 if fault == "late" else 30.0)
     group = topology.expert
     rows = torch.zeros(2, 4)
     dist.all_to_all_single(torch.empty_like(rows), rows, group=group.handle)
     if rank == 1 and fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1 and fault == "leaves":
+    if rank == 1 and fault == "exits":
         bootstrap.stop(topology)
         return "", 0.0
     if rank == 1 and fault == "late":
@@ -107,32 +107,32 @@ def failure(rank: int, fault: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "message"),
     [
-        ("leaves", "connection closed by rank 1"),
+        ("exits", "connection closed by rank 1"),
         ("late", "timed out after"),
         ("skips", "the ranks do not call the same collectives"),
     ],
 )
-def test_a_rank_that_is_not_there_is_named_to_who_waits(fault: str, words: str):
-    (told, seconds), _ = run_ranks(failure, 2, fault)
-    assert words in told and "rank 1" in told and f"[{BACKEND}]" in told
-    assert seconds < 15, "told by the timeout and not by what happened"
+def test_a_missing_rank_is_named_in_the_error_of_the_waiting_rank(fault: str, message: str):
+    (error, seconds), _ = run_ranks(failure, 2, fault)
+    assert message in error and "rank 1" in error and f"[{BACKEND}]" in error
+    assert seconds < 15, "found by the timeout and not by the fault"
 
 
 def survivor(rank: int) -> None:
-    """Rank 0 fails with what it was told of rank 1, which was killed."""
+    """Raise, on rank 0, the error that it got from the death of rank 1."""
     raise AssertionError(failure(rank, "killed"))
 
 
-def test_a_killed_rank_is_noticed_at_once():
+def test_a_killed_rank_is_detected_at_once():
     with pytest.raises(AssertionError, match="connection closed by rank 1") as failed:
         run_ranks(survivor, 2)
     assert "exit code -9" in str(failed.value)
 
 
 def backends(rank: int, what: str) -> list[str]:
-    """The backends of a run in which rank 1 lacks something."""
+    """Return the backends of a run in which rank 1 lacks something."""
     patch = pytest.MonkeyPatch()
     if rank == 1 and what == "library":
         patch.setattr(lane_op, "available", lambda: False)
@@ -142,9 +142,9 @@ def backends(rank: int, what: str) -> list[str]:
             raise OSError("no memory")
 
         patch.setattr(lane_op, "make_segment", refuse)
-    if rank == 1 and what == "the others' host":
+    if rank == 1 and what == "same host":
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
-    if rank == 1 and what == "sight of the others":
+    if rank == 1 and what == "access to the others":
         real = os.open
         elsewhere = lambda path, *rest: real(str(path).replace("/proc", "/nothing"), *rest)  # noqa: E731
         patch.setattr(os, "open", elsewhere)
@@ -155,7 +155,7 @@ def backends(rank: int, what: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("what", ["library", "memory", "the others' host", "sight of the others"])
-def test_where_one_rank_cannot_all_meet_over_gloo(what: str):
+@pytest.mark.parametrize("what", ["library", "memory", "same host", "access to the others"])
+def test_where_one_rank_cannot_use_it_all_communicate_over_gloo(what: str):
     for names in run_ranks(backends, 3, what):
         assert names == ["gloo", "gloo"]

@@ -1,4 +1,4 @@
-"""Loading on several ranks: each reads its own, and a fault of one is the error of all.
+"""Loading on several ranks: each reads its own weights, and an error of one is raised by all.
 
 python -m pytest tests/distributed/test_weights.py
 """
@@ -41,7 +41,7 @@ def write(folder: Path, num_experts: int) -> Path:
 
 
 def slots_of(group: Group, num_experts: int) -> list[WeightSlot]:
-    """The shared tensor and this rank's experts, stacked as the MoE layer has them."""
+    """Return the slots of the shared tensor and of this rank's experts, stacked as in the layer."""
     first, count = expert_range(num_experts, group.size, group.rank)
     stacked = torch.full((count, *SHAPE), 77.0)
     slots = [WeightSlot(expert(first + i), stacked[i], SHAPE) for i in range(count)]
@@ -49,7 +49,7 @@ def slots_of(group: Group, num_experts: int) -> list[WeightSlot]:
 
 
 def load(rank: int, folder: Path, num_experts: int) -> tuple[list[float], int] | str:
-    """The first value of each of this rank's experts and the bytes read, or the error."""
+    """Return the first value of each of this rank's experts and the bytes read, or the error."""
     control = start().control
     slots = slots_of(control, num_experts)
     try:
@@ -60,7 +60,7 @@ def load(rank: int, folder: Path, num_experts: int) -> tuple[list[float], int] |
     return [float(slot.target[0, 0]) for slot in slots[:-1]], report.bytes_read
 
 
-def test_each_rank_reads_its_own_experts_and_not_a_byte_more(tmp_path):
+def test_each_rank_reads_only_its_own_experts(tmp_path):
     path = write(tmp_path, 7)
     common = read_header(path)[1] + 7 * 4
     size = SHAPE[0] * SHAPE[1] * 4
@@ -84,7 +84,7 @@ def overwrite(path: Path, name: str, value: float) -> None:
 
 
 def read_without_sharing(rank: int, folder: Path) -> bool:
-    """Whether the read itself, with nobody to tell, finds a fault."""
+    """Return whether the read itself, without a group, finds an error."""
     group = start().control
     slots = slots_of(group, 2)
     try:
@@ -94,7 +94,7 @@ def read_without_sharing(rank: int, folder: Path) -> bool:
     return False
 
 
-def test_a_rank_never_looks_at_another_ranks_experts(tmp_path):
+def test_a_rank_never_reads_another_ranks_experts(tmp_path):
     overwrite(write(tmp_path, 2), expert(1), float("nan"))
     assert run_ranks(read_without_sharing, 2, tmp_path) == [False, True]
 
@@ -126,7 +126,7 @@ def load_own_copy(rank: int, folder: Path) -> tuple[list[float], int] | str:
     return load(rank, folder / str(rank), 2)
 
 
-def test_hosts_with_different_files_are_told(tmp_path):
+def test_hosts_with_different_files_are_reported(tmp_path):
     for rank, num_experts in ((0, 2), (1, 3)):
         (tmp_path / str(rank)).mkdir()
         write(tmp_path / str(rank), num_experts)
@@ -193,7 +193,7 @@ def load_slowly_on_rank_1(rank: int, folder: Path) -> tuple[list[float], int] | 
     return load(rank, folder, 2)
 
 
-def test_a_rank_that_is_done_waits_for_one_that_still_reads(tmp_path):
+def test_a_rank_that_is_done_waits_for_a_slower_reader(tmp_path):
     write(tmp_path, 2)
     assert [result[0] for result in run_ranks(load_slowly_on_rank_1, 2, tmp_path)] == [[0.0], [1.0]]
 
@@ -205,8 +205,8 @@ def dummy(rank: int, num_experts: int) -> dict[str, torch.Tensor]:
 
 
 def test_dummy_weights_are_the_same_on_one_rank_and_on_three():
-    (alone,) = run_ranks(dummy, 1, 5)
+    (single,) = run_ranks(dummy, 1, 5)
     parts = run_ranks(dummy, 3, 5)
     together = {name: value for part in parts for name, value in part.items()}
-    assert together.keys() == alone.keys()
-    assert all(torch.equal(together[name], alone[name]) for name in alone)
+    assert together.keys() == single.keys()
+    assert all(torch.equal(together[name], single[name]) for name in single)

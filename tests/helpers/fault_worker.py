@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 3 tests/helpers/fault_worker.py kill 1 26 --config ...
 
-breaks rank 1 in its 26th call of an MoE layer; what follows is infer.py's own command line. `none`
-breaks nothing.
+injects the fault into rank 1 in its 26th call of an MoE layer; what follows is infer.py's own
+command line. `none` injects nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-SEEN_S = 0.4  # longer than the pause between two heartbeats: the others have seen where it is
+SEEN_S = 0.4  # longer than the heartbeat period: the others have received its progress
 
 
 # Where a rank may hang outside of the lockstep: fault -> module, function.
@@ -30,8 +30,8 @@ HANGS = {
 }
 
 
-def plant(fault: str, victim: int, call: int) -> None:
-    """Make this process break at the given call if it is rank `victim`."""
+def inject(fault: str, victim: int, call: int) -> None:
+    """Make this process fail at the given call if it is rank `victim`."""
     if fault == "none" or int(os.environ["RANK"]) != victim:
         return
     if fault == "skip":
@@ -45,17 +45,17 @@ def plant(fault: str, victim: int, call: int) -> None:
 
 
 def announce() -> None:
-    """Say when it happens, on the clock that all processes of a machine share."""
-    print(f"broken at {time.monotonic()}", file=sys.stderr, flush=True)
+    """Print when it happens, on the clock that all processes of a machine share."""
+    print(f"fault at {time.monotonic()}", file=sys.stderr, flush=True)
 
 
 def skip_exchange(call: int) -> None:
-    """Leave out one exchange of control words: this rank goes on with those of the one before."""
+    """Skip one exchange of control messages: this rank goes on with those of the one before."""
     from engine.generation.control import ControlPlane
 
     exchange, count, last = ControlPlane.exchange, 0, None
 
-    def forgetful(self: ControlPlane, *args: Any, **kwargs: Any) -> Any:
+    def skipping(self: ControlPlane, *args: Any, **kwargs: Any) -> Any:
         nonlocal count, last
         count += 1
         if count == call:
@@ -64,16 +64,16 @@ def skip_exchange(call: int) -> None:
             last = exchange(self, *args, **kwargs)
         return last
 
-    ControlPlane.exchange = forgetful  # pyright: ignore[reportAttributeAccessIssue]
+    ControlPlane.exchange = skipping  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def skip_all_to_all(call: int) -> None:
-    """Leave out one all-to-all; the next one meets the others' with sizes that do not fit."""
+    """Skip one all-to-all; the sizes of the next one do not fit those of the other ranks."""
     import torch.distributed as dist
 
     all_to_all, count = dist.all_to_all_single, 0
 
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
+    def skipping(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
         if count == call:
@@ -81,17 +81,17 @@ def skip_all_to_all(call: int) -> None:
             return None
         return all_to_all(*args, **kwargs)
 
-    dist.all_to_all_single = forgetful
+    dist.all_to_all_single = skipping
 
 
 def hang_in(module: str, name: str) -> None:
-    """Stay in a function for good when it is called."""
+    """Hang in a function when it is called."""
     import importlib
 
     def stuck(*args: Any, **kwargs: Any) -> NoReturn:
         announce()
         time.sleep(600)
-        raise AssertionError("the test ends it")
+        raise AssertionError("the test kills it")
 
     setattr(importlib.import_module(module), name, stuck)
 
@@ -109,7 +109,7 @@ def break_layer(fault: str, call: int) -> None:
             time.sleep(SEEN_S)
             announce()
             if fault == "raise":
-                raise ArithmeticError("an expert came to 7 and a half")
+                raise ArithmeticError("the experts summed to 7 and a half")
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "stop":
@@ -122,9 +122,9 @@ def break_layer(fault: str, call: int) -> None:
 
 
 def run(argv: list[str]) -> NoReturn:
-    """Do what the command says and end the process as infer.py does."""
+    """Inject the fault, run infer.py and exit as it does."""
     fault, victim, call, *rest = argv
-    plant(fault, int(victim), int(call))
+    inject(fault, int(victim), int(call))
     script = ROOT / "launch" / "infer.py"
     sys.argv = [str(script), *rest]
     runpy.run_path(str(script), run_name="__main__")

@@ -4,8 +4,8 @@
         done = hosts.run("host1", ["ssh", "host2", "hostname"], timeout_s=10)
 
 A host has its own network, host name, /etc/hosts, /run and process ids; files are shared, as on a
-cluster's file system. Everything hangs on one process a host that dies with this one, so nothing is
-left behind however this process ends. Needs root.
+cluster's file system. Each host is held by one process that dies with this one, so nothing is left
+behind however this process ends. Needs root.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PACKAGE_OF = {
 }
 _NETWORK = "10.77.0"
 _SPACES = ("--net", "--uts", "--mount", "--pid")
-_SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # the daemons' place on Debian
+_SEARCH_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # the daemons' folder on Debian
 _WAIT_S = 10.0
 
 # $1: the host's name. $2: its /etc/hosts.
@@ -56,15 +56,16 @@ LogLevel ERROR
 
 
 class Done(NamedTuple):
-    """A command that has ended: its exit code, and what it printed to stdout and stderr."""
+    """A command that has ended."""
 
     code: int
-    output: str
+    output: str  # stdout and stderr
 
 
 def why_no_hosts(**more: str) -> str:
-    """What is missing for hosts of one's own, "" for nothing. more: further programs and their
-    packages; a program's underscore stands for a dot.
+    """Return what is missing to create virtual hosts, "" for nothing.
+
+    more: further programs and their packages; a program's underscore replaces a dot.
     """
     if os.geteuid() != 0:
         return "making network namespaces needs root"
@@ -74,13 +75,14 @@ def why_no_hosts(**more: str) -> str:
 
 
 def which(program: str) -> str | None:
-    """The program's path, also where only root would look."""
+    """Return the program's path, searching root's folders too."""
     return shutil.which(program, path=_SEARCH_PATH)
 
 
 class VirtualHosts:
-    """Context manager: hosts host1, host2, ... at 10.77.0.1, ..., which reach each other by name
-    and by ssh without a password.
+    """Context manager: hosts host1, host2, ... at 10.77.0.1, ...
+
+    They resolve each other's names, and ssh needs no password.
     """
 
     def __init__(self, num_hosts: int) -> None:
@@ -109,8 +111,10 @@ class VirtualHosts:
         folder: Path | None = None,
         timeout_s: float,
     ) -> Done:
-        """Run a command on a host until it ends. Raises RuntimeError with its output if it does not
-        within `timeout_s`; what it has started lives on until the hosts go.
+        """Run a command on a host until it ends; what it has started lives until the hosts stop.
+
+        Raises:
+            RuntimeError: it has not ended within `timeout_s`; with its output.
         """
         command = [*self._enter(host), "env", f"--chdir={folder or self.dir}", *argv]
         environ = {**os.environ, **(environ or {})}
@@ -132,7 +136,7 @@ class VirtualHosts:
 
     def _start(self) -> None:
         hosts_file = self.dir / "hosts"
-        addresses = {name: f"{_NETWORK}.{place}" for place, name in enumerate(self.names, 1)}
+        addresses = {name: f"{_NETWORK}.{number}" for number, name in enumerate(self.names, 1)}
         lines = [f"{address} {name}\n" for name, address in addresses.items()]
         hosts_file.write_text("127.0.0.1 localhost\n" + "".join(lines))
         for key in ("host_key", "user_key"):
@@ -157,7 +161,7 @@ class VirtualHosts:
             _call(*self._enter(name), sshd, "-f", str(self.dir / "sshd_config"))
 
     def _hold(self, name: str, hosts_file: Path) -> int:
-        """Start the process that a host's namespaces hang on; return its id."""
+        """Start the process that holds a host's namespaces; return its id."""
         unshare = ["unshare", *_SPACES, "--fork", "--kill-child", "--mount-proc"]
         begin = ["sh", "-c", _BEGIN, "sh", name, str(hosts_file)]
         holder = subprocess.Popen(
@@ -192,7 +196,7 @@ class VirtualHosts:
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process has not ended; its status is not asked for by us but by its parent."""
+    """Return whether a process has not ended; a zombie, which its parent has yet to reap, has."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Ranks as threads of one process: collectives without sockets, for thousands of small cases.
 
 `run_threads(fn, world)` calls `fn(collectives)` on every rank and returns the results in rank
-order. One rank computes at a time, the others wait for their turn or in a collective: threads that
-fight for the interpreter's lock take half as long again. A rank that fails breaks the barrier, so
+order. One rank computes at a time, the others wait for a lock or in a collective: threads that
+compete for the interpreter's lock take 1.5 times as long. A rank that fails breaks the barrier, so
 the others fail too instead of waiting for it; the first real failure is raised.
 """
 
@@ -18,10 +18,7 @@ from engine.distributed.collectives import Done, Pending
 
 
 class ThreadCollectives:
-    """`engine.distributed.collectives.Collectives` over a barrier and a shared list.
-
-    log: what was called, in order, with its shape: it must be the same on every rank.
-    """
+    """`engine.distributed.collectives.Collectives` over a barrier and a shared list."""
 
     def __init__(
         self,
@@ -29,22 +26,23 @@ class ThreadCollectives:
         size: int,
         barrier: threading.Barrier,
         box: list,
-        turn: threading.Lock | None = None,
+        lock: threading.Lock | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self.bytes_sent = self.num_collectives = 0
+        # The calls in order, with their shapes: the same on every rank.
         self.log: list[tuple[str, torch.Size]] = []
         self._barrier, self._box = barrier, box
-        self._turn = turn or threading.Lock()
-        if turn is None:
-            self._turn.acquire()
+        self._lock = lock or threading.Lock()
+        if lock is None:
+            self._lock.acquire()
 
     def all_gather(self, part: torch.Tensor) -> Pending:
-        """Gather equal shapes: [W, *part.shape]."""
+        """Gather parts of equal shape; the result is [W, *part.shape]."""
         return Done(torch.stack(self._exchange("all_gather", part)))
 
     def all_reduce(self, part: torch.Tensor) -> Pending:
-        """Add up over ranks."""
+        """Sum over ranks."""
         return Done(torch.stack(self._exchange("all_reduce", part)).sum(0).to(part.dtype))
 
     def _exchange(self, name: str, part: torch.Tensor) -> list[torch.Tensor]:
@@ -52,13 +50,13 @@ class ThreadCollectives:
         self.num_collectives += 1
         self.bytes_sent += part.numel() * part.element_size()
         self._box[self.rank] = (name, part.clone())
-        self._turn.release()
+        self._lock.release()
         try:
             self._barrier.wait(20)
             parts = list(self._box)
             self._barrier.wait(20)
         finally:
-            self._turn.acquire()
+            self._lock.acquire()
         assert {other for other, _ in parts} == {name}, "ranks call different collectives"
         assert len({tensor.shape for _, tensor in parts}) == 1, "ranks send different shapes"
         return [tensor for _, tensor in parts]
@@ -66,14 +64,14 @@ class ThreadCollectives:
 
 def run_threads(fn: Callable[[ThreadCollectives], Any], world: int) -> list[Any]:
     """Call `fn` on `world` ranks at once; return the results in rank order."""
-    barrier, box, turn = threading.Barrier(world), [None] * world, threading.Lock()
+    barrier, box, lock = threading.Barrier(world), [None] * world, threading.Lock()
     results: list[Any] = [None] * world
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            with turn:
-                results[rank] = fn(ThreadCollectives(rank, world, barrier, box, turn))
+            with lock:
+                results[rank] = fn(ThreadCollectives(rank, world, barrier, box, lock))
         except threading.BrokenBarrierError:
             pass
         except BaseException as failure:
@@ -89,5 +87,5 @@ def run_threads(fn: Callable[[ThreadCollectives], Any], world: int) -> list[Any]
     if failures:
         raise failures[0]
     if barrier.broken:
-        raise TimeoutError("a rank did not come to a collective")
+        raise TimeoutError("a rank did not reach a collective")
     return results

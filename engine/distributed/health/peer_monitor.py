@@ -1,8 +1,8 @@
-"""PeerMonitor: how old everything is that a rank has heard of the others, by its own running time.
+"""Peer monitor: per rank, time since its last heartbeat and since its last progress.
 
-An observer that was stopped for a while, or that hardly gets to run, must not take its own absence
-for everybody else's: time counts only as far as it was there to listen. `faults.py` judges the
-ages.
+Pure: the caller passes the current time in seconds. Intervals in which the observing process itself
+was suspended (SIGSTOP, swapping, no free core) are excluded, so that a rank never reports its own
+stall as the failure of its peers. `diagnosis.py` turns the ages into a diagnosis.
 """
 
 from __future__ import annotations
@@ -13,72 +13,74 @@ from dataclasses import dataclass
 from engine.distributed.health.diagnosis import PeerStatus
 from engine.distributed.health.progress import Progress, State
 
-# Beats of one rank from before an absence that may be read after it: one that was in the store but
-# had not been taken, and one on its way. No more: a rank waits for the store's answer in between.
-_OLD_BEATS = 2
+# Heartbeats of one rank from before a stall that may be read after it: one that was in the store
+# but not yet read, and one in flight. No more: a rank waits for the store's answer in between.
+_STALE_HEARTBEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a rank says of itself. count: grows with every beat."""
+    """What a rank publishes about itself."""
 
-    count: int = 0
+    count: int = 0  # increases by one per heartbeat
     state: State = "starting"
-    place: Progress = Progress()
-    text: str = ""
+    progress: Progress = Progress()
+    error: str = ""
 
 
 class PeerMonitor:
-    """What one rank has heard of all ranks of `hosts`; pure: told the time, in seconds.
-
-    unanswered_s: since the store last answered. absent_s: how long this rank itself was not
-    running, 0 once another one has been heard again for certain.
-    """
+    """Heartbeat and progress ages of all ranks of `hosts`, as observed by rank `own`."""
 
     def __init__(self, own: int, hosts: Sequence[str], period_s: float, now: float) -> None:
-        self.unanswered_s = 0.0
-        self.absent_s = 0.0
+        self.store_silence_s = 0.0  # since the store last answered
+        # How long this process was suspended; 0 once a newer heartbeat has certainly arrived.
+        self.self_stall_s = 0.0
         self._own, self._hosts = own, hosts
-        self._longest_s = 2 * period_s  # a tick counts as no more
-        self._absence_s = max(1.0, 4 * period_s)
-        self._ticked = now
-        self._beats = [Heartbeat()] * len(hosts)
-        self._silent_s = [0.0] * len(hosts)
-        self._still_s = [0.0] * len(hosts)
-        self._heard = [0] * len(hosts)  # beats since an absence
+        self._max_interval_s = 2 * period_s  # of one update; the rest is this process's own delay
+        self._min_stall_s = max(1.0, 4 * period_s)
+        self._updated = now
+        self._heartbeats = [Heartbeat()] * len(hosts)
+        self._heartbeat_age_s = [0.0] * len(hosts)
+        self._progress_age_s = [0.0] * len(hosts)
+        self._received = [0] * len(hosts)  # heartbeats since the last stall
 
-    def tick(self, now: float, beats: Sequence[Heartbeat | None] | None) -> None:
-        """Time passes. beats: what was read of every rank (None: it never said anything), or None
-        when the store has not answered since the last tick.
+    def update(self, now: float, heartbeats: Sequence[Heartbeat | None] | None) -> None:
+        """Advance the ages to the time `now`.
+
+        Args:
+            now: seconds, on this process's monotonic clock.
+            heartbeats: what was read of every rank, None for a rank that has published none yet;
+                None as a whole when the store has not answered since the last update.
         """
-        gap, self._ticked = now - self._ticked, now
-        if gap >= self._absence_s:
-            self.absent_s = max(self.absent_s, gap)
-            self._heard = [0] * len(self._hosts)
-        self.unanswered_s += min(gap, self._longest_s)
-        if beats is None:
+        interval, self._updated = now - self._updated, now
+        if interval >= self._min_stall_s:
+            self.self_stall_s = max(self.self_stall_s, interval)
+            self._received = [0] * len(self._hosts)
+        self.store_silence_s += min(interval, self._max_interval_s)
+        if heartbeats is None:
             return
-        # While the store was silent, nobody could be heard.
-        passed, self.unanswered_s = min(self.unanswered_s, self._longest_s), 0.0
-        for rank, beat in enumerate(beats):
-            before = self._beats[rank]
-            beat = beat or before
-            self._silent_s[rank] += passed
-            self._still_s[rank] += passed
-            if (beat.state, beat.place) != (before.state, before.place):
-                self._still_s[rank] = 0.0
-            if beat.count != before.count:
-                self._silent_s[rank] = 0.0
-                self._heard[rank] += rank != self._own
-            self._beats[rank] = beat
-        if max(self._heard) > _OLD_BEATS:
-            self.absent_s = 0.0
+        # While the store did not answer, no heartbeat could be read.
+        passed, self.store_silence_s = min(self.store_silence_s, self._max_interval_s), 0.0
+        for rank, new in enumerate(heartbeats):
+            old = self._heartbeats[rank]
+            new = new or old
+            self._heartbeat_age_s[rank] += passed
+            self._progress_age_s[rank] += passed
+            if (new.state, new.progress) != (old.state, old.progress):
+                self._progress_age_s[rank] = 0.0
+            if new.count != old.count:
+                self._heartbeat_age_s[rank] = 0.0
+                self._received[rank] += rank != self._own
+            self._heartbeats[rank] = new
+        if max(self._received) > _STALE_HEARTBEATS:
+            self.self_stall_s = 0.0
 
-    def seen(self) -> dict[int, PeerStatus]:
-        """Every rank as this one knows it."""
+    def peers(self) -> dict[int, PeerStatus]:
+        """Return the status of every rank, this one included."""
+        known = zip(
+            self._hosts, self._heartbeats, self._heartbeat_age_s, self._progress_age_s, strict=True
+        )
         return {
-            rank: PeerStatus(
-                host, beat.state, beat.place, self._silent_s[rank], self._still_s[rank], beat.text
-            )
-            for rank, (host, beat) in enumerate(zip(self._hosts, self._beats, strict=True))
+            rank: PeerStatus(host, last.state, last.progress, age_s, progress_age_s, last.error)
+            for rank, (host, last, age_s, progress_age_s) in enumerate(known)
         }

@@ -1,9 +1,9 @@
-"""ProgressReporter: what a rank does before and after the lockstep, and that it gets on with it.
+"""Progress: how far a rank has come, and its reporter for the work outside of the lockstep.
 
-In the lockstep the phase clock says how far a rank has come (`faults.Progress`). Outside of it
-ranks read files for as long as that takes, and the others wait: a time limit would end a job that
-is only slow. So whoever works there says now and then that it has come further. The watchdog
-publishes it, and gives up only a rank that others wait for and that has not moved at all.
+In the lockstep the phase clock counts steps and collectives. Before and after it, ranks read files
+for as long as that takes while others wait: a time limit would end a job that is only slow. So the
+work there calls `ProgressReporter.tick` as it advances. The watchdog publishes the progress, and
+`diagnosis.py` finds a rank at fault only where others wait for it and it makes none.
 """
 
 from __future__ import annotations
@@ -12,62 +12,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Tick = Callable[[], None]
-
-
-def no_tick() -> None:
-    """For work that nobody watches."""
-
-
-class ProgressReporter:
-    """One rank's. place: what the watchdog's thread publishes; its step only ever grows. Any thread
-    may tick: of two ticks at once one may get lost, which the next makes up for.
-    """
-
-    def __init__(self) -> None:
-        self.place = Progress()
-
-    def begin(self, what: str) -> None:
-        """Something new: what the rank is doing, as in `has been loading the model for 5 s`."""
-        self.place = Progress(self.place.step + 1, phase=what)
-
-    def tick(self) -> None:
-        """The same, further on."""
-        self.begin(self.place.phase)
-
-    def wait(self) -> None:
-        """This rank has done its part and waits for the others."""
-        self.begin(WAITING)
-
-
-# starting, finishing: before and after the lockstep, where each rank takes its own time. cut: a
-# collective broke under it. failed: by its own fault. left: nothing more will be heard of it.
-State = Literal["starting", "running", "finishing", "cut", "failed", "left"]
-
-
-# As phases.COLLECTIVE_PHASES.
-_WAITING_PHASES = ("consensus", "dispatch", "combine", "control", "tensor")
-
-
-# What a rank does outside of the lockstep once it has done its part (`activity.py`).
+# starting, finishing: before and after the lockstep, where each rank takes its own time.
+# collective_failed: a collective failed on it. failed: by its own fault. exited: publishes no more.
+State = Literal["starting", "running", "finishing", "collective_failed", "failed", "exited"]
+# The phase of a rank that has done its part outside of the lockstep.
 WAITING = "waiting for the others"
+# As phase_clock.COLLECTIVE_PHASES.
+_WAITING_PHASES = ("consensus", "dispatch", "combine", "control", "tensor")
+Tick = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a rank has come. layer: -1 outside of the layers. phase: its name. collective: how
-    many it has started; 0 outside of the lockstep, where phase says in words what the rank does and
-    step grows whenever it gets on with it.
-    """
+    """How far a rank has come."""
 
-    step: int = 0
-    layer: int = -1
-    phase: str = "other"
-    collective: int = 0
+    step: int = 0  # outside of the lockstep: grows whenever the rank advances
+    layer: int = -1  # -1: outside of the layers
+    phase: str = "other"  # outside of the lockstep: what the rank is doing, as printed in a report
+    collective: int = 0  # collectives started so far; 0 outside of the lockstep
 
     @property
-    def waits(self) -> bool:
-        """Whether a rank there waits for others."""
+    def is_waiting(self) -> bool:
+        """Return whether the phase is one in which a rank waits for others."""
         return self.phase in _WAITING_PHASES or self.phase == WAITING
 
     def __str__(self) -> str:
@@ -75,3 +41,29 @@ class Progress:
             return self.phase
         layer = f"layer {self.layer}, " if self.layer >= 0 else ""
         return f"step {self.step}, {layer}{self.phase}, collective {self.collective}"
+
+
+class ProgressReporter:
+    """Progress of one rank outside of the lockstep.
+
+    Any thread may tick. Of two simultaneous ticks one may be lost; the next makes up for it.
+    """
+
+    def __init__(self) -> None:
+        self.progress = Progress()  # read by the watchdog's thread; its step only grows
+
+    def begin(self, what: str) -> None:
+        """Start a new phase: what the rank does, as in `has been loading the model for 5 s`."""
+        self.progress = Progress(self.progress.step + 1, phase=what)
+
+    def tick(self) -> None:
+        """Report that the current phase has advanced."""
+        self.begin(self.progress.phase)
+
+    def wait(self) -> None:
+        """Report that this rank has done its part and waits for the others."""
+        self.begin(WAITING)
+
+
+def no_tick() -> None:
+    """Do nothing: the tick of work whose progress is not monitored."""

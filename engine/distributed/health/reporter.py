@@ -1,7 +1,7 @@
 """Elects one rank per host to print the fault report when the store is unreachable.
 
-All ranks of a host know of a file; the first to remove it speaks. With several hosts there is one
-speaker a host, which is one a log.
+All ranks of a host create the same file; the first to remove it prints. With several hosts that is
+one report per host, which is one per log.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 
 class ReportElection:
-    """A run's voice on this host. run: a name that no other run has; every rank makes one."""
+    """The election of one run on this host. run: a name that no other run has."""
 
     def __init__(self, run: str) -> None:
-        self._path = Path(tempfile.gettempdir()) / f"lockstep-{run.replace('/', '-')}.voice"
-        self._there = False
+        self._path = Path(tempfile.gettempdir()) / f"lockstep-{run.replace('/', '-')}.report"
+        self._exists = False
 
     def open(self) -> None:
-        """Make the file."""
-        with suppress(OSError):  # then everybody speaks, which is better than nobody
+        """Create the file."""
+        with suppress(OSError):  # then every rank reports, which is better than none
             self._path.touch()
-            self._there = True
+            self._exists = True
 
-    def take(self) -> bool:
-        """Whether this rank is the one to speak; to be asked once."""
-        if not self._there:
+    def try_acquire(self) -> bool:
+        """Return whether this rank is elected. To be called once."""
+        if not self._exists:
             return True
         try:
             self._path.unlink()
@@ -34,7 +34,7 @@ class ReportElection:
             return False
         return True
 
-    def drop(self) -> None:
-        """Nobody needs to speak any more."""
+    def release(self) -> None:
+        """Remove the file: no report is needed any more."""
         with suppress(OSError):
             self._path.unlink()

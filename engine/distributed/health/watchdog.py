@@ -1,14 +1,13 @@
-"""Watchdog: every rank says a few times a second where it is, hears where the others are, and ends
-its process once something is wrong.
+"""Watchdog: publishes this rank's heartbeat, monitors its peers, and exits on a fault.
 
-Two threads beside the rank's work, which may be stuck in a collective that nothing can interrupt:
+Two threads next to the rank's own, which may be blocked in a collective that nothing can interrupt:
 
-    beacon   publishes this rank's beat in the store and reads the others' (`beacon.py`)
-    watch    ages what was read (`sightings.py`) and judges it (`faults.py`); also that nothing
-             could be read, as the store may be in the process that is gone
+    heartbeat   publishes this rank's heartbeat in the store and reads the others' (`heartbeat.py`)
+    watchdog    measures the ages of what was read (`peer_monitor.py`) and diagnoses faults
+                (`diagnosis.py`); also a store that does not answer, as its process may be dead
 
-The first rank with a verdict publishes and prints it; the others adopt it in silence. All end with
-exit code 1, at once: the job's ledger is durable record by record.
+The first rank with a diagnosis publishes and prints it; the others accept the published diagnosis
+and print nothing. All exit with code 1 at once: the job's ledger is durable record by record.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from engine.distributed.health.diagnosis import Diagnosis, Limits, describe, diagnose, store_lost
+from engine.distributed.health.diagnosis import Diagnosis, Limits, diagnose, diagnose_store
 from engine.distributed.health.heartbeat import HeartbeatPublisher
 from engine.distributed.health.peer_monitor import Heartbeat, PeerMonitor
 from engine.distributed.health.progress import Progress, ProgressReporter, State
@@ -32,17 +31,21 @@ from engine.distributed.health.reporter import ReportElection
 from engine.distributed.launch_agent import kill_stopped_workers
 
 EXIT_CODE = 1
-_PATIENCE_S = 1.0
-_SIGNS = ("gloo", "NCCL", "c10d", "Connection", "Broken pipe", "shared_memory")
+_PUBLISH_TIMEOUT_S = 1.0
+_CONNECTION_ERRORS = ("gloo", "NCCL", "c10d", "Connection", "Broken pipe", "shared_memory")
 
 
 class Watchdog:
-    """Watches over one run on one rank; a context manager. Does nothing in a run of one rank.
+    """Context manager that monitors one run on one rank. Does nothing in a run of one rank.
 
-    store: the one that all ranks share. run: a name that no other run has. hosts: of all ranks.
-    timeout_s: within which all survivors must have ended. holder: the rank whose process holds the
-    store, None where the launcher does. advice: the report's last line. activity: what this rank
-    does outside of the lockstep.
+    Args:
+        store: the store that all ranks share.
+        run: a name that no other run has.
+        hosts: host of every rank.
+        timeout_s: within which all survivors must have exited.
+        store_rank: the rank whose process holds the store, None where the launcher does.
+        advice: the report's last line.
+        reporter: this rank's progress outside of the lockstep.
     """
 
     def __init__(
@@ -53,31 +56,31 @@ class Watchdog:
         rank: int,
         hosts: Sequence[str],
         timeout_s: float,
-        holder: int | None,
+        store_rank: int | None,
         advice: str = "",
-        activity: ProgressReporter | None = None,
+        reporter: ProgressReporter | None = None,
     ) -> None:
         self._rank, self._hosts = rank, hosts
-        self._holder = holder
+        self._store_rank = store_rank
         self._advice = advice
         self._limits = limits = Limits.of(timeout_s, len(hosts))
         self._state: State = "starting"
-        self._text = ""
+        self._error = ""
         self._count = 0
-        activity = activity or ProgressReporter()
-        self._outside = self._place = lambda: activity.place
+        reporter = reporter or ProgressReporter()
+        self._outside = self._progress = lambda: reporter.progress
         self._group: tuple[int, ...] = tuple(range(len(hosts)))
-        self._over = threading.Event()
-        own_keys = dist.PrefixStore(f"watchdog/{run}", store)
-        self._beacon = HeartbeatPublisher(own_keys, rank, len(hosts), limits.period, self._beat)
-        self._sightings = PeerMonitor(rank, hosts, limits.period, time.monotonic())
-        self._voice = ReportElection(run)
+        self._closed = threading.Event()
+        keys = dist.PrefixStore(f"watchdog/{run}", store)
+        self._publisher = HeartbeatPublisher(keys, rank, len(hosts), limits.period_s, self._current)
+        self._monitor = PeerMonitor(rank, hosts, limits.period_s, time.monotonic())
+        self._election = ReportElection(run)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if len(self._hosts) > 1:
-            self._voice.open()
-            self._beacon.start()
+            self._election.open()
+            self._publisher.start()
             self._thread.start()
         return self
 
@@ -85,121 +88,123 @@ class Watchdog:
         if not self._thread.is_alive():
             return
         if self._state != "failed":
-            self._say("left")
-        self._keep_store()  # the watch still listens
-        self._over.set()
-        self._thread.join(_PATIENCE_S)
-        self._beacon.close(_PATIENCE_S)
-        self._listen()
-        if self._state == "left" or self._alone():
-            self._voice.drop()
+            self._publish("exited")
+        self._keep_store()  # the watchdog's thread still updates the monitor
+        self._closed.set()
+        self._thread.join(_PUBLISH_TIMEOUT_S)
+        self._publisher.close(_PUBLISH_TIMEOUT_S)
+        self._update_monitor()
+        if self._state == "exited" or self._is_last():
+            self._election.release()
 
     @contextmanager
-    def running(self, place: Callable[[], Progress], group: Sequence[int]) -> Iterator[None]:
-        """Within this block the ranks of `group` run in lockstep; place: where this one is."""
-        self._place, self._group = place, tuple(group)
+    def running(self, progress: Callable[[], Progress], group: Sequence[int]) -> Iterator[None]:
+        """Within this block the ranks of `group` run in lockstep.
+
+        progress: returns this rank's progress; called from another thread.
+        """
+        self._progress, self._group = progress, tuple(group)
         self._state = "running"
         yield
-        self._state, self._place = "finishing", self._outside
+        self._state, self._progress = "finishing", self._outside
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank fails by its own fault, and with what."""
+        """Publish that this rank fails by its own fault, and with which error."""
         while error.__cause__ is not None:
             error = error.__cause__
-        self._say("failed", f"{type(error).__name__}: {_first_line(error)}")
+        self._publish("failed", f"{type(error).__name__}: {_first_line(error)}")
 
     def explain(self, error: BaseException) -> None:
-        """A collective broke with `error`: end the process with a report of who is to blame.
+        """End the process with a report of why a collective failed with `error`.
 
-        Returns only when no verdict can be reached.
+        Returns only when no diagnosis can be reached.
         """
         if self._thread.is_alive():
-            self._say("cut", _first_line(error))
-            time.sleep(self._limits.cut + 2 * _PATIENCE_S)  # the watch ends the process
+            self._publish("collective_failed", _first_line(error))
+            # The watchdog's thread ends the process.
+            time.sleep(self._limits.collective_timeout_s + 2 * _PUBLISH_TIMEOUT_S)
 
-    def _say(self, state: State, text: str = "") -> None:
-        """Change the state and wait, but not for long, until it is published."""
-        self._state, self._text = state, text
+    def _publish(self, state: State, error: str = "") -> None:
+        """Change the state and wait for a limited time until it is published."""
+        self._state, self._error = state, error
         if self._thread.is_alive():
-            self._beacon.flush(_PATIENCE_S)
+            self._publisher.flush(_PUBLISH_TIMEOUT_S)
 
-    def _beat(self) -> Heartbeat:
+    def _current(self) -> Heartbeat:
         self._count += 1
-        return Heartbeat(self._count, self._state, self._place(), self._text)
+        return Heartbeat(self._count, self._state, self._progress(), self._error)
 
-    def _keep_store(self, listen: Callable[[], None] = lambda: None) -> None:
-        """If the store is in this process, let the others leave it first, though not for long."""
-        end = time.monotonic() + self._limits.quick + _PATIENCE_S
-        while self._holder == self._rank and time.monotonic() < end:
-            self._beacon.flush(_PATIENCE_S)
-            listen()
-            if self._alone():
+    def _keep_store(self, update: Callable[[], None] = lambda: None) -> None:
+        """If this process holds the store, wait for a limited time until the others have exited."""
+        end = time.monotonic() + self._limits.short_timeout_s + _PUBLISH_TIMEOUT_S
+        while self._store_rank == self._rank and time.monotonic() < end:
+            self._publisher.flush(_PUBLISH_TIMEOUT_S)
+            update()
+            if self._is_last():
                 return
             time.sleep(0.02)
 
-    def _alone(self) -> bool:
-        """Whether nobody else is there any more."""
+    def _is_last(self) -> bool:
+        """Return whether all other ranks have exited or are dead."""
         return all(
             rank == self._rank
-            or each.state in ("left", "failed")
-            or each.heartbeat_age_s >= self._limits.quick
-            for rank, each in self._sightings.seen().items()
+            or each.state in ("exited", "failed")
+            or each.heartbeat_age_s >= self._limits.short_timeout_s
+            for rank, each in self._monitor.peers().items()
         )
 
-    def _listen(self) -> None:
-        self._sightings.tick(time.monotonic(), self._beacon.take())
+    def _update_monitor(self) -> None:
+        self._monitor.update(time.monotonic(), self._publisher.poll())
 
     def _watch(self) -> None:
-        while not self._over.wait(self._limits.period / 2):
-            self._listen()
-            if self._state in ("failed", "left"):
-                continue  # the rank is leaving by itself
-            if self._beacon.verdict is not None:
-                self._adopt(self._beacon.verdict)
-            finding = self._find()
-            if finding is not None and not self._over.is_set():
-                self._leave(finding)
+        while not self._closed.wait(self._limits.period_s / 2):
+            self._update_monitor()
+            if self._state in ("failed", "exited"):
+                continue  # the rank exits by itself
+            if self._publisher.diagnosis is not None:
+                self._accept(self._publisher.diagnosis)
+            diagnosis = self._diagnose()
+            if diagnosis is not None and not self._closed.is_set():
+                self._declare(diagnosis)
 
-    def _find(self) -> Diagnosis | None:
-        sightings, limits = self._sightings, self._limits
-        seen = sightings.seen()
-        if sightings.unanswered_s >= (limits.quick if self._state == "cut" else limits.lost):
-            if self._holder is not None and seen[self._holder].state == "left":
-                return None  # it had nothing more to wait for
-            return store_lost(self._holder, seen, sightings.unanswered_s)
-        return diagnose(seen, self._rank, self._group, limits)
+    def _diagnose(self) -> Diagnosis | None:
+        limits, peers = self._limits, self._monitor.peers()
+        silence_s, failed = self._monitor.store_silence_s, self._state == "collective_failed"
+        if silence_s >= (limits.short_timeout_s if failed else limits.heartbeat_timeout_s):
+            if self._store_rank is not None and peers[self._store_rank].state == "exited":
+                return None  # it had no reason to wait any longer
+            return diagnose_store(self._store_rank, peers, silence_s)
+        return diagnose(peers, self._rank, self._group, limits)
 
-    def _leave(self, finding: Diagnosis) -> NoReturn:
-        """End the process; report what was found unless another rank does."""
-        sightings = self._sightings
-        seen = sightings.seen()
-        report = describe(finding, seen)
-        absent_s = sightings.absent_s
-        answered = sightings.unanswered_s < self._limits.quick
-        lost = finding.ranks if finding.lost else ()
-        verdict = json.dumps({"by": self._rank, "lost": lost})
-        agreed = self._beacon.propose(verdict, _PATIENCE_S) if answered else None
-        if agreed is not None and agreed != verdict:
-            self._adopt(agreed)
-        if absent_s >= self._limits.lost:
-            # The others had to give this rank up and have told why.
-            self._end(f"rank {self._rank} on {self._own_host} was stopped for {absent_s:.1f} s")
-        # Without a store nobody can agree across hosts.
-        speaks = agreed is not None or self._voice.take()
-        self._end(f"{report}\n{self._advice}" if speaks else "")
+    def _declare(self, diagnosis: Diagnosis) -> NoReturn:
+        """End the process; print the report unless another rank does."""
+        report = diagnosis.report(self._monitor.peers())
+        stall_s = self._monitor.self_stall_s
+        answers = self._monitor.store_silence_s < self._limits.short_timeout_s
+        unreachable = diagnosis.ranks if diagnosis.unreachable else ()
+        own = json.dumps({"by": self._rank, "unreachable": unreachable})
+        agreed = self._publisher.propose(own, _PUBLISH_TIMEOUT_S) if answers else None
+        if agreed is not None and agreed != own:
+            self._accept(agreed)
+        if stall_s >= self._limits.heartbeat_timeout_s:
+            # The others had to declare this rank dead and have reported why.
+            self._exit(f"rank {self._rank} on {self._own_host} was suspended for {stall_s:.1f} s")
+        # Without a store, ranks of several hosts cannot agree on one reporter.
+        reports = agreed is not None or self._election.try_acquire()
+        self._exit(f"{report}\n{self._advice}" if reports else "")
 
-    def _adopt(self, verdict: str) -> NoReturn:
-        """Another rank has published its verdict."""
-        given_up = self._rank in json.loads(verdict)["lost"]
-        text = f"rank {self._rank} on {self._own_host} was given up by the others, who have left"
-        self._end(text if given_up else "")
+    def _accept(self, diagnosis: str) -> NoReturn:
+        """End the process because of the diagnosis that another rank has published."""
+        dead = self._rank in json.loads(diagnosis)["unreachable"]
+        text = f"rank {self._rank} on {self._own_host} was declared dead by the other ranks"
+        self._exit(f"{text}, which have exited" if dead else "")
 
-    def _end(self, text: str) -> NoReturn:
-        if ended := kill_stopped_workers():
-            what = f"ended process {', '.join(map(str, ended))}, stopped, for torchrun to go on"
+    def _exit(self, text: str) -> NoReturn:
+        if killed := kill_stopped_workers():
+            what = f"killed stopped process {', '.join(map(str, killed))}, so that torchrun goes on"
             text = f"{text.rstrip()}\nrank {self._rank} on {self._own_host} {what}".lstrip()
 
-        def speak() -> None:
+        def write() -> None:
             with suppress(OSError, ValueError):  # a closed stream
                 if text:
                     print(text.rstrip(), file=sys.stderr)
@@ -207,12 +212,12 @@ class Watchdog:
                 sys.stderr.flush()
 
         # The rank's own thread may hold a stream's lock for good.
-        speaker = threading.Thread(target=speak, daemon=True)
-        speaker.start()
-        speaker.join(_PATIENCE_S)
-        self._say("left")
-        self._keep_store(self._listen)
-        self._voice.drop()
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(_PUBLISH_TIMEOUT_S)
+        self._publish("exited")
+        self._keep_store(self._update_monitor)
+        self._election.release()
         os._exit(EXIT_CODE)
 
     @property
@@ -221,10 +226,10 @@ class Watchdog:
 
 
 def is_connection_error(error: BaseException | None) -> bool:
-    """Whether an error is a broken collective or store, and so rather another rank's fault."""
+    """Return whether a collective or the store failed, and so probably because of another rank."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in _CONNECTION_ERRORS)
 
 
 def _first_line(error: BaseException) -> str:

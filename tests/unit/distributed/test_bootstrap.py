@@ -1,4 +1,4 @@
-"""Launch discovery and the decisions of the check-in, as functions of what the launcher says.
+"""Launch discovery and the decisions of the rendezvous, as pure functions of their input.
 
 python -m pytest tests/unit/distributed/test_bootstrap.py
 """
@@ -46,7 +46,7 @@ SRUN = {
 SBATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
-def test_torchrun_environment_is_taken_as_it_is():
+def test_torchrun_environment_is_used_unchanged():
     assert discover(TORCHRUN) == Launch(5, 8, 1, 4, "head", 29500, "torchrun")
 
 
@@ -106,7 +106,7 @@ def test_all_tasks_of_a_step_derive_one_port_and_another_step_another():
     assert discover(SRUN | {"SLURM_STEP_ID": "3"}).port not in ports
 
 
-def test_master_addr_and_port_override_what_slurm_says():
+def test_master_addr_and_port_override_those_of_slurm():
     launch = discover(SRUN | {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "4000"})
     assert (launch.addr, launch.port) == ("10.1.1.1", 4000)
 
@@ -119,7 +119,7 @@ def test_a_world_size_from_a_batch_script_does_not_hide_the_slurm_step():
     assert discover(SRUN | {"WORLD_SIZE": "4"}).source == "slurm"
 
 
-def test_a_head_node_without_an_address_says_to_set_master_addr(monkeypatch):
+def test_a_head_node_without_an_address_is_an_error_that_names_master_addr(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"no-such-host\.invalid.* set MASTER_ADDR"):
         discover(SRUN | {"SLURM_STEP_NODELIST": "no-such-host.invalid"})
@@ -179,7 +179,7 @@ def test_tasks_per_node_expand():
         expand_tasks_per_node("2(y3)")
 
 
-def present(rank: int, host: str = "a", gpu: str | None = None, cores=range(8)) -> RankInfo:
+def rank_info(rank: int, host: str = "a", gpu: str | None = None, cores=range(8)) -> RankInfo:
     why = "" if gpu else "no CUDA device"
     return RankInfo(
         rank=rank, host=host, cores=list(cores), digest="d", gpu=gpu, no_gpu=why, error=None
@@ -187,36 +187,41 @@ def present(rank: int, host: str = "a", gpu: str | None = None, cores=range(8)) 
 
 
 def test_cores_are_divided_among_the_ranks_that_may_use_them():
-    shared = [present(0), present(1), present(2)]
+    shared = [rank_info(0), rank_info(1), rank_info(2)]
     assert [share_of_cores(rank, shared) for rank in range(3)] == [2, 2, 2]
-    bound = [present(0, cores=range(4)), present(1, cores=range(4, 8))]
+    bound = [rank_info(0, cores=range(4)), rank_info(1, cores=range(4, 8))]
     assert [share_of_cores(rank, bound) for rank in range(2)] == [4, 4]
-    mixed = [present(0, cores=range(8)), present(1, cores=range(4)), present(2, host="b")]
+    mixed = [rank_info(0, cores=range(8)), rank_info(1, cores=range(4)), rank_info(2, host="b")]
     assert [share_of_cores(rank, mixed) for rank in range(3)] == [6, 2, 8]
 
 
 def test_more_ranks_than_cores_still_get_a_thread():
-    assert share_of_cores(0, [present(rank, cores=[0, 1]) for rank in range(4)]) == 1
+    assert share_of_cores(0, [rank_info(rank, cores=[0, 1]) for rank in range(4)]) == 1
 
 
 def test_auto_takes_cuda_only_when_every_rank_has_a_gpu_of_its_own():
-    own = [present(0, "a", "gpu0"), present(1, "a", "gpu1"), present(2, "b", "gpu0")]
+    own = [rank_info(0, "a", "gpu0"), rank_info(1, "a", "gpu1"), rank_info(2, "b", "gpu0")]
     assert choose_device("auto", own) == choose_device("cuda", own) == "cuda"
     assert choose_device("cpu", own) == "cpu"
-    assert choose_device("auto", [*own, present(3, "b")]) == "cpu"
-    assert choose_device("auto", [*own, present(3, "b", "gpu0")]) == "cpu"
+    assert choose_device("auto", [*own, rank_info(3, "b")]) == "cpu"
+    assert choose_device("auto", [*own, rank_info(3, "b", "gpu0")]) == "cpu"
 
 
 def test_cuda_names_the_ranks_without_a_gpu_and_those_that_share_one():
-    ranks = [present(0, "a", "gpu0"), present(1, "a", "gpu0"), present(2, "b"), present(3, "b")]
+    ranks = [
+        rank_info(0, "a", "gpu0"),
+        rank_info(1, "a", "gpu0"),
+        rank_info(2, "b"),
+        rank_info(3, "b"),
+    ]
     with pytest.raises(RankError) as caught:
         choose_device("cuda", ranks)
     text = str(caught.value)
-    assert "ranks 0, 1 on a: one GPU between them" in text
+    assert "ranks 0, 1 on a: share one GPU" in text
     assert "ranks 2, 3 on b: no CUDA device" in text and "runtime.device=cpu" in text
 
 
-def test_merged_errors_say_each_text_once_with_its_ranks():
+def test_merged_errors_hold_each_text_once_with_its_ranks():
     assert merge_errors({0: "same", 1: "same"}, 2) == "same"
     assert merge_errors({1: "one", 4: "two", 6: "one"}, 8) == "ranks 1, 6: one\nrank 4: two"
 

@@ -1,4 +1,4 @@
-"""Who holds what: expert ranges and the layout of groups.
+"""Which rank owns what: expert ranges and the layout of groups.
 
 python -m pytest tests/unit/distributed/test_groups.py
 """
@@ -31,17 +31,17 @@ def test_ranges_tile_the_experts_in_order_and_differ_by_one_at_most(num_experts,
 
 
 def test_layout_of_eight_ranks_by_hand():
-    place = layout(rank=5, world_size=8, expert=4, tensor=2)
-    assert (place.expert, place.tensor) == ((4, 5, 6, 7), (4, 5))
-    assert (place.data_rank, place.num_data) == (2, 4)
-    assert (place.replica, place.num_replicas) == (1, 2)
+    own = layout(rank=5, world_size=8, expert=4, tensor=2)
+    assert (own.expert, own.tensor) == ((4, 5, 6, 7), (4, 5))
+    assert (own.data_rank, own.num_data) == (2, 4)
+    assert (own.replica, own.num_replicas) == (1, 2)
 
 
 @pytest.mark.parametrize(("world", "expert", "tensor"), [(1, 1, 1), (12, 6, 2), (8, 8, 8)])
 def test_all_members_of_a_group_agree_on_it(world, expert, tensor):
-    places = [layout(rank, world, expert, tensor) for rank in range(world)]
-    for rank, place in enumerate(places):
-        assert rank in place.expert and rank in place.tensor
-        assert all(places[other].expert == place.expert for other in place.expert)
-        assert all(places[other].tensor == place.tensor for other in place.tensor)
-        assert set(place.tensor) <= set(place.expert)
+    layouts = [layout(rank, world, expert, tensor) for rank in range(world)]
+    for rank, own in enumerate(layouts):
+        assert rank in own.expert and rank in own.tensor
+        assert all(layouts[other].expert == own.expert for other in own.expert)
+        assert all(layouts[other].tensor == own.tensor for other in own.tensor)
+        assert set(own.tensor) <= set(own.expert)

@@ -1,4 +1,4 @@
-"""Workers die with their agent; a leaving rank ends its stopped siblings and nobody else.
+"""Workers die with their agent; an exiting rank kills its stopped siblings and no other process.
 
 python -m pytest tests/unit/distributed/test_launch_agent.py
 """
@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
-# This test is the agent; the rank that leaves is a child of it, as all ranks are.
-LEAVE = (
+# This test is the agent; the rank that exits is a child of it, as all ranks are.
+KILL = (
     "from engine.distributed.launch_agent import kill_stopped_workers; "
     "print(kill_stopped_workers())"
 )
@@ -47,30 +47,30 @@ def start() -> Iterator:
         process.wait()
 
 
-def leave(run: str | None) -> str:
-    command = [sys.executable, "-c", LEAVE]
+def kill_stopped(run: str | None) -> str:
+    command = [sys.executable, "-c", KILL]
     return subprocess.check_output(command, env=environ(run), cwd=ROOT, text=True).strip()
 
 
-def test_only_stopped_workers_of_the_same_run_are_ended(start):
+def test_only_stopped_workers_of_the_same_run_are_killed(start):
     stopped, running = start("mine", stopped=True), start("mine", stopped=False)
     other, stranger = start("another", stopped=True), start(None, stopped=True)
-    assert leave("mine") == f"[{stopped.pid}]"
+    assert kill_stopped("mine") == f"[{stopped.pid}]"
     assert stopped.wait(10) == -signal.SIGKILL
     time.sleep(0.1)
     assert [process.poll() for process in (running, other, stranger)] == [None] * 3
 
 
-def test_without_torchrun_nobody_is_ended(start):
+def test_without_torchrun_no_process_is_killed(start):
     stopped = start(None, stopped=True)
-    assert leave(None) == "[]"
+    assert kill_stopped(None) == "[]"
     assert stopped.poll() is None
 
 
-def test_workers_of_another_agent_are_left_alone(start):
-    """The rank that leaves is not a child of the process that started the stopped one."""
+def test_workers_of_another_agent_are_not_killed(start):
+    """The rank that exits is not a child of the process that started the stopped one."""
     stopped = start("mine", stopped=True)
-    inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LEAVE!r}])"
+    inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {KILL!r}])"
     command = [sys.executable, "-c", inner]
     assert subprocess.check_output(command, env=environ("mine"), cwd=ROOT, text=True) == "[]\n"
     assert stopped.poll() is None
@@ -113,39 +113,39 @@ def state(pid: int) -> str:
 
 # --- An error of all ranks ------------------------------------------------------------------------
 
-GO = (
+WAIT = (
     "from engine.distributed.launch_agent import wait_for_rank_0_exit as wait; "
-    "wait({}); print('left')"
+    "wait({}); print('done')"
 )
 RANK_0 = [{"RANK": "0"}, {"OMPI_COMM_WORLD_RANK": "0"}, {"PMI_RANK": "0"}, {"SLURM_PROCID": "0"}]
 
 
-def leaves_within(patience_s: float, limit_s: float) -> bool:
-    """Whether another rank of this agent leaves within `limit_s`."""
-    command = [sys.executable, "-c", GO.format(patience_s)]
+def exits_within(timeout_s: float, limit_s: float) -> bool:
+    """Return whether another rank of this agent exits within `limit_s`."""
+    command = [sys.executable, "-c", WAIT.format(timeout_s)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired:
         return False
-    return done.stdout == "left\n"
+    return done.stdout == "done\n"
 
 
 @pytest.mark.parametrize("named", RANK_0, ids=lambda named: next(iter(named)))
-def test_a_rank_leaves_after_rank_0_and_no_later(named):
+def test_a_rank_exits_right_after_rank_0(named):
     first = subprocess.Popen(SLEEP, env=environ(None) | named)
     try:
-        assert not leaves_within(60, limit_s=2)
+        assert not exits_within(60, limit_s=2)
     finally:
         first.kill()
     # Not waited for: to its agent it is a zombie until then.
-    assert leaves_within(60, limit_s=20)
+    assert exits_within(60, limit_s=20)
     first.wait()
 
 
-def test_rank_0_is_not_waited_for_longer_than_said():
+def test_rank_0_is_not_waited_for_longer_than_the_timeout():
     first = subprocess.Popen(SLEEP, env=environ(None) | {"RANK": "0"})
     try:
-        assert leaves_within(0.1, limit_s=20)
+        assert exits_within(0.1, limit_s=20)
     finally:
         first.kill()
         first.wait()
@@ -160,10 +160,10 @@ LOCAL_RANK_0 = [
 
 
 @pytest.mark.parametrize("named", LOCAL_RANK_0, ids=lambda named: next(iter(named)))
-def test_where_rank_0_is_on_another_host_the_first_of_this_one_goes_first(named):
+def test_where_rank_0_is_on_another_host_the_first_rank_of_this_one_exits_first(named):
     first = subprocess.Popen(SLEEP, env=environ(None) | named)
     try:
-        assert not leaves_within(60, limit_s=2)
+        assert not exits_within(60, limit_s=2)
     finally:
         first.kill()
         first.wait()
@@ -173,16 +173,16 @@ def test_a_worker_of_torchrun_is_not_taken_for_the_slurm_task_it_runs_in():
     task = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     other = subprocess.Popen(SLEEP, env=environ(None) | task | {"RANK": "3", "LOCAL_RANK": "3"})
     try:
-        assert leaves_within(60, limit_s=20)
+        assert exits_within(60, limit_s=20)
     finally:
         other.kill()
         other.wait()
 
 
-def test_without_rank_0_on_this_host_nobody_waits_for_long():
+def test_without_rank_0_on_this_host_the_wait_is_short():
     other = subprocess.Popen(SLEEP, env=environ(None) | {"RANK": "3"})
     try:
-        assert leaves_within(60, limit_s=20)
+        assert exits_within(60, limit_s=20)
     finally:
         other.kill()
         other.wait()

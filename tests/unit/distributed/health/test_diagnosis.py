@@ -1,4 +1,4 @@
-"""Fault verdicts on hand-made sightings: who is accused, and when nobody may be.
+"""Diagnoses of hand-made peer statuses: which ranks are at fault, and when none may be.
 
 Run: pytest tests/unit/distributed/health/test_diagnosis.py
 """
@@ -13,132 +13,139 @@ from engine.distributed.health.diagnosis import (
     Diagnosis,
     Limits,
     PeerStatus,
-    describe,
     diagnose,
-    store_lost,
+    diagnose_store,
 )
 from engine.distributed.health.progress import WAITING, Progress
 
-LIMITS = Limits(period=0.1, lost=2.5, quick=1.0, cut=1.5, stalled=4.0)
+LIMITS = Limits(
+    period_s=0.1,
+    heartbeat_timeout_s=2.5,
+    short_timeout_s=1.0,
+    collective_timeout_s=1.5,
+    stall_timeout_s=4.0,
+)
 COMBINE = Progress(step=12, layer=3, phase="combine", collective=57)
 DISPATCH = Progress(step=12, layer=3, phase="dispatch", collective=56)
 GROUP = (0, 1, 2, 3)
 
 
-def rank(place: Progress = COMBINE, **changes) -> PeerStatus:
+def rank(progress: Progress = COMBINE, **changes) -> PeerStatus:
     usual = PeerStatus(
-        host="h0", state="running", place=place, heartbeat_age_s=0.3, progress_age_s=0.3
+        host="h0", state="running", progress=progress, heartbeat_age_s=0.3, progress_age_s=0.3
     )
     return replace(usual, **changes)
 
 
 def ranks(**changed: PeerStatus) -> dict[int, PeerStatus]:
-    """Four ranks, all well but for `r2=...`."""
+    """Four healthy ranks, but for `r2=...`."""
     return {n: changed.get(f"r{n}", rank()) for n in GROUP}
 
 
-def verdict(
-    seen: dict[int, PeerStatus], own: int = 0, group: tuple[int, ...] = GROUP
+def diagnosis(
+    peers: dict[int, PeerStatus], own: int = 0, group: tuple[int, ...] = GROUP
 ) -> Diagnosis | None:
-    return diagnose(seen, own, group, LIMITS)
+    return diagnose(peers, own, group, LIMITS)
 
 
-def test_ranks_that_beat_and_move_are_well_wherever_they_are():
-    assert verdict(ranks(r1=rank(DISPATCH, progress_age_s=3.9))) is None
+def test_ranks_with_heartbeats_and_progress_are_healthy_wherever_they_are():
+    assert diagnosis(ranks(r1=rank(DISPATCH, progress_age_s=3.9))) is None
 
 
-def test_a_silent_rank_is_lost_with_where_it_was_last_seen():
-    found = verdict(ranks(r2=rank(DISPATCH, heartbeat_age_s=2.6, host="h7")))
+def test_a_rank_without_heartbeats_is_dead_with_where_it_was_last_seen():
+    found = diagnosis(ranks(r2=rank(DISPATCH, heartbeat_age_s=2.6, host="h7")))
     assert found is not None and found.ranks == (2,)
-    assert "rank 2 on h7 has not been heard of for 2.6 s" in found.text
+    assert "rank 2 on h7 has published no heartbeat for 2.6 s" in found.text
     assert "step 12, layer 3, dispatch, collective 56" in found.text
 
 
-def test_a_rank_lost_before_the_first_step_is_said_to_be_starting():
+def test_a_rank_that_dies_before_the_first_step_is_reported_as_starting():
     early = {n: rank(Progress(), state="starting") for n in GROUP}
     early[3] = replace(early[3], heartbeat_age_s=3.0)
-    found = verdict(early)
+    found = diagnosis(early)
     assert found is not None and "last seen while starting" in found.text
 
 
-def test_several_lost_ranks_are_all_named():
-    found = verdict(ranks(r1=rank(heartbeat_age_s=9.0), r3=rank(heartbeat_age_s=9.0)))
+def test_several_dead_ranks_are_all_named():
+    found = diagnosis(ranks(r1=rank(heartbeat_age_s=9.0), r3=rank(heartbeat_age_s=9.0)))
     assert found is not None and found.ranks == (1, 3)
     assert "rank 1" in found.text and "rank 3" in found.text
 
 
-def test_a_rank_that_has_left_in_order_may_be_silent():
-    assert verdict(ranks(r1=rank(state="left", heartbeat_age_s=60.0))) is None
+def test_a_rank_that_has_exited_needs_no_heartbeats():
+    assert diagnosis(ranks(r1=rank(state="exited", heartbeat_age_s=60.0))) is None
 
 
-def test_a_rank_of_another_group_is_missed_too_but_cannot_stall_this_one():
+def test_a_rank_of_another_group_can_be_dead_but_cannot_stall_this_one():
     far = rank(DISPATCH, progress_age_s=60.0)
-    assert verdict(ranks(r2=far, r3=far), group=(0, 1)) is None
-    found = verdict(ranks(r2=rank(heartbeat_age_s=3.0)), group=(0, 1))
+    assert diagnosis(ranks(r2=far, r3=far), group=(0, 1)) is None
+    found = diagnosis(ranks(r2=rank(heartbeat_age_s=3.0)), group=(0, 1))
     assert found is not None and found.ranks == (2,)
 
 
-def test_a_failure_that_a_rank_tells_comes_before_others_silence_and_leaves_time_to_go():
-    bad = rank(state="failed", text="ValueError: no", progress_age_s=0.5, heartbeat_age_s=3.0)
-    assert verdict(ranks(r1=bad)) is None, "the others may be leaving because of it"
-    told = verdict(ranks(r1=replace(bad, progress_age_s=1.0), r2=rank(heartbeat_age_s=2.6)))
-    assert told is not None and told.ranks == (1,) and not told.lost
-    assert "failed in step 12, layer 3, combine, collective 57: ValueError: no" in told.text
-    assert verdict({1: replace(bad, progress_age_s=9.0)}, own=1, group=(1,)) is None, "not itself"
+def test_a_published_failure_comes_before_missing_heartbeats_and_leaves_time_to_exit():
+    bad = rank(state="failed", error="ValueError: no", progress_age_s=0.5, heartbeat_age_s=3.0)
+    assert diagnosis(ranks(r1=bad)) is None, "the others may be exiting because of it"
+    found = diagnosis(ranks(r1=replace(bad, progress_age_s=1.0), r2=rank(heartbeat_age_s=2.6)))
+    assert found is not None and found.ranks == (1,) and not found.unreachable
+    assert "failed in step 12, layer 3, combine, collective 57: ValueError: no" in found.text
+    assert diagnosis({1: replace(bad, progress_age_s=9.0)}, own=1, group=(1,)) is None, "not itself"
 
 
-def test_of_two_failures_the_earlier_is_told():
-    bad = rank(state="failed", text="ValueError: no", progress_age_s=2.0)
-    found = verdict(ranks(r1=replace(bad, progress_age_s=1.9), r3=bad))
+def test_of_two_failures_the_earlier_is_reported():
+    bad = rank(state="failed", error="ValueError: no", progress_age_s=2.0)
+    found = diagnosis(ranks(r1=replace(bad, progress_age_s=1.9), r3=bad))
     assert found is not None and found.ranks == (3,)
 
 
-def test_once_a_collective_broke_silence_and_failure_are_told_sooner():
-    cut = rank(state="cut", progress_age_s=0.1)
-    quiet = rank(heartbeat_age_s=1.0)
-    assert verdict(ranks(r1=quiet)) is None
-    lost = verdict(ranks(r0=cut, r1=quiet))
-    assert lost is not None and lost.ranks == (1,) and lost.lost
-    failed = verdict(
-        ranks(r2=cut, r1=rank(state="failed", text="ValueError: no", progress_age_s=0.0))
+def test_once_a_collective_failed_deaths_and_failures_are_diagnosed_sooner():
+    broken = rank(state="collective_failed", progress_age_s=0.1)
+    late = rank(heartbeat_age_s=1.0)
+    assert diagnosis(ranks(r1=late)) is None
+    dead = diagnosis(ranks(r0=broken, r1=late))
+    assert dead is not None and dead.ranks == (1,) and dead.unreachable
+    failed = diagnosis(
+        ranks(r2=broken, r1=rank(state="failed", error="ValueError: no", progress_age_s=0.0))
     )
     assert failed is not None and failed.ranks == (1,)
 
 
 def test_the_rank_with_fewer_collectives_is_the_one_the_others_wait_for():
-    still = {n: rank(progress_age_s=4.1) for n in GROUP} | {1: rank(DISPATCH, progress_age_s=4.5)}
+    stalled = {n: rank(progress_age_s=4.1) for n in GROUP} | {1: rank(DISPATCH, progress_age_s=4.5)}
     for own in GROUP:
-        found = verdict(still, own)
+        found = diagnosis(stalled, own)
         assert found is not None and found.ranks == (1,)
     assert "rank 1 on h0 has been at step 12, layer 3, dispatch, collective 56" in found.text
     assert "ranks 0, 2, 3 wait at step 12, layer 3, combine, collective 57" in found.text
 
 
-def test_with_as_many_collectives_the_one_that_is_elsewhere_is_named():
+def test_with_equal_collectives_the_rank_in_another_phase_is_named():
     other = Progress(step=12, layer=4, phase="consensus", collective=57)
-    still = {n: rank(progress_age_s=4.1) for n in GROUP} | {2: rank(other, progress_age_s=4.1)}
-    found = verdict(still)
+    stalled = {n: rank(progress_age_s=4.1) for n in GROUP} | {2: rank(other, progress_age_s=4.1)}
+    found = diagnosis(stalled)
     assert found is not None and found.ranks == (2,)
 
 
 def test_where_all_wait_in_the_same_collective_the_network_is_named_and_no_rank():
-    found = verdict({n: rank(progress_age_s=4.1) for n in GROUP})
+    found = diagnosis({n: rank(progress_age_s=4.1) for n in GROUP})
     assert found is not None and found.ranks == () and "network" in found.text
 
 
-def test_one_rank_that_moves_is_enough_to_wait_on():
-    still = {n: rank(progress_age_s=60.0) for n in GROUP} | {3: rank(DISPATCH, progress_age_s=1.0)}
-    assert verdict(still) is None
+def test_while_one_rank_makes_progress_the_group_is_not_stalled():
+    stalled = {n: rank(progress_age_s=60.0) for n in GROUP} | {
+        3: rank(DISPATCH, progress_age_s=1.0)
+    }
+    assert diagnosis(stalled) is None
 
 
-def test_ranks_that_all_compute_are_left_to_it():
+def test_ranks_that_all_compute_are_not_stalled():
     experts = Progress(step=12, layer=3, phase="experts", collective=56)
-    assert verdict({n: rank(experts, progress_age_s=60.0) for n in GROUP}) is None
+    assert diagnosis({n: rank(experts, progress_age_s=60.0) for n in GROUP}) is None
 
 
 def test_a_rank_that_computes_while_the_others_wait_for_it_is_named():
     experts = Progress(step=12, layer=3, phase="experts", collective=56)
-    found = verdict(
+    found = diagnosis(
         {n: rank(progress_age_s=4.1) for n in GROUP} | {1: rank(experts, progress_age_s=5.0)}
     )
     assert found is not None and found.ranks == (1,)
@@ -147,7 +154,7 @@ def test_a_rank_that_computes_while_the_others_wait_for_it_is_named():
 
 def test_a_rank_that_skipped_a_collective_may_be_ahead_of_the_others():
     ahead = Progress(step=12, layer=4, phase="consensus", collective=58)
-    found = verdict(
+    found = diagnosis(
         {n: rank(progress_age_s=4.1) for n in GROUP} | {2: rank(ahead, progress_age_s=4.1)}
     )
     assert found is not None and found.ranks == (2,)
@@ -156,72 +163,74 @@ def test_a_rank_that_skipped_a_collective_may_be_ahead_of_the_others():
     assert found is not None and found.ranks == (1,), "of two ranks the one that is behind"
 
 
-def test_ranks_that_are_all_there_after_a_broken_collective_are_judged_by_their_places():
-    cut = {n: rank(state="cut", progress_age_s=1.4, text="sizes differ") for n in GROUP}
-    cut[1] = rank(DISPATCH, state="cut", progress_age_s=1.4)
-    assert verdict(cut) is None, "a silent one might still be found"
-    found = verdict({n: replace(each, progress_age_s=1.5) for n, each in cut.items()})
+def test_ranks_that_are_all_alive_after_a_failed_collective_are_diagnosed_by_their_progress():
+    broken = {"state": "collective_failed", "error": "sizes differ"}
+    failed = {n: rank(progress_age_s=1.4, **broken) for n in GROUP}
+    failed[1] = rank(DISPATCH, state="collective_failed", progress_age_s=1.4)
+    assert diagnosis(failed) is None, "a dead one might be found yet"
+    found = diagnosis({n: replace(each, progress_age_s=1.5) for n, each in failed.items()})
     assert found is not None and found.ranks == (1,)
-    same = verdict({n: rank(state="cut", progress_age_s=1.5, text="sizes differ") for n in GROUP})
+    same = diagnosis({n: rank(progress_age_s=1.5, **broken) for n in GROUP})
     assert same is not None and same.ranks == ()
     assert "a collective of ranks 0, 1, 2, 3, at step 12" in same.text
-    assert "broke: sizes differ" in same.text
+    assert "failed: sizes differ" in same.text
 
 
-def test_a_collective_that_breaks_outside_of_the_steps_is_told_as_such():
-    found = verdict(
-        {n: rank(Progress(), state="cut", progress_age_s=1.5, text="reset") for n in GROUP}
-    )
+def test_a_collective_that_fails_outside_of_the_steps_is_reported_as_such():
+    broken = {"state": "collective_failed", "error": "reset"}
+    found = diagnosis({n: rank(Progress(), progress_age_s=1.5, **broken) for n in GROUP})
     assert found is not None and found.ranks == ()
-    assert "outside of the steps, broke: reset" in found.text
+    assert "outside of the steps, failed: reset" in found.text
 
 
-def test_a_rank_that_left_the_steps_alone_is_named_once_the_others_break():
-    found = verdict(
-        {n: rank(state="cut", progress_age_s=1.5) for n in GROUP}
-        | {3: rank(Progress(), state="left")}
+def test_a_rank_that_exited_alone_is_named_once_the_others_fail():
+    found = diagnosis(
+        {n: rank(state="collective_failed", progress_age_s=1.5) for n in GROUP}
+        | {3: rank(Progress(), state="exited")}
     )
     assert found is not None and found.ranks == (3,)
-    assert "rank 3 on h0 has left, while ranks 0, 1, 2 wait at step 12" in found.text
+    assert "rank 3 on h0 has exited, while ranks 0, 1, 2 wait at step 12" in found.text
 
 
-def test_a_store_that_does_not_answer_is_its_holders_silence_or_its_failure():
-    seen = ranks(r0=rank(DISPATCH, host="h9"))
-    found = store_lost(0, seen, 2.5)
-    assert found.ranks == (0,) and found.lost
+def test_a_store_that_does_not_answer_is_the_death_or_the_failure_of_its_rank():
+    peers = ranks(r0=rank(DISPATCH, host="h9"))
+    found = diagnose_store(0, peers, 2.5)
+    assert found.ranks == (0,) and found.unreachable
     assert "rank 0 on h9, which holds the store, has not answered for 2.5 s" in found.text
     assert "step 12, layer 3, dispatch, collective 56" in found.text
-    told = store_lost(0, ranks(r0=rank(state="failed", text="ValueError: no")), 2.5)
-    assert "rank 0 on h0 failed" in told.text and "ValueError: no" in told.text
-    assert store_lost(None, seen, 2.5).ranks == ()
+    failed = diagnose_store(0, ranks(r0=rank(state="failed", error="ValueError: no")), 2.5)
+    assert "rank 0 on h0 failed" in failed.text and "ValueError: no" in failed.text
+    assert diagnose_store(None, peers, 2.5).ranks == ()
 
 
-def test_a_rank_that_gets_on_before_the_loop_or_after_it_stalls_nobody():
+def test_a_rank_with_progress_before_or_after_the_lockstep_is_no_stall():
     for state in ("starting", "finishing"):
         busy = outside("reading", state=state, progress_age_s=1.0)
-        assert verdict({n: rank(progress_age_s=60.0) for n in GROUP} | {2: busy}) is None
+        assert diagnosis({n: rank(progress_age_s=60.0) for n in GROUP} | {2: busy}) is None
 
 
 @pytest.mark.parametrize("timeout", [2.0, 5.0, 20.0, 120.0, 3600.0])
 def test_all_limits_lie_within_the_timeout(timeout):
     limits = Limits.of(timeout, 4)
-    assert limits.period < limits.quick <= limits.lost <= timeout / 2
-    assert limits.stalled < timeout and limits.quick < limits.cut < timeout
+    assert limits.period_s < limits.short_timeout_s <= limits.heartbeat_timeout_s <= timeout / 2
+    assert limits.short_timeout_s < limits.collective_timeout_s < timeout
+    assert limits.stall_timeout_s < timeout
 
 
-def test_many_ranks_beat_more_slowly_and_long_timeouts_do_not_wait_for_the_dead():
-    assert Limits.of(120.0, 4).lost == 10.0
+def test_many_ranks_have_a_longer_period_and_long_timeouts_do_not_wait_for_the_dead():
+    assert Limits.of(120.0, 4).heartbeat_timeout_s == 10.0
     many = Limits.of(120.0, 1024)
-    assert many.period > Limits.of(120.0, 256).period and many.lost >= 4 * many.period
-    assert many.cut < 120.0
+    assert many.period_s > Limits.of(120.0, 256).period_s
+    assert many.heartbeat_timeout_s >= 4 * many.period_s
+    assert many.collective_timeout_s < 120.0
 
 
-def test_the_report_says_where_every_rank_was_and_stays_short():
-    finding = Diagnosis((1,), "rank 1 is gone")
-    lines = describe(finding, ranks(r2=rank(Progress(), state="starting"))).splitlines()
-    assert lines[0] == "fault: rank 1 is gone" and len(lines) == 5
+def test_the_report_lists_every_ranks_progress_and_stays_short():
+    fault = Diagnosis((1,), "rank 1 is dead")
+    lines = fault.report(ranks(r2=rank(Progress(), state="starting"))).splitlines()
+    assert lines[0] == "fault: rank 1 is dead" and len(lines) == 5
     assert lines[3] == "  rank 2 on h0: starting"
-    many = describe(finding, {n: rank() for n in range(100)}).splitlines()
+    many = fault.report({n: rank() for n in range(100)}).splitlines()
     assert len(many) == 18 and many[-1] == "  and 84 more ranks"
 
 
@@ -231,31 +240,31 @@ def outside(phase: str, **changes) -> PeerStatus:
 
 
 @pytest.mark.parametrize("state", ["starting", "running", "finishing"])
-def test_a_rank_that_does_not_get_on_while_others_wait_for_its_part_is_named(state):
-    seen = {n: outside(WAITING, state=state, progress_age_s=30.0) for n in GROUP}
-    seen[2] = outside("loading the model", state=state, progress_age_s=4.0, host="h7")
-    found = verdict(seen)
+def test_a_rank_without_progress_while_others_wait_for_its_part_is_named(state):
+    peers = {n: outside(WAITING, state=state, progress_age_s=30.0) for n in GROUP}
+    peers[2] = outside("loading the model", state=state, progress_age_s=4.0, host="h7")
+    found = diagnosis(peers)
     assert found is not None and found.ranks == (2,)
     assert found.text == (
         "rank 2 on h7 has been loading the model for 4.0 s, while ranks 0, 1, 3 wait: it hangs "
         "there"
     )
-    assert "rank 0 on h0: waiting for the others" in describe(found, seen)
+    assert "rank 0 on h0: waiting for the others" in found.report(peers)
 
 
-def test_a_rank_that_gets_on_slowly_and_ranks_that_all_work_are_well():
-    seen = {n: outside(WAITING, progress_age_s=30.0) for n in GROUP}
-    seen[2] = outside("loading the model", progress_age_s=3.9)
-    assert verdict(seen) is None
-    assert verdict({n: outside("loading the model", progress_age_s=30.0) for n in GROUP}) is None
-    assert verdict({n: outside(WAITING, progress_age_s=30.0) for n in GROUP}) is None
+def test_a_rank_with_slow_progress_and_ranks_that_all_work_are_healthy():
+    peers = {n: outside(WAITING, progress_age_s=30.0) for n in GROUP}
+    peers[2] = outside("loading the model", progress_age_s=3.9)
+    assert diagnosis(peers) is None
+    assert diagnosis({n: outside("loading the model", progress_age_s=30.0) for n in GROUP}) is None
+    assert diagnosis({n: outside(WAITING, progress_age_s=30.0) for n in GROUP}) is None
 
 
-def test_a_rank_that_is_missed_in_the_first_collective_of_the_lockstep_is_named():
-    seen = ranks(r1=outside("loading the model", progress_age_s=8.0))
+def test_a_rank_that_is_missing_in_the_first_collective_of_the_lockstep_is_named():
+    peers = ranks(r1=outside("loading the model", progress_age_s=8.0))
     for n in (0, 2, 3):
-        seen[n] = replace(seen[n], progress_age_s=4.1)
-    found = verdict(seen)
+        peers[n] = replace(peers[n], progress_age_s=4.1)
+    found = diagnosis(peers)
     assert found is not None and found.ranks == (1,)
     assert (
         "rank 1 on h0 has been loading the model for 8.0 s, while ranks 0, 2, 3 wait at step"
@@ -263,19 +272,19 @@ def test_a_rank_that_is_missed_in_the_first_collective_of_the_lockstep_is_named(
     )
 
 
-def test_where_a_collective_breaks_outside_of_the_lockstep_whoever_still_works_is_named():
-    cut = {"state": "cut", "progress_age_s": 1.6, "text": "Timed out waiting 5000ms"}
-    seen = {n: outside(WAITING, **cut) for n in GROUP}
-    seen[3] = outside("loading the model", progress_age_s=3.0)
-    found = verdict(seen)
+def test_where_a_collective_fails_outside_of_the_lockstep_a_rank_that_works_on_is_named():
+    broken = {"state": "collective_failed", "error": "Timed out waiting 5000ms"}
+    peers = {n: outside(WAITING, progress_age_s=1.6, **broken) for n in GROUP}
+    peers[3] = outside("loading the model", progress_age_s=3.0)
+    found = diagnosis(peers)
     assert found is not None and found.ranks == (3,)
-    seen[3] = outside(WAITING, progress_age_s=3.0)  # about to be cut too
-    found = verdict(seen)
+    peers[3] = outside(WAITING, progress_age_s=3.0)  # its collective is about to fail too
+    found = diagnosis(peers)
     assert found is not None and found.ranks == () and "Timed out" in found.text
 
 
-def test_a_rank_lost_outside_of_the_lockstep_is_told_with_what_it_was_doing():
-    seen = {n: outside(WAITING) for n in GROUP}
-    seen[0] = outside("merging the output", state="finishing", heartbeat_age_s=2.6)
-    found = verdict(seen, own=1)
+def test_a_rank_that_dies_outside_of_the_lockstep_is_reported_with_what_it_was_doing():
+    peers = {n: outside(WAITING) for n in GROUP}
+    peers[0] = outside("merging the output", state="finishing", heartbeat_age_s=2.6)
+    found = diagnosis(peers, own=1)
     assert found is not None and "last seen while merging the output" in found.text

@@ -1,4 +1,4 @@
-"""Beacons over a real store in this process: beats, verdicts, and a store that goes away.
+"""Publishers over a real store in this process: heartbeats, diagnoses, and a store that is lost.
 
 Run: pytest tests/unit/distributed/health/test_heartbeat.py
 """
@@ -17,41 +17,43 @@ from engine.distributed.health.heartbeat import HeartbeatPublisher
 from engine.distributed.health.peer_monitor import Heartbeat
 from engine.distributed.health.progress import Progress
 
-PLACE = Progress(step=4, layer=2, phase="experts", collective=31)
+PROGRESS = Progress(step=4, layer=2, phase="experts", collective=31)
 
 
 class Server:
-    """A store and the beacons that talk to it."""
+    """A store and the publishers connected to it."""
 
     def __init__(self) -> None:
         self.store: Any = dist.TCPStore(
             "127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False
         )
-        self.beacons: list[HeartbeatPublisher] = []
+        self.publishers: list[HeartbeatPublisher] = []
 
-    def beacon(self, rank: int, world_size: int = 2, period_s: float = 0.02) -> HeartbeatPublisher:
+    def publisher(
+        self, rank: int, world_size: int = 2, period_s: float = 0.02
+    ) -> HeartbeatPublisher:
         count = 0
 
         def current() -> Heartbeat:
             nonlocal count
             count += 1
-            return Heartbeat(count, "running", PLACE, f"rank {rank}")
+            return Heartbeat(count, "running", PROGRESS, f"rank {rank}")
 
         client = dist.TCPStore("127.0.0.1", self.store.port, None, False, timedelta(seconds=30))
-        beacon = HeartbeatPublisher(
+        publisher = HeartbeatPublisher(
             dist.PrefixStore("run", client), rank, world_size, period_s, current
         )
-        beacon.start()
-        self.beacons.append(beacon)
-        return beacon
+        publisher.start()
+        self.publishers.append(publisher)
+        return publisher
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     made = Server()
     yield made
-    for beacon in made.beacons:
-        beacon.close(5)
+    for publisher in made.publishers:
+        publisher.close(5)
 
 
 def await_true(condition: Callable[[], Any]) -> Any:
@@ -62,47 +64,47 @@ def await_true(condition: Callable[[], Any]) -> Any:
     return value
 
 
-def test_every_rank_hears_all_beats_with_place_and_text(server):
-    first, second = server.beacon(0), server.beacon(1)
-    for beacon in (first, second):
-        heard = await_true(lambda: (beats := beacon.take()) and None not in beats and beats)  # noqa: B023
-        assert [beat.text for beat in heard] == ["rank 0", "rank 1"]
-        assert all(beat.place == PLACE and beat.state == "running" for beat in heard)
+def test_every_rank_receives_all_heartbeats_with_progress_and_error(server):
+    first, second = server.publisher(0), server.publisher(1)
+    for publisher in (first, second):
+        latest = await_true(lambda: (found := publisher.poll()) and None not in found and found)  # noqa: B023
+        assert [each.error for each in latest] == ["rank 0", "rank 1"]
+        assert all(each.progress == PROGRESS and each.state == "running" for each in latest)
 
 
-def test_a_rank_that_never_came_holds_nobody_up(server):
-    beacon = server.beacon(0, world_size=3)
-    assert beacon.flush(10)
-    beats = beacon.take()
-    assert beats is not None and beats[0] is not None and beats[1:] == [None, None]
+def test_a_rank_that_never_published_blocks_no_other(server):
+    publisher = server.publisher(0, world_size=3)
+    assert publisher.flush(10)
+    latest = publisher.poll()
+    assert latest is not None and latest[0] is not None and latest[1:] == [None, None]
 
 
-def test_what_was_taken_is_not_news_again(server):
-    beacon = server.beacon(0, period_s=60)
-    assert beacon.flush(10)
-    assert beacon.take() is not None
-    assert beacon.take() is None
+def test_a_heartbeat_is_returned_by_one_poll_only(server):
+    publisher = server.publisher(0, period_s=60)
+    assert publisher.flush(10)
+    assert publisher.poll() is not None
+    assert publisher.poll() is None
 
 
-def test_flush_publishes_at_once_what_is_true_when_it_is_called(server):
-    slow, reader = server.beacon(0, period_s=60), server.beacon(1, period_s=60)
+def test_flush_publishes_at_once_the_state_at_its_call(server):
+    slow, reader = server.publisher(0, period_s=60), server.publisher(1, period_s=60)
     assert slow.flush(10) and slow.flush(10) and reader.flush(10)
-    beats = reader.take()
-    assert beats is not None and beats[0] is not None and beats[0].count >= 2
+    latest = reader.poll()
+    assert latest is not None and latest[0] is not None and latest[0].count >= 2
 
 
-def test_of_two_verdicts_all_adopt_the_first(server):
-    first, second, third = (server.beacon(rank, world_size=3) for rank in range(3))
+def test_of_two_diagnoses_all_accept_the_first(server):
+    first, second, third = (server.publisher(rank, world_size=3) for rank in range(3))
     assert first.propose("it was rank 2", 10) == "it was rank 2"
     assert second.propose("it was rank 0", 10) == "it was rank 2"
-    assert await_true(lambda: third.verdict) == "it was rank 2"
+    assert await_true(lambda: third.diagnosis) == "it was rank 2"
 
 
-def test_a_store_that_is_gone_is_noticed_and_nobody_waits_for_it(server):
-    beacon = server.beacon(0)
-    assert beacon.flush(10)
+def test_a_lost_store_is_detected_and_not_waited_for(server):
+    publisher = server.publisher(0)
+    assert publisher.flush(10)
     server.store = None  # closes the server
-    await_true(lambda: beacon.broken)
+    await_true(lambda: publisher.disconnected)
     began = time.monotonic()
-    assert not beacon.flush(10) and beacon.propose("it was rank 2", 10) is None
+    assert not publisher.flush(10) and publisher.propose("it was rank 2", 10) is None
     assert time.monotonic() - began < 5

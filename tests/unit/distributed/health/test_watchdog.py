@@ -14,9 +14,11 @@ from engine.distributed.health.reporter import ReportElection
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
 
 
-def test_a_run_of_one_rank_has_no_watch():
+def test_a_run_of_one_rank_has_no_watchdog():
     before = threading.active_count()
-    watchdog = Watchdog(dist.HashStore(), "alone", rank=0, hosts=["h0"], timeout_s=5.0, holder=None)
+    watchdog = Watchdog(
+        dist.HashStore(), "single", rank=0, hosts=["h0"], timeout_s=5.0, store_rank=None
+    )
     with watchdog:
         assert threading.active_count() == before
         watchdog.fail(ValueError("no"))
@@ -32,14 +34,14 @@ def test_a_run_of_one_rank_has_no_watch():
         dist.DistStoreError("wait timeout after 5000ms"),
     ],
 )
-def test_a_broken_connection_is_anothers_fault(error):
+def test_a_failed_connection_is_another_ranks_fault(error):
     assert is_connection_error(error)
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA out of memory"), ValueError("gloo"), OSError("Connection"), None]
 )
-def test_any_other_error_is_ones_own(error):
+def test_any_other_error_is_the_ranks_own(error):
     assert not is_connection_error(error)
 
 
@@ -49,24 +51,24 @@ def folder(monkeypatch, tmp_path):
     return tmp_path
 
 
-def voices(count: int) -> list[ReportElection]:
+def elections(count: int) -> list[ReportElection]:
     made = [ReportElection("batch/1234") for _ in range(count)]
-    for voice in made:
-        voice.open()
+    for election in made:
+        election.open()
     return made
 
 
-def test_one_rank_of_a_host_speaks(folder):
-    assert [voice.take() for voice in voices(3)] == [True, False, False]
+def test_one_rank_of_a_host_reports(folder):
+    assert [each.try_acquire() for each in elections(3)] == [True, False, False]
     assert not list(folder.iterdir())
 
 
-def test_where_no_file_can_be_made_every_rank_speaks(folder, monkeypatch):
+def test_where_no_file_can_be_made_every_rank_reports(folder, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(folder / "missing"))
-    assert [voice.take() for voice in voices(2)] == [True, True]
+    assert [each.try_acquire() for each in elections(2)] == [True, True]
 
 
-def test_nothing_is_left_of_a_run_without_a_fault(folder):
-    for voice in voices(2):
-        voice.drop()
+def test_a_run_without_a_fault_leaves_no_file(folder):
+    for election in elections(2):
+        election.release()
     assert not list(folder.iterdir())
