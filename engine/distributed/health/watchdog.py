@@ -24,6 +24,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from engine.distributed.error_file import record_error
 from engine.distributed.health.diagnosis import Finding, Limits, describe, judge, store_lost
 from engine.distributed.health.heartbeat import Beacon
 from engine.distributed.health.peer_monitor import Beat, Sightings
@@ -183,16 +184,24 @@ class Watchdog:
             self._adopt(agreed)
         if absent_s >= self._limits.lost:
             # The others had to give this rank up and have told why.
-            self._end(f"rank {self._rank} on {self._own_host} was stopped for {absent_s:.1f} s")
+            text = f"rank {self._rank} on {self._own_host} was stopped for {absent_s:.1f} s"
+            record_error(text)
+            self._end(text)
         # Without a store nobody can agree across hosts.
         speaks = agreed is not None or self._voice.take()
+        # A rank that failed by itself has recorded why.
+        follows = not speaks or any(seen[rank].state == "failed" for rank in finding.ranks)
+        record_error(f"{report}\n{self._advice}", follows=follows)
         self._end(f"{report}\n{self._advice}" if speaks else "")
 
     def _adopt(self, verdict: str) -> NoReturn:
         """Another rank has published its verdict."""
-        given_up = self._rank in json.loads(verdict)["lost"]
-        text = f"rank {self._rank} on {self._own_host} was given up by the others, who have left"
-        self._end(text if given_up else "")
+        by, lost = (json.loads(verdict)[key] for key in ("by", "lost"))
+        own = f"rank {self._rank} on {self._own_host}"
+        text = f"{own} was given up by the others, who have left" if self._rank in lost else ""
+        left = f"{own} has left; rank {by} on {self._hosts[by]} reports why"
+        record_error(text or left, follows=True)
+        self._end(text)
 
     def _end(self, text: str) -> NoReturn:
         if ended := end_stopped():
