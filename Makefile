@@ -74,7 +74,7 @@ test-cluster: setup
 	@echo 'make test-cluster: passed'
 
 docs: setup
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo 'make docs: build/site/index.html'
 
 clean:
