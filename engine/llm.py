@@ -25,9 +25,9 @@ from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
-from engine.distributed.errors import share_errors
+from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
-from engine.distributed.health.progress import Activity, Place
+from engine.distributed.health.progress import Progress, ProgressReporter
 from engine.generation.builder import (
     build,
     build_cache,
@@ -42,17 +42,17 @@ from engine.generation.interrupts import StopRequest
 from engine.generation.latency import Sample, timed
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
 from engine.generation.request_source import ListSource, RequestSource, Sink, deal
-from engine.generation.step_profiler import Meter
+from engine.generation.step_profiler import StepProfiler
 from engine.generation.tokenizer import load_tokenizer
 from engine.models.registry import read_config
 from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
-from engine.profiling.exporters import Outlets
+from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
-from engine.profiling.stall_detector import Absences
+from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
-from engine.reporting.open_exporters import open_outlets
+from engine.reporting.open_exporters import open_exporters
 from engine.reporting.run_report import run_report
 from engine.request import Completion, Request, SamplingParams
 
@@ -75,14 +75,14 @@ class LLM:
         self,
         config: Config,
         topology: Topology | None = None,
-        activity: Activity | None = None,
+        activity: ProgressReporter | None = None,
     ) -> None:
         self.config = config
         self.report: RunReport | None = None
-        self._activity = activity or Activity()
+        self._activity = activity or ProgressReporter()
         self._owns_topology = topology is None
         if topology is None:
-            with bootstrap.telling_all():
+            with bootstrap.broadcast_startup_error():
                 check_runnable(config, os.environ)
             topology = bootstrap.start(config)
         self.topology = topology
@@ -99,7 +99,7 @@ class LLM:
         names = self._on_all_ranks(lambda: checkpoint_names(config))
         self.weights_report = fill(self.model, config, topology, names, self._activity)
         self._activity.begin("loading the model")
-        self.model.settle(self._activity.tick)
+        self.model.finalize_weights(self._activity.tick)
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: build_cache(self.model, config, topology)
         )
@@ -122,13 +122,13 @@ class LLM:
         """
         return resolved(self.model, self.topology, self._runner.cache.num_blocks)
 
-    def place(self) -> Place:
+    def place(self) -> Progress:
         """How far this rank has come; for the watchdog's thread."""
         position = self._telemetry.clock.position()
         if not position.collective:
             return self._activity.place  # a run begins
         phase = position.phase.name.lower()
-        return Place(position.step, position.layer, phase, position.collective)
+        return Progress(position.step, position.layer, phase, position.collective)
 
     @property
     def vocab_size(self) -> int:
@@ -204,8 +204,10 @@ class LLM:
         outlets = self._on_all_ranks(self._open_outlets)
         self._activity.begin("starting the run")
         topology = self.topology
-        profile = Collector(self.model.num_layers, topology.expert.size, topology.tensor_places)
-        meter = Meter(
+        profile = Collector(
+            self.model.num_layers, topology.expert.size, topology.tensor_rank_offsets
+        )
+        meter = StepProfiler(
             self._telemetry,
             profile,
             outlets,
@@ -232,7 +234,7 @@ class LLM:
             layer.account.take()
         self._telemetry.loads.clear()
         began = time.monotonic()
-        absences = Absences(self.config.profiler.enabled)
+        absences = StallDetector(self.config.profiler.enabled)
         try:
             with absences:
                 loop.run(source, timed(sink, latencies), on_step, stop)
@@ -287,8 +289,8 @@ class LLM:
         if self._owns_topology:
             bootstrap.stop(self.topology)
 
-    def _open_outlets(self) -> Outlets:
-        return open_outlets(self.config, self.topology, self.model, self._clock_offset)
+    def _open_outlets(self) -> Exporters:
+        return open_exporters(self.config, self.topology, self.model, self._clock_offset)
 
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """Run `make` on every rank of all replicas; where it fails on any, fail on all with who and
@@ -301,7 +303,7 @@ class LLM:
         except (ValueError, OSError) as problem:
             error = str(problem)
         self._activity.wait()
-        share_errors(self.topology.world, error)
+        raise_on_any_rank(self.topology.world, error)
         self._activity.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]

@@ -25,9 +25,9 @@ from engine.batch.ledger import Ledger, PartWriter, parts_dir
 from engine.batch.manifest import JobError, admit, make_manifest, seal
 from engine.batch.on_rank_0 import describe, on_rank_0
 from engine.config import Config
-from engine.distributed.errors import share_errors
+from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
-from engine.distributed.health.progress import Activity
+from engine.distributed.health.progress import ProgressReporter
 from engine.request import Completion
 
 
@@ -41,12 +41,12 @@ class FileJob:
         input: Path,
         output: Path,
         part: Slice | None = None,
-        activity: Activity | None = None,
+        activity: ProgressReporter | None = None,
     ) -> None:
         """part: the slice of the input to run; None: all of it. activity: told how the work on
         files gets on.
         """
-        self._activity = activity or Activity()
+        self._activity = activity or ProgressReporter()
         self.input = input
         self.output = output if part is None else part.output(output)
         self._whole = output
@@ -106,7 +106,7 @@ class FileJob:
         except (OSError, ValueError) as error:
             problem = f"on {topology.host}: {describe(error)}"
         activity.wait()
-        share_errors(topology.world, problem, JobError)
+        raise_on_any_rank(topology.world, problem, JobError)
         return ""
 
     def write(self, completions: list[Completion]) -> None:

@@ -2,7 +2,7 @@
 
 Second stop of a job (`run.py`): rank 0 scans the JSONL once (`scan_input`), the ledger
 says which lines are done, and the rest travels to every rank as one int64 table (`Pending`). Ranks
-then pull tickets from a counter in the store (`TicketQueue`) and read a line only when they run it:
+then pull tickets from a counter in the store (`WorkQueue`) and read a line only when they run it:
 the input is indexed, never loaded, and costs 32 bytes a line. `line_parser.py` says what a
 line means.
 """
@@ -228,7 +228,7 @@ class Lines(Protocol):
     def __getitem__(self, ticket: int) -> Line: ...
 
 
-class TicketQueue:
+class WorkQueue:
     """The request source of one data rank; all data ranks pull from one counter in the store.
 
     limit: the most requests that this rank may hold at once, so that few requests spread over all
@@ -261,6 +261,6 @@ class TicketQueue:
             return None
         return self._parse(self._lines[ticket])
 
-    def is_dry(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether all tickets are taken. Takes none."""
         return self._dry or self._store.add(self._key, 0) >= len(self._lines)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.distributed.groups import Topology
-from engine.distributed.health.progress import Activity
+from engine.distributed.health.progress import ProgressReporter
 
 _POLL_S = 0.02
 
@@ -21,7 +21,7 @@ def on_rank_0(
     key: str,
     work: Callable[[], Any],
     exception: type[Exception],
-    activity: Activity,
+    activity: ProgressReporter,
 ) -> Any:
     """Run `work` on rank 0 and return its JSON-ready result on every rank.
 

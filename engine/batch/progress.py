@@ -1,8 +1,8 @@
 """What a batch job shows: its progress on rank 0 while it runs, a summary at the end.
 
-Progress goes to stderr: a bar on a terminal, elsewhere a line every few seconds. The summary, and
-the same figures as JSON beside the output, come from the engine's `RunReport` and from what the job
-counted itself. The last table is the straggler's: the slowest rank sets the time of all.
+ProgressBar goes to stderr: a bar on a terminal, elsewhere a line every few seconds. The summary,
+and the same figures as JSON beside the output, come from the engine's `RunReport` and from what the
+job counted itself. The last table is the straggler's: the slowest rank sets the time of all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BAR_EVERY_S = 0.2
 _RATE_OVER_S = 5.0
 
 
-class Progress:
+class ProgressBar:
     """Shows how far a job is; call `update` after every step. A context manager.
 
     total: requests of the job. resumed: those done by an earlier run. num_done: asked for when
@@ -60,7 +60,7 @@ class Progress:
             )
             self._task = self._bar.add_task("", total=total, completed=resumed, rates="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self

@@ -19,7 +19,7 @@ from engine.batch.input_index import Line
 from engine.batch.manifest import JobError, beside
 from engine.batch.on_rank_0 import on_rank_0
 from engine.distributed.groups import Topology
-from engine.distributed.health.progress import Activity
+from engine.distributed.health.progress import ProgressReporter
 from engine.request import Completion
 
 # Something for any model, and four tasks that the bundled ones were trained on.
@@ -52,7 +52,7 @@ class PromptJob:
     num_resumed = 0
 
     def __init__(
-        self, topology: Topology, console: Console, output: Path | None, activity: Activity
+        self, topology: Topology, console: Console, output: Path | None, activity: ProgressReporter
     ) -> None:
         self.lines = _PromptLines()
         self.output = output

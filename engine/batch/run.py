@@ -26,19 +26,19 @@ from pathlib import Path
 
 from engine.batch.atomic_files import write_text
 from engine.batch.file_job import FileJob
-from engine.batch.input_index import TicketQueue
+from engine.batch.input_index import WorkQueue
 from engine.batch.input_shards import Slice
 from engine.batch.line_parser import LineParser
 from engine.batch.manifest import JobError, beside
 from engine.batch.on_rank_0 import describe, on_rank_0
-from engine.batch.progress import Progress
+from engine.batch.progress import ProgressBar
 from engine.batch.prompt_job import PromptJob
 from engine.config import Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.error_file import record_error
 from engine.distributed.groups import Topology
-from engine.distributed.health.progress import Activity
+from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
 from engine.distributed.store_barrier import meet
 from engine.generation.interrupts import Interrupts, Stopped, StopRequest
@@ -91,7 +91,7 @@ def run_batch(
     if part is not None and input is None:
         raise JobError(f"--slice {part} needs --input: name the JSONL file to take it from")
     console = make_console(quiet=topology.world.rank != 0)
-    activity = Activity()
+    activity = ProgressReporter()
     if input is not None and output is not None:
         job: FileJob | PromptJob = FileJob(config, topology, input, output, part, activity)
     else:
@@ -159,7 +159,7 @@ def _generate(
     tally: _Tally,
     interrupts: Interrupts,
     watchdog: Watchdog,
-    activity: Activity,
+    activity: ProgressReporter,
 ) -> RunReport:
     """Load the model and run every pending line through it."""
     activity.begin("loading the model")
@@ -173,9 +173,9 @@ def _generate(
         max_model_len=llm.max_model_len,
     )
     store, progress = topology.store, None
-    queue = TicketQueue(job.lines, parse, store, f"{key}/ticket", topology.num_data)
+    queue = WorkQueue(job.lines, parse, store, f"{key}/ticket", topology.num_data)
     if topology.world.rank == 0:
-        progress = Progress(
+        progress = ProgressBar(
             make_console(stderr=True),
             job.num_total,
             job.num_resumed,

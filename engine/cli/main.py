@@ -56,25 +56,25 @@ def main(argv: list[str] | None = None, parser: CommandParser | None = None) -> 
         args = error
     from engine.batch.run import JobFailed, Stopped
     from engine.distributed import bootstrap
-    from engine.distributed.errors import RendezvousError, UnheardError
-    from engine.distributed.launch_agent import let_rank_0_go_first
+    from engine.distributed.errors import RendezvousError, UnreportedError
+    from engine.distributed.launch_agent import wait_for_rank_0_exit
 
     rank = local_rank = 0
     try:
         launch = bootstrap.discover(os.environ)
         rank, local_rank = launch.rank, launch.local_rank
-        with bootstrap.telling_all():  # this host may lack what the others have
+        with bootstrap.broadcast_startup_error():  # this host may lack what the others have
             if isinstance(args, ValueError):
                 raise args
             run = args.prepare(args, rank)
         run()
     except ValueError as error:  # the user's to mend, and the same on every rank that knows of it
         record_error(f"error: {error}" if local_rank == 0 else _REPORTED, follows=rank > 0)
-        if rank == 0 or (isinstance(error, UnheardError) and local_rank == 0):
+        if rank == 0 or (isinstance(error, UnreportedError) and local_rank == 0):
             place = f"rank {rank} on {os.uname().nodename}: " if rank else ""
             print(f"{place}error: {error}", file=sys.stderr)
         else:
-            let_rank_0_go_first(bootstrap.PATIENCE_S)
+            wait_for_rank_0_exit(bootstrap.PATIENCE_S)
         return 2
     except (JobFailed, RendezvousError, Stopped) as error:
         text = f"rank {rank}: {error}; the same command goes on from here" if str(error) else ""

@@ -5,7 +5,7 @@
     join        device, CPU threads, process groups -> Topology
 
 A mistake is raised by every rank with the same text before a process group exists: also one that
-only one host makes (`telling_all`), as a file that it lacks.
+only one host makes (`broadcast_startup_error`), as a file that it lacks.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from engine.config.loader import digest
 from engine.config.preflight import read_num_experts
 from engine.config.world_rules import expert_ranks, validate_world
 from engine.distributed.discovery import Launch, discover
-from engine.distributed.errors import RankError, RendezvousError, UnheardError
+from engine.distributed.errors import RankError, RendezvousError, UnreportedError
 from engine.distributed.groups import Group, Topology, layout
-from engine.distributed.launch_agent import die_with_agent, end_stopped
-from engine.distributed.rendezvous import Presence, check_in, choose_device, share_of_cores
+from engine.distributed.launch_agent import die_with_agent, kill_stopped_workers
+from engine.distributed.rendezvous import RankInfo, check_in, choose_device, share_of_cores
 from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
 from engine.distributed.shared_memory import open_lane
 
-__all__ = ["PATIENCE_S", "Launch", "discover", "start", "stop", "telling_all"]
+__all__ = ["PATIENCE_S", "Launch", "discover", "start", "stop", "broadcast_startup_error"]
 
 logger = logging.getLogger(__name__)
 PATIENCE_S = 20.0  # for others to hear of an error; their imports may take that long
 
 
 @contextmanager
-def telling_all(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     """What a rank does before `start`, alone: a ValueError of it becomes that of every rank.
 
     The others hear of it in `start`, or here where they have one too. Raises RankError with the
-    same text on every rank; UnheardError where they do not meet within PATIENCE_S.
+    same text on every rank; UnreportedError where they do not meet within PATIENCE_S.
     """
     try:
         yield
@@ -61,7 +61,7 @@ def telling_all(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
         except RankError as same_on_all:
             raise same_on_all from error
         except RendezvousError as apart:
-            raise UnheardError(f"{error}\nThe other ranks do not know of it: {apart}") from error
+            raise UnreportedError(f"{error}\nThe other ranks do not know of it: {apart}") from error
 
 
 def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
@@ -85,14 +85,14 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
     try:
         return _meet(config, launch, environ, store, own, gpu_index)
     except RuntimeError:  # somebody did not come, or left again
-        end_stopped(environ)
+        kill_stopped_workers(environ)
         raise
 
 
 def _presence(
     launch: Launch, *, digest: str, gpu: str | None, no_gpu: str, error: str | None
-) -> Presence:
-    return Presence(
+) -> RankInfo:
+    return RankInfo(
         rank=launch.rank,
         host=socket.gethostname(),
         cores=sorted(os.sched_getaffinity(0)),
@@ -108,7 +108,7 @@ def _meet(
     launch: Launch,
     environ: Mapping[str, str],
     store: dist.Store,
-    own: Presence,
+    own: RankInfo,
     gpu_index: int,
 ) -> Topology:
     """Check in, agree on the device, join."""
@@ -205,7 +205,7 @@ def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
 
 
 def _num_threads(
-    config: Config, launch: Launch, environ: Mapping[str, str], present: list[Presence]
+    config: Config, launch: Launch, environ: Mapping[str, str], present: list[RankInfo]
 ) -> int:
     """`runtime.threads`, else OMP_NUM_THREADS, else this rank's share of its host's cores.
 

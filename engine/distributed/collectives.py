@@ -148,7 +148,7 @@ class GroupCollectives:
 COLLECTIVE_BYTES = 256 * 1024
 
 
-def run_meanwhile(work: Callable[[], None], wait: Callable[[], object]) -> None:
+def run_overlapped(work: Callable[[], None], wait: Callable[[], object]) -> None:
     """Run `work`; where it fails, `wait` for the collective before its error goes on.
 
     A collective nobody waits for outlives its buffers. What went wrong first is what to tell, also

@@ -16,7 +16,7 @@ class RankError(ValueError):
     """An error found by some ranks and raised, with the same text, by all."""
 
 
-class UnheardError(ValueError):
+class UnreportedError(ValueError):
     """An error of this rank that it could not tell the others: whoever has one tells the user."""
 
 
@@ -26,7 +26,9 @@ class RendezvousError(RuntimeError):
     exit_code = 1
 
 
-def share_errors(group: Group, error: str | None, exception: type[ValueError] = RankError) -> None:
+def raise_on_any_rank(
+    group: Group, error: str | None, exception: type[ValueError] = RankError
+) -> None:
     """Raise `exception` on every rank when any rank passes an error; return None otherwise.
 
     Collective over `group`: every rank must call.

@@ -51,7 +51,7 @@ class Topology:
     store_holder: int | None = None
 
     @property
-    def tensor_places(self) -> range:
+    def tensor_rank_offsets(self) -> range:
         """Where in `expert` the ranks of `tensor` stand."""
         first = self.expert.ranks.index(self.tensor.ranks[0])
         return range(first, first + self.tensor.size)
@@ -70,7 +70,7 @@ class Layout:
 
 
 def layout(rank: int, world_size: int, expert: int, tensor: int) -> Layout:
-    """Place `rank` in its expert and tensor groups, of sizes `expert` and `tensor`.
+    """Progress `rank` in its expert and tensor groups, of sizes `expert` and `tensor`.
 
     The sizes must tile the world, which `config_world.validate_world` has checked.
     """

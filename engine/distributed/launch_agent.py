@@ -46,7 +46,7 @@ def die_with_agent(environ: Mapping[str, str] = os.environ) -> None:
         os._exit(1)
 
 
-def end_stopped(environ: Mapping[str, str] = os.environ) -> list[int]:
+def kill_stopped_workers(environ: Mapping[str, str] = os.environ) -> list[int]:
     """SIGKILL the stopped workers of this rank's agent; return their process ids.
 
     To be called by a rank that ends its process because the run has failed.
@@ -69,7 +69,7 @@ def end_stopped(environ: Mapping[str, str] = os.environ) -> list[int]:
     return ended
 
 
-def let_rank_0_go_first(patience_s: float) -> None:
+def wait_for_rank_0_exit(patience_s: float) -> None:
     """Wait until rank 0, or else its host's first rank, has left, at most `patience_s`.
 
     Sees workers of the same agent; rank 0 on another host only gets a head start. To be called by

@@ -37,7 +37,7 @@ _POLL_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Presence:
+class RankInfo:
     """One rank's answer. `gpu` is the device's unique id, or None and `no_gpu` says why."""
 
     rank: int
@@ -50,8 +50,8 @@ class Presence:
 
 
 def check_in(
-    store: dist.Store, own: Presence, world_size: int, timeout: timedelta
-) -> tuple[list[Presence], str]:
+    store: dist.Store, own: RankInfo, world_size: int, timeout: timedelta
+) -> tuple[list[RankInfo], str]:
     """All ranks' answers, in rank order, and a name for this run that no other run has.
 
     Collective over the world, through the store. Raises RankError, with the same text on every
@@ -74,7 +74,7 @@ def check_in(
     except (RuntimeError, TimeoutError) as error:
         missing = _who_is_missing(store, own.rank, nonce, world_size, timeout)
         raise RendezvousError(missing) from error
-    present = [Presence(**values) for values in answers]
+    present = [RankInfo(**values) for values in answers]
     if problem := _problem(present):
         _leave_together(dist.PrefixStore(run, store), own.rank, world_size)
         raise RankError(problem)
@@ -148,7 +148,7 @@ def _who_is_missing(
     )
 
 
-def _problem(present: Sequence[Presence]) -> str | None:
+def _problem(present: Sequence[RankInfo]) -> str | None:
     if errors := {rank.rank: rank.error for rank in present if rank.error is not None}:
         return merge_errors(errors, len(present), [rank.host for rank in present])
     ranks_of: dict[str, list[int]] = defaultdict(list)
@@ -175,7 +175,7 @@ def _leave_together(store: dist.Store, rank: int, world_size: int) -> None:
             time.sleep(0.02)
 
 
-def choose_device(requested: str, present: Sequence[Presence]) -> str:
+def choose_device(requested: str, present: Sequence[RankInfo]) -> str:
     """`cuda` or `cpu` for the whole run, from `runtime.device` and all answers.
 
     auto takes CUDA when every rank has a GPU of its own, and the CPU otherwise. Raises RankError
@@ -206,7 +206,7 @@ def choose_device(requested: str, present: Sequence[Presence]) -> str:
     )
 
 
-def share_of_cores(rank: int, present: Sequence[Presence]) -> int:
+def share_of_cores(rank: int, present: Sequence[RankInfo]) -> int:
     """CPU threads for `rank`: its cores, each divided by the ranks of its host that may use it.
 
     Ranks the launcher has bound to cores of their own keep them all. At least 1.

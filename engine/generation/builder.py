@@ -13,7 +13,7 @@ import torch
 from engine.config import Config
 from engine.config.world_rules import validate_world
 from engine.distributed.groups import Topology
-from engine.distributed.health.progress import Activity
+from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.generation.block_pool import BlockPool
 from engine.generation.memory import MoEShape, num_kv_blocks, row_bound
@@ -55,7 +55,7 @@ def fill(
     config: Config,
     topology: Topology,
     names: frozenset[str],
-    activity: Activity,
+    activity: ProgressReporter,
 ) -> LoadReport | None:
     """Read this rank's weights, or make them up; what reading took. names: the checkpoint's.
 

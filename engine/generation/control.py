@@ -22,7 +22,7 @@ from engine.profiling.phase_clock import NONE, Spans
 
 
 @dataclass(frozen=True, slots=True)
-class ControlWords:
+class ControlMessage:
     """One rank's view before a step: tokens it is about to run, its requests, whether its queue
     has run dry, how many of the tokens compete for expert capacity, the signal that asked it to
     stop (0: none), whether running requests may not even finish first, its experts' time a row
@@ -60,8 +60,8 @@ class ControlPlane:
         self._left = -1  # when this rank left the last exchange, by its own clock
 
     def exchange(
-        self, words: ControlWords, rows: list[int], spans: Spans | None, spans_step: int
-    ) -> tuple[list[ControlWords], np.ndarray | None, np.ndarray | None]:
+        self, words: ControlMessage, rows: list[int], spans: Spans | None, spans_step: int
+    ) -> tuple[list[ControlMessage], np.ndarray | None, np.ndarray | None]:
         """Return every rank's words, every rank's `rows` [W, L], and the arrivals [W, C] of step
         `spans_step` where every rank sent that step.
 
@@ -102,12 +102,12 @@ class ControlPlane:
         return 8 * (_NUM_WORDS + 2 + self.num_stamps + self._num_layers) * (self._group.size - 1)
 
 
-_values = attrgetter(*(each.name for each in fields(ControlWords)))
+_values = attrgetter(*(each.name for each in fields(ControlMessage)))
 
 
-def _words(row: list[int]) -> ControlWords:
+def _words(row: list[int]) -> ControlMessage:
     prefill, decode, running, waiting, finished, exhausted, competing, signal, now, pace, read = row
-    return ControlWords(
+    return ControlMessage(
         prefill,
         decode,
         running,

@@ -25,7 +25,7 @@ from typing import Any
 from engine.config import Phase as ConfigPhase
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
-from engine.generation.control import ControlPlane, ControlWords
+from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.moe_step import build_moe_step, capacity_uses, count_competing
@@ -35,7 +35,7 @@ from engine.generation.sampler import NonFiniteLogitsError, sample, token_logpro
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import Sequence
 from engine.generation.step import Step
-from engine.generation.step_profiler import Meter
+from engine.generation.step_profiler import StepProfiler
 from engine.models.decoder import GroupTokens
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import StepReport
@@ -73,7 +73,7 @@ class GenerationLoop:
         control: ControlPlane,
         topology: Topology,
         telemetry: Telemetry,
-        meter: Meter,
+        meter: StepProfiler,
         *,
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
@@ -145,7 +145,7 @@ class GenerationLoop:
         exhausted = False
         scheduler = self._scheduler
         if self._leads and closed:
-            exhausted = source.is_dry()
+            exhausted = source.is_exhausted()
         elif self._leads:
             in_flight = scheduler.num_running + scheduler.num_waiting
             # One at a time: whatever cannot start at once is left to the other ranks.
@@ -185,10 +185,10 @@ class GenerationLoop:
             )
         return None
 
-    def _agree(self, step: Step, exhausted: bool, stop: StopRequest) -> list[ControlWords]:
+    def _agree(self, step: Step, exhausted: bool, stop: StopRequest) -> list[ControlMessage]:
         scheduler = self._scheduler
         leads = int(self._leads)  # a tensor group's requests count once
-        words = ControlWords(
+        words = ControlMessage(
             tokens_prefill=(step.num_tokens - step.num_decode) * leads,
             tokens_decode=step.num_decode * leads,
             running=scheduler.num_running * leads,
@@ -205,7 +205,7 @@ class GenerationLoop:
         self.totals.tokens_decode += words.tokens_decode
         return self.meter.exchange(self._control, words)
 
-    def _advance(self, step: Step, everyone: list[ControlWords]) -> list[Sequence]:
+    def _advance(self, step: Step, everyone: list[ControlMessage]) -> list[Sequence]:
         """Run one step; return the sequences that finished."""
         moe_step = None
         if self._phases:
@@ -242,7 +242,7 @@ class GenerationLoop:
         tensor, clock = self._topology.tensor, self._telemetry.clock
         if tensor.size == 1:
             return value
-        clock.meet(Phase.TENSOR)
+        clock.enter_collective(Phase.TENSOR)
         value = broadcast_object(value, tensor)
         clock.enter(Phase.OTHER)
         return value
@@ -298,7 +298,7 @@ def _prompt_failures(step: Step, of_prompt: list[float]) -> dict[int, str]:
 
 
 def _report(
-    step: int, everyone: list[ControlWords], max_over_mean: float, began: float
+    step: int, everyone: list[ControlMessage], max_over_mean: float, began: float
 ) -> StepReport:
     return StepReport(
         step=step,

@@ -16,10 +16,10 @@ import torch
 
 from engine.config import Phase
 from engine.distributed.groups import Topology
-from engine.generation.control import ControlWords
+from engine.generation.control import ControlMessage
 from engine.generation.step import Slice, Step
-from engine.moe.step import MoEStep, TokenTally
-from engine.moe.token_shard import TokenSlice, part_bounds
+from engine.moe.step import MoEStep, TokenCounts
+from engine.moe.token_shard import TokenShard, part_bounds
 from engine.ops.to_device import to_device
 from engine.profiling.phase_clock import PhaseClock
 from engine.request import CapacityUse
@@ -32,7 +32,7 @@ def count_competing(step: Step, phases: Sequence[Phase]) -> int:
 
 def build_moe_step(
     step: Step,
-    everyone: Sequence[ControlWords],
+    everyone: Sequence[ControlMessage],
     phases: Sequence[Phase],
     topology: Topology,
     shares_W: tuple[int, ...] | None = None,
@@ -64,7 +64,7 @@ def build_moe_step(
         num_own_competing=num_own,
         num_tokens_W=tuple(last - first for first, last in sizes_W),
         num_competing=num_competing,
-        tally=TokenTally.zeros(end - start, device),
+        tally=TokenCounts.zeros(end - start, device),
         shares_W=shares_W,
     )
 
@@ -78,7 +78,7 @@ def capacity_uses(
     Collective over the tensor group: every rank must call.
     """
     assert moe_step.tally is not None, "the step was built with a tally"
-    tally_T4 = TokenSlice(topology.tensor).regather(moe_step.tally.stack(), step.num_tokens, clock)
+    tally_T4 = TokenShard(topology.tensor).gather(moe_step.tally.stack(), step.num_tokens, clock)
     # SYNC: once a step, when the step is over anyway and its tokens are read.
     rows_T4 = tally_T4.cpu().double().numpy()
     uses, row = [], 0

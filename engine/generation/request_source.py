@@ -25,7 +25,7 @@ class RequestSource(Protocol):
         """
         ...
 
-    def is_dry(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether nothing is left to take. Takes nothing."""
         ...
 
@@ -41,7 +41,7 @@ class ListSource:
         """Return the next request, None when none is left."""
         return self._remaining.popleft() if self._remaining else None
 
-    def is_dry(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether nothing is left to take."""
         return not self._remaining
 

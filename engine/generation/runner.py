@@ -67,7 +67,7 @@ class Runner:
         if may_split and moe_step is None and group is not None and self.model.splits(group.all):
             cut = balanced_cut([piece.length for piece in step.slices])
             halves = self.build(step.slices[:cut]), self.build(step.slices[cut:])
-            return Hidden(self.model.forward_halves(halves, self.cache, group), rows_R)
+            return Hidden(self.model.forward_two_batch(halves, self.cache, group), rows_R)
         tensors = self.build(step.slices)
         return Hidden(self.model(tensors, self.cache, moe_step, group), rows_R)
 

@@ -1,4 +1,4 @@
-"""Meter: the measuring side of the generation loop, a step behind it, on CUDA two.
+"""StepProfiler: the measuring side of the generation loop, a step behind it, on CUDA two.
 
 Before a step the ranks exchange control words; with them travel the row counts of the step before
 and the arrivals of the last one whose stamps can be read. The meter reads that step's spans, says
@@ -14,20 +14,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.generation.control import ControlPlane, ControlWords
+from engine.generation.control import ControlMessage, ControlPlane
 from engine.moe.capacity.speed_weights import ONE, Shares
 from engine.profiling.collector import Collector
-from engine.profiling.exporters import Outlets
+from engine.profiling.exporters import Exporters
 from engine.profiling.loads import StepLoads
 from engine.profiling.phase_clock import Phase, Spans
 from engine.profiling.report import StepReport
-from engine.profiling.row_time import Pace
+from engine.profiling.row_time import RowTime
 from engine.profiling.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
 
-class Meter:
+class StepProfiler:
     """Files one run's measurements on one rank. profile: its totals. logs: whether this rank says
     in the log when the shares change.
     """
@@ -36,15 +36,15 @@ class Meter:
         self,
         telemetry: Telemetry,
         profile: Collector,
-        outlets: Outlets | None = None,
+        outlets: Exporters | None = None,
         *,
         speed_aware: bool = False,
         logs: bool = False,
     ) -> None:
         self.profile = profile
         self._telemetry = telemetry
-        self._outlets = outlets or Outlets()
-        self._pace = Pace()
+        self._outlets = outlets or Exporters()
+        self._pace = RowTime()
         self._shares = Shares() if speed_aware else None
         self._logs = logs
         self._spans: Spans | None = None
@@ -69,17 +69,17 @@ class Meter:
             self._pace.add(self._spans)
         return self._pace.picoseconds_a_row
 
-    def exchange(self, control: ControlPlane, words: ControlWords) -> list[ControlWords]:
+    def exchange(self, control: ControlPlane, words: ControlMessage) -> list[ControlMessage]:
         """Exchange control words; file what comes with them. Collective over the control group."""
         clock, loads, spans = self._telemetry.clock, self._telemetry.loads, self._spans
-        clock.meet(Phase.CONTROL)
+        clock.enter_collective(Phase.CONTROL)
         clock.sent(control.num_bytes)
         everyone, rows_WL, arrivals = control.exchange(
             words, loads.take_rows(), spans, self._num_read
         )
         clock.enter(Phase.OTHER)
         if rows_WL is not None:
-            loads.settle(rows_WL)
+            loads.set_exchanged(rows_WL)
         if self._tokens is not None and loads.step is not None:
             self._unread.append((self._tokens, loads.step))
             loads.step = {}
@@ -109,7 +109,7 @@ class Meter:
             self._outlets.write(self._num_read, spans, arrivals_WC, self._offset, tokens, loads)
         self._outlets.count(spans)
 
-    def _log(self, everyone: Sequence[ControlWords]) -> None:
+    def _log(self, everyone: Sequence[ControlMessage]) -> None:
         if self._logs:
             shares = self.shares_W or (ONE,) * len(everyone)
             logger.info(

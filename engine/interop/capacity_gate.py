@@ -22,7 +22,7 @@ from engine.distributed.groups import Group, expert_range
 from engine.moe.capacity.agreement import CapacityAgreement, Decision
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
-from engine.moe.stats import DropAccount
+from engine.moe.stats import DropStats
 from engine.moe.step import MoEStep
 
 
@@ -53,7 +53,7 @@ class CapacityGate:
             collectives=self._collectives,
             ranks=group.ranks,
         )
-        self.account = DropAccount()
+        self.account = DropStats()
 
     def apply(
         self,
@@ -93,7 +93,7 @@ class CapacityGate:
         weights_TK = weights_TK.to(torch.promote_types(weights_TK.dtype, torch.float32))
         routing = Routing(scores_TE, ids_TK, weights_TK)
         decision = self._agreement.decide(routing, step) if self._agreement.applies(step) else None
-        self.account = DropAccount()
+        self.account = DropStats()
         with torch.no_grad():
             self.account.add(routing, decision, step)
         return (weights_TE, chosen_TE) if decision is None else _spread(decision, weights_TE)

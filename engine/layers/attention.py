@@ -165,7 +165,7 @@ class Attention(nn.Module):
         k = (wide_k * k_scale_T1).to(k.dtype) * self.k_norm
         return q, k
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """The weights are final: bring them into the layout that is read fastest."""
         for weight in (self.qkv_OD, self.out_DO):
             to_panels(weight)

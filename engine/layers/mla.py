@@ -168,7 +168,7 @@ class LatentAttention(nn.Module):
             latent=True,
         )
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """The weights are final: bring those of `linear` into the layout that is read fastest."""
         for weight in (self.down_OD, self.q_up_OQ, self.out_DO):
             if weight is not None:

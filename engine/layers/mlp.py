@@ -54,7 +54,7 @@ class DenseMLP(nn.Module):
             out_TD = out_TD * linear(x_TD, self.output_gate_1D).sigmoid()
         return out_TD
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """The weights are final: bring them into the layout that is read fastest."""
         for weight in (self.gate_up_2FD, self.down_DF):
             to_panels(weight)

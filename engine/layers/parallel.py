@@ -104,7 +104,7 @@ class TensorSum:
         if size == 1:
             return x
         clock = self._telemetry.clock
-        clock.meet(Phase.TENSOR, self._layer, x.shape[0])
+        clock.enter_collective(Phase.TENSOR, self._layer, x.shape[0])
         clock.sent(round(x.numel() * x.element_size() * 2 * (size - 1) / size))
         dist.all_reduce(x, group=self.group.handle)
         clock.enter(Phase.ATTENTION, self._layer)
@@ -115,7 +115,7 @@ class TensorSum:
         that all ranks number the collectives of a step alike. calls: how many, by default all.
         """
         for _ in range(self._calls if calls is None else calls):
-            self._telemetry.clock.meet(Phase.TENSOR, self._layer, absent=True)
+            self._telemetry.clock.enter_collective(Phase.TENSOR, self._layer, absent=True)
 
 
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

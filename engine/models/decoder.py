@@ -27,9 +27,9 @@ from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import StepTensors
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
-from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
-from engine.moe.dispatch.two_batch import Stages, finish, take_turns
+from engine.moe.dispatch.two_batch import Stages, finish, interleave
 from engine.moe.layer import MoELayer
 from engine.moe.step import MoEStep
 from engine.ops.linear import linear
@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
         config: MoEConfig,
         device: torch.device,
         dtype: torch.dtype,
-        workspace: Workspace,
+        workspace: RowBuffers,
         tuner: ChunkTuner,
     ) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class CausalLM(nn.Module):
             else empty_parameter(*shape, device=device, dtype=dtype)
         )
         self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
-        self.workspace = Workspace()
+        self.workspace = RowBuffers()
         tuner = ChunkTuner(device)
         self._layers = [
             DecoderLayer(
@@ -171,14 +171,14 @@ class CausalLM(nn.Module):
         sums = sum(layer.attention.sums.num_collectives for layer in self._layers)
         return halves * sums + sum(moe.max_collectives for moe in self.moe_layers)
 
-    def settle(self, tick: Callable[[], None] = lambda: None) -> None:
+    def finalize_weights(self, tick: Callable[[], None] = lambda: None) -> None:
         """All slots are filled: bring weights into the layouts that are read fastest, in place.
         tick: called now and then.
         """
         for layer in self._layers:
             tick()
-            layer.attention.settle()
-            layer.mlp.settle()
+            layer.attention.finalize_weights()
+            layer.mlp.finalize_weights()
         if self.head_VD is not self.embedding_VD:
             to_panels(self.head_VD)
 
@@ -204,11 +204,11 @@ class CausalLM(nn.Module):
 
     def splits(self, group_tokens: int) -> bool:
         """Whether a step of so many tokens over all ranks, none of which competes for capacity, is
-        run by `forward_halves`; the same on every rank.
+        run by `forward_two_batch`; the same on every rank.
         """
         return any(moe.layouts.splits(group_tokens) for moe in self.moe_layers[:1])
 
-    def forward_halves(
+    def forward_two_batch(
         self, halves: tuple[StepTensors, StepTensors], kv: KVCache, group: GroupTokens
     ) -> torch.Tensor:
         """`forward` of a step cut in two between its sequences: attention of one half runs while
@@ -216,7 +216,7 @@ class CausalLM(nn.Module):
         """
         share = GroupTokens(group.all // 2, group.read // 2)
         parts = [self._stages(step, kv, None, share, half) for half, step in enumerate(halves)]
-        return torch.cat(take_turns(parts))
+        return torch.cat(interleave(parts))
 
     def _stages(
         self,

@@ -59,7 +59,7 @@ class ExpertsBackend(Protocol):
 
     name: str
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """The weights are final: a backend may bring them into a layout of its own, in place."""
         ...
 
@@ -85,7 +85,7 @@ class TorchExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Into panels, where the native kernel runs."""
         self._weights.to_panels()
 
@@ -109,7 +109,7 @@ class GroupedMMExperts:
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Stay as they are."""
 
     def __call__(
@@ -144,7 +144,7 @@ class TransformerEngineExperts:
         annotation = inspect.signature(te.GroupedLinear.forward).parameters["m_splits"].annotation
         self._splits_as_tensor = "Tensor" in str(annotation)
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Stay as they are: its modules hold views."""
 
     def __call__(

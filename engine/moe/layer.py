@@ -37,24 +37,24 @@ from torch import nn
 
 from engine.config import CapacityConfig, MoEConfig
 from engine.config.world_rules import validate_capacity
-from engine.distributed.collectives import GroupCollectives, run_meanwhile
+from engine.distributed.collectives import GroupCollectives, run_overlapped
 from engine.distributed.groups import Topology, expert_range
 from engine.layers.mlp import DenseMLP
 from engine.moe.capacity.agreement import CapacityAgreement
-from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_layout import ExpertLayout
-from engine.moe.dispatch.chunk_tuner import ChunkTuner, Turn
-from engine.moe.dispatch.exchange import Dispatcher
-from engine.moe.dispatch.layout_policy import Layouts
+from engine.moe.dispatch.chunk_tuner import ChunkTuner, Trial
+from engine.moe.dispatch.exchange import Exchange
+from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.plan import DispatchPlan, ExpertOrder
-from engine.moe.dispatch.row_format import RowKind
+from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.two_batch import Stages, finish
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
-from engine.moe.stats import DropAccount, Recorder
+from engine.moe.stats import DropStats, Recorder
 from engine.moe.step import MoEStep
-from engine.moe.token_shard import TokenSlice
+from engine.moe.token_shard import TokenShard
 from engine.ops.permute import combine_rows
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
@@ -90,7 +90,7 @@ class MoELayer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         shared: nn.Module | None = None,
-        workspace: Workspace | None = None,
+        workspace: RowBuffers | None = None,
         tuner: ChunkTuner | None = None,
     ) -> None:
         """Allocate the weights, uninitialised; `engine/weights/loader.py` fills them.
@@ -108,8 +108,8 @@ class MoELayer(nn.Module):
         self.spec = spec
         self.layer = layer
         self.telemetry = Telemetry()
-        self.account = DropAccount()
-        self.workspace = workspace or Workspace()
+        self.account = DropStats()
+        self.workspace = workspace or RowBuffers()
         self.first_expert, self.num_local_experts = expert_range(
             num_experts, group.size, group.rank
         )
@@ -117,11 +117,11 @@ class MoELayer(nn.Module):
         self._first_experts = [*starts, num_experts]
         self._group = group
         self._collectives = GroupCollectives(group)
-        self._dispatcher = Dispatcher(group, self._collectives, self.workspace)
-        rows = RowKind.of(spec.hidden, dtype, config.dispatch)
-        self.layouts = Layouts(self._first_experts, spec.router.top_k, rows, config)
+        self._dispatcher = Exchange(group, self._collectives, self.workspace)
+        rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
+        self.layouts = LayoutPolicy(self._first_experts, spec.router.top_k, rows, config)
         self.layouts.tune(layer, tuner or ChunkTuner(device), GroupCollectives(topology.control))
-        self._slice = TokenSlice(topology.tensor)
+        self._slice = TokenShard(topology.tensor)
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
         self.gate_bias_E = (
             _empty(num_experts, device=device, dtype=torch.float32)
@@ -133,16 +133,16 @@ class MoELayer(nn.Module):
         backend = choose_backend(config.experts.backend, device, dtype)
         self._run_experts = make_backend(backend, self.experts)
         self._pipeline = Pipeline(self._dispatcher, self._run_experts, layer)
-        beside = Dispatcher(group, self._collectives, self.workspace.second)
+        beside = Exchange(group, self._collectives, self.workspace.second)
         self._second = Pipeline(beside, self._run_experts, layer)  # of a second half batch
         self._recorder = Recorder(layer, self._first_experts, group.rank)
         self.set_capacity(config.capacity)
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """The weights are final: the backend may bring them into a layout of its own, in place."""
-        self._run_experts.settle()
+        self._run_experts.finalize_weights()
         if isinstance(self.shared, DenseMLP):
-            self.shared.settle()
+            self.shared.finalize_weights()
 
     @property
     def backend(self) -> str:
@@ -198,7 +198,7 @@ class MoELayer(nn.Module):
             collectives=self._collectives,
             ranks=self._group.ranks,
         )
-        self.layouts.forget()
+        self.layouts.reset()
 
     def forward(
         self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
@@ -222,7 +222,7 @@ class MoELayer(nn.Module):
         tunes: bool = True,
     ) -> Stages[torch.Tensor]:
         """`forward` of one half batch, 0 or 1, which stops where its rows are under way; None is a
-        whole step and has no stops. tunes: see `Layouts.turn`.
+        whole step and has no stops. tunes: see `LayoutPolicy.turn`.
         """
         clock, layouts = self.telemetry.clock, self.layouts
         own_TD = self._slice.take(x_TD)
@@ -233,7 +233,7 @@ class MoELayer(nn.Module):
         if (module := self.shared) is not None:
             meanwhile = lambda: shared.append(module(own_TD))  # noqa: E731
         costs_exchange = self._agreement.costs_exchange(step)
-        turn = layouts.turn(group_tokens, tunes) if half is None else Turn(1)
+        turn = layouts.begin_trial(group_tokens, tunes) if half is None else Trial(1)
         layout = layouts.choose(group_tokens, turn.chunks, costs_exchange=costs_exchange)
         plans, weights_TM = self.agree(routing, step, meanwhile, layout, half)
         pipeline = self._second if half == 1 else self._pipeline
@@ -245,7 +245,7 @@ class MoELayer(nn.Module):
             out_TD = combine_rows(rows_AD, *plans[0].terms(weights_TM))
         if module is not None:
             out_TD = out_TD + shared[0]
-        out_TD = self._slice.regather(out_TD, x_TD.shape[0], clock, self.layer)
+        out_TD = self._slice.gather(out_TD, x_TD.shape[0], clock, self.layer)
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
 
@@ -273,15 +273,19 @@ class MoELayer(nn.Module):
             layout = self.layouts.choose(None, costs_exchange=costs_exchange)
         decision, weights_TM = None, routing.topk_weights_TK
         if step is None or not self._agreement.applies(step):
-            order, numbers_Wn = self._exchange(routing, layout, meanwhile)
-            before_WE = layout.counts(numbers_Wn)
+            order, exchanged_Wn = self._exchange(routing, layout, meanwhile)
+            before_WE = layout.counts(exchanged_Wn)
         else:
             decision = self._agreement.decide(
                 routing, step, clock=self.telemetry.clock, meanwhile=meanwhile, layout=layout
             )
-            order, numbers_Wn, before_WE = decision.order, decision.numbers_Wn, decision.before_WE
+            order, exchanged_Wn, before_WE = (
+                decision.order,
+                decision.exchanged_Wn,
+                decision.before_WE,
+            )
             weights_TM = decision.weights_TM
-        plans = layout.plans(order, numbers_Wn, self._group.rank)
+        plans = layout.plans(order, exchanged_Wn, self._group.rank)
         if step is not None:
             self.account.add(routing, decision, step)
         self._recorder.loads(self.telemetry.loads, before_WE, plans, half)
@@ -299,19 +303,19 @@ class MoELayer(nn.Module):
         sent = self._collectives.bytes_sent
         assert order.numbers is not None
         if meanwhile is None:
-            clock.meet(Phase.CONSENSUS, self.layer)
+            clock.enter_collective(Phase.CONSENSUS, self.layer)
             pending = self._dispatcher.exchange_counts(order.numbers)
         else:
-            started = clock.arrive()
+            started = clock.record_arrival()
             pending = self._dispatcher.exchange_counts(order.numbers)
             clock.enter(Phase.EXPERTS, self.layer)
-            run_meanwhile(meanwhile, pending.wait)
-            clock.meet(Phase.CONSENSUS, self.layer, collective=started)
+            run_overlapped(meanwhile, pending.wait)
+            clock.enter_collective(Phase.CONSENSUS, self.layer, collective=started)
         # SYNC: all_to_all takes its splits as host integers; one copy a layer.
-        numbers_Wn = pending.wait().cpu().numpy()
+        exchanged_Wn = pending.wait().cpu().numpy()
         clock.sent(self._collectives.bytes_sent - sent)
         clock.enter(Phase.PLAN, self.layer)
-        return order, numbers_Wn
+        return order, exchanged_Wn
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

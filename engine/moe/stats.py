@@ -83,7 +83,7 @@ class Recorder:
         )
 
 
-class DropAccount:
+class DropStats:
     """One layer's sums over a run, of this rank's tokens."""
 
     def __init__(self) -> None:

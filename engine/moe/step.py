@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(slots=True)
-class TokenTally:
+class TokenCounts:
     """What capacity did to each of this rank's tokens, added up over the layers of one step.
 
     dropped_T, added_T: float32 [T], assignments. mass_T, mass_kept_T: float32 [T], combine weights
@@ -28,7 +28,7 @@ class TokenTally:
     mass_kept_T: torch.Tensor
 
     @classmethod
-    def zeros(cls, num_tokens: int, device: torch.device) -> TokenTally:
+    def zeros(cls, num_tokens: int, device: torch.device) -> TokenCounts:
         """Nothing has happened yet."""
         return cls(*(torch.zeros(num_tokens, device=device) for _ in range(4)))
 
@@ -55,7 +55,7 @@ class MoEStep:
     num_own_competing: int
     num_tokens_W: tuple[int, ...]
     num_competing: int
-    tally: TokenTally | None = None
+    tally: TokenCounts | None = None
     shares_W: tuple[int, ...] | None = None
 
     @classmethod

@@ -26,7 +26,7 @@ def part_bounds(num_tokens: int, size: int, rank: int) -> tuple[int, int]:
     return start, min(start + part, num_tokens)
 
 
-class TokenSlice:
+class TokenShard:
     """Takes this rank's part of a tensor group's tokens, and gathers the parts again; the identity
     for one rank.
     """
@@ -43,10 +43,10 @@ class TokenSlice:
 
     @property
     def num_collectives(self) -> int:
-        """Collectives of a `regather`."""
+        """Collectives of a `gather`."""
         return int(self._group.size > 1)
 
-    def regather(
+    def gather(
         self, out_tD: torch.Tensor, num_tokens: int, clock: PhaseClock, layer: int = NO_LAYER
     ) -> torch.Tensor:
         """Return all rows [T, D]. Collective over the tensor group: every rank must call, with the
@@ -57,6 +57,6 @@ class TokenSlice:
         part = -(-num_tokens // self._group.size)
         padded = out_tD.new_zeros((part, out_tD.shape[1]))
         padded[: out_tD.shape[0]] = out_tD
-        clock.meet(Phase.TENSOR, layer, part)
+        clock.enter_collective(Phase.TENSOR, layer, part)
         clock.sent(padded.numel() * padded.element_size() * (self._group.size - 1))
         return all_gather_rows(padded, self._group)[:num_tokens]

@@ -41,12 +41,12 @@ class NoClock:
         """Remember where this rank is."""
         self._last = (phase, layer, tokens, NONE)
 
-    def arrive(self) -> int:
+    def record_arrival(self) -> int:
         """Count a collective."""
         self._collectives += 1
         return NONE
 
-    def meet(
+    def enter_collective(
         self,
         phase: Phase,
         layer: int = NO_LAYER,
@@ -98,13 +98,13 @@ class _StampClock(ABC, Generic[_Stamp]):
         """End the current span and start one of `phase`, which works on so many tokens."""
         self._mark((phase, layer, tokens, NONE), self._stamp())
 
-    def arrive(self) -> int:
+    def record_arrival(self) -> int:
         """Note that a collective is being started, to be waited for later; return its number."""
         self._collectives += 1
         self._arrivals.append(self._stamp())
         return len(self._arrivals) - 1
 
-    def meet(
+    def enter_collective(
         self,
         phase: Phase,
         layer: int = NO_LAYER,

@@ -1,4 +1,4 @@
-"""Outlets: where a run's measurements go while it runs: span files, metrics, DeepSpeed's logger.
+"""Exporters: where a run's measurements go while it runs: span files, metrics, DeepSpeed's logger.
 
 `llm.py` opens them on every rank before a run and closes them after it; `loop.py` hands over what
 it has. None of them is needed for the report at the end.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # its HTTP server is only imported where somebody wants it
 
 
 @dataclass(slots=True)
-class Outlets:
+class Exporters:
     """spans: this rank's span file, None where none was asked for. metrics: rank 0's server. comms:
     this rank's part in DeepSpeed's comms logger.
     """

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from engine.profiling.straggler_causes import Analysis, RankBlame
+from engine.profiling.straggler_causes import Analysis, RankAttribution
 
 # Share of the run from which a cause is worth a sentence, and what chance makes of equal ranks in a
 # run of a second; it averages out with the root of the time. Transfer is work and no mistake: it is
@@ -23,7 +23,7 @@ _MAINLY = 0.6
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Finding:
     """One finding. cause: of `straggler.CAUSES`, or balanced, or unknown. ranks: whom it names.
     share: of the run's time. layer: where it is worst, None where that says nothing.
     """
@@ -46,7 +46,7 @@ class HotExpert:
 
 def verdicts(
     analysis: Analysis, hottest: dict[int, HotExpert], policy: str = "none"
-) -> list[Verdict]:
+) -> list[Finding]:
     """Findings, the costliest first.
 
     hottest: rank -> its hottest expert, after capacity. policy: moe.capacity.policy of the run.
@@ -55,10 +55,10 @@ def verdicts(
     if not analysis.seconds and len(analysis.ranks) > 1:
         return []  # nothing was timed
     if len(analysis.ranks) == 1:
-        return [Verdict("one rank: nobody to wait for", "balanced", [], 0.0)]
+        return [Finding("one rank: nobody to wait for", "balanced", [], 0.0)]
     if analysis.seconds < _SHORT_S:
         text = f"too short to tell: {analysis.seconds:.2f} s of steps with all ranks' times"
-        return [Verdict(text, "unknown", [], 0.0)]
+        return [Finding(text, "unknown", [], 0.0)]
     found = [
         verdict
         for verdict in (
@@ -77,13 +77,13 @@ def verdicts(
             f"balanced: waiting for late ranks takes {share:.0%} of the time, and no rank, link or "
             "host stands out"
         )
-        return [Verdict(text, "balanced", [], share)]
+        return [Finding(text, "balanced", [], share)]
     return sorted(found, key=lambda verdict: -verdict.share)
 
 
 def of_replicas(
-    found: Mapping[int, Sequence[Verdict]], ranks: Mapping[int, Sequence[int]]
-) -> list[Verdict]:
+    found: Mapping[int, Sequence[Finding]], ranks: Mapping[int, Sequence[int]]
+) -> list[Finding]:
     """Join the findings of groups that each step on their own, the costliest first; where none has
     any, what is said of the group that waits most.
 
@@ -109,13 +109,13 @@ def _is_worth(analysis: Analysis, share: float) -> bool:
     return share >= _WORTH + _BY_CHANCE / max(1.0, analysis.seconds) ** 0.5
 
 
-def _main_rank(analysis: Analysis, cause: str) -> RankBlame | None:
+def _main_rank(analysis: Analysis, cause: str) -> RankAttribution | None:
     """The rank that caused most of what was lost to `cause`, if there is one."""
     worst = max(analysis.ranks, key=lambda blame: blame.lost[cause])
     return worst if worst.lost[cause] >= _MAINLY * analysis.lost[cause] else None
 
 
-def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Verdict | None:
+def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Finding | None:
     share = analysis.share("load")
     if not _is_worth(analysis, share):
         return None
@@ -131,7 +131,7 @@ def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Ver
             f"unequal expert loads cost {share:.0%} of the time, and the most loaded rank changes "
             f"from step to step (most is lost in layer {layer}); {advice}"
         )
-        return Verdict(text, "load", [], share, layer)
+        return Finding(text, "load", [], share, layer)
     text = (
         f"rank {worst.rank} is late in {worst.late_share:.0%} of the steps, which costs "
         f"{share:.0%} of the time: its experts hold {worst.load:.1f}x the mean load"
@@ -139,10 +139,10 @@ def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Ver
     hot = hottest.get(worst.rank)
     if hot is not None:
         text += f" (layer {hot.layer}, expert {hot.expert} alone {hot.over_mean:.1f}x)"
-    return Verdict(f"{text}; {advice}", "load", [worst.rank], share, hot.layer if hot else None)
+    return Finding(f"{text}; {advice}", "load", [worst.rank], share, hot.layer if hot else None)
 
 
-def _tokens(analysis: Analysis) -> Verdict | None:
+def _tokens(analysis: Analysis) -> Finding | None:
     share = analysis.share("tokens")
     if not _is_worth(analysis, share):
         return None
@@ -152,10 +152,10 @@ def _tokens(analysis: Analysis) -> Verdict | None:
         f"{who} more tokens of its own in attention than the others, which costs {share:.0%} of "
         "the time; a smaller scheduler.max_batch_tokens evens the steps out"
     )
-    return Verdict(text, "tokens", [] if worst is None else [worst.rank], share)
+    return Finding(text, "tokens", [] if worst is None else [worst.rank], share)
 
 
-def _device(analysis: Analysis, blame: RankBlame) -> Verdict | None:
+def _device(analysis: Analysis, blame: RankAttribution) -> Finding | None:
     share = blame.lost["device"] / analysis.seconds
     if not _is_worth(analysis, share):
         return None
@@ -164,10 +164,10 @@ def _device(analysis: Analysis, blame: RankBlame) -> Verdict | None:
         f"peers at equal load: a slow device, which costs {share:.0%} of the time; look at its "
         "clocks, its temperature and who else uses it, or set moe.capacity.speed_aware = true"
     )
-    return Verdict(text, "device", [blame.rank], share)
+    return Finding(text, "device", [blame.rank], share)
 
 
-def _host(analysis: Analysis, blame: RankBlame) -> Verdict | None:
+def _host(analysis: Analysis, blame: RankAttribution) -> Finding | None:
     """Chance makes everybody late: only what a rank has beyond the others counts."""
     others = [other for other in analysis.ranks if other is not blame]
     beyond = blame.lost["host"] - median(other.lost["host"] for other in others)
@@ -193,10 +193,10 @@ def _host(analysis: Analysis, blame: RankBlame) -> Verdict | None:
             "(reading, sampling, writing)"
         )
     text = f"rank {blame.rank} on {blame.host} loses {share:.0%} of the time on its host: {why}"
-    return Verdict(text, "host", [blame.rank], share)
+    return Finding(text, "host", [blame.rank], share)
 
 
-def _network(analysis: Analysis) -> Verdict | None:
+def _network(analysis: Analysis) -> Finding | None:
     share = analysis.share("network")
     if share < _WORTH_NETWORK:
         return None
@@ -207,7 +207,7 @@ def _network(analysis: Analysis) -> Verdict | None:
         f"{_rate(analysis.bytes_per_second)}; moe.overlap.chunks hides transfer behind the "
         "experts, moe.dispatch.dtype = bf16 sends less"
     )
-    return Verdict(text, "network", [], share)
+    return Finding(text, "network", [], share)
 
 
 def _rate(bytes_per_second: float) -> str:

@@ -26,8 +26,8 @@ _COMPUTE = (Phase.ATTENTION, Phase.GATE, Phase.PLAN, Phase.OTHER, Phase.EXPERTS)
 _TRAVEL = (Phase.DISPATCH, Phase.COMBINE, Phase.CONSENSUS, Phase.TENSOR)
 
 
-class Blamed(Protocol):
-    """What is used of `straggler.RankBlame`."""
+class LayerWaits(Protocol):
+    """What is used of `straggler.RankAttribution`."""
 
     @property
     def lost(self) -> Mapping[str, float]:
@@ -37,7 +37,7 @@ class Blamed(Protocol):
 
 def causes_by_layer(
     totals: Sequence[PhaseTotals],
-    blames: Sequence[Blamed],
+    blames: Sequence[LayerWaits],
     charges: Charges,
     imbalance_L: np.ndarray,
     network: float,

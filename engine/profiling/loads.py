@@ -126,7 +126,7 @@ class LoadCounter:
         self._rows.clear()
         return rows
 
-    def settle(self, rows_WL: np.ndarray) -> None:
+    def set_exchanged(self, rows_WL: np.ndarray) -> None:
         """Add what all ranks took of one step: int64 [W, L], the layers of the last `take_rows`."""
         for layer, rows_W in zip(self._taken, rows_WL.T, strict=True):
             totals = self.layers[layer]

@@ -1,9 +1,9 @@
 """Phase clock: where each rank's time goes, always on, a few hundred nanoseconds a mark.
 
 A step is cut into spans by marks: `clock.enter(phase)` ends the span before it. A span that waits
-for a collective is begun with `clock.meet(phase)` instead. The rank's *arrival* at the collective
-is where it started it: the same moment, or an earlier one that `clock.arrive()` has noted, where
-other work was done in between. `waiting.py` compares arrivals across ranks.
+for a collective is begun with `clock.enter_collective(phase)` instead. The rank's *arrival* at the
+collective is where it started it: the same moment, or an earlier one that `clock.record_arrival()`
+has noted, where other work was done in between. `waiting.py` compares arrivals across ranks.
 
 The clocks themselves are in `clocks.py`. The last mark is also what the watchdog publishes: see
 `Position`.
@@ -115,11 +115,11 @@ class PhaseClock(Protocol):
         """End the current span and start one of `phase`, which works on so many tokens."""
         ...
 
-    def arrive(self) -> int:
+    def record_arrival(self) -> int:
         """Note that a collective is being started, to be waited for later; return its number."""
         ...
 
-    def meet(
+    def enter_collective(
         self,
         phase: Phase,
         layer: int = NO_LAYER,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.profiling.deepspeed_comms import CommsTable
-from engine.profiling.findings import Verdict
+from engine.profiling.findings import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class RunReport:
     speed_bound: float = 1.0
     totals: LayerTotals = field(default_factory=LayerTotals)
     latencies: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-    verdict: list[Verdict] = field(default_factory=list)
+    verdict: list[Finding] = field(default_factory=list)
     lost: dict[str, float] = field(default_factory=dict)
     clock_error: float = 0.0
     capacity_shares: list[float] | None = None

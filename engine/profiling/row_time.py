@@ -1,4 +1,4 @@
-"""Pace: how long this rank's experts have lately needed for a row.
+"""RowTime: how long this rank's experts have lately needed for a row.
 
 Only calls with enough rows count: a small one is bound by reading weights and says nothing about
 the device. Old steps fade, so that a device that slows down shows within some ten steps.
@@ -14,7 +14,7 @@ _ENOUGH_ROWS = 32
 _KEEP = 0.85
 
 
-class Pace:
+class RowTime:
     """One rank's smoothed time a row."""
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ FORMAT, VERSION = "lockstep-spans", 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpansHeader:
+class SpanFileHeader:
     """Who wrote a span file. group: global ranks in lockstep with this one. clock_offset_ns: what
     was added to this rank's own stamps when the run began; clock_error_ns: its uncertainty.
     """
@@ -61,7 +61,7 @@ class SpanWriter:
     """
 
     def __init__(
-        self, folder: Path, header: SpansHeader, max_bytes: int, peers: range = range(1)
+        self, folder: Path, header: SpanFileHeader, max_bytes: int, peers: range = range(1)
     ) -> None:
         self._peers = peers
         self._path = folder / f"spans.rank{header.rank:05d}.jsonl"

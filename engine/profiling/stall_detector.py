@@ -1,4 +1,4 @@
-"""Absences: when this rank's process did not run at all: stopped, swapped out, or without a core.
+"""Stall detector: when this process did not run at all: stopped, swapped out, without a core.
 
 Stamps cannot tell that. Where a rank is stopped in the middle of an all-to-all, all ranks leave it
 late, and it looks like a slow network. So a thread looks at the clock twenty times a second; where
@@ -16,7 +16,7 @@ _PERIOD_S = 0.05
 _LEAST_S = 0.15
 
 
-class Absences:
+class StallDetector:
     """Counts them while its block runs. count, seconds: so far."""
 
     def __init__(self, enabled: bool = True) -> None:
@@ -26,7 +26,7 @@ class Absences:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="absences", daemon=True)
 
-    def __enter__(self) -> Absences:
+    def __enter__(self) -> StallDetector:
         if self._enabled:
             self._thread.start()
         return self

@@ -58,7 +58,7 @@ class RankProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class RankBlame:
+class RankAttribution:
     """What a rank cost the others. lost: seconds by cause, the others' mean. late_share: share of
     the steps in which it cost the group most. slowness: its seconds over its peers' for the same
     calls. load: its experts' rows over the mean rank's. stalls: (steps, seconds each) where few
@@ -88,7 +88,7 @@ class Analysis:
 
     seconds: float
     lost: dict[str, float]
-    ranks: list[RankBlame]
+    ranks: list[RankAttribution]
     bytes_per_second: float
     layers: list[float]
     layer_causes: list[dict[str, float]] = field(default_factory=list)
@@ -148,7 +148,7 @@ def _blame(
     slowness: float,
     charges: Charges,
     imbalance_L: np.ndarray,
-) -> RankBlame:
+) -> RankAttribution:
     own, seconds_WLP = profiles[index], np.stack([item.totals.seconds for item in profiles])
     charge_LP = charges.seconds[index]
     stalls = _stalls(charges, index)
@@ -180,7 +180,7 @@ def _blame(
     rows_W = [sum(sum(rows) for _, rows in item.loads_after.values()) for item in profiles]
     mean = sum(rows_W) / len(rows_W)
     steps = max(1, charges.steps)
-    return RankBlame(
+    return RankAttribution(
         rank=own.rank,
         host=own.host,
         lost=lost,
@@ -199,8 +199,8 @@ def _absence_cost(profiles: list[RankProfile], index: int) -> float:
 
 
 def _unhide(
-    profiles: list[RankProfile], blames: list[RankBlame], charges: Charges, network: float
-) -> tuple[list[RankBlame], float]:
+    profiles: list[RankProfile], blames: list[RankAttribution], charges: Charges, network: float
+) -> tuple[list[RankAttribution], float]:
     """Take out of the network's seconds what ranks were away in the middle of a collective, where
     nobody comes late.
     """

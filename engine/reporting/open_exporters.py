@@ -12,13 +12,13 @@ from engine.distributed.clock import ClockOffset
 from engine.distributed.groups import Topology
 from engine.models.decoder import CausalLM
 from engine.profiling.deepspeed_comms import open_deepspeed_comms
-from engine.profiling.exporters import Outlets
-from engine.profiling.span_file import SpansHeader, SpanWriter
+from engine.profiling.exporters import Exporters
+from engine.profiling.span_file import SpanFileHeader, SpanWriter
 
 
-def open_outlets(
+def open_exporters(
     config: Config, topology: Topology, model: CausalLM, offset: ClockOffset
-) -> Outlets:
+) -> Exporters:
     """Open what `profiler.spans`, `metrics_port` and `deepspeed_comms` ask this rank for.
 
     Raises:
@@ -26,14 +26,14 @@ def open_outlets(
         DeepSpeed that cannot be imported.
     """
     profiler = config.profiler
-    outlets = Outlets()
+    outlets = Exporters()
     if profiler.enabled and profiler.spans is not None:
         folder = Path(profiler.spans)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             header = _header(config, topology, model, offset)
             num_bytes = int(profiler.spans_mib * 2**20)
-            outlets.spans = SpanWriter(folder, header, num_bytes, topology.tensor_places)
+            outlets.spans = SpanWriter(folder, header, num_bytes, topology.tensor_rank_offsets)
         except OSError as error:
             raise ValueError(
                 f"profiler.spans = {profiler.spans!r}: cannot be written on {topology.host}: "
@@ -63,9 +63,9 @@ def open_outlets(
 
 def _header(
     config: Config, topology: Topology, model: CausalLM, offset: ClockOffset
-) -> SpansHeader:
+) -> SpanFileHeader:
     layers = model.moe_layers
-    return SpansHeader(
+    return SpanFileHeader(
         rank=topology.world.rank,
         host=topology.host,
         world_size=topology.world.size,

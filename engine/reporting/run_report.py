@@ -20,7 +20,7 @@ from engine.generation.loop import Totals
 from engine.moe.capacity.speed_weights import ONE
 from engine.profiling.collector import Charges, Collector, PhaseTotals
 from engine.profiling.deepspeed_comms import CommsTable
-from engine.profiling.findings import HotExpert, Verdict, of_replicas, verdicts
+from engine.profiling.findings import Finding, HotExpert, of_replicas, verdicts
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import (
@@ -30,7 +30,13 @@ from engine.profiling.report import (
     RankReport,
     RunReport,
 )
-from engine.profiling.straggler_causes import CAUSES, Analysis, RankBlame, RankProfile, analyse
+from engine.profiling.straggler_causes import (
+    CAUSES,
+    Analysis,
+    RankAttribution,
+    RankProfile,
+    analyse,
+)
 from engine.profiling.wait_time import breakdown
 
 
@@ -171,7 +177,7 @@ def _analyse(group: Sequence[_Share]) -> Analysis:
 
 def _verdict(
     groups: dict[int, list[_Share]], analyses: dict[int, Analysis], policy: str
-) -> list[Verdict]:
+) -> list[Finding]:
     found = {
         replica: verdicts(analysis, _hottest(groups[replica]), policy)
         for replica, analysis in analyses.items()
@@ -185,7 +191,7 @@ def _verdict(
     )
 
 
-def _blame(report: RankReport, blame: RankBlame) -> RankReport:
+def _blame(report: RankReport, blame: RankAttribution) -> RankReport:
     """Add what the analysis says."""
     return replace(
         report, slowness=blame.slowness, late_share=blame.late_share, lost=dict(blame.lost)

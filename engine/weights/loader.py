@@ -24,7 +24,7 @@ import torch
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
-from engine.distributed.health.progress import Activity, Tick, no_tick
+from engine.distributed.health.progress import ProgressReporter, Tick, no_tick
 from engine.weights.reader import DTYPES, ReadJob, read_all
 from engine.weights.safetensors_header import Catalog, CheckpointError, read_catalog
 from engine.weights.slot import WeightSlot
@@ -51,7 +51,7 @@ def load_weights(
     *,
     ignored: Iterable[str] = (),
     group: Group | None = None,
-    activity: Activity | None = None,
+    activity: ProgressReporter | None = None,
 ) -> LoadReport:
     """Fill every slot from the safetensors checkpoint in the folder `path`.
 

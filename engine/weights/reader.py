@@ -25,7 +25,7 @@ import torch
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors
 from engine.distributed.groups import Group
-from engine.distributed.health.progress import Activity, Tick
+from engine.distributed.health.progress import ProgressReporter, Tick
 from engine.weights.safetensors_header import CheckpointError, TensorEntry
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -58,7 +58,9 @@ class ReadJob:
     bounds: tuple[tuple[int, int], ...]
 
 
-def read_all(jobs: Iterable[ReadJob], group: Group | None, activity: Activity | None = None) -> int:
+def read_all(
+    jobs: Iterable[ReadJob], group: Group | None, activity: ProgressReporter | None = None
+) -> int:
     """Run all jobs and return the bytes read. Collective over `group`: every rank must call.
 
     Ranks have unequal work, which may take longer than the group's timeout. Meanwhile they meet
@@ -68,7 +70,7 @@ def read_all(jobs: Iterable[ReadJob], group: Group | None, activity: Activity | 
     Raises CheckpointError with the same text on every rank.
     """
     queue = deque(sorted(jobs, key=lambda job: (job.entry.file, job.entry.offset)))
-    files, activity = _Files(), activity or Activity()
+    files, activity = _Files(), activity or ProgressReporter()
     waits = False
     with ThreadPoolExecutor(_READERS, "read-weights") as pool:
         try:

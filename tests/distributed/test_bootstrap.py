@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
-from engine.distributed.errors import RankError, RendezvousError, UnheardError, share_errors
+from engine.distributed.errors import RankError, RendezvousError, UnreportedError, raise_on_any_rank
 from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -38,11 +38,11 @@ def make_config(expert: int | None = None, tensor: int = 1, **runtime) -> Config
 
 def error_of(rank: int, config: Config, problem: str | None = None) -> str:
     try:
-        with bootstrap.telling_all():
+        with bootstrap.broadcast_startup_error():
             if problem is not None:
                 raise ValueError(problem)
         bootstrap.start(config)
-    except (RankError, RendezvousError, UnheardError) as error:
+    except (RankError, RendezvousError, UnreportedError) as error:
         return str(error)
     return ""
 
@@ -148,9 +148,9 @@ def test_a_rank_that_never_arrives_is_named():
 
 def share(rank: int) -> str:
     topology = bootstrap.start(make_config())
-    share_errors(topology.control, None)
+    raise_on_any_rank(topology.control, None)
     try:
-        share_errors(topology.control, f"disk {rank} is full" if rank else None)
+        raise_on_any_rank(topology.control, f"disk {rank} is full" if rank else None)
     except RankError as error:
         bootstrap.stop(topology)
         return str(error)
@@ -164,7 +164,7 @@ def test_an_error_of_some_ranks_is_raised_by_all_with_one_text():
 def threads(rank: int, omp: str, config: Config) -> int:
     os.environ["OMP_NUM_THREADS"] = omp
     topology = bootstrap.start(config)
-    share_errors(topology.control, None)  # no rank leaves while another still connects
+    raise_on_any_rank(topology.control, None)  # no rank leaves while another still connects
     return torch.get_num_threads()
 
 
@@ -181,18 +181,19 @@ SCRIPT = """
 import os, sys, time
 from engine.config import Config, ModelConfig, RuntimeConfig
 from engine.distributed import bootstrap
-from engine.distributed.errors import share_errors
+from engine.distributed.errors import raise_on_any_rank
 config = Config(model=ModelConfig(path="unused"), runtime=RuntimeConfig(timeout_s=30.0))
 try:
     topology = bootstrap.start(config)
-    share_errors(topology.control, None)
+    raise_on_any_rank(topology.control, None)
     source = bootstrap.discover(os.environ).source
     world = topology.world
     sys.stdout.write(f"{source} {world.rank} of {world.size} pid {os.getpid()}\\n")
     sys.stdout.flush()
     if sys.argv[1:] == ["wait"]:
         time.sleep(60)
-    share_errors(topology.control, sys.argv[1] if sys.argv[1:] and topology.world.rank else None)
+    problem = sys.argv[1] if sys.argv[1:] and topology.world.rank else None
+    raise_on_any_rank(topology.control, problem)
 except ValueError as error:
     sys.exit(f"error: {error}")
 """

@@ -24,7 +24,7 @@ from engine.distributed import bootstrap
 from engine.generation.request_source import deal
 from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout as overlap
-from engine.moe.dispatch.two_batch import take_turns
+from engine.moe.dispatch.two_batch import interleave
 from engine.profiling.phase_clock import Phase, Spans
 from engine.request import Request, SamplingParams
 from tests.helpers.layer_cases import MIXTRAL, Doubled, build, tokens_of
@@ -44,7 +44,7 @@ def halves_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> dict:
     rows = layer.telemetry.loads.take_rows()
     layer.telemetry.loads.clear()
     parts = [layer.stages(part, half=half) for half, part in enumerate((x[:cut], x[cut:]))]
-    halves = torch.cat(take_turns(parts))
+    halves = torch.cat(interleave(parts))
     found = {
         "equal": torch.equal(whole, halves),
         "rows": (rows, layer.telemetry.loads.take_rows()),
@@ -86,7 +86,7 @@ def broken_half(rank: int, half: int) -> None:
     x = tokens_of(rank, 12)
     parts = [layer.stages(part, half=index) for index, part in enumerate((x[:6], x[6:]))]
     try:
-        take_turns(parts)
+        interleave(parts)
     finally:
         if rank == 1:
             # Both halves' rows went out; those of the first come back where the second fails.
@@ -172,7 +172,7 @@ def _listen(llm: LLM) -> tuple[list[Spans], list[tuple[int, int]]]:
     spans: list[Spans] = []
     sizes: list[tuple[int, int]] = []
     clock, model = llm._telemetry.clock, llm.model
-    read, forward = clock.read, model.forward_halves
+    read, forward = clock.read, model.forward_two_batch
 
     def keep(*, ended: bool = False) -> Spans | None:
         found = read(ended=ended)
@@ -184,7 +184,7 @@ def _listen(llm: LLM) -> tuple[list[Spans], list[tuple[int, int]]]:
         sizes.append(tuple(half.token_ids_T.shape[0] for half in halves))
         return forward(halves, *arguments)
 
-    clock.read, model.forward_halves = keep, measure
+    clock.read, model.forward_two_batch = keep, measure
     return spans, sizes
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_layout import ExpertLayout
-from engine.moe.dispatch.payload import Leg, load
+from engine.moe.dispatch.payload import AllToAll, load
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.ops.permute import combine_rows
 
@@ -49,7 +49,7 @@ class Call:
     sent: tuple[int, int]
 
 
-def travel(legs: list[Leg]) -> int:
+def travel(legs: list[AllToAll]) -> int:
     """Carry out one all-to-all; return the bytes that went to other ranks."""
     num_bytes = 0
     for target, leg in enumerate(legs):
@@ -83,11 +83,11 @@ def call(
     plans = [layout.plans(order, known[rank], rank) for rank, order in enumerate(orders)]
     firsts = layout.first_experts
     freights = [
-        load(x, w, plan, Scaled(firsts[rank]), Workspace(), alone=len(ids) == 1)
+        load(x, w, plan, Scaled(firsts[rank]), RowBuffers(), alone=len(ids) == 1)
         for rank, (x, w, plan) in enumerate(zip(xs, ws, plans, strict=True))
     ]
 
-    def pack(index: int) -> list[Leg]:
+    def pack(index: int) -> list[AllToAll]:
         return [freight.pack(index) for freight in freights]
 
     last, out, back = layout.num_chunks - 1, 0, 0

@@ -19,8 +19,8 @@ from bench.transfers import Kind
 from engine.config import DispatchConfig, MoEConfig
 from engine.distributed.collectives import Done, GroupCollectives, Pending
 from engine.distributed.groups import Group, Topology
-from engine.moe.dispatch.buffers import Workspace
-from engine.moe.dispatch.exchange import Dispatcher
+from engine.moe.dispatch.buffers import RowBuffers
+from engine.moe.dispatch.exchange import Exchange
 from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.layer import MoELayer, MoESpec
@@ -76,7 +76,7 @@ class AnsweredCollectives:
         return Done(self._ready.pop())
 
 
-class RowlessDispatcher(Dispatcher):
+class RowlessExchange(Exchange):
     """All-to-alls that move nothing."""
 
     def start(
@@ -96,7 +96,7 @@ class LoneRank(MoELayer):
         rank: int,
         size: int,
         x_TD: torch.Tensor,
-        workspace: Workspace,
+        workspace: RowBuffers,
     ) -> None:
         topology = _topology(rank, size)
         router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
@@ -112,7 +112,7 @@ class LoneRank(MoELayer):
         )
         self.answered = AnsweredCollectives(rank, size)
         self._collectives = cast(GroupCollectives, self.answered)
-        self._dispatcher = RowlessDispatcher(topology.expert, self._collectives, self.workspace)
+        self._dispatcher = RowlessExchange(topology.expert, self._collectives, self.workspace)
         self._pipeline = Pipeline(self._dispatcher, self._run_experts, 0)
         own = slice(self.first_expert, self.first_expert + self.num_local_experts)
         with torch.no_grad():

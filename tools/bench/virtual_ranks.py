@@ -31,9 +31,9 @@ from bench.lone_rank import CPU, LoneRank, Unanswered
 from bench.moe_case import MoEShape, MoEWeights, make_tokens, share, vary_margins
 from bench.transfers import Kind, Transfers
 from engine.config import CapacityConfig
-from engine.moe.dispatch.buffers import Workspace
+from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.step import MoEStep, TokenTally
+from engine.moe.step import MoEStep, TokenCounts
 
 ROW_BYTES = 4  # float32
 
@@ -97,7 +97,7 @@ class VirtualRanks:
         vary_margins(x_TD, seed)
         parts = [share(num_tokens, num_ranks, rank) for rank in range(num_ranks)]
         sizes = tuple(part.stop - part.start for part in parts)
-        self._shape, workspace = shape, Workspace()
+        self._shape, workspace = shape, RowBuffers()
         self._ranks = [
             LoneRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), workspace)
             for rank, part in enumerate(parts)
@@ -179,5 +179,5 @@ def _step(rank: int, sizes: tuple[int, ...]) -> MoEStep:
         num_own_competing=num_tokens,
         num_tokens_W=sizes,
         num_competing=sum(sizes),
-        tally=TokenTally.zeros(num_tokens, CPU),
+        tally=TokenCounts.zeros(num_tokens, CPU),
     )

@@ -95,7 +95,7 @@ def _layer(device: torch.device, backend: str, chunks: int) -> MoELayer:
     for weight in layer.parameters():
         drawn = torch.randn(weight.shape, generator=generator) * 0.05
         weight.data.copy_(drawn.to(device, weight.dtype))
-    layer.settle()
+    layer.finalize_weights()
     return layer
 
 

@@ -19,22 +19,24 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.distributed.health.progress import Place, State
+from engine.distributed.health.progress import Progress, State
 
 _MOST_SHOWN = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What an observer knows of a rank. silent_s: seconds since its last beat. still_s: since its
-    state or place changed. text: what it failed with.
+class PeerStatus:
+    """What an observer knows of a rank.
+
+    heartbeat_age_s: seconds since its last heartbeat. progress_age_s: since its state or place
+    changed. text: what it failed with.
     """
 
     host: str
     state: State
-    place: Place
-    silent_s: float
-    still_s: float
+    place: Progress
+    heartbeat_age_s: float
+    progress_age_s: float
     text: str = ""
 
 
@@ -68,7 +70,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """A verdict. ranks: whom it accuses. lost: of silence, so they may not know of it."""
 
     ranks: tuple[int, ...]
@@ -76,9 +78,9 @@ class Finding:
     lost: bool = False
 
 
-def judge(
-    seen: Mapping[int, Seen], own: int, group: Iterable[int], limits: Limits
-) -> Finding | None:
+def diagnose(
+    seen: Mapping[int, PeerStatus], own: int, group: Iterable[int], limits: Limits
+) -> Diagnosis | None:
     """The verdict of rank `own`, None while nothing is wrong.
 
     seen: every rank, itself included. group: the ranks in lockstep with it; only those can stall
@@ -87,9 +89,9 @@ def judge(
     cut = any(each.state == "cut" for each in seen.values())
     others = {rank: each for rank, each in seen.items() if rank != own}
     failed = [
-        (each.still_s, -rank)
+        (each.progress_age_s, -rank)
         for rank, each in others.items()
-        if each.state == "failed" and (cut or each.still_s >= limits.quick)
+        if each.state == "failed" and (cut or each.progress_age_s >= limits.quick)
     ]
     if failed:
         first = -max(failed)[1]  # the others may have failed because of it
@@ -98,26 +100,30 @@ def judge(
         rank
         for rank, each in others.items()
         if each.state not in ("failed", "left")
-        and each.silent_s >= (limits.quick if cut else limits.lost)
+        and each.heartbeat_age_s >= (limits.quick if cut else limits.lost)
     ]
     if lost:
-        return Finding(tuple(lost), _several(_lost(rank, seen[rank]) for rank in lost), lost=True)
+        return Diagnosis(tuple(lost), _several(_lost(rank, seen[rank]) for rank in lost), lost=True)
     return _hung_outside(seen, limits) or _stalled({rank: seen[rank] for rank in group}, limits)
 
 
-def store_lost(holder: int | None, seen: Mapping[int, Seen], silent_s: float) -> Finding:
+def store_lost(
+    holder: int | None, seen: Mapping[int, PeerStatus], heartbeat_age_s: float
+) -> Diagnosis:
     """The verdict when the store, which rank `holder` or the launcher holds, does not answer."""
     if holder is None:
-        text = f"the launcher's store has not answered for {silent_s:.1f} s: look for its own error"
-        return Finding((), text)
+        silent = f"{heartbeat_age_s:.1f} s"
+        return Diagnosis(
+            (), f"the launcher's store has not answered for {silent}: look for its own error"
+        )
     who = seen[holder]
     if who.state == "failed":
         return _failed(holder, who)
     text = f"rank {holder} on {who.host}, which holds the store, has not answered for"
-    return Finding((holder,), f"{text} {silent_s:.1f} s: {_GONE} {_last(who)}", lost=True)
+    return Diagnosis((holder,), f"{text} {heartbeat_age_s:.1f} s: {_GONE} {_last(who)}", lost=True)
 
 
-def describe(finding: Finding, seen: Mapping[int, Seen]) -> str:
+def describe(finding: Diagnosis, seen: Mapping[int, PeerStatus]) -> str:
     """The report: the verdict, and where every rank was."""
     lines = [f"fault: {finding.text}"]
     for rank in sorted(seen)[:_MOST_SHOWN]:
@@ -128,7 +134,7 @@ def describe(finding: Finding, seen: Mapping[int, Seen]) -> str:
     return "\n".join(lines)
 
 
-def _where(who: Seen) -> str:
+def _where(who: PeerStatus) -> str:
     """In the lockstep the place, otherwise what it does, otherwise its state."""
     if who.place.collective or (who.place.step and who.state not in ("left", "failed")):
         return str(who.place)
@@ -138,46 +144,52 @@ def _where(who: Seen) -> str:
 _GONE = "killed, stopped or unreachable;"
 
 
-def _failed(rank: int, who: Seen) -> Finding:
+def _failed(rank: int, who: PeerStatus) -> Diagnosis:
     place = f" in {who.place}" if who.place.collective else ""
-    return Finding((rank,), f"rank {rank} on {who.host} failed{place}: {who.text}")
+    return Diagnosis((rank,), f"rank {rank} on {who.host} failed{place}: {who.text}")
 
 
-def _lost(rank: int, who: Seen) -> str:
-    text = f"rank {rank} on {who.host} has not been heard of for {who.silent_s:.1f} s"
+def _lost(rank: int, who: PeerStatus) -> str:
+    text = f"rank {rank} on {who.host} has not been heard of for {who.heartbeat_age_s:.1f} s"
     return f"{text}: {_GONE} {_last(who)}"
 
 
-def _last(who: Seen) -> str:
+def _last(who: PeerStatus) -> str:
     return f"it was last seen {'in' if who.place.collective else 'while'} {_where(who)}"
 
 
 _ALIVE = ("starting", "running", "finishing")
 
 
-def _hung_outside(seen: Mapping[int, Seen], limits: Limits) -> Finding | None:
+def _hung_outside(seen: Mapping[int, PeerStatus], limits: Limits) -> Diagnosis | None:
     """All are outside of the lockstep, and some wait for a rank that does not get on."""
     if any(each.state not in _ALIVE or each.place.collective for each in seen.values()):
         return None
     waiting = [rank for rank, each in seen.items() if each.place.waits]
     odd = [rank for rank in seen if rank not in waiting]
-    if not waiting or not odd or min(each.still_s for each in seen.values()) < limits.stalled:
+    if (
+        not waiting
+        or not odd
+        or min(each.progress_age_s for each in seen.values()) < limits.stalled
+    ):
         return None
-    return Finding(
+    return Diagnosis(
         tuple(odd), f"{_stand(odd, seen)}, while {_name(waiting)} {_verb(waiting)}: {_HANGS}"
     )
 
 
-def _stalled(members: Mapping[int, Seen], limits: Limits) -> Finding | None:
+def _stalled(members: Mapping[int, PeerStatus], limits: Limits) -> Diagnosis | None:
     here = {
         rank: each
         for rank, each in members.items()
         if each.state in ("running", "cut") and each.place.collective
     }
     broken = [
-        each for each in members.values() if each.state == "cut" and each.still_s >= limits.cut
+        each
+        for each in members.values()
+        if each.state == "cut" and each.progress_age_s >= limits.cut
     ]
-    still = min((each.still_s for each in members.values()), default=0.0)
+    still = min((each.progress_age_s for each in members.values()), default=0.0)
     if not broken and not (
         still >= limits.stalled
         and all(each.state in _ALIVE for each in members.values())
@@ -191,27 +203,27 @@ def _stalled(members: Mapping[int, Seen], limits: Limits) -> Finding | None:
         odd = [r for r, each in members.items() if r not in here and not each.place.waits]
     waiting = [rank for rank in here if rank not in odd]
     if not odd or not waiting:
-        place = next((each.place for each in here.values()), Place())
+        place = next((each.place for each in here.values()), Progress())
         where = str(place) if place.collective else "outside of the steps"
         what = f"broke: {broken[0].text}" if broken else f"has not ended for {still:.1f} s"
         text = f"a collective of {_name(members)}, at {where}, {what}; all are alive, so look at "
-        return Finding((), text + "the network between them")
+        return Diagnosis((), text + "the network between them")
     place = members[waiting[0]].place
     at = f" at {place}" if place.collective else ""
-    return Finding(
+    return Diagnosis(
         tuple(odd),
         f"{_stand(odd, members)}, while {_name(waiting)} {_verb(waiting)}{at}: {_HANGS}"
         + (", or has skipped a collective" if at else ""),
     )
 
 
-def _anybody_waits(here: Collection[Seen]) -> bool:
+def _anybody_waits(here: Collection[PeerStatus]) -> bool:
     # On a GPU the host may run ahead of its collectives and wait somewhere else.
     ahead = len({each.place.collective for each in here}) > 1
     return ahead or any(each.place.waits for each in here)
 
 
-def _out_of_step(here: Mapping[int, Seen]) -> list[int]:
+def _out_of_step(here: Mapping[int, PeerStatus]) -> list[int]:
     """The ranks that are not where the others wait for them; none if all are in one place."""
     places = {rank: each.place for rank, each in here.items()}
     if len(set(places.values())) < 2:
@@ -229,17 +241,17 @@ def _out_of_step(here: Mapping[int, Seen]) -> list[int]:
 _HANGS = "it hangs there"
 
 
-def _stand(ranks: Iterable[int], seen: Mapping[int, Seen]) -> str:
+def _stand(ranks: Iterable[int], seen: Mapping[int, PeerStatus]) -> str:
     return _several(f"rank {rank} on {seen[rank].host} {_stands(seen[rank])}" for rank in ranks)
 
 
-def _stands(who: Seen) -> str:
+def _stands(who: PeerStatus) -> str:
     if who.state == "left":
         return "has left"
     if not who.place.collective and not who.place.step:
         return f"is {who.state}"
     at = "at " if who.place.collective else ""
-    return f"has been {at}{who.place} for {who.still_s:.1f} s"
+    return f"has been {at}{who.place} for {who.progress_age_s:.1f} s"
 
 
 def _verb(ranks: Sequence[int]) -> str:

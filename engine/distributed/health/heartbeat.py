@@ -1,4 +1,4 @@
-"""Beacon: a rank's beats go out, the others' come in, through the store of the run.
+"""HeartbeatPublisher: a rank's beats go out, the others' come in, through the store of the run.
 
 A thread with a connection of its own: the rank's own one may be waiting for something. A round
 publishes this rank's beat, reads all others' and the verdict, in three exchanges however many ranks
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from engine.distributed.health.peer_monitor import Beat
-from engine.distributed.health.progress import Place
+from engine.distributed.health.peer_monitor import Heartbeat
+from engine.distributed.health.progress import Progress
 
 _VERDICT = "verdict"
 _NONE = "none"
 
 
-class Beacon:
+class HeartbeatPublisher:
     """Talks to the store for rank `own`. current: this rank's state now, asked for every round.
 
     verdict: what the ranks have agreed on, if anything. broken: the connection is lost for good.
@@ -35,7 +35,7 @@ class Beacon:
         own: int,
         world_size: int,
         period_s: float,
-        current: Callable[[], Beat],
+        current: Callable[[], Heartbeat],
     ) -> None:
         self.verdict: str | None = None
         self.broken = False
@@ -45,7 +45,7 @@ class Beacon:
         self._period_s = period_s
         self._current = current
         self._all_met = False
-        self._heard: list[Beat | None] | None = None
+        self._heard: list[Heartbeat | None] | None = None
         self._proposal: str | None = None
         self._wake = threading.Event()
         self._closing = False
@@ -57,7 +57,7 @@ class Beacon:
         """Begin to talk."""
         self._thread.start()
 
-    def take(self) -> list[Beat | None] | None:
+    def take(self) -> list[Heartbeat | None] | None:
         """What the last round has heard of every rank; None when it was taken already."""
         heard, self._heard = self._heard, None
         return heard
@@ -125,10 +125,10 @@ class Beacon:
         return [client.get(key) if client.check([key]) else None for key in keys]
 
 
-def _encode(beat: Beat) -> str:
+def _encode(beat: Heartbeat) -> str:
     return json.dumps(asdict(beat))
 
 
-def _decode(data: bytes) -> Beat:
+def _decode(data: bytes) -> Heartbeat:
     values = json.loads(data)
-    return Beat(**values | {"place": Place(**values["place"])})
+    return Heartbeat(**values | {"place": Progress(**values["place"])})

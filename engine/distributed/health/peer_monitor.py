@@ -1,4 +1,4 @@
-"""Sightings: how old everything is that a rank has heard of the others, by its own running time.
+"""PeerMonitor: how old everything is that a rank has heard of the others, by its own running time.
 
 An observer that was stopped for a while, or that hardly gets to run, must not take its own absence
 for everybody else's: time counts only as far as it was there to listen. `faults.py` judges the
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.distributed.health.diagnosis import Seen
-from engine.distributed.health.progress import Place, State
+from engine.distributed.health.diagnosis import PeerStatus
+from engine.distributed.health.progress import Progress, State
 
 # Beats of one rank from before an absence that may be read after it: one that was in the store but
 # had not been taken, and one on its way. No more: a rank waits for the store's answer in between.
@@ -19,16 +19,16 @@ _OLD_BEATS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """What a rank says of itself. count: grows with every beat."""
 
     count: int = 0
     state: State = "starting"
-    place: Place = Place()
+    place: Progress = Progress()
     text: str = ""
 
 
-class Sightings:
+class PeerMonitor:
     """What one rank has heard of all ranks of `hosts`; pure: told the time, in seconds.
 
     unanswered_s: since the store last answered. absent_s: how long this rank itself was not
@@ -42,12 +42,12 @@ class Sightings:
         self._longest_s = 2 * period_s  # a tick counts as no more
         self._absence_s = max(1.0, 4 * period_s)
         self._ticked = now
-        self._beats = [Beat()] * len(hosts)
+        self._beats = [Heartbeat()] * len(hosts)
         self._silent_s = [0.0] * len(hosts)
         self._still_s = [0.0] * len(hosts)
         self._heard = [0] * len(hosts)  # beats since an absence
 
-    def tick(self, now: float, beats: Sequence[Beat | None] | None) -> None:
+    def tick(self, now: float, beats: Sequence[Heartbeat | None] | None) -> None:
         """Time passes. beats: what was read of every rank (None: it never said anything), or None
         when the store has not answered since the last tick.
         """
@@ -74,10 +74,10 @@ class Sightings:
         if max(self._heard) > _OLD_BEATS:
             self.absent_s = 0.0
 
-    def seen(self) -> dict[int, Seen]:
+    def seen(self) -> dict[int, PeerStatus]:
         """Every rank as this one knows it."""
         return {
-            rank: Seen(
+            rank: PeerStatus(
                 host, beat.state, beat.place, self._silent_s[rank], self._still_s[rank], beat.text
             )
             for rank, (host, beat) in enumerate(zip(self._hosts, self._beats, strict=True))

@@ -1,9 +1,9 @@
-"""Activity: what a rank does before and after the lockstep, and that it gets on with it.
+"""ProgressReporter: what a rank does before and after the lockstep, and that it gets on with it.
 
-In the lockstep the phase clock says how far a rank has come (`faults.Place`). Outside of it ranks
-read files for as long as that takes, and the others wait: a time limit would end a job that is only
-slow. So whoever works there says now and then that it has come further. The watchdog publishes it,
-and gives up only a rank that others wait for and that has not moved at all.
+In the lockstep the phase clock says how far a rank has come (`faults.Progress`). Outside of it
+ranks read files for as long as that takes, and the others wait: a time limit would end a job that
+is only slow. So whoever works there says now and then that it has come further. The watchdog
+publishes it, and gives up only a rank that others wait for and that has not moved at all.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ def no_tick() -> None:
     """For work that nobody watches."""
 
 
-class Activity:
+class ProgressReporter:
     """One rank's. place: what the watchdog's thread publishes; its step only ever grows. Any thread
     may tick: of two ticks at once one may get lost, which the next makes up for.
     """
 
     def __init__(self) -> None:
-        self.place = Place()
+        self.place = Progress()
 
     def begin(self, what: str) -> None:
         """Something new: what the rank is doing, as in `has been loading the model for 5 s`."""
-        self.place = Place(self.place.step + 1, phase=what)
+        self.place = Progress(self.place.step + 1, phase=what)
 
     def tick(self) -> None:
         """The same, further on."""
@@ -54,7 +54,7 @@ WAITING = "waiting for the others"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Progress:
     """How far a rank has come. layer: -1 outside of the layers. phase: its name. collective: how
     many it has started; 0 outside of the lockstep, where phase says in words what the rank does and
     step grows whenever it gets on with it.

@@ -1,4 +1,4 @@
-"""Voice: one rank of a host speaks for all of it when there is no store left to agree through.
+"""Elects one rank per host to print the fault report when the store is unreachable.
 
 All ranks of a host know of a file; the first to remove it speaks. With several hosts there is one
 speaker a host, which is one a log.
@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-class Voice:
+class ReportElection:
     """A run's voice on this host. run: a name that no other run has; every rank makes one."""
 
     def __init__(self, run: str) -> None:

@@ -25,12 +25,12 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from engine.distributed.error_file import record_error
-from engine.distributed.health.diagnosis import Finding, Limits, describe, judge, store_lost
-from engine.distributed.health.heartbeat import Beacon
-from engine.distributed.health.peer_monitor import Beat, Sightings
-from engine.distributed.health.progress import Activity, Place, State
-from engine.distributed.health.reporter import Voice
-from engine.distributed.launch_agent import end_stopped
+from engine.distributed.health.diagnosis import Diagnosis, Limits, describe, diagnose, store_lost
+from engine.distributed.health.heartbeat import HeartbeatPublisher
+from engine.distributed.health.peer_monitor import Heartbeat, PeerMonitor
+from engine.distributed.health.progress import Progress, ProgressReporter, State
+from engine.distributed.health.reporter import ReportElection
+from engine.distributed.launch_agent import kill_stopped_workers
 
 EXIT_CODE = 1
 _PATIENCE_S = 1.0
@@ -56,7 +56,7 @@ class Watchdog:
         timeout_s: float,
         holder: int | None,
         advice: str = "",
-        activity: Activity | None = None,
+        activity: ProgressReporter | None = None,
     ) -> None:
         self._rank, self._hosts = rank, hosts
         self._holder = holder
@@ -65,14 +65,14 @@ class Watchdog:
         self._state: State = "starting"
         self._text = ""
         self._count = 0
-        activity = activity or Activity()
+        activity = activity or ProgressReporter()
         self._outside = self._place = lambda: activity.place
         self._group: tuple[int, ...] = tuple(range(len(hosts)))
         self._over = threading.Event()
         own_keys = dist.PrefixStore(f"watchdog/{run}", store)
-        self._beacon = Beacon(own_keys, rank, len(hosts), limits.period, self._beat)
-        self._sightings = Sightings(rank, hosts, limits.period, time.monotonic())
-        self._voice = Voice(run)
+        self._beacon = HeartbeatPublisher(own_keys, rank, len(hosts), limits.period, self._beat)
+        self._sightings = PeerMonitor(rank, hosts, limits.period, time.monotonic())
+        self._voice = ReportElection(run)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -96,7 +96,7 @@ class Watchdog:
             self._voice.drop()
 
     @contextmanager
-    def running(self, place: Callable[[], Place], group: Sequence[int]) -> Iterator[None]:
+    def running(self, place: Callable[[], Progress], group: Sequence[int]) -> Iterator[None]:
         """Within this block the ranks of `group` run in lockstep; place: where this one is."""
         self._place, self._group = place, tuple(group)
         self._state = "running"
@@ -124,9 +124,9 @@ class Watchdog:
         if self._thread.is_alive():
             self._beacon.flush(_PATIENCE_S)
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         self._count += 1
-        return Beat(self._count, self._state, self._place(), self._text)
+        return Heartbeat(self._count, self._state, self._place(), self._text)
 
     def _keep_store(self, listen: Callable[[], None] = lambda: None) -> None:
         """If the store is in this process, let the others leave it first, though not for long."""
@@ -143,7 +143,7 @@ class Watchdog:
         return all(
             rank == self._rank
             or each.state in ("left", "failed")
-            or each.silent_s >= self._limits.quick
+            or each.heartbeat_age_s >= self._limits.quick
             for rank, each in self._sightings.seen().items()
         )
 
@@ -161,16 +161,16 @@ class Watchdog:
             if finding is not None and not self._over.is_set():
                 self._leave(finding)
 
-    def _find(self) -> Finding | None:
+    def _find(self) -> Diagnosis | None:
         sightings, limits = self._sightings, self._limits
         seen = sightings.seen()
         if sightings.unanswered_s >= (limits.quick if self._state == "cut" else limits.lost):
             if self._holder is not None and seen[self._holder].state == "left":
                 return None  # it had nothing more to wait for
             return store_lost(self._holder, seen, sightings.unanswered_s)
-        return judge(seen, self._rank, self._group, limits)
+        return diagnose(seen, self._rank, self._group, limits)
 
-    def _leave(self, finding: Finding) -> NoReturn:
+    def _leave(self, finding: Diagnosis) -> NoReturn:
         """End the process; report what was found unless another rank does."""
         sightings = self._sightings
         seen = sightings.seen()
@@ -204,7 +204,7 @@ class Watchdog:
         self._end(text)
 
     def _end(self, text: str) -> NoReturn:
-        if ended := end_stopped():
+        if ended := kill_stopped_workers():
             what = f"ended process {', '.join(map(str, ended))}, stopped, for torchrun to go on"
             text = f"{text.rstrip()}\nrank {self._rank} on {self._own_host} {what}".lstrip()
 

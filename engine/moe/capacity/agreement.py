@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from engine.config import CapacityConfig
-from engine.distributed.collectives import Collectives, run_meanwhile
+from engine.distributed.collectives import Collectives, run_overlapped
 from engine.moe.capacity.claim_maker import ClaimMaker
-from engine.moe.capacity.consensus import Claims, Consensus, Verdict
+from engine.moe.capacity.consensus import Claims, Consensus, Selection
 from engine.moe.capacity.consensus_registry import make_consensus
 from engine.moe.capacity.expansion import candidates, choose_extras
 from engine.moe.capacity.limits import cannot_bind
@@ -47,9 +47,9 @@ class Decision:
     ids_TM: int64, the experts that will be computed: the top-k columns, -1 where dropped, then one
     column a local expert for extras, -1 where none. weights_TM: float32 combine weights, 0 where
     the id is -1. keep_TK: bool. extra_Te: bool, None without expansion. order: ids_TM sorted by
-    expert. numbers_Wn: int64 on the host, `ExpertOrder.numbers` of every rank; the extras of other
-    ranks, which stay there, may be missing. counts_WE: rows each rank sends to each expert, the
-    same way. before_WE: top-k assignments before capacity.
+    expert. exchanged_Wn: int64 on the host, `ExpertOrder.numbers` of every rank; the extras of
+    other ranks, which stay there, may be missing. counts_WE: rows each rank sends to each expert,
+    the same way. before_WE: top-k assignments before capacity.
     """
 
     ids_TM: torch.Tensor
@@ -57,7 +57,7 @@ class Decision:
     keep_TK: torch.Tensor
     extra_Te: torch.Tensor | None
     order: ExpertOrder
-    numbers_Wn: np.ndarray
+    exchanged_Wn: np.ndarray
     counts_WE: np.ndarray
     before_WE: np.ndarray
 
@@ -141,21 +141,21 @@ class CapacityAgreement:
         started = None
         if consensus.communicates:
             if meanwhile is None:
-                clock.meet(Phase.CONSENSUS, layer)
+                clock.enter_collective(Phase.CONSENSUS, layer)
             else:
-                started = clock.arrive()
+                started = clock.record_arrival()
         round = consensus.begin(claims)
         if meanwhile is not None:
             clock.enter(Phase.EXPERTS, layer)
-            run_meanwhile(meanwhile, round.wait)
+            run_overlapped(meanwhile, round.wait)
             if started is not None:
-                clock.meet(Phase.CONSENSUS, layer, collective=started)
+                clock.enter_collective(Phase.CONSENSUS, layer, collective=started)
             else:
                 clock.enter(Phase.PLAN, layer)
         round.wait()
         if consensus.communicates:
             clock.sent(self.collectives.bytes_sent - sent)
-        if round.complete and not (layout.tells_more and consensus.counts_only):
+        if round.complete and not (layout.has_extra_counts and consensus.counts_only):
             clock.enter(Phase.PLAN, layer)
         exact = False
         while True:
@@ -171,20 +171,20 @@ class CapacityAgreement:
             if exact or not host[:, -1].any():
                 break
             exact = True
-        numbers_Wn = host[:, : -self._router.num_experts - 2]
+        exchanged_Wn = host[:, : -self._router.num_experts - 2]
         return Decision(
             ids_TM=ids_TM,
             weights_TM=self._weights(routing, keep_TK, extra_Te),
             keep_TK=keep_TK,
             extra_Te=extra_Te,
             order=order,
-            numbers_Wn=numbers_Wn,
-            counts_WE=layout.counts(numbers_Wn),
-            before_WE=host[:, numbers_Wn.shape[1] : -2],
+            exchanged_Wn=exchanged_Wn,
+            counts_WE=layout.counts(exchanged_Wn),
+            before_WE=host[:, exchanged_Wn.shape[1] : -2],
         )
 
     def _apply(
-        self, verdict: Verdict, routing: Routing, step: MoEStep, claims: Claims
+        self, verdict: Selection, routing: Routing, step: MoEStep, claims: Claims
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Turn the verdict into keep_TK and extra_Te."""
         num_tokens, top_k = routing.topk_ids_TK.shape
@@ -215,7 +215,7 @@ class CapacityAgreement:
 
     def _rows(
         self,
-        verdict: Verdict,
+        verdict: Selection,
         claims: Claims,
         order: ExpertOrder,
         layout: ExpertLayout,
@@ -229,18 +229,18 @@ class CapacityAgreement:
         if verdict.rows_WE2 is None:
             before_E = claims.count_codes()[: 2 * num_experts].view(2, num_experts).sum(0)
             if not self._consensus.communicates:
-                clock.meet(Phase.CONSENSUS, self._layer)
+                clock.enter_collective(Phase.CONSENSUS, self._layer)
             return self._gather(torch.cat((own, before_E, claims.bad, tied[None])), clock)
-        numbers_Wn = verdict.rows_WE2[:, :num_experts]
-        if layout.tells_more and verdict.all_ids is not None:
+        exchanged_Wn = verdict.rows_WE2[:, :num_experts]
+        if layout.has_extra_counts and verdict.all_ids is not None:
             most = max(step.num_tokens_W)
             ids_WTM = verdict.all_ids().view(size, most, claims.padded // max(most, 1))
-            numbers_Wn = layout.numbers(ids_WTM, step.num_tokens_W)
-        elif layout.tells_more:
-            numbers_Wn = self._gather(own, clock)
-        numbers_Wn[self.collectives.rank] = own  # with this rank's extras
+            exchanged_Wn = layout.numbers(ids_WTM, step.num_tokens_W)
+        elif layout.has_extra_counts:
+            exchanged_Wn = self._gather(own, clock)
+        exchanged_Wn[self.collectives.rank] = own  # with this rank's extras
         rest_WE2 = verdict.rows_WE2[:, num_experts:]
-        return torch.cat((numbers_Wn, rest_WE2, tied.expand(size, 1)), dim=1)
+        return torch.cat((exchanged_Wn, rest_WE2, tied.expand(size, 1)), dim=1)
 
     def _gather(self, own: torch.Tensor, clock: PhaseClock) -> torch.Tensor:
         """Every rank's numbers, int64 [W, n]. Collective."""

@@ -73,7 +73,7 @@ class Claims:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Selection:
     """What consensus says about this rank's claims.
 
     keep_N: bool, of those that compete. pool_kept_P: int64, top-k claims that each pool keeps, of
@@ -93,7 +93,7 @@ class Verdict:
     all_ids: Callable[[], torch.Tensor] | None = None
 
 
-class Round(Protocol):
+class PendingSelection(Protocol):
     """One agreement under way. complete: its verdict has `rows_WE2`."""
 
     complete: bool
@@ -102,7 +102,7 @@ class Round(Protocol):
         """Let the first collective end; after it `verdict(exact=False)` may not need another."""
         ...
 
-    def verdict(self, *, exact: bool) -> Verdict:
+    def verdict(self, *, exact: bool) -> Selection:
         """Decide. exact: tell equal claims apart by token and expert. Collective."""
         ...
 
@@ -115,6 +115,6 @@ class Consensus(Protocol):
     communicates: bool
     counts_only: bool
 
-    def begin(self, claims: Claims) -> Round:
+    def begin(self, claims: Claims) -> PendingSelection:
         """Start the first collective, if there is one. Collective over the group."""
         ...

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from engine.distributed.collectives import COLLECTIVE_BYTES, Collectives, Done, Pending
-from engine.moe.capacity.consensus import Claims, Round, Verdict
+from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
 from engine.ops.select_top import DIGITS, PASSES_A_WORD, select_top, select_top_reference
 
 
@@ -38,9 +38,9 @@ class GatherConsensus:
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
 
-    def begin(self, claims: Claims) -> Round:
+    def begin(self, claims: Claims) -> PendingSelection:
         """Start gathering the leading words and the codes. Collective over the group."""
-        return _GatherRound(claims, self._collectives)
+        return _PendingGather(claims, self._collectives)
 
 
 class RadixConsensus:
@@ -52,9 +52,9 @@ class RadixConsensus:
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
 
-    def begin(self, claims: Claims) -> Round:
+    def begin(self, claims: Claims) -> PendingSelection:
         """Start adding up the loads. Collective over the group."""
-        return _RadixRound(claims, self._collectives)
+        return _PendingRadix(claims, self._collectives)
 
 
 class SelectionByTraffic:
@@ -71,7 +71,7 @@ class SelectionByTraffic:
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
 
-    def begin(self, claims: Claims) -> Round:
+    def begin(self, claims: Claims) -> PendingSelection:
         """Choose and start. Collective over the group."""
         size = self._collectives.size
         more = claims.leading * PASSES_A_WORD + 1  # loads, histograms and counts, against one
@@ -80,7 +80,7 @@ class SelectionByTraffic:
         return kind(self._collectives).begin(claims)
 
 
-class _GatherRound:
+class _PendingGather:
     complete = True
 
     def __init__(self, claims: Claims, collectives: Collectives) -> None:
@@ -99,7 +99,7 @@ class _GatherRound:
         codes = gathered[:, leading * size : -1].contiguous().view(torch.int16)
         self._code_WB = codes[:, :size].long()
 
-    def verdict(self, *, exact: bool) -> Verdict:
+    def verdict(self, *, exact: bool) -> Selection:
         """Select over all ranks' claims. Collective only when exact."""
         claims, size = self._claims, claims_length(self._claims)
         num_experts, num_ranks = claims.num_experts, self._code_WB.shape[0]
@@ -134,10 +134,10 @@ class _GatherRound:
             computed_WB = keep_M.view(num_ranks, size) | passes_WB
             return (self._code_WB % num_experts).where(computed_WB, -1)[:, : claims.padded]
 
-        return Verdict(own_N, kept_P, tied, rows, all_ids)
+        return Selection(own_N, kept_P, tied, rows, all_ids)
 
 
-class _RadixRound:
+class _PendingRadix:
     complete = False
 
     def __init__(self, claims: Claims, collectives: Collectives) -> None:
@@ -149,7 +149,7 @@ class _RadixRound:
         """Let the loads arrive."""
         self._pending = Done(self._pending.wait())
 
-    def verdict(self, *, exact: bool) -> Verdict:
+    def verdict(self, *, exact: bool) -> Selection:
         """Select by all-reduced histograms. Collective."""
         claims = self._claims
         words = claims.words if exact else claims.words[: claims.leading]
@@ -159,7 +159,7 @@ class _RadixRound:
 
         keep_N, tied = select_top_reference(words, claims.pool_N, claims.limit_P, reduce)
         kept_P = claims.by_pool(self._pending.wait()).minimum(claims.limit_P)
-        return Verdict(keep_N, kept_P, tied, None)
+        return Selection(keep_N, kept_P, tied, None)
 
 
 def claims_length(claims: Claims) -> int:

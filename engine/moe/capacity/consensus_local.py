@@ -8,7 +8,7 @@ Legend: N claims of this rank, P pools.
 
 from __future__ import annotations
 
-from engine.moe.capacity.consensus import Claims, Round, Verdict
+from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
 from engine.ops.select_top import select_top
 
 
@@ -18,12 +18,12 @@ class LocalConsensus:
     communicates = False
     counts_only = False
 
-    def begin(self, claims: Claims) -> Round:
+    def begin(self, claims: Claims) -> PendingSelection:
         """Nothing is under way: the decision needs this rank alone."""
-        return _LocalRound(claims)
+        return _PendingLocal(claims)
 
 
-class _LocalRound:
+class _PendingLocal:
     complete = False
 
     def __init__(self, claims: Claims) -> None:
@@ -32,9 +32,9 @@ class _LocalRound:
     def wait(self) -> None:
         """There is nothing to wait for."""
 
-    def verdict(self, *, exact: bool) -> Verdict:
+    def verdict(self, *, exact: bool) -> Selection:
         """Keep this rank's best up to its own limit; always exact. No collective."""
         claims = self._claims
         keep_N, tied = select_top(claims.words, claims.pool_N, claims.limit_P)
         own_P = claims.by_pool(claims.count_codes()[: claims.num_experts])
-        return Verdict(keep_N, own_P.minimum(claims.limit_P), tied, None)
+        return Selection(keep_N, own_P.minimum(claims.limit_P), tied, None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from engine.distributed.collectives import Collectives
-from engine.moe.capacity.consensus import Claims, Round, Verdict
+from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
 from engine.moe.capacity.limits import Pools
 from engine.ops.select_top import select_top
 
@@ -47,12 +47,12 @@ class QuotaConsensus:
         self._complete = self.counts_only = all(size == 1 for size in pools.sizes)
         self._collectives = collectives
 
-    def begin(self, claims: Claims) -> Round:
+    def begin(self, claims: Claims) -> PendingSelection:
         """Start gathering counts. Collective over the group."""
-        return _QuotaRound(claims, self._collectives, self._complete)
+        return _PendingQuota(claims, self._collectives, self._complete)
 
 
-class _QuotaRound:
+class _PendingQuota:
     def __init__(self, claims: Claims, collectives: Collectives, complete: bool) -> None:
         self._claims, self._collectives, self.complete = claims, collectives, complete
         counts = torch.cat((claims.count_codes(), claims.bad)).to(torch.int32)
@@ -62,7 +62,7 @@ class _QuotaRound:
         """Let the counts arrive."""
         self._counts = self._pending.wait().long()
 
-    def verdict(self, *, exact: bool) -> Verdict:
+    def verdict(self, *, exact: bool) -> Selection:
         """Keep this rank's best, as many as its share; always exact. No collective."""
         claims, num_experts = self._claims, self._claims.num_experts
         bad_W1 = self._counts[:, -1:]
@@ -75,4 +75,4 @@ class _QuotaRound:
             kept_WE, chosen_WE = share_WP[:, pool_E], before_WE + passes_WE
             rows = torch.cat((kept_WE + passes_WE, chosen_WE, bad_W1), dim=1)
         kept_P = claims.by_pool(before_WE.sum(0)).minimum(claims.limit_P)
-        return Verdict(keep_N, kept_P, tied, rows)
+        return Selection(keep_N, kept_P, tied, rows)

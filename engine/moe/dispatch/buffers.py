@@ -1,4 +1,4 @@
-"""Workspace: the row buffers of the MoE layers, made once and used by every layer of a model.
+"""RowBuffers: the row buffers of the MoE layers, made once and used by every layer of a model.
 
 Layers run one after the other, so one set serves all. Under a capacity policy a rank receives at
 most what its experts may keep, so `reserve` makes the buffers for good before the first step (their
@@ -22,20 +22,20 @@ class Slot(IntEnum):
     GROUPED = 2
 
 
-class Workspace:
+class RowBuffers:
     """Three buffers of bytes. num_growths: how often one had to be made anew."""
 
     def __init__(self) -> None:
         self.num_growths = 0
         self._buffers: dict[Slot, torch.Tensor] = {}
         self._last: dict[Slot, tuple[tuple[object, ...], torch.Tensor]] = {}
-        self._second: Workspace | None = None
+        self._second: RowBuffers | None = None
 
     @property
-    def second(self) -> Workspace:
+    def second(self) -> RowBuffers:
         """The buffers of a second half batch, which runs beside the first."""
         if self._second is None:
-            self._second = Workspace()
+            self._second = RowBuffers()
         return self._second
 
     @property

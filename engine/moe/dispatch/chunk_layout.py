@@ -49,7 +49,7 @@ from engine.moe.dispatch.plan import (
     make_plan,
     sort_by_expert,
 )
-from engine.moe.dispatch.row_format import RowKind, WireFormat
+from engine.moe.dispatch.row_format import RowFormat, RowFormats
 from engine.ops.to_device import to_device
 
 By = Literal["experts", "tokens"]
@@ -91,7 +91,7 @@ class ExpertLayout:
         first_experts: list[int],
         num_chunks: int,
         by: By = "experts",
-        rows: RowKind | None = None,
+        rows: RowFormats | None = None,
         *,
         deduplicate: bool = False,
     ) -> None:
@@ -115,11 +115,11 @@ class ExpertLayout:
         self._experts = np.array(experts)
         self._places: dict[torch.device, torch.Tensor] = {}
         self._rows = rows
-        self._each: WireFormat | None = None
+        self._each: RowFormat | None = None
         if rows is not None and self._num_ranks > 1:
             self._each = rows.each()
         self._dedup: Deduplicator | None = None
-        self._once_wire: WireFormat | None = None
+        self._once_wire: RowFormat | None = None
         if deduplicate and rows is not None and self._num_ranks > 1:
             bounds = [chunk.bounds for chunk in self.chunks]
             self._dedup = groups = Deduplicator(np.diff(bounds).ravel().tolist())
@@ -142,7 +142,7 @@ class ExpertLayout:
         return 0 if self._once_wire is None else self._once_wire.row_bytes
 
     @property
-    def tells_more(self) -> bool:
+    def has_extra_counts(self) -> bool:
         """Whether ranks must know more of each other than their loads by expert."""
         return self.by_tokens or self.deduplicates
 
@@ -184,16 +184,16 @@ class ExpertLayout:
             return load_WP
         return torch.cat((load_WP, self._dedup.count(place_WTM)), dim=1)
 
-    def counts(self, numbers_Wn: np.ndarray) -> np.ndarray:
+    def counts(self, exchanged_Wn: np.ndarray) -> np.ndarray:
         """Rows that each rank has for each expert, int64 [W, E], from all ranks' numbers."""
         if not self.by_tokens:
-            return numbers_Wn[:, : self._num_experts]
-        loads = numbers_Wn[:, : len(self._experts)]
+            return exchanged_Wn[:, : self._num_experts]
+        loads = exchanged_Wn[:, : len(self._experts)]
         return loads.reshape(len(loads), self.num_chunks, -1).sum(1)
 
-    def plans(self, order: ExpertOrder, numbers_Wn: np.ndarray, rank: int) -> list[DispatchPlan]:
+    def plans(self, order: ExpertOrder, exchanged_Wn: np.ndarray, rank: int) -> list[DispatchPlan]:
         """One plan a chunk from every rank's numbers; pure. A plan's `order` is its own rows'."""
-        counts_WP = numbers_Wn[:, : len(self._experts)]
+        counts_WP = exchanged_Wn[:, : len(self._experts)]
         if self.num_chunks > 1 and not self.by_tokens:
             counts_WP = counts_WP[:, self._experts]
         num_local = self.first_experts[rank + 1] - self.first_experts[rank]
@@ -211,20 +211,20 @@ class ExpertLayout:
             sent += sum(plan.send_splits)
         if self._dedup is None or order.unique is None:
             return found
-        return self._once(found, order.unique, numbers_Wn, counts_WP, rank)
+        return self._once(found, order.unique, exchanged_Wn, counts_WP, rank)
 
     def _once(
         self,
         plans: list[DispatchPlan],
         unique: UniqueRows,
-        numbers_Wn: np.ndarray,
+        exchanged_Wn: np.ndarray,
         counts_WP: np.ndarray,
         rank: int,
     ) -> list[DispatchPlan]:
         """The plans with unique rows where these move fewer bytes, which all ranks see alike."""
         groups, rows, wire, num_ranks = self._dedup, self._rows, self._once_wire, self._num_ranks
         assert groups is not None and rows is not None and wire is not None
-        unique_WCW = numbers_Wn[:, -groups.num_groups :].reshape(num_ranks, -1, num_ranks)
+        unique_WCW = exchanged_Wn[:, -groups.num_groups :].reshape(num_ranks, -1, num_ranks)
         bounds = [
             chunk.columns.start + bound for chunk in self.chunks for bound in chunk.bounds[:-1]
         ]

@@ -35,7 +35,7 @@ SAMPLES = 6
 MUST_REACH = 98
 
 
-class Lap(Protocol):
+class Timer(Protocol):
     """A time that has begun."""
 
     def stop(self) -> None:
@@ -47,7 +47,7 @@ class Lap(Protocol):
         ...
 
 
-class HostLap:
+class HostTimer:
     """A lap of a device that computes synchronously."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class HostLap:
         return (self._end - self._begin) * 1e-9
 
 
-class CudaLap:
+class CudaEventTimer:
     """A lap between two events of the current stream."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class CudaLap:
         return self._begin.elapsed_time(self._end) * 1e-3
 
 
-class Turn:
+class Trial:
     """One layer call's number of chunks, None where the tuner has no say. Dispatch to combine run
     inside `with turn:`, which measures them where they are wanted.
     """
@@ -89,13 +89,13 @@ class Turn:
     def __init__(
         self,
         chunks: int | None = None,
-        keep: Callable[[Lap], None] | None = None,
-        new_lap: type[Lap] = HostLap,
+        keep: Callable[[Timer], None] | None = None,
+        new_lap: type[Timer] = HostTimer,
     ) -> None:
         """keep: takes the lap; None: nothing is measured."""
         self.chunks = chunks
         self._keep, self._new_lap = keep, new_lap
-        self._lap: Lap | None = None
+        self._lap: Timer | None = None
 
     def __enter__(self) -> None:
         if self._keep is not None:
@@ -108,11 +108,11 @@ class Turn:
 
 
 @dataclass(slots=True)
-class _Trial:
+class _Bucket:
     """One bucket. laps: of each candidate, with the step's tokens. visits: of each layer."""
 
     candidates: tuple[int, ...]
-    laps: list[list[tuple[int, Lap]]]
+    laps: list[list[tuple[int, Timer]]]
     visits: dict[int, int] = field(default_factory=dict)
     chosen: int | None = None
 
@@ -122,9 +122,9 @@ class ChunkTuner:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._layers: list[int] = []
-        self._trials: dict[int, _Trial] = {}
+        self._trials: dict[int, _Bucket] = {}
         cuda = device is not None and device.type == "cuda"
-        self._new_lap: type[Lap] = CudaLap if cuda else HostLap
+        self._new_lap: type[Timer] = CudaEventTimer if cuda else HostTimer
 
     @property
     def choices(self) -> dict[int, int]:
@@ -132,11 +132,11 @@ class ChunkTuner:
         trials = sorted(self._trials.items())
         return {bucket: trial.chosen for bucket, trial in trials if trial.chosen is not None}
 
-    def join(self, layer: int) -> None:
+    def register(self, layer: int) -> None:
         """A layer that will ask. All join before the first asks."""
         self._layers.append(layer)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin anew, between steps and alike on every rank: costs have changed."""
         self._trials.clear()
 
@@ -157,7 +157,7 @@ class ChunkTuner:
             for laps in trial.laps
         ]
 
-    def settle(self, group_tokens: int, totals: Sequence[int]) -> None:
+    def choose(self, group_tokens: int, totals: Sequence[int]) -> None:
         """Choose by the sums of all ranks' costs, in the order of the candidates."""
         trial = self._trials[bucket_of(group_tokens)]
         best = min(range(len(totals)), key=totals.__getitem__)
@@ -165,9 +165,9 @@ class ChunkTuner:
         trial.chosen = trial.candidates[best] if wins else trial.candidates[0]
         trial.laps = []
 
-    def turn(
+    def begin_trial(
         self, layer: int, group_tokens: int, candidates: Callable[[int], Sequence[int]]
-    ) -> Turn:
+    ) -> Trial:
         """The number of chunks of one call.
 
         candidates: from the least tokens of a bucket to what may be tried there, beginning with 1.
@@ -176,11 +176,11 @@ class ChunkTuner:
         trial = self._trials.get(bucket)
         if trial is None:
             tried = tuple(candidates(1 << bucket))
-            trial = self._trials[bucket] = _Trial(tried, [[] for _ in tried])
+            trial = self._trials[bucket] = _Bucket(tried, [[] for _ in tried])
             if len(tried) == 1:
                 trial.chosen = tried[0]
         if trial.chosen is not None:
-            return Turn(trial.chosen)
+            return Trial(trial.chosen)
         visit = trial.visits.get(layer, 0)
         trial.visits[layer] = visit + 1
         warm_up = self._warm_up(trial)
@@ -188,17 +188,17 @@ class ChunkTuner:
         shift = visit if visit < warm_up else visit - warm_up
         index = (shift + self._layers.index(layer)) % number
         if visit < warm_up:
-            return Turn(trial.candidates[index])
+            return Trial(trial.candidates[index])
         laps = trial.laps[index]
-        return Turn(
+        return Trial(
             trial.candidates[index], lambda lap: laps.append((group_tokens, lap)), self._new_lap
         )
 
-    def _warm_up(self, trial: _Trial) -> int:
+    def _warm_up(self, trial: _Bucket) -> int:
         """Visits of a layer in which buffers may still grow."""
         return -(-len(trial.candidates) // len(self._layers))
 
-    def _last_visit(self, trial: _Trial) -> int:
+    def _last_visit(self, trial: _Bucket) -> int:
         """Visits of a layer after which there are times enough."""
         cycles = -(-SAMPLES // len(self._layers))
         return self._warm_up(trial) + cycles * len(trial.candidates)

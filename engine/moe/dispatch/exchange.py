@@ -1,4 +1,4 @@
-"""Dispatcher: the collectives of the MoE layer. Counts first, then rows out, then results back.
+"""Exchange: the collectives of the MoE layer. Counts first, then rows out, then results back.
 
 Buffer sizes and splits come from the exchanged counts alone, so every rank calls the same
 collectives with shapes that match, whatever its own load: a rank without tokens sends zero rows and
@@ -14,16 +14,16 @@ import torch.distributed as dist
 
 from engine.distributed.collectives import Done, GroupCollectives, Pending, Started
 from engine.distributed.groups import Group
-from engine.moe.dispatch.buffers import Workspace
-from engine.moe.dispatch.payload import Freight, load
+from engine.moe.dispatch.buffers import RowBuffers
+from engine.moe.dispatch.payload import Payload, load
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.experts import ExpertsBackend
 
 
-class Dispatcher:
+class Exchange:
     """All-to-all of one expert-parallel group; holds nothing between calls but its row buffers."""
 
-    def __init__(self, group: Group, collectives: GroupCollectives, workspace: Workspace) -> None:
+    def __init__(self, group: Group, collectives: GroupCollectives, workspace: RowBuffers) -> None:
         self._group = group
         self._collectives = collectives
         self._workspace = workspace
@@ -40,7 +40,7 @@ class Dispatcher:
         weights_TM: torch.Tensor,
         plans: list[DispatchPlan],
         experts: ExpertsBackend,
-    ) -> Freight:
+    ) -> Payload:
         """This call's rows, in the buffers of the workspace."""
         alone = self._group.size == 1
         return load(x_TD, weights_TM, plans, experts, self._workspace, alone=alone)

@@ -1,4 +1,4 @@
-"""Layouts: which of a layer's ways to travel a call takes, from agreed numbers alone.
+"""LayoutPolicy: which of a layer's ways to travel a call takes, from agreed numbers alone.
 
 A layer may cut its rows into chunks or not (`overlap.py`), and send a token's row once a rank or
 once an expert (`dedup.py`). What a call's counts decide, its layout decides; what must be settled
@@ -29,12 +29,12 @@ from engine.config import MoEConfig
 from engine.distributed.collectives import COLLECTIVE_BYTES, Collectives
 from engine.moe.dispatch.buffers import Slot
 from engine.moe.dispatch.chunk_layout import By, ExpertLayout, fills_chunks
-from engine.moe.dispatch.chunk_tuner import CANDIDATES, ChunkTuner, Turn
+from engine.moe.dispatch.chunk_tuner import CANDIDATES, ChunkTuner, Trial
 from engine.moe.dispatch.dedup import expected_unique
-from engine.moe.dispatch.row_format import RowKind
+from engine.moe.dispatch.row_format import RowFormats
 
 
-class Layouts:
+class LayoutPolicy:
     """A layer's layouts, made when first needed. Build it with the same arguments on every rank.
 
     first_experts: W + 1 boundaries. rows: what travels.
@@ -44,7 +44,7 @@ class Layouts:
         self,
         first_experts: list[int],
         top_k: int,
-        rows: RowKind,
+        rows: RowFormats,
         config: MoEConfig,
     ) -> None:
         overlap, dispatch = config.overlap, config.dispatch
@@ -71,7 +71,7 @@ class Layouts:
         something to cut. control: where ranks add up what they measured.
         """
         if self._tunes:
-            tuner.join(layer)
+            tuner.register(layer)
             self.tuner, self._layer, self._control = tuner, layer, control
 
     @property
@@ -93,10 +93,10 @@ class Layouts:
         """What moe.overlap.chunks: auto has chosen so far, by bucket; see `ChunkTuner.choices`."""
         return {} if self.tuner is None else self.tuner.choices
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Costs have changed, between steps and alike on every rank: measure anew."""
         if self.tuner is not None:
-            self.tuner.forget()
+            self.tuner.reset()
 
     def candidates(self, group_tokens: int | None) -> list[int]:
         """Numbers of chunks that may be tried with so many tokens over all ranks; None: with any
@@ -156,20 +156,20 @@ class Layouts:
         least = COLLECTIVE_BYTES * (2 if costs_exchange else 1)
         return self.layout(chunks, self.saved_bytes(group_tokens, chunks) >= least)
 
-    def turn(self, group_tokens: int | None, tunes: bool = True) -> Turn:
+    def begin_trial(self, group_tokens: int | None, tunes: bool = True) -> Trial:
         """What the tuner says of one call; nothing, where nobody asks it. tunes: whether the call
         is like those of other layers in its step; one that is not has one chunk and teaches
         nothing. Collective over EP: every rank must call.
         """
         tuner = self.tuner
         if tuner is None or group_tokens is None:
-            return Turn()
+            return Trial()
         if not tunes:
-            return Turn(1)
+            return Trial(1)
         if (costs := tuner.due(self._layer, group_tokens)) is not None:
             totals = self._control.all_reduce(torch.tensor(costs)).wait().tolist()
-            tuner.settle(group_tokens, totals)
-        return tuner.turn(self._layer, group_tokens, self.candidates)
+            tuner.choose(group_tokens, totals)
+        return tuner.begin_trial(self._layer, group_tokens, self.candidates)
 
     def saved_bytes(self, group_tokens: int, num_chunks: int = 1) -> float:
         """Bytes that the mean rank may expect to save by deduplication, 0 where it is off."""

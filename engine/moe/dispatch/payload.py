@@ -1,4 +1,4 @@
-"""Freight: one layer call's rows between the tokens, the wire and the experts.
+"""Payload: one layer call's rows between the tokens, the wire and the experts.
 
 `pipeline.py` says when; this says what each all-to-all carries and what is done to rows before and
 after it. Rows live in the three buffers of `workspace.py`:
@@ -8,10 +8,10 @@ after it. Rows live in the three buffers of `workspace.py`:
     GROUPED   results in the order of arrival, on their way home; in a wire format, and for experts
               that need it, first the rows by expert
 
-Rows travel as they are (`RowFreight`) or in a wire format (`WireFreight`). A wire row may be longer
-than a row, so the wire rows of chunk c begin where its rows would, or after those of chunk c - 1
-where these reach further: they lie over rows of their own and later chunks alone, which are written
-when the wire rows of both are spent.
+Rows travel as they are (`RowPayload`) or in a wire format (`PackedPayload`). A wire row may be
+longer than a row, so the wire rows of chunk c begin where its rows would, or after those of chunk c
+- 1 where these reach further: they lie over rows of their own and later chunks alone, which are
+written when the wire rows of both are spent.
 
 Legend: T tokens, D model dim, A rows home, R rows received, U unique rows sent, V unique rows
 received, L bytes of a wire row, e experts of the chunk.
@@ -25,16 +25,16 @@ from typing import Protocol
 
 import torch
 
-from engine.moe.dispatch.buffers import Slot, Workspace
+from engine.moe.dispatch.buffers import RowBuffers, Slot
 from engine.moe.dispatch.dedup import read_bits, rows_by_expert
 from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.dispatch.row_format import WireFormat
+from engine.moe.dispatch.row_format import RowFormat
 from engine.moe.experts import ExpertsBackend
 from engine.ops.permute import combine_rows, gather_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
+class AllToAll:
     """An all-to-all to be started: rows and where others' go, with the splits of both."""
 
     rows: torch.Tensor
@@ -43,21 +43,21 @@ class Leg:
     recv_splits: list[int]
 
 
-class Freight(Protocol):
+class Payload(Protocol):
     """One layer call's rows. home: [A, D], complete once every chunk's way back has ended."""
 
     home: torch.Tensor
 
-    def pack(self, index: int) -> Leg:
+    def pack(self, index: int) -> AllToAll:
         """Make chunk `index` ready to go out."""
         ...
 
-    def work(self, index: int, arrived: torch.Tensor) -> Leg:
+    def work(self, index: int, arrived: torch.Tensor) -> AllToAll:
         """Run the experts on what has arrived of chunk `index`; its results' way home."""
         ...
 
 
-class RowFreight:
+class RowPayload:
     """Rows travel as they are, one an assignment."""
 
     def __init__(
@@ -65,7 +65,7 @@ class RowFreight:
         x_TD: torch.Tensor,
         plans: list[DispatchPlan],
         experts: ExpertsBackend,
-        workspace: Workspace,
+        workspace: RowBuffers,
         *,
         alone: bool,
     ) -> None:
@@ -83,22 +83,22 @@ class RowFreight:
             self._sends = self.home.split(sent)
             self._arrived, self._results = arrived.split(received), results.split(received)
 
-    def pack(self, index: int) -> Leg:
+    def pack(self, index: int) -> AllToAll:
         """Gather the tokens' rows by rank and expert."""
         plan, send = self._plans[index], self._sends[index]
         gather_rows(self._x_TD, plan.order.token_N, send)
-        return Leg(send, self._arrived[index], plan.send_splits, plan.recv_splits)
+        return AllToAll(send, self._arrived[index], plan.send_splits, plan.recv_splits)
 
-    def work(self, index: int, arrived: torch.Tensor) -> Leg:
+    def work(self, index: int, arrived: torch.Tensor) -> AllToAll:
         """Run the experts on the rows where they lie; results come in the order of arrival."""
         plan = self._plans[index]
         results_RD = self._experts(
             arrived, plan.expert_counts, self._results[index], plan.arrival_R
         )
-        return Leg(results_RD, self._sends[index], plan.recv_splits, plan.send_splits)
+        return AllToAll(results_RD, self._sends[index], plan.recv_splits, plan.send_splits)
 
 
-class WireFreight:
+class PackedPayload:
     """Rows travel in a wire format, once a rank or once an assignment."""
 
     def __init__(
@@ -107,7 +107,7 @@ class WireFreight:
         weights_TM: torch.Tensor,
         plans: list[DispatchPlan],
         experts: ExpertsBackend,
-        workspace: Workspace,
+        workspace: RowBuffers,
     ) -> None:
         wire = plans[0].wire
         assert wire is not None, "rows that go as they are need no wire format"
@@ -127,8 +127,10 @@ class WireFreight:
         out = [sum(_splits(plan)[0]) for plan in plans]
         into = [sum(_splits(plan)[1]) for plan in plans]
         row = x_TD.shape[1] * x_TD.element_size()
-        out_starts, out_end = wire_areas([row * n for n in home], [wire.row_bytes * n for n in out])
-        in_starts, in_end = wire_areas(
+        out_starts, out_end = packed_offsets(
+            [row * n for n in home], [wire.row_bytes * n for n in out]
+        )
+        in_starts, in_end = packed_offsets(
             [row * n for n in received], [wire.row_bytes * n for n in into]
         )
         # The larger view first: a buffer that grows forgets what it held.
@@ -141,7 +143,7 @@ class WireFreight:
         self._sends = _rows_at(send, out_starts, out, wire)
         self._arrived = _rows_at(arrived, in_starts, into, wire)
 
-    def pack(self, index: int) -> Leg:
+    def pack(self, index: int) -> AllToAll:
         """Write the tokens' rows, and what the receiver must know of them, into wire rows."""
         plan, out_UL = self._plans[index], self._sends[index]
         once = plan.once
@@ -152,9 +154,9 @@ class WireFreight:
             if weights_Ue is not None:
                 weights_Ue = weights_Ue.index_select(0, once.cell_U)
             self._wire.pack_header(self._bits_CB.index_select(0, once.cell_U), weights_Ue, out_UL)
-        return Leg(out_UL, self._arrived[index], *_splits(plan))
+        return AllToAll(out_UL, self._arrived[index], *_splits(plan))
 
-    def work(self, index: int, arrived: torch.Tensor) -> Leg:
+    def work(self, index: int, arrived: torch.Tensor) -> AllToAll:
         """Read rows by expert, run the experts, and put results in the order of their way home."""
         plan, wire = self._plans[index], self._wire
         grouped_RD, results_RD = self._grouped[index], self._results[index]
@@ -173,7 +175,7 @@ class WireFreight:
             results_RD = combine_rows(results_RD, slot_Ve, weights_Ve)
         elif plan.arrival_R is not None:
             results_RD = grouped_RD.index_copy_(0, plan.arrival_R, results_RD)
-        return Leg(results_RD, self._homes[index], send_splits, recv_splits)
+        return AllToAll(results_RD, self._homes[index], send_splits, recv_splits)
 
 
 def load(
@@ -181,19 +183,19 @@ def load(
     weights_TM: torch.Tensor,
     plans: list[DispatchPlan],
     experts: ExpertsBackend,
-    workspace: Workspace,
+    workspace: RowBuffers,
     *,
     alone: bool,
-) -> Freight:
+) -> Payload:
     """The freight of one layer call, as its plans say. weights_TM: combine weights. alone: one
     rank.
     """
     if plans[0].wire is None:
-        return RowFreight(x_TD, plans, experts, workspace, alone=alone)
-    return WireFreight(x_TD, weights_TM, plans, experts, workspace)
+        return RowPayload(x_TD, plans, experts, workspace, alone=alone)
+    return PackedPayload(x_TD, weights_TM, plans, experts, workspace)
 
 
-def wire_areas(row_bytes: list[int], wire_bytes: list[int]) -> tuple[list[int], int]:
+def packed_offsets(row_bytes: list[int], wire_bytes: list[int]) -> tuple[list[int], int]:
     """Where each chunk's wire rows begin, a multiple of 16 bytes, and where the last ones end.
 
     row_bytes, wire_bytes: of each chunk. Worked example: rows of 32, 16 and 64 bytes, wire rows of
@@ -214,7 +216,7 @@ def _splits(plan: DispatchPlan) -> tuple[list[int], list[int]]:
 
 
 def _rows_at(
-    buffer: torch.Tensor, starts: list[int], counts: list[int], wire: WireFormat
+    buffer: torch.Tensor, starts: list[int], counts: list[int], wire: RowFormat
 ) -> list[torch.Tensor]:
     length = wire.row_bytes
     return [

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.distributed.collectives import Pending
-from engine.moe.dispatch.exchange import Dispatcher
-from engine.moe.dispatch.payload import Leg
+from engine.moe.dispatch.exchange import Exchange
+from engine.moe.dispatch.payload import AllToAll
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.dispatch.two_batch import Stages
 from engine.moe.experts import ExpertsBackend
@@ -39,7 +39,7 @@ class _Trip:
 class Pipeline:
     """Moves rows to the experts' ranks and their results back."""
 
-    def __init__(self, dispatcher: Dispatcher, experts: ExpertsBackend, layer: int) -> None:
+    def __init__(self, dispatcher: Exchange, experts: ExpertsBackend, layer: int) -> None:
         self._dispatcher = dispatcher
         self._experts = experts
         self._layer = layer
@@ -65,21 +65,21 @@ class Pipeline:
         freight = self._dispatcher.load(x_TD, weights_TM, plans, self._experts)
         under_way: list[_Trip] = []
 
-        def start(phase: Phase, leg: Leg) -> _Trip:
+        def start(phase: Phase, leg: AllToAll) -> _Trip:
             rows = leg.rows
             num_bytes, arrival = self._dispatcher.remote_bytes(rows, leg.send_splits), None
             if serial:  # the rank waits at once
-                clock.meet(phase, layer, rows.shape[0])
+                clock.enter_collective(phase, layer, rows.shape[0])
                 clock.sent(num_bytes)
             else:
-                arrival = clock.arrive()
+                arrival = clock.record_arrival()
             pending = self._dispatcher.start(rows, leg.into, leg.send_splits, leg.recv_splits)
             under_way.append(_Trip(phase, pending, rows.shape[0], num_bytes, arrival))
             return under_way[-1]
 
         def wait(trip: _Trip) -> torch.Tensor:
             if trip.arrival is not None:
-                clock.meet(trip.phase, layer, trip.num_rows, trip.arrival)
+                clock.enter_collective(trip.phase, layer, trip.num_rows, trip.arrival)
                 clock.sent(trip.num_bytes)
             return trip.pending.wait()
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from engine.moe.dispatch.dedup import Deduplicator, UniqueRows
-from engine.moe.dispatch.row_format import WireFormat
+from engine.moe.dispatch.row_format import RowFormat
 from engine.ops import sort_by_expert as sort_op
 from engine.ops.to_device import to_device
 
@@ -83,7 +83,7 @@ class DispatchPlan:
     recv_splits: list[int]
     expert_counts: list[int]
     arrival_R: torch.Tensor | None
-    wire: WireFormat | None = None
+    wire: RowFormat | None = None
     once: UniquePlan | None = None
 
     @property

@@ -39,7 +39,7 @@ class Encoded:
     scale_T1: torch.Tensor | None
 
 
-class WireFormat:
+class RowFormat:
     """Packs rows of `width` numbers of `dtype`, and reads them.
 
     payload: the dtype they travel in. num_weights, bitmap_bytes: e and B, 0 for none. row_bytes: L.
@@ -122,7 +122,7 @@ class WireFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class RowKind:
+class RowFormats:
     """What a layer's rows are and how the settings let them travel.
 
     width: D. dtype: the compute dtype. payload: moe.dispatch.dtype. partial: send one summed row
@@ -145,21 +145,21 @@ class RowKind:
         wire = self.each()
         return self.home_bytes if wire is None else wire.row_bytes
 
-    def each(self) -> WireFormat | None:
+    def each(self) -> RowFormat | None:
         """The format of rows that go once an expert; None: as they are."""
         if self.payload == self.dtype:
             return None
-        return WireFormat(self.width, self.dtype, self.payload)
+        return RowFormat(self.width, self.dtype, self.payload)
 
-    def once(self, most_experts: int, bitmap_bytes: int) -> WireFormat:
+    def once(self, most_experts: int, bitmap_bytes: int) -> RowFormat:
         """The format of rows that go once a rank."""
         weights = most_experts if self.partial else 0
-        return WireFormat(
+        return RowFormat(
             self.width, self.dtype, self.payload, num_weights=weights, bitmap_bytes=bitmap_bytes
         )
 
     @classmethod
-    def of(cls, width: int, dtype: torch.dtype, config: DispatchConfig) -> RowKind:
+    def of(cls, width: int, dtype: torch.dtype, config: DispatchConfig) -> RowFormats:
         """From the settings."""
         payload = {"auto": dtype, "bf16": torch.bfloat16, "fp8": _FP8}[config.dtype]
         return cls(width, dtype, payload, config.partial_sums)

@@ -1,7 +1,7 @@
 """Halves: two half batches of a step that take turns, so that one works while the other travels.
 
 `moe.overlap.two_batch`. A layer call is a generator that stops where its rows are under way
-(`MoELayer.stages`); a half batch is the generator of all its layers (`CausalLM`). `take_turns` goes
+(`MoELayer.stages`); a half batch is the generator of all its layers (`CausalLM`). `interleave` goes
 from one to the other at every stop:
 
     compute   A attention  B attention | A experts | B experts | A next attention | B next ...
@@ -30,7 +30,7 @@ def finish(stages: Stages[_T]) -> _T:
             return end.value
 
 
-def take_turns(parts: Sequence[Stages[_T]]) -> list[_T]:
+def interleave(parts: Sequence[Stages[_T]]) -> list[_T]:
     """Run all to the end, each from stop to stop in turn; their results in order.
 
     Where one fails the others are closed, which waits for what they have under way.

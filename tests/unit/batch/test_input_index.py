@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch.input_index import Line, Pending, TicketQueue, line_id, scan_input
+from engine.batch.input_index import Line, Pending, WorkQueue, line_id, scan_input
 from engine.request import Completion, Request
 
 
@@ -174,19 +174,19 @@ def parse(line: Line) -> Request | Completion:
 
 
 def test_eight_requests_on_two_ranks_go_four_and_four():
-    queue = TicketQueue(Numbers(8), parse, dist.HashStore(), "ticket", num_data=2)
+    queue = WorkQueue(Numbers(8), parse, dist.HashStore(), "ticket", num_data=2)
     assert queue.limit == 4
 
 
 @pytest.mark.parametrize("count, num_data, limit", [(0, 2, 1), (1, 4, 1), (9, 2, 5), (9, 9, 1)])
 def test_the_limit_is_a_fair_share_and_at_least_one(count, num_data, limit):
-    queue = TicketQueue(Numbers(count), parse, dist.HashStore(), "ticket", num_data)
+    queue = WorkQueue(Numbers(count), parse, dist.HashStore(), "ticket", num_data)
     assert queue.limit == limit
 
 
 def test_a_dry_queue_stays_dry_without_asking_the_store_again():
     store = dist.HashStore()
-    queue = TicketQueue(Numbers(1), parse, store, "ticket", 1)
+    queue = WorkQueue(Numbers(1), parse, store, "ticket", 1)
     assert isinstance(queue.take(), Request)
     assert [queue.take() for _ in range(5)] == [None] * 5
     assert store.add("ticket", 0) == 2
@@ -198,7 +198,7 @@ def test_ranks_that_pull_at_once_share_every_line_exactly_once():
 
     def pull(place: int) -> None:
         store = dist.TCPStore("localhost", server.port, timeout=timedelta(seconds=30))
-        queue = TicketQueue(Numbers(200), parse, store, "ticket", 4)
+        queue = WorkQueue(Numbers(200), parse, store, "ticket", 4)
         while (item := queue.take()) is not None:
             taken[place].append(item.index)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine.distributed.bootstrap import Launch, discover
 from engine.distributed.discovery import choose_library, expand_tasks_per_node, first_node
 from engine.distributed.errors import RankError, merge_errors
-from engine.distributed.rendezvous import Presence, choose_device, share_of_cores
+from engine.distributed.rendezvous import RankInfo, choose_device, share_of_cores
 
 LAUNCH = Path(__file__).parents[3] / "launch"
 
@@ -179,9 +179,9 @@ def test_tasks_per_node_expand():
         expand_tasks_per_node("2(y3)")
 
 
-def present(rank: int, host: str = "a", gpu: str | None = None, cores=range(8)) -> Presence:
+def present(rank: int, host: str = "a", gpu: str | None = None, cores=range(8)) -> RankInfo:
     why = "" if gpu else "no CUDA device"
-    return Presence(
+    return RankInfo(
         rank=rank, host=host, cores=list(cores), digest="d", gpu=gpu, no_gpu=why, error=None
     )
 

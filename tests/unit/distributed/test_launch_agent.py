@@ -18,7 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 # This test is the agent; the rank that leaves is a child of it, as all ranks are.
-LEAVE = "from engine.distributed.launch_agent import end_stopped; print(end_stopped())"
+LEAVE = (
+    "from engine.distributed.launch_agent import kill_stopped_workers; "
+    "print(kill_stopped_workers())"
+)
 
 
 def environ(run: str | None) -> dict[str, str]:
@@ -111,7 +114,7 @@ def state(pid: int) -> str:
 # --- An error of all ranks ------------------------------------------------------------------------
 
 GO = (
-    "from engine.distributed.launch_agent import let_rank_0_go_first as wait; "
+    "from engine.distributed.launch_agent import wait_for_rank_0_exit as wait; "
     "wait({}); print('left')"
 )
 RANK_0 = [{"RANK": "0"}, {"OMPI_COMM_WORLD_RANK": "0"}, {"PMI_RANK": "0"}, {"SLURM_PROCID": "0"}]

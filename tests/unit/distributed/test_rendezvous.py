@@ -13,11 +13,11 @@ import pytest
 import torch.distributed as dist
 
 from engine.distributed.errors import RankError, RendezvousError
-from engine.distributed.rendezvous import Presence, check_in
+from engine.distributed.rendezvous import RankInfo, check_in
 
 
-def present(rank: int, host: str = "a", error: str | None = None) -> Presence:
-    return Presence(
+def present(rank: int, host: str = "a", error: str | None = None) -> RankInfo:
+    return RankInfo(
         rank=rank, host=host, cores=[0], digest="d", gpu=None, no_gpu="none", error=error
     )
 
@@ -28,7 +28,7 @@ class Round:
     def __init__(self, store: dist.Store, world: int, host: str, timeout_s: float = 20.0) -> None:
         self._store, self._world, self._host = store, world, host
         self._timeout = timedelta(seconds=timeout_s)
-        self.results: dict[int, tuple[list[Presence], str]] = {}
+        self.results: dict[int, tuple[list[RankInfo], str]] = {}
         self.errors: dict[int, Exception] = {}
         self._threads: list[threading.Thread] = []
 

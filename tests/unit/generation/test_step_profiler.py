@@ -1,4 +1,4 @@
-"""Meter: what it files of a step, whether its stamps can be read one step later or two.
+"""StepProfiler: what it files of a step, whether its stamps can be read one step later or two.
 
 Run: pytest tests/unit/generation/test_step_profiler.py
 """
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.generation.control import ControlWords
-from engine.generation.step_profiler import Meter
+from engine.generation.control import ControlMessage
+from engine.generation.step_profiler import StepProfiler
 from engine.profiling.collector import Collector
 from engine.profiling.device_clocks import HostClock
-from engine.profiling.exporters import Outlets
+from engine.profiling.exporters import Exporters
 from engine.profiling.phase_clock import Phase, Spans
 from engine.profiling.telemetry import Telemetry
 
@@ -33,7 +33,9 @@ class Control:
 
     num_bytes, clock_offset = 0, 7
 
-    def exchange(self, words: ControlWords, rows: list[int], spans: Spans | None, step: int) -> Any:
+    def exchange(
+        self, words: ControlMessage, rows: list[int], spans: Spans | None, step: int
+    ) -> Any:
         arrivals = None if spans is None else spans.arrivals[None]
         return [words], np.array([rows]) if rows else None, arrivals
 
@@ -52,15 +54,15 @@ class Lines:
         pass
 
 
-def run(clock: HostClock, lines: Lines | None) -> Meter:
+def run(clock: HostClock, lines: Lines | None) -> StepProfiler:
     """Five steps as the loop has them; step n has n prefill tokens and n rows of expert 0."""
     telemetry = Telemetry(clock=clock)
-    outlets = Outlets(spans=lines)  # pyright: ignore[reportArgumentType]
-    meter = Meter(telemetry, Collector(1, 1), outlets)
+    outlets = Exporters(spans=lines)  # pyright: ignore[reportArgumentType]
+    meter = StepProfiler(telemetry, Collector(1, 1), outlets)
     control: Any = Control()
     for step in range(1, STEPS + 2):
         clock.enter(Phase.OTHER)
-        words = ControlWords(step, 0, 1, 0, 0, False, pace=meter.read())
+        words = ControlMessage(step, 0, 1, 0, 0, False, pace=meter.read())
         meter.exchange(control, words)
         if step > STEPS:  # nobody has work
             break

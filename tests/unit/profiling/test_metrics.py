@@ -68,7 +68,7 @@ def loads_of(num_layers: int) -> LoadCounter:
             first_expert=0,
         )
     loads.take_rows()
-    loads.settle(np.full((2, num_layers), 2))
+    loads.set_exchanged(np.full((2, num_layers), 2))
     return loads
 
 

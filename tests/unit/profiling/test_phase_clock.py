@@ -120,7 +120,7 @@ def test_rows_after_capacity_count_once_all_ranks_have_told_them():
     assert loads.take_rows() == [2, 4] and loads.take_rows() == []
     record(loads, 3, [6, 2])
     assert loads.take_rows() == [2]
-    loads.settle(np.array([[4], [2]]))
+    loads.set_exchanged(np.array([[4], [2]]))
     assert loads.layers[3].max_over_mean_after == pytest.approx(4 / 3)
     assert loads.layers[3].own_after.tolist() == [4]
     assert loads.layers[5].max_over_mean_after == 1.0, "nobody has told of layer 5 yet"
@@ -135,7 +135,7 @@ def test_one_rank_is_balanced_before_and_after_whatever_it_dropped():
         )
         assert loads.take_rows() == [6]
         if settled:
-            loads.settle(np.array([[6]]))
+            loads.set_exchanged(np.array([[6]]))
         assert loads.max_over_mean() == loads.max_over_mean_after() == 1.0
     assert loads.layers[0].own_after.tolist() == [8, 4]
 
@@ -146,7 +146,7 @@ def test_the_bound_is_of_the_slowest_rank_of_each_step_not_of_the_sums():
     for before, after in (([6, 2], [4, 2]), ([2, 6], [2, 4])):
         record(loads, 0, before, own_after=after[1])
         loads.take_rows()
-        loads.settle(np.array([[after[0]], [after[1]]]))
+        loads.set_exchanged(np.array([[after[0]], [after[1]]]))
     assert loads.layers[0].experts.tolist() == [8, 8]
     assert loads.max_over_mean() == (6 + 6) / (4 + 4)
     assert loads.max_over_mean_after() == (4 + 4) / (3 + 3)
@@ -160,7 +160,7 @@ def test_a_new_run_starts_from_nothing_even_when_the_last_was_broken_off():
     assert loads.take_rows() == [] and loads.reset_step() == 1.0
     record(loads, 4, [3, 3])
     assert loads.take_rows() == [3]
-    loads.settle(np.array([[3], [3]]))
+    loads.set_exchanged(np.array([[3], [3]]))
     assert list(loads.layers) == [4] and loads.speed_bound() == 1.0
 
 
@@ -235,8 +235,8 @@ def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monke
 def test_a_collective_left_out_has_no_stamp_on_a_cuda_clock(monkeypatch):
     clock = cuda_clock(monkeypatch)
     Events.now_ns += 5_000
-    clock.meet(Phase.TENSOR, 0, absent=True)
-    clock.meet(Phase.DISPATCH, 0)
+    clock.enter_collective(Phase.TENSOR, 0, absent=True)
+    clock.enter_collective(Phase.DISPATCH, 0)
     clock.close_step()
     step = clock.read(ended=True)
     assert step is not None and step.collectives.tolist() == [0, 1]

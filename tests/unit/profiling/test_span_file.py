@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.profiling.phase_clock import Phase, Spans
-from engine.profiling.span_file import SpansHeader, SpanWriter
+from engine.profiling.span_file import SpanFileHeader, SpanWriter
 from tests.helpers.profiles import MS, make_spans
 
 OFFSET = 5_000_000_000
 
 
-def header(rank: int = 3) -> SpansHeader:
-    return SpansHeader(
+def header(rank: int = 3) -> SpanFileHeader:
+    return SpanFileHeader(
         rank=rank,
         host="h1",
         world_size=4,

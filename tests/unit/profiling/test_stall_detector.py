@@ -1,4 +1,4 @@
-"""Absences are noticed by the process that was away, and nothing else is.
+"""StallDetector are noticed by the process that was away, and nothing else is.
 
 Run: pytest tests/unit/profiling/test_stall_detector.py
 """
@@ -13,13 +13,13 @@ import threading
 import time
 from pathlib import Path
 
-from engine.profiling.stall_detector import Absences
+from engine.profiling.stall_detector import StallDetector
 
 ROOT = Path(__file__).resolve().parents[3]
 CHILD = """
 import sys, time
-from engine.profiling.stall_detector import Absences
-with Absences() as absences:
+from engine.profiling.stall_detector import StallDetector
+with StallDetector() as absences:
     time.sleep(0.2)
     print("here", flush=True)
     sys.stdin.readline()
@@ -51,7 +51,7 @@ def test_a_process_that_was_stopped_knows_how_often_and_for_how_long():
 
 def test_nobody_watches_where_it_is_off():
     before = threading.active_count()
-    with Absences(enabled=False) as absences:
+    with StallDetector(enabled=False) as absences:
         assert threading.active_count() == before
     assert (absences.count, absences.seconds) == (0, 0.0)
 
@@ -59,7 +59,7 @@ def test_nobody_watches_where_it_is_off():
 def test_the_thread_is_gone_after_a_failure():
     before = threading.active_count()
     try:
-        with Absences():
+        with StallDetector():
             raise OSError
     except OSError:
         assert threading.active_count() == before

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.profiling.findings import HotExpert, Verdict, verdicts
+from engine.profiling.findings import Finding, HotExpert, verdicts
 from engine.profiling.straggler_causes import Analysis, analyse
 from tests.helpers.profiles import Simulation
 
@@ -51,7 +51,7 @@ def simulate(
     return simulation
 
 
-def run(*args: Any, **kwargs: Any) -> tuple[Analysis, list[Verdict]]:
+def run(*args: Any, **kwargs: Any) -> tuple[Analysis, list[Finding]]:
     """Simulate and analyse."""
     simulation = simulate(*args, **kwargs)
     analysis = analyse(simulation.profiles(), simulation.charges(), simulation.imbalance_L())
@@ -232,7 +232,7 @@ def test_time_in_which_a_process_did_not_run_is_its_hosts_wherever_the_others_wa
         )
     profiles = simulation.profiles()
 
-    def told() -> tuple[Analysis, list[Verdict]]:
+    def told() -> tuple[Analysis, list[Finding]]:
         analysis = analyse(profiles, simulation.charges(), simulation.imbalance_L())
         return analysis, verdicts(analysis, HOT)
 

@@ -52,7 +52,7 @@ def loads_of(expert_rank: int) -> LoadCounter:
             )
         assert loads.take_rows() == [sum(after[step][own]) for after in AFTER.values()]
         rows_LW = [[sum(after[step][:2]), sum(after[step][2:])] for after in AFTER.values()]
-        loads.settle(np.array(rows_LW).T)
+        loads.set_exchanged(np.array(rows_LW).T)
     return loads
 
 
@@ -250,7 +250,7 @@ def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank
         rows = np.array([8, 8])
         loads.record(0, before_E=rows, rank_before=[8, 8], own_after=[8], first_expert=rank)
         loads.take_rows()
-        loads.settle(np.array([[8], [8]]))
+        loads.set_exchanged(np.array([[8], [8]]))
         ranks.append(
             Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, profile=collector)
         )

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from engine.batch.progress import Progress
+from engine.batch.progress import ProgressBar
 from engine.config import CapacityConfig
 from engine.profiling.deepspeed_comms import CommsRow
-from engine.profiling.findings import Verdict
+from engine.profiling.findings import Finding
 from engine.profiling.report import LayerTotals, RankReport, RunReport, StepReport
 from engine.reporting.summary import Summary, percentiles, print_summary
 
@@ -91,7 +91,7 @@ class Clock:
 
 def test_without_a_terminal_a_line_appears_every_five_seconds():
     out, clock = console(), Clock()
-    with Progress(out, total=10, resumed=2, num_done=lambda: 3, clock=clock) as progress:
+    with ProgressBar(out, total=10, resumed=2, num_done=lambda: 3, clock=clock) as progress:
         for number in range(12):
             clock.now += 1
             progress.update(step(number, prefill=1000, decode=50))
@@ -102,7 +102,7 @@ def test_without_a_terminal_a_line_appears_every_five_seconds():
 
 def test_rates_are_of_the_last_seconds_only():
     out, clock = console(), Clock()
-    progress = Progress(out, total=10, resumed=0, num_done=lambda: 0, clock=clock)
+    progress = ProgressBar(out, total=10, resumed=0, num_done=lambda: 0, clock=clock)
     for number in range(20):
         clock.now += 1
         progress.update(step(number, prefill=100 if number < 10 else 0, decode=7))
@@ -113,7 +113,7 @@ def test_rates_are_of_the_last_seconds_only():
 def test_what_is_done_is_only_asked_for_when_it_is_shown():
     asked = []
     clock = Clock()
-    progress = Progress(console(), 10, 0, lambda: asked.append(1) or 0, clock)
+    progress = ProgressBar(console(), 10, 0, lambda: asked.append(1) or 0, clock)
     for number in range(40):
         clock.now += 0.25
         progress.update(step(number))
@@ -122,7 +122,7 @@ def test_what_is_done_is_only_asked_for_when_it_is_shown():
 
 def test_a_terminal_gets_a_bar():
     out, clock = console(force_terminal=True), Clock()
-    with Progress(out, total=10, resumed=4, num_done=lambda: 2, clock=clock) as progress:
+    with ProgressBar(out, total=10, resumed=4, num_done=lambda: 2, clock=clock) as progress:
         clock.now += 1
         progress.update(step(1, prefill=10, decode=3))
     assert "6/10" in printed(out) and "max/mean load 1.25" in printed(out)
@@ -138,7 +138,7 @@ def test_the_verdict_and_the_late_ranks_are_shown_with_what_they_cost():
     late = replace(
         rank(3), late_share=0.78, slowness=1.31, lost={"load": 0.25, "device": 1.5, "host": 0.0}
     )
-    verdict = [Verdict("rank 3 computes 31% slower", "device", [3], 0.4)]
+    verdict = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
     out = console()
     print_summary(out, summary(run_report(rank(0), late, verdict=verdict)))
     text = printed(out)
@@ -149,7 +149,7 @@ def test_the_verdict_and_the_late_ranks_are_shown_with_what_they_cost():
 
 def test_where_nobody_was_late_there_is_no_table_of_late_ranks():
     out = console()
-    verdict = [Verdict("balanced", "balanced", [], 0.01)]
+    verdict = [Finding("balanced", "balanced", [], 0.01)]
     print_summary(out, summary(run_report(rank(0), rank(1), verdict=verdict)))
     assert "Late rank" not in printed(out) and "Straggler: balanced." in printed(out)
 

@@ -29,7 +29,7 @@ from engine.distributed import bootstrap
 from engine.distributed.collectives import GroupCollectives
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
-from engine.moe.step import MoEStep, TokenTally
+from engine.moe.step import MoEStep, TokenCounts
 from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
 
@@ -125,7 +125,7 @@ class Worker:
         vary_margins(x_TD, self._seed)
         own = slice(tokens * rank, tokens * (rank + 1))
         step = MoEStep.whole(torch.full((tokens,), rank), torch.arange(tokens), (tokens,) * world)
-        step = replace(step, tally=TokenTally.zeros(tokens, torch.device("cpu")))
+        step = replace(step, tally=TokenCounts.zeros(tokens, torch.device("cpu")))
         return x_TD[own].contiguous(), step
 
     def _once(

@@ -42,7 +42,7 @@ class Worker(MoEWorker):
             layer.gate_weight_ED.copy_(weights.gate_ED)
             layer.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
             layer.experts.w2_eDF.copy_(weights.w2_EDF[own])
-        layer.settle()
+        layer.finalize_weights()
         return layer
 
 

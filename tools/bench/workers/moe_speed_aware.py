@@ -28,7 +28,7 @@ from engine.moe.capacity.speed_weights import ONE, Shares
 from engine.moe.step import MoEStep
 from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
-from engine.profiling.row_time import Pace
+from engine.profiling.row_time import RowTime
 
 NAMES = ("dropless", "even", "speed_aware")
 
@@ -56,7 +56,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {
         name: {"seconds": [], "experts": [], "rows": [], "dropped": 0} for name in NAMES
     }
-    pace, shares = Pace(), Shares()
+    pace, shares = RowTime(), Shares()
     for turn in range(options["rounds"] + options["warm_up"]):
         for name in NAMES:
             layer.set_capacity(settings[name])

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from engine.distributed.health.heartbeat import Beacon
-from engine.distributed.health.peer_monitor import Beat
-from engine.distributed.health.progress import Place
+from engine.distributed.health.heartbeat import HeartbeatPublisher
+from engine.distributed.health.peer_monitor import Heartbeat
+from engine.distributed.health.progress import Progress
 
-PLACE = Place(step=4, layer=2, phase="experts", collective=31)
+PLACE = Progress(step=4, layer=2, phase="experts", collective=31)
 
 
 class Server:
@@ -27,18 +27,20 @@ class Server:
         self.store: Any = dist.TCPStore(
             "127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False
         )
-        self.beacons: list[Beacon] = []
+        self.beacons: list[HeartbeatPublisher] = []
 
-    def beacon(self, rank: int, world_size: int = 2, period_s: float = 0.02) -> Beacon:
+    def beacon(self, rank: int, world_size: int = 2, period_s: float = 0.02) -> HeartbeatPublisher:
         count = 0
 
-        def current() -> Beat:
+        def current() -> Heartbeat:
             nonlocal count
             count += 1
-            return Beat(count, "running", PLACE, f"rank {rank}")
+            return Heartbeat(count, "running", PLACE, f"rank {rank}")
 
         client = dist.TCPStore("127.0.0.1", self.store.port, None, False, timedelta(seconds=30))
-        beacon = Beacon(dist.PrefixStore("run", client), rank, world_size, period_s, current)
+        beacon = HeartbeatPublisher(
+            dist.PrefixStore("run", client), rank, world_size, period_s, current
+        )
         beacon.start()
         self.beacons.append(beacon)
         return beacon

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from engine.distributed.health.peer_monitor import Beat, Sightings
-from engine.distributed.health.progress import Place
+from engine.distributed.health.peer_monitor import Heartbeat, PeerMonitor
+from engine.distributed.health.progress import Progress
 
 PERIOD = 0.25
 HOSTS = ("h0", "h0", "h1")
@@ -22,13 +22,13 @@ class Observer:
     def __init__(self) -> None:
         self.now = 100.0
         self.counts = [0, 0, 0]
-        self.sightings = Sightings(0, HOSTS, PERIOD, self.now)
+        self.sightings = PeerMonitor(0, HOSTS, PERIOD, self.now)
 
     def listen(
         self,
         seconds: float,
         silent: Sequence[int] = (),
-        place: Place | None = None,
+        place: Progress | None = None,
         store: bool = True,
     ) -> None:
         """Let time pass, during which all ranks beat but those in `silent`."""
@@ -38,25 +38,25 @@ class Observer:
                 self.counts[rank] += rank not in silent
             self.sightings.tick(self.now, self.beats(place) if store else None)
 
-    def beats(self, place: Place | None = None) -> list[Beat | None]:
-        return [Beat(count, "running", place or Place()) for count in self.counts]
+    def beats(self, place: Progress | None = None) -> list[Heartbeat | None]:
+        return [Heartbeat(count, "running", place or Progress()) for count in self.counts]
 
     def pause(self, seconds: float) -> None:
         """Do not run at all."""
         self.now += seconds
 
-    def silent_s(self, rank: int) -> float:
-        return self.sightings.seen()[rank].silent_s
+    def heartbeat_age_s(self, rank: int) -> float:
+        return self.sightings.seen()[rank].heartbeat_age_s
 
 
 def test_silence_counts_from_the_last_new_beat():
     observer = Observer()
     observer.listen(2.0)
     observer.listen(3.0, silent=[2])
-    assert observer.silent_s(2) == pytest.approx(3.0)
-    assert observer.silent_s(0) == observer.silent_s(1) == 0.0
+    assert observer.heartbeat_age_s(2) == pytest.approx(3.0)
+    assert observer.heartbeat_age_s(0) == observer.heartbeat_age_s(1) == 0.0
     observer.listen(PERIOD)
-    assert observer.silent_s(2) == 0.0
+    assert observer.heartbeat_age_s(2) == 0.0
 
 
 def test_a_rank_that_never_said_anything_is_silent_from_the_start_and_starting():
@@ -64,20 +64,20 @@ def test_a_rank_that_never_said_anything_is_silent_from_the_start_and_starting()
     for _ in range(8):
         observer.now += PERIOD
         observer.counts[0] += 1
-        observer.sightings.tick(observer.now, [Beat(observer.counts[0]), None, None])
+        observer.sightings.tick(observer.now, [Heartbeat(observer.counts[0]), None, None])
     seen = observer.sightings.seen()[2]
     assert (seen.host, seen.state) == ("h1", "starting")
-    assert seen.silent_s == pytest.approx(2.0)
+    assert seen.heartbeat_age_s == pytest.approx(2.0)
 
 
 def test_standing_still_counts_from_the_last_change_of_place_while_beats_go_on():
     observer = Observer()
-    combine = Place(step=3, layer=1, phase="combine", collective=9)
+    combine = Progress(step=3, layer=1, phase="combine", collective=9)
     observer.listen(1.0)
     observer.listen(2.0, place=combine)
     seen = observer.sightings.seen()[1]
-    assert seen.place == combine and seen.silent_s == 0.0
-    assert seen.still_s == pytest.approx(2.0 - PERIOD)
+    assert seen.place == combine and seen.heartbeat_age_s == 0.0
+    assert seen.progress_age_s == pytest.approx(2.0 - PERIOD)
 
 
 def test_an_observer_that_was_stopped_accuses_nobody():
@@ -85,7 +85,7 @@ def test_an_observer_that_was_stopped_accuses_nobody():
     observer.listen(1.0)
     observer.pause(60.0)
     observer.listen(PERIOD, silent=[1, 2])
-    assert observer.silent_s(1) <= 2 * PERIOD and observer.silent_s(2) <= 2 * PERIOD
+    assert observer.heartbeat_age_s(1) <= 2 * PERIOD and observer.heartbeat_age_s(2) <= 2 * PERIOD
     assert observer.sightings.absent_s == pytest.approx(60.0 + PERIOD)
 
 
@@ -107,7 +107,7 @@ def test_an_observer_that_hardly_runs_counts_only_the_time_it_had():
     for _ in range(10):
         observer.pause(0.7)  # not long enough to be an absence
         observer.listen(PERIOD, silent=[2])
-    assert observer.silent_s(2) == pytest.approx(10 * 2 * PERIOD)
+    assert observer.heartbeat_age_s(2) == pytest.approx(10 * 2 * PERIOD)
     assert observer.sightings.absent_s == 0
 
 
@@ -116,7 +116,7 @@ def test_while_the_store_is_silent_only_the_store_ages():
     observer.listen(1.0)
     observer.listen(3.0, store=False)
     assert observer.sightings.unanswered_s == pytest.approx(3.0)
-    assert observer.silent_s(1) == 0.0
+    assert observer.heartbeat_age_s(1) == 0.0
     observer.listen(PERIOD, silent=[1, 2])
     assert observer.sightings.unanswered_s == 0.0
-    assert observer.silent_s(1) <= 2 * PERIOD, "nobody could be heard meanwhile"
+    assert observer.heartbeat_age_s(1) <= 2 * PERIOD, "nobody could be heard meanwhile"

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from engine.distributed.health.reporter import Voice
+from engine.distributed.health.reporter import ReportElection
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
 
 
@@ -49,8 +49,8 @@ def folder(monkeypatch, tmp_path):
     return tmp_path
 
 
-def voices(count: int) -> list[Voice]:
-    made = [Voice("batch/1234") for _ in range(count)]
+def voices(count: int) -> list[ReportElection]:
+    made = [ReportElection("batch/1234") for _ in range(count)]
     for voice in made:
         voice.open()
     return made

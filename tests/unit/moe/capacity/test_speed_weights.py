@@ -15,7 +15,7 @@ from engine.generation.memory import MoEShape, row_bound
 from engine.moe.capacity.limits import Pools
 from engine.moe.capacity.speed_weights import EVERY, LEAST, MOST, ONE, Shares, limits, shares
 from engine.profiling.phase_clock import Phase
-from engine.profiling.row_time import Pace
+from engine.profiling.row_time import RowTime
 from tests.helpers.profiles import make_spans
 
 TWO_RANKS = [0, 4, 8]
@@ -114,7 +114,7 @@ def test_shares_change_every_few_steps_and_say_when_it_matters():
 
 
 def test_pace_is_time_a_row_of_calls_with_enough_rows():
-    pace = Pace()
+    pace = RowTime()
     assert pace.picoseconds_a_row == 0
     pace.add(make_spans((Phase.EXPERTS, 0, 0, 5, 8)))
     assert pace.picoseconds_a_row == 0, "eight rows are bound by reading weights"

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.moe.dispatch import chunk_tuner as tuner_module
-from engine.moe.dispatch.chunk_tuner import CANDIDATES, SAMPLES, ChunkTuner, HostLap, bucket_of
+from engine.moe.dispatch.chunk_tuner import CANDIDATES, SAMPLES, ChunkTuner, HostTimer, bucket_of
 
 
 class Timed:
@@ -38,13 +38,13 @@ def tuner_of(num_layers: int, lengths=lambda: 1.0) -> ChunkTuner:
     found = ChunkTuner()
     pytest.MonkeyPatch().setattr(found, "_new_lap", lambda: Timed(lengths()))
     for layer in range(num_layers):
-        found.join(layer)
+        found.register(layer)
     return found
 
 
 def run(tuner: ChunkTuner, layer: int, tokens: int, candidates=everything) -> int:
     """One call; its number of chunks."""
-    turn = tuner.turn(layer, tokens, candidates)
+    turn = tuner.begin_trial(layer, tokens, candidates)
     with turn:
         pass
     return turn.chunks
@@ -95,11 +95,11 @@ def test_every_layer_tries_every_candidate_as_often(num_layers):
 def test_one_chunk_stays_unless_another_number_is_two_percent_faster(totals, chosen):
     tuner = tuner_of(1)
     run(tuner, 0, 600)
-    tuner.settle(600, totals)
+    tuner.choose(600, totals)
     assert tuner.choices == {9: chosen}
-    assert tuner.turn(0, 1023, everything).chunks == chosen, "the whole bucket"
+    assert tuner.begin_trial(0, 1023, everything).chunks == chosen, "the whole bucket"
     assert tuner.due(0, 600) is None, "it is settled once"
-    assert tuner.turn(0, 1024, everything).chunks == 1, "another bucket is measured anew"
+    assert tuner.begin_trial(0, 1024, everything).chunks == 1, "another bucket is measured anew"
 
 
 def test_costs_are_medians_a_token_in_the_order_of_the_candidates():
@@ -108,7 +108,7 @@ def test_costs_are_medians_a_token_in_the_order_of_the_candidates():
     for visit in range(3 + 3 * SAMPLES):
         tokens = 1000 if visit % 2 else 512  # of one bucket
         slow = 50 if visit > 3 * SAMPLES else 1  # a hiccup
-        turn = tuner.turn(0, tokens, everything)
+        turn = tuner.begin_trial(0, tokens, everything)
         now[:] = [slow * turn.chunks * tokens * 1e-15]
         with turn:
             pass
@@ -117,14 +117,14 @@ def test_costs_are_medians_a_token_in_the_order_of_the_candidates():
 
 def test_a_bucket_with_one_candidate_is_settled_before_anything_is_measured():
     tuner = tuner_of(1)
-    turn = tuner.turn(0, 3, lambda tokens: [1] if tokens < 256 else CANDIDATES)
+    turn = tuner.begin_trial(0, 3, lambda tokens: [1] if tokens < 256 else CANDIDATES)
     assert turn.chunks == 1 and turn._keep is None
     assert tuner.choices == {1: 1}
 
 
 def test_candidates_are_asked_for_the_least_tokens_of_a_bucket():
     asked = []
-    tuner_of(1).turn(0, 1500, lambda tokens: asked.append(tokens) or [1])
+    tuner_of(1).begin_trial(0, 1500, lambda tokens: asked.append(tokens) or [1])
     assert asked == [1024]
     assert [bucket_of(tokens) for tokens in (0, 1, 2, 3, 1023, 1024)] == [0, 0, 1, 1, 9, 10]
 
@@ -133,7 +133,7 @@ def test_a_call_that_fails_leaves_no_time():
     tuner = tuner_of(1)
     for _ in range(3):
         run(tuner, 0, 64)
-    with pytest.raises(RuntimeError), tuner.turn(0, 64, everything):
+    with pytest.raises(RuntimeError), tuner.begin_trial(0, 64, everything):
         raise RuntimeError
     assert not any(tuner._trials[6].laps)
 
@@ -141,8 +141,8 @@ def test_a_call_that_fails_leaves_no_time():
 def test_forgetting_begins_anew():
     tuner = tuner_of(1)
     run(tuner, 0, 64)
-    tuner.settle(64, [3, 1, 2])
-    tuner.forget()
+    tuner.choose(64, [3, 1, 2])
+    tuner.reset()
     assert tuner.choices == {} and tuner.due(0, 64) is None
     assert run(tuner, 0, 64) == 1
 
@@ -164,7 +164,7 @@ def test_ranks_with_different_times_always_cut_and_agree_alike(num_ranks, num_la
             if costs[0] is not None:
                 totals = [sum(each) for each in zip(*costs, strict=True)]
                 for tuner in tuners:
-                    tuner.settle(tokens, totals)
+                    tuner.choose(tokens, totals)
             assert len({run(tuner, layer, tokens, candidates) for tuner in tuners}) == 1
     assert all(tuner.choices == tuners[0].choices for tuner in tuners)
 
@@ -172,6 +172,6 @@ def test_ranks_with_different_times_always_cut_and_agree_alike(num_ranks, num_la
 def test_a_host_lap_lasts_from_its_start_to_its_end(monkeypatch):
     ticks = iter([5_000, 25_000])
     monkeypatch.setattr(tuner_module.time, "monotonic_ns", lambda: next(ticks))
-    lap = HostLap()
+    lap = HostTimer()
     lap.stop()
     assert lap.seconds() == pytest.approx(20e-6)

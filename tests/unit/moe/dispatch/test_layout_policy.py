@@ -17,13 +17,13 @@ from engine.config import DispatchConfig, MoEConfig, OverlapConfig
 from engine.distributed.collectives import COLLECTIVE_BYTES
 from engine.moe.dispatch.chunk_layout import MIN_CHUNK_ROWS, ExpertLayout
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
-from engine.moe.dispatch.layout_policy import Layouts
-from engine.moe.dispatch.row_format import RowKind
+from engine.moe.dispatch.layout_policy import LayoutPolicy
+from engine.moe.dispatch.row_format import RowFormats
 from tests.helpers.capacity_cases import cases, make_tokens, run_engine
 from tests.helpers.threads import ThreadCollectives
 from tests.helpers.virtual_ranks import call
 
-ROWS = RowKind.of(96, torch.float32, DispatchConfig())
+ROWS = RowFormats.of(96, torch.float32, DispatchConfig())
 SOME = settings(
     max_examples=300,
     deadline=None,
@@ -34,12 +34,12 @@ SOME = settings(
 
 def layouts(
     sizes: list[int], top_k: int = 2, width: int = 2048, dispatch=None, **overlap
-) -> Layouts:
+) -> LayoutPolicy:
     config = MoEConfig(
         overlap=OverlapConfig(**overlap), dispatch=DispatchConfig(**(dispatch or {}))
     )
-    rows = RowKind.of(width, torch.float32, config.dispatch)
-    return Layouts([0, *np.cumsum(sizes).tolist()], top_k, rows, config)
+    rows = RowFormats.of(width, torch.float32, config.dispatch)
+    return LayoutPolicy([0, *np.cumsum(sizes).tolist()], top_k, rows, config)
 
 
 # What is cut
@@ -96,7 +96,7 @@ def test_without_anything_to_choose_nobody_asks_the_tuner():
     for sizes, overlap in (([8], {"chunks": "auto"}), ([4, 4], {"chunks": 2})):
         found, tuner = layouts(sizes, **overlap), ChunkTuner()
         found.tune(0, tuner, ThreadCollectives(0, 1, threading.Barrier(1), [None]))
-        assert found.tuner is None and found.turn(10**6).chunks is None
+        assert found.tuner is None and found.begin_trial(10**6).chunks is None
         assert tuner.choices == {}
 
 
@@ -180,7 +180,7 @@ def test_under_every_policy_ranks_know_enough_to_plan_alike(case, chunks, by, de
     xs = [torch.randn(len(part), 96) for part in ids]
     for rank, decision in enumerate(decisions):
         assert torch.equal(decision.order.load_E, layout.sort(ids[rank]).load_E)
-    known = [decision.numbers_Wn for decision in decisions]
+    known = [decision.exchanged_Wn for decision in decisions]
     found = call(layout, ids, xs, ws, known=known)
     plain = call(ExpertLayout(case.bounds, 1), ids, xs, ws)
     for out, expected in zip(found.outs, plain.outs, strict=True):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine.config import DispatchConfig
 from engine.moe.dispatch.chunk_layout import ExpertLayout
-from engine.moe.dispatch.payload import wire_areas
-from engine.moe.dispatch.row_format import RowKind
+from engine.moe.dispatch.payload import packed_offsets
+from engine.moe.dispatch.row_format import RowFormats
 from tests.helpers.bounds import bounds
 from tests.helpers.virtual_ranks import call
 
@@ -21,7 +21,7 @@ WIDTH = 24
 
 
 def rows_of(dtype: torch.dtype = torch.float32, name: str = "auto", partial: bool = False):
-    return RowKind.of(WIDTH, dtype, DispatchConfig(dtype=name, partial_sums=partial))
+    return RowFormats.of(WIDTH, dtype, DispatchConfig(dtype=name, partial_sums=partial))
 
 
 def draw(
@@ -47,9 +47,9 @@ def draw(
 
 
 def test_wire_areas_follow_the_worked_example():
-    assert wire_areas([32, 16, 64], [64, 32, 16]) == ([0, 64, 96], 112)
-    assert wire_areas([10, 10], [3, 40]) == ([0, 16], 56), "areas begin at multiples of 16"
-    assert wire_areas([], []) == ([], 0)
+    assert packed_offsets([32, 16, 64], [64, 32, 16]) == ([0, 64, 96], 112)
+    assert packed_offsets([10, 10], [3, 40]) == ([0, 16], 56), "areas begin at multiples of 16"
+    assert packed_offsets([], []) == ([], 0)
 
 
 @given(

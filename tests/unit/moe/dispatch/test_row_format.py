@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from engine.config import DispatchConfig
-from engine.moe.dispatch.row_format import RowKind, WireFormat
+from engine.moe.dispatch.row_format import RowFormat, RowFormats
 
 FP8 = torch.float8_e4m3fn
 
 
-def there_and_back(wire: WireFormat, x: torch.Tensor, index: torch.Tensor | None = None):
+def there_and_back(wire: RowFormat, x: torch.Tensor, index: torch.Tensor | None = None):
     rows = torch.zeros(x.shape[0], wire.row_bytes, dtype=torch.uint8)
     wire.pack(wire.encode(x), torch.arange(x.shape[0]), rows)
     out = x.new_empty(x.shape if index is None else (index.numel(), x.shape[1]))
@@ -30,13 +30,13 @@ def there_and_back(wire: WireFormat, x: torch.Tensor, index: torch.Tensor | None
     ],
 )
 def test_a_wire_row_is_its_parts_padded_to_16_bytes(dtype, payload, extra, row_bytes):
-    assert WireFormat(16, dtype, payload, **extra).row_bytes == row_bytes
+    assert RowFormat(16, dtype, payload, **extra).row_bytes == row_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [16, 7])
 def test_rows_in_their_own_dtype_come_back_bit_for_bit_in_any_order(dtype, width):
-    wire = WireFormat(width, dtype, dtype, bitmap_bytes=1)
+    wire = RowFormat(width, dtype, dtype, bitmap_bytes=1)
     x = torch.randn(5, width).to(dtype)
     x[2, 3] = float("nan")
     index = torch.tensor([4, 0, 0, 2])
@@ -46,7 +46,7 @@ def test_rows_in_their_own_dtype_come_back_bit_for_bit_in_any_order(dtype, width
 
 def test_float8_keeps_each_element_to_a_sixteenth_and_small_ones_to_their_step():
     x = torch.randn(3000, 24) * torch.logspace(-20, 20, 3000)[:, None]
-    got = there_and_back(WireFormat(24, torch.float32, FP8), x)
+    got = there_and_back(RowFormat(24, torch.float32, FP8), x)
     scale = x.abs().amax(1, keepdim=True) / 448
     within = torch.maximum(x.abs() / 16, scale / 1024) * 1.001
     assert ((got - x).abs() <= within).all()
@@ -58,13 +58,13 @@ def test_a_row_of_zeros_comes_back_as_zeros_and_bad_rows_spoil_no_other():
     x[1] = 0
     x[2, 5] = float("inf")
     x[3, 6] = float("nan")
-    got = there_and_back(WireFormat(24, torch.float32, FP8), x)
+    got = there_and_back(RowFormat(24, torch.float32, FP8), x)
     assert not got[1].any() and got[0].isfinite().all()
     assert not got[2].isfinite().all() and not got[3].isfinite().any()
 
 
 def test_headers_do_not_touch_payloads():
-    wire = WireFormat(7, torch.float32, FP8, num_weights=3, bitmap_bytes=2)
+    wire = RowFormat(7, torch.float32, FP8, num_weights=3, bitmap_bytes=2)
     x, weights = torch.randn(4, 7), torch.rand(4, 3)
     bits = torch.randint(0, 256, (4, 2), dtype=torch.uint8)
     rows = torch.full((4, wire.row_bytes), 255, dtype=torch.uint8)
@@ -79,9 +79,9 @@ def test_headers_do_not_touch_payloads():
 
 
 def test_rows_that_need_nothing_have_no_wire_format():
-    assert RowKind.of(16, torch.bfloat16, DispatchConfig()).each() is None
-    assert RowKind.of(16, torch.bfloat16, DispatchConfig(dtype="bf16")).each() is None
-    narrow = RowKind.of(16, torch.float32, DispatchConfig(dtype="bf16"))
+    assert RowFormats.of(16, torch.bfloat16, DispatchConfig()).each() is None
+    assert RowFormats.of(16, torch.bfloat16, DispatchConfig(dtype="bf16")).each() is None
+    narrow = RowFormats.of(16, torch.float32, DispatchConfig(dtype="bf16"))
     assert (narrow.out_bytes, narrow.home_bytes) == (32, 64)
-    once = RowKind.of(16, torch.float32, DispatchConfig(partial_sums=True)).once(4, 1)
+    once = RowFormats.of(16, torch.float32, DispatchConfig(partial_sums=True)).once(4, 1)
     assert (once.num_weights, once.bitmap_bytes, once.row_bytes) == (4, 1, 96)

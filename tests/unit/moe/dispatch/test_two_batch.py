@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.generation.runner import balanced_cut
-from engine.moe.dispatch.two_batch import finish, take_turns
+from engine.moe.dispatch.two_batch import finish, interleave
 
 
 def talker(name: str, stops: int, said: list[str], fails_at: int | None = None):
@@ -29,7 +29,7 @@ def talker(name: str, stops: int, said: list[str], fails_at: int | None = None):
 
 def test_parts_go_from_stop_to_stop_in_turn_and_end_at_their_own_time():
     said: list[str] = []
-    results = take_turns([talker("a", 3, said), talker("b", 1, said), talker("c", 2, said)])
+    results = interleave([talker("a", 3, said), talker("b", 1, said), talker("c", 2, said)])
     assert results == ["A", "B", "C"]
     order = ["a0", "b0", "c0", "a1", "b ends", "c1", "a2", "c ends", "a ends"]
     assert said == order
@@ -39,7 +39,7 @@ def test_where_one_fails_the_others_are_closed_and_the_failure_is_told():
     said: list[str] = []
     parts = [talker("a", 3, said), talker("b", 3, said, fails_at=1)]
     with pytest.raises(FloatingPointError, match="b"):
-        take_turns(parts)
+        interleave(parts)
     assert said == ["a0", "b0", "a1", "b1", "a closed"]
 
 
