@@ -1,7 +1,11 @@
-# make demo   sets up and runs the bundled model on two ranks
-# make test   sets up and checks everything that runs without a GPU
-# make test-cluster  the launchers, on a Slurm, MPI and hosts made for it, and lost ranks; wants root
+# make demo          set up, and run the bundled model on two ranks
+# make quick         the unit tests that take seconds; under 3 minutes on two cores
+# make test          lint, types, and all but the long tests; under 12 minutes on two cores
+# make test-long     what takes longer, and what measures speed and so runs one at a time
+# make test-cluster  the launchers on a Slurm, MPI and hosts made for it, and lost ranks; needs root
+# make docs          the site of docs/, in build/site; fails on a broken link
 #
+# ARGS="-k capacity -x"        more arguments for pytest, in every target that runs it
 # PYTHON=python3.12            which Python makes the environment (3.10 or newer)
 # LOCKSTEP_TORCH=torch==2.12.0 which torch: any pip requirement; it is installed first
 # LOCKSTEP_EXTRAS=dev,cuda13   which extras of setup.py
@@ -14,11 +18,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.lockstep-installed
 NATIVE := $(wildcard kernels/build.py kernels/csrc/*)
+# A limit ends a hung run. One thread per process: the distributed tests start up to eight ranks.
+QUICK_LIMIT_S ?= 600
 TEST_LIMIT_S ?= 1500
+LONG_LIMIT_S ?= 2400
 CLUSTER_LIMIT_S ?= 900
+PYTEST = OMP_NUM_THREADS=1 timeout --kill-after=30 $(1) $(BIN)/python -m pytest
+SUITE := tests/unit tests/tools tests/models tests/distributed tests/gpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster lint format clean distclean
+.PHONY: help setup demo quick test test-long test-cluster docs lint format clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -46,20 +55,27 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One thread a process: the distributed tests start up to eight ranks. The limits end a hung run.
-# Two tests at a time; then, alone, those that judge how fast real ranks are.
+quick: setup
+	$(call PYTEST,$(QUICK_LIMIT_S)) -n 2 -m 'not slow and not alone and not long' tests/unit $(ARGS)
+	@echo 'make quick: passed'
+
 test: lint
-	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest \
-	    -n 2 --dist worksteal -m 'not alone' tests/unit tests/tools tests/models tests/distributed tests/gpu
-	OMP_NUM_THREADS=1 timeout --kill-after=30 $(TEST_LIMIT_S) $(BIN)/python -m pytest \
-	    -m alone tests/unit tests/tools tests/models tests/distributed tests/gpu
+	$(call PYTEST,$(TEST_LIMIT_S)) -n 2 --dist worksteal -m 'not alone and not long' $(SUITE) $(ARGS)
 	@echo 'make test: lint, types and tests passed'
+
+# One at a time: what is measured has the machine to itself.
+test-long: setup
+	$(call PYTEST,$(LONG_LIMIT_S)) -m 'alone or long' $(SUITE) $(ARGS)
+	@echo 'make test-long: passed'
 
 # Its files run two at a time: they mostly wait. -rs: what is not installed here is named.
 test-cluster: setup
-	OMP_NUM_THREADS=1 timeout --kill-after=30 $(CLUSTER_LIMIT_S) \
-	    $(BIN)/python -m pytest -rs -n 2 --dist loadfile tests/cluster
+	$(call PYTEST,$(CLUSTER_LIMIT_S)) -rs -n 2 --dist loadfile tests/cluster $(ARGS)
 	@echo 'make test-cluster: passed'
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'make docs: build/site/index.html'
 
 clean:
 	rm -rf build dist *.egg-info engine/*.so .pytest_cache .ruff_cache .hypothesis $(STAMP)

@@ -7,6 +7,10 @@ or with LOCKSTEP_NATIVE=0, the package installs all the same and runs on torch's
 `engine/ops` is a symbolic link to kernels/, which has no `__init__.py`: a top-level package named
 `kernels` would shadow another project's. The finder below follows the link, so a wheel holds
 `engine/ops` as a plain folder.
+
+An installation has two packages: `engine`, and `lockstep` (launch/lockstep), which offers the same
+under the project's name. In a wheel `lockstep/configs` holds the configs and the checkpoints
+trained for this project (21 MB), so that `lockstep infer --config tiny_mixtral` runs.
 """
 
 import importlib.util
@@ -71,21 +75,34 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_namespace_packages(
-        include=["engine", "engine.*"], exclude=["engine.ops.csrc", "*.__pycache__"]
-    ),
-    package_data={"engine.ops": ["csrc/*"]},  # a source distribution can compile them
+    packages=[
+        *find_namespace_packages(
+            include=["engine", "engine.*"], exclude=["engine.ops.csrc", "*.__pycache__"]
+        ),
+        "lockstep",
+        "lockstep.configs",
+    ],
+    package_dir={"lockstep": "launch/lockstep", "lockstep.configs": "configs"},
+    package_data={
+        "engine.ops": ["csrc/*"],  # a source distribution can compile them
+        "lockstep.configs": ["*.yaml", "checkpoints/*.jsonl", "checkpoints/*/*"],
+    },
+    entry_points={"console_scripts": ["lockstep = engine.cli.main:run_and_exit"]},
     install_requires=[
         "torch>=2.8,<2.16",
         "numpy>=1.26,<3",
+        # Written by tools and tests. The engine reads the format with code of its own
+        # (engine/weights/safetensors_header.py says why); transformers needs the package too.
         "safetensors>=0.5,<1",
-        "transformers>=5.20,<6",
+        "transformers>=5.20,<6",  # config.json and tokenizers; the reference in tests/models
         "PyYAML>=6.0.1,<7",
         "rich>=13.7,<16",
         "prometheus-client>=0.20,<1",
-        "deepspeed>=0.18,<0.20",
-        "megatron-core>=0.16,<0.20",
-        "mpi4py>=4.0,<5",
+        # The design requires these three of every installation, so that each is there and tested
+        # with it; `import engine` and a run on one rank load none of them.
+        "deepspeed>=0.18,<0.20",  # its launcher; its comms logger: profiler.deepspeed_comms
+        "megatron-core>=0.16,<0.20",  # capacity in Megatron's own MoE layers: engine/interop
+        "mpi4py>=4.0,<5",  # ranks started by mpirun: engine/distributed/discovery.py
     ],
     extras_require={
         # CUDA 12 and CUDA 13 are two sets: their NCCL packages overwrite each other's files.
@@ -106,6 +123,7 @@ setup(
             "pytest-xdist>=3.6,<4",  # make test-cluster
             "hypothesis>=6.100,<7",
             "matplotlib>=3.9,<4",  # the figures of tools/capacity_report.py
+            "mkdocs-material>=9.5,<10",  # make docs
             "ruff==0.17.6",  # its formatting is checked, and changes between versions
             "pyright[nodejs]==1.1.414",
         ],

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import signal
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -35,6 +36,7 @@ from engine.batch.prompt_job import PromptJob
 from engine.config import Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
+from engine.distributed.error_file import record_error
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
@@ -253,6 +255,7 @@ def _shared_failure(
         if isinstance(error, Stopped) and is_connection_error(cause) and not told():
             explain(cause or error)
         why = describe(error) if isinstance(error, OSError) else f"stopped by {error}"
+        record_error(f"rank {rank}: {why}")
         with suppress(RuntimeError):  # as above
             store.set(f"{key}/failed", json.dumps([rank, why]))
         watchdog.fail(error)
@@ -261,11 +264,13 @@ def _shared_failure(
         raise
     except Exception as error:
         if why := told():
+            record_error(why, follows=True)
             with suppress(RuntimeError):  # as above
                 why = why if store.add(f"{key}/told", 1) == 1 else ""
             raise JobFailed(why) from error
         if is_connection_error(error):
             explain(error)
         else:
+            record_error(traceback.format_exc())  # before the others know: they may end this rank
             watchdog.fail(error)
         raise

@@ -24,7 +24,9 @@ import yaml
 from engine.config import Config, ModelConfig
 from engine.config.validation import ConfigError, alternatives, type_hints
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_INSTALLED = Path(__file__).resolve().parents[2]
+# Holds configs/: a checkout itself, or what setup.py puts into a wheel.
+PROJECT_ROOT = next(filter(Path.is_dir, [_INSTALLED / "lockstep"]), _INSTALLED)
 _MAX_DIGITS = 300
 
 

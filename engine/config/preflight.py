@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.config import Config
+from engine.config.loader import PROJECT_ROOT
 from engine.config.validation import ConfigError
 
-TINY_COMMAND = "torchrun --nproc-per-node 2 launch/infer.py --config tiny_mixtral_ep2.yaml"
+_INFER = "launch/infer.py" if (PROJECT_ROOT / "launch").is_dir() else "-m lockstep infer"
+TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.yaml"
 _BUNDLED = "configs/checkpoints"
 # As the model families call it in config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

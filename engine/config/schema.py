@@ -1,9 +1,11 @@
-"""Every setting of the engine: one frozen dataclass a section, checked as a whole.
+"""Every setting of the engine: one frozen dataclass per section, checked as a whole.
 
-A leaf of the import graph: everybody reads it. `Config` checks itself when it is made, so a valid
-one is all there is; all problems are reported at once. YAML, `--set` and the search for config
-files live in `config_io.py`. What depends on the number of ranks is checked by `validate_world`,
-what depends on the model by `validate_capacity`, what this machine lacks by `preflight.py`.
+`Config` checks itself when it is made, so no wrong one exists; all problems are reported at once.
+`loader.py` has YAML, `--set` and the search for config files. What depends on the number of ranks
+is checked by `validate_world`, what depends on the model by `validate_capacity`, what this machine
+lacks by `preflight.py`.
+
+The comment behind a field is its line in docs/configuration.md (`tools/config_docs.py`).
 """
 
 from __future__ import annotations
@@ -36,25 +38,27 @@ _TEXT = rule("non-empty text", lambda value: value != "")
 class ModelConfig:
     """Which checkpoint to run, and in which precision."""
 
-    path: str = field(metadata=_TEXT)  # a local Hugging Face directory
-    tokenizer: str | None = field(default=None, metadata=_TEXT)  # a directory; default: path
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: cpu float32,
-    # cuda the checkpoint's own
-    load_format: Literal["safetensors", "dummy"] = "safetensors"  # dummy: seeded random weights
-    max_model_len: int | None = field(default=None, metadata=_at_least(1))  # prompt + new tokens;
-    # default: the checkpoint's context length
+    path: str = field(metadata=_TEXT)  # a local Hugging Face checkpoint directory
+    tokenizer: str | None = field(default=None, metadata=_TEXT)  # a directory with a tokenizer;
+    # null: the one in path
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and activations;
+    # auto: float32 on the CPU, the checkpoint's own on CUDA
+    load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
+    # dummy: seeded random numbers
+    max_model_len: int | None = field(default=None, metadata=_at_least(1))  # prompt and new tokens
+    # of one sequence; null: the checkpoint's context length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """How ranks share the model: world = expert * replicas, and tensor divides expert."""
 
-    expert: int | Literal["auto"] | None = field(  # ranks that share the experts; default: all
-        # ranks; auto: as many as can, whatever number of ranks an elastic run has left
+    expert: int | Literal["auto"] | None = field(  # ranks per copy of the experts; null: all
+        # ranks; auto: as many as the number of ranks allows, also after an elastic restart
         default=None,
         metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
     )
-    tensor: int = field(default=1, metadata=_at_least(1))  # ranks that share one attention layer
+    tensor: int = field(default=1, metadata=_at_least(1))  # ranks per attention layer
 
 
 Phase = Literal["prefill", "decode"]
@@ -62,20 +66,31 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CapacityConfig:
-    """How much work an expert may get, who decides, and what is dropped or added."""
+    """How much work an expert may get, which ranks decide, and what is dropped or added."""
 
-    policy: Literal["none", "token_drop", "expanded_drop"] = "none"
-    factor: str | float = field(  # capacity over mean load, kept as written; inf: no limit
-        default="1.5", metadata=rule("a number above 0, or inf", _positive_factor)
+    policy: Literal["none", "token_drop", "expanded_drop"] = "none"  # token_drop: an expert keeps
+    # its best assignments up to its capacity; expanded_drop: and idle experts of a token's own rank
+    # take extra tokens; none: nothing is dropped
+    factor: str | float = field(  # capacity over mean load (gamma), exactly as written; inf: no
+        # limit
+        default="1.5",
+        metadata=rule("a number above 0, or inf", _positive_factor),
     )
-    scope: Literal["expert", "rank"] = "expert"  # one limit an expert, or one pool a rank
-    consensus: Literal["global", "quota", "local"] = "global"  # who decides what is kept
-    order: Literal["score", "first", "last", "random"] = "score"  # who is kept first
-    expand: int | None = field(default=None, metadata=_at_least(0))  # extra local experts a token
-    # may add; default: all local experts
-    tiers: Literal["two", "one"] = "two"  # two: extras only fill slots that top-k leaves free
-    extras: Literal["all", "dropped"] = "all"  # which tokens may take free slots
-    phases: tuple[Phase, ...] = field(  # whose tokens compete; both: prefill and decode
+    scope: Literal["expert", "rank"] = "expert"  # expert: one limit per expert; rank: the experts
+    # of a rank share one limit
+    consensus: Literal["global", "quota", "local"] = "global"  # global: the best
+    # assignments of all ranks are kept; quota: each rank may keep a share; local: each rank decides
+    # for its own tokens
+    order: Literal["score", "first", "last", "random"] = "score"  # which assignments are
+    # kept first: highest score, first or last position, random
+    expand: int | None = field(default=None, metadata=_at_least(0))  # of expanded_drop: extra
+    # experts of its own rank that a token may add; null: all of them
+    tiers: Literal["two", "one"] = "two"  # of expanded_drop: two: extras only fill slots that top-k
+    # leaves free; one: top-k and extras are ranked together by score
+    extras: Literal["all", "dropped"] = "all"  # of expanded_drop: which tokens may take free slots:
+    # all, or those that lost an assignment
+    phases: tuple[Phase, ...] = field(  # phases whose tokens are subject to capacity: prefill,
+        # decode; `both` is short for the two
         default=("prefill",),
         metadata=rule(
             "a list of phases, not empty and without repeats", lambda v: 0 < len(v) == len(set(v))
@@ -83,8 +98,9 @@ class CapacityConfig:
     )
     renormalize: bool = False  # rescale the kept weights of a token to their sum before dropping
     seed: int = field(default=0, metadata=_SEED)  # of order: random
-    selection: Literal["auto", "gather", "radix"] = "auto"  # how consensus: global finds its cut;
-    # the result is the same, auto takes what moves less
+    selection: Literal["auto", "gather", "radix"] = "auto"  # how consensus: global finds the last
+    # kept assignment: gather all claims, or radix select by histograms; the result is the same,
+    # auto takes what sends fewer bytes
     speed_aware: bool = False  # a rank's share of the capacity follows its measured speed
 
     @property
@@ -97,31 +113,35 @@ class CapacityConfig:
 class ExpertsConfig:
     """What computes the experts."""
 
-    backend: Literal["auto", "torch", "grouped_mm", "te"] = "auto"
+    backend: Literal["auto", "torch", "grouped_mm", "te"] = "auto"  # torch: the native kernel on
+    # the CPU, else a loop; grouped_mm: torch's grouped GEMM; te: Transformer Engine; auto: torch on
+    # the CPU and in float32, else te where it is installed, else grouped_mm in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchConfig:
-    """How rows travel between the ranks."""
+    """How rows are sent between ranks."""
 
-    deduplicate: bool = True  # a token whose experts share a rank sends its row there once
-    partial_sums: bool = False  # and gets one row back, summed there: results differ by rounding
-    dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of rows on the way out; auto: the compute's
+    deduplicate: bool = True  # send a token's row once to a rank, however many of its experts are
+    # there
+    partial_sums: bool = False  # return one row per rank, summed there: results differ by
+    # rounding; needs deduplicate
+    dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of the rows of dispatch; auto: model.dtype's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapConfig:
     """Hiding communication behind the experts' work."""
 
-    chunks: int | Literal["auto"] = field(  # parts that rows are cut into, one part's travel while
-        # another's are worked on; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
+    chunks: int | Literal["auto"] = field(  # parts of a step's rows: one is sent while experts
+        # compute another; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
         default=1,
         metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
     )
-    by: Literal["auto", "experts", "tokens"] = "auto"  # what is cut, a rank's experts or its
-    # tokens; auto: experts where every rank has one for each chunk
-    two_batch: bool = False  # large steps run as two half batches: attention of one while rows of
-    # the other travel
+    by: Literal["auto", "experts", "tokens"] = "auto"  # what chunks divide: a rank's experts or
+    # its tokens; auto: experts where every rank has one for each chunk
+    two_batch: bool = False  # run large steps as two half batches: attention of one while rows of
+    # the other are sent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,56 +158,58 @@ class MoEConfig:
 class SchedulerConfig:
     """How much runs at once on one data rank."""
 
-    max_batch_tokens: int = field(default=2048, metadata=_at_least(1))  # tokens of one step
-    max_sequences: int = field(default=64, metadata=_at_least(1))  # sequences of one step
+    max_batch_tokens: int = field(default=2048, metadata=_at_least(1))  # most tokens of one step
+    max_sequences: int = field(default=64, metadata=_at_least(1))  # most sequences of one step
     block_size: int = field(  # tokens of one KV cache block
         default=16, metadata=rule("a power of two", lambda v: v > 0 and v & (v - 1) == 0)
     )
-    kv_cache_gib: float | None = field(default=None, metadata=_POSITIVE)  # KV cache of one rank;
-    # default: what max_sequences needs, within the memory that is free
-    kv_cache_blocks: int | None = field(default=None, metadata=_at_least(1))  # the same, in blocks
+    kv_cache_gib: float | None = field(default=None, metadata=_POSITIVE)  # size of one rank's
+    # KV cache; null: what max_sequences needs, within the memory that is free
+    kv_cache_blocks: int | None = field(default=None, metadata=_at_least(1))  # size of one rank's
+    # KV cache in blocks, instead of kv_cache_gib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """How a request is generated unless it says otherwise."""
 
-    max_new_tokens: int = field(default=128, metadata=_at_least(1))
-    temperature: float = field(  # 0: greedy
+    max_new_tokens: int = field(default=128, metadata=_at_least(1))  # most tokens to generate
+    temperature: float = field(  # divides the logits; 0: greedy
         default=0.0, metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf"))
     )
-    top_p: float = field(  # smallest set of tokens with this much probability
+    top_p: float = field(  # sample from the smallest set of tokens with this much probability
         default=1.0, metadata=rule("above 0 and at most 1", lambda v: 0 < v <= 1)
     )
-    top_k: int = field(default=0, metadata=_at_least(0))  # this many likeliest tokens; 0: off
-    seed: int = field(default=0, metadata=_SEED)
-    stop: tuple[str, ...] = field(
+    top_k: int = field(default=0, metadata=_at_least(0))  # sample from this many likeliest
+    # tokens; 0: off
+    seed: int = field(default=0, metadata=_SEED)  # of sampling, per request
+    stop: tuple[str, ...] = field(  # texts that end a completion
         default=(), metadata=rule("free of empty text", lambda v: "" not in v)
     )
-    stop_token_ids: tuple[int, ...] = field(
+    stop_token_ids: tuple[int, ...] = field(  # token ids that end a completion
         default=(),
         metadata=rule("a list of numbers from 0", lambda v: all(item >= 0 for item in v)),
     )
-    ignore_eos: bool = False  # go on to max_new_tokens
+    ignore_eos: bool = False  # generate max_new_tokens, whatever the end-of-sequence token
     logprobs: bool = False  # report the log probability of every new token
-    prompt_logprobs: bool = False  # and of every prompt token
+    prompt_logprobs: bool = False  # report the log probability of every prompt token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerConfig:
-    """What the profiler measures, and where it tells."""
+    """What the profiler measures, and where it writes it."""
 
-    enabled: bool = True
+    enabled: bool = True  # time every phase of every layer on every rank
     spans: str | None = None  # a folder: every rank writes the spans of every step there
-    spans_mib: float = field(default=64.0, metadata=_POSITIVE)  # of one rank's span files; the
+    spans_mib: float = field(default=64.0, metadata=_POSITIVE)  # most of one rank's span files; the
     # newest steps are kept
-    metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics there; null: nobody
+    metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics at it; null: off
         default=None, metadata=rule("a port, 0 to 65535; 0: any free one", lambda v: 0 <= v < 65536)
     )
-    metrics_host: str = field(  # the address it listens at
+    metrics_host: str = field(  # the address that serves metrics_port
         default="127.0.0.1", metadata=rule("an address", bool)
     )
-    deepspeed_comms: bool = False  # the report has the table of DeepSpeed's comms logger
+    deepspeed_comms: bool = False  # add the table of DeepSpeed's comms logger to the report
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,14 +217,18 @@ class RuntimeConfig:
     """Where the engine runs and how long it waits."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    timeout_s: float = field(default=120.0, metadata=_POSITIVE)  # of one collective
-    drain_s: float = field(  # after SIGTERM, for what runs to finish; torchrun kills after 30
-        default=20.0, metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf"))
+    timeout_s: float = field(default=120.0, metadata=_POSITIVE)  # time in which a collective must
+    # end, and all ranks after one has failed
+    drain_s: float = field(  # time after SIGTERM for running requests to finish; torchrun kills
+        # after 30 s
+        default=20.0,
+        metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf")),
     )
     seed: int = field(default=0, metadata=_SEED)  # of dummy weights
-    threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads a rank;
-    # default: the host's cores / its ranks
-    shared_memory: bool = True  # on the CPU, ranks of one host meet in memory and not over gloo
+    threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads per rank;
+    # null: the host's cores / its ranks
+    shared_memory: bool = True  # on the CPU, ranks of one host exchange data in shared memory and
+    # not over gloo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,15 @@
 """The safetensors format: which tensors a checkpoint folder holds, and where their bytes are.
 
-First half of loading (`weights.py` is the second). It reads headers only, and believes none: a file
+First half of loading (`loader.py` is the second). It reads headers only, and believes none: a file
 that is truncated, overlapping, mislabelled or not safetensors at all raises `CheckpointError`.
 
 A file is 8 bytes, the header's length as a little-endian integer; the header, JSON: name ->
 {"dtype", "shape", "data_offsets": [begin, end) counted from the header's end} and `__metadata__`;
 then the data, without gaps. (https://github.com/huggingface/safetensors, "Format")
+
+Why not the package safetensors: `reader.py` needs the offsets of every tensor, to read parts of it
+straight into the model's memory, and the package gives tensors, over a mapped file whose pages
+would count twice. Its errors also name neither tensor nor remedy. Tools and tests write with it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -256,7 +257,35 @@ def test_a_wrong_setting_is_reported_though_rank_0_starts_last(tmp_path):
     environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    assert done.stderr.count("error: moe.capacity.factr = 2: unknown key") == 1, done.stderr
+    told = re.findall(r"^error: moe.capacity.factr = 2: unknown key", done.stderr, re.MULTILINE)
+    assert len(told) == 1, done.stderr
+
+
+def root_cause(stderr: str) -> str:
+    """What torchrun's summary quotes of the failure that it takes for the first."""
+    return stderr.partition("Root Cause (first observed failure):")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quoted"),
+    [
+        (["--set", "moe.capacity.factr=2"], "error: moe.capacity.factr = 2: unknown key"),
+        (["--bogus"], "error: unrecognized arguments: --bogus"),
+        (
+            ["--input", "in.jsonl", "--output", "/no/such.out"],
+            "error: --output /no/such.out: the directory /no does not exist",
+        ),
+    ],
+    ids=["setting", "command", "input"],
+)
+def test_torchruns_summary_quotes_what_the_user_got_wrong(arguments, quoted):
+    infer = [*TORCHRUN, str(ROOT / "launch" / "infer.py"), "--config", "tiny_mixtral_ep2"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*infer, *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0
+    assert f"traceback : {quoted}" in root_cause(done.stderr), done.stderr
+    assert "exitcode  : 2" in root_cause(done.stderr), done.stderr
 
 
 def infer(rank: int, port: int, *arguments: str) -> subprocess.Popen:

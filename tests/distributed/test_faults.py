@@ -311,15 +311,43 @@ def test_a_rank_of_another_expert_group_ends_the_run_too(start):
     assert re.match(f"rank 3 on {HOST} has published no heartbeat", report), report
 
 
+def under_torchrun(folder: Path, output: Path, fault: str, victim: int) -> str:
+    """The launcher's stderr, with all ranks', when a rank breaks."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    argv += [fault_worker.__file__, fault, str(victim), str(LAYER_CALL)]
+    argv += command(folder, output)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "quoted"),
+    [
+        ("kill", "1", r"Signal 9 \(SIGKILL\) received by PID \d+"),
+        ("raise", "1", "Traceback .*ArithmeticError: an expert came to 7 and a half"),
+        (
+            "hang",
+            r"\d",
+            f"fault: rank 1 on {HOST} has been at {IN_LAYER} for .* while ranks 0, 2 wait",
+        ),
+    ],
+    ids=["a killed rank", "a rank that raises", "a rank that hangs"],
+)
+def test_torchruns_summary_names_the_rank_at_fault_and_quotes_why(
+    folder, tmp_path, fault, rank, quoted
+):
+    stderr = under_torchrun(folder, tmp_path / "out.jsonl", fault, 1)
+    root = stderr.partition("Root Cause (first observed failure):")[2]
+    assert re.search(rf"rank      : {rank} \(", root), stderr
+    assert re.search(f"traceback : {quoted}", root, re.DOTALL), stderr
+
+
 def test_under_torchrun_the_report_is_printed_though_the_agent_ends_the_survivors(
     folder, undisturbed, tmp_path
 ):
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    argv += [fault_worker.__file__, "kill", "1", str(LAYER_CALL)]
-    argv += command(folder, tmp_path / "out.jsonl")
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    reports = re.findall(r"^fault: (.*)$", done.stderr, re.MULTILINE)
-    assert len(reports) == 1 and reports[0].startswith("rank 1 on "), done.stderr
+    stderr = under_torchrun(folder, tmp_path / "out.jsonl", "kill", 1)
+    reports = re.findall(r"^fault: (.*)$", stderr, re.MULTILINE)
+    assert len(reports) == 1 and reports[0].startswith("rank 1 on "), stderr
     assert re.search(f"last seen in {IN_LAYER}", reports[0])
     assert resumed(folder, tmp_path) == undisturbed

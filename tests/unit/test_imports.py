@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the top. Units of one floor do not import each other.
 FLOORS = (
+    {"cli"},
     {"batch"},
     {"llm"},
     {"reporting"},
@@ -96,7 +97,8 @@ def test_imports_run_one_way(module):
 
 
 def test_no_engine_modules_import_each_other_in_a_circle():
-    graph = {module: set(imports_of(file)) - {module} for module, file in MODULES.items()}
+    # `engine` loads what it offers when it is asked for: no module waits for it.
+    graph = {m: set(imports_of(file)) - {m, "engine"} for m, file in MODULES.items()}
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert set(MODULES) <= set(order)
 
@@ -114,7 +116,30 @@ HEAVY = {"deepspeed", "megatron", "transformer_engine", "mpi4py"}
 def test_import_engine_loads_nothing_heavy():
     loaded = modules_after("import engine")
     assert "engine" in loaded
+    assert not loaded & (HEAVY | {"transformers", "torch", "numpy", "yaml"})
+    modules_after("import engine; assert not [m for m in sys.modules if m.startswith('engine.')]")
+
+
+def test_what_engine_offers_is_what_its_modules_have_and_is_loaded_when_asked_for():
+    loaded = modules_after("from engine import Completion, SamplingParams, load_config")
     assert not loaded & (HEAVY | {"transformers", "torch"})
+    import engine
+    from engine.config.loader import load_config
+    from engine.llm import LLM
+    from engine.request import Completion, SamplingParams
+
+    assert engine.__all__ == ["LLM", "Completion", "SamplingParams", "load_config"]
+    offered = [getattr(engine, name) for name in engine.__all__]
+    assert offered == [LLM, Completion, SamplingParams, load_config]
+    assert set(engine.__all__) <= set(dir(engine))
+    with pytest.raises(AttributeError, match="'engine' has no attribute 'Llm'"):
+        engine.Llm  # noqa: B018
+
+
+def test_the_command_line_is_parsed_before_anything_slow_is_loaded():
+    """torchrun's agent may die while a rank imports torch, and --help answers at once."""
+    loaded = modules_after("import engine.cli.main; engine.cli.main.command_parser()")
+    assert not loaded & (HEAVY | {"transformers", "torch", "numpy"})
 
 
 def test_start_up_loads_no_package_that_only_some_runs_need():

@@ -1,12 +1,15 @@
 """setup.py, Makefile and .ci: what is installed, from where, and that the pins agree."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +19,9 @@ import setuptools
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "engine", "kernels")
+SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES += ("engine", "kernels", "launch", "configs")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +43,8 @@ def declared() -> dict:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> tuple[set[str], set[str]]:
-    """The file names in a source distribution, and in a wheel that was built from it."""
+def built(tmp_path_factory) -> tuple[set[str], Path]:
+    """The file names in a source distribution, and a wheel that was built from it."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     source.mkdir()
@@ -65,7 +70,22 @@ def built(tmp_path_factory) -> tuple[set[str], set[str]]:
     (unpacked,) = (folder / "unpacked").iterdir()
     run(unpacked, "bdist_wheel")
     (wheel,) = folder.glob("*.whl")
-    return sdist, set(zipfile.ZipFile(wheel).namelist())
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """The bin folder of a new environment: the wheel, and the dependencies of this Python."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    paths = subprocess.check_output([python, "-c", SITE], text=True).strip()
+    # A path that a .pth file names has its own .pth files ignored, so no checkout is found.
+    dependencies = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (Path(paths) / "dependencies.pth").write_text("\n".join(dependencies))
+    install = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+    subprocess.run([*install, "--ignore-installed", str(built[1])], check=True)
+    return python.parent
 
 
 def test_kernels_is_no_package_and_engine_ops_links_to_it():
@@ -74,12 +94,85 @@ def test_kernels_is_no_package_and_engine_ops_links_to_it():
 
 
 def test_the_wheel_holds_every_module_and_nothing_else_at_the_top(built):
-    _, wheel = built
+    wheel = set(zipfile.ZipFile(built[1]).namelist())
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "engine").rglob("*.py")}
     modules |= {f"engine/ops/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     assert modules <= wheel
     tops = {name.partition("/")[0] for name in wheel}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"engine"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "engine",
+        "lockstep",
+    }
+
+
+def test_the_wheel_holds_what_the_bundled_configs_need(built):
+    wheel = set(zipfile.ZipFile(built[1]).namelist())
+    configs = [file.name for file in (ROOT / "configs").glob("*.yaml")]
+    assert configs and {f"lockstep/configs/{name}" for name in configs} <= wheel
+    for model in (ROOT / "configs" / "checkpoints").glob("*/config.json"):
+        held = f"lockstep/configs/checkpoints/{model.parent.name}"
+        assert {f"{held}/{name}" for name in ("config.json", "model.safetensors")} <= wheel
+    assert not [name for name in wheel if "/eval/" in name], "data that only tools read"
+
+
+def run_installed(where: Path, *command: str | Path) -> str:
+    """What a command prints, run outside of the checkout."""
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    words = list(map(str, command))
+    done = subprocess.run(words, cwd=where, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_offers_both_names_and_loads_nothing_for_it(installed, tmp_path):
+    code = (
+        "import sys, engine, lockstep\n"
+        "assert 'torch' not in sys.modules\n"
+        "from lockstep import LLM, Completion, SamplingParams, load_config\n"
+        "assert LLM is engine.LLM and load_config is engine.load_config\n"
+        "assert load_config('tiny_mixtral').model.path.endswith('checkpoints/tiny_mixtral')\n"
+        "assert dir(lockstep) and lockstep.__all__ == engine.__all__\n"
+        "print(engine.__file__, lockstep.__file__)"
+    )
+    files = run_installed(tmp_path, installed / "python", "-c", code).split()
+    assert [Path(file).is_relative_to(installed.parent) for file in files] == [True, True]
+
+
+@pytest.mark.slow
+def test_the_help_of_an_installed_wheel_explains_set_and_names_the_configuration(
+    installed, tmp_path
+):
+    assert "infer" in run_installed(tmp_path, installed / "lockstep", "--help")
+    text = " ".join(run_installed(tmp_path, installed / "lockstep", "infer", "--help").split())
+    assert "usage: lockstep infer" in text
+    assert "--set KEY=VALUE change one setting of the config" in text
+    assert "docs/configuration.md" in text
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "start",
+    [
+        ("lockstep",),
+        ("python", "-m", "lockstep"),
+        ("python", *TORCHRUN, "-m", "lockstep"),
+        ("python", *TORCHRUN, "--no-python", "lockstep"),
+    ],
+    ids=["script", "module", "torchrun -m", "torchrun --no-python"],
+)
+def test_an_installed_wheel_completes_a_file_of_requests(installed, tmp_path, monkeypatch, start):
+    monkeypatch.setenv("PATH", f"{installed}:{os.environ['PATH']}")
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"id": "a", "prompt": "def main():", "max_tokens": 2}\n')
+    files = ["--input", requests, "--output", tmp_path / "out.jsonl"]
+    config = ["--config", "tiny_mixtral", "--set", "runtime.device=cpu"]
+    run_installed(tmp_path, installed / start[0], *start[1:], "infer", *config, *files)
+    (record,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert record["id"] == "a" and record["finish_reason"] == "length"
 
 
 def test_the_source_distribution_can_compile_the_kernels(built):
@@ -166,11 +259,12 @@ def test_make_installs_the_torch_that_setup_allows_before_anything_else(declared
     assert "-e" in installs[1] and "--no-build-isolation" in installs[1]
 
 
-def test_ci_runs_both_test_targets_last_and_is_valid_bash():
+def test_ci_runs_every_check_last_and_is_valid_bash():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    assert script.read_text().splitlines()[-2:] == ["make test", "make test-cluster"]
+    targets = ("test", "test-cluster", "test-long", "docs")
+    assert script.read_text().splitlines()[-4:] == [f"make {target}" for target in targets]
 
 
 def test_the_license_is_apache_2():

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from engine.distributed.error_file import record_error
 from engine.distributed.health.diagnosis import Diagnosis, Limits, diagnose, diagnose_store
 from engine.distributed.health.heartbeat import HeartbeatPublisher
 from engine.distributed.health.peer_monitor import Heartbeat, PeerMonitor
@@ -178,7 +179,8 @@ class Watchdog:
 
     def _declare(self, diagnosis: Diagnosis) -> NoReturn:
         """End the process; print the report unless another rank does."""
-        report = diagnosis.report(self._monitor.peers())
+        peers = self._monitor.peers()
+        report = f"{diagnosis.report(peers)}\n{self._advice}"
         stall_s = self._monitor.self_stall_s
         answers = self._monitor.store_silence_s < self._limits.short_timeout_s
         unreachable = diagnosis.ranks if diagnosis.unreachable else ()
@@ -188,16 +190,25 @@ class Watchdog:
             self._accept(agreed)
         if stall_s >= self._limits.heartbeat_timeout_s:
             # The others had to declare this rank dead and have reported why.
-            self._exit(f"rank {self._rank} on {self._own_host} was suspended for {stall_s:.1f} s")
+            text = f"rank {self._rank} on {self._own_host} was suspended for {stall_s:.1f} s"
+            record_error(text)
+            self._exit(text)
         # Without a store, ranks of several hosts cannot agree on one reporter.
         reports = agreed is not None or self._election.try_acquire()
-        self._exit(f"{report}\n{self._advice}" if reports else "")
+        # A rank that failed by itself has recorded why.
+        follows = not reports or any(peers[rank].state == "failed" for rank in diagnosis.ranks)
+        record_error(report, follows=follows)
+        self._exit(report if reports else "")
 
-    def _accept(self, diagnosis: str) -> NoReturn:
+    def _accept(self, published: str) -> NoReturn:
         """End the process because of the diagnosis that another rank has published."""
-        dead = self._rank in json.loads(diagnosis)["unreachable"]
-        text = f"rank {self._rank} on {self._own_host} was declared dead by the other ranks"
-        self._exit(f"{text}, which have exited" if dead else "")
+        by, unreachable = (json.loads(published)[key] for key in ("by", "unreachable"))
+        own = f"rank {self._rank} on {self._own_host}"
+        dead = f"{own} was declared dead by the other ranks, which have exited"
+        text = dead if self._rank in unreachable else ""
+        exited = f"{own} has exited; rank {by} on {self._hosts[by]} reports why"
+        record_error(text or exited, follows=True)
+        self._exit(text)
 
     def _exit(self, text: str) -> NoReturn:
         if killed := kill_stopped_workers():

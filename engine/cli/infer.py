@@ -1,0 +1,76 @@
+"""`lockstep infer`: a JSONL file of requests in, a JSONL file of completions out.
+
+`launch/infer.py` is the same command for a checkout that is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import Config
+from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
+from engine.config.preflight import check_runnable
+
+if TYPE_CHECKING:
+    from engine.batch.input_shards import Slice
+
+SUMMARY = "batch inference: a JSONL file of requests in, a JSONL file of completions out"
+_OVERRIDE = (
+    "change one setting of the config, as in --set moe.capacity.policy=token_drop; the value is "
+    "YAML. May be repeated; the last one wins. docs/configuration.md explains every key"
+)
+
+
+def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the command's arguments to a parser of its own; return the parser."""
+    parser.description = (
+        "Batch inference over JSONL. Start it with a launcher for several ranks; the same command "
+        "resumes. Without --input it completes a few built-in prompts."
+    )
+    parser.add_argument("--config", metavar="NAME", help="a YAML file, here or in configs/")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help=_OVERRIDE
+    )
+    parser.add_argument("--input", type=Path, metavar="JSONL", help="requests, one per line")
+    parser.add_argument("--output", type=Path, metavar="JSONL", help="completions, in input order")
+    parser.add_argument("--slice", metavar="I/N", help="run only this part; the last one merges")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    parser.add_argument("--print-config", action="store_true", help="show every setting and exit")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    parser.set_defaults(prepare=partial(prepare, parser))
+    return parser
+
+
+def prepare(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, rank: int
+) -> Callable[[], None]:
+    """Check what this rank can check alone; return what all ranks then run together.
+
+    Raises:
+        ValueError: a wrong command line or config, or a config that cannot run on this host.
+    """
+    from engine.batch.input_shards import Slice
+
+    if args.config is None:
+        names = sorted(path.stem for path in (PROJECT_ROOT / "configs").glob("*.yaml"))
+        parser.error(f"--config is missing; in configs/ there are {', '.join(names)}")
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        return lambda: print(to_yaml(config) if rank == 0 else "", end="")
+    part = None if args.slice is None else Slice.parse(args.slice)
+    check_runnable(config, os.environ)
+    return lambda: _run(config, args, part)
+
+
+def _run(config: Config, args: argparse.Namespace, part: Slice | None) -> None:
+    from engine.batch.run import run_batch
+    from engine.distributed import bootstrap
+
+    topology = bootstrap.start(config)
+    run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, part=part)
+    bootstrap.stop(topology)

@@ -1,0 +1,72 @@
+"""Every example of docs/examples runs as its page says, from another directory, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run(folder: Path, *command: str | Path) -> str:
+    """What the command prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_offline_completes_its_prompts(tmp_path):
+    out = run(tmp_path, EXAMPLES / "offline.py")
+    assert out == (
+        "sum: 47 + 38 = 85   [stop]\ncopy: ball water wave town => ball water wave town   [stop]\n"
+    )
+
+
+def test_two_ranks_complete_what_one_does(tmp_path):
+    out = run(tmp_path, *TORCHRUN, EXAMPLES / "two_ranks.py")
+    assert out == (
+        "2 ranks share the experts\n"
+        "sum: 47 + 38 = 85\ncopy: ball water wave town => ball water wave town\n"
+    )
+
+
+def test_the_capacity_sweep_drops_more_with_every_smaller_factor(tmp_path):
+    head, *rows = run(tmp_path, EXAMPLES / "capacity_sweep.py").splitlines()
+    assert head.startswith("factor  dropped  gate mass kept")
+    dropped = [float(row.split()[1].rstrip("%")) for row in rows]
+    kept = [float(row.split()[2]) for row in rows]
+    assert len(rows) == 5 and dropped[0] == 0 and kept[0] == 1
+    assert dropped == sorted(dropped) and kept == sorted(kept, reverse=True) and dropped[-1] > 20
+    assert rows[0].endswith("4 of 4")
+
+
+def test_every_line_of_the_requests_is_completed_and_the_wrong_one_is_an_error_record(tmp_path):
+    requests, output = EXAMPLES / "requests.jsonl", tmp_path / "out.jsonl"
+    files = ["--input", requests, "--output", output]
+    config = ["--config", "tiny_mixtral", "--set", "runtime.device=cpu"]
+    run(tmp_path, ROOT / "launch" / "infer.py", *config, *files)
+    records = {record["id"]: record for record in map(json.loads, output.open())}
+    assert len(records) == len(requests.read_text().splitlines())
+    assert records["sum"]["text"] == " 85" and records["copy"]["text"] == " ball water wave town"
+    assert "temperature = -1" in records["wrong"]["error"]["message"]
+    wrong = [key for key, record in records.items() if record["finish_reason"] == "error"]
+    assert wrong == ["wrong"]
+
+
+def test_the_page_names_every_example():
+    page = (EXAMPLES / "index.md").read_text()
+    named = set(re.findall(r"\]\(([\w.]+)\)", page))
+    assert named == {file.name for file in EXAMPLES.iterdir() if file.suffix in (".py", ".jsonl")}
