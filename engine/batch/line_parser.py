@@ -26,6 +26,7 @@ from typing import Any
 
 from engine.batch.input_index import Line, line_id
 from engine.batch.strict_json import parse_object, show
+from engine.config import SamplingConfig
 from engine.request import Completion, Request, SamplingParams
 
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
@@ -76,7 +77,7 @@ class LineParser:
     together.
     """
 
-    sampling: Any
+    sampling: SamplingConfig
     tokenizer: Any
     vocab_size: int
     max_model_len: int

@@ -8,6 +8,7 @@ what depends on the model by `validate_capacity`, what this machine lacks by `pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -150,27 +151,34 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How a request is generated unless it says otherwise."""
+    """How tokens are chosen and when they end; the defaults of every request.
+
+    The one statement of these fields: `request.SamplingParams` inherits them. Applied in the order
+    temperature, top_k, top_p.
+    """
 
     max_new_tokens: int = field(default=128, metadata=_at_least(1))
-    temperature: float = field(  # 0: greedy
-        default=0.0, metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf"))
+    temperature: float = field(
+        default=0.0,
+        metadata=rule("finite and at least 0 (0: greedy)", lambda v: math.isfinite(v) and v >= 0),
     )
-    top_p: float = field(  # smallest set of tokens with this much probability
-        default=1.0, metadata=rule("above 0 and at most 1", lambda v: 0 < v <= 1)
+    top_p: float = field(  # sample from the smallest set of tokens with this much probability
+        default=1.0, metadata=rule("above 0 and at most 1 (1: off)", lambda v: 0 < v <= 1)
     )
-    top_k: int = field(default=0, metadata=_at_least(0))  # this many likeliest tokens; 0: off
+    top_k: int = field(  # sample from this many of the likeliest tokens
+        default=0, metadata=rule("at least 0 (0: off)", lambda v: v >= 0)
+    )
     seed: int = field(default=0, metadata=_SEED)
-    stop: tuple[str, ...] = field(
+    stop: tuple[str, ...] = field(  # texts that end the completion
         default=(), metadata=rule("free of empty text", lambda v: "" not in v)
     )
     stop_token_ids: tuple[int, ...] = field(
         default=(),
-        metadata=rule("a list of numbers from 0", lambda v: all(item >= 0 for item in v)),
+        metadata=rule("free of negative numbers", lambda v: all(item >= 0 for item in v)),
     )
-    ignore_eos: bool = False  # go on to max_new_tokens
+    ignore_eos: bool = False  # continue to max_new_tokens
     logprobs: bool = False  # report the log probability of every new token
-    prompt_logprobs: bool = False  # and of every prompt token
+    prompt_logprobs: bool = False  # report that of every prompt token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

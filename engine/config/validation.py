@@ -47,23 +47,28 @@ def type_hints(section: type) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in fields(section)}
 
 
-def field_problems(section: Any, prefix: str = "") -> Iterator[str]:
-    """Yield one sentence for each field of a dataclass (recursively) that breaks type or rule."""
+def field_problems(section: Any, prefix: str = "", *, full: bool = False) -> Iterator[str]:
+    """Yield one sentence for each field of a dataclass (recursively) that breaks type or rule.
+
+    Args:
+        section: instance of a settings dataclass.
+        prefix: text before each field's name, such as `moe.capacity.`.
+        full: a value of the wrong type gets the field's rule as well.
+    """
     for item in fields(section):
         name, value = f"{prefix}{item.name}", getattr(section, item.name)
-        hint = type_hints(type(section))[item.name]
+        hint, rule = type_hints(type(section))[item.name], item.metadata.get("rule")
         if is_dataclass(hint):
             if isinstance(value, hint):  # type: ignore[arg-type]
-                yield from field_problems(value, f"{name}.")
+                yield from field_problems(value, f"{name}.", full=full)
             else:
                 keys = ", ".join(type_hints(hint))
                 yield f"{name} = {value!r}: must be a section of keys ({keys})"
         elif not _matches(value, hint):
-            yield f"{name} = {value!r}: must be {describe(hint)}{_nearest_choice(value, hint)}"
-        elif value is not None and "rule" in item.metadata:
-            rule: Rule = item.metadata["rule"]
-            if not rule.holds(value):
-                yield f"{name} = {value!r}: must be {rule.text}"
+            more = f", {rule.text}" if full and rule else _nearest_choice(value, hint)
+            yield f"{name} = {value!r}: must be {describe(hint)}{more}"
+        elif value is not None and rule and not rule.holds(value):
+            yield f"{name} = {value!r}: must be {rule.text}"
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

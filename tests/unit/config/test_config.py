@@ -211,7 +211,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, said):
         ("sampling.top_p=1.01", "must be above 0 and at most 1"),
         ("sampling.stop=[a, '']", "must be free of empty text"),
         ("sampling.stop=[1]", "must be a list, each item text"),
-        ("sampling.stop_token_ids=[-1]", "must be a list of numbers from 0"),
+        ("sampling.stop_token_ids=[-1]", "must be free of negative numbers"),
         ("moe.capacity.phases=[]", "must be a list of phases, not empty and without repeats"),
         ("moe.capacity.phases=[decode, decode]", "not empty and without repeats"),
         ("moe.capacity.phases=[train]", "each item one of prefill, decode"),
