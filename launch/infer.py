@@ -22,7 +22,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # the imports take seconds, in which th
     from engine.distributed.launch_agent import die_with_agent
 
     die_with_agent()
-from engine.batch.input_shards import Slice
+from engine.batch.input_shards import InputShard
 from engine.batch.run import JobFailed, Stopped, run_batch
 from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
 from engine.config.preflight import check_runnable
@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             if args.print_config:
                 print(to_yaml(config) if rank == 0 else "", end="")
                 return 0
-            part = None if args.slice is None else Slice.parse(args.slice)
+            shard = None if args.slice is None else InputShard.parse(args.slice)
             check_runnable(config, os.environ)
         topology = bootstrap.start(config)
-        run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, part=part)
+        run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, shard=shard)
         bootstrap.stop(topology)
     except ValueError as error:  # the user's to mend, and the same on every rank that knows of it
         if rank == 0 or (isinstance(error, UnreportedError) and local_rank == 0):

@@ -1,9 +1,9 @@
-"""Every setting of the engine: one frozen dataclass a section, checked as a whole.
+"""Every setting of the engine: one frozen dataclass per section, checked as a whole.
 
-A leaf of the import graph: everybody reads it. `Config` checks itself when it is made, so a valid
-one is all there is; all problems are reported at once. YAML, `--set` and the search for config
-files live in `config_io.py`. What depends on the number of ranks is checked by `validate_world`,
-what depends on the model by `validate_capacity`, what this machine lacks by `preflight.py`.
+`Config` checks itself when it is made, with the rules stated here and the walk of `validation.py`,
+and reports all problems at once. YAML, `--set` and the search for config files are in `loader.py`.
+What depends on the number of ranks and on the model is checked by `world_rules.py`, what this
+machine lacks by `preflight.py`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ParallelConfig:
     tensor: int = field(default=1, metadata=_at_least(1))  # ranks that share one attention layer
 
 
-Phase = Literal["prefill", "decode"]
+RequestPhase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,14 +69,14 @@ class CapacityConfig:
     factor: str | float = field(  # capacity over mean load, kept as written; inf: no limit
         default="1.5", metadata=rule("a number above 0, or inf", _positive_factor)
     )
-    scope: Literal["expert", "rank"] = "expert"  # one limit an expert, or one pool a rank
+    scope: Literal["expert", "rank"] = "expert"  # one limit per expert, or one pool per rank
     consensus: Literal["global", "quota", "local"] = "global"  # who decides what is kept
     order: Literal["score", "first", "last", "random"] = "score"  # who is kept first
-    expand: int | None = field(default=None, metadata=_at_least(0))  # extra local experts a token
-    # may add; default: all local experts
+    expand: int | None = field(default=None, metadata=_at_least(0))  # extra local experts that a
+    # token may add; default: all local experts
     tiers: Literal["two", "one"] = "two"  # two: extras only fill slots that top-k leaves free
     extras: Literal["all", "dropped"] = "all"  # which tokens may take free slots
-    phases: tuple[Phase, ...] = field(  # whose tokens compete; both: prefill and decode
+    phases: tuple[RequestPhase, ...] = field(  # whose tokens are subject to capacity; both: all
         default=("prefill",),
         metadata=rule(
             "a list of phases, not empty and without repeats", lambda v: 0 < len(v) == len(set(v))
@@ -90,7 +90,7 @@ class CapacityConfig:
 
     @property
     def exact_factor(self) -> Decimal:
-        """The capacity factor as the decimal that was written, free of binary rounding."""
+        """Return the capacity factor as the decimal that was written, without binary rounding."""
         return Decimal(str(self.factor))
 
 
@@ -103,26 +103,26 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DispatchConfig:
-    """How rows travel between the ranks."""
+    """How token rows are exchanged between the ranks."""
 
     deduplicate: bool = True  # a token whose experts share a rank sends its row there once
-    partial_sums: bool = False  # and gets one row back, summed there: results differ by rounding
-    dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of rows on the way out; auto: the compute's
+    partial_sums: bool = False  # and receives one row, summed there: results differ by rounding
+    dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of dispatched rows; auto: the compute's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapConfig:
-    """Hiding communication behind the experts' work."""
+    """How communication overlaps with the experts' computation."""
 
-    chunks: int | Literal["auto"] = field(  # parts that rows are cut into, one part's travel while
-        # another's are worked on; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
+    chunks: int | Literal["auto"] = field(  # rows are split into this many chunks: one is in flight
+        # while another is computed; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
         default=1,
         metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
     )
-    by: Literal["auto", "experts", "tokens"] = "auto"  # what is cut, a rank's experts or its
+    by: Literal["auto", "experts", "tokens"] = "auto"  # what is split, a rank's experts or its
     # tokens; auto: experts where every rank has one for each chunk
-    two_batch: bool = False  # large steps run as two half batches: attention of one while rows of
-    # the other travel
+    two_batch: bool = False  # large steps run as two micro-batches: attention of one while rows of
+    # the other are in flight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,13 +183,13 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerConfig:
-    """What the profiler measures, and where it tells."""
+    """What the profiler measures, and where it reports."""
 
     enabled: bool = True
-    spans: str | None = None  # a folder: every rank writes the spans of every step there
-    spans_mib: float = field(default=64.0, metadata=_POSITIVE)  # of one rank's span files; the
+    spans: str | None = None  # a folder, for the spans of every step of every rank
+    spans_mib: float = field(default=64.0, metadata=_POSITIVE)  # limit of span files per rank; the
     # newest steps are kept
-    metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics there; null: nobody
+    metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics there; null: off
         default=None, metadata=rule("a port, 0 to 65535; 0: any free one", lambda v: 0 <= v < 65536)
     )
     metrics_host: str = field(  # the address it listens at
@@ -204,18 +204,18 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     timeout_s: float = field(default=120.0, metadata=_POSITIVE)  # of one collective
-    drain_s: float = field(  # after SIGTERM, for what runs to finish; torchrun kills after 30
+    drain_s: float = field(  # after SIGTERM, for running requests; torchrun kills after 30 s
         default=20.0, metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf"))
     )
     seed: int = field(default=0, metadata=_SEED)  # of dummy weights
-    threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads a rank;
+    threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads per rank;
     # default: the host's cores / its ranks
-    shared_memory: bool = True  # on the CPU, ranks of one host meet in memory and not over gloo
+    shared_memory: bool = True  # on the CPU, ranks of one host exchange in memory, not over gloo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """All settings. Making one checks every rule and raises `ConfigError` with all problems."""
+    """All settings; building one checks every rule and raises `ConfigError` with all problems."""
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -226,7 +226,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        # A rule between fields reads their values, so it is only asked once each field is sound.
+        # A rule between fields reads their values, so it is only checked once each field is valid.
         problems = list(field_problems(self)) or list(_combination_problems(self))
         if problems:
             raise ConfigError(*problems)
@@ -249,7 +249,7 @@ def _combination_problems(config: Config) -> Iterator[str]:
     if capacity.tiers == "one" and capacity.extras == "dropped":
         yield (
             "moe.capacity.extras = 'dropped': must be all with moe.capacity.tiers = one, where "
-            "extras compete before anybody has lost an assignment; use tiers = two"
+            "extras compete before any assignment is dropped; use tiers = two"
         )
     if capacity.tiers == "one" and capacity.order != "score":
         yield (
@@ -258,8 +258,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
         )
     if capacity.speed_aware and capacity.policy == "none":
         yield (
-            "moe.capacity.speed_aware = True: shares out a capacity, and moe.capacity.policy = "
-            "none has none; use token_drop or expanded_drop"
+            "moe.capacity.speed_aware = True: distributes capacity over ranks, and "
+            "moe.capacity.policy = none has none; use token_drop or expanded_drop"
         )
     if capacity.speed_aware and not config.profiler.enabled:
         yield (
@@ -278,8 +278,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
         )
     if config.moe.overlap.two_batch and capacity.policy != "none":
         yield (
-            "moe.overlap.two_batch = True: the halves of a step cannot compete for expert capacity "
-            f"together, and moe.capacity.policy is {capacity.policy}; use none, or "
+            "moe.overlap.two_batch = True: the two micro-batches of a step cannot share one expert "
+            f"capacity, and moe.capacity.policy is {capacity.policy}; use none, or "
             "moe.overlap.chunks instead"
         )
     if scheduler.kv_cache_gib is not None and scheduler.kv_cache_blocks is not None:

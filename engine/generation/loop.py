@@ -22,7 +22,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import Phase as ConfigPhase
+from engine.config import RequestPhase
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage, ControlPlane
@@ -78,7 +78,7 @@ class GenerationLoop:
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
         top_k: Seq[int],
-        capacity_phases: Collection[ConfigPhase] = (),
+        capacity_phases: Collection[RequestPhase] = (),
     ) -> None:
         """meter: takes every step's measurements. top_k: experts of a token in each layer.
         capacity_phases: the phases whose tokens compete for expert capacity; none without a

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.config import Phase
+from engine.config import RequestPhase
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage
 from engine.generation.step import Slice, Step
@@ -25,7 +25,7 @@ from engine.profiling.phase_clock import PhaseClock
 from engine.request import CapacityUse
 
 
-def count_competing(step: Step, phases: Sequence[Phase]) -> int:
+def count_competing(step: Step, phases: Sequence[RequestPhase]) -> int:
     """Tokens of the step that are in one of `phases`."""
     return sum(length for piece in step.slices for length in _competing_parts(piece, phases))
 
@@ -33,7 +33,7 @@ def count_competing(step: Step, phases: Sequence[Phase]) -> int:
 def build_moe_step(
     step: Step,
     everyone: Sequence[ControlMessage],
-    phases: Sequence[Phase],
+    phases: Sequence[RequestPhase],
     topology: Topology,
     shares_W: tuple[int, ...] | None = None,
 ) -> MoEStep | None:
@@ -89,13 +89,15 @@ def capacity_uses(
     return uses
 
 
-def _competing_parts(piece: Slice, phases: Sequence[Phase]) -> list[int]:
+def _competing_parts(piece: Slice, phases: Sequence[RequestPhase]) -> list[int]:
     in_prompt = max(0, min(piece.start + piece.length, piece.seq.num_prompt) - piece.start)
     lengths = {"prefill": in_prompt, "decode": piece.length - in_prompt}
     return [lengths[phase] for phase in phases]
 
 
-def _identify(step: Step, phases: Sequence[Phase]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _identify(
+    step: Step, phases: Sequence[RequestPhase]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Request and position of every token, int32 [T], and whether it competes, bool [T]."""
     request_T = np.empty(step.num_tokens, dtype=np.int32)
     position_T = np.empty(step.num_tokens, dtype=np.int32)

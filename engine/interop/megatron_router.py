@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
-from engine.config import CapacityConfig, Phase
+from engine.config import CapacityConfig, RequestPhase
 from engine.interop.capacity_gate import CapacityGate
 from engine.interop.megatron_settings import check_settings, group_of, router_scores, router_spec
 from engine.profiling.loads import LayerDrops
@@ -26,7 +26,7 @@ class CapacityRouter(TopKRouter):
     phase: of which phase the tokens of the next calls are; the same on every rank.
     """
 
-    phase: Phase = "prefill"
+    phase: RequestPhase = "prefill"
 
     def __init__(
         self, config: Any, pg_collection: Any = None, *, capacity: CapacityConfig, **kwargs: Any

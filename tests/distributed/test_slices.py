@@ -1,4 +1,4 @@
-"""A job in slices, each a run of its own: together they leave what one run leaves.
+"""A job in input shards, each a run of its own: together they leave what one run leaves.
 
 python -m pytest tests/distributed/test_slices.py
 """
@@ -50,16 +50,16 @@ def test_slices_on_any_ranks_killed_and_run_twice_leave_the_bytes_of_one_run(job
 def test_the_last_two_slices_finish_at_once_and_merge_once(job, whole, tmp_path):
     output = tmp_path / "out.jsonl"
     run_slice(1, job, output, 1)
-    told: list[str] = []
+    printed: list[str] = []
     threads = [
-        threading.Thread(target=lambda i=index: told.append(run_slice(1, job, output, i)))
+        threading.Thread(target=lambda i=index: printed.append(run_slice(1, job, output, i)))
         for index in (0, 2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(told) == 2 and sum("3 slices, merged" in text for text in told) == 1
+    assert len(printed) == 2 and sum("3 slices, merged" in text for text in printed) == 1
     assert output.read_bytes() == whole
 
 

@@ -409,7 +409,7 @@ def test_a_relative_model_path_is_looked_up_here_then_in_the_project(tmp_path, m
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: {path: x}\nmodel: {path: y}", "the key 'model' stands twice"),
+        ("model: {path: x}\nmodel: {path: y}", "the key 'model' is given twice"),
         ("model: [", "is not valid YAML"),
         ("- a", "must hold sections of keys"),
         ("", "must hold sections of keys"),
@@ -494,7 +494,7 @@ def test_the_saved_config_of_a_run_loads_to_the_same_config(write):
     assert again == config and digest(again) == digest(config)
 
 
-def test_the_digest_tells_settings_apart_and_nothing_else(write):
+def test_the_digest_distinguishes_settings_and_nothing_else(write):
     spelled = load_config(write("model: {path: x}\nruntime: {timeout_s: 120}"))
     assert digest(spelled) == digest(load_config(write("# x\nmodel:\n    path: 'x'\n")))
     assert digest(spelled) != digest(load_config(write("model: {path: y}")))

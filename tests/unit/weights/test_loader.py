@@ -185,7 +185,7 @@ def test_bytes_read_are_what_the_kernel_counts_and_only_the_owned_tensors(tmp_pa
 # --- What is refused ------------------------------------------------------------------------------
 
 
-def test_all_disagreements_of_names_and_shapes_are_told_at_once(tmp_path):
+def test_all_disagreements_of_names_and_shapes_are_reported_at_once(tmp_path):
     save(
         tmp_path,
         {
@@ -347,7 +347,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"w": GOOD | {"data_offsets": [4, 12]}}, bytes(12), "follows a gap"),
         ({"w": GOOD}, bytes(9), "1 bytes after its last tensor"),
         ({"w": GOOD}, bytes(4), "truncated: tensor 'w' ends"),
-        (b'{"w": 1, "w": 2}', b"", "a name stands twice"),
+        (b'{"w": 1, "w": 2}', b"", "a name is given twice"),
         (b'{"w": ', b"", "not valid JSON"),
         (b"\xff\xfe", b"", "not valid JSON"),
         (b"[" * 100_000, b"", "not valid JSON"),
