@@ -22,7 +22,7 @@ VERSION = 1
 
 
 class JobError(ValueError):
-    """The job cannot be run as asked; the message says why and what to do."""
+    """The job cannot be run as asked; the message has the reason and what to do."""
 
 
 def sibling_path(output: Path, suffix: str) -> Path:
@@ -158,10 +158,10 @@ def output_differences(output: Path, manifest: dict[str, Any]) -> list[str] | No
     """
     if not output.exists():
         return None
-    made = _manifest(_job_file(output))
-    if not isinstance(made, dict):
-        return ["no manifest records which job made it" if made is None else made]
-    return _changes(output, made, manifest)
+    of_output = _manifest(_job_file(output))
+    if not isinstance(of_output, dict):
+        return ["no manifest records which job made it" if of_output is None else of_output]
+    return _changes(output, of_output, manifest)
 
 
 def finalize(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
@@ -174,10 +174,10 @@ def finalize(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
     ledger.remove()
 
 
-def _changes(output: Path, made: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+def _changes(output: Path, of_output: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     """Return why a finished output is not the result of `manifest`."""
-    changes = differences(made, manifest)
-    if output.stat().st_size != made["output"]["size"]:
+    changes = differences(of_output, manifest)
+    if output.stat().st_size != of_output["output"]["size"]:
         changes.append("it was changed after the job finished")
     return changes
 

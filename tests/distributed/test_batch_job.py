@@ -269,7 +269,7 @@ def test_without_an_input_built_in_prompts_are_completed(job, tmp_path):
     assert run(1, [*argv, "--overwrite"])[0][0] == 0
 
 
-def test_the_script_runs_by_hand_is_killed_and_goes_on(job, undisturbed, tmp_path):
+def test_the_script_runs_by_hand_is_killed_and_resumes(job, undisturbed, tmp_path):
     """No launcher and no helper: the command a user types, and kill -9 from outside."""
     output = tmp_path / "out.jsonl"
     argv = [sys.executable, str(ROOT / "launch/infer.py"), *command(job, output)]

@@ -1,7 +1,7 @@
 """A batch job for tests: a small model, an input of good and bad lines, ranks that run infer.py.
 
-Deaths are arranged at an exact moment, inside a rank's n-th write to the ledger, so that what must
-be done and what must be left is known to the record.
+A trap kills or disturbs a rank at an exact moment, in its n-th write to the ledger, so that the
+records that must be done are known.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ BAD = [
     '{"id": "r0", "prompt": "again"}',
     '{"id": "broken", "prompt": "no end',
     json.dumps({"id": "long", "prompt": "x" * 200}),
-    '{"prompt": "nobody"}',
+    '{"prompt": "no id"}',
 ]
 # Line numbers from 1: a blank line on 2 and bad lines on 4, 6, 8 and 10.
 LINES = [GOOD[0], "", GOOD[1], BAD[0], GOOD[2], BAD[1], GOOD[3], BAD[2], GOOD[4], BAD[3], *GOOD[5:]]

@@ -52,7 +52,7 @@ def test_an_input_without_lines_has_no_requests(tmp_path, content):
     assert PendingLines.select(index, np.zeros(0, dtype=bool)).shape == (0, 4)
 
 
-def test_what_is_no_file_is_refused_in_words(tmp_path):
+def test_what_is_no_file_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         scan_input(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="is not a regular file"):
@@ -145,7 +145,7 @@ def test_duplicates_are_those_a_dictionary_finds(tmp_path_factory, names):
     assert scan_input(path).duplicates == expected
 
 
-def test_pending_lines_are_those_not_done_with_their_own_numbers(tmp_path):
+def test_pending_lines_are_those_not_done_with_their_line_numbers(tmp_path):
     path = write(tmp_path / "in.jsonl", b'{"id": 1}\n\n{"id": 2}\n{"id": 1}\n')
     lines = pending(path, done=[0])
     assert len(lines) == 2
@@ -192,7 +192,7 @@ def test_an_exhausted_queue_does_not_use_the_store_again():
     assert store.add("queue", 0) == 2
 
 
-def test_ranks_that_pull_at_once_share_every_line_exactly_once():
+def test_ranks_that_take_at_once_share_every_line_exactly_once():
     server = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=30))
     taken: list[list[int]] = [[] for _ in range(4)]
 

@@ -1,4 +1,4 @@
-"""The ledger keeps every record that was committed, whatever moment the process dies at."""
+"""The ledger keeps every record that was committed, whenever the process is killed."""
 
 import fcntl
 import io
@@ -20,7 +20,7 @@ from engine.request import Completion
 
 @pytest.fixture(scope="module", autouse=True)
 def no_waiting_for_the_disk():
-    """No test here cuts the power, so what the kernel holds is as good as on disk."""
+    """Skip fsync: no test here cuts the power."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
         yield

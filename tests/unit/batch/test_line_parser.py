@@ -1,4 +1,4 @@
-"""What a line of a batch input means, form by form, and that a bad line is always an answer."""
+"""Lines of a batch input, form by form; a bad line becomes an error record, never an exception."""
 
 import json
 from types import SimpleNamespace
@@ -197,7 +197,7 @@ def test_a_misspelt_setting_is_an_error_with_the_nearest_name(key, meant):
         (b'{"id": 1, "seed": ' + b"9" * 5000 + b"}", "is not valid JSON"),
     ],
 )
-def test_bad_lines_say_what_is_wrong(record, part):
+def test_error_records_of_bad_lines_name_what_is_wrong(record, part):
     assert part in message(record)
 
 

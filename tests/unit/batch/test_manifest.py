@@ -1,4 +1,4 @@
-"""What a run does about what lies at its output: start, resume, stop or refuse."""
+"""How a run treats an existing output or ledger: start, resume, stop or refuse."""
 
 import json
 from pathlib import Path
@@ -158,7 +158,7 @@ def test_an_output_of_unknown_origin_is_refused(output):
     assert run(output, manifest(output), overwrite=True) == "fresh"
 
 
-def test_an_output_that_was_changed_since_is_not_called_complete(output):
+def test_an_output_that_was_changed_since_is_not_complete(output):
     run(output, manifest(output))
     with output.open("a") as file:
         file.write("more\n")

@@ -58,14 +58,14 @@ def test_rates_are_of_the_last_seconds_only():
     assert "prefill 0 tok/s, decode 7 tok/s" in last
 
 
-def test_what_is_done_is_only_asked_for_when_it_is_shown():
-    asked = []
+def test_num_done_is_called_only_when_something_is_shown():
+    calls = []
     clock = Clock()
-    progress = ProgressBar(console(), 10, 0, lambda: asked.append(1) or 0, clock)
+    progress = ProgressBar(console(), 10, 0, lambda: calls.append(1) or 0, clock)
     for number in range(40):
         clock.now += 0.25
         progress.update(step(number))
-    assert len(asked) == 2
+    assert len(calls) == 2
 
 
 def test_a_terminal_gets_a_bar():

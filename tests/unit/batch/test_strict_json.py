@@ -1,4 +1,4 @@
-"""Only what the JSON standard allows is read, and every refusal says what is wrong."""
+"""Only what the JSON standard allows is read, and every error names what is wrong."""
 
 import json
 
@@ -42,6 +42,6 @@ def test_what_is_refused_and_how(raw, part):
     assert part in str(error.value)
 
 
-def test_a_long_value_is_shown_cut():
+def test_a_long_value_is_shown_shortened():
     assert show({"a": 1}) == '{"a": 1}'
     assert show("x" * 100) == '"' + "x" * 56 + "..."
