@@ -56,17 +56,15 @@ class DurableWriter:
     A single fsync of all of it may take minutes, during which the process looks like a hang.
     """
 
-    def __init__(
-        self, file: IO[bytes], report_progress: Callable[[], None], every: int = 256 << 20
-    ) -> None:
+    def __init__(self, file: IO[bytes], report: Callable[[], None], every: int = 256 << 20) -> None:
         """Wrap an open file.
 
         Args:
             file: opened for writing.
-            report_progress: called after each fsync.
+            report: called after each fsync.
             every: bytes between two of them.
         """
-        self._file, self._report_progress, self._every = file, report_progress, every
+        self._file, self._report, self._every = file, report, every
         self._unsynced = 0
 
     def write(self, data: bytes) -> None:
@@ -81,7 +79,7 @@ class DurableWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._unsynced = 0
-        self._report_progress()
+        self._report()
 
 
 def fsync_directory(path: Path) -> None:

@@ -44,9 +44,9 @@ class FileJob:
         config: Config,
         topology: Topology,
         input_path: Path,
-        output_path: Path,
+        output: Path,
         shard: InputShard | None = None,
-        progress_reporter: ProgressReporter | None = None,
+        reporter: ProgressReporter | None = None,
     ) -> None:
         """Describe the job; nothing is read yet.
 
@@ -54,14 +54,14 @@ class FileJob:
             config: of the run.
             topology: of the run.
             input_path: the whole input.
-            output_path: the whole output.
+            output: the whole output.
             shard: the shard of the input to run; None: all of it.
-            progress_reporter: reports the progress of work on files.
+            reporter: reports the progress of work on files.
         """
-        self._progress_reporter = progress_reporter or ProgressReporter()
+        self._reporter = reporter or ProgressReporter()
         self.input_path = input_path
-        self.output_path = output_path if shard is None else shard.output(output_path)
-        self._whole_output = output_path
+        self.output = output if shard is None else shard.output(output)
+        self._whole_output = output
         self._shard = shard
         self._own_lines = range(0)
         self.num_total = 0
@@ -96,10 +96,10 @@ class FileJob:
             table = found
             return {"pending": len(table), "total": self.num_total, "size": self._size}
 
-        progress_reporter = self._progress_reporter
-        progress_reporter.begin("reading the input and the ledger")
-        opened = on_rank_0(topology, f"{key}/open", scan, JobError, progress_reporter)
-        progress_reporter.begin("opening the job")
+        reporter = self._reporter
+        reporter.begin("reading the input and the ledger")
+        opened = on_rank_0(topology, f"{key}/open", scan, JobError, reporter)
+        reporter.begin("opening the job")
         if "done" in opened:
             return opened["done"]
         self.num_total = opened["total"]
@@ -114,7 +114,7 @@ class FileJob:
                 )
             self.lines = PendingLines(self.input_path, table)
             if topology.tensor.rank == 0:
-                self._writer = ShardWriter(shards_dir(self.output_path), topology.data_rank)
+                self._writer = ShardWriter(shards_dir(self.output), topology.data_rank)
         except FileNotFoundError as error:
             problem = (
                 f"{error.filename}: does not exist on {topology.host}, only on rank 0's host; "
@@ -122,7 +122,7 @@ class FileJob:
             )
         except (OSError, ValueError) as error:
             problem = f"on {topology.host}: {describe(error)}"
-        progress_reporter.wait()
+        reporter.wait()
         raise_on_any_rank(topology.world, problem, JobError)
         return ""
 
@@ -155,7 +155,7 @@ class FileJob:
                 f"--input {self.input_path}: was written to while the job ran ({now.st_size} "
                 "bytes); run the same command again to check whether its content has changed"
             )
-        return self._ledger.merge(self._own_lines, self._progress_reporter.tick)
+        return self._ledger.merge(self._own_lines, self._reporter.tick)
 
     def finalize(self, num_errors: int) -> str:
         """Mark the output complete and remove the ledger; return what to print about it.
@@ -171,8 +171,8 @@ class FileJob:
         """Merge the input shards if all are complete; return the outcome, "" without shards."""
         if self._shard is None:
             return ""
-        count, report_progress = self._shard.count, self._progress_reporter.tick
-        outcome = merge_if_complete(self._whole_output, count, self._manifest, report_progress)
+        count, report = self._shard.count, self._reporter.tick
+        outcome = merge_if_complete(self._whole_output, count, self._manifest, report)
         return f"slice {self._shard} is complete; {outcome}"
 
     def _scan(self, overwrite: bool) -> np.ndarray | str:
@@ -186,7 +186,7 @@ class FileJob:
                 f"remove {self._whole_output} and {self._whole_output.name}.slice-*, or use "
                 "another --output"
             )
-        index = scan_input(self.input_path, self._progress_reporter.tick)
+        index = scan_input(self.input_path, self._reporter.tick)
         self._manifest = make_manifest(index, self._config)
         self._size, self._modified_ns = index.size, index.modified_ns
         self._own_lines = range(len(index))
@@ -195,15 +195,15 @@ class FileJob:
             if is_merged(self._whole_output, self._shard, self._manifest):
                 return f"{self._whole_output} is already complete"
         self.num_total = len(self._own_lines)
-        ledger = Ledger(self.output_path)
+        ledger = Ledger(self.output)
         try:
             action = decide_start_or_resume(ledger, self._manifest, overwrite=overwrite)
             if action == "complete":
                 ledger.close()
                 again = "already complete; --overwrite runs the job again"
-                return self._merge_shards() or f"{self.output_path} is {again}"
+                return self._merge_shards() or f"{self.output} is {again}"
             ledger.create_shards(self._topology.num_data)
-            done_n = ledger.done(len(index), self._progress_reporter.tick)
+            done_n = ledger.done(len(index), self._reporter.tick)
         except BaseException:
             ledger.close()
             raise
@@ -211,17 +211,15 @@ class FileJob:
         return PendingLines.select(index, done_n, self._own_lines)
 
 
-def check_output(output_path: Path, input_path: Path | None = None) -> None:
+def check_output(output: Path, input_path: Path | None = None) -> None:
     """Raise JobError where no output can be written."""
-    if not output_path.parent.is_dir():
-        raise JobError(
-            f"--output {output_path}: the directory {output_path.parent} does not exist; make it"
-        )
-    if output_path.exists():
-        if not output_path.is_file():
-            raise JobError(f"--output {output_path}: is not a regular file; name a file")
-        if input_path is not None and input_path.exists() and output_path.samefile(input_path):
-            raise JobError(f"--output {output_path}: is the input; name another file")
+    if not output.parent.is_dir():
+        raise JobError(f"--output {output}: the directory {output.parent} does not exist; make it")
+    if output.exists():
+        if not output.is_file():
+            raise JobError(f"--output {output}: is not a regular file; name a file")
+        if input_path is not None and input_path.exists() and output.samefile(input_path):
+            raise JobError(f"--output {output}: is the input; name another file")
 
 
 def _broadcast_table(table: np.ndarray, length: int, topology: Topology) -> np.ndarray:

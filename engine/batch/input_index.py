@@ -58,12 +58,12 @@ class InputIndex:
         return len(self.offsets_n)
 
 
-def scan_input(path: Path, report_progress: Tick = no_tick) -> InputIndex:
+def scan_input(path: Path, report: Tick = no_tick) -> InputIndex:
     """Read the file once, front to back, and return its index.
 
     Args:
         path: a JSONL file, one request per line.
-        report_progress: called once per MiB or so.
+        report: called once per MiB or so.
 
     Raises:
         OSError: the file cannot be read.
@@ -78,7 +78,7 @@ def scan_input(path: Path, report_progress: Tick = no_tick) -> InputIndex:
     with path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
         for lines in _line_blocks(file, digest.update):
-            report_progress()
+            report()
             for raw in lines:
                 number += 1
                 skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
@@ -94,7 +94,7 @@ def scan_input(path: Path, report_progress: Tick = no_tick) -> InputIndex:
     offsets_n = np.array(offsets, dtype=np.int64)
     numbers_n = np.array(numbers, dtype=np.int64)
     candidates = _equal_hashes(np.array(hashes, dtype=np.int64), nameless)
-    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, report_progress)
+    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, report)
     return InputIndex(path, size, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates)
 
 
@@ -163,18 +163,14 @@ def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:
 
 
 def _verify_duplicates(
-    path: Path,
-    offsets_n: np.ndarray,
-    numbers_n: np.ndarray,
-    candidates: np.ndarray,
-    report_progress: Tick,
+    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray, report: Tick
 ) -> dict[int, int]:
     """Return `InputIndex.duplicates`: read the candidates' ids again, as hashes may collide."""
     first: dict[tuple[type, str | int], int] = {}
     duplicates = {}
     with path.open("rb") as file:
         for index in candidates.tolist():
-            report_progress()
+            report()
             file.seek(int(offsets_n[index]))
             name = line_id(file.readline())
             if name is None:

@@ -109,7 +109,7 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
 
 
 def merge_if_complete(
-    output: Path, count: int, manifest: dict[str, Any], report_progress: Tick = no_tick
+    output: Path, count: int, manifest: dict[str, Any], report: Tick = no_tick
 ) -> str:
     """Merge the shards into `output` if all are complete; return a sentence with the outcome.
 
@@ -117,13 +117,13 @@ def merge_if_complete(
         output: the whole output.
         count: number of shards.
         manifest: of the whole job.
-        report_progress: called at intervals, also while another run holds the lock.
+        report: called at intervals, also while another run holds the lock.
 
     Raises:
         OSError: a file cannot be read or written.
         JobError: a shard is another job's.
     """
-    with _locked_ledger(output, report_progress) as ledger:
+    with _locked_ledger(output, report) as ledger:
         _refuse_unsharded_run(output)
         if output_differences(output, manifest) == []:
             _remove_shards(output)
@@ -134,8 +134,7 @@ def merge_if_complete(
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             return f"slices {shown} of {count} are not complete yet; the last one merges all"
         try:
-            paths = [shard.output(output) for shard in shards]
-            _merge(paths, output, ledger, manifest, report_progress)
+            _merge([shard.output(output) for shard in shards], output, ledger, manifest, report)
         except FileNotFoundError:
             # Without locks another run may have finalized the output and begun to remove.
             if output_differences(output, manifest) != []:
@@ -145,29 +144,25 @@ def merge_if_complete(
 
 
 def _merge(
-    shards: list[Path],
-    output: Path,
-    ledger: Ledger,
-    manifest: dict[str, Any],
-    report_progress: Tick,
+    shards: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any], report: Tick
 ) -> None:
     """Copy the shards and finalize. Raises JobError, with the shards kept, for a wrong size."""
     size = sum(path.stat().st_size for path in shards)
-    report = _total([read_json(sibling_path(path, "report.json")) for path in shards])
+    total = _total([read_json(sibling_path(path, "report.json")) for path in shards])
     config = sibling_path(shards[0], "config.yaml").read_text(encoding="utf-8")
-    _copy(shards, output, report_progress)
+    _copy(shards, output, report)
     write_text(sibling_path(output, "config.yaml"), config)
-    write_text(sibling_path(output, "report.json"), json.dumps(report, indent=2) + "\n")
+    write_text(sibling_path(output, "report.json"), json.dumps(total, indent=2) + "\n")
     if (copied := output.stat().st_size) != size:
         raise JobError(
             f"{output} is {copied} bytes, its slices are {size}: something else has written to one "
             "of them. The slices are kept; run any of them again to repeat the merge"
         )
-    finalize(ledger, manifest, report["errors"])
+    finalize(ledger, manifest, total["errors"])
 
 
 @contextmanager
-def _locked_ledger(output: Path, report_progress: Tick) -> Iterator[Ledger]:
+def _locked_ledger(output: Path, report: Tick) -> Iterator[Ledger]:
     """Hold the whole output's ledger, which serves as a lock only. Raises OSError and Busy."""
     deadline = time.monotonic() + _MERGE_LOCK_TIMEOUT_S
     while True:
@@ -177,7 +172,7 @@ def _locked_ledger(output: Path, report_progress: Tick) -> Iterator[Ledger]:
         except Busy:
             if time.monotonic() >= deadline:
                 raise
-        report_progress()
+        report()
         time.sleep(0.2)
     try:
         yield ledger
@@ -212,7 +207,7 @@ def _is_complete(shard: InputShard, output: Path, manifest: dict[str, Any]) -> b
     return differences == []
 
 
-def _copy(sources: list[Path], output: Path, report_progress: Tick) -> None:
+def _copy(sources: list[Path], output: Path, report: Tick) -> None:
     host = socket.gethostname()
     for path, match in _files_like(_COPY_SUFFIX, output):
         if match[1] == host and not _is_alive(int(match[2])):
@@ -221,7 +216,7 @@ def _copy(sources: list[Path], output: Path, report_progress: Tick) -> None:
     temporary = output.with_name(own)
     try:
         with temporary.open("wb") as target:
-            out = DurableWriter(target, report_progress)
+            out = DurableWriter(target, report)
             for source in sources:
                 with source.open("rb") as file:
                     while block := file.read(_COPY_BYTES):

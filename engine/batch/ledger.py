@@ -53,19 +53,19 @@ def _checksum(index: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(b"%d" % index))
 
 
-def scan_shard(file: IO[bytes], report_progress: Tick = no_tick) -> Iterator[tuple[int, int, int]]:
+def scan_shard(file: IO[bytes], report: Tick = no_tick) -> Iterator[tuple[int, int, int]]:
     """Yield (index, offset, length) of a ledger shard's whole records; skip torn or damaged ones.
 
     Offset and length, in bytes, are those of the record's JSON without the line around it.
 
     Args:
         file: opened for reading.
-        report_progress: called once per 4096 lines.
+        report: called once per 4096 lines.
     """
     offset = 0
     for number, line in enumerate(file):
         if number % _RECORDS_PER_REPORT == 0:
-            report_progress()
+            report()
         if (head := _HEAD.match(line)) and line.endswith(_TAIL):
             index, body = int(head[1]), line[head.end() : -len(_TAIL)]
             if _checksum(index, body) == int(head[2]):
@@ -150,29 +150,29 @@ class Ledger:
                 _truncate_torn_tail(file)
         fsync_directory(self.directory)
 
-    def done(self, num_lines: int, report_progress: Tick = no_tick) -> np.ndarray:
+    def done(self, num_lines: int, report: Tick = no_tick) -> np.ndarray:
         """Return which lines have a record: bool [num_lines].
 
         Args:
             num_lines: of the whole input.
-            report_progress: called once per 4096 records.
+            report: called once per 4096 records.
         """
         done_n = np.zeros(num_lines, dtype=bool)
         for path in self._shard_files():
             with path.open("rb", buffering=_CHUNK) as file:
-                records = scan_shard(file, report_progress)
+                records = scan_shard(file, report)
                 indices = np.fromiter((index for index, _, _ in records), dtype=np.int64)
             done_n[indices] = True
         return done_n
 
-    def merge(self, lines: range, report_progress: Tick = no_tick) -> int:
+    def merge(self, lines: range, report: Tick = no_tick) -> int:
         """Write the records of these requests, in input order, to the output, durably.
 
         Holds three numbers per record and copies one record at a time.
 
         Args:
             lines: indices of the requests.
-            report_progress: called once per 4096 records.
+            report: called once per 4096 records.
 
         Returns:
             How many records are errors.
@@ -187,7 +187,7 @@ class Ledger:
         length_n = np.zeros(num_lines, dtype=np.int64)
         for number, path in enumerate(paths):
             with path.open("rb", buffering=_CHUNK) as file:
-                for index, offset, length in scan_shard(file, report_progress):
+                for index, offset, length in scan_shard(file, report):
                     row = index - lines.start
                     shard_n[row], offset_n[row], length_n[row] = number, offset, length
         if (missing := np.flatnonzero(shard_n < 0)).size:
@@ -200,10 +200,10 @@ class Ledger:
         num_errors = 0
         try:
             with temporary.open("wb", buffering=_CHUNK) as file:
-                out = DurableWriter(file, report_progress)
+                out = DurableWriter(file, report)
                 for row in range(num_lines):
                     if row % _RECORDS_PER_REPORT == 0:
-                        report_progress()
+                        report()
                     body = os.pread(shards[shard_n[row]], length_n[row], offset_n[row])
                     num_errors += _ERROR_MARK in body
                     out.write(body + b"\n")

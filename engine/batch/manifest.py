@@ -132,12 +132,11 @@ def decide_start_or_resume(
         if not overwrite:
             ledger.remove()
             return "complete"
-    elif isinstance(of_ledger, dict) and not differences(of_ledger, manifest):
+    elif isinstance(of_ledger, dict) and not (found := differences(of_ledger, manifest)):
         _job_file(ledger.output).unlink(missing_ok=True)
         return "resume"
     elif of_ledger is not None and (num_records := ledger.count()):
-        changes = [of_ledger] if isinstance(of_ledger, str) else differences(of_ledger, manifest)
-        why = "; ".join(changes)
+        why = of_ledger if isinstance(of_ledger, str) else "; ".join(found)
         obstacle = f"{ledger.directory} holds {num_records} finished records of another job: {why}"
     elif finished:
         why = "no manifest records which job made it" if of_output is None else of_output

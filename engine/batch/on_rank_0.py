@@ -11,7 +11,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 
 _POLL_S = 0.02
-_RECEIVE_TIMEOUT_S = 10.0
+_TIMEOUT_S = 10.0  # for all ranks to receive an outcome
 
 
 def on_rank_0(
@@ -19,7 +19,7 @@ def on_rank_0(
     key: str,
     work: Callable[[], Any],
     exception: type[Exception],
-    progress_reporter: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> Any:
     """Run `work` on rank 0 and return its JSON-ready result on every rank.
 
@@ -31,15 +31,15 @@ def on_rank_0(
         key: of the outcome in the store; must be unused.
         work: reports its own progress.
         exception: type that an OSError or ValueError of `work` becomes on every rank.
-        progress_reporter: reports that a rank waits.
+        reporter: reports that a rank waits.
     """
     store = topology.store
     if topology.world.rank != 0:
-        progress_reporter.wait()
+        reporter.wait()
         while not store.check([key]):
             time.sleep(_POLL_S)
         outcome = json.loads(store.get(key))
-        store.add(f"{key}/received", 1)
+        store.add(f"{key}/read", 1)
         if outcome["error"] is not None:
             raise exception(outcome["error"])
         return outcome["result"]
@@ -56,11 +56,7 @@ def on_rank_0(
 
 
 def _publish(
-    topology: Topology,
-    key: str,
-    result: Any = None,
-    error: str | None = None,
-    timeout_s: float = _RECEIVE_TIMEOUT_S,
+    topology: Topology, key: str, result: Any = None, error: str | None = None, timeout_s=_TIMEOUT_S
 ) -> None:
     """Publish an outcome and wait until all ranks have received it.
 
@@ -69,7 +65,7 @@ def _publish(
     store = topology.store
     store.set(key, json.dumps({"error": error, "result": result}))
     deadline = time.monotonic() + timeout_s
-    while store.add(f"{key}/received", 0) < topology.world.size - 1 and time.monotonic() < deadline:
+    while store.add(f"{key}/read", 0) < topology.world.size - 1 and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 

@@ -52,16 +52,12 @@ class PromptJob:
     num_resumed = 0
 
     def __init__(
-        self,
-        topology: Topology,
-        console: Console,
-        output_path: Path | None,
-        progress_reporter: ProgressReporter,
+        self, topology: Topology, console: Console, output: Path | None, reporter: ProgressReporter
     ) -> None:
         self.lines = _PromptLines()
-        self.output_path = output_path
+        self.output = output
         self._topology = topology
-        self._progress_reporter = progress_reporter
+        self._reporter = reporter
         self._console = console
         self._key = ""
 
@@ -73,15 +69,13 @@ class PromptJob:
         self._key = f"{key}/record"
 
         def check() -> None:
-            if self.output_path is None:
+            if self.output is None:
                 return
-            check_output(self.output_path)
-            if self.output_path.exists() and not overwrite:
-                raise JobError(
-                    f"--output {self.output_path}: exists; use --overwrite to replace it"
-                )
+            check_output(self.output)
+            if self.output.exists() and not overwrite:
+                raise JobError(f"--output {self.output}: exists; use --overwrite to replace it")
 
-        on_rank_0(self._topology, f"{key}/open", check, JobError, self._progress_reporter)
+        on_rank_0(self._topology, f"{key}/open", check, JobError, self._reporter)
         return ""
 
     def write(self, completions: list[Completion]) -> None:
@@ -107,10 +101,10 @@ class PromptJob:
             usage, reason = record["usage"], record["finish_reason"]
             subtitle = f"{usage['completion_tokens']} tokens, {reason}"
             self._console.print(Panel(body, subtitle=subtitle, subtitle_align="right"))
-        if self.output_path is not None:
+        if self.output is not None:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            write_text(self.output_path, "".join(lines))
-            sibling_path(self.output_path, "job.json").unlink(missing_ok=True)
+            write_text(self.output, "".join(lines))
+            sibling_path(self.output, "job.json").unlink(missing_ok=True)
         return sum(record["finish_reason"] == "error" for record in records)
 
     def finalize(self, num_errors: int) -> str:

@@ -72,7 +72,7 @@ def run_batch(
     config: Config,
     topology: Topology,
     input_path: Path | None = None,
-    output_path: Path | None = None,
+    output: Path | None = None,
     *,
     overwrite: bool = False,
     shard: InputShard | None = None,
@@ -83,7 +83,7 @@ def run_batch(
         config: equal on every rank.
         topology: of the run.
         input_path: JSONL requests; None: the built-in prompts.
-        output_path: JSONL records; None, without an input: they are only printed.
+        output: JSONL records; None, without an input: they are only printed.
         overwrite: replace what exists at the output.
         shard: the shard of the input to run; the last one to finish merges all.
 
@@ -92,17 +92,16 @@ def run_batch(
         JobFailed: a rank failed.
         Stopped: SIGTERM or SIGINT.
     """
-    if input_path is not None and output_path is None:
+    if input_path is not None and output is None:
         raise JobError("--input needs --output: name the JSONL file for the results")
     if shard is not None and input_path is None:
         raise JobError(f"--slice {shard} needs --input: name the JSONL file to take it from")
     console = make_console(quiet=topology.world.rank != 0)
-    progress_reporter = ProgressReporter()
-    job: FileJob | PromptJob
-    if input_path is not None and output_path is not None:
-        job = FileJob(config, topology, input_path, output_path, shard, progress_reporter)
+    reporter = ProgressReporter()
+    if input_path is not None and output is not None:
+        job: FileJob | PromptJob = FileJob(config, topology, input_path, output, shard, reporter)
     else:
-        job = PromptJob(topology, console, output_path, progress_reporter)
+        job = PromptJob(topology, console, output, reporter)
     # A store can outlive a run: the keys of an earlier one must not be taken for this one's.
     key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
     watchdog = Watchdog(
@@ -113,7 +112,7 @@ def run_batch(
         timeout_s=config.runtime.timeout_s,
         holder=topology.store_holder,
         advice="what has finished is kept; run the same command again to resume",
-        activity=progress_reporter,
+        activity=reporter,
     )
     with (
         Interrupts(config.runtime.drain_s) as interrupts,
@@ -125,12 +124,10 @@ def run_batch(
             return
         counts, run = _Counts(), None
         if len(job.lines):
-            run = _generate(
-                job, config, topology, key, counts, interrupts, watchdog, progress_reporter
-            )
-        progress_reporter.begin("closing its ledger shard")
+            run = _generate(job, config, topology, key, counts, interrupts, watchdog, reporter)
+        reporter.begin("closing its ledger shard")
         job.close()
-        progress_reporter.wait()
+        reporter.wait()
         all_counts = gather_objects(astuple(counts), topology.world)  # every rank has closed
         summary, done = None, ""
 
@@ -147,13 +144,13 @@ def run_batch(
                 run=run,
                 capacity=config.moe.capacity,
             )
-            if job.output_path is not None:
-                write_text(sibling_path(job.output_path, "config.yaml"), to_yaml(config))
-                write_text(sibling_path(job.output_path, "report.json"), summary.to_json())
+            if job.output is not None:
+                write_text(sibling_path(job.output, "config.yaml"), to_yaml(config))
+                write_text(sibling_path(job.output, "report.json"), summary.to_json())
             done = job.finalize(errors)
 
-        progress_reporter.begin("merging the output")
-        on_rank_0(topology, f"{key}/finish", finish, JobFailed, progress_reporter)
+        reporter.begin("merging the output")
+        on_rank_0(topology, f"{key}/finish", finish, JobFailed, reporter)
         if summary is not None:
             print_summary(console, summary)
         if done:
@@ -168,13 +165,13 @@ def _generate(
     counts: _Counts,
     interrupts: Interrupts,
     watchdog: Watchdog,
-    progress_reporter: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> RunReport:
     """Load the model, run every pending line through it, and add what finished to `counts`."""
-    progress_reporter.begin("loading the model")
+    reporter.begin("loading the model")
     from engine.llm import LLM  # the model code, which a job that is refused never needs
 
-    llm = LLM(config, topology, progress_reporter)
+    llm = LLM(config, topology, reporter)
     parse = LineParser(
         sampling=config.sampling,
         tokenizer=llm.tokenizer,

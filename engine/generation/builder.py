@@ -72,7 +72,7 @@ def fill(
         model.weight_slots(names),
         ignored=model.ignored_weights,
         group=topology.world,
-        progress_reporter=activity,
+        reporter=activity,
     )
 
 

@@ -51,7 +51,7 @@ def load_weights(
     *,
     ignored: Iterable[str] = (),
     group: Group | None = None,
-    progress_reporter: ProgressReporter | None = None,
+    reporter: ProgressReporter | None = None,
 ) -> LoadReport:
     """Fill every slot from the safetensors checkpoint in a folder.
 
@@ -63,7 +63,7 @@ def load_weights(
         ignored: regular expressions (for re.search); a tensor that no rank needs must match one.
         group: ranks that together own all of the model's tensors (`topology.world`); None: this
             rank owns them all.
-        progress_reporter: reports the progress of reading.
+        reporter: reports the progress of reading.
 
     Raises:
         CheckpointError: with the same text on every rank, before any data is read when names,
@@ -78,7 +78,7 @@ def load_weights(
         for slot in slots
         if (name := _name_in(catalog, slot.name, slot.aliases)) is not None
     ]
-    bytes_read = catalog.bytes_read + read_all(jobs, group, progress_reporter)
+    bytes_read = catalog.bytes_read + read_all(jobs, group, reporter)
     return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
 
 
@@ -209,7 +209,7 @@ def _differences(digests: Sequence[Mapping[str, str]], group: Group | None) -> l
     return found
 
 
-def fill_dummy(slots: Iterable[WeightSlot], seed: int, report_progress: Tick = no_tick) -> None:
+def fill_dummy(slots: Iterable[WeightSlot], seed: int, report: Tick = no_tick) -> None:
     """Fill every slot with random weights that depend on `seed` and the tensor's name alone.
 
     Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn in
@@ -219,11 +219,11 @@ def fill_dummy(slots: Iterable[WeightSlot], seed: int, report_progress: Tick = n
     Args:
         slots: this rank's.
         seed: of all tensors.
-        report_progress: called once per slot.
+        report: called once per slot.
     """
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for _ in pool.map(lambda slot: _fill(slot, seed), list(slots)):
-            report_progress()  # iterating over the results also raises a worker's error
+            report()  # iterating over the results also raises a worker's error
 
 
 def _fill(slot: WeightSlot, seed: int) -> None:

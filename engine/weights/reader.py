@@ -56,9 +56,7 @@ class ReadJob:
 
 
 def read_all(
-    jobs: Iterable[ReadJob],
-    group: Group | None,
-    progress_reporter: ProgressReporter | None = None,
+    jobs: Iterable[ReadJob], group: Group | None, reporter: ProgressReporter | None = None
 ) -> int:
     """Run all jobs and return the bytes read. Collective over `group`: every rank must call.
 
@@ -69,13 +67,12 @@ def read_all(
     Raises CheckpointError with the same text on every rank.
     """
     queue = deque(sorted(jobs, key=lambda job: (job.entry.file, job.entry.offset)))
-    files, progress_reporter = _Files(), progress_reporter or ProgressReporter()
+    files, reporter = _Files(), reporter or ProgressReporter()
     is_waiting = False
     with ThreadPoolExecutor(_NUM_THREADS, "read-weights") as pool:
         try:
             readers = [
-                pool.submit(_read_jobs, queue, files, progress_reporter.tick)
-                for _ in range(_NUM_THREADS)
+                pool.submit(_read_jobs, queue, files, reporter.tick) for _ in range(_NUM_THREADS)
             ]
             while True:
                 done, pending = wait(readers, timeout=_STATUS_INTERVAL_S)
@@ -84,7 +81,7 @@ def read_all(
                 )
                 if not pending and not is_waiting:
                     is_waiting = True
-                    progress_reporter.wait()
+                    reporter.wait()
                 if _all_done(problem, not pending, group):
                     return sum(reader.result() for reader in readers)
         finally:
@@ -110,7 +107,7 @@ def _all_done(problem: str | None, done: bool, group: Group | None) -> bool:
     return all(done for _, done in answers)
 
 
-def _read_jobs(queue: deque[ReadJob], files: _Files, report_progress: Tick) -> int:
+def _read_jobs(queue: deque[ReadJob], files: _Files, report: Tick) -> int:
     """Run jobs until none is left, in one thread; return the bytes read."""
     staging = _Staging()
     num_bytes = 0
@@ -120,13 +117,13 @@ def _read_jobs(queue: deque[ReadJob], files: _Files, report_progress: Tick) -> i
                 job = queue.popleft()
             except IndexError:
                 return num_bytes
-            num_bytes += _read_job(job, files, staging, report_progress)
+            num_bytes += _read_job(job, files, staging, report)
     except BaseException:
         queue.clear()  # stops the other readers
         raise
 
 
-def _read_job(job: ReadJob, files: _Files, staging: _Staging, report_progress: Tick) -> int:
+def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: Tick) -> int:
     """Read one tensor's shard; return the bytes read."""
     entry, target = job.entry, job.target.detach()
     dtype = DTYPES[entry.dtype]
@@ -145,7 +142,7 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging, report_progress: T
             memory = target.view(torch.uint8).numpy()
             for low in range(0, num_bytes, _CHUNK_BYTES):
                 run.read(memory[low : low + _CHUNK_BYTES], low)
-                report_progress()
+                report()
             return num_bytes
     cut = (slice(None), *(slice(start, stop) for start, stop in columns))
     step = max(1, _CHUNK_BYTES // row_bytes)
@@ -153,7 +150,7 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging, report_progress: T
         part = target[row : row + step]
         buffer = staging.take(part.shape[0] * row_bytes, target.device)
         run.read(buffer.numpy(), row * row_bytes)
-        report_progress()
+        report()
         part.copy_(buffer.view(dtype).view(part.shape[0], *row_shape)[cut], non_blocking=True)
         staging.give_back(target.device)
     return num_bytes

@@ -202,13 +202,13 @@ def test_a_merge_that_waits_for_another_one_reports_progress(output):
     finish_all(output)
     other, calls = Ledger(output), []
 
-    def report_progress() -> None:
+    def report() -> None:
         calls.append(1)
         if len(calls) == 3:
             other.close()
 
     assert (
-        merge_if_complete(output, COUNT, MANIFEST, report_progress)
+        merge_if_complete(output, COUNT, MANIFEST, report)
         == f"{output} is complete: 3 slices, merged"
     )
     assert len(calls) > 3, "and also while it merges"
