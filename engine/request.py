@@ -1,89 +1,55 @@
-"""What travels between the batch job, the scheduler and the user.
+"""The data of one request: `Request` (prompt tokens, `SamplingParams`) in, `Completion` out.
 
-A `Request` (prompt tokens and `SamplingParams`) goes in; a `Completion` comes out. Plain data:
-nothing here touches a tensor, a tokenizer or the configuration, so every module may import it.
+Plain data: nothing here uses a tensor or a tokenizer. The fields of `SamplingParams`, their
+defaults and rules are those of `config/schema.py:SamplingConfig`, except that a request may ask for
+no new tokens.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from engine.config import SamplingConfig
+from engine.config.validation import field_problems, rule
 
 FinishReason = Literal["stop", "length", "error"]
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: object) -> bool:
-    return _is_int(value) and value >= 0  # type: ignore[operator]
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _tuple_of(ok: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, tuple) and all(ok(item) for item in value)
-
-
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (_is_count, "a whole number from 0 (0: run the prompt only)"),
-    "temperature": (lambda v: _is_number(v) and v >= 0, "finite and at least 0 (0: greedy)"),
-    "top_p": (lambda v: _is_number(v) and 0 < v <= 1, "above 0 and at most 1 (1: off)"),
-    "top_k": (_is_count, "a whole number from 0 (0: off)"),
-    "seed": (lambda v: _is_count(v) and v < 2**63, "a whole number from 0 to 2**63 - 1"),
-    "stop": (_tuple_of(lambda s: isinstance(s, str) and s != ""), "a list of non-empty texts"),
-    "stop_token_ids": (_tuple_of(_is_count), "a list of whole numbers from 0"),
-    "ignore_eos": (_is_bool, "true or false"),
-    "logprobs": (_is_bool, "true or false"),
-    "prompt_logprobs": (_is_bool, "true or false"),
-}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How one request's tokens are chosen and when they end; the fields of the config's `sampling`.
+class SamplingParams(SamplingConfig):
+    """How one request's tokens are chosen and when they end.
 
-    Applied in the order temperature, top_k, top_p. Raises ValueError naming the field, its value
-    and the rule it breaks.
+    Raises:
+        ValueError: naming the field, its value and the rule it breaks.
     """
 
-    max_new_tokens: int = 128  # 0: only the prompt is run, for its logprobs
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0  # 1: off
-    top_k: int = 0  # 0: off
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-    prompt_logprobs: bool = False
+    max_new_tokens: int = field(  # 0: only the prompt is run, for its logprobs
+        default=128, metadata=rule("at least 0 (0: run the prompt only)", lambda v: v >= 0)
+    )
 
     def __post_init__(self) -> None:
-        for name, (ok, rule) in _RULES.items():
-            if not ok(value := getattr(self, name)):
-                raise ValueError(f"{name} = {value!r}: must be {rule}")
+        for problem in field_problems(self, full=True):
+            raise ValueError(problem)
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken, so that no random number is drawn."""
+        """Return whether the likeliest token is always taken, so that nothing is drawn."""
         return self.temperature == 0 or self.top_k == 1
 
     @classmethod
-    def from_config(cls, config: object, **overrides: Any) -> SamplingParams:
-        """The defaults in `config` (any object with these fields), then a request's own values.
+    def from_config(cls, config: SamplingConfig, **overrides: Any) -> SamplingParams:
+        """Return the defaults in `config` with a request's own values in place of some.
 
-        An override of None keeps the default; a list becomes a tuple, a single stop string a tuple
-        of one. Raises ValueError for a bad value or an unknown name (naming the nearest known one).
+        Args:
+            config: the defaults.
+            overrides: None keeps the default; a list becomes a tuple, a single stop string a tuple
+                of one.
+
+        Raises:
+            ValueError: a bad value, or an unknown name (with the nearest known one).
         """
         names = [f.name for f in fields(cls)]
         values = {name: getattr(config, name) for name in names}
@@ -102,17 +68,21 @@ class SamplingParams:
         return cls(**values)
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt to complete.
 
-    `id` is the user's name for it. `index` is its number in the whole job, the same on every rank:
-    it seeds sampling and breaks routing ties. Raises ValueError when the prompt is empty or holds
-    what is no token id.
+    Raises:
+        ValueError: the prompt is empty or holds what is no token id.
     """
 
-    index: int
-    id: str | int
+    index: int  # its number in the whole job, from 0, equal on every rank: it seeds sampling and
+    # breaks routing ties
+    id: str | int  # the user's name for it
     prompt_token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
 
@@ -132,26 +102,23 @@ class Request:
 
 @dataclass(slots=True)
 class CapacityUse:
-    """What expert capacity did to one request, in (token, expert) assignments over all MoE layers.
+    """Effect of expert capacity on one request, in (token, expert) assignments of all layers."""
 
-    assignments: as routed; tokens that compete with nobody are routed in the last layer only where
-    their output is read. mass, mass_kept: combine weights of the assignments that competed for
-    capacity, and of those that survived; extras do not count.
-    """
-
-    assignments: int = 0
+    assignments: int = 0  # as routed; tokens that are not subject to capacity are routed in the
+    # last layer only where their output is read
     dropped: int = 0
     added: int = 0
-    mass: float = 0.0
-    mass_kept: float = 0.0
+    mass: float = 0.0  # combine weights of the assignments that were subject to capacity, extras
+    # not counted
+    mass_kept: float = 0.0  # combine weights of those that were kept
 
     @property
     def gate_mass_kept(self) -> float:
-        """Share of the gate mass that was computed, in [0, 1]; 1 where nothing competed."""
+        """Return the share of the gate mass that was computed, in [0, 1]; 1 without any."""
         return self.mass_kept / self.mass if self.mass else 1.0
 
     def add(self, other: CapacityUse) -> None:
-        """Count `other` in."""
+        """Add the counts of `other`."""
         self.assignments += other.assignments
         self.dropped += other.dropped
         self.added += other.added
@@ -161,7 +128,7 @@ class CapacityUse:
 
 @dataclass(slots=True)
 class Timing:
-    """Moments of a request's life, in seconds of the monotonic clock; None where not reached."""
+    """Times of one request's events, in seconds of the monotonic clock; None where not reached."""
 
     arrived: float
     first_token: float | None = None
@@ -170,7 +137,7 @@ class Timing:
 
 @dataclass(slots=True)
 class Completion:
-    """The outcome of one request. Logprobs are natural logarithms; `prompt_logprobs[0]` is None."""
+    """The outcome of one request. Logprobs are natural logarithms."""
 
     index: int
     id: str | int | None
@@ -180,7 +147,7 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     logprobs: list[float] | None = None
-    prompt_logprobs: list[float | None] | None = None
+    prompt_logprobs: list[float | None] | None = None  # [0] is None: nothing precedes it
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # {"message": str, "line": int | None}
     timing: Timing | None = None
@@ -195,7 +162,7 @@ class Completion:
         line: int | None = None,
         prompt_tokens: int = 0,
     ) -> Completion:
-        """The completion of a request that could not be run: no tokens, and why."""
+        """Return the completion of a request that could not be run: no tokens, and the reason."""
         return cls(
             index=index,
             id=id,
@@ -208,7 +175,7 @@ class Completion:
         )
 
     def record(self) -> dict[str, Any]:
-        """The batch job's output line, ready for JSON; optional keys only where present."""
+        """Return the output record, ready for JSON; optional keys only where present."""
         out: dict[str, Any] = {
             "id": self.id,
             "text": self.text,

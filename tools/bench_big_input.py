@@ -70,7 +70,7 @@ def make_input(path: Path, lines: int, words: tuple[int, int], new_tokens: tuple
 def fill_ledger(source: Path, output: Path, left: int) -> None:
     """Put a record into the ledger for every line but the last `left`, out of order, as runs do."""
     from engine.batch.input_index import scan_input
-    from engine.batch.ledger import Ledger, encode, part_path
+    from engine.batch.ledger import Ledger, encode, shard_path
     from engine.batch.manifest import make_manifest
     from engine.config.loader import load_config
     from engine.request import Completion
@@ -80,7 +80,7 @@ def fill_ledger(source: Path, output: Path, left: int) -> None:
     ledger.start_over(make_manifest(index, load_config(_CONFIG, _settings(None))))
     numbers = list(range(len(index) - left))
     random.Random(1).shuffle(numbers)
-    with part_path(ledger.parts, 0).open("wb") as part:
+    with shard_path(ledger.directory, 0).open("wb") as part:
         for number in numbers:
             tokens = list(range(100, 116))
             part.write(
@@ -91,7 +91,7 @@ def fill_ledger(source: Path, output: Path, left: int) -> None:
 
 def scan_seconds(source: Path, output: Path) -> tuple[float, float]:
     """Seconds to index the input and to read the ledger, as rank 0 does before it runs."""
-    from engine.batch.input_index import Pending, scan_input
+    from engine.batch.input_index import PendingLines, scan_input
     from engine.batch.ledger import Ledger
 
     taken: list[tuple[float, float]] = []
@@ -100,8 +100,8 @@ def scan_seconds(source: Path, output: Path) -> tuple[float, float]:
         index = scan_input(source)
         scanned = time.perf_counter()
         ledger = Ledger(output)
-        ledger.create_parts(2)
-        Pending.select(index, ledger.done(len(index)))
+        ledger.create_shards(2)
+        PendingLines.select(index, ledger.done(len(index)))
         taken.append((scanned - begin, time.perf_counter() - scanned))
         ledger.close()
     return tuple(statistics.median(each) for each in zip(*taken, strict=True))

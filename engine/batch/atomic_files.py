@@ -1,6 +1,6 @@
 """Files that survive a crash: written whole or not at all, and locked to one process.
 
-A leaf; the batch job and its ledger stand on it.
+No module of this folder is imported here; the ledger and the job's other files are written with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Busy(ValueError):
-    """Another process holds the file."""
+    """Another process has locked the file."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,12 +33,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, for a value."""
+    """Replace a file by `value` as JSON, durably as `write_text` does. Raises OSError."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read an object, None where there is no file. Raises ValueError for anything else."""
+    """Return the JSON object in a file, None without a file. Raises ValueError otherwise."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -51,14 +51,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 class DurableWriter:
-    """Writes a large file that is on disk at the end, without leaving all of it for the last
-    moment: a disk may need minutes for what is in memory, and nobody could tell that from a hang.
+    """Writes a large file with an fsync at regular intervals instead of one at the end.
 
-    tick: called whenever a part is on disk.
+    A single fsync of all of it may take minutes, during which the process looks like a hang.
     """
 
-    def __init__(self, file: IO[bytes], tick: Callable[[], None], every: int = 256 << 20) -> None:
-        self._file, self._tick, self._every = file, tick, every
+    def __init__(self, file: IO[bytes], report: Callable[[], None], every: int = 256 << 20) -> None:
+        """Wrap an open file.
+
+        Args:
+            file: opened for writing.
+            report: called after each fsync.
+            every: bytes between two of them.
+        """
+        self._file, self._report, self._every = file, report, every
         self._unsynced = 0
 
     def write(self, data: bytes) -> None:
@@ -73,11 +79,11 @@ class DurableWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._unsynced = 0
-        self._tick()
+        self._report()
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable: files made, renamed or removed there."""
+    """Make the names in a directory durable: files created, renamed or removed there."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -85,13 +91,21 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def lock(fd: int, what: str, patience_s: float = 0) -> None:
-    """Lock an open file for this process until it is closed; raise Busy after `patience_s`.
+def lock(fd: int, what: str, timeout_s: float = 0) -> None:
+    """Lock an open file for this process until it is closed.
 
-    Patience is for ranks of a run that was killed a moment ago. On a file system without locks
-    nobody can be kept out, and the job goes on.
+    On a file system without locks this does nothing: no other process can be excluded there.
+
+    Args:
+        fd: the file.
+        what: begins the error message, as in `FILE: is being written`.
+        timeout_s: how long to retry, as ranks of a run that was just killed may still hold it.
+
+    Raises:
+        Busy: another process holds the lock after `timeout_s`.
+        OSError: the file cannot be locked for another reason.
     """
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,9 @@
-"""The input of a batch job as an array of offsets, and the queue that ranks take its lines from.
+"""Index of a batch input, and the work queue that ranks take its lines from.
 
-Second stop of a job (`run.py`): rank 0 scans the JSONL once (`scan_input`), the ledger
-says which lines are done, and the rest travels to every rank as one int64 table (`Pending`). Ranks
-then pull tickets from a counter in the store (`WorkQueue`) and read a line only when they run it:
-the input is indexed, never loaded, and costs 32 bytes a line. `line_parser.py` says what a
-line means.
+The input is indexed, not loaded: rank 0 scans the JSONL once (`scan_input`), at 32 bytes per line.
+The lines without a record in the ledger are broadcast to every rank as one int64 table
+(`PendingLines`). Ranks then take work-queue indices from a counter in the store (`WorkQueue`) and
+read a line only when they run it. `line_parser.py` turns a line into a request.
 """
 
 from __future__ import annotations
@@ -35,53 +34,51 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the input: its index among the requests, its number in the file from 1, bytes.
+    """One line of the input."""
 
-    duplicate_of: number of the earlier line with the same id, 0 when there is none.
-    """
-
-    index: int
-    number: int
+    index: int  # among the requests, from 0
+    number: int  # in the file, from 1; blank lines count
     raw: bytes
-    duplicate_of: int = 0
+    duplicate_of: int = 0  # number of the earlier line with the same id, 0 without one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputIndex:
-    """Where the requests of an input stand; n lines that are not blank.
-
-    offsets_n: int64, byte at which each line starts. numbers_n: int64, its line number from 1
-    (blank lines count). duplicates: index of a line -> number of the earlier line with the same id.
-    size: bytes. sha256: of the content, hex.
-    """
+    """Where the requests of an input are in the file; n lines that are not blank."""
 
     path: Path
-    size: int
-    sha256: str
+    size: int  # bytes
+    sha256: str  # of the content, hex
     modified_ns: int
-    offsets_n: np.ndarray
-    numbers_n: np.ndarray
-    duplicates: dict[int, int]
+    offsets_n: np.ndarray  # int64, byte at which each line starts
+    numbers_n: np.ndarray  # int64, line number from 1; blank lines count
+    duplicates: dict[int, int]  # index of a line -> number of the earlier line with the same id
 
     def __len__(self) -> int:
         return len(self.offsets_n)
 
 
-def scan_input(path: Path, tick: Tick = no_tick) -> InputIndex:
-    """Read the file once, front to back, and index it. tick: called every now and then.
+def scan_input(path: Path, report: Tick = no_tick) -> InputIndex:
+    """Read the file once, front to back, and return its index.
 
-    Raises OSError, and ValueError for what is no regular file.
+    Args:
+        path: a JSONL file, one request per line.
+        report: called once per MiB or so.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is missing or no regular file.
     """
     if not path.is_file():
         reason = "is not a regular file" if path.exists() else "does not exist"
-        raise ValueError(f"--input {path}: {reason}; give a JSONL file, one request a line")
+        raise ValueError(f"--input {path}: {reason}; give a JSONL file, one request per line")
     digest = hashlib.sha256()
     offsets, numbers, hashes, nameless = array("q"), array("q"), array("q"), []
     offset = number = 0
     with path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
         for lines in _line_blocks(file, digest.update):
-            tick()
+            report()
             for raw in lines:
                 number += 1
                 skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
@@ -97,7 +94,7 @@ def scan_input(path: Path, tick: Tick = no_tick) -> InputIndex:
     offsets_n = np.array(offsets, dtype=np.int64)
     numbers_n = np.array(numbers, dtype=np.int64)
     candidates = _equal_hashes(np.array(hashes, dtype=np.int64), nameless)
-    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, tick)
+    duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, report)
     return InputIndex(path, size, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates)
 
 
@@ -105,7 +102,7 @@ def line_id(raw: bytes) -> str | int | None:
     """Return the id of a line as written, None where it has none that is text or a whole number.
 
     Never fails: a line that is broken further on still gets an error record under its own id. Where
-    a line gives several ids, which `batch_lines` refuses, the first one written counts or, behind
+    a line has several ids, which `line_parser.py` refuses, the first one written counts or, behind
     other keys, `custom_id`.
     """
     if match := _LEADING_ID.match(raw):
@@ -124,16 +121,18 @@ def line_id(raw: bytes) -> str | int | None:
 
 
 def _hash(name: str | int | None) -> int:
-    """64 bits of an id, good for this process."""
+    """Return a 64-bit hash of an id, valid in this process only."""
     return hash(name)
 
 
 def _line_blocks(file: IO[bytes], update: Callable[[bytes], object]) -> Iterator[list[bytes]]:
-    """Yield the lines of a file, without their ends, some thousands at a time.
+    """Yield the lines of a file without their line ends, thousands at a time.
 
-    update: takes every byte read. What follows the last line end is a line if it holds anything.
+    Args:
+        file: opened for reading; text after the last line end counts as a line.
+        update: called with every block that was read, such as a digest's `update`.
     """
-    begun: list[bytes] = []  # of a line that has not ended
+    begun: list[bytes] = []  # pieces of a line whose end has not been read
     while block := file.read(_CHUNK):
         update(block)
         first, *rest = block.split(b"\n")
@@ -147,7 +146,12 @@ def _line_blocks(file: IO[bytes], update: Callable[[bytes], object]) -> Iterator
 
 
 def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:
-    """Indices, ascending, of the lines that share their hash with another line that has an id."""
+    """Return the indices, ascending, of lines that share their hash with another line with an id.
+
+    Args:
+        hashes_n: int64, hash of each line's id.
+        nameless: indices of the lines without an id.
+    """
     order_n = np.argsort(hashes_n, kind="stable")
     sorted_n = hashes_n[order_n]
     same = sorted_n[1:] == sorted_n[:-1]
@@ -159,14 +163,14 @@ def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:
 
 
 def _verify_duplicates(
-    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray, tick: Tick
+    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray, report: Tick
 ) -> dict[int, int]:
-    """Read the candidates' ids again: equal hashes are not yet equal ids."""
+    """Return `InputIndex.duplicates`: read the candidates' ids again, as hashes may collide."""
     first: dict[tuple[type, str | int], int] = {}
     duplicates = {}
     with path.open("rb") as file:
         for index in candidates.tolist():
-            tick()
+            report()
             file.seek(int(offsets_n[index]))
             name = line_id(file.readline())
             if name is None:
@@ -178,22 +182,31 @@ def _verify_duplicates(
     return duplicates
 
 
-class Pending:
-    """The lines still to run, by ticket. Every rank holds the same table and reads the file itself.
-
-    table: int64 [P, 4], columns index, byte offset, line number, number of the earlier line with
-    the same id or 0.
-    """
+class PendingLines:
+    """The lines still to run, by work-queue index; each rank reads them from the file itself."""
 
     def __init__(self, path: Path, table: np.ndarray) -> None:
+        """Open the input.
+
+        Args:
+            path: the input.
+            table: from `select`, equal on every rank.
+        """
         self._file = path.open("rb")
         self._table = table
 
     @staticmethod
     def select(index: InputIndex, done_n: np.ndarray, lines: range | None = None) -> np.ndarray:
-        """Make the table of the lines that are not done, in input order.
+        """Return the table of the lines that are not done, in input order.
 
-        done_n: bool, by line. lines: those of interest, by default all.
+        Args:
+            index: of the whole input.
+            done_n: bool, per line.
+            lines: indices to choose from; None: all.
+
+        Returns:
+            int64 [P, 4]: index, byte offset, line number, number of the earlier line with the same
+            id or 0.
         """
         own = range(len(index)) if lines is None else lines
         todo = own.start + np.flatnonzero(~done_n[own.start : own.stop])
@@ -205,15 +218,15 @@ class Pending:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, ticket: int) -> Line:
-        index, offset, number, duplicate_of = self._table[ticket].tolist()
+    def __getitem__(self, queue_index: int) -> Line:
+        index, offset, number, duplicate_of = self._table[queue_index].tolist()
         self._file.seek(offset)
         return Line(index, number, self._file.readline(), duplicate_of)
 
     def number_of(self, index: int) -> int:
-        """Return the line number of a pending request."""
-        ticket = int(np.searchsorted(self._table[:, 0], index))
-        return int(self._table[ticket, 2])
+        """Return the line number of the pending request `index`."""
+        row = int(np.searchsorted(self._table[:, 0], index))
+        return int(self._table[row, 2])
 
     def close(self) -> None:
         """Close the input file."""
@@ -221,20 +234,18 @@ class Pending:
 
 
 class Lines(Protocol):
-    """What tickets stand for: `Pending`, or the built-in prompts."""
+    """Lines by work-queue index: `PendingLines`, or the built-in prompts."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, ticket: int) -> Line: ...
+    def __getitem__(self, queue_index: int) -> Line: ...
 
 
 class WorkQueue:
-    """The request source of one data rank; all data ranks pull from one counter in the store.
+    """The request source of one data rank; all data ranks take from one counter in the store."""
 
-    limit: the most requests that this rank may hold at once, so that few requests spread over all
-    ranks (8 on 2 ranks go 4 and 4). `take` talks to the store: only the rank that owns the requests
-    calls it, the first of its tensor group.
-    """
+    limit: int  # requests this rank may hold at once, so that few requests spread over all ranks:
+    # 8 on 2 ranks go 4 and 4
 
     def __init__(
         self,
@@ -244,23 +255,35 @@ class WorkQueue:
         key: str,
         num_data: int,
     ) -> None:
+        """Build the queue of one data rank.
+
+        Args:
+            lines: what to run, equal on every rank.
+            parse: turns a line into a request, or into an error record.
+            store: holds the counter.
+            key: the counter's; must be unused before this run.
+            num_data: number of data ranks.
+        """
         self.limit = max(1, -(-len(lines) // num_data))
         self._lines = lines
         self._parse = parse
         self._store = store
         self._key = key
-        self._dry = False
+        self._exhausted = False
 
     def take(self) -> Request | Completion | None:
-        """Return the next request, an error record for a bad line, or None when nothing is left."""
-        if self._dry:
+        """Return the next request, an error record for a bad line, or None when nothing is left.
+
+        Uses the store: only the first rank of each tensor group must call.
+        """
+        if self._exhausted:
             return None
-        ticket = self._store.add(self._key, 1) - 1
-        if ticket >= len(self._lines):
-            self._dry = True
+        queue_index = self._store.add(self._key, 1) - 1
+        if queue_index >= len(self._lines):
+            self._exhausted = True
             return None
-        return self._parse(self._lines[ticket])
+        return self._parse(self._lines[queue_index])
 
     def is_exhausted(self) -> bool:
-        """Whether all tickets are taken. Takes none."""
-        return self._dry or self._store.add(self._key, 0) >= len(self._lines)
+        """Return whether all lines have been taken. Takes none."""
+        return self._exhausted or self._store.add(self._key, 0) >= len(self._lines)

@@ -1,19 +1,20 @@
-"""Slices: one input shared by several runs that know nothing of each other, such as a job array.
+"""Input shards: one input over several runs that do not communicate, such as a job array.
 
-    launch/infer.py --slice 3/16     the fourth of 16 equal, contiguous parts of the requests
+    launch/infer.py --slice 3/16     the fourth of 16 equal, contiguous shards of the requests
 
-A slice is a job of its own, with the output `<output>.slice-00003-of-00016` and a ledger beside it.
-Requests keep their index in the whole input: seeds, duplicates and line numbers are those of a run
-without slices. Whoever finishes a slice looks, under the lock of the whole output, whether all are
-there; the last one copies them, in order, into the output and removes them:
+A shard is a job of its own, with the output `<output>.slice-00003-of-00016` and a ledger next to
+it. Requests keep their index in the whole input: seeds, duplicates and line numbers are those of a
+run without shards. A run that finishes its shard checks, under the lock of the whole output,
+whether all shards are complete; the last one copies them, in order, into the output and removes
+them:
 
     1. copy      <output>.merge-<host>-<pid>-<random>.tmp, synced, renamed to <output>
-    2. seal      if it is as long as the slices, <output>.job.json: now the output is complete
-    3. remove    the slices, and copies that killed merges left
+    2. finalize  if it is as long as the shards, <output>.job.json: now the output is complete
+    3. remove    the shards, and copies that killed merges left
 
-Killed before 2, any slice that is run again does all of it anew; after 2 it removes what is left.
-On a file system without locks several may merge at once: each copies into a file of its own, and
-the others find that the first has sealed.
+Killed before 2, a rerun of any shard merges again from the start; after 2, it removes what is left.
+On a file system without locks several runs may merge at once: each copies into a file of its own,
+and the later ones find the output finalized.
 """
 
 from __future__ import annotations
@@ -32,32 +33,33 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.atomic_files import Busy, DurableWriter, fsync_directory, read_json, write_text
-from engine.batch.ledger import Ledger, parts_dir
-from engine.batch.manifest import JobError, beside, finished_as, seal
+from engine.batch.ledger import Ledger, shards_dir
+from engine.batch.manifest import JobError, finalize, output_differences, sibling_path
 from engine.distributed.health.progress import Tick, no_tick
 
 _COPY_BYTES = 4 << 20
-_PATIENCE_S = 600.0  # for another run that merges at this moment
-_NAME = re.compile(r"\.slice-(\d{5})-of-(\d{5})(.*)")
-_COPY = re.compile(r"\.merge-(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
+_MERGE_LOCK_TIMEOUT_S = 600.0  # another run may be merging
+_SHARD_SUFFIX = re.compile(r"\.slice-(\d{5})-of-(\d{5})(.*)")
+_COPY_SUFFIX = re.compile(r"\.merge-(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
 _SUMS = ("total", "resumed", "errors", "requests", "prompt_tokens", "generated_tokens")
-MOST = 99_999
+MAX_SHARDS = 99_999
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """Part `index`, from 0, of `count`."""
+class InputShard:
+    """One of `count` contiguous shards of an input."""
 
-    index: int
+    index: int  # from 0
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> Slice:
-        """Read `I/N`. Raises JobError."""
+    def parse(cls, text: str) -> InputShard:
+        """Return the shard that `I/N` names. Raises JobError."""
         match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
         if match is None or int(match[1]) >= int(match[2]):
             raise JobError(
-                f"--slice {text}: must be I/N with 0 <= I < N <= {MOST}; the first of 16 is 0/16"
+                f"--slice {text}: must be I/N with 0 <= I < N <= {MAX_SHARDS}; the first of 16 is "
+                "0/16"
             )
         return cls(int(match[1]), int(match[2]))
 
@@ -65,89 +67,104 @@ class Slice:
         return f"{self.index}/{self.count}"
 
     def lines(self, total: int) -> range:
-        """Which of `total` requests are its own; the first slices take one more of a remainder."""
+        """Return the shard's share of `total` requests; a remainder goes to the first shards."""
         size, more = divmod(total, self.count)
         first = self.index * size + min(self.index, more)
         return range(first, first + size + (self.index < more))
 
     def output(self, output: Path) -> Path:
-        """Where its records go."""
+        """Return the path of the shard's own output."""
         return output.with_name(f"{output.name}.slice-{self.index:05d}-of-{self.count:05d}")
 
 
-def is_merged(output: Path, part: Slice, manifest: dict[str, Any]) -> bool:
-    """Whether the whole output is complete; removes what is left of its slices then.
+def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool:
+    """Return whether the whole output is complete; if so, remove what is left of its shards.
 
-    Raises JobError where `part` must not be run: another job's output or ledger, or slices of
-    another division, are in its place.
+    Args:
+        output: the whole output.
+        shard: about to be run.
+        manifest: of the whole job.
+
+    Raises:
+        JobError: `shard` must not be run, as another job's output or ledger, or shards of another
+            division, are in its place.
     """
-    changes = finished_as(output, manifest)
-    if changes == []:
-        _remove_slices(output)
+    differences = output_differences(output, manifest)
+    if differences == []:
+        _remove_shards(output)
         return True
-    found = _slices(output)
-    _refuse_whole_run(output)
-    if changes is not None and not found:
+    counts = _shard_counts(output)
+    _refuse_unsharded_run(output)
+    if differences is not None and not counts:
         raise JobError(
-            f"--slice {part}: --output {output} exists and is not this job's: "
-            f"{'; '.join(changes)}. Remove it, or use another --output"
+            f"--slice {shard}: --output {output} exists and is not this job's: "
+            f"{'; '.join(differences)}. Remove it, or use another --output"
         )
-    if others := sorted(count for count in found if count != part.count):
+    if others := sorted(count for count in counts if count != shard.count):
         raise JobError(
-            f"--slice {part}: beside {output} lie slices of {others[0]}; go on with "
+            f"--slice {shard}: next to {output} are slices of {others[0]}; continue with "
             f"--slice I/{others[0]}, remove {output.name}.slice-*, or use another --output"
         )
     return False
 
 
-def join(output: Path, count: int, manifest: dict[str, Any], tick: Tick = no_tick) -> str:
-    """Merge the slices into `output` if all are complete; return in a sentence what was done.
+def merge_if_complete(
+    output: Path, count: int, manifest: dict[str, Any], report: Tick = no_tick
+) -> str:
+    """Merge the shards into `output` if all are complete; return a sentence with the outcome.
 
-    manifest: of the whole job. tick: called every now and then. Raises OSError, and JobError for a
-    slice of another job.
+    Args:
+        output: the whole output.
+        count: number of shards.
+        manifest: of the whole job.
+        report: called at intervals, also while another run holds the lock.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        JobError: a shard is another job's.
     """
-    with _held(output, tick) as ledger:
-        _refuse_whole_run(output)
-        if finished_as(output, manifest) == []:
-            _remove_slices(output)
+    with _locked_ledger(output, report) as ledger:
+        _refuse_unsharded_run(output)
+        if output_differences(output, manifest) == []:
+            _remove_shards(output)
             return f"{output} is complete"
-        slices = [Slice(index, count) for index in range(count)]
-        missing = [part.index for part in slices if not _complete(part, output, manifest)]
+        shards = [InputShard(index, count) for index in range(count)]
+        missing = [shard.index for shard in shards if not _is_complete(shard, output, manifest)]
         if missing:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             return f"slices {shown} of {count} are not complete yet; the last one merges all"
         try:
-            _merge([part.output(output) for part in slices], output, ledger, manifest, tick)
+            _merge([shard.output(output) for shard in shards], output, ledger, manifest, report)
         except FileNotFoundError:
-            # Without locks another run may have sealed and begun to remove.
-            if finished_as(output, manifest) != []:
+            # Without locks another run may have finalized the output and begun to remove.
+            if output_differences(output, manifest) != []:
                 raise
-        _remove_slices(output)
+        _remove_shards(output)
         return f"{output} is complete: {count} slices, merged"
 
 
 def _merge(
-    slices: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any], tick: Tick
+    shards: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any], report: Tick
 ) -> None:
-    """Copy and seal. Raises JobError, with the slices untouched, for a copy of the wrong size."""
-    size = sum(path.stat().st_size for path in slices)
-    report = _total([read_json(beside(path, "report.json")) for path in slices])
-    config = beside(slices[0], "config.yaml").read_text(encoding="utf-8")
-    _copy(slices, output, tick)
-    write_text(beside(output, "config.yaml"), config)
-    write_text(beside(output, "report.json"), json.dumps(report, indent=2) + "\n")
+    """Copy the shards and finalize. Raises JobError, with the shards kept, for a wrong size."""
+    size = sum(path.stat().st_size for path in shards)
+    total = _total([read_json(sibling_path(path, "report.json")) for path in shards])
+    config = sibling_path(shards[0], "config.yaml").read_text(encoding="utf-8")
+    _copy(shards, output, report)
+    write_text(sibling_path(output, "config.yaml"), config)
+    write_text(sibling_path(output, "report.json"), json.dumps(total, indent=2) + "\n")
     if (copied := output.stat().st_size) != size:
         raise JobError(
             f"{output} is {copied} bytes, its slices are {size}: something else has written to one "
-            "of them. The slices are kept; run any of them again to merge anew"
+            "of them. The slices are kept; run any of them again to repeat the merge"
         )
-    seal(ledger, manifest, report["errors"])
+    finalize(ledger, manifest, total["errors"])
 
 
 @contextmanager
-def _held(output: Path, tick: Tick) -> Iterator[Ledger]:
-    """The whole output's ledger, which is only a lock here."""
-    deadline = time.monotonic() + _PATIENCE_S
+def _locked_ledger(output: Path, report: Tick) -> Iterator[Ledger]:
+    """Hold the whole output's ledger, which serves as a lock only. Raises OSError and Busy."""
+    deadline = time.monotonic() + _MERGE_LOCK_TIMEOUT_S
     while True:
         try:
             ledger = Ledger(output)
@@ -155,50 +172,51 @@ def _held(output: Path, tick: Tick) -> Iterator[Ledger]:
         except Busy:
             if time.monotonic() >= deadline:
                 raise
-        tick()
+        report()
         time.sleep(0.2)
     try:
         yield ledger
     finally:
-        if ledger.parts.exists() and not _is_whole_run(output):
+        if ledger.directory.exists() and not _has_unsharded_run(output):
             ledger.remove()
         ledger.close()
 
 
-def _is_whole_run(output: Path) -> bool:
-    """Whether a run without slices has records of this output."""
-    return parts_dir(output).joinpath("manifest.json").exists()
+def _has_unsharded_run(output: Path) -> bool:
+    """Return whether a run without shards has records of this output."""
+    return shards_dir(output).joinpath("manifest.json").exists()
 
 
-def _refuse_whole_run(output: Path) -> None:
-    if _is_whole_run(output):
+def _refuse_unsharded_run(output: Path) -> None:
+    if _has_unsharded_run(output):
         raise JobError(
-            f"--slice: {parts_dir(output)} belongs to a run without --slice; finish that one with "
+            f"--slice: {shards_dir(output)} belongs to a run without --slice; finish that one with "
             "its own command, or use another --output"
         )
 
 
-def _complete(part: Slice, output: Path, manifest: dict[str, Any]) -> bool:
-    """Whether a slice is there as a whole. Raises JobError if it is of another job."""
-    own = part.output(output)
-    # Its run may be between output and seal. Asked first: what it lets go of, it has sealed.
-    at_work = parts_dir(own).exists()
-    changes = finished_as(own, manifest)
-    if changes and not at_work:
-        raise JobError(f"{own}: is no slice of this job: {'; '.join(changes)}; remove it")
-    return changes == []
+def _is_complete(shard: InputShard, output: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether a shard is finalized. Raises JobError if it is another job's."""
+    own = shard.output(output)
+    # Its run may be between output and finalize. Checked first: a run that has removed its ledger
+    # has finalized its output.
+    is_running = shards_dir(own).exists()
+    differences = output_differences(own, manifest)
+    if differences and not is_running:
+        raise JobError(f"{own}: is no slice of this job: {'; '.join(differences)}; remove it")
+    return differences == []
 
 
-def _copy(sources: list[Path], output: Path, tick: Tick) -> None:
+def _copy(sources: list[Path], output: Path, report: Tick) -> None:
     host = socket.gethostname()
-    for path, match in _files_like(_COPY, output):
+    for path, match in _files_like(_COPY_SUFFIX, output):
         if match[1] == host and not _is_alive(int(match[2])):
-            path.unlink(missing_ok=True)  # before it takes the room of this copy
+            path.unlink(missing_ok=True)  # before it takes the space that this copy needs
     own = f"{output.name}.merge-{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     temporary = output.with_name(own)
     try:
         with temporary.open("wb") as target:
-            out = DurableWriter(target, tick)
+            out = DurableWriter(target, report)
             for source in sources:
                 with source.open("rb") as file:
                     while block := file.read(_COPY_BYTES):
@@ -222,32 +240,32 @@ def _is_alive(pid: int) -> bool:
 
 
 def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """One report of all slices: their sums, then each of them."""
+    """Return one report of all shards: their sums, then the report of each."""
     present = [report or {} for report in reports]
     sums = {key: sum(report.get(key, 0) for report in present) for key in _SUMS}
     return {**sums, "capacity": present[0].get("capacity"), "slices": present}
 
 
-def _slices(output: Path) -> set[int]:
-    """The divisions of which slices, begun or complete, lie beside the output."""
-    return {int(match[2]) for _, match in _files_like(_NAME, output)}
+def _shard_counts(output: Path) -> set[int]:
+    """Return the shard counts of all shards next to the output, unfinished or complete."""
+    return {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
 
 
-def _remove_slices(output: Path) -> None:
-    """Once the output is sealed: the slices, and copies of it that nobody needs any more."""
-    for path, _ in _files_like(_NAME, output) + _files_like(_COPY, output):
+def _remove_shards(output: Path) -> None:
+    """Remove the shards of a finalized output, and copies that other merges left."""
+    for path, _ in _files_like(_SHARD_SUFFIX, output) + _files_like(_COPY_SUFFIX, output):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # a ledger that another run has just left
         else:
             path.unlink(missing_ok=True)
 
 
-def _files_like(pattern: re.Pattern[str], output: Path) -> list[tuple[Path, re.Match[str]]]:
-    """What stands beside the output under its name and a suffix of this pattern."""
+def _files_like(suffix: re.Pattern[str], output: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Return the files next to the output whose name is the output's with such a suffix."""
     found = []
     for path in output.parent.iterdir():
         if path.name.startswith(output.name):
-            match = pattern.fullmatch(path.name, len(output.name))
+            match = suffix.fullmatch(path.name, len(output.name))
             if match is not None:
                 found.append((path, match))
     return found

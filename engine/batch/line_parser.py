@@ -1,7 +1,6 @@
-"""What one line of a batch input means: a `Request`, or a `Completion` that says what is wrong.
+"""Line parser: one line of a batch input -> a `Request`, or a `Completion` with the error.
 
-Called by the ticket queue (`input_index.py`) when a rank is about to run the line. Four
-forms:
+Input are the lines of `input_index.py`, in four forms:
 
     {"id": 1, "prompt": "..."}
     {"id": 1, "prompt_token_ids": [..]}
@@ -9,11 +8,11 @@ forms:
     {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {..}}
                                                    or /v1/chat/completions
 
-The first three also take sampling overrides beside the prompt, by our names (`max_new_tokens`, ...)
-or OpenAI's (`max_tokens`, ...). Other keys are the user's own (an expected answer, a task name) and
-are ignored, unless they look like a misspelt setting. In an OpenAI body every key is known or
-refused. What a line leaves out, or gives as null, comes from the config's `sampling`, not from
-OpenAI's defaults.
+The first three also take sampling parameters next to the prompt, by our names (`max_new_tokens`,
+...) or OpenAI's (`max_tokens`, ...). Other keys are the user's own (an expected answer, a task
+name) and are ignored, unless they look like a misspelt parameter. In an OpenAI body every key is
+known or refused. What a line leaves out, or gives as null, comes from the config's `sampling`, not
+from OpenAI's defaults.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from typing import Any
 
 from engine.batch.input_index import Line, line_id
 from engine.batch.strict_json import parse_object, show
+from engine.config import SamplingConfig
 from engine.request import Completion, Request, SamplingParams
 
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OURS = frozenset(field.name for field in fields(SamplingParams))
 _ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-# Settings of OpenAI's API (and of other engines) that are not ours, with the values that ask for
-# nothing.
+# Parameters of OpenAI's API (and of other engines) that are not ours, with the values that have no
+# effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -60,29 +60,24 @@ _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch lin
 
 
 class _LineError(ValueError):
-    """The line cannot be run; `prompt_tokens` counts its prompt where that is known."""
+    """The line cannot be run."""
 
     def __init__(self, message: str, prompt_tokens: int = 0) -> None:
         super().__init__(message)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens  # length of the prompt, 0 where unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LineParser:
-    """Turns lines into requests, with what they are checked against.
+    """Turns lines into requests and checks them."""
 
-    sampling: the defaults, an object with the fields of `SamplingParams`. tokenizer: transformers',
-    or None. vocab_size: token ids are below it. max_model_len: tokens of prompt and completion
-    together.
-    """
-
-    sampling: Any
-    tokenizer: Any
-    vocab_size: int
-    max_model_len: int
+    sampling: SamplingConfig  # the defaults
+    tokenizer: Any  # transformers', or None
+    vocab_size: int  # token ids are below it
+    max_model_len: int  # prompt + new tokens
 
     def __call__(self, line: Line) -> Request | Completion:
-        """Return the request, or the error that takes its place in the output. Never raises."""
+        """Return the request, or its error record for the output. Never raises."""
         name = line_id(line.raw)
         try:
             return self._request(line, name)
@@ -161,15 +156,15 @@ class LineParser:
             raise _LineError(f"{key} = {show(value)}: must be {kind}")
         if not value:
             raise _LineError(f"{key}: is empty; give at least one token")
-        for place, token in enumerate(value):
+        for i, token in enumerate(value):
             if type(token) is not int:
-                several = ", one prompt a line" if key == "prompt" else ""
+                several = ", one prompt per line" if key == "prompt" else ""
                 raise _LineError(
-                    f"{key}[{place}] = {show(token)}: must be a whole number (a token id){several}"
+                    f"{key}[{i}] = {show(token)}: must be a whole number (a token id){several}"
                 )
             if not 0 <= token < self.vocab_size:
                 raise _LineError(
-                    f"{key}[{place}] = {token}: must be from 0 to {self.vocab_size - 1}, "
+                    f"{key}[{i}] = {token}: must be from 0 to {self.vocab_size - 1}, "
                     "the model's vocabulary"
                 )
         return value
@@ -182,9 +177,7 @@ class LineParser:
             return self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
-        except (
-            Exception
-        ) as error:  # a template is the checkpoint's own program: it may raise anything
+        except Exception as error:  # the template is a program: any error
             raise _LineError(f"messages: the chat template refuses them: {error}") from error
 
 
@@ -193,18 +186,18 @@ def _is_openai(record: dict[str, Any]) -> bool:
 
 
 def _plain(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a line of our own form into prompt and sampling settings; other keys are the user's."""
+    """Split a line in our own form into prompt and parameters; ignore the user's own keys."""
     settings = {}
     for key, value in record.items():
         if key in _OURS or key in _ALIASES or key in _NEUTRAL:
             settings[key] = value
-        elif key not in _PROMPTS and key != "id" and (near := _meant(key)):
+        elif key not in _PROMPTS and key != "id" and (near := _intended(key)):
             raise _LineError(f"{key!r} is not a sampling parameter: did you mean {near!r}?")
     return record, _translate(settings, chat="messages" in record)
 
 
 def _openai(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split an OpenAI batch line into its body and sampling settings."""
+    """Split an OpenAI batch line into its body and sampling parameters."""
     if "id" in record:
         raise _LineError("the line has both id and custom_id or body: an OpenAI line has custom_id")
     if (method := record.get("method", "POST")) != "POST":
@@ -221,14 +214,14 @@ def _openai(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if key in _OURS or key in _ALIASES or key in _NEUTRAL:
             settings[key] = value
         elif key not in prompts and key not in _HARMLESS and value is not None:
-            near = _meant(key)
+            near = _intended(key)
             hint = f": did you mean {near!r}?" if near else f" at {url}" if url else ""
             raise _LineError(f"body.{key} is not supported{hint}")
     return body, _translate(settings, chat="messages" in body)
 
 
 def _translate(settings: dict[str, Any], *, chat: bool) -> dict[str, Any]:
-    """Bring settings to our names; refuse what asks for something this engine does not do."""
+    """Return the parameters by our names; raise _LineError for an unsupported one."""
     ours: dict[str, Any] = {}
     for key, value in settings.items():
         if value is None:
@@ -240,37 +233,37 @@ def _translate(settings: dict[str, Any], *, chat: bool) -> dict[str, Any]:
         name = _ALIASES.get(key, key)
         if name in ours:
             others = [other for other in settings if _ALIASES.get(other, other) == name]
-            raise _LineError(f"{' and '.join(others)} say the same: give one of them")
+            raise _LineError(f"{' and '.join(others)} mean the same: give one of them")
         ours[name] = value
-    # OpenAI completions ask for the log probabilities of that many likeliest tokens; ours has the
-    # chosen one's.
+    # In OpenAI's completions this is the number of likeliest tokens to report log probabilities of;
+    # here only the chosen token's is reported.
     if not chat and type(ours.get("logprobs")) is int and ours["logprobs"] in (0, 1):
         ours["logprobs"] = True
     return ours
 
 
 def _conversation(messages: Any) -> Iterator[dict[str, Any]]:
-    """Check the messages and join contents given as parts, which must all be text."""
+    """Yield the messages, checked; contents given as several text parts are joined."""
     if not isinstance(messages, list) or not messages:
         raise _LineError(f"messages = {show(messages)}: must be a list of messages, not empty")
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _LineError(f"{where} = {show(message)}: must be an object with role and content")
         content = message.get("content")
         if isinstance(content, list):
             texts = [part.get("text") for part in content if isinstance(part, dict)]
-            words = [text for text in texts if isinstance(text, str)]
-            if len(words) < len(content):
+            strings = [text for text in texts if isinstance(text, str)]
+            if len(strings) < len(content):
                 raise _LineError(f"{where}.content: only parts of type text are supported")
-            content = "".join(words)
+            content = "".join(strings)
         if not isinstance(content, str):
             raise _LineError(f"{where}.content = {show(content)}: must be text")
         yield {**message, "content": content}
 
 
-def _meant(key: str) -> str | None:
-    """The setting that a key misspells: the same letters, or a near miss too long to be chance."""
+def _intended(key: str) -> str | None:
+    """Return the parameter that a key misspells: the same letters, or similar and long enough."""
     known = {_letters(name): name for name in sorted(_OURS | set(_ALIASES))}
     letters = _letters(key)
     if letters in known:

@@ -1,8 +1,8 @@
-"""Which job an output belongs to, and what to do with what lies there: start, resume or refuse.
+"""Manifest: which job an output belongs to, and whether a run starts, resumes or is refused.
 
 A job is its input's content and the settings that change results; the number of ranks, the device
-and the like may change between runs. Beside a finished output stands `<output>.job.json`, the
-manifest of the job that made it.
+and the like may change between runs. A finished output has the manifest of the job that made it
+next to it, as `<output>.job.json`; an unfinished one has it in its ledger (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ VERSION = 1
 
 
 class JobError(ValueError):
-    """The job cannot be run as asked; the message says why and what to do."""
+    """The job cannot be run as asked; the message has the reason and what to do."""
 
 
-def beside(output: Path, suffix: str) -> Path:
+def sibling_path(output: Path, suffix: str) -> Path:
     """Return the file `<output>.<suffix>`."""
     return output.with_name(f"{output.name}.{suffix}")
 
 
 def make_manifest(index: InputIndex, config: Config) -> dict[str, Any]:
-    """Describe a job; JSON-ready."""
+    """Return the manifest of a job, JSON-ready: its input and the settings that change results."""
     settings = result_settings(config)
     canonical = json.dumps(settings, sort_keys=True).encode()
     return {
@@ -50,9 +50,9 @@ def make_manifest(index: InputIndex, config: Config) -> dict[str, Any]:
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch stand there only where they are not the default: ledgers from before they
-    counted still resume. moe.overlap.by = tokens is left out, though it may change results by
-    rounding where the GEMM library picks its kernel by the number of rows.
+    Those of moe.dispatch are included only where they are not the default, so that ledgers that are
+    older than these settings still resume. moe.overlap.by = tokens is left out, though it may
+    change results by rounding where the GEMM library picks its kernel by the number of rows.
     """
     tree: dict[str, Any] = {
         "model": asdict(config.model),
@@ -83,7 +83,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Say what makes `new` another job than `old`; empty when they are the same job."""
+    """Return a sentence for each difference between two manifests; empty for the same job."""
     if old.get("version") != new["version"]:
         return [f"its format is version {old.get('version')}, this program writes {new['version']}"]
     found = []
@@ -101,39 +101,49 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def admit(
+def decide_start_or_resume(
     ledger: Ledger, manifest: dict[str, Any], *, overwrite: bool
 ) -> Literal["complete", "resume", "fresh"]:
-    """Decide what a run of `manifest` does about what lies at the output, and prepare the ledger.
+    """Compare a job with what exists at its output, and prepare the ledger.
 
-    complete: nothing is left to do, the parts are gone. resume: the ledger holds records of this
-    job. fresh: the ledger is empty. `overwrite` replaces a finished output and another job's
-    records, never the unfinished records of this very job, so the same command always resumes.
-    Raises JobError for what `overwrite` would have to discard.
+    Args:
+        ledger: of the output.
+        manifest: of the job to run.
+        overwrite: replace a finished output and another job's records; never the unfinished records
+            of this very job, so the same command always resumes.
+
+    Returns:
+        complete: nothing is left to run, the ledger is removed. resume: the ledger holds records of
+        this job. fresh: the ledger is empty.
+
+    Raises:
+        JobError: `overwrite` is needed to discard what exists.
+        OSError: a file cannot be read or written.
     """
-    held, made = _manifest(ledger.parts / "manifest.json"), _manifest(_job_file(ledger.output))
+    of_ledger = _manifest(ledger.directory / "manifest.json")
+    of_output = _manifest(_job_file(ledger.output))
     finished = ledger.output.exists()
     obstacle = None
     if (
         finished
-        and isinstance(made, dict)
-        and not (changes := _changes(ledger.output, made, manifest))
+        and isinstance(of_output, dict)
+        and not (changes := _changes(ledger.output, of_output, manifest))
     ):
         if not overwrite:
             ledger.remove()
             return "complete"
-    elif isinstance(held, dict) and not differences(held, manifest):
+    elif isinstance(of_ledger, dict) and not (found := differences(of_ledger, manifest)):
         _job_file(ledger.output).unlink(missing_ok=True)
         return "resume"
-    elif held is not None and (num_records := ledger.count()):
-        why = held if isinstance(held, str) else "; ".join(differences(held, manifest))
-        obstacle = f"{ledger.parts} holds {num_records} finished records of another job: {why}"
+    elif of_ledger is not None and (num_records := ledger.count()):
+        why = of_ledger if isinstance(of_ledger, str) else "; ".join(found)
+        obstacle = f"{ledger.directory} holds {num_records} finished records of another job: {why}"
     elif finished:
-        why = "nothing says which job made it" if made is None else made
+        why = "no manifest records which job made it" if of_output is None else of_output
         why = why if isinstance(why, str) else "; ".join(changes)
         obstacle = f"--output {ledger.output} exists and is not this job's: {why}"
     if obstacle and not overwrite:
-        if held is None:
+        if of_ledger is None:
             ledger.remove()
         raise JobError(f"{obstacle}. Use --overwrite to replace it, or another --output")
     ledger.start_over(manifest)
@@ -141,39 +151,42 @@ def admit(
     return "fresh"
 
 
-def finished_as(output: Path, manifest: dict[str, Any]) -> list[str] | None:
-    """What keeps an output from being the finished result of `manifest`: [] if it is, None without
-    an output.
+def output_differences(output: Path, manifest: dict[str, Any]) -> list[str] | None:
+    """Return why an output is not the finished result of `manifest`: [] if it is, None without an
+    output.
     """
     if not output.exists():
         return None
-    made = _manifest(_job_file(output))
-    if not isinstance(made, dict):
-        return ["nothing says which job made it" if made is None else made]
-    return _changes(output, made, manifest)
+    of_output = _manifest(_job_file(output))
+    if not isinstance(of_output, dict):
+        return ["no manifest records which job made it" if of_output is None else of_output]
+    return _changes(output, of_output, manifest)
 
 
-def seal(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
-    """Declare the merged output complete and remove the parts. Raises OSError."""
+def finalize(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
+    """Write the manifest of a merged output, which marks it complete, and remove the ledger.
+
+    Raises OSError.
+    """
     result = {"size": ledger.output.stat().st_size, "errors": num_errors}
     write_json(_job_file(ledger.output), {**manifest, "output": result})
     ledger.remove()
 
 
-def _changes(output: Path, made: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
-    """Say what keeps a finished output from being the result of `manifest`."""
-    changes = differences(made, manifest)
-    if output.stat().st_size != made["output"]["size"]:
+def _changes(output: Path, of_output: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    """Return why a finished output is not the result of `manifest`."""
+    changes = differences(of_output, manifest)
+    if output.stat().st_size != of_output["output"]["size"]:
         changes.append("it was changed after the job finished")
     return changes
 
 
 def _job_file(output: Path) -> Path:
-    return beside(output, "job.json")
+    return sibling_path(output, "job.json")
 
 
 def _manifest(path: Path) -> dict[str, Any] | str | None:
-    """Return the manifest in a file, None without a file, the complaint where it is damaged."""
+    """Return the manifest in a file, None without a file, an error text where it is damaged."""
     try:
         value = read_json(path)
     except ValueError as error:

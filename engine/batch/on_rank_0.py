@@ -1,4 +1,4 @@
-"""Run a function on rank 0 and broadcast its outcome."""
+"""Run a function on rank 0 and publish its outcome to all ranks through the store."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 
 _POLL_S = 0.02
-
-
-_HEAR_S = 10.0
+_TIMEOUT_S = 10.0  # for all ranks to receive an outcome
 
 
 def on_rank_0(
@@ -21,49 +19,58 @@ def on_rank_0(
     key: str,
     work: Callable[[], Any],
     exception: type[Exception],
-    activity: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> Any:
     """Run `work` on rank 0 and return its JSON-ready result on every rank.
 
-    An OSError or ValueError of `work` becomes `exception` on every rank. The others poll the store:
-    unlike in a collective they may wait for as long as the work takes. activity: told of the
-    waiting; the work says how it gets on. Collective over all ranks.
+    The other ranks poll the store: unlike in a collective they may wait for as long as the work
+    takes. Collective over all ranks.
+
+    Args:
+        topology: of the run.
+        key: of the outcome in the store; must be unused.
+        work: reports its own progress.
+        exception: type that an OSError or ValueError of `work` becomes on every rank.
+        reporter: reports that a rank waits.
     """
     store = topology.store
     if topology.world.rank != 0:
-        activity.wait()
+        reporter.wait()
         while not store.check([key]):
             time.sleep(_POLL_S)
         outcome = json.loads(store.get(key))
-        store.add(f"{key}/heard", 1)
+        store.add(f"{key}/read", 1)
         if outcome["error"] is not None:
             raise exception(outcome["error"])
         return outcome["result"]
     try:
         result = work()
     except (OSError, ValueError) as failure:
-        _tell(topology, key, error=describe(failure))
+        _publish(topology, key, error=describe(failure))
         raise exception(describe(failure)) from failure
     except BaseException as failure:
-        _tell(topology, key, error=f"rank 0 broke off: {failure!r}", patience_s=0)
+        _publish(topology, key, error=f"rank 0 failed: {failure!r}", timeout_s=0)
         raise
-    _tell(topology, key, result)
+    _publish(topology, key, result)
     return result
 
 
-def _tell(
-    topology: Topology, key: str, result: Any = None, error: str | None = None, patience_s=_HEAR_S
+def _publish(
+    topology: Topology, key: str, result: Any = None, error: str | None = None, timeout_s=_TIMEOUT_S
 ) -> None:
-    """Publish an outcome and wait until all have heard: the store may be this very process."""
+    """Publish an outcome and wait until all ranks have received it.
+
+    The wait is needed where this very process holds the store.
+    """
     store = topology.store
     store.set(key, json.dumps({"error": error, "result": result}))
-    deadline = time.monotonic() + patience_s
-    while store.add(f"{key}/heard", 0) < topology.world.size - 1 and time.monotonic() < deadline:
+    deadline = time.monotonic() + timeout_s
+    while store.add(f"{key}/read", 0) < topology.world.size - 1 and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
 def describe(error: Exception) -> str:
-    """An error in one sentence; of an OSError, the file and what the system says."""
+    """Return an error in one sentence; for an OSError, the file and the system's message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -1,8 +1,7 @@
-"""What a batch job shows: its progress on rank 0 while it runs, a summary at the end.
+"""Progress bar of a batch job, shown on rank 0 while it runs.
 
-ProgressBar goes to stderr: a bar on a terminal, elsewhere a line every few seconds. The summary,
-and the same figures as JSON beside the output, come from the engine's `RunReport` and from what the
-job counted itself. The last table is the straggler's: the slowest rank sets the time of all.
+Goes to stderr: a bar on a terminal, elsewhere a line every few seconds. The summary at the end is
+`reporting/summary.py`'s.
 """
 
 from __future__ import annotations
@@ -13,22 +12,17 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
 
 from engine.profiling.report import StepReport
-from engine.reporting.summary import _short
 
-_LINE_EVERY_S = 5.0
-_BAR_EVERY_S = 0.2
-_RATE_OVER_S = 5.0
+_LINE_INTERVAL_S = 5.0
+_BAR_INTERVAL_S = 0.2
+_RATE_WINDOW_S = 5.0
 
 
 class ProgressBar:
-    """Shows how far a job is; call `update` after every step. A context manager.
-
-    total: requests of the job. resumed: those done by an earlier run. num_done: asked for when
-    something is shown: requests that this run has made durable, on all ranks.
-    """
+    """Shows how many requests of a job are done, and its token rates. A context manager."""
 
     def __init__(
         self,
@@ -38,6 +32,16 @@ class ProgressBar:
         num_done: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Show nothing yet.
+
+        Args:
+            console: where to print; a bar if it is a terminal.
+            total: requests of the job.
+            resumed: of these, done by earlier runs.
+            num_done: returns how many requests this run has made durable, on all ranks; called
+                only when something is shown.
+            clock: returns seconds.
+        """
         self._console = console
         self._total = total
         self._resumed = resumed
@@ -47,9 +51,9 @@ class ProgressBar:
         self._shown = self._began
         self._tokens = (0, 0)  # prefill, decode
         self._samples: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
-        self._bar: Bar | None = None
+        self._bar: RichProgress | None = None
         if console.is_terminal:
-            self._bar = Bar(
+            self._bar = RichProgress(
                 TextColumn("requests"),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
@@ -70,11 +74,11 @@ class ProgressBar:
             self._bar.stop()
 
     def update(self, report: StepReport) -> None:
-        """Count a step; show something when it is time."""
+        """Add a step's tokens; refresh the display if the interval has passed."""
         prefill, decode = self._tokens
         self._tokens = (prefill + report.tokens_prefill, decode + report.tokens_decode)
         now = self._clock()
-        if now - self._shown >= (_LINE_EVERY_S if self._bar is None else _BAR_EVERY_S):
+        if now - self._shown >= (_LINE_INTERVAL_S if self._bar is None else _BAR_INTERVAL_S):
             self._shown = now
             self._show(now, report.max_over_mean)
 
@@ -97,10 +101,14 @@ class ProgressBar:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def _rates(self, now: float) -> tuple[float, float]:
-        """Tokens a second, prefill and decode, over the last few seconds."""
-        while len(self._samples) > 1 and now - self._samples[1][0] >= _RATE_OVER_S:
+        """Return tokens per second, prefill and decode, over the last few seconds."""
+        while len(self._samples) > 1 and now - self._samples[1][0] >= _RATE_WINDOW_S:
             self._samples.popleft()
         then, prefill, decode = self._samples[0]
         self._samples.append((now, self._tokens[0], self._tokens[1]))
         seconds = max(now - then, 1e-9)
         return (self._tokens[0] - prefill) / seconds, (self._tokens[1] - decode) / seconds
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

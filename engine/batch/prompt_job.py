@@ -1,7 +1,7 @@
 """A job without an input file: a few built-in prompts, to see the engine work.
 
-Has the shape of `file_job.py`'s `FileJob`, but no ledger: records travel to rank 0 through
-the store, which prints them.
+Has the methods of `file_job.py`'s `FileJob`, but no ledger: records are sent to rank 0 through the
+store, and rank 0 prints them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.text import Text
 from engine.batch.atomic_files import write_text
 from engine.batch.file_job import check_output
 from engine.batch.input_index import Line
-from engine.batch.manifest import JobError, beside
+from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import on_rank_0
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
@@ -40,30 +40,31 @@ class _PromptLines:
     def __len__(self) -> int:
         return len(PROMPTS)
 
-    def __getitem__(self, ticket: int) -> Line:
-        raw = json.dumps({"id": ticket, "prompt": PROMPTS[ticket]}).encode()
-        return Line(ticket, ticket + 1, raw)
+    def __getitem__(self, queue_index: int) -> Line:
+        raw = json.dumps({"id": queue_index, "prompt": PROMPTS[queue_index]}).encode()
+        return Line(queue_index, queue_index + 1, raw)
 
 
 class PromptJob:
-    """One rank's part of the job of the built-in prompts. Driven like a `FileJob`."""
+    """One rank's share of the job of the built-in prompts; same steps as `FileJob`."""
 
     num_total = len(PROMPTS)
     num_resumed = 0
 
     def __init__(
-        self, topology: Topology, console: Console, output: Path | None, activity: ProgressReporter
+        self, topology: Topology, console: Console, output: Path | None, reporter: ProgressReporter
     ) -> None:
         self.lines = _PromptLines()
         self.output = output
         self._topology = topology
-        self._activity = activity
+        self._reporter = reporter
         self._console = console
         self._key = ""
 
     def open(self, key: str, *, overwrite: bool) -> str:
-        """Check the output; there is always something to do. Raises JobError. Collective over all
-        ranks.
+        """Check the output; return "", as there is always something to run.
+
+        Raises JobError. Collective over all ranks.
         """
         self._key = f"{key}/record"
 
@@ -74,17 +75,17 @@ class PromptJob:
             if self.output.exists() and not overwrite:
                 raise JobError(f"--output {self.output}: exists; use --overwrite to replace it")
 
-        on_rank_0(self._topology, f"{key}/open", check, JobError, self._activity)
+        on_rank_0(self._topology, f"{key}/open", check, JobError, self._reporter)
         return ""
 
     def write(self, completions: list[Completion]) -> None:
-        """Hand finished records to rank 0."""
+        """Send finished records to rank 0."""
         for completion in completions:
             record = json.dumps(completion.record())
             self._topology.store.set(f"{self._key}/{completion.index}", record)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def merge(self) -> int:
         """Print the completions and write them if asked to; return how many are errors.
@@ -103,9 +104,9 @@ class PromptJob:
         if self.output is not None:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             write_text(self.output, "".join(lines))
-            beside(self.output, "job.json").unlink(missing_ok=True)
+            sibling_path(self.output, "job.json").unlink(missing_ok=True)
         return sum(record["finish_reason"] == "error" for record in records)
 
-    def seal(self, num_errors: int) -> str:
-        """Nothing is left to do or to say."""
+    def finalize(self, num_errors: int) -> str:
+        """Return "": there is no ledger to remove and nothing more to print."""
         return ""

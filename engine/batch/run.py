@@ -1,15 +1,15 @@
-"""The batch job: JSONL in, JSONL out, exactly one record an id however often the job is killed.
+"""The batch job: JSONL in, JSONL out, exactly one record per id however often the job is killed.
 
-`launch/infer.py` calls `run_batch` on every rank. From input to output:
+`run_batch` runs on every rank. From input to output:
 
-    1. open     rank 0 indexes the input (batch_input.py), decides whether to start, resume or
-                refuse (batch_manifest.py) and reads what the ledger has (ledger.py)
-    2. pull     each data rank takes tickets from one counter in the store, reads that line and
-                parses it (batch_lines.py): a request, or an error record
-    3. run      the engine finishes requests and hands them to `write`, which makes them durable
+    1. open     rank 0 indexes the input (`input_index.py`), decides whether to start, resume or
+                refuse (`manifest.py`) and reads which records the ledger has (`ledger.py`)
+    2. take     each data rank takes work-queue indices from one counter in the store, reads that
+                line and parses it (`line_parser.py`): a request, or an error record
+    3. run      the engine finishes requests and passes them to `write`, which makes them durable
     4. merge    rank 0 writes the output in input order and removes the ledger
 
-A job stopped at any moment, by a signal or a crash of any rank, goes on from its ledger when the
+A job stopped at any moment, by a signal or a crash of any rank, resumes from its ledger when the
 same command is run again, on any number of ranks.
 """
 
@@ -27,9 +27,9 @@ from pathlib import Path
 from engine.batch.atomic_files import write_text
 from engine.batch.file_job import FileJob
 from engine.batch.input_index import WorkQueue
-from engine.batch.input_shards import Slice
+from engine.batch.input_shards import InputShard
 from engine.batch.line_parser import LineParser
-from engine.batch.manifest import JobError, beside
+from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import describe, on_rank_0
 from engine.batch.progress import ProgressBar
 from engine.batch.prompt_job import PromptJob
@@ -48,23 +48,23 @@ from engine.request import Completion
 
 
 class JobFailed(RuntimeError):
-    """The job broke off while it ran, here or on another rank; what is in the ledger stays done.
+    """The job failed while it ran, here or on another rank; what is in the ledger stays done.
 
-    Without a text where another rank has told it.
+    Without a text where another rank has printed it.
     """
 
     exit_code = 1
 
 
 @dataclass(slots=True)
-class _Tally:
+class _Counts:
     """What one rank finished in this run."""
 
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
 
-    def count(self, completions: list[Completion]) -> None:
+    def add(self, completions: list[Completion]) -> None:
         self.requests += len(completions)
         self.prompt_tokens += sum(item.prompt_tokens for item in completions)
         self.generated_tokens += sum(item.completion_tokens for item in completions)
@@ -73,30 +73,38 @@ class _Tally:
 def run_batch(
     config: Config,
     topology: Topology,
-    input: Path | None = None,
+    input_path: Path | None = None,
     output: Path | None = None,
     *,
     overwrite: bool = False,
-    part: Slice | None = None,
+    shard: InputShard | None = None,
 ) -> None:
-    """Run a job to its end; without an input, the built-in prompts.
+    """Run a job to its end. Collective over all ranks.
 
-    part: the slice of the input to run; the last slice to finish merges all.
+    Args:
+        config: equal on every rank.
+        topology: of the run.
+        input_path: JSONL requests; None: the built-in prompts.
+        output: JSONL records; None, without an input: they are only printed.
+        overwrite: replace what exists at the output.
+        shard: the shard of the input to run; the last one to finish merges all.
 
-    Raises JobError for what the user must change, JobFailed when a rank fails on the way, Stopped
-    on SIGTERM and SIGINT. Collective over all ranks.
+    Raises:
+        JobError: something the user must change, the same on every rank.
+        JobFailed: a rank failed.
+        Stopped: SIGTERM or SIGINT.
     """
-    if input is not None and output is None:
+    if input_path is not None and output is None:
         raise JobError("--input needs --output: name the JSONL file for the results")
-    if part is not None and input is None:
-        raise JobError(f"--slice {part} needs --input: name the JSONL file to take it from")
+    if shard is not None and input_path is None:
+        raise JobError(f"--slice {shard} needs --input: name the JSONL file to take it from")
     console = make_console(quiet=topology.world.rank != 0)
-    activity = ProgressReporter()
-    if input is not None and output is not None:
-        job: FileJob | PromptJob = FileJob(config, topology, input, output, part, activity)
+    reporter = ProgressReporter()
+    if input_path is not None and output is not None:
+        job: FileJob | PromptJob = FileJob(config, topology, input_path, output, shard, reporter)
     else:
-        job = PromptJob(topology, console, output, activity)
-    # A store can outlive a run that is started anew: its keys must not be taken for this run's.
+        job = PromptJob(topology, console, output, reporter)
+    # A store can outlive a run: the keys of an earlier one must not be taken for this one's.
     key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
     watchdog = Watchdog(
         topology.store,
@@ -105,8 +113,8 @@ def run_batch(
         hosts=gather_objects(topology.host, topology.world),
         timeout_s=config.runtime.timeout_s,
         store_rank=topology.store_rank,
-        advice="what has finished is kept; the same command goes on from here",
-        reporter=activity,
+        advice="what has finished is kept; run the same command again to resume",
+        reporter=reporter,
     )
     with (
         Interrupts(config.runtime.drain_s) as interrupts,
@@ -116,13 +124,13 @@ def run_batch(
         if done := job.open(key, overwrite=overwrite):
             console.print(done, highlight=False, soft_wrap=True)
             return
-        tally, run = _Tally(), None
+        counts, run = _Counts(), None
         if len(job.lines):
-            run = _generate(job, config, topology, key, tally, interrupts, watchdog, activity)
-        activity.begin("closing its part of the ledger")
+            run = _generate(job, config, topology, key, counts, interrupts, watchdog, reporter)
+        reporter.begin("closing its ledger shard")
         job.close()
-        activity.wait()
-        tallies = gather_objects(astuple(tally), topology.world)  # every rank has closed
+        reporter.wait()
+        all_counts = gather_objects(astuple(counts), topology.world)  # every rank has closed
         summary, done = None, ""
 
         def finish() -> None:
@@ -132,19 +140,19 @@ def run_batch(
                 total=job.num_total,
                 resumed=job.num_resumed,
                 errors=errors,
-                requests=sum(counts[0] for counts in tallies),
-                prompt_tokens=sum(counts[1] for counts in tallies),
-                generated_tokens=sum(counts[2] for counts in tallies),
+                requests=sum(each[0] for each in all_counts),
+                prompt_tokens=sum(each[1] for each in all_counts),
+                generated_tokens=sum(each[2] for each in all_counts),
                 run=run,
                 capacity=config.moe.capacity,
             )
             if job.output is not None:
-                write_text(beside(job.output, "config.yaml"), to_yaml(config))
-                write_text(beside(job.output, "report.json"), summary.to_json())
-            done = job.seal(errors)
+                write_text(sibling_path(job.output, "config.yaml"), to_yaml(config))
+                write_text(sibling_path(job.output, "report.json"), summary.to_json())
+            done = job.finalize(errors)
 
-        activity.begin("merging the output")
-        on_rank_0(topology, f"{key}/finish", finish, JobFailed, activity)
+        reporter.begin("merging the output")
+        on_rank_0(topology, f"{key}/finish", finish, JobFailed, reporter)
         if summary is not None:
             print_summary(console, summary)
         if done:
@@ -156,26 +164,26 @@ def _generate(
     config: Config,
     topology: Topology,
     key: str,
-    tally: _Tally,
+    counts: _Counts,
     interrupts: Interrupts,
     watchdog: Watchdog,
-    activity: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> RunReport:
-    """Load the model and run every pending line through it."""
-    activity.begin("loading the model")
+    """Load the model, run every pending line through it, and add what finished to `counts`."""
+    reporter.begin("loading the model")
     from engine.llm import LLM  # the model code, which a job that is refused never needs
 
-    llm = LLM(config, topology, activity)
+    llm = LLM(config, topology, reporter)
     parse = LineParser(
         sampling=config.sampling,
         tokenizer=llm.tokenizer,
         vocab_size=llm.vocab_size,
         max_model_len=llm.max_model_len,
     )
-    store, progress = topology.store, None
-    queue = WorkQueue(job.lines, parse, store, f"{key}/ticket", topology.num_data)
+    store, progress_bar = topology.store, None
+    queue = WorkQueue(job.lines, parse, store, f"{key}/queue", topology.num_data)
     if topology.world.rank == 0:
-        progress = ProgressBar(
+        progress_bar = ProgressBar(
             make_console(stderr=True),
             job.num_total,
             job.num_resumed,
@@ -184,43 +192,43 @@ def _generate(
 
     def write(completions: list[Completion]) -> None:
         job.write(completions)
-        tally.count(completions)
+        counts.add(completions)
         store.add(f"{key}/done", len(completions))
 
     def on_step(report: StepReport) -> None:
-        if progress is not None:
-            progress.update(report)
+        if progress_bar is not None:
+            progress_bar.update(report)
 
-    def still_wanted() -> None:
-        """Raise where another replica has left, which would keep this one waiting."""
+    def check_replicas() -> None:
+        """Raise where another replica has exited: this one would wait for it in vain."""
         if store.check([f"{key}/failed"]):
             interrupts.check()
-            raise RuntimeError("another replica has left")
+            raise RuntimeError("another replica has exited")
 
     def on_end() -> None:
-        barrier(store, f"{key}/ended", topology.world.size, still_wanted)
+        barrier(store, f"{key}/ended", topology.world.size, check_replicas)
 
-    told = False
+    is_noted = False
 
     def stop() -> StopRequest:
-        nonlocal told
+        nonlocal is_noted
         request = interrupts.request
-        if request.signal and not (request.now or told) and progress is not None:
-            told = True
-            progress.note(
-                f"{signal.Signals(request.signal).name}: no new requests; those that run have "
+        if request.signal and not (request.now or is_noted) and progress_bar is not None:
+            is_noted = True
+            progress_bar.note(
+                f"{signal.Signals(request.signal).name}: no new requests; running ones have "
                 f"{config.runtime.drain_s:g} s to finish"
             )
         return request
 
     lockstep = watchdog.running(llm.place, topology.expert.ranks)
-    with interrupts.deferred(), progress or nullcontext(), lockstep:
+    with interrupts.deferred(), progress_bar or nullcontext(), lockstep:
         try:
             report = llm.run(queue, write, on_step, stop, on_end)
             interrupts.finished()
             return report
         except ValueError as error:
-            # What a user can get wrong was found before: this one needs its traceback.
+            # User errors were found before: this one is a defect and needs its traceback.
             raise RuntimeError("the engine failed") from error
 
 
@@ -228,21 +236,21 @@ def _generate(
 def _shared_failure(
     topology: Topology, key: str, watchdog: Watchdog, interrupts: Interrupts
 ) -> Iterator[None]:
-    """Tell the other ranks why this one leaves, so that none of them blames the connection, and
-    find out who is missing where it was the connection that broke.
+    """Publish why this rank exits, so that no other rank reports the broken connection instead, and
+    diagnose which rank is unreachable where the connection itself broke.
     """
     store, rank = topology.store, topology.world.rank
 
-    def told() -> str:
-        """Why another rank has left, "" where none has said so."""
-        with suppress(RuntimeError):  # the store may be gone, with the rank that held it
+    def published_failure() -> str:
+        """Return why another rank has exited, "" where none has published it."""
+        with suppress(RuntimeError):  # the store may be unreachable, with the rank that holds it
             if store.check([f"{key}/failed"]):
                 failed_rank, why = json.loads(store.get(f"{key}/failed"))
-                return f"rank {failed_rank} left: {why}"
+                return f"rank {failed_rank} exited: {why}"
         return ""
 
     def explain(error: BaseException) -> None:
-        # The launcher may already be ending all ranks because of the one that is gone.
+        # The launcher may already be ending all ranks because of the one that exited.
         with suppress(Stopped), interrupts.deferred():
             watchdog.explain(error)
 
@@ -252,7 +260,7 @@ def _shared_failure(
         raise  # the same on every rank
     except (OSError, Stopped) as error:
         cause = error.__cause__
-        if isinstance(error, Stopped) and is_connection_error(cause) and not told():
+        if isinstance(error, Stopped) and is_connection_error(cause) and not published_failure():
             explain(cause or error)
         why = describe(error) if isinstance(error, OSError) else f"stopped by {error}"
         record_error(f"rank {rank}: {why}")
@@ -263,10 +271,10 @@ def _shared_failure(
             raise JobFailed(why) from error
         raise
     except Exception as error:
-        if why := told():
+        if why := published_failure():
             record_error(why, follows=True)
             with suppress(RuntimeError):  # as above
-                why = why if store.add(f"{key}/told", 1) == 1 else ""
+                why = why if store.add(f"{key}/reported", 1) == 1 else ""
             raise JobFailed(why) from error
         if is_connection_error(error):
             explain(error)

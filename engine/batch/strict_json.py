@@ -1,4 +1,4 @@
-"""JSON as the standard has it: no key twice, no NaN or Infinity. For lines that users wrote."""
+"""Strict JSON, for lines that users wrote: no duplicate keys, no NaN or Infinity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Parse one object. Raises ValueError that says what is wrong and where."""
+    """Return one JSON object. Raises ValueError with what is wrong and where."""
     try:
         value = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -24,7 +24,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """A value as JSON, cut to what an error message can hold."""
+    """Return a value as JSON, shortened for an error message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -34,7 +34,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"the key {twice!r} is given twice")
     return record
 
 

@@ -17,7 +17,7 @@ from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
 from engine.config.preflight import check_runnable
 
 if TYPE_CHECKING:
-    from engine.batch.input_shards import Slice
+    pass
 
 SUMMARY = "batch inference: a JSONL file of requests in, a JSONL file of completions out"
 _OVERRIDE = (
@@ -54,7 +54,7 @@ def prepare(
     Raises:
         ValueError: a wrong command line or config, or a config that cannot run on this host.
     """
-    from engine.batch.input_shards import Slice
+    from engine.batch.input_shards import InputShard
 
     if args.config is None:
         names = sorted(path.stem for path in (PROJECT_ROOT / "configs").glob("*.yaml"))
@@ -62,15 +62,15 @@ def prepare(
     config = load_config(args.config, args.overrides)
     if args.print_config:
         return lambda: print(to_yaml(config) if rank == 0 else "", end="")
-    part = None if args.slice is None else Slice.parse(args.slice)
+    shard = None if args.slice is None else InputShard.parse(args.slice)
     check_runnable(config, os.environ)
-    return lambda: _run(config, args, part)
+    return lambda: _run(config, args, shard)
 
 
-def _run(config: Config, args: argparse.Namespace, part: Slice | None) -> None:
+def _run(config: Config, args: argparse.Namespace, shard: InputShard | None) -> None:
     from engine.batch.run import run_batch
     from engine.distributed import bootstrap
 
     topology = bootstrap.start(config)
-    run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, part=part)
+    run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, shard=shard)
     bootstrap.stop(topology)

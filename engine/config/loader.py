@@ -1,4 +1,4 @@
-"""Config files in, `Config` out: YAML, `--set a.b=value`, the search for a file, and back to YAML.
+"""Loader: YAML files and `--set a.b=value` -> a checked `Config`, and back to YAML.
 
 The YAML read here is the 1.2 core schema: only true and false are booleans, 1e-3 is a number, and a
 key given twice is an error. A number keeps its written form, so `factor: 1.1` is exactly 11/10.
@@ -42,7 +42,7 @@ class _WrittenNumber(float):
 
 
 class _LongNumber(str):
-    """The digits of a whole number that no setting can hold."""
+    """The digits of a whole number that is too long for any setting."""
 
     def __repr__(self) -> str:
         return f"{self[:8]}... ({len(self)} digits)"
@@ -52,22 +52,22 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class, but a key that stands twice is an error."""
+        """Build a mapping as the base class does, but refuse a key that is given twice."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for index, key in enumerate(keys):
             if key in keys[:index]:
                 mark = node.value[index][0].start_mark
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", mark
+                    None, None, f"the key {key!r} is given twice", mark
                 )
         return super().construct_mapping(node, deep)
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int | _LongNumber:
-        """An int, if a float can hold it and Python is willing to print it."""
+        """Return an int, or a `_LongNumber` where a float or `print` could not represent it."""
         return int(node.value) if len(node.value) <= _MAX_DIGITS else _LongNumber(node.value)
 
     def construct_written_number(self, node: yaml.ScalarNode) -> _WrittenNumber:
-        """A float with the text it was written as."""
+        """Return a float with its written text."""
         return _WrittenNumber(re.sub(r"\.?inf", "inf", self.construct_scalar(node).lower()))
 
 
@@ -80,7 +80,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|[-+]?\.?(inf|Inf|INF)$")
-for _schema in (_Loader, _Dumper):  # the core schema, for both, so that what is written reads back
+for _schema in (_Loader, _Dumper):  # the core schema, for both: a dump loads as it was
     for _tag, _pattern, _first in (
         ("null", re.compile(r"(null|Null|NULL|~|)$"), ["n", "N", "~", ""]),
         ("bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -108,10 +108,16 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a config file, apply each `section.key=value` of `overrides` in order, and check it all.
+    """Return the checked config of a file with overrides.
 
-    Values of overrides are YAML. A lone value stands for a list of one, where a list is asked for.
-    Raises `ConfigError` that lists every unknown key, missing key, wrong type and broken rule.
+    A single value is accepted where a list is expected.
+
+    Args:
+        name_or_path: of a YAML file, as in `--config`.
+        overrides: `section.key=value`, applied in order; the values are YAML.
+
+    Raises:
+        ConfigError: lists every unknown key, missing key, wrong type and broken rule.
     """
     path = find_config(name_or_path)
     tree = _parse(_read(path), str(path))
@@ -123,9 +129,9 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def find_config(name_or_path: str) -> Path:
-    """Return the config file that a name means: a path first, then a file of configs/.
+    """Return the config file that a name means: a path first, then a file in configs/.
 
-    Raises `ConfigError` with the places tried and the nearest name there.
+    Raises `ConfigError` with the folders searched and the nearest name there.
     """
     given = Path(name_or_path).expanduser()
     folders = [Path("configs"), PROJECT_ROOT / "configs"]
@@ -143,10 +149,10 @@ def find_config(name_or_path: str) -> Path:
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> Config:
-    """Build a checked `Config` from nested mappings, as YAML gives them. Raises `ConfigError`."""
+    """Return a checked `Config` from nested mappings, as parsed YAML. Raises `ConfigError`."""
     problems: list[str] = []
     values = _section_values(Config, tree, "", problems)
-    # A stand-in for what is missing lets the rest be checked too, for one list of all problems.
+    # A placeholder for what is missing lets the rest be checked too, for one list of all problems.
     model = values.setdefault("model", {})
     if isinstance(model, dict) and "path" not in model:
         problems.append("model.path: is missing; name a local Hugging Face checkpoint directory")
@@ -162,12 +168,12 @@ def config_from_tree(tree: Mapping[str, Any]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML with every key, in declared order; `load_config` of it is equal."""
+    """Return the config as YAML with every key, in declared order; it loads as an equal config."""
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def digest(config: Config) -> str:
-    """The sha256 (hex) of the config's YAML: equal for equal settings, wherever they came from."""
+    """Return the sha256 (hex) of the config's YAML: equal for equal settings from any source."""
     return hashlib.sha256(to_yaml(config).encode()).hexdigest()
 
 
@@ -185,7 +191,7 @@ def _read(path: Path) -> str:
         ) from error
 
 
-# Besides its own: what the constructors of explicit tags raise, and nesting without end.
+# Also what the constructors of explicit tags raise, and RecursionError for deep nesting.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
@@ -215,7 +221,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _section_values(
     section: type, tree: Mapping[Any, Any], prefix: str, problems: list[str]
 ) -> dict[str, Any]:
-    """The known keys of one section, converted; an unknown key becomes a problem."""
+    """Return the known keys of one section, converted; add a problem for each unknown key."""
     hints, values = type_hints(section), {}
     for key, value in tree.items():
         if key not in hints:
@@ -257,10 +263,10 @@ def _construct(section: type, values: Mapping[str, Any]) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Shape a YAML value as the field holds it; what does not fit is left for the checks."""
+    """Return a YAML value in the field's type, or unchanged, for the checks, if it does not fit."""
     if get_origin(hint) is tuple and value is not None:
         items = _items(value)
-        if value == "both":  # of two choices: moe.capacity.phases
+        if value == "both":  # all choices, of the two of moe.capacity.phases
             items = list(get_args(get_args(hint)[0])) or items
         return tuple(_convert(item, get_args(hint)[0]) for item in items)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -272,7 +278,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _is_written(hint: Any) -> bool:
-    """Whether a field keeps a number as the text it was written as."""
+    """Return whether a field keeps a number as its written text."""
     return {str, float} <= set(alternatives(hint))
 
 
@@ -292,7 +298,7 @@ def _all_keys(section: type, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest_key(prefix: str, key: str) -> str:
-    """Name the valid key that was probably meant: one of this section first, then of any."""
+    """Return a hint with the nearest valid key: of this section first, then of any."""
     known = list(_all_keys(Config))
     here = [name[len(prefix) :] for name in known if name.rpartition(".")[0] == prefix[:-1]]
     if near := difflib.get_close_matches(key, here, n=1):
@@ -304,7 +310,7 @@ def _nearest_key(prefix: str, key: str) -> str:
 
 
 def _plain(value: Any, hint: Any = None) -> Any:
-    """Dataclasses and tuples as mappings and lists; a number kept as text, as that number."""
+    """Return dataclasses as mappings, tuples as lists, a number that is kept as text as such."""
     if dataclasses.is_dataclass(value):
         hints = type_hints(type(value))  # type: ignore[arg-type]
         return {key: _plain(getattr(value, key), hints[key]) for key in hints}

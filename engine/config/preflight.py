@@ -1,7 +1,7 @@
-"""Can this machine run this config? Asked by `infer.py` and `llm.py` before any rank joins another.
+"""Preflight: whether this machine can run a config, checked before any communication.
 
-Answers from the file system and the visible devices alone, so a missing checkpoint or GPU costs a
-second and a plain message, and not a stack trace from each of eight ranks.
+Uses the file system and the visible devices alone, so a missing checkpoint or GPU takes a second
+and gives a plain message instead of a stack trace from each of eight ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from engine.config.validation import ConfigError
 _INFER = "launch/infer.py" if (PROJECT_ROOT / "launch").is_dir() else "-m lockstep infer"
 TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.yaml"
 _BUNDLED = "configs/checkpoints"
-# As the model families call it in config.json.
+# Names of the number of experts in the model families' config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# How many ranks share this host, under torchrun, DeepSpeed's launcher, Open MPI, MPICH and Slurm.
+# Environment variables with the number of ranks on this host: of torchrun, DeepSpeed's launcher,
+# Open MPI, MPICH and Slurm.
 _LOCAL_RANKS = (
     "LOCAL_WORLD_SIZE",
     "LOCAL_SIZE",
@@ -31,10 +32,13 @@ _LOCAL_RANKS = (
 
 
 def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
-    """Raise `ConfigError` unless the checkpoint is on disk and this host has the devices asked for.
+    """Raise `ConfigError` unless the checkpoint is on disk and this host has the devices.
 
-    `environ` is the launcher's environment (`os.environ`): it tells how many ranks share the host.
     The error names everything that is missing and a command that runs without it. No communication.
+
+    Args:
+        config: what to run.
+        environ: the launcher's environment, with the number of ranks on this host.
     """
     problems = [*_checkpoint_problems(config), *_device_problems(config, environ)]
     if not problems:
@@ -46,7 +50,7 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
 
 
 def read_num_experts(folder: Path) -> int:
-    """How many experts a layer of a checkpoint has, by its config.json. Raises `ConfigError`."""
+    """Return the number of experts per layer from config.json. Raises `ConfigError`."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = [values[name] for name in _NUM_EXPERTS if values.get(name)]
@@ -70,7 +74,7 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
         else:
             remedy = (
                 "put the Hugging Face checkpoint there (config.json, *.safetensors and the "
-                "tokenizer), or name its place with --set model.path=DIR"
+                "tokenizer), or name its folder with --set model.path=DIR"
             )
         yield f"model.path = {model.path!r}: no such directory; {remedy}"
     elif not os.path.isfile(folder / "config.json"):

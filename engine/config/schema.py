@@ -10,6 +10,7 @@ The comment behind a field is its line in docs/configuration.md (`tools/config_d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -61,7 +62,7 @@ class ParallelConfig:
     tensor: int = field(default=1, metadata=_at_least(1))  # ranks per attention layer
 
 
-Phase = Literal["prefill", "decode"]
+RequestPhase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,12 +90,15 @@ class CapacityConfig:
     # leaves free; one: top-k and extras are ranked together by score
     extras: Literal["all", "dropped"] = "all"  # of expanded_drop: which tokens may take free slots:
     # all, or those that lost an assignment
-    phases: tuple[Phase, ...] = field(  # phases whose tokens are subject to capacity: prefill,
-        # decode; `both` is short for the two
-        default=("prefill",),
-        metadata=rule(
-            "a list of phases, not empty and without repeats", lambda v: 0 < len(v) == len(set(v))
-        ),
+    phases: tuple[RequestPhase, ...] = (
+        field(  # phases whose tokens are subject to capacity: prefill,
+            # decode; `both` is short for the two
+            default=("prefill",),
+            metadata=rule(
+                "a list of phases, not empty and without repeats",
+                lambda v: 0 < len(v) == len(set(v)),
+            ),
+        )
     )
     renormalize: bool = False  # rescale the kept weights of a token to their sum before dropping
     seed: int = field(default=0, metadata=_SEED)  # of order: random
@@ -105,7 +109,7 @@ class CapacityConfig:
 
     @property
     def exact_factor(self) -> Decimal:
-        """The capacity factor as the decimal that was written, free of binary rounding."""
+        """Return the capacity factor as the decimal that was written, without binary rounding."""
         return Decimal(str(self.factor))
 
 
@@ -131,7 +135,7 @@ class DispatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OverlapConfig:
-    """Hiding communication behind the experts' work."""
+    """How communication overlaps with the experts' computation."""
 
     chunks: int | Literal["auto"] = field(  # parts of a step's rows: one is sent while experts
         # compute another; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
@@ -171,24 +175,30 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """How a request is generated unless it says otherwise."""
+    """How tokens are chosen and when they end; the defaults of every request.
+
+    The one statement of these fields: `request.SamplingParams` inherits them. Applied in the order
+    temperature, top_k, top_p.
+    """
 
     max_new_tokens: int = field(default=128, metadata=_at_least(1))  # most tokens to generate
     temperature: float = field(  # divides the logits; 0: greedy
-        default=0.0, metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf"))
+        default=0.0,
+        metadata=rule("finite and at least 0 (0: greedy)", lambda v: math.isfinite(v) and v >= 0),
     )
     top_p: float = field(  # sample from the smallest set of tokens with this much probability
-        default=1.0, metadata=rule("above 0 and at most 1", lambda v: 0 < v <= 1)
+        default=1.0, metadata=rule("above 0 and at most 1 (1: off)", lambda v: 0 < v <= 1)
     )
-    top_k: int = field(default=0, metadata=_at_least(0))  # sample from this many likeliest
-    # tokens; 0: off
+    top_k: int = field(  # sample from this many likeliest tokens; 0: off
+        default=0, metadata=rule("at least 0 (0: off)", lambda v: v >= 0)
+    )
     seed: int = field(default=0, metadata=_SEED)  # of sampling, per request
     stop: tuple[str, ...] = field(  # texts that end a completion
         default=(), metadata=rule("free of empty text", lambda v: "" not in v)
     )
     stop_token_ids: tuple[int, ...] = field(  # token ids that end a completion
         default=(),
-        metadata=rule("a list of numbers from 0", lambda v: all(item >= 0 for item in v)),
+        metadata=rule("free of negative numbers", lambda v: all(item >= 0 for item in v)),
     )
     ignore_eos: bool = False  # generate max_new_tokens, whatever the end-of-sequence token
     logprobs: bool = False  # report the log probability of every new token
@@ -233,7 +243,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """All settings. Making one checks every rule and raises `ConfigError` with all problems."""
+    """All settings; building one checks every rule and raises `ConfigError` with all problems."""
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -244,7 +254,7 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        # A rule between fields reads their values, so it is only asked once each field is sound.
+        # A rule between fields reads their values, so it is only checked once each field is valid.
         problems = list(field_problems(self)) or list(_combination_problems(self))
         if problems:
             raise ConfigError(*problems)
@@ -267,7 +277,7 @@ def _combination_problems(config: Config) -> Iterator[str]:
     if capacity.tiers == "one" and capacity.extras == "dropped":
         yield (
             "moe.capacity.extras = 'dropped': must be all with moe.capacity.tiers = one, where "
-            "extras compete before anybody has lost an assignment; use tiers = two"
+            "extras compete before any assignment is dropped; use tiers = two"
         )
     if capacity.tiers == "one" and capacity.order != "score":
         yield (
@@ -276,8 +286,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
         )
     if capacity.speed_aware and capacity.policy == "none":
         yield (
-            "moe.capacity.speed_aware = True: shares out a capacity, and moe.capacity.policy = "
-            "none has none; use token_drop or expanded_drop"
+            "moe.capacity.speed_aware = True: distributes capacity over ranks, and "
+            "moe.capacity.policy = none has none; use token_drop or expanded_drop"
         )
     if capacity.speed_aware and not config.profiler.enabled:
         yield (
@@ -296,8 +306,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
         )
     if config.moe.overlap.two_batch and capacity.policy != "none":
         yield (
-            "moe.overlap.two_batch = True: the halves of a step cannot compete for expert capacity "
-            f"together, and moe.capacity.policy is {capacity.policy}; use none, or "
+            "moe.overlap.two_batch = True: the two micro-batches of a step cannot share one expert "
+            f"capacity, and moe.capacity.policy is {capacity.policy}; use none, or "
             "moe.overlap.chunks instead"
         )
     if scheduler.kv_cache_gib is not None and scheduler.kv_cache_blocks is not None:

@@ -1,7 +1,7 @@
 """Type and rule checks of a settings dataclass, field by field; no setting is named here.
 
-`config.py` declares the fields: an annotation gives the type, `field(metadata=rule(...))` what else
-must hold. `field_problems` walks an instance and puts every breach into one sentence.
+`schema.py` declares the fields: an annotation gives the type, `field(metadata=rule(...))` what else
+must hold. `field_problems` walks an instance and describes each violation in one sentence.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
-    """One or more settings are wrong; `problems` holds one sentence for each."""
+    """One or more settings are wrong."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__(*problems)
-        self.problems = problems
+        self.problems = problems  # one sentence for each
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
@@ -29,50 +29,55 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value of the right type must also satisfy, in words and as a predicate."""
+    """What a value of the right type must also satisfy."""
 
-    text: str
+    text: str  # completes the sentence "must be ..."
     holds: Callable[[Any], bool]
 
 
 def rule(text: str, holds: Callable[[Any], bool]) -> dict[str, Rule]:
-    """Metadata of a field: its value must be `text`, which `holds` tests."""
+    """Return the metadata of a field whose value must be `text`, which `holds` tests."""
     return {"rule": Rule(text, holds)}
 
 
 @functools.cache
 def type_hints(section: type) -> dict[str, Any]:
-    """The resolved annotations of a section, field by field, in order."""
+    """Return the resolved annotations of a section by field, in order."""
     hints = get_type_hints(section)
     return {item.name: hints[item.name] for item in fields(section)}
 
 
-def field_problems(section: Any, prefix: str = "") -> Iterator[str]:
-    """Yield one sentence for each field of a dataclass (recursively) that breaks type or rule."""
+def field_problems(section: Any, prefix: str = "", *, full: bool = False) -> Iterator[str]:
+    """Yield one sentence for each field of a dataclass (recursively) that breaks type or rule.
+
+    Args:
+        section: instance of a settings dataclass.
+        prefix: text before each field's name, such as `moe.capacity.`.
+        full: a value of the wrong type gets the field's rule as well.
+    """
     for item in fields(section):
         name, value = f"{prefix}{item.name}", getattr(section, item.name)
-        hint = type_hints(type(section))[item.name]
+        hint, rule = type_hints(type(section))[item.name], item.metadata.get("rule")
         if is_dataclass(hint):
             if isinstance(value, hint):  # type: ignore[arg-type]
-                yield from field_problems(value, f"{name}.")
+                yield from field_problems(value, f"{name}.", full=full)
             else:
                 keys = ", ".join(type_hints(hint))
                 yield f"{name} = {value!r}: must be a section of keys ({keys})"
         elif not _matches(value, hint):
-            yield f"{name} = {value!r}: must be {describe(hint)}{_nearest_choice(value, hint)}"
-        elif value is not None and "rule" in item.metadata:
-            rule: Rule = item.metadata["rule"]
-            if not rule.holds(value):
-                yield f"{name} = {value!r}: must be {rule.text}"
+            more = f", {rule.text}" if full and rule else _nearest_choice(value, hint)
+            yield f"{name} = {value!r}: must be {describe(hint)}{more}"
+        elif value is not None and rule and not rule.holds(value):
+            yield f"{name} = {value!r}: must be {rule.text}"
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; of any other annotation, itself."""
+    """Return the members of a union; of any other annotation, itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether `value` has the type `hint`; a bool is no number, an int is a good float."""
+    """Return whether `value` has the type `hint`; a bool is no number, an int is a valid float."""
     if len(options := alternatives(hint)) > 1:
         return any(_matches(value, option) for option in options)
     if get_origin(hint) is Literal:
@@ -88,7 +93,7 @@ _TYPE_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "tru
 
 
 def describe(hint: Any) -> str:
-    """Say in words which values an annotation allows."""
+    """Return in words which values an annotation allows."""
     if len(options := alternatives(hint)) > 1:
         return " or ".join(describe(option) for option in options)
     if get_origin(hint) is Literal:
@@ -100,7 +105,7 @@ def describe(hint: Any) -> str:
 
 
 def _nearest_choice(value: Any, hint: Any) -> str:
-    """Name the valid choice that was probably meant by a value, or by an item of a list."""
+    """Return a hint with the valid choice nearest to a value, or to an item of a list; or ""."""
     if get_origin(hint) is tuple and isinstance(value, tuple):
         item_hint = get_args(hint)[0]
         wrong = (item for item in value if not _matches(item, item_hint))

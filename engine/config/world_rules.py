@@ -1,7 +1,7 @@
 """Rules of the config that depend on the number of ranks and on the model; pure.
 
-`config.py` checks what it can see by itself; these are asked once the launch and the checkpoint are
-known. Every rank gets the same answer without communication.
+`schema.py` checks what depends on the config alone; these rules apply once the launch and the
+checkpoint are known. Every rank gets the same answer without communication.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from engine.config.validation import ConfigError
 
 
 def expert_ranks(parallel: ParallelConfig, world_size: int, num_experts: int | None = None) -> int:
-    """The expert-parallel size that `parallel.expert` means with this many ranks.
+    """Return the expert-parallel size that `parallel.expert` means with this many ranks.
 
-    auto is the fewest replicas, and so the largest size, with at most one rank an expert: 7 and 6
+    auto is the fewest replicas, and so the largest size, with at most one rank per expert: 7 and 6
     ranks share 8 experts in one replica, 12 in two of 6, 11 in eleven of 1. Raises `ConfigError`
-    where no size fits. Pure: every rank gets the same answer without communication.
+    where no size fits. Pure.
     """
     if parallel.expert is None:
         return world_size
@@ -35,7 +35,7 @@ def expert_ranks(parallel: ParallelConfig, world_size: int, num_experts: int | N
 def validate_world(config: Config, world_size: int, num_experts: int | None = None) -> None:
     """Check the settings that depend on the number of ranks and, when known, of experts.
 
-    Raises `ConfigError`. Pure: every rank gets the same answer without communication.
+    Raises `ConfigError`. Pure.
     """
     parallel = config.parallel
     expert = expert_ranks(parallel, world_size, num_experts)
@@ -64,9 +64,9 @@ def validate_world(config: Config, world_size: int, num_experts: int | None = No
 def validate_capacity(
     config: CapacityConfig, *, num_experts: int, top_k: int, expert_ranks: int
 ) -> None:
-    """Check the capacity settings that depend on the model and on how its experts are spread.
+    """Check the capacity settings that depend on the model and how its experts are distributed.
 
-    Raises `ConfigError`. Pure: every rank gets the same answer without communication.
+    Raises `ConfigError`. Pure.
     """
     if config.policy != "expanded_drop":
         return

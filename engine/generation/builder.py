@@ -80,7 +80,7 @@ def load_weights(
         model.weight_slots(names),
         ignored=model.ignored_weights,
         group=topology.world,
-        activity=activity,
+        reporter=activity,
     )
 
 

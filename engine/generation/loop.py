@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from engine import config
+from engine.config import RequestPhase
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage, ControlPlane
@@ -79,7 +79,7 @@ class GenerationLoop:
         tokenizer: TokenDecoder | None,
         eos_token_ids: Collection[int],
         top_k: list[int],
-        capacity_phases: Collection[config.Phase] = (),
+        capacity_phases: Collection[RequestPhase] = (),
     ) -> None:
         """Build the loop of one run.
 

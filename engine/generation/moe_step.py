@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.config import Phase
+from engine.config import RequestPhase
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage
 from engine.generation.step import Slice, Step
@@ -26,7 +26,7 @@ from engine.profiling.phase_clock import PhaseClock
 from engine.request import CapacityUse
 
 
-def count_eligible(step: Step, phases: Sequence[Phase]) -> int:
+def count_eligible(step: Step, phases: Sequence[RequestPhase]) -> int:
     """Return how many tokens of the step are in one of `phases`."""
     return sum(length for piece in step.slices for length in _eligible_lengths(piece, phases))
 
@@ -34,7 +34,7 @@ def count_eligible(step: Step, phases: Sequence[Phase]) -> int:
 def build_moe_step(
     step: Step,
     messages: Sequence[ControlMessage],
-    phases: Sequence[Phase],
+    phases: Sequence[RequestPhase],
     topology: Topology,
     shares_W: tuple[int, ...] | None = None,
 ) -> MoEStep | None:
@@ -99,14 +99,16 @@ def capacity_uses(
     return uses
 
 
-def _eligible_lengths(piece: Slice, phases: Sequence[Phase]) -> list[int]:
+def _eligible_lengths(piece: Slice, phases: Sequence[RequestPhase]) -> list[int]:
     """Return how many tokens of the slice are in each of `phases`."""
     in_prompt = max(0, min(piece.start + piece.length, piece.seq.num_prompt) - piece.start)
     lengths = {"prefill": in_prompt, "decode": piece.length - in_prompt}
     return [lengths[phase] for phase in phases]
 
 
-def _identify(step: Step, phases: Sequence[Phase]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _identify(
+    step: Step, phases: Sequence[RequestPhase]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return every token's request and position, int32 [T], and if it is eligible, bool [T]."""
     request_T = np.empty(step.num_tokens, dtype=np.int32)
     position_T = np.empty(step.num_tokens, dtype=np.int32)

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
-from engine.config import CapacityConfig, Phase
+from engine.config import CapacityConfig, RequestPhase
 from engine.interop.capacity_gate import CapacityGate
 from engine.interop.megatron_settings import check_settings, group_of, router_scores, router_spec
 from engine.profiling.loads import LayerDrops
@@ -24,7 +24,7 @@ from engine.profiling.loads import LayerDrops
 class CapacityRouter(TopKRouter):
     """Megatron's top-k router, with a capacity applied to its choice."""
 
-    phase: Phase = "prefill"  # of the tokens of the next calls; the same on every rank
+    phase: RequestPhase = "prefill"  # of the tokens of the next calls; the same on every rank
 
     def __init__(
         self, config: Any, pg_collection: Any = None, *, capacity: CapacityConfig, **kwargs: Any

@@ -1,1 +1,1 @@
-"""Checkpoint weights: every rank reads only the tensors that it holds."""
+"""Checkpoint weights: every rank reads only the tensors that it owns."""

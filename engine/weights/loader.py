@@ -1,9 +1,9 @@
-"""Checkpoint weights into a rank's tensors: a rank reads what it owns and nothing else.
+"""Loading weights: a rank reads the checkpoint tensors that it owns and nothing else.
 
-A model yields one `WeightSlot` for each tensor of the checkpoint that this rank wants. Loading
-compares the names of all ranks with the headers of all files (`safetensors_file.py`), so that every
-mistake is found before data is read and by all ranks alike, then reads this rank's part
-(`weight_reader.py`). `fill_dummy` puts random weights there instead.
+A model yields one `WeightSlot` for each tensor of the checkpoint that this rank needs. Loading
+compares the names of all ranks with the headers of all files (`safetensors_header.py`), so that
+every mistake is found before data is read and equally on all ranks, then reads this rank's shards
+(`reader.py`). `fill_dummy` fills the slots with random weights instead.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from engine.weights.slot import WeightSlot
 
 __all__ = ["CheckpointError", "LoadReport", "WeightSlot", "fill_dummy", "load_weights"]
 
-_SHOWN = 10  # names of each kind in one error
+_MAX_SHOWN = 10  # names of each kind in one error
 _DUMMY_STD = 0.02
-_DUMMY_CHUNK = 1 << 20  # values drawn from one seed; part of what a seed means
+_DUMMY_CHUNK = 1 << 20  # values drawn from one seed; changing it changes all dummy weights
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What one rank read: bytes from files (headers and index included), tensors, wall seconds."""
+    """What one rank read."""
 
-    bytes_read: int
+    bytes_read: int  # from files, headers and index included
     tensors_read: int
-    seconds: float
+    seconds: float  # wall time
 
 
 def load_weights(
@@ -51,18 +51,24 @@ def load_weights(
     *,
     ignored: Iterable[str] = (),
     group: Group | None = None,
-    activity: ProgressReporter | None = None,
+    reporter: ProgressReporter | None = None,
 ) -> LoadReport:
-    """Fill every slot from the safetensors checkpoint in the folder `path`.
+    """Fill every slot from the safetensors checkpoint in a folder.
 
-    Collective over `group`, whose ranks together own all of the model's tensors
-    (`topology.world`): every rank must call. None: this rank owns them all. A tensor that no rank
-    wants must match one of the regular expressions `ignored` (by re.search). activity: told how the
-    reading gets on.
+    Collective over `group`: every rank must call.
 
-    Raises CheckpointError, with the same text on every rank: before any data is read when names,
-    shapes, dtypes or files are wrong; within seconds when a rank cannot read, or finds NaN,
-    infinity or a value that the target's dtype cannot hold.
+    Args:
+        path: the folder.
+        slots: this rank's.
+        ignored: regular expressions (for re.search); a tensor that no rank needs must match one.
+        group: ranks that together own all of the model's tensors (`topology.world`); None: this
+            rank owns them all.
+        reporter: reports the progress of reading.
+
+    Raises:
+        CheckpointError: with the same text on every rank, before any data is read when names,
+            shapes, dtypes or files are wrong; within seconds when a rank cannot read, or finds NaN,
+            infinity or a value that the target's dtype cannot represent.
     """
     began = time.perf_counter()
     slots = list(slots)
@@ -72,14 +78,14 @@ def load_weights(
         for slot in slots
         if (name := _name_in(catalog, slot.name, slot.aliases)) is not None
     ]
-    bytes_read = catalog.bytes_read + read_all(jobs, group, activity)
+    bytes_read = catalog.bytes_read + read_all(jobs, group, reporter)
     return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
 
 
 def _agree_on_catalog(
     path: Path, slots: Sequence[WeightSlot], ignored: Iterable[str], group: Group | None
 ) -> Catalog:
-    """The checkpoint's tensors, once all ranks see the same ones and all of theirs are there."""
+    """Return the checkpoint's tensors, once all ranks see the same ones and none is missing."""
     catalog, error = Catalog({}, 0), None
     try:
         catalog = read_catalog(path)
@@ -91,11 +97,11 @@ def _agree_on_catalog(
     if len({digest for _, digest, _ in answers}) > 1:
         found = _differences(_gather(_digest_files(catalog), group), group)
         raise CheckpointError(
-            f"the hosts of this run hold different files in {path}: {'; '.join(found[:_SHOWN])}"
-            f"{'; ...' if len(found) > _SHOWN else ''}; copy the same to all"
+            f"the hosts of this run hold different files in {path}: {_shorten(found)}; copy the "
+            "same to all"
         )
     wanted = {name: want for _, _, names in answers for name, want in names.items()}
-    # All ranks check everything, so they agree, unless they were told to ignore different names.
+    # All ranks check everything, so they agree unless `ignored` differs between them.
     problems = list(_mismatches(wanted, catalog, ignored))
     error = "\n  - ".join([f"{path} does not fit the model:", *problems]) if problems else None
     _raise_any(_gather(error, group), group)
@@ -121,7 +127,7 @@ def _mismatches(
     catalog: Catalog,
     ignored: Iterable[str],
 ) -> Iterator[str]:
-    """One sentence for each kind of disagreement between the model's tensors and the files'."""
+    """Yield a sentence for each kind of difference between the model's tensors and the files'."""
     missing, misshapen, refused = [], [], []
     for name, (shape, aliases) in wanted.items():
         if (found := _name_in(catalog, name, aliases)) is None:
@@ -143,7 +149,7 @@ def _mismatches(
     ]
     yield from _listed(
         "tensors are missing; is config.json of this checkpoint?",
-        [_with_nearest(name, extra) if i < _SHOWN else name for i, name in enumerate(missing)],
+        [_with_nearest(name, extra) for name in missing[:_MAX_SHOWN]] + missing[_MAX_SHOWN:],
     )
     yield from _listed(
         "tensors belong to no part of the model; is config.json theirs? if so, use the files it "
@@ -160,8 +166,11 @@ def _mismatches(
 
 def _listed(what: str, items: Sequence[str]) -> Iterator[str]:
     if items:
-        more = "; ..." if len(items) > _SHOWN else ""
-        yield f"{len(items)} {what}: {'; '.join(items[:_SHOWN])}{more}"
+        yield f"{len(items)} {what}: {_shorten(items)}"
+
+
+def _shorten(items: Sequence[str]) -> str:
+    return "; ".join(items[:_MAX_SHOWN]) + ("; ..." if len(items) > _MAX_SHOWN else "")
 
 
 def _with_nearest(name: str, names: Sequence[str]) -> str:
@@ -174,7 +183,7 @@ def _digest(catalog: Catalog) -> str:
 
 
 def _digest_files(catalog: Catalog) -> dict[str, str]:
-    """What each file of a checkpoint holds and where, as a digest by file name."""
+    """Return a digest per file name of which tensors the file holds and where."""
     states: dict[str, Any] = {}
     for name, entry in sorted(catalog.entries.items()):
         line = (name, entry.dtype, entry.shape, entry.offset)
@@ -184,7 +193,7 @@ def _digest_files(catalog: Catalog) -> dict[str, str]:
 
 
 def _differences(digests: Sequence[Mapping[str, str]], group: Group | None) -> list[str]:
-    """A sentence for each file that not all ranks have, or not the same."""
+    """Return a sentence for each file that is missing on some ranks or differs between ranks."""
     ranks = (0,) if group is None else group.ranks
     found = []
     for file in sorted({file for files in digests for file in files}):
@@ -200,17 +209,21 @@ def _differences(digests: Sequence[Mapping[str, str]], group: Group | None) -> l
     return found
 
 
-def fill_dummy(slots: Iterable[WeightSlot], seed: int, tick: Tick = no_tick) -> None:
+def fill_dummy(slots: Iterable[WeightSlot], seed: int, report: Tick = no_tick) -> None:
     """Fill every slot with random weights that depend on `seed` and the tensor's name alone.
 
-    Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn
-    (in chunks of rows, each from its own seed, of which a shard draws only its own), so the values
-    are the same for every number of ranks and every tensor-parallel size. tick: called now and
-    then. Not collective.
+    Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn in
+    chunks of rows, each from its own seed, and a shard draws only the chunks it needs, so the
+    values are the same for every number of ranks and every tensor-parallel size. Not collective.
+
+    Args:
+        slots: this rank's.
+        seed: of all tensors.
+        report: called once per slot.
     """
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for _ in pool.map(lambda slot: _fill(slot, seed), list(slots)):
-            tick()  # taking the results also raises an error of theirs
+            report()  # iterating over the results also raises a worker's error
 
 
 def _fill(slot: WeightSlot, seed: int) -> None:

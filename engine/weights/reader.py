@@ -1,12 +1,12 @@
-"""Tensor bytes from files into tensors, by a few threads, checked as they pass.
+"""Reader: tensor bytes from files into tensors, by several threads, with every value checked.
 
-The data half of loading: `weights.py` decides what is read, this module reads it. Plain positioned
-reads go straight into the destination's memory, so peak memory is the destination's (a mapped
-file's pages would come on top). A tensor that is cut inside its rows, converted to another dtype
-or bound for a GPU passes through a staging buffer of a few MiB a thread.
+`loader.py` decides what is read, this module reads it. Positioned reads write directly into the
+destination's memory, so peak memory is the destination's (a mapped file's pages would be added to
+it). A tensor that is sharded within its rows, converted to another dtype or copied to a GPU passes
+through a staging buffer of a few MiB per thread.
 
-Every value is looked at while it is in cache: NaN, infinity and values that the target's dtype
-cannot hold are errors.
+Every value is checked while it is in cache: NaN, infinity and values that the target's dtype cannot
+represent are errors.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _CHUNK_BYTES = 4 << 20  # one read: large for a file system, and still in cache when it is checked
 _CHECK_ITEMS = 1 << 16
-_READERS = 4  # one thread alone does not fill a network or parallel file system
-_BEAT_S = 5.0  # ranks that read tell each other this often that all is well
+_NUM_THREADS = 4  # one thread does not saturate a network or parallel file system
+_STATUS_INTERVAL_S = 5.0  # between two exchanges of the ranks' status
 
-# Bits of |x| as an unsigned integer, from which on a value is infinite or NaN in its own dtype ...
+# Smallest bits of |x|, as an unsigned integer, of a value that is infinite or NaN in its dtype ...
 _NOT_FINITE = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
-# ... and from which on it rounds to infinity in a narrower one.
+# ... and of a value that rounds to infinity in a narrower dtype.
 _OVERFLOW = {
     ("F32", torch.float16): 0x477FF000,  # 65520
     ("BF16", torch.float16): 0x4780,  # 65536, the next bfloat16 after 65280
@@ -47,48 +47,45 @@ _OVERFLOW = {
 
 @dataclass(frozen=True, slots=True)
 class ReadJob:
-    """Read rows and columns `bounds` ([start, stop) a dimension) of a file's tensor into `target`.
-
-    `target` has the bounds' shape and dtype float32, bfloat16 or float16, on any device.
-    """
+    """One shard to read from a file's tensor into `target`."""
 
     name: str
     entry: TensorEntry
-    target: torch.Tensor
-    bounds: tuple[tuple[int, int], ...]
+    target: torch.Tensor  # of the bounds' shape; float32, bfloat16 or float16, on any device
+    bounds: tuple[tuple[int, int], ...]  # [start, stop) per dimension of the file's tensor
 
 
 def read_all(
-    jobs: Iterable[ReadJob], group: Group | None, activity: ProgressReporter | None = None
+    jobs: Iterable[ReadJob], group: Group | None, reporter: ProgressReporter | None = None
 ) -> int:
     """Run all jobs and return the bytes read. Collective over `group`: every rank must call.
 
-    Ranks have unequal work, which may take longer than the group's timeout. Meanwhile they meet
-    every few seconds, so that a rank in trouble stops the others and a dead one is noticed; one
-    whose reads do not come back is noticed by its `activity`.
+    Ranks have unequal work, which may take longer than the group's timeout. They exchange their
+    status every few seconds, so that an error on one rank stops the others and a dead rank is
+    noticed; a rank whose reads do not return is noticed by its missing progress.
 
     Raises CheckpointError with the same text on every rank.
     """
     queue = deque(sorted(jobs, key=lambda job: (job.entry.file, job.entry.offset)))
-    files, activity = _Files(), activity or ProgressReporter()
-    waits = False
-    with ThreadPoolExecutor(_READERS, "read-weights") as pool:
+    files, reporter = _Files(), reporter or ProgressReporter()
+    is_waiting = False
+    with ThreadPoolExecutor(_NUM_THREADS, "read-weights") as pool:
         try:
             readers = [
-                pool.submit(_read_jobs, queue, files, activity.tick) for _ in range(_READERS)
+                pool.submit(_read_jobs, queue, files, reporter.tick) for _ in range(_NUM_THREADS)
             ]
             while True:
-                done, pending = wait(readers, timeout=_BEAT_S)
+                done, pending = wait(readers, timeout=_STATUS_INTERVAL_S)
                 problem = next(
                     (text for reader in done if (text := _problem(reader.exception()))), None
                 )
-                if not pending and not waits:
-                    waits = True
-                    activity.wait()
+                if not pending and not is_waiting:
+                    is_waiting = True
+                    reporter.wait()
                 if _all_done(problem, not pending, group):
                     return sum(reader.result() for reader in readers)
         finally:
-            queue.clear()  # on an error: readers stop after the tensor in hand
+            queue.clear()  # on an error: readers stop after their current tensor
             pool.shutdown()
             files.close()
 
@@ -110,8 +107,8 @@ def _all_done(problem: str | None, done: bool, group: Group | None) -> bool:
     return all(done for _, done in answers)
 
 
-def _read_jobs(queue: deque[ReadJob], files: _Files, tick: Tick) -> int:
-    """One reader: take jobs until none is left; returns the bytes read."""
+def _read_jobs(queue: deque[ReadJob], files: _Files, report: Tick) -> int:
+    """Run jobs until none is left, in one thread; return the bytes read."""
     staging = _Staging()
     num_bytes = 0
     try:
@@ -120,19 +117,19 @@ def _read_jobs(queue: deque[ReadJob], files: _Files, tick: Tick) -> int:
                 job = queue.popleft()
             except IndexError:
                 return num_bytes
-            num_bytes += _read_job(job, files, staging, tick)
+            num_bytes += _read_job(job, files, staging, report)
     except BaseException:
-        queue.clear()  # the other readers need not go on
+        queue.clear()  # stops the other readers
         raise
 
 
-def _read_job(job: ReadJob, files: _Files, staging: _Staging, tick: Tick) -> int:
-    """Read one tensor's shard; returns the bytes read."""
+def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: Tick) -> int:
+    """Read one tensor's shard; return the bytes read."""
     entry, target = job.entry, job.target.detach()
     dtype = DTYPES[entry.dtype]
     if target.numel() == 0:
         return 0
-    # The rows that hold the shard are one run of bytes; its columns are cut from them in memory.
+    # The rows that hold the shard are contiguous bytes; its columns are selected in memory.
     (first, last), *columns = job.bounds or ((0, 1),)
     row_shape = entry.shape[1:]
     row_bytes = math.prod(row_shape) * dtype.itemsize
@@ -145,7 +142,7 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging, tick: Tick) -> int
             memory = target.view(torch.uint8).numpy()
             for low in range(0, num_bytes, _CHUNK_BYTES):
                 run.read(memory[low : low + _CHUNK_BYTES], low)
-                tick()
+                report()
             return num_bytes
     cut = (slice(None), *(slice(start, stop) for start, stop in columns))
     step = max(1, _CHUNK_BYTES // row_bytes)
@@ -153,14 +150,14 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging, tick: Tick) -> int
         part = target[row : row + step]
         buffer = staging.take(part.shape[0] * row_bytes, target.device)
         run.read(buffer.numpy(), row * row_bytes)
-        tick()
+        report()
         part.copy_(buffer.view(dtype).view(part.shape[0], *row_shape)[cut], non_blocking=True)
         staging.give_back(target.device)
     return num_bytes
 
 
 class _Run:
-    """A run of bytes of one file, read and checked piece by piece."""
+    """Contiguous bytes of one file, read and checked chunk by chunk."""
 
     def __init__(self, job: ReadJob, descriptor: int, begin: int) -> None:
         self._job, self._descriptor, self._begin = job, descriptor, begin
@@ -168,7 +165,7 @@ class _Run:
         self._limit = _OVERFLOW.get((job.entry.dtype, job.target.dtype), self._not_finite)
 
     def read(self, memory: np.ndarray, low: int) -> None:
-        """Fill `memory` (uint8) with the bytes from the run's byte `low` on."""
+        """Fill `memory` (uint8) with the bytes from byte `low` of the run."""
         filled, where = 0, f"{self._job.name} in {self._job.entry.file}"
         while filled < len(memory):
             try:
@@ -192,7 +189,7 @@ class _Run:
 
 
 def _largest_bits(memory: np.ndarray, itemsize: int) -> int:
-    """The largest |x| in `memory` as bits: for IEEE floats the order of the numbers, NaN on top."""
+    """Return the largest |x| in `memory` as bits, which order as the IEEE floats do, NaN last."""
     values = memory.view(np.uint32 if itemsize == 4 else np.uint16)
     without_sign = values.dtype.type(0x7FFFFFFF if itemsize == 4 else 0x7FFF)
     return max(
@@ -202,7 +199,7 @@ def _largest_bits(memory: np.ndarray, itemsize: int) -> int:
 
 
 class _Staging:
-    """One thread's buffer between file and target; pinned where the target is on a GPU."""
+    """Buffer of one thread between file and target; pinned where the target is on a GPU."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -223,7 +220,7 @@ class _Staging:
 
 
 class _Files:
-    """File descriptors by path, opened on first use by whichever reader comes first."""
+    """File descriptors by path, shared by all readers and opened on first use."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}

@@ -1,7 +1,8 @@
-"""The safetensors format: which tensors a checkpoint folder holds, and where their bytes are.
+"""Safetensors headers: which tensors a checkpoint folder holds, and where their bytes are.
 
-First half of loading (`loader.py` is the second). It reads headers only, and believes none: a file
-that is truncated, overlapping, mislabelled or not safetensors at all raises `CheckpointError`.
+First step of loading; `loader.py` compares the result with the model. Reads headers only and checks
+each: a file that is truncated, overlapping, mislabelled or not safetensors at all raises
+`CheckpointError`.
 
 A file is 8 bytes, the header's length as a little-endian integer; the header, JSON: name ->
 {"dtype", "shape", "data_offsets": [begin, end) counted from the header's end} and `__metadata__`;
@@ -43,25 +44,25 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `num_bytes` from byte `offset` of `file`; `dtype` as the file says."""
+    """Where one tensor is stored."""
 
     file: Path
-    dtype: str
+    dtype: str  # name in the file, such as BF16
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # byte of the file at which its data begins
     num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """All tensors of a checkpoint by name, and how many bytes it took to learn of them."""
+    """All tensors of a checkpoint."""
 
-    entries: Mapping[str, TensorEntry]
-    bytes_read: int
+    entries: Mapping[str, TensorEntry]  # by name
+    bytes_read: int  # of headers and index
 
 
 def read_catalog(folder: Path) -> Catalog:
-    """The tensors of `folder`: `model.safetensors`, else the files that the index names.
+    """Return the tensors of `folder`: of `model.safetensors`, else of the files in the index.
 
     Raises CheckpointError.
     """
@@ -93,7 +94,7 @@ def read_catalog(folder: Path) -> Catalog:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
-    """The tensors of one file, and the bytes read to find them. Raises CheckpointError."""
+    """Return the tensors of one file and the bytes read for them. Raises CheckpointError."""
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -124,7 +125,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) != len(pairs):
-            raise ValueError("a name stands twice")
+            raise ValueError("a name is given twice")
         return mapping
 
     try:
@@ -139,7 +140,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
-    """One header item, checked; `start` is where the data begins."""
+    """Return one header item, checked; `start` is the byte at which the data begins."""
     try:
         dtype, shape = value["dtype"], value["shape"]
         begin, end = value["data_offsets"]
@@ -162,7 +163,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
 
 
 def _check_layout(path: Path, entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
-    """Tensors must follow each other without gap or overlap up to the file's end."""
+    """Check that tensors follow each other without gap or overlap up to the file's end."""
     position = start
     for name, entry in sorted(
         entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)
@@ -196,7 +197,7 @@ def _bad_length(path: Path, size: int, length: int) -> str:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], int]:
-    """The index's weight_map (tensor -> file name in its folder) and its size in bytes."""
+    """Return the index's weight_map (tensor -> file name in its folder) and its size in bytes."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -213,7 +214,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], int]:
     files = set(weight_map.values())
     if outside := sorted(file for file in files if Path(file).name != file or "\0" in file):
         raise CheckpointError(
-            f"{path} names {outside[0]!r}: files must lie beside the index, without a folder; "
+            f"{path} names {outside[0]!r}: files must be next to the index, without a folder; "
             "move them there and correct the index"
         )
     if missing := sorted(file for file in files if not (path.parent / file).exists()):
@@ -229,7 +230,7 @@ def _nothing_to_load(folder: Path) -> str:
     if pickles:
         return (
             f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code "
-            "when loaded and are refused. Convert them where you trust their origin: "
+            "when loaded and are refused. Convert them if you trust their origin: "
             "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new_folder)"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))

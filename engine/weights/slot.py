@@ -10,23 +10,21 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """One tensor of the checkpoint and where this rank wants it.
+    """One tensor of the checkpoint and its destination on this rank.
 
-    `target` is the destination view, of the shard's shape; `full_shape` is the shape in the file;
-    `shard` is the part of it this rank takes, slices without step for its first dimensions (None:
-    all of it). `aliases` are other names under which a file may have the tensor. One tensor may
-    fill several slots.
+    One tensor may fill several slots.
     """
 
     name: str
-    target: torch.Tensor
-    full_shape: tuple[int, ...]
-    shard: tuple[slice, ...] | None = None
+    target: torch.Tensor  # destination view, of the shard's shape
+    full_shape: tuple[int, ...]  # in the file
+    shard: tuple[slice, ...] | None = None  # this rank's share: slices without step of the first
+    # dimensions; None: all of it
     kind: Literal["matrix", "norm", "bias"] = "matrix"
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()  # other names of the tensor in a file
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
-        """[start, stop) of the shard in every dimension of the file's tensor."""
+        """Return [start, stop) of the shard in every dimension of the file's tensor."""
         whole = slice(None)
         shard = (self.shard or ()) + (whole,) * (len(self.full_shape) - len(self.shard or ()))
         parts = [part.indices(size) for part, size in zip(shard, self.full_shape, strict=True)]

@@ -1,4 +1,4 @@
-"""Fixtures of the batch job's tests: the job's files, and what comes of it undisturbed."""
+"""Fixtures of the batch job's tests: the job's files, and the records of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(job: Path) -> list[dict[str, Any]]:
-    """The records of a run on one rank that nothing happened to."""
+    """The records of an undisturbed run on one rank."""
     output = job / "undisturbed.jsonl"
     ((code, _, err),) = run(1, command(job, output))
     assert code == 0, err

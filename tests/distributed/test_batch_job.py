@@ -1,4 +1,4 @@
-"""The batch job from command line to output, on one and two ranks, through every kind of death.
+"""The batch job from command line to output, on one and two ranks, with every kind of kill.
 
 python -m pytest tests/distributed/test_batch_job.py
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch.ledger import Ledger, part_path, parts_dir
+from engine.batch.ledger import Ledger, shard_path, shards_dir
 from tests.helpers.batch_case import (
     ALL,
     BAD,
@@ -66,7 +66,7 @@ def test_a_bad_line_becomes_an_error_record_with_its_line_number(undisturbed):
     assert all(undisturbed[place]["text"] == "" for place in errors)
 
 
-def test_the_job_leaves_its_config_and_report_beside_the_output_and_no_ledger(job, undisturbed):
+def test_the_job_leaves_its_config_and_report_next_to_the_output_and_no_ledger(job, undisturbed):
     output = job / "undisturbed.jsonl"
     assert {path.name for path in job.glob("undisturbed*")} == {
         "undisturbed.jsonl",
@@ -92,7 +92,7 @@ def test_two_ranks_give_the_records_of_one_and_share_the_work(job, undisturbed, 
     assert (code, other_code) == (0, 0), err + other_err
     assert records(output) == undisturbed
     assert f"{ALL} requests, {len(BAD)} with an error record." in out
-    assert other_out == "" and other_err == "", "only rank 0 speaks"
+    assert other_out == "" and other_err == "", "only rank 0 prints"
     assert all(rank["tokens_prefill"] > 0 for rank in report(output)["run"]["ranks"])
 
 
@@ -112,7 +112,7 @@ def test_a_killed_job_resumes_with_nothing_lost_doubled_or_redone(
     assert records(output) == undisturbed
     values = report(output)
     assert (values["resumed"], values["requests"]) == (len(done), ALL - len(done))
-    assert not parts_dir(output).exists()
+    assert not shards_dir(output).exists()
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_a_signal_ends_all_ranks_after_what_is_done_is_written(
     output = tmp_path / "out.jsonl"
     argv = command(job, output, "--set", f"runtime.drain_s={drain_s}")
     outcomes = run(2, argv, (1, 2, name))
-    assert [status for status, _, _ in outcomes] == [code, code], "both leave at the same step"
+    assert [status for status, _, _ in outcomes] == [code, code], "both exit at the same step"
     assert all(name in err and "Traceback" not in err for _, _, err in outcomes)
     done = committed(output, 2)
     assert done and not output.exists()
-    # Requests are handed out in input order: there is a gap where one was begun and given up.
+    # Requests are taken in input order: there is a gap where one was started and not finished.
     drained = name == "SIGTERM" and drain_s > 0
     assert (done == set(range(len(done)))) == drained, sorted(done)
     assert [item[0] for item in run(2, argv)] == [0, 0]
@@ -151,12 +151,12 @@ def test_a_replica_waits_for_another_one_longer_than_for_a_collective(job, undis
     assert records(output) == undisturbed
 
 
-def test_a_replica_that_waits_for_one_that_was_stopped_leaves_too(job, undisturbed, tmp_path):
+def test_a_replica_that_waits_for_one_that_was_stopped_exits_too(job, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     argv = command(job, output, "--set", "parallel.expert=1", "--set", "runtime.drain_s=0")
     outcomes = run(2, argv, (1, 3, "sleep SIGTERM"))
     assert [code for code, _, _ in outcomes] == [1, 143]
-    assert "rank 1 left: stopped by SIGTERM" in outcomes[0][2]
+    assert "rank 1 exited: stopped by SIGTERM" in outcomes[0][2]
     assert [item[0] for item in run(2, argv)] == [0, 0]
     assert records(output) == undisturbed
 
@@ -166,7 +166,7 @@ def test_a_full_disk_ends_all_ranks_and_keeps_the_ledger(job, undisturbed, tmp_p
     outcomes = run(2, command(job, output), (1, 3, "disk full"))
     assert [code for code, _, _ in outcomes] == [1, 1]
     assert all("No space left on device" in err for _, _, err in outcomes)
-    assert "rank 1 left" in outcomes[0][2]
+    assert "rank 1 exited" in outcomes[0][2]
     done = committed(output, 2)
     assert 0 < len(done) < ALL and not output.exists()
     assert [item[0] for item in run(2, command(job, output))] == [0, 0]
@@ -205,7 +205,7 @@ def test_an_empty_input_makes_an_empty_output_without_loading_the_model(job, tmp
     assert output.read_text() == ""
 
 
-def test_what_is_wrong_with_the_files_is_told_once_before_anything_runs(job, tmp_path):
+def test_what_is_wrong_with_the_files_is_reported_once_before_anything_runs(job, tmp_path):
     config, real = ["--config", str(job / "config.yaml")], str(job / "in.jsonl")
     (tmp_path / "file").touch()
     cases = {
@@ -223,13 +223,13 @@ def test_what_is_wrong_with_the_files_is_told_once_before_anything_runs(job, tmp
         more = [] if target is None else ["--output", str(tmp_path / target)]
         argvs.append([*config, "--input", source, *more])
     outcomes, others = run_ranks(infer_each, 2, argvs, timeout=120.0)
-    for part, (code, _, err), (other, _, quiet) in zip(cases, outcomes, others, strict=True):
+    for message, (code, _, err), (other, _, quiet) in zip(cases, outcomes, others, strict=True):
         assert (code, other) == (2, 2), err + quiet
-        assert part in err and err.startswith("error: ") and quiet == "", err
+        assert message in err and err.startswith("error: ") and quiet == "", err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
-def test_a_rank_that_waits_in_vain_says_for_whom_and_exits(job):
+def test_a_rank_whose_peer_never_arrives_names_it_and_exits(job):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -269,20 +269,20 @@ def test_without_an_input_built_in_prompts_are_completed(job, tmp_path):
     assert run(1, [*argv, "--overwrite"])[0][0] == 0
 
 
-def test_the_script_runs_by_hand_is_killed_and_goes_on(job, undisturbed, tmp_path):
+def test_the_script_runs_by_hand_is_killed_and_resumes(job, undisturbed, tmp_path):
     """No launcher and no helper: the command a user types, and kill -9 from outside."""
     output = tmp_path / "out.jsonl"
     argv = [sys.executable, str(ROOT / "launch/infer.py"), *command(job, output)]
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     process = subprocess.Popen(argv, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL)
-    part = part_path(parts_dir(output), 0)
+    shard = shard_path(shards_dir(output), 0)
     deadline = time.monotonic() + 120
-    while process.poll() is None and not (part.exists() and part.stat().st_size):
+    while process.poll() is None and not (shard.exists() and shard.stat().st_size):
         assert time.monotonic() < deadline, "nothing was written"
         time.sleep(0.002)
     process.kill()
     process.wait()
-    done = len(committed(output, 1)) if part.exists() else ALL
+    done = len(committed(output, 1)) if shard.exists() else ALL
     again = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert records(output) == undisturbed

@@ -181,7 +181,7 @@ def test_ranks_that_ignore_different_names_still_agree(tmp_path):
 
 def load_slowly_on_rank_1(rank: int, folder: Path) -> tuple[list[float], int] | str:
     patch = pytest.MonkeyPatch()
-    patch.setattr(weight_reader, "_BEAT_S", 0.2)
+    patch.setattr(weight_reader, "_STATUS_INTERVAL_S", 0.2)
     if rank == 1:
         read = weight_reader._read_job
 

@@ -1,7 +1,7 @@
 """A batch job for tests: a small model, an input of good and bad lines, ranks that run infer.py.
 
-Deaths are arranged at an exact moment, inside a rank's n-th write to the ledger, so that what must
-be done and what must be left is known to the record.
+A trap kills or disturbs a rank at an exact moment, in its n-th write to the ledger, so that the
+records that must be done are known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.batch.ledger import part_path, parts_dir, scan_part
+from engine.batch.ledger import scan_shard, shard_path, shards_dir
 from tests.helpers.ranks import run_ranks
 
 CONTEXT = 96
@@ -90,7 +90,7 @@ BAD = [
     '{"id": "r0", "prompt": "again"}',
     '{"id": "broken", "prompt": "no end',
     json.dumps({"id": "long", "prompt": "x" * 200}),
-    '{"prompt": "nobody"}',
+    '{"prompt": "no id"}',
 ]
 # Line numbers from 1: a blank line on 2 and bad lines on 4, 6, 8 and 10.
 LINES = [GOOD[0], "", GOOD[1], BAD[0], GOOD[2], BAD[1], GOOD[3], BAD[2], GOOD[4], BAD[3], *GOOD[5:]]
@@ -127,11 +127,11 @@ def infer_each(rank: int, argvs: list[list[str]]) -> list[tuple[int, str, str]]:
 
 
 def set_trap(number: int, event: str) -> None:
-    from engine.batch.ledger import PartWriter
+    from engine.batch.ledger import ShardWriter
 
-    append, count = PartWriter.append, 0
+    append, count = ShardWriter.append, 0
 
-    def trapped(self: PartWriter, completions: Any) -> None:
+    def trapped(self: ShardWriter, completions: Any) -> None:
         nonlocal count
         count += 1
         if count < number or (event.startswith("sleep") and count > number):
@@ -165,7 +165,7 @@ def set_trap(number: int, event: str) -> None:
         if event == "kill after":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    PartWriter.append = trapped
+    ShardWriter.append = trapped
 
 
 def command(job: Path, output: Path, *more: str) -> list[str]:
@@ -181,11 +181,11 @@ def records(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
-def committed(output: Path, num_parts: int) -> set[int]:
+def committed(output: Path, num_ranks: int) -> set[int]:
     done: set[int] = set()
-    for data_rank in range(num_parts):
-        with part_path(parts_dir(output), data_rank).open("rb") as file:
-            done |= {index for index, _, _ in scan_part(file)}
+    for data_rank in range(num_ranks):
+        with shard_path(shards_dir(output), data_rank).open("rb") as file:
+            done |= {index for index, _, _ in scan_shard(file)}
     return done
 
 

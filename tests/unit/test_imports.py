@@ -26,8 +26,8 @@ FLOORS = (
     {"moe"},
     {"layers"},
     {"weights"},
-    {"distributed"},
-    {"profiling", "config", "request", "ops"},
+    {"distributed", "request"},
+    {"profiling", "config", "ops"},
 )
 FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
 # Inside a unit: a folder, and what it does not import.

@@ -1,4 +1,4 @@
-"""What a request may say, and what a completion writes. Run: pytest tests/unit/test_request.py"""
+"""Requests are checked, completions become records. Run: pytest tests/unit/test_request.py"""
 
 import json
 from dataclasses import fields
@@ -15,7 +15,7 @@ def test_sampling_params_have_exactly_the_fields_and_defaults_of_the_config():
     assert {field.name: field.default for field in fields(SamplingParams)} == of_config
 
 
-def test_overrides_are_put_over_the_config_and_none_keeps_it():
+def test_overrides_replace_the_config_and_none_keeps_it():
     config = SamplingConfig(temperature=0.5, top_k=7, stop=("a",))
     params = SamplingParams.from_config(config, temperature=0.0, top_k=None, stop=["x", "y"])
     assert (params.temperature, params.top_k, params.stop) == (0.0, 7, ("x", "y"))
@@ -71,9 +71,9 @@ def test_a_prompt_that_is_empty_or_no_token_ids_is_refused(prompt):
         Request(index=0, id="r", prompt_token_ids=prompt)
 
 
-def test_gate_mass_kept_is_the_share_of_all_mass_that_competed():
+def test_gate_mass_kept_is_the_share_of_all_mass_subject_to_capacity():
     use = CapacityUse()
-    assert use.gate_mass_kept == 1.0, "nothing competed, nothing was lost"
+    assert use.gate_mass_kept == 1.0, "without capacity nothing is dropped"
     use.add(CapacityUse(assignments=30, dropped=3, added=1, mass=3.0, mass_kept=3.0))
     use.add(CapacityUse(assignments=10, dropped=5, added=0, mass=1.0, mass_kept=0.6))
     use.add(CapacityUse(assignments=7))
@@ -81,7 +81,7 @@ def test_gate_mass_kept_is_the_share_of_all_mass_that_competed():
     assert use.gate_mass_kept == pytest.approx(0.9)
 
 
-def test_the_share_of_gate_mass_is_the_same_however_a_prompt_was_cut():
+def test_the_share_of_gate_mass_does_not_depend_on_the_prefill_chunks():
     # Token sums are float32 and added in float64, which holds their sum exactly: a request's record
     # has the same digits for any chunks, and survives being written and read.
     generator = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_a_record_has_optional_keys_only_when_present():
     assert "error" not in done.record()
 
 
-def test_a_failure_says_why_and_where():
+def test_a_failure_has_message_and_line():
     record = Completion.failure(2, "b", "bad line", line=7, prompt_tokens=9).record()
     assert record["finish_reason"] == "error"
     assert record["error"] == {"message": "bad line", "line": 7}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from engine.config import CapacityConfig, Phase
+from engine.config import CapacityConfig, RequestPhase
 
 ORDERS = ("score", "random", "first", "last")
 CONSENSUS = ("global", "quota", "local")
@@ -26,7 +26,7 @@ def default_grid(
     factor_gammas: Sequence[str],
     *,
     scopes: Sequence[str] = ("expert", "rank"),
-    phases: Sequence[Phase] = ("prefill",),
+    phases: Sequence[RequestPhase] = ("prefill",),
 ) -> list[CapacityConfig]:
     """The front at `gammas`, and one factor varied at a time at each of `factor_gammas`."""
     found = [
@@ -47,7 +47,7 @@ def domain_grid(
     gammas: Sequence[str],
     *,
     scopes: Sequence[str] = ("expert", "rank"),
-    phases: Sequence[Phase] = ("prefill",),
+    phases: Sequence[RequestPhase] = ("prefill",),
 ) -> list[CapacityConfig]:
     """Every consensus at every gamma: Token Drop in each scope, Expanded Drop by expert."""
     combinations = [("token_drop", scope) for scope in scopes] + [("expanded_drop", "expert")]
@@ -62,7 +62,7 @@ def full_grid(
     gammas: Sequence[str],
     *,
     scopes: Sequence[str] = ("expert", "rank"),
-    phases: Sequence[Phase] = ("prefill",),
+    phases: Sequence[RequestPhase] = ("prefill",),
 ) -> list[CapacityConfig]:
     """The product of policy, order, gamma, consensus and scope, with each kind of extras."""
     found = []
@@ -110,9 +110,11 @@ def from_json(values: dict[str, Any]) -> CapacityConfig:
     return CapacityConfig(**{**values, "phases": tuple(values["phases"])})
 
 
-def _setting(phases: Sequence[Phase], **values: Any) -> CapacityConfig:
+def _setting(phases: Sequence[RequestPhase], **values: Any) -> CapacityConfig:
     return CapacityConfig(phases=tuple(phases), **values)
 
 
-def _distinct(phases: Sequence[Phase], found: Sequence[CapacityConfig]) -> list[CapacityConfig]:
+def _distinct(
+    phases: Sequence[RequestPhase], found: Sequence[CapacityConfig]
+) -> list[CapacityConfig]:
     return list(dict.fromkeys([_setting(phases), *found]))

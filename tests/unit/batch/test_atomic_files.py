@@ -1,4 +1,4 @@
-"""Files are whole or absent, and a lock keeps others out until it is let go."""
+"""Files are whole or absent, and a lock excludes other processes until it is released."""
 
 import errno
 import fcntl
@@ -59,16 +59,16 @@ def test_a_lock_holds_until_its_file_is_closed(tmp_path):
     os.close(second)
 
 
-def test_patience_outlasts_a_holder_that_is_just_leaving(tmp_path, monkeypatch):
+def test_lock_waits_for_a_holder_that_exits_within_the_timeout(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     first, second = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
     lock(first, "it")
     monkeypatch.setattr("engine.batch.atomic_files.time.sleep", lambda seconds: os.close(first))
-    lock(second, "it", patience_s=60)
+    lock(second, "it", timeout_s=60)
     os.close(second)
 
 
-def test_a_file_system_without_locks_stops_nobody_and_other_errors_do(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_no_error_and_other_errors_are(tmp_path, monkeypatch):
     def fail(code: int):
         return lambda fd, mode: (_ for _ in ()).throw(OSError(code, os.strerror(code)))
 

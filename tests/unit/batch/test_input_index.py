@@ -1,4 +1,4 @@
-"""The index of a batch input and the ticket queue: every line once, found again by its offset."""
+"""The index of a batch input and the work queue: every line once, found again by its offset."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch.input_index import Line, Pending, WorkQueue, line_id, scan_input
+from engine.batch.input_index import Line, PendingLines, WorkQueue, line_id, scan_input
 from engine.request import Completion, Request
 
 
@@ -21,11 +21,11 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def pending(path: Path, done: list[int] = ()) -> Pending:
+def pending(path: Path, done: list[int] = ()) -> PendingLines:
     index = scan_input(path)
     done_n = np.zeros(len(index), dtype=bool)
     done_n[list(done)] = True
-    return Pending(path, Pending.select(index, done_n))
+    return PendingLines(path, PendingLines.select(index, done_n))
 
 
 def test_offsets_and_line_numbers_by_hand(tmp_path):
@@ -49,10 +49,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
 def test_an_input_without_lines_has_no_requests(tmp_path, content):
     index = scan_input(write(tmp_path / "in.jsonl", content))
     assert len(index) == 0
-    assert Pending.select(index, np.zeros(0, dtype=bool)).shape == (0, 4)
+    assert PendingLines.select(index, np.zeros(0, dtype=bool)).shape == (0, 4)
 
 
-def test_what_is_no_file_is_refused_in_words(tmp_path):
+def test_what_is_no_file_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         scan_input(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match="is not a regular file"):
@@ -80,7 +80,7 @@ def test_every_line_that_is_not_blank_is_found_again(tmp_path_factory, lines, en
         if raw.strip(b" \t\r\n\v\f")
     ]
     found = pending(path)
-    lines_found = [found[ticket] for ticket in range(len(found))]
+    lines_found = [found[i] for i in range(len(found))]
     assert [(line.number, line.raw.removesuffix(b"\n")) for line in lines_found] == expected
     assert [line.index for line in lines_found] == list(range(len(expected)))
 
@@ -126,7 +126,7 @@ def test_lines_without_an_id_are_no_duplicates_of_each_other(tmp_path):
     assert index.duplicates == {}
 
 
-def test_equal_hashes_of_different_ids_are_told_apart(tmp_path, monkeypatch):
+def test_equal_hashes_of_different_ids_are_no_duplicates(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.batch.input_index._hash", lambda name: 42)
     index = scan_input(write(tmp_path / "in.jsonl", b'{"id": 1}\n{"id": 2}\n{"x": 3}\n{"id": 1}'))
     assert index.duplicates == {3: 1}
@@ -145,7 +145,7 @@ def test_duplicates_are_those_a_dictionary_finds(tmp_path_factory, names):
     assert scan_input(path).duplicates == expected
 
 
-def test_pending_lines_are_those_not_done_with_their_own_numbers(tmp_path):
+def test_pending_lines_are_those_not_done_with_their_line_numbers(tmp_path):
     path = write(tmp_path / "in.jsonl", b'{"id": 1}\n\n{"id": 2}\n{"id": 1}\n')
     lines = pending(path, done=[0])
     assert len(lines) == 2
@@ -163,8 +163,8 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, ticket: int) -> Line:
-        return Line(ticket, ticket + 1, b"")
+    def __getitem__(self, queue_index: int) -> Line:
+        return Line(queue_index, queue_index + 1, b"")
 
 
 def parse(line: Line) -> Request | Completion:
@@ -174,31 +174,31 @@ def parse(line: Line) -> Request | Completion:
 
 
 def test_eight_requests_on_two_ranks_go_four_and_four():
-    queue = WorkQueue(Numbers(8), parse, dist.HashStore(), "ticket", num_data=2)
+    queue = WorkQueue(Numbers(8), parse, dist.HashStore(), "queue", num_data=2)
     assert queue.limit == 4
 
 
 @pytest.mark.parametrize("count, num_data, limit", [(0, 2, 1), (1, 4, 1), (9, 2, 5), (9, 9, 1)])
 def test_the_limit_is_a_fair_share_and_at_least_one(count, num_data, limit):
-    queue = WorkQueue(Numbers(count), parse, dist.HashStore(), "ticket", num_data)
+    queue = WorkQueue(Numbers(count), parse, dist.HashStore(), "queue", num_data)
     assert queue.limit == limit
 
 
-def test_a_dry_queue_stays_dry_without_asking_the_store_again():
+def test_an_exhausted_queue_does_not_use_the_store_again():
     store = dist.HashStore()
-    queue = WorkQueue(Numbers(1), parse, store, "ticket", 1)
+    queue = WorkQueue(Numbers(1), parse, store, "queue", 1)
     assert isinstance(queue.take(), Request)
     assert [queue.take() for _ in range(5)] == [None] * 5
-    assert store.add("ticket", 0) == 2
+    assert store.add("queue", 0) == 2
 
 
-def test_ranks_that_pull_at_once_share_every_line_exactly_once():
+def test_ranks_that_take_at_once_share_every_line_exactly_once():
     server = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=30))
     taken: list[list[int]] = [[] for _ in range(4)]
 
     def pull(place: int) -> None:
         store = dist.TCPStore("localhost", server.port, timeout=timedelta(seconds=30))
-        queue = WorkQueue(Numbers(200), parse, store, "ticket", 4)
+        queue = WorkQueue(Numbers(200), parse, store, "queue", 4)
         while (item := queue.take()) is not None:
             taken[place].append(item.index)
 
@@ -211,7 +211,7 @@ def test_ranks_that_pull_at_once_share_every_line_exactly_once():
 
 
 def plain_index(content: bytes) -> tuple[list[int], list[int], dict[int, int]]:
-    """Offsets, line numbers and duplicates, line by line as the rules say them."""
+    """Offsets, line numbers and duplicates, line by line by the rules."""
     offsets, numbers, duplicates = [], [], {}
     first: dict[tuple[type, str | int], int] = {}
     offset = 0

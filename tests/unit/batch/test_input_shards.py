@@ -1,4 +1,4 @@
-"""Slices: whose lines are whose, and a merge that may die at any operation on the file system.
+"""Input shards: which lines each has, and a merge killed at any operation on the file system.
 
 python -m pytest tests/unit/batch/test_input_shards.py
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from engine.batch import atomic_files as durable
-from engine.batch import input_shards as batch_slices
-from engine.batch.input_shards import Slice, is_merged, join
-from engine.batch.ledger import Ledger, PartWriter, parts_dir
-from engine.batch.manifest import JobError, admit, seal
+from engine.batch import atomic_files
+from engine.batch import input_shards as input_shards
+from engine.batch.input_shards import InputShard, is_merged, merge_if_complete
+from engine.batch.ledger import Ledger, ShardWriter, shards_dir
+from engine.batch.manifest import JobError, decide_start_or_resume, finalize
 from engine.request import Completion
 
 MANIFEST = {
@@ -32,32 +32,34 @@ COUNT = 3
 
 
 class Died(BaseException):
-    """Stands for a kill."""
+    """In place of a kill."""
 
 
 def completion(index: int) -> Completion:
     return Completion.failure(index, f"r{index}", "none", prompt_tokens=0)
 
 
-def finish(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> None:
-    """Run a slice to its end, but for the join."""
-    ledger, errors = merged(output, part, manifest)
-    seal(ledger, manifest, errors)
+def finish(output: Path, shard: InputShard, manifest: dict[str, Any] = MANIFEST) -> None:
+    """Run a shard to its end, without the merge."""
+    ledger, errors = merged(output, shard, manifest)
+    finalize(ledger, manifest, errors)
     ledger.close()
 
 
-def merged(output: Path, part: Slice, manifest: dict[str, Any] = MANIFEST) -> tuple[Ledger, int]:
-    """Run a slice up to its output; return its ledger, still open, and its number of errors."""
-    own = part.output(output)
+def merged(
+    output: Path, shard: InputShard, manifest: dict[str, Any] = MANIFEST
+) -> tuple[Ledger, int]:
+    """Run a shard up to its output; return its ledger, still open, and its number of errors."""
+    own = shard.output(output)
     ledger = Ledger(own)
-    assert admit(ledger, manifest, overwrite=False) == "fresh"
-    ledger.create_parts(1)
-    writer = PartWriter(parts_dir(own), 0)
-    writer.append([completion(index) for index in reversed(part.lines(TOTAL))])
+    assert decide_start_or_resume(ledger, manifest, overwrite=False) == "fresh"
+    ledger.create_shards(1)
+    writer = ShardWriter(shards_dir(own), 0)
+    writer.append([completion(index) for index in reversed(shard.lines(TOTAL))])
     writer.close()
-    errors = ledger.merge(part.lines(TOTAL))
+    errors = ledger.merge(shard.lines(TOTAL))
     own.with_name(own.name + ".config.yaml").write_text("model: {}\n")
-    report = {"total": len(part.lines(TOTAL)), "errors": errors, "capacity": {"policy": "none"}}
+    report = {"total": len(shard.lines(TOTAL)), "errors": errors, "capacity": {"policy": "none"}}
     own.with_name(own.name + ".report.json").write_text(json.dumps(report))
     return ledger, errors
 
@@ -76,50 +78,52 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("text", ["", "3", "3/3", "4/3", "-1/3", "a/b", "1/0", "1 / 3", "0/100000"])
-def test_what_is_no_slice_is_refused_with_the_rule(text):
+def test_what_is_no_shard_is_refused_with_the_rule(text):
     with pytest.raises(JobError, match=r"must be I/N with 0 <= I < N") as caught:
-        Slice.parse(text)
+        InputShard.parse(text)
     assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("total, count", [(0, 3), (2, 5), (5, 3), (9, 3), (10, 1)])
-def test_slices_are_contiguous_even_and_together_everything(total, count):
-    parts = [Slice(index, count).lines(total) for index in range(count)]
-    assert [line for part in parts for line in part] == list(range(total))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def test_shards_are_contiguous_even_and_together_everything(total, count):
+    shards = [InputShard(index, count).lines(total) for index in range(count)]
+    assert [line for shard in shards for line in shard] == list(range(total))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_the_last_slice_merges_all_in_input_order_and_leaves_nothing_else(output):
+def test_the_last_shard_merges_all_in_input_order_and_leaves_nothing_else(output):
     for index in (2, 0):
-        finish(output, Slice(index, COUNT))
-        done = join(output, COUNT, MANIFEST)
+        finish(output, InputShard(index, COUNT))
+        done = merge_if_complete(output, COUNT, MANIFEST)
         assert "not complete yet" in done and not output.exists()
-    finish(output, Slice(1, COUNT))
-    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+    finish(output, InputShard(1, COUNT))
+    assert merge_if_complete(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
     assert ids(output) == [f"r{index}" for index in range(TOTAL)]
-    beside = {".config.yaml", ".report.json", ".job.json"}
-    assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in beside}
+    siblings = {".config.yaml", ".report.json", ".job.json"}
+    assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in siblings}
     report = json.loads((output.parent / "out.jsonl.report.json").read_text())
     assert (report["total"], report["errors"], len(report["slices"])) == (5, 5, 3)
-    assert is_merged(output, Slice(0, COUNT), MANIFEST)
+    assert is_merged(output, InputShard(0, COUNT), MANIFEST)
 
 
-def test_a_slice_between_its_output_and_its_seal_is_waited_for(output):
-    """Two slices that end at once: the other looks at this very moment."""
-    ledger, errors = merged(output, Slice(1, COUNT))
+def test_a_shard_between_its_output_and_finalize_is_not_complete_yet(output):
+    """Two shards that end at once: the other one checks at this very moment."""
+    ledger, errors = merged(output, InputShard(1, COUNT))
     for index in (0, 2):
-        finish(output, Slice(index, COUNT))
-    assert "slices 1 of 3 are not complete yet" in join(output, COUNT, MANIFEST)
-    seal(ledger, MANIFEST, errors)
+        finish(output, InputShard(index, COUNT))
+    assert "slices 1 of 3 are not complete yet" in merge_if_complete(output, COUNT, MANIFEST)
+    finalize(ledger, MANIFEST, errors)
     ledger.close()
-    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+    assert merge_if_complete(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
 
 
-def test_a_file_in_a_slices_place_that_no_run_holds_is_refused(output):
-    finish(output, Slice(0, COUNT))
-    Slice(1, COUNT).output(output).write_text("mine\n")
-    with pytest.raises(JobError, match="is no slice of this job: nothing says which job made it"):
-        join(output, COUNT, MANIFEST)
+def test_a_file_in_place_of_a_shard_that_no_run_holds_is_refused(output):
+    finish(output, InputShard(0, COUNT))
+    InputShard(1, COUNT).output(output).write_text("mine\n")
+    with pytest.raises(
+        JobError, match="is no slice of this job: no manifest records which job made it"
+    ):
+        merge_if_complete(output, COUNT, MANIFEST)
 
 
 def operations(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -139,8 +143,8 @@ def operations(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "replace", guard(os.replace))
     monkeypatch.setattr(os, "fsync", guard(os.fsync))
     monkeypatch.setattr(Path, "unlink", guard(Path.unlink))
-    monkeypatch.setattr(batch_slices.shutil, "copyfileobj", guard(batch_slices.shutil.copyfileobj))
-    monkeypatch.setattr(durable, "write_json", guard(durable.write_json))
+    monkeypatch.setattr(input_shards.shutil, "copyfileobj", guard(input_shards.shutil.copyfileobj))
+    monkeypatch.setattr(atomic_files, "write_json", guard(atomic_files.write_json))
 
 
 def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch):
@@ -148,21 +152,21 @@ def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch)
     while not survived:
         number += 1
         for path in output.parent.iterdir():
-            path.unlink() if path.is_file() else batch_slices.shutil.rmtree(path)
+            path.unlink() if path.is_file() else input_shards.shutil.rmtree(path)
         for index in range(COUNT):
-            finish(output, Slice(index, COUNT))
+            finish(output, InputShard(index, COUNT))
         with monkeypatch.context() as patch:
             operations(patch, number)
             try:
-                join(output, COUNT, MANIFEST)
+                merge_if_complete(output, COUNT, MANIFEST)
                 survived = True
             except Died:
                 pass
         if output.exists():
             assert ids(output) == [f"r{index}" for index in range(TOTAL)], "whole or not at all"
-        join(output, COUNT, MANIFEST)
+        merge_if_complete(output, COUNT, MANIFEST)
         assert ids(output) == [f"r{index}" for index in range(TOTAL)]
-        assert is_merged(output, Slice(1, COUNT), MANIFEST)
+        assert is_merged(output, InputShard(1, COUNT), MANIFEST)
         rest = ("slice", "parts", "tmp")
         assert not [name for name in files(output) if any(word in name for word in rest)]
     assert number > 15, "the merge has many places to die in"
@@ -170,13 +174,13 @@ def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch)
 
 def finish_all(output: Path) -> None:
     for index in range(COUNT):
-        finish(output, Slice(index, COUNT))
+        finish(output, InputShard(index, COUNT))
 
 
-def test_a_copy_of_another_size_than_its_slices_is_not_sealed_and_they_stay(output, monkeypatch):
+def test_a_copy_of_another_size_than_its_shards_is_not_finalized_and_they_stay(output, monkeypatch):
     finish_all(output)
-    slices = {name for name in files(output) if "slice" in name}
-    copies, write = [], batch_slices.DurableWriter.write
+    shards = {name for name in files(output) if "slice" in name}
+    copies, write = [], input_shards.DurableWriter.write
 
     def forget_the_second(self: Any, data: bytes) -> None:
         copies.append(data)
@@ -184,42 +188,45 @@ def test_a_copy_of_another_size_than_its_slices_is_not_sealed_and_they_stay(outp
             write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_slices.DurableWriter, "write", forget_the_second)
+        patch.setattr(input_shards.DurableWriter, "write", forget_the_second)
         with pytest.raises(JobError, match=r"is \d+ bytes, its slices are \d+.*slices are kept"):
-            join(output, COUNT, MANIFEST)
-    assert {name for name in files(output) if "slice" in name} == slices
+            merge_if_complete(output, COUNT, MANIFEST)
+    assert {name for name in files(output) if "slice" in name} == shards
     assert not output.with_name(output.name + ".job.json").exists()
-    assert join(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
+    assert merge_if_complete(output, COUNT, MANIFEST) == f"{output} is complete: 3 slices, merged"
     assert ids(output) == [f"r{index}" for index in range(TOTAL)]
 
 
-def test_a_merge_that_waits_for_another_one_says_that_it_is_alive(output):
-    """Nobody may take it for a rank that hangs."""
+def test_a_merge_that_waits_for_another_one_reports_progress(output):
+    """Without it the watchdog would take the rank for one that hangs."""
     finish_all(output)
-    other, ticks = Ledger(output), []
+    other, calls = Ledger(output), []
 
-    def tick() -> None:
-        ticks.append(1)
-        if len(ticks) == 3:
+    def report() -> None:
+        calls.append(1)
+        if len(calls) == 3:
             other.close()
 
-    assert join(output, COUNT, MANIFEST, tick) == f"{output} is complete: 3 slices, merged"
-    assert len(ticks) > 3, "and goes on ticking while it merges"
+    assert (
+        merge_if_complete(output, COUNT, MANIFEST, report)
+        == f"{output} is complete: 3 slices, merged"
+    )
+    assert len(calls) > 3, "and also while it merges"
 
 
 def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monkeypatch):
     """The second runs from start to end at each place where the first may be interrupted."""
-    monkeypatch.setattr(durable.fcntl, "flock", lambda fd, how: no_locks())
+    monkeypatch.setattr(atomic_files.fcntl, "flock", lambda fd, how: no_locks())
     for place in range(COUNT + 1):
         for path in output.parent.iterdir():
-            path.unlink() if path.is_file() else batch_slices.shutil.rmtree(path)
+            path.unlink() if path.is_file() else input_shards.shutil.rmtree(path)
         finish_all(output)
-        copy, replace, left = batch_slices.shutil.copyfileobj, os.replace, [place]
+        copy, replace, left = input_shards.shutil.copyfileobj, os.replace, [place]
 
         def other(left: list[int] = left) -> None:
             left[0] -= 1
             if left[0] == -1:
-                join(output, COUNT, MANIFEST)
+                merge_if_complete(output, COUNT, MANIFEST)
 
         def copying(*args: Any, copy: Any = copy, other: Any = other) -> None:
             other()
@@ -230,14 +237,14 @@ def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monke
             replace(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(batch_slices.shutil, "copyfileobj", copying)
+            patch.setattr(input_shards.shutil, "copyfileobj", copying)
             patch.setattr(os, "replace", replacing)
-            assert str(output) in join(output, COUNT, MANIFEST)
+            assert str(output) in merge_if_complete(output, COUNT, MANIFEST)
         assert left[0] < 0, "the other merge has run"
         assert ids(output) == [f"r{index}" for index in range(TOTAL)]
-        assert is_merged(output, Slice(0, COUNT), MANIFEST)
-        beside = {".config.yaml", ".report.json", ".job.json"}
-        assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in beside}
+        assert is_merged(output, InputShard(0, COUNT), MANIFEST)
+        siblings = {".config.yaml", ".report.json", ".job.json"}
+        assert files(output) == {"out.jsonl"} | {f"out.jsonl{suffix}" for suffix in siblings}
         report = json.loads((output.parent / "out.jsonl.report.json").read_text())
         assert (report["total"], report["errors"]) == (5, 5)
 
@@ -257,47 +264,50 @@ def test_what_killed_merges_left_is_removed_by_the_next_and_nothing_of_other_out
     others = ["out.jsonl.x.merge-another-host-12-89abcdef.tmp", "out.jsonl.merge.tmp"]
     for name in left + others:
         output.with_name(name).write_text("half")
-    join(output, COUNT, MANIFEST)
+    merge_if_complete(output, COUNT, MANIFEST)
     assert {name for name in files(output) if name.endswith(".tmp")} == set(others)
 
 
-def test_slices_of_another_division_are_named(output):
-    finish(output, Slice(0, 2))
-    with pytest.raises(JobError, match=r"lie slices of 2; go on with --slice I/2"):
-        is_merged(output, Slice(0, 3), MANIFEST)
-    assert not is_merged(output, Slice(1, 2), MANIFEST)
+def test_shards_of_another_division_are_named(output):
+    finish(output, InputShard(0, 2))
+    with pytest.raises(JobError, match=r"are slices of 2; continue with --slice I/2"):
+        is_merged(output, InputShard(0, 3), MANIFEST)
+    assert not is_merged(output, InputShard(1, 2), MANIFEST)
 
 
-def test_a_slice_of_another_job_is_named_and_nothing_is_merged(output):
+def test_a_shard_of_another_job_is_named_and_nothing_is_merged(output):
     other = {**MANIFEST, "settings": {"sampling.seed": 1}}
     for index in range(COUNT):
-        finish(output, Slice(index, COUNT), other if index == 1 else MANIFEST)
+        finish(output, InputShard(index, COUNT), other if index == 1 else MANIFEST)
     with pytest.raises(JobError, match=r"slice-00001-of-00003: is no slice.*sampling.seed was 1"):
-        join(output, COUNT, MANIFEST)
+        merge_if_complete(output, COUNT, MANIFEST)
     assert not output.exists()
 
 
 def test_another_jobs_output_is_not_touched(output):
     output.write_text("mine\n")
     with pytest.raises(JobError, match="exists and is not this job's"):
-        is_merged(output, Slice(0, COUNT), MANIFEST)
+        is_merged(output, InputShard(0, COUNT), MANIFEST)
     assert output.read_text() == "mine\n"
 
 
-def test_the_records_of_a_run_without_slices_are_kept(output):
+def test_the_records_of_a_run_without_shards_are_kept(output):
     ledger = Ledger(output)
-    admit(ledger, MANIFEST, overwrite=False)
-    ledger.create_parts(1)
-    writer = PartWriter(parts_dir(output), 0)
+    decide_start_or_resume(ledger, MANIFEST, overwrite=False)
+    ledger.create_shards(1)
+    writer = ShardWriter(shards_dir(output), 0)
     writer.append([completion(3)])
     writer.close()
     ledger.close()
     with pytest.raises(JobError, match="belongs to a run without --slice"):
-        is_merged(output, Slice(0, COUNT), MANIFEST)
+        is_merged(output, InputShard(0, COUNT), MANIFEST)
     for index in range(COUNT):
-        finish(output, Slice(index, COUNT))
+        finish(output, InputShard(index, COUNT))
     with pytest.raises(JobError, match="belongs to a run without --slice"):
-        join(output, COUNT, MANIFEST)
+        merge_if_complete(output, COUNT, MANIFEST)
     ledger = Ledger(output)
-    assert ledger.count() == 1 and admit(ledger, MANIFEST, overwrite=False) == "resume"
+    assert (
+        ledger.count() == 1
+        and decide_start_or_resume(ledger, MANIFEST, overwrite=False) == "resume"
+    )
     ledger.close()

@@ -1,4 +1,4 @@
-"""The ledger keeps every record that was committed, whatever moment the process dies at."""
+"""The ledger keeps every record that was committed, whenever the process is killed."""
 
 import fcntl
 import io
@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from engine.batch import ledger as ledger_module
 from engine.batch.atomic_files import Busy
-from engine.batch.ledger import Ledger, PartWriter, encode, part_path, parts_dir, scan_part
+from engine.batch.ledger import Ledger, ShardWriter, encode, scan_shard, shard_path, shards_dir
 from engine.request import Completion
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_waiting_for_the_disk():
-    """No test here cuts the power, so what the kernel holds is as good as on disk."""
+    """Skip fsync: no test here cuts the power."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
         yield
@@ -43,26 +43,26 @@ def failure(index: int) -> Completion:
 
 
 def indices(content: bytes) -> list[int]:
-    return [index for index, _, _ in scan_part(io.BytesIO(content))]
+    return [index for index, _, _ in scan_shard(io.BytesIO(content))]
 
 
 def open_ledger(tmp_path: Path, num_data: int = 2) -> Ledger:
     ledger = Ledger(tmp_path / "out.jsonl")
-    if not (ledger.parts / "manifest.json").exists():
+    if not (ledger.directory / "manifest.json").exists():
         ledger.start_over({"job": 1})
-    ledger.create_parts(num_data)
+    ledger.create_shards(num_data)
     return ledger
 
 
 def append(ledger: Ledger, data_rank: int, *numbers: int) -> None:
-    writer = PartWriter(ledger.parts, data_rank)
+    writer = ShardWriter(ledger.directory, data_rank)
     writer.append(map(completion, numbers))
     writer.close()
 
 
-def test_a_line_of_a_part_holds_the_record_byte_for_byte():
+def test_a_line_of_a_shard_holds_the_record_byte_for_byte():
     line = encode(completion(7, text="é\n"))
-    ((index, offset, length),) = scan_part(io.BytesIO(line))
+    ((index, offset, length),) = scan_shard(io.BytesIO(line))
     assert index == 7 and line.endswith(b"}\n") and line.count(b"\n") == 1
     assert json.loads(line[offset : offset + length]) == completion(7, text="é\n").record()
     assert json.loads(line)["index"] == 7
@@ -73,7 +73,7 @@ def test_text_that_has_no_utf8_is_kept_as_an_escape():
     assert json.loads(line)["record"]["id"] == "\ud800"
 
 
-def test_a_part_torn_at_any_byte_keeps_every_whole_record_and_nothing_else():
+def test_a_shard_torn_at_any_byte_keeps_every_whole_record_and_nothing_else():
     lines = [encode(completion(index, text="x}\n{" * index)) for index in range(3)]
     content = b"".join(lines)
     ends = np.cumsum([len(line) for line in lines])
@@ -81,31 +81,31 @@ def test_a_part_torn_at_any_byte_keeps_every_whole_record_and_nothing_else():
         assert indices(content[:cut]) == list(range(int((ends <= cut).sum())))
 
 
-def test_a_torn_part_is_cut_at_its_last_line_end_and_written_on(tmp_path):
+def test_a_torn_shard_is_truncated_at_its_last_line_end_and_continued(tmp_path):
     lines = [encode(completion(index)) for index in range(3)]
     content = b"".join(lines)
     ledger = open_ledger(tmp_path, num_data=1)
-    path = part_path(ledger.parts, 0)
+    path = shard_path(ledger.directory, 0)
     for cut in [0, 1, *range(len(content) - len(lines[2]) - 1, len(content) + 1)]:
         path.write_bytes(content[:cut])
-        ledger.create_parts(1)
+        ledger.create_shards(1)
         whole = indices(content[:cut])
         append(ledger, 0, *(index for index in (2, 1, 0) if index not in whole))
         assert sorted(indices(path.read_bytes())) == [0, 1, 2], f"torn at byte {cut}"
     ledger.close()
 
 
-def test_a_torn_tail_longer_than_a_chunk_is_cut(tmp_path, monkeypatch):
+def test_a_torn_tail_longer_than_a_chunk_is_truncated(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "_CHUNK", 16)
     ledger = open_ledger(tmp_path, num_data=1)
-    path = part_path(ledger.parts, 0)
+    path = shard_path(ledger.directory, 0)
     line = encode(completion(0))
     for torn in (b"x" * 15, b"x" * 16, b"x" * 1000):
         path.write_bytes(line + torn)
-        ledger.create_parts(1)
+        ledger.create_shards(1)
         assert path.read_bytes() == line
     path.write_bytes(b"x" * 100)
-    ledger.create_parts(1)
+    ledger.create_shards(1)
     assert path.read_bytes() == b""
     ledger.close()
 
@@ -122,7 +122,7 @@ def test_a_damaged_byte_costs_at_most_the_records_it_touches(place, value):
     assert set(found) <= {0, 1, 2} and len(found) == len(set(found))
     # A damaged line end also takes the line that follows.
     assert {0, 1, 2} - {hit, hit + (place == ends[hit] - 1)} <= set(found)
-    for index, offset, length in scan_part(io.BytesIO(bytes(content))):
+    for index, offset, length in scan_shard(io.BytesIO(bytes(content))):
         assert json.loads(content[offset : offset + length]) == completion(index).record()
 
 
@@ -135,7 +135,7 @@ def test_the_worked_example_of_the_module(tmp_path):
     ledger = open_ledger(tmp_path)
     append(ledger, 0, 0, 2, 5)
     append(ledger, 1, 1, 3)
-    with part_path(ledger.parts, 1).open("ab") as file:
+    with shard_path(ledger.directory, 1).open("ab") as file:
         file.write(encode(completion(4))[:-1])
     assert ledger.done(6).tolist() == [True, True, True, True, False, True]
     ledger.close()
@@ -146,12 +146,12 @@ def test_the_worked_example_of_the_module(tmp_path):
     assert records == [completion(index).record() for index in range(6)]
     ledger.remove()
     ledger.close()
-    assert not ledger.parts.exists()
+    assert not ledger.directory.exists()
 
 
-def test_merge_counts_errors_and_not_texts_that_speak_of_them(tmp_path):
+def test_merge_counts_errors_and_not_texts_that_mention_them(tmp_path):
     ledger = open_ledger(tmp_path, num_data=1)
-    writer = PartWriter(ledger.parts, 0)
+    writer = ShardWriter(ledger.directory, 0)
     texts = ['"finish_reason": "error"', '{"finish_reason": "error"}']
     writer.append([failure(1), *(completion(i, t) for i, t in zip((0, 2), texts, strict=True))])
     writer.close()
@@ -208,7 +208,7 @@ def test_records_that_finish_together_are_synced_once_and_before_append_returns(
     tmp_path, monkeypatch
 ):
     ledger = open_ledger(tmp_path, num_data=1)
-    writer = PartWriter(ledger.parts, 0)
+    writer = ShardWriter(ledger.directory, 0)
     synced: list[int] = []
     real = os.fsync
 
@@ -225,7 +225,7 @@ def test_records_that_finish_together_are_synced_once_and_before_append_returns(
 
 def test_a_write_that_takes_only_some_bytes_is_continued(tmp_path, monkeypatch):
     ledger = open_ledger(tmp_path, num_data=1)
-    writer = PartWriter(ledger.parts, 0)
+    writer = ShardWriter(ledger.directory, 0)
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
     writer.append(map(completion, range(3)))
@@ -243,16 +243,16 @@ def test_a_second_run_of_the_same_output_is_refused_until_the_first_ends(tmp_pat
     Ledger(tmp_path / "out.jsonl").close()
 
 
-def test_a_part_that_a_rank_of_a_dead_run_still_writes_is_not_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module, "_ORPHANS_S", 0.1)
+def test_a_shard_that_a_rank_of_a_dead_run_still_writes_is_not_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "_SHARD_LOCK_TIMEOUT_S", 0.1)
     ledger = open_ledger(tmp_path, num_data=1)
-    orphan = PartWriter(ledger.parts, 0)
+    orphan = ShardWriter(ledger.directory, 0)
     with pytest.raises(Busy, match="part-00000.jsonl: is being written by another process"):
-        ledger.create_parts(1)
+        ledger.create_shards(1)
     with pytest.raises(Busy, match="is being written"):
-        PartWriter(ledger.parts, 0)
+        ShardWriter(ledger.directory, 0)
     orphan.close()
-    ledger.create_parts(1)
+    ledger.create_shards(1)
     ledger.close()
 
 
@@ -264,7 +264,7 @@ def test_a_lock_file_that_its_last_holder_removed_does_not_count(tmp_path, monke
     def flock(fd: int, mode: int) -> None:
         real(fd, mode)
         if not removed:
-            removed.append((parts_dir(output) / "lock").unlink())
+            removed.append((shards_dir(output) / "lock").unlink())
 
     monkeypatch.setattr(fcntl, "flock", flock)
     ledger = Ledger(output)
@@ -311,7 +311,7 @@ def test_random_kills_on_changing_numbers_of_ranks_lose_and_double_nothing(tmp_p
             data_rank = chance.randrange(num_data)
             if chance.random() < 0.15:  # killed inside a write: some bytes reached the disk
                 line = encode(completion(index))
-                with part_path(ledger.parts, data_rank).open("ab") as file:
+                with shard_path(ledger.directory, data_rank).open("ab") as file:
                     file.write(line[: chance.randint(0, len(line))])
                 killed = True
                 break

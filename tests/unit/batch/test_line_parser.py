@@ -1,4 +1,4 @@
-"""What a line of a batch input means, form by form, and that a bad line is always an answer."""
+"""Lines of a batch input, form by form; a bad line becomes an error record, never an exception."""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from engine.request import Completion, Request
 
 
 class Letters:
-    """A tokenizer: one token a character, its code point. Puts 1 in front unless told not to."""
+    """A tokenizer: one token per character, its code point. 1 in front is the BOS."""
 
     chat_template = "yes"
 
@@ -192,12 +192,12 @@ def test_a_misspelt_setting_is_an_error_with_the_nearest_name(key, meant):
         (b"[1, 2]", "[1, 2]: must be a JSON object"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"id": 1, "prompt": "a", "temperature": NaN}', "NaN is no JSON number"),
-        (b'{"id": 1, "prompt": "a", "prompt": "b"}', "the key 'prompt' stands twice"),
+        (b'{"id": 1, "prompt": "a", "prompt": "b"}', "the key 'prompt' is given twice"),
         (b'{"id": 1, "prompt": "\xff"}', "is not valid UTF-8 at byte 21"),
         (b'{"id": 1, "seed": ' + b"9" * 5000 + b"}", "is not valid JSON"),
     ],
 )
-def test_bad_lines_say_what_is_wrong(record, part):
+def test_error_records_of_bad_lines_name_what_is_wrong(record, part):
     assert part in message(record)
 
 

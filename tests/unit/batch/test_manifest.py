@@ -1,4 +1,4 @@
-"""What a run does about what lies at its output: start, resume, stop or refuse."""
+"""How a run treats an existing output or ledger: start, resume, stop or refuse."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from engine.batch.input_index import scan_input
-from engine.batch.ledger import Ledger, PartWriter
+from engine.batch.ledger import Ledger, ShardWriter
 from engine.batch.manifest import (
     JobError,
-    admit,
-    beside,
+    decide_start_or_resume,
     differences,
+    finalize,
     make_manifest,
     result_settings,
-    seal,
+    sibling_path,
 )
 from engine.config.loader import config_from_tree
 from engine.request import Completion
@@ -35,19 +35,19 @@ def manifest(output: Path, **sections):
 
 
 def run(output: Path, job: dict, *, records: int = 2, overwrite: bool = False) -> str:
-    """Admit a job, append that many of the missing records, finish it when both are there."""
+    """Start or resume a job, append that many missing records, finish it when both exist."""
     ledger = Ledger(output)
     try:
-        state = admit(ledger, job, overwrite=overwrite)
+        state = decide_start_or_resume(ledger, job, overwrite=overwrite)
         if state == "complete":
             return state
-        ledger.create_parts(1)
-        writer = PartWriter(ledger.parts, 0)
+        ledger.create_shards(1)
+        writer = ShardWriter(ledger.directory, 0)
         todo = [index for index, done in enumerate(ledger.done(2)) if not done]
         writer.append(Completion.failure(index, str(index), "x") for index in todo[:records])
         writer.close()
         if ledger.done(2).all():
-            seal(ledger, job, ledger.merge(range(2)))
+            finalize(ledger, job, ledger.merge(range(2)))
         return state
     finally:
         ledger.close()
@@ -60,7 +60,7 @@ def names(output: Path) -> set[str]:
 def test_a_new_job_runs_fresh_and_leaves_output_and_manifest(output):
     assert run(output, manifest(output)) == "fresh"
     assert names(output) == {"out.jsonl", "out.jsonl.job.json"}
-    made = json.loads(beside(output, "job.json").read_text())
+    made = json.loads(sibling_path(output, "job.json").read_text())
     assert made["output"] == {"size": output.stat().st_size, "errors": 2}
 
 
@@ -72,7 +72,7 @@ def test_the_same_job_again_is_complete_and_leaves_nothing_behind(output):
     assert names(output) == {"out.jsonl", "out.jsonl.job.json"}
 
 
-def test_an_unfinished_job_resumes_also_when_the_command_says_overwrite(output):
+def test_an_unfinished_job_resumes_also_with_overwrite(output):
     assert run(output, manifest(output), records=1) == "fresh"
     assert run(output, manifest(output), records=0, overwrite=True) == "resume"
     assert run(output, manifest(output)) == "resume"
@@ -82,13 +82,13 @@ def test_an_unfinished_job_resumes_also_when_the_command_says_overwrite(output):
 def test_overwrite_runs_a_finished_job_again_and_is_resumed_if_killed(output):
     run(output, manifest(output))
     assert run(output, manifest(output), records=1, overwrite=True) == "fresh"
-    assert not beside(output, "job.json").exists(), "the old output is no longer called complete"
+    assert not sibling_path(output, "job.json").exists(), "the old output is no longer complete"
     assert output.exists(), "it stays until the new one replaces it"
     assert run(output, manifest(output), overwrite=True) == "resume"
     assert run(output, manifest(output)) == "complete"
 
 
-def test_a_kill_between_sealing_and_removing_the_ledger_is_complete(output, monkeypatch):
+def test_a_kill_between_finalizing_and_removing_the_ledger_is_complete(output, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "remove", lambda self: None)
         run(output, manifest(output))
@@ -97,11 +97,11 @@ def test_a_kill_between_sealing_and_removing_the_ledger_is_complete(output, monk
     assert "out.jsonl.parts" not in names(output)
 
 
-def test_a_kill_between_merging_and_sealing_resumes_with_nothing_to_run(output):
+def test_a_kill_between_merging_and_finalizing_resumes_with_nothing_to_run(output):
     ledger = Ledger(output)
-    admit(ledger, manifest(output), overwrite=False)
-    ledger.create_parts(1)
-    writer = PartWriter(ledger.parts, 0)
+    decide_start_or_resume(ledger, manifest(output), overwrite=False)
+    ledger.create_shards(1)
+    writer = ShardWriter(ledger.directory, 0)
     writer.append(Completion.failure(index, str(index), "x") for index in range(2))
     writer.close()
     ledger.merge(range(2))
@@ -130,7 +130,7 @@ def test_records_of_another_job_are_refused_and_kept(output):
     assert run(output, other) == "resume"
 
 
-def test_another_job_that_finished_nothing_stands_in_nobodys_way(output):
+def test_another_job_that_finished_nothing_is_replaced(output):
     run(output, manifest(output), records=0)
     assert run(output, manifest(output, sampling={"max_new_tokens": 5})) == "fresh"
 
@@ -152,13 +152,13 @@ def test_a_moved_input_is_the_same_job(output):
 
 def test_an_output_of_unknown_origin_is_refused(output):
     output.write_text("precious\n")
-    with pytest.raises(JobError, match="nothing says which job made it"):
+    with pytest.raises(JobError, match="no manifest records which job made it"):
         run(output, manifest(output))
     assert output.read_text() == "precious\n" and names(output) == {"out.jsonl"}
     assert run(output, manifest(output), overwrite=True) == "fresh"
 
 
-def test_an_output_that_was_changed_since_is_not_called_complete(output):
+def test_an_output_that_was_changed_since_is_not_complete(output):
     run(output, manifest(output))
     with output.open("a") as file:
         file.write("more\n")
@@ -167,7 +167,7 @@ def test_an_output_that_was_changed_since_is_not_called_complete(output):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
-def test_a_damaged_manifest_beside_records_is_refused_and_can_be_overwritten(output, content):
+def test_a_damaged_manifest_next_to_records_is_refused_and_can_be_overwritten(output, content):
     run(output, manifest(output), records=1)
     (output.with_name("out.jsonl.parts") / "manifest.json").write_text(content)
     with pytest.raises(JobError, match=r"manifest.json: is damaged"):
@@ -213,7 +213,7 @@ def test_what_changes_results_makes_another_job(sections):
     assert result_settings(config(**sections)) != result_settings(config())
 
 
-def test_how_rows_travel_is_named_only_where_it_differs_so_that_older_ledgers_resume(output):
+def test_dispatch_settings_are_included_only_where_they_differ_so_that_older_ledgers_resume(output):
     assert not [key for key in result_settings(config()) if key.startswith("moe.dispatch")]
     run(output, manifest(output), records=1)
     other = manifest(output, moe={"dispatch": {"dtype": "fp8"}})

@@ -1,4 +1,4 @@
-"""Only what the JSON standard allows is read, and every refusal says what is wrong."""
+"""Only what the JSON standard allows is read, and every error names what is wrong."""
 
 import json
 
@@ -26,8 +26,8 @@ def test_every_object_reads_back(record):
         (b"", "not valid JSON"),
         (b'{"a": 1,}', "not valid JSON"),
         (b'{"a": 1} {"b": 2}', "Extra data at character 9"),
-        (b'{"a": 1, "a": 1}', "the key 'a' stands twice"),
-        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' stands twice"),
+        (b'{"a": 1, "a": 1}', "the key 'a' is given twice"),
+        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' is given twice"),
         (b'{"a": Infinity}', "Infinity is no JSON number"),
         (b'{"a": "\xc3"}', "not valid UTF-8 at byte 7"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
@@ -42,6 +42,6 @@ def test_what_is_refused_and_how(raw, part):
     assert part in str(error.value)
 
 
-def test_a_long_value_is_shown_cut():
+def test_a_long_value_is_shown_shortened():
     assert show({"a": 1}) == '{"a": 1}'
     assert show("x" * 100) == '"' + "x" * 56 + "..."

@@ -58,15 +58,15 @@ def test_the_tiny_command_names_a_config_that_is_shipped_for_its_number_of_ranks
 
 
 @pytest.mark.parametrize(
-    ("removed", "said"),
+    ("removed", "message"),
     [
         ("config.json", "holds no config.json, so it is no checkpoint; name the folder that has"),
         ("model.safetensors", "--set model.load_format=dummy"),
     ],
 )
-def test_a_folder_that_is_no_checkpoint_is_refused(checkpoint, removed, said):
+def test_a_folder_that_is_no_checkpoint_is_refused(checkpoint, removed, message):
     (checkpoint / removed).unlink()
-    assert said in refusal(config_of(checkpoint))
+    assert message in refusal(config_of(checkpoint))
 
 
 def test_dummy_weights_need_only_the_config_file(checkpoint):

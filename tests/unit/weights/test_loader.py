@@ -54,7 +54,7 @@ def error_of(folder: Path, *slots: WeightSlot, **options) -> str:
     return str(caught.value)
 
 
-# --- What arrives ---------------------------------------------------------------------------------
+# --- What is read ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -85,7 +85,7 @@ SHARDS = {
 @pytest.mark.parametrize("shard", SHARDS.values(), ids=SHARDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [24, 4 << 20], ids=["many chunks", "one chunk"])
-def test_a_shard_is_the_slice_of_the_whole(tmp_path, monkeypatch, shard, dtype, chunk):
+def test_a_shard_is_that_part_of_the_whole(tmp_path, monkeypatch, shard, dtype, chunk):
     monkeypatch.setattr(weight_reader, "_CHUNK_BYTES", chunk)
     whole = torch.randn(12, 10, 3)
     save(tmp_path, {"w": whole})
@@ -185,7 +185,7 @@ def test_bytes_read_are_what_the_kernel_counts_and_only_the_owned_tensors(tmp_pa
 # --- What is refused ------------------------------------------------------------------------------
 
 
-def test_all_disagreements_of_names_and_shapes_are_told_at_once(tmp_path):
+def test_all_disagreements_of_names_and_shapes_are_reported_at_once(tmp_path):
     save(
         tmp_path,
         {
@@ -230,7 +230,7 @@ def test_float8_weights_are_refused_with_the_reason(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
-def test_nan_and_infinity_are_found_wherever_they_hide(tmp_path, dtype, value, target):
+def test_nan_and_infinity_are_found_at_any_position(tmp_path, dtype, value, target):
     bad = torch.zeros(3000, 50, dtype=dtype)
     bad[2999, 49] = value
     save(tmp_path, {"good": torch.ones(2), "bad": bad})
@@ -248,7 +248,7 @@ def test_nan_and_infinity_are_found_wherever_they_hide(tmp_path, dtype, value, t
         (torch.float32, torch.bfloat16, 3.3895e38, 3.4e38),
     ],
 )
-def test_values_that_the_target_cannot_hold_are_errors(tmp_path, dtype, target, largest, too_large):
+def test_values_too_large_for_the_target_are_errors(tmp_path, dtype, target, largest, too_large):
     for value, fits in ((largest, True), (-largest, True), (too_large, False), (-too_large, False)):
         source = torch.tensor([0.0, value], dtype=dtype)
         assert source.to(target).isfinite().all() == fits
@@ -276,7 +276,7 @@ def test_pickled_checkpoints_are_refused_with_the_way_to_convert(tmp_path):
     assert "pytorch_model.bin" in text and "refused" in text and "save_pretrained" in text
 
 
-def test_folders_without_a_checkpoint_say_what_to_do(tmp_path):
+def test_folders_without_a_checkpoint_are_refused_with_what_to_do(tmp_path):
     assert "no such folder" in error_of(tmp_path / "nowhere", slot("w", torch.zeros(1)))
     assert "model.load_format=dummy" in error_of(tmp_path, slot("w", torch.zeros(1)))
     save(tmp_path, {"w": torch.ones(1)}, "consolidated.safetensors")
@@ -347,7 +347,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"w": GOOD | {"data_offsets": [4, 12]}}, bytes(12), "follows a gap"),
         ({"w": GOOD}, bytes(9), "1 bytes after its last tensor"),
         ({"w": GOOD}, bytes(4), "truncated: tensor 'w' ends"),
-        (b'{"w": 1, "w": 2}', b"", "a name stands twice"),
+        (b'{"w": 1, "w": 2}', b"", "a name is given twice"),
         (b'{"w": ', b"", "not valid JSON"),
         (b"\xff\xfe", b"", "not valid JSON"),
         (b"[" * 100_000, b"", "not valid JSON"),
@@ -412,7 +412,7 @@ def test_any_damage_to_a_file_is_harmless_or_a_checkpoint_error(tmp_path_factory
 # --- Random weights -------------------------------------------------------------------------------
 
 
-def test_dummy_weights_do_not_depend_on_how_a_tensor_is_cut():
+def test_dummy_weights_do_not_depend_on_how_a_tensor_is_sharded():
     shape = (3000, 700)  # three chunks of rows
     whole = torch.zeros(shape)
     fill_dummy([slot("w", whole)], seed=3)
