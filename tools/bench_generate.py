@@ -29,6 +29,13 @@ nobody to wait for; and what that comes to on cores of which the slowest is wait
 the ranks meet in a MoE layer (`bench/meeting.py`, measured in every round, where every core has a
 rank).
 
+    python tools/bench_generate.py --jobs batch8 --against 771224a --contenders lockstep-1-rank
+
+compares with another commit: its lockstep-1-rank takes part in the same rounds, from a temporary
+git worktree (`bench/other_commit.py`). A third table has the paired ratios, this work tree's
+generated tokens per second over that commit's round by round, their mean and its 95% confidence
+interval (Student's t); an interval that holds 1 shows no difference.
+
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
 """
@@ -50,11 +57,12 @@ from typing import Any
 
 from bench.contender import Running, WorkerError, select, start
 from bench.floor import floor, measure_rates
-from bench.generation import REFERENCE, generation_contenders
-from bench.generation_tables import job_table, rank_table
+from bench.generation import COMPARED, REFERENCE, generation_contenders, of_commit
+from bench.generation_tables import job_table, paired_ratios, rank_table, ratio_table
 from bench.interleave import interleave
 from bench.jobs import JOBS, Job, make_job
 from bench.meeting import Meeting
+from bench.other_commit import checkout
 from bench.report import emit, spread
 from bench.stamp import stamp
 from make_random_checkpoint import make_checkpoint
@@ -137,6 +145,17 @@ def _figures(
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the contenders, run the jobs, print tables and the JSON line."""
     options = _parse(argv)
+    chosen = select(
+        generation_contenders(
+            dict(options.peer), options.threads, options.set, options.transformers_batch
+        ),
+        options.contenders,
+    )
+    if options.against is not None:
+        if COMPARED not in [contender.name for contender in chosen]:
+            raise ValueError(f"--against {options.against}: --contenders must name {COMPARED}, too")
+        if options.rounds < 2:
+            raise ValueError(f"--rounds {options.rounds}: --against needs at least 2")
     if not (options.checkpoint / "config.json").exists():
         make_checkpoint("mixtral", options.checkpoint, size=options.size)
     model = json.loads((options.checkpoint / "config.json").read_text())
@@ -146,19 +165,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         rates = measure_rates(cores)
     except RuntimeError as error:
         print(f"no floor: {error}", file=sys.stderr)
-    chosen = select(
-        generation_contenders(
-            dict(options.peer), options.threads, options.set, options.transformers_batch
-        ),
-        options.contenders,
-    )
     record: dict[str, Any] = {"bench": "generate", **stamp(), "options": _plain(options)}
     record |= {"contenders": {}, "jobs": {}, "floors": {}}
     record["rates"] = None if rates is None else asdict(rates)
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
-        meeting = None
+        meeting = other = None
+        if options.against is not None:
+            tree = stack.enter_context(checkout(options.against))
+            own = next(place for place, each in enumerate(chosen) if each.name == COMPARED)
+            other = of_commit(chosen[own], tree.commit[:12], tree.folder)
+            chosen.insert(own + 1, other)
+            record["against"] = {"commit": tree.commit, "kernels": tree.kernels, "ratios": {}}
         if rates is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
             meeting = Meeting(cores, Path(folder))
@@ -175,6 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 **replies[0],
             }
             running[contender.name] = worker
+        if other is not None:
+            kernels = [record["contenders"][each].get("native") for each in (COMPARED, other.name)]
+            if kernels[0] != kernels[1]:
+                print(f"warning: kernels differ: {kernels[0]} / {kernels[1]}", file=sys.stderr)
         for name in options.jobs:
             job = make_job(name, model["vocab_size"])
             figures, tokens = measure(running, job, options.rounds, options.pause, meeting)
@@ -190,6 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}, floors))
             if ranks := rank_table(figures):
                 texts.append(ranks)
+            if other is not None:
+                ratios = paired_ratios(figures, COMPARED, other.name)
+                record["against"]["ratios"][name] = ratios
+                texts.append(ratio_table(ratios, COMPARED, other.name))
     emit("\n\n".join(texts), record, options.out, "bench_generate")
     return 0
 
@@ -221,6 +248,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=f"of {','.join(JOBS)}",
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--against", metavar="COMMIT", help=f"run {COMPARED} of this commit in the same rounds, too"
+    )
     parser.add_argument("--pause", type=float, default=0.3, help="seconds before each measurement")
     parser.add_argument(
         "--threads",

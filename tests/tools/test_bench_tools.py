@@ -147,7 +147,10 @@ def test_a_worker_that_cannot_start_is_reported_with_its_log(echo: Contender) ->
             pass
 
 
-def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repository() -> None:
+def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # every contender inherits it
     found = {c.name: c for c in generation_contenders({}, 2, ["a.b=c"], None)}
     two = found["lockstep-2-ranks"]
     assert "torch.distributed.run" in two.command("s") and two.threads == 1

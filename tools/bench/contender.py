@@ -37,7 +37,8 @@ class Contender:
 
     module: the worker, run as `python -m MODULE`. python: its environment's interpreter. ranks:
     above 1 it is started by torchrun. threads: CPU threads a rank. load: keywords of the worker's
-    `load`. needs_engine: whether the repository root is on its module path.
+    `load`. needs_engine: whether the repository root is on its module path. root: the checkout
+    whose tools and engine it imports, and its working directory; None: this one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Contender:
     load: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     needs_engine: bool = False
+    root: Path | None = None
 
     def command(self, socket_path: str) -> list[str]:
         """The command line that starts this contender's worker, all ranks of it."""
@@ -61,7 +63,8 @@ class Contender:
         """The worker's environment: this one's, its thread count, and where its modules are."""
         # Only the engine's own worker sees the repository root: the folder kernels/ there would
         # otherwise be importable in environments that have a package of that name.
-        roots = [str(TOOLS)] + ([str(REPOSITORY)] if self.needs_engine else [])
+        root = self.root or REPOSITORY
+        roots = [str(root / "tools")] + ([str(root)] if self.needs_engine else [])
         if inherited := os.environ.get("PYTHONPATH"):
             roots.append(inherited)
         return {
@@ -158,6 +161,7 @@ def start(contender: Contender, timeout_s: float = 600.0) -> Iterator[Running]:
             process = subprocess.Popen(
                 contender.command(path),
                 env=contender.environment(),
+                cwd=contender.root,  # `python -m` searches it before PYTHONPATH
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

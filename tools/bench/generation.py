@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bench.contender import Contender
 
 REFERENCE = "transformers-eager"  # whose greedy tokens are right by definition
+COMPARED = "lockstep-1-rank"  # which --against runs of the other commit, too
 
 
 def generation_contenders(
@@ -26,7 +29,7 @@ def generation_contenders(
     half = max(1, threads // 2)
     batch: dict[str, Any] = {"batch": transformers_batch}
     found = [
-        _lockstep("lockstep-1-rank", 1, threads, settings),
+        _lockstep(COMPARED, 1, threads, settings),
         _lockstep("lockstep-2-ranks", 2, half, settings),
         _transformers(REFERENCE, python, threads, experts="eager", **batch),
         _transformers("transformers-grouped_mm", python, threads, experts="grouped_mm", **batch),
@@ -39,6 +42,14 @@ def generation_contenders(
     if "vllm" in peers:
         found.append(_vllm(peers["vllm"], threads))
     return found
+
+
+def of_commit(contender: Contender, name: str, root: Path) -> Contender:
+    """The same contender with the tools and the engine of another checkout.
+
+    name: of the commit, as the table shows it. root: the folder of the checkout.
+    """
+    return replace(contender, name=f"{contender.name}@{name}", root=root)
 
 
 def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> Contender:

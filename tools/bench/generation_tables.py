@@ -7,10 +7,11 @@ from typing import Any
 
 from bench.floor import Floor
 from bench.jobs import Job
-from bench.report import table
+from bench.report import mean_interval, table
 
 _HEADER = ["contender", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
 _HEADER += ["of the first's time", "equal", "peak MiB a rank"]
+_RATIO_HEADER = ["generated tok/s, per round", "rounds", "mean ratio", "95% from", "to"]
 _RANK_HEADER = ["contender", "rank", "computing s", "moving s", "waiting s"]
 
 
@@ -40,6 +41,24 @@ def job_table(
         rows.append(["floor", "", prefill, "", generated, total, total / fastest_first, "", ""])
     prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
     return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(_HEADER, rows)}"
+
+
+def paired_ratios(figures: dict[str, Any], name: str, other: str) -> dict[str, Any]:
+    """Ratios of two contenders' generated tokens per second, round by round; mean and interval.
+
+    A ratio above 1: `name` generated more tokens per second than `other` in that round.
+    """
+    # Both generate the same number of tokens: the rates are as the seconds inverted.
+    own, others = (figures[each]["total_seconds"]["all"] for each in (name, other))
+    return mean_interval([theirs / mine for mine, theirs in zip(own, others, strict=True)])
+
+
+def ratio_table(ratios: dict[str, Any], name: str, other: str) -> str:
+    """The table of `paired_ratios`, and every ratio below it."""
+    numbers = [f"{ratios[key]:.4f}" for key in ("mean", "low", "high")]
+    rows = [[f"{name} / {other}", len(ratios["all"]), *numbers]]
+    every = " ".join(f"{ratio:.4f}" for ratio in ratios["all"])
+    return f"{table(_RATIO_HEADER, rows)}\nper round: {every}"
 
 
 def rank_table(figures: dict[str, Any]) -> str:

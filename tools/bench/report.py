@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,27 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "max": max(values),
         "all": list(values),
     }
+
+
+# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
+_T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+_T95 += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]
+_T95 += [2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of repeated measurements, its 95% confidence interval (Student's t), and all of them.
+
+    Raises:
+        ValueError: fewer than two values have no interval.
+    """
+    freedom = len(values) - 1
+    if freedom < 1:
+        raise ValueError(f"a confidence interval needs at least 2 values, not {len(values)}")
+    t95 = _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.4 / freedom
+    mean = statistics.mean(values)
+    margin = t95 * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - margin, "high": mean + margin, "all": list(values)}
 
 
 def emit(text: str, record: Mapping[str, Any], out: Path | None = None, name: str = "") -> None:
