@@ -35,10 +35,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.contender import REPOSITORY, WorkerError
+from bench.candidate import REPOSITORY, WorkerError
+from bench.environment_record import environment_record
 from bench.parts import written
 from bench.report import emit, table
-from bench.stamp import stamp
 
 HEADER = ["job", "lines", "seconds", "to first record s", "rank 0 peak MiB", "over few MiB"]
 _FEW = 32
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     record = {
         "bench": "big_input",
-        **stamp(("torch",)),
+        **environment_record(("torch",)),
         "options": {key: value for key, value in vars(options).items() if key != "out"},
         "input_bytes": size,
         "scan_s": {"input": input_s, "ledger": ledger_s},

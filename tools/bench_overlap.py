@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import WorkerError
+from bench.candidate import WorkerError
+from bench.environment_record import environment_record
 from bench.link import End, limited, loopback
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from bench.two_ranks import run_two_ranks
 
 HEADER = ["chunks", "layer ms", "exposed ms", "hidden", "speedup", "sent MB"]
@@ -102,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{'bitwise equal' if equal else 'DIFFER'}\n{table(HEADER, rows)}"
     )
     kept = {name: value for name, value in vars(options).items() if name != "out"}
-    record = {"bench": "overlap", **stamp(("torch",)), "options": kept, "chunks": found}
+    record = {
+        "bench": "overlap",
+        **environment_record(("torch",)),
+        "options": kept,
+        "chunks": found,
+    }
     emit(text, record, options.out, "bench_overlap")
     return 0 if equal else 1
 

@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.candidate import REPOSITORY, TOOLS, WorkerError
+from bench.environment_record import environment_record
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from bench_straggler import make_checkpoint
 
 HEADER = ["profiler", "seconds", "over off", "CPU seconds", "over off"]
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "worker")}
     record = {
         "bench": "profiler",
-        **stamp(("torch",)),
+        **environment_record(("torch",)),
         "options": kept,
         "seconds": {name: spread(wall[name]) for name in NAMES},
         "over_off": {name: spread(over_off[0][name]) for name in NAMES},

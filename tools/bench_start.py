@@ -27,10 +27,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.contender import REPOSITORY
+from bench.candidate import REPOSITORY
+from bench.environment_record import environment_record
 from bench.parts import written
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from virtual_slurm import VirtualSlurm, missing_programs
 
 HEADER = ["what", "seconds", "over floor"]
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = f"{options.ranks} ranks, {options.rounds} rounds\n{table(HEADER, rows)}"
     record = {
         "bench": "start",
-        **stamp(("torch", "transformers")),
+        **environment_record(("torch", "transformers")),
         "ranks": options.ranks,
         "rounds": options.rounds,
         "seconds": {name: spread(seconds[name]) for name in NAMES},

@@ -37,11 +37,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.candidate import REPOSITORY, TOOLS, WorkerError
+from bench.environment_record import environment_record
 from bench.link import End, limited, loopback
 from bench.report import emit, table
-from bench.stamp import stamp
-from bench_speed_aware import rivals
+from bench_speed_aware import cpu_hogs
 
 HEADER = ["trouble", "cause", "ranks", "time lost", "right"]
 EXPECTED: dict[str, tuple[str, list[int]]] = {
@@ -200,7 +200,7 @@ def run_trouble(name: str, folder: Path, options: argparse.Namespace) -> dict[st
     num_requests, new_tokens = JOBS.get(name, _JOB)
     make_input(folder / "in.jsonl", num_requests, options.seed)
     place = limited(options.link) if name == "slow_link" else loopback()
-    with rivals(2 if name == "throttled" else 0), place as ends:
+    with cpu_hogs(2 if name == "throttled" else 0), place as ends:
         run = run_job(
             checkpoint, folder, ends, options, new_tokens=new_tokens, stall=name == "stalled"
         )
@@ -238,7 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     said = [f"{trouble}: {entry['verdicts'][0]['text']}" for trouble, entry in found.items()]
     text = "\n".join(["2 ranks of one core each", table(HEADER, rows), *said])
     kept = {name: value for name, value in vars(options).items() if name != "out"}
-    record = {"bench": "straggler", **stamp(("torch",)), "options": kept, "troubles": found}
+    record = {
+        "bench": "straggler",
+        **environment_record(("torch",)),
+        "options": kept,
+        "troubles": found,
+    }
     emit(text, record, options.out, "bench_straggler")
     return 0 if all(entry["right"] for entry in found.values()) else 1
 

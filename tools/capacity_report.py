@@ -27,9 +27,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
-from bench.contender import WorkerError
+from bench.candidate import WorkerError
+from bench.environment_record import environment_record
 from bench.report import emit
-from bench.stamp import stamp
 from capacity import figure
 from capacity.findings import findings
 from capacity.jobs import Item, deal_domains, deal_mixed, read_items
@@ -133,7 +133,7 @@ def run_report(options: argparse.Namespace) -> tuple[list[Panel], dict[str, Any]
         records.append(panel_record(panel, check))
     record = {
         "bench": "capacity_report",
-        **stamp(("torch", "transformers", "numpy")),
+        **environment_record(("torch", "transformers", "numpy")),
         "options": _plain(options),
         "panels": records,
         "findings": [finding.record() for finding in findings(panels)],

@@ -30,8 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
+from bench.environment_record import environment_record
 from bench.report import emit, table
-from bench.stamp import stamp
 from gpu_checks.capacity import check_capacity
 from gpu_checks.check import Check, guarded
 from gpu_checks.engine import check_engine
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {
         "suite": "gpu",
         "device": device,
-        **stamp(PACKAGES),
+        **environment_record(PACKAGES),
         "cuda": torch.version.cuda,
         "seconds": time.monotonic() - began,
         "checks": [_plain(check) for check in checks],

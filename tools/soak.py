@@ -31,8 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a checkout needs no install
 
+from bench.environment_record import environment_record
 from bench.report import emit, table
-from bench.stamp import stamp
 from chaos.faults import ENDS_AGENT, KINDS, faults
 from chaos.job import Job, read_lines
 from chaos.places import Network, is_root, network, small_disk, why_no_network
@@ -69,7 +69,7 @@ class Soak:
         self.log = Log()
         self._options = options
         self._job = Job(folder, options.requests, options.timeout)
-        self._chance = random.Random(options.seed)
+        self._rng = random.Random(options.seed)
         self._net = net
         self._disk = folder / "disk" if is_root() else None
         self._place = self._disk or folder
@@ -109,9 +109,9 @@ class Soak:
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[tuple[Session, int]]:
-        options, chance = self._options, self._chance
+        options, rng = self._options, self._rng
         self.log.num_runs += 1
-        num_ranks, max_restarts = chance.choice(options.ranks), chance.choice(options.restarts)
+        num_ranks, max_restarts = rng.choice(options.ranks), rng.choice(options.restarts)
         with Session(
             self._job.command(self._output),
             self._output,
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "moments_missed": log.num_late,
         "seconds": round(time.monotonic() - began, 1),
     }
-    emit(text, record | stamp(("torch",)), options.out, "soak")
+    emit(text, record | environment_record(("torch",)), options.out, "soak")
     for problem in log.problems:
         print(problem, file=sys.stderr)
     return 0 if log.good and not _left_undone(log, options) else 1

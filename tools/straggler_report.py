@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a checkout needs no install
 
 from straggler.aggregate import loads, times
+from straggler.arrival_skew import arrival_skew, sentence
 from straggler.compare import Measures
 from straggler.data import index_of, page_data
-from straggler.lateness import lateness, sentence
 from straggler.page import page
 from straggler.read import read_run
 from straggler.report import read_report
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.step is not None:
         index_of(group, options.step)
     measures = measure(group)
-    verdict = sentence(group, measures.times, lateness(group))
+    verdict = sentence(group, measures.times, arrival_skew(group))
     report = None
     if options.report is not None:
         report = read_report(options.report, group.ranks[0].header.world_size)

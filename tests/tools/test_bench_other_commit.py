@@ -12,7 +12,7 @@ from pathlib import Path
 
 import bench_generate
 import pytest
-from bench.contender import TOOLS, Contender, WorkerError, start
+from bench.candidate import TOOLS, Candidate, WorkerError, start
 from bench.generation import of_commit
 from bench.generation_tables import paired_ratios, ratio_table
 from bench.other_commit import checkout
@@ -74,7 +74,7 @@ def test_the_other_commits_worker_imports_its_own_engine(
 ) -> None:
     monkeypatch.chdir(repository)
     monkeypatch.setenv("PYTHONPATH", str(repository))
-    own = Contender(
+    own = Candidate(
         name="own", module="bench.workers.where", python=sys.executable, needs_engine=True
     )
     with checkout("HEAD", repository) as tree:

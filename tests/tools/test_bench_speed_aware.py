@@ -36,7 +36,7 @@ def test_a_layer_takes_its_slower_rank_and_speedups_are_of_the_same_round():
 
 @pytest.mark.alone  # shares follow measured speeds: a rank beside another test is a slow one
 def test_a_short_run_drops_as_much_either_way_and_prints_one_json_line():
-    command = [sys.executable, "tools/bench_speed_aware.py", "--rivals", "0", "--rounds", "2"]
+    command = [sys.executable, "tools/bench_speed_aware.py", "--cpu-hogs", "0", "--rounds", "2"]
     small = ["--tokens", "256", "--hidden", "32", "--ffn", "32"]
     out = subprocess.run(
         [*command, *small], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True

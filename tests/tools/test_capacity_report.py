@@ -468,7 +468,7 @@ def test_measured_speedup_sums_the_layers_before_it_divides(monkeypatch):
         def compare(self, cases, rounds):
             return [SimpleNamespace(seconds=float(rank_rows(case).max())) for case in cases]
 
-    monkeypatch.setattr(timing, "VirtualLayer", Layer)
+    monkeypatch.setattr(timing, "SimulatedLayer", Layer)
     shape = TimedShape(hidden=8, ffn=4, tokens=1000)
     calls = [call([20, 10, 4, 6], [14, 10, 4, 6]), call([5, 5, 5, 5], [5, 5, 5, 5])]
     capped = replace(result(DROP, bound=1.2), calls=calls, tokens=[20])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.helpers.loads import (
     cap_loads,
     fit,
-    hot_loads,
+    overloaded_rank_loads,
     ragged_sizes,
     random_routing,
     rank_loads,
@@ -87,14 +87,14 @@ def test_rows_that_no_weight_asks_for_are_spread_evenly():
     ("experts", "top_k", "ranks"), [(8, 2, 2), (64, 8, 2), (60, 4, 6), (8, 2, 4)]
 )
 def test_hot_loads_give_the_first_rank_what_is_asked(experts, top_k, ranks):
-    loads = hot_loads(4096, experts, top_k, 1.6, ranks)
+    loads = overloaded_rank_loads(4096, experts, top_k, 1.6, ranks)
     assert rank_loads(loads, ranks)[0] / (loads.sum() / ranks) == pytest.approx(1.6, abs=0.001)
     assert loads[0] == loads.max() > 1.6 * loads.mean(), "its first expert is the hot one"
 
 
 def test_a_ratio_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="ratio 3"):
-        hot_loads(100, 8, 2, 3.0, 2)
+        overloaded_rank_loads(100, 8, 2, 3.0, 2)
 
 
 def test_recorded_loads_are_those_of_the_report(tmp_path):

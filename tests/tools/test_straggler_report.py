@@ -145,7 +145,7 @@ def test_the_page_has_every_view_with_the_spans_numbers(dropped: Path, tmp_path:
     assert sentence in done.stdout, "the terminal says the same"
     assert "Finding computed from the spans." in dom
 
-    before, after = bars(dom, "heat-before"), bars(dom, "heat-after")
+    before, after = bars(dom, "loads-before"), bars(dom, "loads-after")
     assert list(before) == [
         "layer 0, expert 0: 24 rows, 1.5 of the mean",
         "layer 0, expert 1: 8 rows, 0.5 of the mean",
@@ -155,9 +155,9 @@ def test_the_page_has_every_view_with_the_spans_numbers(dropped: Path, tmp_path:
         "layer 0, expert 1: 8 rows, 0.5 of the mean",
     ]
     assert len({*before.values(), *after.values()}) == 1, "all cells are as wide"
-    for name, worst in (("heat-before", "1.5x"), ("heat-after", "1.38x")):
+    for name, worst in (("loads-before", "1.5x"), ("loads-after", "1.38x")):
         assert texts(drawing(dom, name), "text") == ["layer 0", worst, "rank 0", "rank 1"]
-    fills = [each.attrib["fill"] for each in drawing(dom, "heat-after").iter("rect")]
+    fills = [each.attrib["fill"] for each in drawing(dom, "loads-after").iter("rect")]
     assert len(set(fills)) == 2, "the colour tells the loads apart"
 
     stacked = bars(dom, "ranks")

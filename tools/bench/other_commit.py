@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bench.contender import REPOSITORY, WorkerError
+from bench.candidate import REPOSITORY, WorkerError
 
 _LIBRARY = "engine/_native*.so"
 

@@ -1,4 +1,4 @@
-"""What a bench prints: a table for the reader, then one JSON line for whoever collects figures."""
+"""Output of a bench: a table to read, then one JSON line to collect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 def table(
     header: Sequence[str], rows: Sequence[Sequence[object]], left: Sequence[int] = (0,)
 ) -> str:
-    """Lay out rows under a header: the columns in `left` to the left, the others to the right."""
+    """Return rows under a header: the columns in `left` aligned left, the others right."""
     cells = [[*map(str, header)], *([*map(cell, row)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -27,7 +27,7 @@ def table(
 
 
 def cell(value: object) -> str:
-    """Text of one value: '-' for None, thousands separated, three significant digits below 100."""
+    """Return the text of one value: '-' for None, thousands separated, three significant digits below 100."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -38,7 +38,7 @@ def cell(value: object) -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes and all values of repeated measurements, for the JSON line."""
+    """Return median, extremes and all values of repeated measurements, for the JSON line."""
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -54,10 +54,10 @@ _T95 += [2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of repeated measurements, its 95% confidence interval (Student's t), and all of them.
+    """Return mean, 95% confidence interval (Student's t) and all of repeated measurements.
 
     Raises:
-        ValueError: fewer than two values have no interval.
+        ValueError: fewer than two values.
     """
     freedom = len(values) - 1
     if freedom < 1:

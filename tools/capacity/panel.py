@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contender import Contender, start
+from bench.candidate import Candidate, start
 
 from capacity.jobs import Item
 from capacity.scores import Scores, collect
@@ -118,7 +118,7 @@ def run_panel(
     Raises:
         WorkerError: a rank failed; the text says how.
     """
-    contender = Contender(
+    candidate = Candidate(
         name=f"{config}-{ranks}-ranks",
         module="capacity.worker",
         python=sys.executable,
@@ -137,7 +137,7 @@ def run_panel(
     ]
     print(f"{config}, {ranks} ranks: starting ...", file=sys.stderr, flush=True)
     results = []
-    with start(contender) as running:
+    with start(candidate) as running:
         keys = [*engine_settings(ranks, items, batch_tokens), *overrides]
         running.call("load", config=config, settings=keys, items=requests)
         for number, setting in enumerate(settings, start=1):

@@ -1,6 +1,6 @@
-"""Measured layer speedup: the recorded rows, timed on virtual ranks beside the bound.
+"""Measured layer speedup: the recorded rows, timed on simulated ranks beside the bound.
 
-`bench/virtual.py` runs each rank's own work (pack, experts, combine) alone on all cores; a layer
+`bench/simulated_layer.py` runs each rank's own work (pack, experts, combine) alone on all cores; a layer
 takes as long as its slowest rank. Timed are the layers of the fullest step, before capacity and
 after it in turns, at a layer shape of one's choice and rows scaled down in proportion: the tiny
 checkpoints' own experts are too small to be bound by their rows. The all-to-alls, whose bytes
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from bench.moe_case import MoEShape
-from bench.virtual import VirtualLayer
+from bench.simulated_layer import SimulatedLayer
 
 from capacity.panel import Panel, Result
 from capacity.speed import CallLoads
@@ -39,7 +39,7 @@ class TimedShape:
         """For the table's legend."""
         cores = len(os.sched_getaffinity(0))
         return (
-            f"virtual ranks (each rank's work alone on {cores} cores, the slowest counts, no "
+            f"simulated ranks (each rank's work alone on {cores} cores, the slowest counts, no "
             f"all-to-all), hidden {self.hidden}, ffn {self.ffn}, {self.tokens:,} tokens a step"
         )
 
@@ -60,7 +60,7 @@ def time_panel(panel: Panel, shape: TimedShape, *, everything: bool = False) -> 
 def measured_speedup(result: Result, shape: TimedShape, ranks: int) -> float:
     """Seconds of the fullest step's layers before capacity over those after it."""
     calls = scaled(fullest_step(result), shape.tokens * result.top_k)
-    layer = VirtualLayer(
+    layer = SimulatedLayer(
         MoEShape(
             hidden=shape.hidden,
             ffn=shape.ffn,

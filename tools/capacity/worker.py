@@ -1,6 +1,6 @@
 """Worker: one rank of the engine, loaded once, run under one capacity setting after another.
 
-Started by tools/capacity_report.py as every contender of a bench is, see `bench/contender.py`; the
+Started by tools/capacity_report.py as every candidate of a bench is, see `bench/candidate.py`; the
 weights are read once for all settings.
 """
 

@@ -57,18 +57,18 @@ class Fault:
 
 def faults(seed: int, kinds: Collection[str] = KINDS) -> Iterator[Fault]:
     """An endless sequence, the same for a seed: each kind once in every `len(kinds)` faults."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     while True:
         deck = [kind for kind in KINDS if kind in kinds]
-        chance.shuffle(deck)
+        rng.shuffle(deck)
         for kind in deck:
-            early = chance.random() < _EARLY and kind != "torn_tail"  # there must be a tail
+            early = rng.random() < _EARLY and kind != "torn_tail"  # there must be a tail
             yield Fault(
                 kind=kind,
                 early=early,
-                after_s=chance.uniform(0.0, _START_S if early else _WORK_S),
-                victim=chance.random(),
-                held_s=chance.uniform(0.2, 1.0) if kind == "pause_rank" else chance.uniform(1, 4),
-                rate=chance.choice(RATES),
-                torn=chance.randint(1, 80),
+                after_s=rng.uniform(0.0, _START_S if early else _WORK_S),
+                victim=rng.random(),
+                held_s=rng.uniform(0.2, 1.0) if kind == "pause_rank" else rng.uniform(1, 4),
+                rate=rng.choice(RATES),
+                torn=rng.randint(1, 80),
             )

@@ -7,8 +7,8 @@ import random
 import sys
 from pathlib import Path
 
+from bench.environment_record import REPOSITORY
 from bench.parts import part_files
-from bench.stamp import REPOSITORY
 
 _SCRIPT = REPOSITORY / "launch" / "infer.py"
 _MODEL = REPOSITORY / "configs" / "checkpoints" / "tiny_mixtral"
@@ -29,11 +29,11 @@ class Job:
             "sampling: {ignore_eos: true}\n"
             f"runtime: {{device: cpu, timeout_s: {timeout_s}, threads: 1}}\n"
         )
-        chance = random.Random(0)
+        rng = random.Random(0)
         lines = []
         for number in range(num_requests):
-            prompt = " ".join(chance.choices(_WORDS, k=chance.randint(1, 40)))
-            request = {"id": f"r{number}", "prompt": prompt, "max_tokens": chance.randint(2, 24)}
+            prompt = " ".join(rng.choices(_WORDS, k=rng.randint(1, 40)))
+            request = {"id": f"r{number}", "prompt": prompt, "max_tokens": rng.randint(2, 24)}
             lines.append(json.dumps(request))
         lines[num_requests // 2] = lines[num_requests // 2][:-1]  # an error record
         self._input.write_text("\n".join(lines) + "\n")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, Contender, Running, start
+from bench.candidate import REPOSITORY, Candidate, Running, start
 from bench.jobs import make_job
 from make_random_checkpoint import FAMILIES, SIZES, make_checkpoint
 
@@ -160,8 +160,8 @@ def _check_memory(worker: Running, device: str, checkpoint: Path) -> list[Check]
     return [at_most("memory", f"peak on {device}", peak, 1.25 * budget, note)]
 
 
-def _engine(device: str) -> Contender:
-    return Contender(
+def _engine(device: str) -> Candidate:
+    return Candidate(
         name=f"engine on {device}",
         module="bench.workers.generate_lockstep",
         python=sys.executable,

@@ -76,7 +76,7 @@ function draw() {
   choose(gantt.index);
   drawRanks();
   drawLayers();
-  drawHeat();
+  drawExpertLoads();
 }
 
 drawText();

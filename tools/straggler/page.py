@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
-_SCRIPTS = ("util.js", "gantt.js", "strip.js", "bars.js", "heat.js", "main.js")
+_SCRIPTS = ("util.js", "gantt.js", "strip.js", "bars.js", "expert_loads.js", "main.js")
 # What would end a script element, or a line of JavaScript.
 _ESCAPES = {
     "<": "\\u003c",

@@ -22,9 +22,9 @@ from straggler.run import (
     NUM_COLUMNS,
     OFFSET,
     PHASE,
+    RankHeader,
     RankSpans,
     Run,
-    SpanFileHeader,
 )
 
 FORMAT, VERSION = "lockstep-spans", 1
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
         )
     notes: list[str] = []
     ranks: list[RankSpans] = []
-    first: tuple[Path, SpanFileHeader] | None = None
+    first: tuple[Path, RankHeader] | None = None
     for number, paths in sorted(files.items()):
         paths.sort(key=lambda path: not path.name.endswith(".old.jsonl"))  # the older half first
         read = _read_rank(paths, notes, {rank.header.group for rank in ranks})
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
     return Run(name=folder.resolve().name, ranks=ranks, notes=notes)
 
 
-def _check_shared(first: tuple[Path, SpanFileHeader], path: Path, header: SpanFileHeader) -> None:
+def _check_shared(first: tuple[Path, RankHeader], path: Path, header: RankHeader) -> None:
     for name in _SHARED:
         one, other = getattr(first[1], name), getattr(header, name)
         if one != other:
@@ -111,7 +111,7 @@ def _read_rank(paths: list[Path], notes: list[str], seen: set[tuple[int, ...]]) 
     """One rank's files, the older first; None where they hold no step. seen: groups some rank of
     which has been read: all ranks of a group know the same loads before capacity.
     """
-    header: SpanFileHeader | None = None
+    header: RankHeader | None = None
     steps: list[_Step] = []
     for path in paths:
         lines = _lines(path, notes)
@@ -159,7 +159,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _header(value: Any, path: Path) -> SpanFileHeader:
+def _header(value: Any, path: Path) -> RankHeader:
     where = f"{path}:1"
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(
@@ -179,13 +179,13 @@ def _header(value: Any, path: Path) -> SpanFileHeader:
             )
     fields = {name: value[name] for name in _TYPES}
     lists = {"group": tuple(value["group"]), "phases": tuple(map(str, value["phases"]))}
-    header = SpanFileHeader(**{**fields, **lists})
+    header = RankHeader(**{**fields, **lists})
     if header.rank not in header.group:
         raise ValueError(f"{where}: group {value['group']} lacks rank {header.rank}; {_AGAIN}")
     return header
 
 
-def _step(value: Any, where: str, header: SpanFileHeader) -> _Step:
+def _step(value: Any, where: str, header: RankHeader) -> _Step:
     """Check one step's line against the header."""
     try:
         numbers = [int(value[name]) for name in ("step", "start_ns", "prefill", "decode")]
@@ -226,7 +226,7 @@ def _step(value: Any, where: str, header: SpanFileHeader) -> _Step:
     return _Step(*numbers, table_N7, *loads)
 
 
-def _assemble(header: SpanFileHeader, steps: list[_Step], keep_before: bool) -> RankSpans:
+def _assemble(header: RankHeader, steps: list[_Step], keep_before: bool) -> RankSpans:
     layers = sorted({layer for step in steps for layer in step.after})
 
     def stacked(name: str, width: int) -> np.ndarray:

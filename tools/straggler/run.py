@@ -26,7 +26,7 @@ _WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
-class SpanFileHeader:
+class RankHeader:
     """The first line of a span file. group: the ranks in lockstep with this one, itself included.
     clock_error_ns: how far this rank's stamps can be off. first_expert: of the rank's own experts.
     """
@@ -60,7 +60,7 @@ class RankSpans:
     them. after_SLe: int32, rows of this rank's own experts after capacity.
     """
 
-    header: SpanFileHeader
+    header: RankHeader
     steps_S: np.ndarray
     starts_S: np.ndarray
     tokens_S2: np.ndarray

@@ -1,7 +1,8 @@
-"""One rank of the MoE layer without the others: the engine's code, its collectives replaced.
+"""Simulated rank: one rank of the MoE layer without the others, its collectives replaced.
 
-What `virtual_ranks.py` runs one at a time. Agreement gets answers that were worked out beforehand;
-an all-to-all returns as many rows as would arrive, with any contents, so outputs mean nothing.
+`simulated_ranks.py` runs several, one at a time. Collectives of the agreement return answers that
+were computed beforehand; an all-to-all returns as many rows as would be received, with arbitrary
+contents, so outputs mean nothing.
 
 Legend: T tokens of this rank, D model dim, W ranks.
 """
@@ -30,11 +31,11 @@ from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
 
 CPU = torch.device("cpu")
-TRAVEL = (Phase.DISPATCH, Phase.COMBINE)
+ALL_TO_ALLS = (Phase.DISPATCH, Phase.COMBINE)
 
 
 class Unanswered(Exception):
-    """A rank asks for a collective that not all ranks have come to yet."""
+    """A rank called a collective that not all ranks have reached yet."""
 
     def __init__(self, kind: Kind, part: torch.Tensor) -> None:
         super().__init__(kind)
@@ -43,7 +44,7 @@ class Unanswered(Exception):
 
 
 class AnsweredCollectives:
-    """`Collectives` of one virtual rank: returns the answers it was given, in order."""
+    """`Collectives` of one simulated rank: returns the answers it was given, in order."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -51,7 +52,7 @@ class AnsweredCollectives:
         self._ready: list[torch.Tensor] = []
 
     def rewind(self, answers: list[torch.Tensor]) -> None:
-        """Begin with the first of these; the caller may write into what it gets."""
+        """Start again at the first of these answers, each of which is returned as a copy."""
         self._ready = [answer.clone() for answer in reversed(answers)]
 
     def all_gather(self, part: torch.Tensor) -> Pending:
@@ -77,17 +78,17 @@ class AnsweredCollectives:
 
 
 class RowlessExchange(Exchange):
-    """All-to-alls that move nothing."""
+    """All-to-alls that move no rows."""
 
     def start(
         self, rows: torch.Tensor, into: torch.Tensor, send_splits: list[int], recv_splits: list[int]
     ) -> Pending:
-        """Return `into` with rows of some kind."""
+        """Return `into` filled with a constant."""
         return Done(into.fill_(0.5))  # new memory may hold subnormal numbers, which are slow
 
 
-class LoneRank(MoELayer):
-    """One rank's layer and tokens x_TD. workspace may be another rank's too: they take turns."""
+class SimulatedRank(MoELayer):
+    """One rank's layer and tokens x_TD. Ranks may share `workspace`: they run one at a time."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class LoneRank(MoELayer):
             MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
             layer=0,
             topology=topology,
-            # Rows that hold nothing cannot say which experts they serve.
+            # Rows without contents do not encode the experts they are for.
             config=MoEConfig(dispatch=DispatchConfig(deduplicate=False)),
             device=CPU,
             dtype=torch.float32,
@@ -122,7 +123,7 @@ class LoneRank(MoELayer):
         self.x_TD = x_TD
 
     def ask(self, answers: list[torch.Tensor], step: MoEStep | None) -> DispatchPlan | Unanswered:
-        """Route and agree as far as these answers go."""
+        """Route and agree; return the plan, or the first collective without an answer."""
         self.answered.rewind(answers)
         try:
             (plan,), _ = self.agree(self.route(self.x_TD), step)  # one chunk
@@ -131,7 +132,7 @@ class LoneRank(MoELayer):
             return asked
 
     def timed(self, answers: list[torch.Tensor], step: MoEStep | None) -> tuple[float, float]:
-        """Run the layer; seconds until dispatch, and of what follows, without the all-to-alls."""
+        """Run the layer; return seconds until dispatch and after it, without the all-to-alls."""
         self.answered.rewind(answers)
         self.telemetry.clock = clock = HostClock()
         self(self.x_TD, step)
@@ -141,19 +142,19 @@ class LoneRank(MoELayer):
         assert spans is not None
         seconds = (spans.ends - spans.starts) * 1e-9
         dispatch = int(np.flatnonzero(spans.phases == Phase.DISPATCH)[0])
-        work = seconds[dispatch:][~np.isin(spans.phases[dispatch:], TRAVEL)]
+        work = seconds[dispatch:][~np.isin(spans.phases[dispatch:], ALL_TO_ALLS)]
         return float(seconds[:dispatch].sum()), float(work.sum())
 
 
 def _topology(rank: int, size: int) -> Topology:
-    """Ranks that nobody can reach: the layer's collectives are replaced."""
-    nobody = cast(dist.ProcessGroup, None)
-    world = Group(rank, size, tuple(range(size)), nobody)
-    alone = Group(0, 1, (rank,), nobody)
+    """Return a topology without process groups: the layer's collectives are replaced."""
+    no_group = cast(dist.ProcessGroup, None)
+    world = Group(rank, size, tuple(range(size)), no_group)
+    single = Group(0, 1, (rank,), no_group)
     return Topology(
         world=world,
         expert=world,
-        tensor=alone,
+        tensor=single,
         control=world,
         data_rank=rank,
         num_data=size,
@@ -163,5 +164,5 @@ def _topology(rank: int, size: int) -> Topology:
         store=dist.HashStore(),
         local_rank=rank,
         local_world_size=size,
-        host="virtual",
+        host="simulated",
     )

@@ -20,7 +20,7 @@ from straggler.run import DURATION, LAYER, OFFSET, PARTIAL, PHASE, WAITED, Group
 
 
 @dataclass(frozen=True, slots=True)
-class Lateness:
+class ArrivalSkew:
     """collectives: compared ones. last_W: in how many of them each rank came last. cost_WP: seconds
     that a mean rank lost to each rank, by the phase that the late rank was in before. cost_WD: the
     same by decoder layer. seconds: length of the steps compared, a mean rank's.
@@ -33,7 +33,7 @@ class Lateness:
     seconds: float
 
 
-def lateness(group: Group) -> Lateness:
+def arrival_skew(group: Group) -> ArrivalSkew:
     """Charge every collective of a group's settled steps to the rank that came last.
 
     Steps in which ranks called different collectives, or do not know how long they waited, are
@@ -60,7 +60,7 @@ def lateness(group: Group) -> Lateness:
     layer_C = tables[0][index_WC[0], LAYER] + 1
     num_rows = header.num_layers + 1
     spent = [np.bincount(rank.step_of_N, rank.table_N7[:, DURATION]) for rank in group.ranks]
-    return Lateness(
+    return ArrivalSkew(
         collectives=len(last_C),
         last_W=np.bincount(last_C[cost_C > 0], minlength=num_ranks),
         cost_WP=_sums(last_C, before_C, cost_C, (num_ranks, num_phases)),
@@ -106,7 +106,7 @@ def _sums(
     return cells.reshape(shape)
 
 
-def sentence(group: Group, times: Times, late: Lateness) -> str:
+def sentence(group: Group, times: Times, late: ArrivalSkew) -> str:
     """Who came last most often, after what, and what all waiting cost."""
     if len(group.ranks) == 1:
         return "One rank: nobody to wait for."
@@ -130,5 +130,5 @@ def sentence(group: Group, times: Times, late: Lateness) -> str:
     return f"{text} Waiting takes {share:.0%} in all."
 
 
-def _share(seconds: float, late: Lateness) -> str:
+def _share(seconds: float, late: ArrivalSkew) -> str:
     return f"{seconds / late.seconds if late.seconds else 0.0:.0%}"
