@@ -1,4 +1,4 @@
-"""A big input: what a million lines cost in memory and time, and whether ranks run out of work.
+"""Big input: cost of a million lines in memory and time, and whether ranks run out of work.
 
     python tools/bench_big_input.py                  # two ranks, the bundled model, about 3 minutes
     python tools/bench_big_input.py --lines 100000
@@ -6,7 +6,7 @@
 Real runs of launch/infer.py on the CPU, of inputs whose lines are nearly all done, so that only the
 bookkeeping is big:
 
-    few      32 requests and nothing else: what an empty job takes
+    few      32 requests and nothing else: the cost of an empty job
     resumed  the same 32, behind a ledger that holds all other lines' records; then all are merged
     fresh    nothing is done: up to the first record, then SIGTERM
 
@@ -49,15 +49,15 @@ _WORDS = "the of value return def sum class model when input over each".split()
 
 @dataclass(slots=True)
 class Run:
-    """One run of the job. seconds: of all of it. first_s: to the first record in the ledger."""
+    """One run of the job."""
 
     seconds: float
-    first_s: float | None
+    first_s: float | None  # to the first record in the ledger
     peak_mib: float
 
 
 def make_input(path: Path, lines: int, words: tuple[int, int], new_tokens: tuple[int, int]) -> None:
-    """Write requests of so many words and new tokens, drawn at random."""
+    """Write requests with random numbers of words and new tokens in these ranges."""
     draw = random.Random(0)
     with path.open("w") as file:
         for number in range(lines):
@@ -90,7 +90,7 @@ def fill_ledger(source: Path, output: Path, left: int) -> None:
 
 
 def scan_seconds(source: Path, output: Path) -> tuple[float, float]:
-    """Seconds to index the input and to read the ledger, as rank 0 does before it runs."""
+    """Return seconds to index the input and to read the ledger, as rank 0 does before it runs."""
     from engine.batch.input_index import Pending, scan_input
     from engine.batch.ledger import Ledger
 

@@ -243,7 +243,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load", choices=LOADS, default="uniform", help="rows of each expert")
     add_candidates_option(parser)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--iterations", type=int, help="forwards a round; default: by the tokens")
+    parser.add_argument("--iterations", type=int, help="forwards per round; default: by the tokens")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds before each measurement")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)

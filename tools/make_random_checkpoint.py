@@ -6,7 +6,7 @@
 `--size bench` is the Mixtral of tools/bench_generate.py: hidden 512, ffn 1024, 8 experts top-2, 4
 layers, 8 heads, 4 KV heads, vocab 4096, 57.7M parameters. `--size tiny` (default) takes
 milliseconds to run: tests and tools/gpu_suite.py make theirs on the fly. Weights are float32 and
-decided by the seed alone; there is no tokenizer, since benches speak token ids.
+decided by the seed alone; there is no tokenizer, since benches use token ids.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python tools/train_tiny.py --arch both --out configs/checkpoints
 
 writes tiny_mixtral/ and tiny_olmoe/ there: Hugging Face checkpoints with tokenizer, evaluation
-sets, metrics.json, training log and README; and demo_prompts.jsonl beside them. The number of steps
-is fixed and every batch is a function of the step, so a rerun repeats the run; an interrupted one
-resumes from --state.
+sets, metrics.json, training log and README; and demo_prompts.jsonl next to them. The number of
+steps is fixed and every batch is a function of the step, so a rerun repeats the run; an interrupted
+one resumes from --state.
 
 The text is the standard library (tiny/corpus.py), the tasks are synthetic (tiny/tasks.py), and both
 are in every batch: rows are short at first, and twice as long while the learning rate falls to
@@ -58,7 +58,7 @@ class Trainer:
         self.num_stream_tokens = stream.size
 
     def train_step(self) -> tuple[float, float]:
-        """Run one step; returns the mean loss on text and on answers, in nats a token."""
+        """Run one step; returns the mean loss on text and on answers, in nats per token."""
         phase = self.recipe.phase(self.step)
         ids_BS, targets_BS, weights_BS = self.batches.batch(
             self.step,

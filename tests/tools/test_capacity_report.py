@@ -18,9 +18,9 @@ from capacity import figure, timing
 from capacity.findings import Finding, Pair, at_speed, findings
 from capacity.jobs import (
     Item,
+    assign_domains,
+    assign_round_robin,
     composition,
-    deal_domains,
-    deal_mixed,
     domains_of_ranks,
     read_items,
 )
@@ -273,17 +273,17 @@ def make_items(**lengths):
     ]
 
 
-def test_mixed_dealing_shuffles_numbers_and_deals_round_robin():
+def test_mixed_items_are_shuffled_numbered_and_assigned_round_robin():
     items = [Item(domain="text", prompt=(number,)) for number in range(10)]
-    dealt = deal_mixed(items, 4, seed=0)
-    assert [item.index for item in dealt] == list(range(10))
-    assert [item.rank for item in dealt] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    order = [item.prompt[0] for item in dealt]
+    assigned = assign_round_robin(items, 4, seed=0)
+    assert [item.index for item in assigned] == list(range(10))
+    assert [item.rank for item in assigned] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    order = [item.prompt[0] for item in assigned]
     assert sorted(order) == list(range(10)) and order != list(range(10))
-    assert dealt == deal_mixed(items, 4, seed=0) != deal_mixed(items, 4, seed=1)
+    assert assigned == assign_round_robin(items, 4, seed=0) != assign_round_robin(items, 4, seed=1)
 
 
-def test_few_ranks_share_the_domains_by_size_and_many_help_where_most_is():
+def test_few_ranks_share_the_domains_by_size_and_more_split_the_largest():
     tokens = {"text": 40, "recall": 5, "copy": 3, "sum": 2}
     assert domains_of_ranks(tokens, 2) == [{"text"}, {"recall", "copy", "sum"}]
     assert domains_of_ranks(tokens, 3) == [{"text"}, {"recall"}, {"copy", "sum"}]
@@ -303,26 +303,26 @@ def test_few_ranks_share_the_domains_by_size_and_many_help_where_most_is():
 
 def test_with_domains_no_rank_has_twice_the_tokens_of_another():
     items = make_items(text=(50, 40), recall=(30, 6), copy=(30, 4), sum=(30, 3))
-    dealt = deal_domains(items, 4, seed=0)
-    job = composition(dealt, 4)
+    assigned = assign_domains(items, 4, seed=0)
+    job = composition(assigned, 4)
     assert job["rank_domains"] == [["text"], ["recall"], ["copy"], ["sum"]]
     tokens = job["rank_prompt_tokens"]
     assert min(tokens) == 90 and max(tokens) <= 180
-    assert sorted(item.index for item in dealt) == list(range(len(dealt)))
+    assert sorted(item.index for item in assigned) == list(range(len(assigned)))
 
 
 def test_a_domain_of_long_items_keeps_one():
-    dealt = deal_domains(make_items(text=(3, 400), sum=(5, 3)), 2, seed=0)
-    assert [item.domain for item in dealt].count("text") == 1
+    assigned = assign_domains(make_items(text=(3, 400), sum=(5, 3)), 2, seed=0)
+    assert [item.domain for item in assigned].count("text") == 1
 
 
 def test_ranks_of_one_domain_get_different_items():
     items = [Item(domain="text", prompt=(number,)) for number in range(8)]
     items += [Item(domain="sum", prompt=(100 + number,), answer=(1,)) for number in range(4)]
-    dealt = deal_domains(items, 3, seed=0)
-    prompts = [item.prompt for item in dealt]
+    assigned = assign_domains(items, 3, seed=0)
+    prompts = [item.prompt for item in assigned]
     assert len(set(prompts)) == len(prompts) == 12
-    assert [len([i for i in dealt if i.rank == rank]) for rank in range(3)] == [4, 4, 4]
+    assert [len([i for i in assigned if i.rank == rank]) for rank in range(3)] == [4, 4, 4]
 
 
 def test_the_cache_holds_every_request_of_the_fullest_rank_and_steps_the_batch():

@@ -47,9 +47,8 @@ def job_table(
         first, total = bounds[0].seconds, bounds[1].seconds
         prefill = job.prompt_tokens / first
         generated = len(job.prompts) * job.new_tokens / total
-        rows.append(
-            ["roofline bound", "", prefill, "", generated, total, total / fastest_first, "", ""]
-        )
+        share = total / fastest_first
+        rows.append(["roofline bound", "", prefill, "", generated, total, share, "", ""])
     prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
     return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(_HEADER, rows)}"
 
@@ -73,7 +72,7 @@ def ratio_table(ratios: dict[str, Any], name: str, other: str) -> str:
 
 
 def rank_table(figures: dict[str, Any]) -> str:
-    """Return how the ranks of this engine spent their time, and what that allows; "" without any."""
+    """Return how this engine's ranks spent their time and what that allows; "" without ranks."""
     seconds = {name: e["rank_seconds"] for name, e in figures.items() if "rank_seconds" in e}
     rows = [
         [name, rank, each["computing"], each["moving"], each["waiting"]]

@@ -124,7 +124,7 @@ def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Ten
     total = int(loads_E.sum())
     assert total % num_tokens == 0 and loads_E.max() <= num_tokens, "T * K rows, none above T"
     top_k = total // num_tokens
-    # Experts one after the other, laid over the tokens again and again: a run of at most T positions
+    # Experts one after the other, laid over the tokens repeatedly: a run of at most T positions
     # holds no token twice.
     experts_N = np.repeat(np.arange(len(loads_E)), loads_E)
     ids_TK = experts_N.reshape(top_k, num_tokens).T
@@ -164,7 +164,7 @@ def scores_of(topk_ids_TK: torch.Tensor, num_experts: int, *, ties: bool = False
 
 
 def ragged_sizes(num_tokens: int, num_ranks: int) -> list[int]:
-    """Return tokens of every rank, each about half of the rank before it and the last without any."""
+    """Return tokens per rank, each about half of the rank before it, the last without any."""
     if num_ranks == 1:
         return [num_tokens]
     weights = 0.5 ** np.arange(num_ranks)

@@ -1,4 +1,4 @@
-"""The MoE layer that bench_moe_layer.py measures: weights, tokens and the expected output in float64.
+"""The MoE layer of bench_moe_layer.py: weights, tokens and the expected output in float64.
 
 Tokens are made from a table of chosen experts, so that a load, even or skewed, is exact and every
 implementation must route alike: gate rows are orthonormal, so a token's logits can be set at will.

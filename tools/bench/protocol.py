@@ -37,12 +37,12 @@ def serve(worker: object) -> None:
             _send(stream, {"error": traceback.format_exc()})
             continue
         _send(stream, reply)
-    # A peer's own shutdown may wait for a rank that has already left; nothing here needs it.
+    # A peer's own shutdown may wait for a rank that has exited; nothing here needs it.
     os._exit(0)
 
 
 def memory_mib() -> dict[str, float]:
-    """Return the resident memory of this process in MiB: `rss_mib` now and `peak_rss_mib` since its start."""
+    """Return resident memory in MiB: `rss_mib` now, `peak_rss_mib` since the process began."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     fields = {"rss_mib": "VmRSS", "peak_rss_mib": "VmHWM"}
     found = {name: re.search(rf"{key}:\s+(\d+) kB", status) for name, key in fields.items()}

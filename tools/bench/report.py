@@ -27,7 +27,7 @@ def table(
 
 
 def cell(value: object) -> str:
-    """Return the text of one value: '-' for None, thousands separated, three significant digits below 100."""
+    """Return a value's text: '-' for None, thousands separated, three digits below 100."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -112,7 +112,7 @@ class SimulatedLayer:
         return time.perf_counter() - begin
 
     def _buffer(self, number: int, num_rows: int) -> torch.Tensor:
-        """Return rows that are kept between calls, as the engine's: new memory would be paged in."""
+        """Return rows kept between calls, as the engine's: new memory would be paged in."""
         if len(self._buffers[number]) < num_rows:
             made = torch.randn(num_rows, self.shape.hidden, generator=self._random)
             self._buffers[number] = made

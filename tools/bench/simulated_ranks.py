@@ -101,7 +101,7 @@ class SimulatedRanks:
 
     @torch.inference_mode()
     def agree(self, config: CapacityConfig) -> Agreed:
-        """Return what all ranks agree on under this policy; `none` runs without a step, as in a job."""
+        """Return the agreement under this policy; `none` runs without a step, as in a job."""
         answers: list[torch.Tensor] = []
         calls: list[tuple[Kind, int]] = []
         for layer in self._ranks:

@@ -27,7 +27,7 @@ SPEC = RouterSpec(num_experts=16, top_k=4, normalize=True)
 def check_capacity(device: torch.device) -> list[Check]:
     """Every policy, consensus, scope and order, by gather and by radix."""
     generator = torch.Generator().manual_seed(0)
-    # Quantised logits make ties, the skew makes hot experts.
+    # Quantised logits make ties, the skew loads some experts more.
     logits_TE = torch.randint(0, 6, (TOKENS, 16), generator=generator) * 0.5
     logits_TE += torch.linspace(1.5, 0.0, 16)
     routing = route(logits_TE, SPEC)
@@ -66,13 +66,13 @@ def _differences(config: CapacityConfig, routing: Routing, device: torch.device)
 
 @torch.inference_mode()
 def _decide(config: CapacityConfig, routing: Routing, device: torch.device) -> torch.Tensor:
-    alone = Group(0, 1, (0,), dist.GroupMember.WORLD)  # pyright: ignore[reportArgumentType]
+    single = Group(0, 1, (0,), dist.GroupMember.WORLD)  # pyright: ignore[reportArgumentType]
     agreement = CapacityAgreement(
         SPEC,
         config,
         layer=1,
         layout=ExpertLayout([0, SPEC.num_experts], 1),
-        collectives=GroupCollectives(alone),  # a group of one calls nothing
+        collectives=GroupCollectives(single),  # a group of one calls nothing
     )
     token_T = torch.arange(TOKENS, device=device)
     step = MoEStep.whole(token_T % 7, token_T // 7, (TOKENS,))

@@ -1,7 +1,7 @@
 """The whole engine on the device: every family against the CPU, memory, and one batch job.
 
-Engines run in worker processes of their own (bench/workers/generate_lockstep.py), one a device,
-which load one model after the other.
+Engines run in worker processes (`bench/workers/generate_lockstep.py`), one per device, which load
+one model after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ BACKENDS = ("torch", "grouped_mm", "te")
 
 
 def check_engine(device: str, folder: Path, families: Sequence[str] = FAMILIES) -> list[Check]:
-    """Families, memory and the batch job. device: 'cuda' or 'cpu'. folder: for checkpoints."""
+    """Check families, memory and the batch job.
+
+    Args:
+        device: 'cuda' or 'cpu'.
+        folder: for checkpoints.
+    """
     for family in families:
         make_checkpoint(family, folder / family)
     found: list[Check] = []

@@ -1,7 +1,7 @@
 """The MoE pipeline never stops the host: dispatch, experts and combine of every number of chunks,
 with CUDA's synchronising calls forbidden while they are queued.
 
-On one rank nothing travels; what is left is every kernel and copy that the host queues between one
+On one rank nothing is sent; what remains is every kernel and copy that the host queues between one
 chunk's dispatch and the next.
 """
 
@@ -32,8 +32,9 @@ BOUND = 1e-6
 
 
 def check_pipeline(device: torch.device) -> list[Check]:
-    """Every backend that runs here with 1, 2 and 3 chunks: no synchronising call, and the result of
-    one chunk.
+    """Check every backend that runs here with 1, 2 and 3 chunks.
+
+    There must be no synchronising call, and the result of one chunk.
     """
     found: list[Check] = []
     for backend in BACKENDS:
@@ -76,8 +77,8 @@ def _run(device: torch.device, backend: str, chunks: int) -> torch.Tensor:
 
 
 def _layer(device: torch.device, backend: str, chunks: int) -> MoELayer:
-    alone = Group(0, 1, (0,), None)  # pyright: ignore[reportArgumentType]
-    topology: Any = SimpleNamespace(expert=alone, tensor=alone, control=alone)
+    single = Group(0, 1, (0,), None)  # pyright: ignore[reportArgumentType]
+    topology: Any = SimpleNamespace(expert=single, tensor=single, control=single)
     router = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, normalize=True)
     config = MoEConfig(
         experts=ExpertsConfig(backend=backend),  # pyright: ignore[reportArgumentType]

@@ -42,21 +42,21 @@ _TYPES: dict[str, type] = {
     "num_local_experts": int,
     "policy": str,
 }
-# What all ranks of one run have in common.
+# Fields that are equal on all ranks of one run.
 _SHARED = ("world_size", "phases", "num_layers", "num_experts", "policy")
 _AGAIN = "clear the folder and run the job again"
 
 
 @dataclass(slots=True)
 class _Step:
-    """One line. table_N7: its spans. before, after: layer -> rows of each expert."""
+    """One line of a span file."""
 
     step: int
     start_ns: int
     prefill: int
     decode: int
-    table_N7: np.ndarray
-    before: dict[int, list[int]]
+    table_N7: np.ndarray  # its spans
+    before: dict[int, list[int]]  # layer -> rows of each expert
     after: dict[int, list[int]]
 
 
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         ValueError: no span files, or one that is no span file or is damaged elsewhere than in its
-            last line; the text names the file, the line and what to do.
+            last line; the message names the file, the line and what to do.
     """
     files: dict[int, list[Path]] = {}
     for path in folder.glob("spans.rank*.jsonl"):
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
             continue
         if read.header.rank != number:
             raise ValueError(
-                f"{paths[-1]}:1: the header says rank {read.header.rank}, the file's name rank "
+                f"{paths[-1]}:1: the header has rank {read.header.rank}, the file's name rank "
                 f"{number}; give the file its own name back"
             )
         first = first or (paths[-1], read.header)
@@ -108,8 +108,11 @@ def _check_shared(first: tuple[Path, RankHeader], path: Path, header: RankHeader
 
 
 def _read_rank(paths: list[Path], notes: list[str], seen: set[tuple[int, ...]]) -> RankSpans | None:
-    """One rank's files, the older first; None where they hold no step. seen: groups some rank of
-    which has been read: all ranks of a group know the same loads before capacity.
+    """Read one rank's files, the older first; None where they hold no step.
+
+    Args:
+        seen: groups of which a rank has been read: all ranks of a group have the same loads before
+            capacity.
     """
     header: RankHeader | None = None
     steps: list[_Step] = []
@@ -213,11 +216,11 @@ def _step(value: Any, where: str, header: RankHeader) -> _Step:
         ((table_N7[:, [OFFSET, DURATION]] >= 0).all(), "offsets and durations are at least 0"),
         (
             all(len(rows) == header.num_experts for rows in loads[0].values()),
-            f"before holds {header.num_experts} experts a layer",
+            f"before holds {header.num_experts} experts per layer",
         ),
         (
             all(len(rows) == header.num_local_experts for rows in loads[1].values()),
-            f"after holds {header.num_local_experts} experts a layer",
+            f"after holds {header.num_local_experts} experts per layer",
         ),
     )
     for holds, rule in rules:

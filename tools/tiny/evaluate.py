@@ -49,7 +49,7 @@ def text_chunks(
 
 
 def unigram_entropy(tokenizer: PreTrainedTokenizerFast, chunks: list[str]) -> float:
-    """Entropy of the chunks' own token frequencies, nats a token: no unigram model is better."""
+    """Entropy of the chunks' own token frequencies, nats per token: no unigram model is better."""
     encoded = tokenizer(chunks, add_special_tokens=False)["input_ids"]
     counts = Counter(token for ids in encoded for token in ids)
     total = counts.total()
@@ -60,7 +60,7 @@ def unigram_entropy(tokenizer: PreTrainedTokenizerFast, chunks: list[str]) -> fl
 def validation_loss(
     logits_fn: LogitsFn, tokenizer: PreTrainedTokenizerFast, chunks: list[str]
 ) -> float:
-    """Mean negative log-likelihood of every token after BOS, in nats a token."""
+    """Mean negative log-likelihood of every token after BOS, in nats per token."""
     total, count = 0.0, 0
     for ids in tokenizer(chunks)["input_ids"]:
         ids_1S = torch.tensor([ids])
@@ -76,7 +76,7 @@ def task_accuracy(
 ) -> dict[str, float]:
     """Share of records of each task whose greedy answer, EOS included, is exactly right.
 
-    One forward pass a record is enough: greedy generation gives the answer if and only if the
+    One forward pass per record is enough: greedy generation gives the answer if and only if the
     answer's every token is the most likely one after the prompt and the answer's tokens before it.
     """
     right: dict[str, list[bool]] = defaultdict(list)
@@ -100,5 +100,5 @@ def router_loads(
 
 
 def max_over_mean(loads: list[list[int]]) -> list[float]:
-    """Load of the busiest expert over the mean, a layer."""
+    """Load of the busiest expert over the mean, per layer."""
     return [max(layer) / (sum(layer) / len(layer)) for layer in loads]

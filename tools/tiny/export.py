@@ -97,7 +97,7 @@ def logits_error(model: TinyMoe, exported: torch.nn.Module, ids_BS: torch.Tensor
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    """One JSON object a line, UTF-8."""
+    """Write one JSON object per line, UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"

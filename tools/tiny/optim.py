@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest: twice AdamW's progress a token at this size.
+"""Muon for the matrices, AdamW for the rest: twice AdamW's progress per token at this size.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises each momentum
 matrix by a Newton-Schulz iteration; the scale 0.2 * sqrt(longer side) gives its update AdamW's

@@ -1,4 +1,4 @@
-"""What is trained for how long, on what, at which rate: everything that decides the result.
+"""Training recipe: steps, data and learning rate, everything that decides the result.
 
 Read by tools/train_tiny.py. Steps are absolute, so a run can be cut short and resumed.
 """
@@ -15,7 +15,7 @@ from tiny.tasks import LATE_SHARES, TRAIN_SHARES
 class Phase:
     """Steps up to `until`: rows of `length` tokens, the first `num_task_rows` of them tasks.
 
-    `task_shares` says how often each task is drawn.
+    `task_shares` is how often each task is drawn.
     """
 
     until: int

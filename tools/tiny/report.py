@@ -1,4 +1,4 @@
-"""Measure a written checkpoint and put the evidence beside it: eval/, metrics.json, README.md.
+"""Measure a written checkpoint and write the evidence next to it: eval/, metrics.json, README.md.
 
 Called by tools/train_tiny.py after export. Figures come from transformers' float32 model on the
 stored weights and from exactly the files that are written, so anyone can repeat them.
@@ -97,8 +97,8 @@ def readme(arch: TinyArch, metrics: dict[str, Any], command: str) -> str:
         f"{arch.max_position_embeddings}"
     )
     figures = {
-        "validation loss": f"{metrics['validation_loss']:.3f} nats a token",
-        "unigram entropy of the same tokens": f"{metrics['unigram_entropy']:.3f} nats a token",
+        "validation loss": f"{metrics['validation_loss']:.3f} nats per token",
+        "unigram entropy of the same tokens": f"{metrics['unigram_entropy']:.3f} nats per token",
         "ratio of the two": f"{metrics['ratio']:.3f}",
         "tokens in eval/validation.jsonl": str(metrics["validation_tokens"]),
         "busiest expert over mean, layer by layer": ", ".join(

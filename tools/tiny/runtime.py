@@ -1,4 +1,4 @@
-"""What training needs to know about this machine: memory policy, fastest dtype, hardware name."""
+"""Machine-dependent settings of training: memory policy, fastest dtype, hardware name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a square product of this dtype."""
+    """Floating-point operations per second of a square product of this dtype."""
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     torch.mm(left, right)
     count, started = 0, time.perf_counter()

@@ -42,7 +42,7 @@ WORDS = (
 class Record:
     """One task record: `prompt + answer` is the text; `known` marks extra predictable spans.
 
-    `known` lists (start, end) character ranges of the prompt that repeat something said before, so
+    `known` lists (start, end) character ranges of the prompt that repeat an earlier part, so
     training may weigh them like an answer.
     """
 
@@ -55,7 +55,7 @@ class Record:
 def make_recall(rng: random.Random, *, repeats: bool = False) -> Record:
     """5 to 12 word pairs, then the first word of one: answer its second.
 
-    With `repeats` some pairs are said twice, which shows the lookup many times in a record.
+    With `repeats` some pairs appear twice, which shows the lookup many times in a record.
     """
     num_pairs = rng.randint(5, 12)
     words = rng.sample(WORDS, 2 * num_pairs)

@@ -80,7 +80,7 @@ class Worker:
         return {**result, **memory_mib(), **self._device_memory()}
 
     def score(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """Return log probabilities of every prompt token but the first and of one new. Collective."""
+        """Return log probabilities of prompt tokens (but the first) and one new. Collective."""
         from engine.request import SamplingParams
 
         params = SamplingParams(

@@ -167,9 +167,13 @@ class Worker:
 
     @torch.inference_mode()
     def exchange(self, kind: str, num_bytes: list[int], rounds: int) -> dict[str, Any]:
-        """Return median seconds of a collective in which each of two ranks sends the other so many bytes.
+        """Return median seconds of a collective in which two ranks send each other these bytes.
 
-        kind: all_to_all, all_gather or all_reduce. Collective.
+        Args:
+            kind: all_to_all, all_gather or all_reduce.
+            num_bytes: the sizes to measure.
+
+        Collective.
         """
         medians = []
         for size in num_bytes:

@@ -75,7 +75,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             spans = clock.read()
             assert spans is not None
             row_time.add(spans)
-            # As in the engine's step control message: every rank gets the time per row of all ranks.
+            # As in the step control message: every rank gets the time per row of all ranks.
             row_times = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
             dist.all_gather(row_times, torch.tensor([row_time.picoseconds_a_row]))
             shares.update([int(each) for each in row_times])
