@@ -160,7 +160,7 @@ def run_job(
 
 
 def idle_share(folder: Path) -> tuple[float, list[int]]:
-    """The share of steps, all ranks', without a token until the last request starts; each rank's
+    """Return the share of steps without a token until the last request starts; each rank's
     tokens up to there.
     """
     from engine.profiling.phase_clock import Phase

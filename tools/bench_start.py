@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in NAMES:
                     seconds[name].append(found[name])
     ratios = {
-        name: [own / bound for own, bound in zip(seconds[name], seconds["floor"], strict=True)]
+        name: [own / low for own, low in zip(seconds[name], seconds["floor"], strict=True)]
         for name in NAMES
     }
     rows = [

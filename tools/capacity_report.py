@@ -5,15 +5,15 @@
     python tools/capacity_report.py --config tiny_mixtral_ep8 --ranks 2 --limit 20
 
 Runs one batch job, the checkpoint's evaluation texts and task prompts, under one capacity setting
-after another, on real ranks with one thread each, and prints for every model and number
-of ranks a table: validation loss, task accuracy (greedy, exact), drops, and the speed bound of the
-MoE layers. Then the findings on the usual claims, and one JSON line. --out also writes
-capacity_report.txt, .json, .md and a PNG per model.
+after another, on real ranks with one thread each, and prints for every model and number of ranks a
+table: validation loss, task accuracy (greedy, exact), drops, and the speed bound of the MoE layers.
+Then the findings on the usual claims, and one JSON line. --out also writes capacity_report.txt,
+.json, .md and a PNG per model.
 
 Capacity is per step, so the batch matters: all prompts are shuffled with --seed, every step
-prefills --batch-tokens tokens over all ranks, and tokens of other phases than --phases are
-not subject to it; decode is dropless by default. Dropless runs first and is checked against the
-checkpoint's metrics.json. Speed is the bound; --timing also measures the layer on the recorded rows.
+prefills --batch-tokens tokens over all ranks, and tokens of other phases than --phases are not
+subject to it; decode is dropless by default. Dropless runs first and is checked against the
+checkpoint's metrics.json. Speed is the bound; --timing also times the layer on the recorded rows.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def make_items(config: Config, options: argparse.Namespace) -> list[Item]:
 
 
 def num_experts_of(config: Config) -> int:
-    """Experts of each MoE layer, from the checkpoint's config.json."""
+    """Return experts of each MoE layer, from the checkpoint's config.json."""
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(config.model.path)
@@ -91,7 +91,7 @@ def num_experts_of(config: Config) -> int:
 
 
 def make_plans(options: argparse.Namespace) -> list[Plan]:
-    """Everything that can be wrong is found here, before the first rank is started.
+    """Return the panels to run; all errors in the options are found here, before a rank starts.
 
     Raises:
         ValueError: a config, a setting or a number of ranks that cannot run.

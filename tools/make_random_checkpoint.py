@@ -65,7 +65,7 @@ FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepse
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
-    """The family's config.json fields for a size; what makes the family special is switched on."""
+    """Return the family's config.json fields for a size, with its special features on."""
     fields: dict[str, Any] = {
         "vocab_size": size.vocab,
         "hidden_size": size.hidden,

@@ -116,14 +116,14 @@ class Trainer:
 
     @torch.no_grad()
     def probe(self) -> dict[str, object]:
-        """Validation loss and task accuracy on a part of the evaluation sets."""
+        """Return validation loss and task accuracy on a part of the evaluation sets."""
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             loss = evaluate.validation_loss(self.logits, self.tokenizer, self.probe_text)
             accuracy = evaluate.task_accuracy(self.logits, self.tokenizer, self.probe_tasks)
         return {"validation_loss": round(loss, 4), "accuracy": accuracy}
 
     def logits(self, ids_1S: torch.Tensor) -> torch.Tensor:
-        """Logits of one sequence, [1, S, V]."""
+        """Return logits of one sequence, [1, S, V]."""
         return self.model(ids_1S)[0]
 
     def save_state(self) -> None:

@@ -119,7 +119,7 @@ class VirtualSlurm:
         return self.job(job)["JobState"]
 
     def ended(self, job: str) -> bool:
-        """Whether the job, or every task of the array, is out of the queue."""
+        """Return whether the job, or every task of the array, is out of the queue."""
         return not self.run("squeue", "--noheader", "--jobs", job, check=False).strip()
 
     def restart_now(self, job: str) -> None:

@@ -73,7 +73,7 @@ def _add_kernels(repository: Path, folder: Path) -> Literal["copied", "compiled"
 
 
 def _kernel_sources(repository: Path) -> dict[str, bytes]:
-    """What decides the compiled library: the sources, and the flags in build.py."""
+    """Return the contents that the compiled library depends on: sources, and flags in build.py."""
     files = [repository / "kernels" / "build.py", *(repository / "kernels" / "csrc").glob("*")]
     return {file.name: file.read_bytes() for file in files if file.is_file()}
 

@@ -103,7 +103,7 @@ class Finding:
 
 
 def findings(panels: Sequence[Panel]) -> list[Finding]:
-    """All claims, tested on all panels."""
+    """Return all claims, tested on all panels."""
 
     def claim(text: str, partner: Callable[[CapacityConfig], CapacityConfig | None], at_least=True):
         pairs = [pair for panel in panels for pair in _pairs(panel, partner)]
@@ -182,7 +182,7 @@ def _curve(panel: Panel, factors: dict[str, str]) -> Iterator[Result]:
 
 
 def at_speed(points: Sequence[tuple[float, Scores]], bound: float) -> Scores | None:
-    """Scores of a curve (speed bound, scores) at `bound`, interpolated; None outside it."""
+    """Return scores of a curve (speed bound, scores) at `bound`, interpolated; None outside it."""
     ordered = sorted(points, key=lambda point: point[0])
     for (low, before), (high, after) in zip(ordered, ordered[1:], strict=False):
         if low <= bound <= high and high > low:

@@ -46,7 +46,7 @@ def read_items(data: Path, encode: Encode, eos_id: int, limit: int | None = None
 
 
 def assign_round_robin(items: Sequence[Item], ranks: int, seed: int) -> list[Item]:
-    """Shuffle, number and assign to ranks round robin: every rank sees every domain."""
+    """Return shuffle, number and assign to ranks round robin: every rank sees every domain."""
     return [
         replace(item, index=index, rank=index % ranks)
         for index, item in enumerate(_shuffled(items, seed))

@@ -18,8 +18,8 @@ from capacity.speed import front
 LEGEND = """\
 loss            nats per token of the text excerpts; +- is the paired standard error of the change
 tasks           right answers in %, mean of the tasks; +- as above, in points
-dropped, mass   share of the assignments subject to capacity that was dropped; of their combine weights kept
-orphans         tokens subject to capacity that kept no expert, over all layers, in %
+dropped, mass   share of the assignments under capacity dropped; of their combine weights kept
+orphans         tokens under capacity that kept no expert, over all layers, in %
 bound           S: the most loaded rank's rows before capacity over those after it
 balance         (1 - 1/S) / (1 - 1/P), P: what perfect balance without drops would give
 front           on the Pareto front of tasks (T) or loss (L) against the speed bound"""
@@ -82,7 +82,7 @@ def batch_steps(panel: Panel) -> list[int]:
 
 
 def panel_fronts(panel: Panel) -> dict[str, list[int]]:
-    """Return indices of the results on the Pareto front of `tasks` and of `loss` against speed bound.
+    """Return indices of the results on the Pareto fronts of `tasks` and `loss` by speed bound.
 
     A setting that makes the layers slower than dropless is on neither.
     """

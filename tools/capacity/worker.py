@@ -55,9 +55,10 @@ class Worker:
         """Run the whole job under one setting. Collective over all ranks.
 
         Returns `scored`, index and negative log-likelihood of every excerpt; `generated`, index and
-        new tokens of every prompt; `mass`, the gate mass of this rank's requests before and after capacity; `layers`
-        of the run's report; and the loads of every layer call that capacity applied to, in order:
-        `after`, this rank's rows to each expert, and on rank 0 `before`, every rank's, int [W][E].
+        new tokens of every prompt; `mass`, the gate mass of this rank's requests before and after
+        capacity; `layers` of the run's report; and the loads of every layer call that capacity
+        applied to, in order: `after`, this rank's rows to each expert, and on rank 0 `before`,
+        every rank's, int [W][E].
         """
         from capacity.settings import from_json
         from engine.generation.request_source import ListSource

@@ -18,7 +18,7 @@ _BALLAST = "ballast"
 
 
 def is_root() -> bool:
-    """Whether file systems and namespaces can be made."""
+    """Return whether file systems and namespaces can be made."""
     return os.geteuid() == 0
 
 

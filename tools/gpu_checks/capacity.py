@@ -25,7 +25,7 @@ SPEC = RouterSpec(num_experts=16, top_k=4, normalize=True)
 
 
 def check_capacity(device: torch.device) -> list[Check]:
-    """Every policy, consensus, scope and order, by gather and by radix."""
+    """Check every policy, consensus, scope and order, by gather and by radix."""
     generator = torch.Generator().manual_seed(0)
     # Quantised logits make ties, the skew loads some experts more.
     logits_TE = torch.randint(0, 6, (TOKENS, 16), generator=generator) * 0.5
@@ -59,7 +59,7 @@ def check_capacity(device: torch.device) -> list[Check]:
 
 
 def _differences(config: CapacityConfig, routing: Routing, device: torch.device) -> float:
-    """Assignments and extras that differ between the device and the CPU."""
+    """Return assignments and extras that differ between the device and the CPU."""
     here, there = (_decide(config, routing, place) for place in (torch.device("cpu"), device))
     return float((here != there).sum())
 

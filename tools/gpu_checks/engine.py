@@ -110,7 +110,7 @@ def _outputs(
 
 
 def _check_job(cpu: Running, device: str, checkpoint: Path, folder: Path) -> list[Check]:
-    """The user's command under torchrun with one rank: on CUDA, one rank over NCCL."""
+    """Return the user's command under torchrun with one rank: on CUDA, one rank over NCCL."""
     expected = _outputs(cpu, str(checkpoint), "cpu", "float32")["tokens"]
     requests, completions = folder / "requests.jsonl", folder / "completions.jsonl"
     lines = [{"id": str(i), "prompt_token_ids": ids} for i, ids in enumerate(_prompts())]
@@ -141,7 +141,7 @@ def _check_job(cpu: Running, device: str, checkpoint: Path, folder: Path) -> lis
 
 
 def _check_memory(worker: Running, device: str, checkpoint: Path) -> list[Check]:
-    """Peak of the 57.7M-parameter model: weights + KV cache + 25%."""
+    """Return peak of the 57.7M-parameter model: weights + KV cache + 25%."""
     make_checkpoint("mixtral", checkpoint, size="bench")
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 2**20
     settings = [

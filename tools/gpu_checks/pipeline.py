@@ -102,7 +102,7 @@ def _layer(device: torch.device, backend: str, chunks: int) -> MoELayer:
 
 @contextmanager
 def _no_sync(device: torch.device) -> Iterator[None]:
-    """A synchronising CUDA call raises."""
+    """Make synchronising CUDA calls raise in the block."""
     if device.type != "cuda":
         yield
         return

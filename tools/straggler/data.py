@@ -136,7 +136,7 @@ def _steps(
 
 
 def _ticks(table_n7: np.ndarray, start_ns: int) -> list[int]:
-    """One rank's step, 7 numbers per span, one after the other."""
+    """Return one rank's step, 7 numbers per span, one after the other."""
     ticks = table_n7.copy()
     # Ends are rounded, not durations, so that spans still touch.
     begins = ticks[:, OFFSET] + start_ns

@@ -141,7 +141,7 @@ def _read_rank(paths: list[Path], notes: list[str], seen: set[tuple[int, ...]]) 
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
-    """Line numbers and parsed lines; a torn last line becomes a note."""
+    """Yield line numbers and parsed lines; a torn last line becomes a note."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -30,7 +30,7 @@ _CODE_STARTS = (
 
 
 def demo_prompts() -> list[dict[str, str]]:
-    """24 requests, `id` and `prompt`; the id names the task."""
+    """Return 24 requests, `id` and `prompt`; the id names the task."""
     rows = [
         {"id": f"{record.task}-{index % _PER_TASK}", "prompt": record.prompt}
         for index, record in enumerate(evaluation_records(_PER_TASK, _SEED))

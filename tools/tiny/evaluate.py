@@ -49,7 +49,7 @@ def text_chunks(
 
 
 def unigram_entropy(tokenizer: PreTrainedTokenizerFast, chunks: list[str]) -> float:
-    """Entropy of the chunks' own token frequencies, nats per token: no unigram model is better."""
+    """Return the entropy of the chunks' token frequencies, nats per token: the unigram bound."""
     encoded = tokenizer(chunks, add_special_tokens=False)["input_ids"]
     counts = Counter(token for ids in encoded for token in ids)
     total = counts.total()
@@ -74,7 +74,7 @@ def validation_loss(
 def task_accuracy(
     logits_fn: LogitsFn, tokenizer: PreTrainedTokenizerFast, records: list[Record]
 ) -> dict[str, float]:
-    """Share of records of each task whose greedy answer, EOS included, is exactly right.
+    """Return share of records of each task whose greedy answer, EOS included, is exactly right.
 
     One forward pass per record is enough: greedy generation gives the answer if and only if the
     answer's every token is the most likely one after the prompt and the answer's tokens before it.
@@ -93,7 +93,7 @@ def task_accuracy(
 def router_loads(
     model: TinyMoe, tokenizer: PreTrainedTokenizerFast, chunks: list[str]
 ) -> list[list[int]]:
-    """Assignments to each expert of each layer over the chunks: [layers][experts]."""
+    """Return assignments to each expert of each layer over the chunks: [layers][experts]."""
     loads_LE = sum(model(torch.tensor([ids]))[2] for ids in tokenizer(chunks)["input_ids"])
     assert isinstance(loads_LE, Tensor)
     return loads_LE.tolist()

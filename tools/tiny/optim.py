@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: nn.Module, *, lr: float, weight_decay: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Muon for attention and expert matrices; AdamW for embeddings, head, router and norms."""
+    """Return Muon for attention and expert matrices, AdamW for all other parameters."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not any(

@@ -53,11 +53,11 @@ class Recipe:
         )
 
     def phase(self, step: int) -> Phase:
-        """The phase that `step` (0-based) belongs to."""
+        """Return the phase that `step` (0-based) belongs to."""
         return next(phase for phase in self.phases if step < phase.until)
 
     def rate(self, step: int) -> float:
-        """Learning rate at `step`: linear warm-up, then the knots."""
+        """Return learning rate at `step`: linear warm-up, then the knots."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         for (start, high), (end, low) in zip(self.rate_knots, self.rate_knots[1:], strict=False):
             if step < end:

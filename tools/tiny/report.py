@@ -25,7 +25,7 @@ VALIDATION_BYTES = 180_000
 
 
 def validation_chunks(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[str]:
-    """Pieces of held-out files, spread evenly over them, of about VALIDATION_BYTES in all."""
+    """Return pieces of held-out files, evenly spread, of about VALIDATION_BYTES in all."""
     chunks = evaluate.text_chunks(tokenizer, documents, tokenizer.model_max_length)
     num_bytes = sum(len(chunk.encode()) for chunk in chunks)
     return chunks[:: max(1, -(-num_bytes // VALIDATION_BYTES))]
@@ -89,7 +89,7 @@ def write(
 
 
 def readme(arch: TinyArch, metrics: dict[str, Any], command: str) -> str:
-    """The checkpoint's README: what it is, how it was made, what was measured."""
+    """Return the checkpoint's README: what it is, how it was made, what was measured."""
     sizes = (
         f"{arch.num_layers} layers, hidden {arch.hidden_size}, {arch.num_heads} heads "
         f"({arch.num_kv_heads} KV heads), {arch.num_experts} experts of width "

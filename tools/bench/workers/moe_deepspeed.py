@@ -25,7 +25,7 @@ class GatedExpert(nn.Module):
         self.w2 = nn.Linear(shape.ffn, shape.hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(silu(x w1^T) * (x w3^T)) w2^T."""
+        """Return (silu(x w1^T) * (x w3^T)) w2^T."""
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
