@@ -49,6 +49,7 @@ def test_a_core_computes_faster_than_it_reads():
     assert rates.flops > rates.read / 4 > 1e7
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_no_product_of_matrices_beats_the_rate_of_computing():
     # A peak measured with registers that spill once came out at less than a tenth of this.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import bench_generate
-import bench_moe_layer
 import pytest
 import torch
 from bench.candidate import REPOSITORY, Candidate, WorkerError, select, start
@@ -23,14 +22,12 @@ from bench.generation_tables import rank_table
 from bench.interleave import interleave
 from bench.jobs import JOBS, make_job
 from bench.moe_case import (
-    LOADS,
     MoEShape,
     make_ids,
     make_tokens,
     make_weights,
     reference,
     share,
-    uniform,
 )
 from bench.report import cell, emit, table
 from make_random_checkpoint import FAMILIES, SIZES, hugging_face_fields, make_checkpoint
@@ -50,11 +47,6 @@ def test_a_job_is_the_same_each_time_and_within_the_vocabulary() -> None:
         job = make_job(name, vocab_size=50)
         assert job == make_job(name, vocab_size=50)
         assert {token for prompt in job.prompts for token in prompt} <= set(range(50))
-
-
-def test_an_unknown_job_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'rugged'.*batch8, ragged"):
-        make_job("rugged", 10)
 
 
 def test_interleaving_alternates_between_candidates() -> None:
@@ -283,20 +275,6 @@ def test_reference_is_a_weighted_sum_of_experts() -> None:
     torch.testing.assert_close(reference(weights, x_TD, ids_TK)[0], expected_D)
 
 
-def test_a_load_generator_slots_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_on_one(tokens: int, experts: int, top_k: int, _: torch.Generator) -> torch.Tensor:
-        return torch.arange(top_k).expand(tokens, top_k)
-
-    monkeypatch.setitem(LOADS, "all-on-one", all_on_one)
-    assert make_ids(SMALL, 5, "all-on-one").tolist() == [[0, 1, 2]] * 5
-    assert bench_moe_layer._parse(["--load", "all-on-one"]).load == "all-on-one"
-
-
-def test_uniform_load_reaches_every_expert() -> None:
-    ids_TK = uniform(600, 8, 2, torch.Generator().manual_seed(1))
-    assert torch.bincount(ids_TK.flatten(), minlength=8).min() > 100
-
-
 def test_a_gate_with_more_experts_than_dims_is_refused() -> None:
     with pytest.raises(ValueError, match="--experts 9: must be at most --hidden 8"):
         make_weights(MoEShape(hidden=8, experts=9))
@@ -345,8 +323,3 @@ def test_a_checkpoint_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         make_checkpoint("gpt", tmp_path)
     with pytest.raises(ValueError, match="size 'huge'"):
         make_checkpoint("mixtral", tmp_path, size="huge")
-
-
-def test_checkpoint_overrides_reach_config_json(tmp_path: Path) -> None:
-    make_checkpoint("mixtral", tmp_path, overrides={"num_hidden_layers": 1})
-    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 1
