@@ -38,8 +38,8 @@ if "broken" not in source:
 
 
 def git(repository: Path, *arguments: str) -> str:
-    who = ["-c", "user.name=n", "-c", "user.email=e"]
-    command = ["git", "-C", str(repository), *who, *arguments]
+    author = ["-c", "user.name=n", "-c", "user.email=e"]
+    command = ["git", "-C", str(repository), *author, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

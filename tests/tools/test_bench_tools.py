@@ -97,7 +97,7 @@ class Worker:
     def echo(self, text): return {"text": text, "engine": any(
         os.path.isdir(os.path.join(p, "engine")) for p in sys.path), **memory_mib()}
     def fail(self): raise ValueError("no luck")
-    def die(self): print("famous last words", flush=True); os._exit(3)
+    def die(self): print("cause of death", flush=True); os._exit(3)
 
 serve(Worker())
 """
@@ -126,9 +126,9 @@ def test_a_failing_request_leaves_the_worker_alive(echo: Candidate) -> None:
         assert running.call("echo", text="still here")[0]["text"] == "still here"
 
 
-def test_a_dead_worker_is_reported_with_its_last_words(echo: Candidate) -> None:
+def test_a_dead_worker_is_reported_with_the_end_of_its_log(echo: Candidate) -> None:
     with start(echo, timeout_s=60) as running:
-        with pytest.raises(WorkerError, match="died in 'die'(.|\n)*famous last words"):
+        with pytest.raises(WorkerError, match="died in 'die'(.|\n)*cause of death"):
             running.call("die")
 
 
@@ -160,7 +160,7 @@ def test_every_candidate_gets_all_cores_and_vllm_needs_an_interpreter() -> None:
 
 
 def test_an_absent_candidate_is_refused_by_name_and_the_former_option_works() -> None:
-    with pytest.raises(ValueError, match="vllm cannot take part.*lockstep-1-rank"):
+    with pytest.raises(ValueError, match="vllm cannot run here.*lockstep-1-rank"):
         select(generation_candidates({}, 2, [], None), ["vllm"])
     for option in ("--candidates", "--contenders"):
         assert bench_generate._parse([option, "a,b"]).candidates == ["a", "b"]

@@ -70,7 +70,7 @@ def test_loads_sum_to_all_assignments_and_no_expert_is_chosen_twice_by_a_token(
 
 
 def test_loads_above_all_tokens_are_redistributed_in_proportion():
-    # 10 tokens, top-2: expert 0 wants 18 of 20 rows and gets 10; the other ten go 2 : 3.
+    # 10 tokens, top-2: expert 0 has 18 of 20 rows by weight, at most 10; the others get 4 and 6.
     assert fit(np.array([45.0, 2.0, 3.0]), 10, 2).tolist() == [10, 4, 6]
 
 

@@ -190,7 +190,7 @@ def select(found: Sequence[Candidate], names: Sequence[str] | None) -> list[Cand
     by_name = {candidate.name: candidate for candidate in found}
     if missing := [name for name in names if name not in by_name]:
         raise ValueError(
-            f"--candidates: {', '.join(missing)} cannot take part here; choose from "
-            f"{', '.join(by_name)} (a peer takes part when --help's conditions are met)"
+            f"--candidates: {', '.join(missing)} cannot run here; choose from "
+            f"{', '.join(by_name)} (a peer runs where the conditions in --help hold)"
         )
     return [by_name[name] for name in names]

@@ -1,4 +1,4 @@
-"""Another commit of this repository, checked out for a while, so that a bench can run its engine.
+"""Another commit of this repository in a temporary git worktree, so that a bench can run it.
 
     with checkout("771224a") as tree:      # tree.folder is a git worktree with compiled kernels
         ...                                # a candidate with root=tree.folder imports its engine
@@ -41,7 +41,7 @@ def checkout(name: str, repository: Path = REPOSITORY) -> Iterator[Tree]:
     The kernels are copied from the work tree where its sources are the same, else compiled.
 
     Raises:
-        ValueError: git knows no such commit.
+        ValueError: there is no such commit.
         WorkerError: its kernels cannot be compiled here.
     """
     commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
@@ -53,7 +53,7 @@ def checkout(name: str, repository: Path = REPOSITORY) -> Iterator[Tree]:
             _git(repository, "worktree", "add", "--detach", str(folder), commit, check=True)
             yield Tree(folder=folder, commit=commit, kernels=_add_kernels(repository, folder))
         finally:
-            # By force: a build leaves files that git does not know.
+            # By force: a build leaves untracked files.
             _git(repository, "worktree", "remove", "--force", str(folder))
 
 

@@ -53,7 +53,7 @@ class Recipe:
         )
 
     def phase(self, step: int) -> Phase:
-        """Return the phase that `step` (0-based) belongs to."""
+        """Return the phase of `step` (0-based)."""
         return next(phase for phase in self.phases if step < phase.until)
 
     def rate(self, step: int) -> float:
