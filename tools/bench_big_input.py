@@ -1,4 +1,4 @@
-"""A big input: what a million lines cost in memory and time, and whether ranks run out of work.
+"""Big input: cost of a million lines in memory and time, and whether ranks run out of work.
 
     python tools/bench_big_input.py                  # two ranks, the bundled model, about 3 minutes
     python tools/bench_big_input.py --lines 100000
@@ -6,7 +6,7 @@
 Real runs of launch/infer.py on the CPU, of inputs whose lines are nearly all done, so that only the
 bookkeeping is big:
 
-    few      32 requests and nothing else: what an empty job takes
+    few      32 requests and nothing else: the cost of an empty job
     resumed  the same 32, behind a ledger that holds all other lines' records; then all are merged
     fresh    nothing is done: up to the first record, then SIGTERM
 
@@ -35,10 +35,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.contender import REPOSITORY, WorkerError
+from bench.candidate import REPOSITORY, WorkerError
+from bench.environment_record import environment_record
 from bench.parts import written
 from bench.report import emit, table
-from bench.stamp import stamp
 
 HEADER = ["job", "lines", "seconds", "to first record s", "rank 0 peak MiB", "over few MiB"]
 _FEW = 32
@@ -49,15 +49,15 @@ _WORDS = "the of value return def sum class model when input over each".split()
 
 @dataclass(slots=True)
 class Run:
-    """One run of the job. seconds: of all of it. first_s: to the first record in the ledger."""
+    """One run of the job."""
 
     seconds: float
-    first_s: float | None
+    first_s: float | None  # to the first record in the ledger
     peak_mib: float
 
 
 def make_input(path: Path, lines: int, words: tuple[int, int], new_tokens: tuple[int, int]) -> None:
-    """Write requests of so many words and new tokens, drawn at random."""
+    """Write requests with random numbers of words and new tokens in these ranges."""
     draw = random.Random(0)
     with path.open("w") as file:
         for number in range(lines):
@@ -90,7 +90,7 @@ def fill_ledger(source: Path, output: Path, left: int) -> None:
 
 
 def scan_seconds(source: Path, output: Path) -> tuple[float, float]:
-    """Seconds to index the input and to read the ledger, as rank 0 does before it runs."""
+    """Return seconds to index the input and to read the ledger, as rank 0 does before it runs."""
     from engine.batch.input_index import PendingLines, scan_input
     from engine.batch.ledger import Ledger
 
@@ -160,7 +160,7 @@ def run_job(
 
 
 def idle_share(folder: Path) -> tuple[float, list[int]]:
-    """The share of steps, all ranks', without a token until the last request starts; each rank's
+    """Return the share of steps without a token until the last request starts; each rank's
     tokens up to there.
     """
     from engine.profiling.phase_clock import Phase
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     record = {
         "bench": "big_input",
-        **stamp(("torch",)),
+        **environment_record(("torch",)),
         "options": {key: value for key, value in vars(options).items() if key != "out"},
         "input_bytes": size,
         "scan_s": {"input": input_s, "ledger": ledger_s},

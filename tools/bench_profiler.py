@@ -1,4 +1,4 @@
-"""What the profiler costs: the same job with and without it, in turns, in one run.
+"""Cost of the profiler: the same job with and without it, in turns, in one run.
 
     python tools/bench_profiler.py                 # two ranks, one core each
     python tools/bench_profiler.py --ranks 1
@@ -7,8 +7,8 @@ Each rank builds two engines on one random Mixtral, `profiler.enabled` true and 
 the same requests again and again: off, on, off, on, ... The cost is the median of on / off of the
 same round, of wall time (the slower rank's) and of processor time (both ranks', all threads), which
 other work on the machine disturbs less. A third engine with span files (`profiler.spans`) shows
-what writing them costs. Where an engine's weights happen to lie in memory is worth a percent or two
-for as long as it lives, so the ranks are started several times and build the engines in another
+the cost of writing them. The place of an engine's weights in memory makes one or two percent for
+as long as it exists, so the ranks are started several times and build the engines in another
 order each time. The table is followed by one JSON line.
 """
 
@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.candidate import REPOSITORY, TOOLS, WorkerError
+from bench.environment_record import environment_record
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from bench_straggler import make_checkpoint
 
 HEADER = ["profiler", "seconds", "over off", "CPU seconds", "over off"]
@@ -37,7 +37,7 @@ NAMES = ("off", "on", "spans")
 
 
 def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """One rank: wall and CPU seconds of every run of each engine. Collective over the ranks."""
+    """Run one rank; return wall and CPU seconds of every run of each engine. Collective."""
     import torch.distributed as dist
 
     from engine.config.loader import config_from_tree
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "worker")}
     record = {
         "bench": "profiler",
-        **stamp(("torch",)),
+        **environment_record(("torch",)),
         "options": kept,
         "seconds": {name: spread(wall[name]) for name in NAMES},
         "over_off": {name: spread(over_off[0][name]) for name in NAMES},
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def runs(
     ranks: Sequence[dict[str, list[Sequence[float]]]],
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Of every run the slowest rank's wall time, and the CPU time of all ranks; by engine."""
+    """Return, by engine, each run's wall time of the slowest rank and CPU time of all ranks."""
     wall, cpu = {}, {}
     for name in ranks[0]:
         rounds = list(zip(*(reply[name] for reply in ranks), strict=True))

@@ -1,16 +1,16 @@
 """What capacity by measured speed gains on a slow rank: one MoE layer on two ranks, one throttled.
 
     python tools/bench_speed_aware.py                  # rank 1 at half its speed
-    python tools/bench_speed_aware.py --rivals 3       # at a quarter
-    python tools/bench_speed_aware.py --rivals 0       # nobody throttled: nothing may change
+    python tools/bench_speed_aware.py --cpu-hogs 3     # at a quarter
+    python tools/bench_speed_aware.py --cpu-hogs 0     # no rank throttled: nothing may change
 
-Two real ranks, each pinned to a core of its own; `--rivals` busy processes share rank 1's
+Two real ranks, each pinned to a core of its own; `--cpu-hogs` busy processes share rank 1's
 core. Dropless, token_drop with even capacity, and with moe.capacity.speed_aware take turns in one
 run; both capacities have the same factor and so the same number of slots. The table shows medians,
 then one JSON line follows.
 
     layer ms    the slower rank's forward
-    rows        that the ranks' experts worked on, rank 0 / rank 1
+    rows        computed by the ranks' experts, rank 0 / rank 1
     experts ms  of rank 0 / of rank 1
     dropped     share of all assignments
     speedup     against even capacity in the same round
@@ -28,18 +28,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.contender import WorkerError
+from bench.candidate import WorkerError
+from bench.environment_record import environment_record
 from bench.link import loopback
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from bench.two_ranks import run_two_ranks
 
 HEADER = ["capacity", "layer ms", "rows", "experts ms", "dropped", "speedup"]
 
 
 @contextmanager
-def rivals(count: int) -> Iterator[None]:
-    """Busy processes on the core that rank 1 will be pinned to."""
+def cpu_hogs(count: int) -> Iterator[None]:
+    """Run busy processes on the core that rank 1 will be pinned to."""
     cores = sorted(os.sched_getaffinity(0))
     spin = f"import os\nos.sched_setaffinity(0, {{{cores[1 % len(cores)]}}})\nwhile True: pass"
     running = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
@@ -54,7 +54,12 @@ def rivals(count: int) -> Iterator[None]:
 def figures(
     ranks: Sequence[dict[str, Any]], num_assignments: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Each way's figures from both ranks' replies. num_assignments: of both ranks in one call."""
+    """Return the figures of each capacity.
+
+    Args:
+        ranks: replies by rank.
+        num_assignments: of both ranks in one call.
+    """
     seconds = {
         name: [max(pair) for pair in zip(*(reply[name]["seconds"] for reply in ranks), strict=True)]
         for name in ranks[0]
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "zipf": options.zipf,
         "seed": options.seed,
     }
-    with rivals(options.rivals), loopback() as ends:
+    with cpu_hogs(options.cpu_hogs), loopback() as ends:
         replies = run_two_ranks("bench.workers.moe_speed_aware", job, ends, options.timeout)
     found = figures(replies, 2 * options.tokens * options.top_k, options.rounds)
     aware = replies[0]["speed_aware"]
@@ -108,14 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     shares = " and ".join(f"{share:.2f}" for share in aware["shares"])
     text = (
-        f"{options.tokens:,} tokens a rank, zipf {options.zipf}, factor {options.factor}, scope "
-        f"rank; rank 1 takes {slower:.2f}x rank 0's time a row, shares {shares}\n"
+        f"{options.tokens:,} tokens per rank, zipf {options.zipf}, factor {options.factor}, scope "
+        f"rank; rank 1 takes {slower:.2f}x rank 0's time per row, shares {shares}\n"
         f"{table(HEADER, rows)}"
     )
     kept = {name: value for name, value in vars(options).items() if name != "out"}
     record = {
         "bench": "speed_aware",
-        **stamp(("torch",)),
+        **environment_record(("torch",)),
         "options": kept,
         "slower": slower,
         "shares": aware["shares"],
@@ -127,9 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rivals", type=int, default=1, help="busy processes on rank 1's core")
+    parser.add_argument("--cpu-hogs", type=int, default=1, help="busy processes on rank 1's core")
+    former: Any = {"dest": "cpu_hogs", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--rivals", type=int, **former)
     parser.add_argument("--factor", default="0.75", help="moe.capacity.factor of both capacities")
-    parser.add_argument("--tokens", type=int, default=4096, help="of one rank")
+    parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=8)
@@ -141,8 +148,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=int, default=300, help="seconds")
     parser.add_argument("--out", type=Path, help="folder for bench_speed_aware.txt and .json")
     options = parser.parse_args(argv)
-    if options.rivals < 0 or options.rounds < 1:
-        parser.error("--rivals must be at least 0 and --rounds at least 1")
+    if options.cpu_hogs < 0 or options.rounds < 1:
+        parser.error("--cpu-hogs must be at least 0 and --rounds at least 1")
     return options
 
 

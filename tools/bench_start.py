@@ -1,18 +1,18 @@
-"""How long a Slurm job takes from srun to its first record, against what no engine can do without.
+"""Time from srun to the first record of a Slurm job, against a lower bound of any engine.
 
     python tools/bench_start.py                    # four ranks on two virtual nodes
 
 Needs Debian's slurm-wlm and munge: the job runs under a real slurmctld, on the CPU, over gloo.
 
-    floor     as many processes as ranks, at once: `import torch`, then config, tokenizer and every
-              weight of the checkpoint read by Hugging Face's own libraries
-    bare      the same without config and tokenizer, and so without `import transformers`
-    job       srun of the same number of tasks; each runs launch/infer.py. From srun's start to the
-              first record in the ledger: of one new token, on disk
-    queue     srun of tasks that do nothing: Slurm's own share of `job`
+    lower bound  as many processes as ranks, at once: `import torch`, then config, tokenizer and
+                 every weight of the checkpoint read by Hugging Face's own libraries
+    bare         the same without config and tokenizer, and so without `import transformers`
+    job          srun of the same number of tasks; each runs launch/infer.py. From srun's start to
+                 the first record in the ledger: of one new token, on disk
+    queue        srun of tasks that do nothing: Slurm's own share of `job`
 
-They take turns. The ratio is the median of job / floor of the same round; the job's time includes
-Slurm's. The table is followed by one JSON line.
+They run in turns. The ratio is the median of job / lower bound of the same round; the job's time
+includes Slurm's. The table is followed by one JSON line.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.contender import REPOSITORY
+from bench.candidate import REPOSITORY
+from bench.environment_record import environment_record
 from bench.parts import written
 from bench.report import emit, spread, table
-from bench.stamp import stamp
 from virtual_slurm import VirtualSlurm, missing_programs
 
-HEADER = ["what", "seconds", "over floor"]
-NAMES = ("floor", "bare", "job", "queue")
+HEADER = ["what", "seconds", "over lower bound"]
+NAMES = ("floor", "bare", "job", "queue")  # keys of the JSON line
+_LABELS = {"floor": "lower bound"}
 _SCRIPT = REPOSITORY / "launch" / "infer.py"
 _CHECKPOINT = REPOSITORY / "configs" / "checkpoints" / "tiny_mixtral"
 _TOKENIZER = """
@@ -77,17 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in NAMES:
                     seconds[name].append(found[name])
     ratios = {
-        name: [own / floor for own, floor in zip(seconds[name], seconds["floor"], strict=True)]
+        name: [own / low for own, low in zip(seconds[name], seconds["floor"], strict=True)]
         for name in NAMES
     }
     rows = [
-        [name, statistics.median(seconds[name]), f"{statistics.median(ratios[name]):.2f}x"]
+        [
+            _LABELS.get(name, name),
+            statistics.median(seconds[name]),
+            f"{statistics.median(ratios[name]):.2f}x",
+        ]
         for name in NAMES
     ]
     text = f"{options.ranks} ranks, {options.rounds} rounds\n{table(HEADER, rows)}"
     record = {
         "bench": "start",
-        **stamp(("torch", "transformers")),
+        **environment_record(("torch", "transformers")),
         "ranks": options.ranks,
         "rounds": options.rounds,
         "seconds": {name: spread(seconds[name]) for name in NAMES},

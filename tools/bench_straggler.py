@@ -1,4 +1,4 @@
-"""Are the verdicts right? The batch job on two ranks with trouble that is known, and what it says.
+"""Are the findings right? The batch job on two ranks, with known causes of waiting.
 
     python tools/bench_straggler.py                       # all but the slow link
     python tools/bench_straggler.py --only slow_link      # as root: two network namespaces
@@ -6,7 +6,7 @@
 
 Two real ranks, each pinned to a core, run launch/infer.py on a random Mixtral:
 
-    balanced   nothing is wrong                       the verdict must accuse nobody
+    balanced   nothing is wrong                       no rank may be named
     hot_expert rank 0's first experts are chosen      load, rank 0
                far more often than the others
     throttled  two busy processes on rank 1's core    device, rank 1
@@ -14,8 +14,8 @@ Two real ranks, each pinned to a core, run launch/infer.py on a random Mixtral:
                and again
     slow_link  100 Mbit/s between the ranks           network, no rank
 
-The table shows the first verdict of each; then one JSON line follows. The exit code is 1 when one
-is not what it should be.
+The table shows the first finding of each; one JSON line follows. The exit code is 1 when one is
+wrong.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.candidate import REPOSITORY, TOOLS, WorkerError
+from bench.environment_record import environment_record
 from bench.link import End, limited, loopback
 from bench.report import emit, table
-from bench.stamp import stamp
-from bench_speed_aware import rivals
+from bench_speed_aware import cpu_hogs
 
 HEADER = ["trouble", "cause", "ranks", "time lost", "right"]
 EXPECTED: dict[str, tuple[str, list[int]]] = {
@@ -51,41 +51,43 @@ EXPECTED: dict[str, tuple[str, list[int]]] = {
     "stalled": ("host", [1]),
     "slow_link": ("network", []),
 }
-# Requests and new tokens each. Unequal loads cost most in prefill, which rows bound; a stall is
-# told from a slow device by how few of the steps it strikes, so those jobs have many.
+# Requests, and new tokens of each. Unequal loads cost most in prefill, which rows bound; a stall
+# differs from a slow device by affecting few of the steps, so those jobs have many.
 JOBS = {"hot_expert": (160, 8), "stalled": (64, 112)}
 _JOB = (48, 48)
 _STOP_S, _GO_S = 0.5, 0.6
 
 
 def make_checkpoint(folder: Path) -> None:
-    """The random Mixtral of the other benches."""
+    """Write the random Mixtral of the other benches."""
     tool = [sys.executable, str(TOOLS / "make_random_checkpoint.py")]
     options = ["--family", "mixtral", "--size", "bench", "--out", str(folder)]
     subprocess.run([*tool, *options], check=True, stdout=subprocess.DEVNULL)
 
 
-def heat(folder: Path, hot: Path, by: float = 6.0) -> None:
-    """Copy a checkpoint and make rank 0's experts hot: expert 1's gate is the opposite of expert
-    0's and both are large, so every token chooses one of them; half of them choose expert 2.
+def skew_loads(folder: Path, skewed: Path, by: float = 6.0) -> None:
+    """Copy a checkpoint with most load on rank 0's experts.
+
+    Expert 1's gate is the opposite of expert 0's and both are large, so every token chooses one of
+    them; half of them choose expert 2.
     """
     from safetensors.torch import load_file, save_file
 
-    hot.mkdir()
+    skewed.mkdir()
     for source in folder.iterdir():
         if source.suffix != ".safetensors":
-            (hot / source.name).write_bytes(source.read_bytes())
+            (skewed / source.name).write_bytes(source.read_bytes())
             continue
         tensors = load_file(source)
         for name, tensor in tensors.items():
             if "gate.weight" in name:
                 tensor[1] = -tensor[0]
                 tensor[:3] *= by
-        save_file(tensors, hot / source.name, metadata={"format": "pt"})
+        save_file(tensors, skewed / source.name, metadata={"format": "pt"})
 
 
 def make_input(path: Path, num_requests: int, seed: int) -> None:
-    """Ragged prompts of random token ids."""
+    """Write ragged prompts of random token ids."""
     draw = random.Random(seed)
     lines = [
         {"id": str(n), "prompt_token_ids": [draw.randrange(4096) for _ in range(length)]}
@@ -97,7 +99,7 @@ def make_input(path: Path, num_requests: int, seed: int) -> None:
 
 @contextmanager
 def stalls(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Stop a process for a while, again and again, until the block is left."""
+    """Stop a process for a while, repeatedly, until the block is left."""
     over = threading.Event()
 
     def strike() -> None:
@@ -186,7 +188,7 @@ def run_job(
 
 
 def _wait_for(path: Path, timeout: float) -> None:
-    """Wait for a file that a rank opens once its model is loaded: before, stalls say nothing."""
+    """Wait for a file that a rank opens once its model is loaded: earlier stalls do not count."""
     end = time.monotonic() + timeout
     while not path.exists():
         if time.monotonic() > end:
@@ -195,12 +197,12 @@ def _wait_for(path: Path, timeout: float) -> None:
 
 
 def run_trouble(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: what the job says about this trouble, and whether that is right."""
-    checkpoint = folder / ("hot" if name == "hot_expert" else "even")
+    """Return one row: the job's findings with this cause, and whether they are right."""
+    checkpoint = folder / ("skewed" if name == "hot_expert" else "even")
     num_requests, new_tokens = JOBS.get(name, _JOB)
     make_input(folder / "in.jsonl", num_requests, options.seed)
     place = limited(options.link) if name == "slow_link" else loopback()
-    with rivals(2 if name == "throttled" else 0), place as ends:
+    with cpu_hogs(2 if name == "throttled" else 0), place as ends:
         run = run_job(
             checkpoint, folder, ends, options, new_tokens=new_tokens, stall=name == "stalled"
         )
@@ -221,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         make_checkpoint(folder / "even")
-        heat(folder / "even", folder / "hot")
+        skew_loads(folder / "even", folder / "skewed")
         for trouble in options.only:
             found[trouble] = run_trouble(trouble, folder, options)
     rows = [
@@ -235,10 +237,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for trouble, entry in found.items()
         for first in entry["verdicts"][:1]
     ]
-    said = [f"{trouble}: {entry['verdicts'][0]['text']}" for trouble, entry in found.items()]
-    text = "\n".join(["2 ranks of one core each", table(HEADER, rows), *said])
+    findings = [f"{trouble}: {entry['verdicts'][0]['text']}" for trouble, entry in found.items()]
+    text = "\n".join(["2 ranks of one core each", table(HEADER, rows), *findings])
     kept = {name: value for name, value in vars(options).items() if name != "out"}
-    record = {"bench": "straggler", **stamp(("torch",)), "options": kept, "troubles": found}
+    record = {
+        "bench": "straggler",
+        **environment_record(("torch",)),
+        "options": kept,
+        "troubles": found,
+    }
     emit(text, record, options.out, "bench_straggler")
     return 0 if all(entry["right"] for entry in found.values()) else 1
 

@@ -1,19 +1,19 @@
-"""What capping experts costs in quality and saves in time: policies on trained checkpoints.
+"""Capacity report: cost in quality and gain in time of capacity policies, on trained checkpoints.
 
     python tools/capacity_report.py --out DIR                        # about a quarter of an hour
     python tools/capacity_report.py --domains --out DIR              # ranks see different traffic
     python tools/capacity_report.py --config tiny_mixtral_ep8 --ranks 2 --limit 20
 
 Runs one batch job, the checkpoint's evaluation texts and task prompts, under one capacity setting
-after another, on real ranks with one thread each, and prints for every model and number
-of ranks a table: validation loss, task accuracy (greedy, exact), what was dropped, and how much
-faster the MoE layers can have become. Then what the numbers say about the usual claims, and one
-JSON line. --out also writes capacity_report.txt, .json, .md and a PNG a model.
+after another, on real ranks with one thread each, and prints for every model and number of ranks a
+table: validation loss, task accuracy (greedy, exact), drops, and the speed bound of the MoE layers.
+Then the findings on the usual claims, and one JSON line. --out also writes capacity_report.txt,
+.json, .md and a PNG per model.
 
 Capacity is per step, so the batch matters: all prompts are shuffled with --seed, every step
-prefills --batch-tokens tokens over all ranks, and tokens of other phases than --phases pass
-untouched; decode is dropless by default. Dropless runs first and is checked against the
-checkpoint's metrics.json. Speed is the bound; --timing measures the layer on the recorded rows too.
+prefills --batch-tokens tokens over all ranks, and tokens of other phases than --phases are not
+subject to it; decode is dropless by default. Dropless runs first and is checked against the
+checkpoint's metrics.json. Speed is the bound; --timing also times the layer on the recorded rows.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
-from bench.contender import WorkerError
+from bench.candidate import WorkerError
+from bench.environment_record import environment_record
 from bench.report import emit
-from bench.stamp import stamp
 from capacity import figure
 from capacity.findings import findings
-from capacity.jobs import Item, deal_domains, deal_mixed, read_items
+from capacity.jobs import Item, assign_domains, assign_round_robin, read_items
 from capacity.panel import Panel, check_reference, run_panel
 from capacity.settings import default_grid, domain_grid, full_grid
 from capacity.tables import LEGEND, markdown, panel_record, panel_text
@@ -56,7 +56,7 @@ class Plan:
 
 
 def make_grid(options: argparse.Namespace, num_experts: int, ranks: int) -> list[CapacityConfig]:
-    """The settings of one panel; with one expert a rank the scopes are one and the same."""
+    """Return the settings of one panel; with one expert per rank the scopes are the same."""
     scopes = ("expert", "rank") if num_experts > ranks else ("expert",)
     common: dict[str, Any] = {"scopes": scopes, "phases": options.phases}
     if options.full:
@@ -67,7 +67,7 @@ def make_grid(options: argparse.Namespace, num_experts: int, ranks: int) -> list
 
 
 def make_items(config: Config, options: argparse.Namespace) -> list[Item]:
-    """The job of one model, before it is dealt to ranks."""
+    """Return the job of one model, before it is assigned to ranks."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
@@ -80,7 +80,7 @@ def make_items(config: Config, options: argparse.Namespace) -> list[Item]:
 
 
 def num_experts_of(config: Config) -> int:
-    """Experts of each MoE layer, from the checkpoint's config.json."""
+    """Return experts of each MoE layer, from the checkpoint's config.json."""
     from transformers import AutoConfig
 
     hf_config = AutoConfig.from_pretrained(config.model.path)
@@ -91,12 +91,12 @@ def num_experts_of(config: Config) -> int:
 
 
 def make_plans(options: argparse.Namespace) -> list[Plan]:
-    """Everything that can be wrong is found here, before the first rank is started.
+    """Return the panels to run; all errors in the options are found here, before a rank starts.
 
     Raises:
         ValueError: a config, a setting or a number of ranks that cannot run.
     """
-    deal = deal_domains if options.domains else deal_mixed
+    assign = assign_domains if options.domains else assign_round_robin
     plans = []
     for name in options.config:
         config = load_config(name, options.set)
@@ -108,7 +108,7 @@ def make_plans(options: argparse.Namespace) -> list[Plan]:
             grid = make_grid(options, experts, ranks)
             for setting in grid:  # making a config checks it
                 replace(config, moe=replace(config.moe, capacity=setting))
-            plans.append(Plan(name, config, ranks, deal(items, ranks, options.seed), grid))
+            plans.append(Plan(name, config, ranks, assign(items, ranks, options.seed), grid))
     return plans
 
 
@@ -133,7 +133,7 @@ def run_report(options: argparse.Namespace) -> tuple[list[Panel], dict[str, Any]
         records.append(panel_record(panel, check))
     record = {
         "bench": "capacity_report",
-        **stamp(("torch", "transformers", "numpy")),
+        **environment_record(("torch", "transformers", "numpy")),
         "options": _plain(options),
         "panels": records,
         "findings": [finding.record() for finding in findings(panels)],
@@ -142,10 +142,10 @@ def run_report(options: argparse.Namespace) -> tuple[list[Panel], dict[str, Any]
 
 
 def report_text(panels: Sequence[Panel], record: dict[str, Any], options: Any) -> str:
-    """Everything that is printed before the JSON line."""
-    dealt = "each rank has domains of its own" if options.domains else "dealt round robin"
+    """Return everything that is printed before the JSON line."""
+    assigned = "each rank has domains of its own" if options.domains else "assigned round robin"
     head = (
-        f"Prompts shuffled with seed {options.seed}, {dealt}; steps of up to "
+        f"Prompts shuffled with seed {options.seed}, {assigned}; steps of up to "
         f"{options.batch_tokens:,} tokens over all ranks; phases under capacity: "
         f"{', '.join(options.phases)}."
     )
@@ -161,7 +161,7 @@ def report_text(panels: Sequence[Panel], record: dict[str, Any], options: Any) -
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the report; return the exit code, 1 where dropless is not what metrics.json says."""
+    """Run the report; return the exit code, 1 where dropless differs from metrics.json."""
     options = _parse(argv)
     if options.out is not None:
         figure.check_available()
@@ -189,7 +189,7 @@ def _reference_line(check: dict[str, Any] | None) -> str:
 
 
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
-    # Paths of one machine mean nothing to another reader.
+    # Paths of one machine mean nothing on another.
     plain = {**vars(options), "data": None if options.data is None else options.data.name}
     plain["timing"] = None if options.timing is None else asdict(options.timing)
     return {name: value for name, value in plain.items() if name != "out"}
@@ -239,11 +239,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--timing",
         type=_shape,
         metavar="D,F,T",
-        help="measure the settings on a front: hidden, ffn, tokens a step, e.g. 512,1024,4096",
+        help="measure the settings on a front: hidden, ffn, tokens per step, e.g. 512,1024,4096",
     )
     parser.add_argument("--timing-all", action="store_true", help="measure all settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--markdown", action="store_true", help="print the Markdown table too")
+    parser.add_argument("--markdown", action="store_true", help="also print the Markdown table")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for text, JSON, PNG")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in one command; prints a table and one JSON line.
+"""GPU suite: all checks that need a GPU, in one command; prints a table and one JSON line.
 
     python tools/gpu_suite.py --out docs/gpu
     PYTHONPATH=/path/to/transformer_engine python tools/gpu_suite.py --only experts,kernels
@@ -30,8 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
 
+from bench.environment_record import environment_record
 from bench.report import emit, table
-from bench.stamp import stamp
 from gpu_checks.capacity import check_capacity
 from gpu_checks.check import Check, guarded
 from gpu_checks.engine import check_engine
@@ -66,11 +66,11 @@ def run_checks(device: str, only: Sequence[str], families: Sequence[str]) -> lis
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """The table, and one line of counts under it."""
-    verdicts = {True: "ok", False: "FAILED", None: "not here"}
-    rows = [[c.group, c.name, verdicts[c.passed], c.value, c.bound, c.note[:60]] for c in checks]
-    counts = Counter(verdicts[c.passed] for c in checks)
-    total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in verdicts.values())
+    """Return the table, and one line of counts under it."""
+    results = {True: "ok", False: "FAILED", None: "not here"}
+    rows = [[c.group, c.name, results[c.passed], c.value, c.bound, c.note[:60]] for c in checks]
+    counts = Counter(results[c.passed] for c in checks)
+    total = ", ".join(f"{counts[result]} {result}" for result in results.values())
     header = ["group", "check", "result", "value", "bound", "note"]
     return f"{table(header, rows, left=(0, 1, 2, 5))}\n\n{total}"
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {
         "suite": "gpu",
         "device": device,
-        **stamp(PACKAGES),
+        **environment_record(PACKAGES),
         "cuda": torch.version.cuda,
         "seconds": time.monotonic() - began,
         "checks": [_plain(check) for check in checks],
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plain(check: Check) -> dict[str, Any]:
     plain = asdict(check)
     if check.value is not None and check.value in (float("inf"), float("-inf")):
-        plain["value"] = None  # JSON has no infinity; the note and the verdict stay
+        plain["value"] = None  # JSON has no infinity; note and result stay
     return plain
 
 

@@ -6,7 +6,7 @@
 `--size bench` is the Mixtral of tools/bench_generate.py: hidden 512, ffn 1024, 8 experts top-2, 4
 layers, 8 heads, 4 KV heads, vocab 4096, 57.7M parameters. `--size tiny` (default) takes
 milliseconds to run: tests and tools/gpu_suite.py make theirs on the fly. Weights are float32 and
-decided by the seed alone; there is no tokenizer, since benches speak token ids.
+decided by the seed alone; there is no tokenizer, since benches use token ids.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepse
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
-    """The family's config.json fields for a size; what makes the family special is switched on."""
+    """Return the family's config.json fields for a size, with its special features on."""
     fields: dict[str, Any] = {
         "vocab_size": size.vocab,
         "hidden_size": size.hidden,

@@ -1,13 +1,13 @@
-"""Soak: a small greedy job is hit by one random fault after the other, and must not show it.
+"""Soak: random faults, one after the other, hit a small greedy job; its output must not change.
 
     python tools/soak.py --faults 100 --seed 1     # about 20 minutes on two cores
     python tools/soak.py --faults 8 --ranks 2      # a minute: every kind once
 
 Real processes on the CPU: torchrun with `--max-restarts` or without, 2 to 4 ranks that change from
-start to start, the bundled model. Which fault, whom it hits and when comes from the seed; the kinds
-are in tools/chaos/faults.py. In the end every request must have exactly one record, in input order,
-equal to that of a run that nothing happened to, and no run may hang. As root the ranks live in a
-network namespace and write to a tmpfs of their own, so that links and disks can be broken.
+start to start, the bundled model. Kind, victim and time of each fault are drawn from the seed; the
+kinds are in tools/chaos/faults.py. In the end every request must have exactly one record, in input
+order, equal to that of an undisturbed run, and no run may hang. As root the ranks run in a network
+namespace and write to a tmpfs of their own, so that links and disks can be disturbed.
 
 Prints a table, then one JSON line. Exit code 1 when a record was lost, doubled or differs, or when
 something hung.
@@ -31,30 +31,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a checkout needs no install
 
+from bench.environment_record import environment_record
 from bench.report import emit, table
-from bench.stamp import stamp
 from chaos.faults import ENDS_AGENT, KINDS, faults
 from chaos.job import Job, read_lines
 from chaos.places import Network, is_root, network, small_disk, why_no_network
 from chaos.records import Comparison, compare
 from chaos.session import Outcome, Session
 
-FINISH_S = 240.0  # of the last run, which nothing happens to
+FINISH_S = 240.0  # limit of the last, undisturbed run
 
 
 @dataclass(slots=True)
 class Log:
-    """What happened. jobs: of each finished job, the kinds it went through and its records.
-
-    problems: hangs, and runs that failed by themselves. num_late: moments that the job did not
-    live to see.
-    """
+    """Outcomes so far."""
 
     outcomes: list[Outcome] = field(default_factory=list)
-    jobs: list[tuple[Counter[str], Comparison]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    jobs: list[tuple[Counter[str], Comparison]] = field(default_factory=list)  # kinds, records
+    problems: list[str] = field(default_factory=list)  # hangs, and runs that failed by themselves
     num_runs: int = 0
-    num_late: int = 0
+    num_late: int = 0  # faults that were due after the job had ended
 
     @property
     def good(self) -> bool:
@@ -63,21 +59,21 @@ class Log:
 
 
 class Soak:
-    """Hits jobs, one after the other, until the faults are used up and the last job is done."""
+    """Injects faults into jobs, one after the other, until all are done and the last job ends."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, net: Network | None) -> None:
         self.log = Log()
         self._options = options
         self._job = Job(folder, options.requests, options.timeout)
-        self._chance = random.Random(options.seed)
+        self._rng = random.Random(options.seed)
         self._net = net
         self._disk = folder / "disk" if is_root() else None
         self._place = self._disk or folder
-        self._kinds: Counter[str] = Counter()  # that the job at hand went through
+        self._kinds: Counter[str] = Counter()  # faults of the current job
         self._undisturbed = self._run_undisturbed(folder / "undisturbed.jsonl")
 
     def run(self) -> None:
-        """Do all faults, then let the job end."""
+        """Inject all faults, then let the job end."""
         options, log = self._options, self.log
         kinds = [kind for kind in options.kinds if kind != "slow_link" or self._net]
         sequence = faults(options.seed, kinds)
@@ -93,14 +89,14 @@ class Soak:
                         fault = next(sequence)
                 self._end(session, hits, max_restarts)
             if log.num_runs > most:
-                log.problems.append(f"{most} runs were not enough: the job does not get on")
+                log.problems.append(f"{most} runs were not enough: the job makes no progress")
         if self._kinds and not log.problems:
             with self._session() as (session, max_restarts):
                 self._end(session, [], max_restarts)
 
     @property
     def _left(self) -> bool:
-        """Whether there are faults to be done."""
+        """Whether faults remain."""
         return len(self.log.outcomes) < self._options.faults
 
     @property
@@ -109,9 +105,9 @@ class Soak:
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[tuple[Session, int]]:
-        options, chance = self._options, self._chance
+        options, rng = self._options, self._rng
         self.log.num_runs += 1
-        num_ranks, max_restarts = chance.choice(options.ranks), chance.choice(options.restarts)
+        num_ranks, max_restarts = rng.choice(options.ranks), rng.choice(options.restarts)
         with Session(
             self._job.command(self._output),
             self._output,
@@ -124,7 +120,7 @@ class Soak:
             yield session, max_restarts
 
     def _note(self, outcome: Outcome) -> bool:
-        """Take down what a fault led to; False when its moment never came."""
+        """Record the outcome of a fault; return False when it was not injected."""
         kind = outcome.fault.kind
         if outcome.hang:
             self.log.problems.append(f"{kind}: {outcome.hang}")
@@ -134,10 +130,10 @@ class Soak:
         self.log.outcomes.append(outcome)
         self._kinds[kind] += 1
         gone, back = outcome.gone_s, outcome.back_s
-        told = "ranks go on" if gone is None else f"ranks gone after {gone:.1f} s"
-        told += "" if back is None else f", next ones started after {back:.1f} s"
+        message = "ranks continue" if gone is None else f"ranks ended after {gone:.1f} s"
+        message += "" if back is None else f", next ones started after {back:.1f} s"
         number = f"{len(self.log.outcomes)}/{self._options.faults}"
-        print(f"{number} {kind}, {outcome.num_ranks} ranks: {told}", file=sys.stderr, flush=True)
+        print(f"{number} {kind}, {outcome.num_ranks} ranks: {message}", file=sys.stderr, flush=True)
         return True
 
     def _end(self, session: Session, hits: list[Outcome], max_restarts: int) -> None:
@@ -168,9 +164,9 @@ class Soak:
 
 
 def rows_of(log: Log) -> list[dict[str, Any]]:
-    """Per kind: how often, in how many jobs, how fast it was over, and what it did to records.
+    """Return a row per kind: number of faults and jobs, durations, wrong records.
 
-    A job with a wrong record counts for every kind that it went through.
+    A job with a wrong record counts for every kind of fault that it had.
     """
     rows = []
     for kind in KINDS:
@@ -227,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "moments_missed": log.num_late,
         "seconds": round(time.monotonic() - began, 1),
     }
-    emit(text, record | stamp(("torch",)), options.out, "soak")
+    emit(text, record | environment_record(("torch",)), options.out, "soak")
     for problem in log.problems:
         print(problem, file=sys.stderr)
     return 0 if log.good and not _left_undone(log, options) else 1

@@ -1,8 +1,8 @@
-"""Which rank the others waited for, when and after what: a page, and a trace for Perfetto.
+"""Straggler report: which rank the others waited for, when and after what, as page and trace.
 
     python tools/straggler_report.py RUN_DIR                        # RUN_DIR/straggler_report.html
     python tools/straggler_report.py RUN_DIR --report out.report.json --html page.html
-    python tools/straggler_report.py RUN_DIR --compare OTHER_DIR    # two runs side by side
+    python tools/straggler_report.py RUN_DIR --compare OTHER_DIR    # two runs compared
     python tools/straggler_report.py RUN_DIR --trace trace.json     # the trace alone
 
 RUN_DIR is the folder that profiler.spans named in a job, with the span files of all ranks; files
@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a checkout needs no install
 
 from straggler.aggregate import loads, times
+from straggler.arrival_skew import arrival_skew, sentence
 from straggler.compare import Measures
 from straggler.data import index_of, page_data
-from straggler.lateness import lateness, sentence
 from straggler.page import page
 from straggler.read import read_run
 from straggler.report import read_report
@@ -39,10 +39,10 @@ def measure(group: Group) -> Measures:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write what was asked for; return the exit code.
+    """Write page and trace; return the exit code.
 
     Raises:
-        ValueError: something cannot be read, written or shown; the text says what to do.
+        ValueError: something cannot be read, written or shown; the message names what to do.
     """
     options = _parse(argv)
     run = read_run(options.run)
@@ -50,18 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.step is not None:
         index_of(group, options.step)
     measures = measure(group)
-    verdict = sentence(group, measures.times, lateness(group))
+    finding = sentence(group, measures.times, arrival_skew(group))
     report = None
     if options.report is not None:
         report = read_report(options.report, group.ranks[0].header.world_size)
     other = None
     if options.compare is not None:
         other = measure(read_run(options.compare).group())
-    print(verdict)
+    print(finding)
     notes = list(group.notes)
     if options.html is not None or options.trace is None:
         path = options.html or options.run / PAGE
-        data = page_data(measures, verdict, report=report, other=other, step=options.step)
+        data = page_data(measures, finding, report=report, other=other, step=options.step)
         _write(path, page(data))
         print(f"page: {path}")
     if options.trace is not None:

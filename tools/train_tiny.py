@@ -3,9 +3,9 @@
     python tools/train_tiny.py --arch both --out configs/checkpoints
 
 writes tiny_mixtral/ and tiny_olmoe/ there: Hugging Face checkpoints with tokenizer, evaluation
-sets, metrics.json, training log and README; and demo_prompts.jsonl beside them. The number of steps
-is fixed and every batch is a function of the step, so a rerun repeats the run; an interrupted one
-resumes from --state.
+sets, metrics.json, training log and README; and demo_prompts.jsonl next to them. The number of
+steps is fixed and every batch is a function of the step, so a rerun repeats the run; an interrupted
+one resumes from --state.
 
 The text is the standard library (tiny/corpus.py), the tasks are synthetic (tiny/tasks.py), and both
 are in every batch: rows are short at first, and twice as long while the learning rate falls to
@@ -58,7 +58,7 @@ class Trainer:
         self.num_stream_tokens = stream.size
 
     def train_step(self) -> tuple[float, float]:
-        """Run one step; returns the mean loss on text and on answers, in nats a token."""
+        """Run one step; returns the mean loss on text and on answers, in nats per token."""
         phase = self.recipe.phase(self.step)
         ids_BS, targets_BS, weights_BS = self.batches.batch(
             self.step,
@@ -116,14 +116,14 @@ class Trainer:
 
     @torch.no_grad()
     def probe(self) -> dict[str, object]:
-        """Validation loss and task accuracy on a part of the evaluation sets."""
+        """Return validation loss and task accuracy on a part of the evaluation sets."""
         with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
             loss = evaluate.validation_loss(self.logits, self.tokenizer, self.probe_text)
             accuracy = evaluate.task_accuracy(self.logits, self.tokenizer, self.probe_tasks)
         return {"validation_loss": round(loss, 4), "accuracy": accuracy}
 
     def logits(self, ids_1S: torch.Tensor) -> torch.Tensor:
-        """Logits of one sequence, [1, S, V]."""
+        """Return logits of one sequence, [1, S, V]."""
         return self.model(ids_1S)[0]
 
     def save_state(self) -> None:

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: munged, slurmctld and one slurmd a virtual node, all in one folder.
+"""A real Slurm on this machine: munged, slurmctld, a slurmd per virtual node, all in one folder.
 
     with VirtualSlurm(num_nodes=3) as slurm:
         job = slurm.sbatch("--nodes=2", "job.sh")
@@ -59,14 +59,14 @@ JobRequeue=1
 
 
 def missing_programs() -> list[str]:
-    """The programs of Slurm and munge that this machine lacks."""
+    """Return the programs of Slurm and munge that this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
 
 
 class VirtualSlurm:
     """Context manager: `num_nodes` nodes n1, n2, ... in the partition `main`.
 
-    A node has `cpus` CPUs and two GPUs, which are none but are counted and given out as such. The
+    A node has `cpus` CPUs and two GPUs, which do not exist but are allocated as such. The
     partition `urgent` holds the same nodes and preempts the jobs of `main`.
     """
 
@@ -91,7 +91,7 @@ class VirtualSlurm:
         self._stop()
 
     def run(self, *argv: str, environ: dict[str, str] | None = None, check: bool = True) -> str:
-        """Run a client command; return what it printed. Raises RuntimeError where it fails."""
+        """Run a client command; return its output. Raises RuntimeError where it fails."""
         environ = self._environ | (environ or {})
         done = subprocess.run(
             argv, check=False, env=environ, capture_output=True, text=True, timeout=60
@@ -110,20 +110,20 @@ class VirtualSlurm:
         return self.run("sbatch", "--parsable", *argv, environ=environ).strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the output of `scontrol show job`."""
         shown = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def state(self, job: str) -> str:
-        """The job's state, `RUNNING` for one."""
+        """Return the job's state, e.g. `RUNNING`."""
         return self.job(job)["JobState"]
 
     def ended(self, job: str) -> bool:
-        """Whether the job, or every task of the array, is out of the queue."""
+        """Return whether the job, or every task of the array, is out of the queue."""
         return not self.run("squeue", "--noheader", "--jobs", job, check=False).strip()
 
     def restart_now(self, job: str) -> None:
-        """Spare a requeued job most of its wait for the credentials of the run before to expire."""
+        """Shorten a requeued job's wait for the credentials of its previous run to expire."""
         self.wait(lambda: self.state(job) == "PENDING", 30, "the requeued job's end")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
@@ -140,11 +140,11 @@ class VirtualSlurm:
             time.sleep(_POLL_S)
 
     def processes(self) -> list[int]:
-        """Every process that a job of this Slurm has started and that still lives."""
+        """Return every process that a job of this Slurm has started and that is alive."""
         mark = f"SLURM_CONF={self.dir / 'slurm.conf'}".encode()
         found = []
         for entry in Path("/proc").iterdir():
-            with suppress(OSError):  # another user's, or gone by now
+            with suppress(OSError):  # another user's, or ended by now
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
         return [pid for pid in found if pid != os.getpid()]
@@ -218,7 +218,7 @@ class VirtualSlurm:
 
 
 def _search_path() -> str:
-    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # the daemons' place on Debian
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where Debian has the daemons
 
 
 def _host() -> str:

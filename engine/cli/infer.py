@@ -17,7 +17,7 @@ from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
 from engine.config.preflight import check_runnable
 
 if TYPE_CHECKING:
-    pass
+    from engine.batch.input_shards import InputShard
 
 SUMMARY = "batch inference: a JSONL file of requests in, a JSONL file of completions out"
 _OVERRIDE = (

@@ -1,4 +1,4 @@
-"""tools/gpu_suite.py: what it says without a GPU, that it catches mistakes, and the run on a GPU.
+"""tools/gpu_suite.py: its message without a GPU, that it catches mistakes, and the run on a GPU.
 
 python -m pytest tests/gpu/test_gpu_suite.py
 """
@@ -23,7 +23,7 @@ from engine.ops import silu_and_mul
 CPU = torch.device("cpu")
 
 
-def test_without_cuda_it_stops_with_2_and_says_what_to_do(
+def test_without_cuda_it_exits_with_2_and_an_instruction(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -33,7 +33,7 @@ def test_without_cuda_it_stops_with_2_and_says_what_to_do(
 
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (None, 0), (False, 1)])
-def test_exit_code_tells_whether_a_check_failed(
+def test_the_exit_code_is_1_when_a_check_failed(
     passed: bool | None,
     code: int,
     monkeypatch: pytest.MonkeyPatch,

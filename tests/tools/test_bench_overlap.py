@@ -20,7 +20,7 @@ def reply(seconds: list[float], exposed: float, digest: str = "a") -> dict:
     return own | {"bytes": 10 if digest == "a" else 30, "chosen": None}
 
 
-def test_hidden_is_the_share_of_exposed_time_that_is_gone():
+def test_hidden_is_the_share_of_exposed_time_that_is_saved():
     ranks = [
         {"1": reply([0.4, 0.5, 0.6], 0.10), "4": reply([0.3, 0.3, 0.4], 0.02)},
         {"1": reply([0.3, 0.6, 0.5], 0.06), "4": reply([0.2, 0.4, 0.3], 0.02, "b")},
@@ -35,7 +35,7 @@ def test_hidden_is_the_share_of_exposed_time_that_is_gone():
     assert (found["1"]["bytes"], found["4"]["bytes"]) == (10, 20)
 
 
-def test_a_small_run_over_loopback_gives_equal_outputs_and_says_what_auto_chose():
+def test_a_small_run_over_loopback_gives_equal_outputs_and_prints_the_choice_of_auto():
     command = [sys.executable, str(TOOLS / "bench_overlap.py")]
     command += "--tokens 32 --hidden 32 --ffn 16 --rounds 2 --timeout 60".split()
     result = subprocess.run(

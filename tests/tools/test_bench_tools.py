@@ -13,26 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import bench_generate
-import bench_moe_layer
 import pytest
 import torch
-from bench.contender import REPOSITORY, Contender, WorkerError, select, start
-from bench.generation import REFERENCE, generation_contenders
+from bench.candidate import REPOSITORY, Candidate, WorkerError, select, start
+from bench.environment_record import environment_record
+from bench.generation import REFERENCE, generation_candidates
 from bench.generation_tables import rank_table
 from bench.interleave import interleave
 from bench.jobs import JOBS, make_job
 from bench.moe_case import (
-    LOADS,
     MoEShape,
     make_ids,
     make_tokens,
     make_weights,
     reference,
     share,
-    uniform,
 )
 from bench.report import cell, emit, table
-from bench.stamp import stamp
 from make_random_checkpoint import FAMILIES, SIZES, hugging_face_fields, make_checkpoint
 
 SMALL = MoEShape(hidden=32, ffn=16, experts=6, top_k=3)
@@ -52,12 +49,7 @@ def test_a_job_is_the_same_each_time_and_within_the_vocabulary() -> None:
         assert {token for prompt in job.prompts for token in prompt} <= set(range(50))
 
 
-def test_an_unknown_job_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'rugged'.*batch8, ragged"):
-        make_job("rugged", 10)
-
-
-def test_interleaving_alternates_between_contenders() -> None:
+def test_interleaving_alternates_between_candidates() -> None:
     order: list[str] = []
 
     def measure(key: str) -> int:
@@ -91,8 +83,8 @@ def test_emit_prints_a_table_then_one_json_line(
     assert json.loads((tmp_path / "x.json").read_text()) == {"bench": "x"}
 
 
-def test_stamp_names_commit_hardware_and_versions() -> None:
-    found = stamp(("torch", "no-such-package"))
+def test_the_environment_record_names_commit_hardware_and_versions() -> None:
+    found = environment_record(("torch", "no-such-package"))
     assert found["commit"] and found["hardware"]["cores"] >= 1
     assert found["packages"] == {"torch": torch.__version__, "no-such-package": None}
 
@@ -105,50 +97,53 @@ class Worker:
     def echo(self, text): return {"text": text, "engine": any(
         os.path.isdir(os.path.join(p, "engine")) for p in sys.path), **memory_mib()}
     def fail(self): raise ValueError("no luck")
-    def die(self): print("famous last words", flush=True); os._exit(3)
+    def die(self): print("cause of death", flush=True); os._exit(3)
 
 serve(Worker())
 """
 
 
 @pytest.fixture
-def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contender:
+def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Candidate:
     (tmp_path / "echo_worker.py").write_text(textwrap.dedent(ECHO))
     (tmp_path / "broken_worker.py").write_text("raise SystemExit('cannot begin')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)  # `python -m` puts the working directory on the module path
-    return Contender(name="echo", module="echo_worker", python=sys.executable)
+    return Candidate(name="echo", module="echo_worker", python=sys.executable)
 
 
-def test_a_worker_answers_and_reports_its_memory(echo: Contender) -> None:
+def test_a_worker_answers_and_reports_its_memory(echo: Candidate) -> None:
     with start(echo, timeout_s=60) as running:
         (reply,) = running.call("echo", text="grüße")
         assert reply["text"] == "grüße" and reply["peak_rss_mib"] >= reply["rss_mib"] > 1
         assert not reply["engine"], "a peer must not see the repository on its module path"
 
 
-def test_a_failing_request_leaves_the_worker_alive(echo: Contender) -> None:
+def test_a_failing_request_leaves_the_worker_alive(echo: Candidate) -> None:
     with start(echo, timeout_s=60) as running:
         with pytest.raises(WorkerError, match="echo: 'fail' failed(.|\n)*no luck"):
             running.call("fail")
         assert running.call("echo", text="still here")[0]["text"] == "still here"
 
 
-def test_a_dead_worker_is_reported_with_its_last_words(echo: Contender) -> None:
+def test_a_dead_worker_is_reported_with_the_end_of_its_log(echo: Candidate) -> None:
     with start(echo, timeout_s=60) as running:
-        with pytest.raises(WorkerError, match="died in 'die'(.|\n)*famous last words"):
+        with pytest.raises(WorkerError, match="died in 'die'(.|\n)*cause of death"):
             running.call("die")
 
 
-def test_a_worker_that_cannot_start_is_reported_with_its_log(echo: Contender) -> None:
-    broken = Contender(name="broken", module="broken_worker", python=echo.python)
+def test_a_worker_that_cannot_start_is_reported_with_its_log(echo: Candidate) -> None:
+    broken = Candidate(name="broken", module="broken_worker", python=echo.python)
     with pytest.raises(WorkerError, match="broken: the worker did not start(.|\n)*cannot begin"):
         with start(broken, timeout_s=60):
             pass
 
 
-def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repository() -> None:
-    found = {c.name: c for c in generation_contenders({}, 2, ["a.b=c"], None)}
+def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # every candidate inherits it
+    found = {c.name: c for c in generation_candidates({}, 2, ["a.b=c"], None)}
     two = found["lockstep-2-ranks"]
     assert "torch.distributed.run" in two.command("s") and two.threads == 1
     assert "scheduler.kv_cache_gib=0.25" in two.load["settings"]
@@ -158,15 +153,17 @@ def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repos
     assert str(REPOSITORY) not in paths[REFERENCE]
 
 
-def test_everybody_gets_all_cores_and_vllm_only_with_an_interpreter() -> None:
-    assert "vllm" not in {c.name for c in generation_contenders({}, 2, [], None)}
-    found = generation_contenders({"vllm": sys.executable}, 2, [], None)
+def test_every_candidate_gets_all_cores_and_vllm_needs_an_interpreter() -> None:
+    assert "vllm" not in {c.name for c in generation_candidates({}, 2, [], None)}
+    found = generation_candidates({"vllm": sys.executable}, 2, [], None)
     assert {c.ranks * c.threads for c in found} == {2}
 
 
-def test_an_absent_contender_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="vllm cannot take part.*lockstep-1-rank"):
-        select(generation_contenders({}, 2, [], None), ["vllm"])
+def test_an_absent_candidate_is_refused_by_name_and_the_former_option_works() -> None:
+    with pytest.raises(ValueError, match="vllm cannot run here.*lockstep-1-rank"):
+        select(generation_candidates({}, 2, [], None), ["vllm"])
+    for option in ("--candidates", "--contenders"):
+        assert bench_generate._parse([option, "a,b"]).candidates == ["a", "b"]
 
 
 def test_rates_follow_their_definitions() -> None:
@@ -183,7 +180,7 @@ def parts(computing: float, moving: float, waiting: float) -> dict[str, float]:
     return {"computing": computing, "moving": moving, "waiting": waiting}
 
 
-def test_ranks_are_held_against_one_rank_and_against_free_exchanges() -> None:
+def test_ranks_are_compared_with_one_rank_and_with_free_exchanges() -> None:
     figures = {
         "alone": {"rank_seconds": [parts(9.0, 1.0, 0.0)]},
         "peer": {},
@@ -195,9 +192,9 @@ def test_ranks_are_held_against_one_rank_and_against_free_exchanges() -> None:
     }
     text = rank_table(figures)
     assert text.splitlines()[-2:] == [
-        "both: 0.8 times as fast as one rank; at best, with nothing to move and nobody to wait "
-        "for, 1.25",
-        "  on cores that meet every 4 ms of equal work, which keep 0.6 of their pace here, 0.75",
+        "both: 0.8 times as fast as one rank; at best, without communication and waiting, 1.25",
+        "  with a barrier after every 4 ms of equal work, which leaves cores 0.6 of their speed "
+        "here, 0.75",
     ]
     assert "peer" not in text and text.count("times as fast") == 1
     del figures["alone"]
@@ -222,7 +219,7 @@ def test_only_measured_rounds_of_the_whole_job_make_a_ranks_seconds() -> None:
     assert figures["one"]["rank_seconds"] == [parts(sum(measured) / 2, 0.0, 0.5)]
 
 
-def test_cores_meet_once_a_round_as_often_as_the_ranks_do() -> None:
+def test_barrier_cost_is_measured_once_per_round_at_the_ranks_rate_of_collectives() -> None:
     class Worker:
         def __init__(self, ranks: int) -> None:
             self.ranks = ranks
@@ -238,13 +235,13 @@ def test_cores_meet_once_a_round_as_often_as_the_ranks_do() -> None:
         def __init__(self, num_cores: int) -> None:
             self.num_cores = num_cores
 
-        def share(self, milliseconds: float) -> float:
+        def kept_share(self, milliseconds: float) -> float:
             asked.append(milliseconds)
             return [0.8, 0.6, 0.9][len(asked) - 1]
 
     def measured(cores: Any, rounds: int = 1) -> dict[str, Any]:
         job = make_job("batch8", 100)
-        return bench_generate.measure(running, job, rounds, pause_s=0.0, meeting=cores)[0]
+        return bench_generate.measure(running, job, rounds, pause_s=0.0, barrier_cost=cores)[0]
 
     running: Any = {"one": Worker(1), "two": Worker(2)}
     figures = measured(Cores(2), rounds=3)
@@ -276,20 +273,6 @@ def test_reference_is_a_weighted_sum_of_experts() -> None:
         hidden = torch.nn.functional.silu(up[: SMALL.ffn]) * up[SMALL.ffn :]
         expected_D += gate * (weights.w2_EDF[expert].double() @ hidden)
     torch.testing.assert_close(reference(weights, x_TD, ids_TK)[0], expected_D)
-
-
-def test_a_load_generator_slots_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_on_one(tokens: int, experts: int, top_k: int, _: torch.Generator) -> torch.Tensor:
-        return torch.arange(top_k).expand(tokens, top_k)
-
-    monkeypatch.setitem(LOADS, "all-on-one", all_on_one)
-    assert make_ids(SMALL, 5, "all-on-one").tolist() == [[0, 1, 2]] * 5
-    assert bench_moe_layer._parse(["--load", "all-on-one"]).load == "all-on-one"
-
-
-def test_uniform_load_reaches_every_expert() -> None:
-    ids_TK = uniform(600, 8, 2, torch.Generator().manual_seed(1))
-    assert torch.bincount(ids_TK.flatten(), minlength=8).min() > 100
 
 
 def test_a_gate_with_more_experts_than_dims_is_refused() -> None:
@@ -340,8 +323,3 @@ def test_a_checkpoint_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         make_checkpoint("gpt", tmp_path)
     with pytest.raises(ValueError, match="size 'huge'"):
         make_checkpoint("mixtral", tmp_path, size="huge")
-
-
-def test_checkpoint_overrides_reach_config_json(tmp_path: Path) -> None:
-    make_checkpoint("mixtral", tmp_path, overrides={"num_hidden_layers": 1})
-    assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 1

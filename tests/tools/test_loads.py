@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.helpers.loads import (
     cap_loads,
     fit,
-    hot_loads,
+    overloaded_rank_loads,
     ragged_sizes,
     random_routing,
     rank_loads,
@@ -69,12 +69,12 @@ def test_loads_sum_to_all_assignments_and_no_expert_is_chosen_twice_by_a_token(
     assert all(len(set(row)) == top_k for row in ids.tolist())
 
 
-def test_what_exceeds_all_tokens_goes_to_the_others_in_proportion():
-    # 10 tokens, top-2: expert 0 wants 18 of 20 rows and gets 10; the other ten go 2 : 3.
+def test_loads_above_all_tokens_are_redistributed_in_proportion():
+    # 10 tokens, top-2: expert 0 has 18 of 20 rows by weight, at most 10; the others get 4 and 6.
     assert fit(np.array([45.0, 2.0, 3.0]), 10, 2).tolist() == [10, 4, 6]
 
 
-def test_what_rounding_leaves_over_goes_to_the_most_loaded_one_each():
+def test_the_remainder_of_rounding_goes_to_the_most_loaded_one_each():
     # Shares 2.2, 4.4 and 3.3 round down to 9 of 10 rows: one is left over.
     assert fit(np.array([2.2, 4.4, 3.3]), 10, 1).tolist() == [2, 5, 3]
 
@@ -86,15 +86,15 @@ def test_rows_that_no_weight_asks_for_are_spread_evenly():
 @pytest.mark.parametrize(
     ("experts", "top_k", "ranks"), [(8, 2, 2), (64, 8, 2), (60, 4, 6), (8, 2, 4)]
 )
-def test_hot_loads_give_the_first_rank_what_is_asked(experts, top_k, ranks):
-    loads = hot_loads(4096, experts, top_k, 1.6, ranks)
+def test_overloaded_rank_loads_give_the_first_rank_the_ratio(experts, top_k, ranks):
+    loads = overloaded_rank_loads(4096, experts, top_k, 1.6, ranks)
     assert rank_loads(loads, ranks)[0] / (loads.sum() / ranks) == pytest.approx(1.6, abs=0.001)
-    assert loads[0] == loads.max() > 1.6 * loads.mean(), "its first expert is the hot one"
+    assert loads[0] == loads.max() > 1.6 * loads.mean(), "its first expert has most load"
 
 
 def test_a_ratio_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="ratio 3"):
-        hot_loads(100, 8, 2, 3.0, 2)
+        overloaded_rank_loads(100, 8, 2, 3.0, 2)
 
 
 def test_recorded_loads_are_those_of_the_report(tmp_path):

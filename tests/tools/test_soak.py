@@ -15,7 +15,6 @@ import soak
 from bench.parts import written
 from chaos.faults import KINDS, Fault, faults
 from chaos.job import Job, tear
-from chaos.processes import alive
 from chaos.records import Comparison, compare
 from chaos.session import Outcome
 
@@ -28,10 +27,10 @@ def record(name: str, **changes) -> str:
 UNDISTURBED = [record(name) for name in ("a", "b", "c")]
 
 
-def test_equal_records_are_the_same_whatever_is_told_of_the_run():
+def test_records_are_compared_without_what_depends_on_the_run():
     assert compare(UNDISTURBED, UNDISTURBED).same
-    told = [record(name, capacity={"dropped": 0}) for name in ("a", "b", "c")]
-    assert compare(told, UNDISTURBED).same
+    other_run = [record(name, capacity={"dropped": 0}) for name in ("a", "b", "c")]
+    assert compare(other_run, UNDISTURBED).same
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ def test_every_rank_can_be_a_victim_and_some_faults_come_while_the_ranks_start()
     assert not any(fault.early for fault in some if fault.kind == "torn_tail")
 
 
-def test_a_torn_tail_is_cut_from_the_largest_part(tmp_path):
+def test_a_torn_tail_is_cut_from_the_largest_shard(tmp_path):
     output = tmp_path / "out.jsonl"
     assert not tear(output, 5), "there is nothing to cut"
     parts = tmp_path / "out.jsonl.parts"
@@ -96,7 +95,7 @@ def test_a_torn_tail_is_cut_from_the_largest_part(tmp_path):
     assert written(output) == 10
 
 
-def test_parts_that_are_merged_while_they_are_looked_for_are_none(tmp_path, monkeypatch):
+def test_shards_that_are_merged_during_the_search_are_none(tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     parts = tmp_path / "out.jsonl.parts"
     parts.mkdir()
@@ -131,7 +130,7 @@ def fault(kind: str) -> Fault:
 GOOD = Comparison((), (), (), (), True)
 
 
-def test_the_table_counts_faults_and_what_the_jobs_that_had_them_lost():
+def test_the_table_counts_faults_and_wrong_records_of_their_jobs():
     log = soak.Log()
     log.outcomes = [
         Outcome(fault("kill_rank"), 2, injected=True, gone_s=1.0, back_s=2.0),
@@ -162,7 +161,3 @@ def test_the_table_counts_faults_and_what_the_jobs_that_had_them_lost():
 def test_a_soak_is_good_only_when_nothing_is_wrong(jobs, problems, good):
     log = soak.Log(jobs=jobs, problems=problems)
     assert log.good == good
-
-
-def test_a_process_that_ended_is_not_alive():
-    assert alive(1) and not alive(2**22 + 1)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
@@ -90,6 +89,15 @@ def browse(page: Path, profile: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
 
 
+def page_data(*args: Any, page: Path) -> dict[str, Any]:
+    """What the page draws, from a run of the tool."""
+    done = run_tool(*args, "--html", page)
+    assert done.returncode == 0, done.stderr
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    assert block is not None
+    return {**json.loads(block[1]), "printed": done.stdout}
+
+
 def test_the_page_draws_steps_ranks_loads_and_two_runs_in_a_browser(
     spans: Path, tmp_path: Path
 ) -> None:
@@ -102,26 +110,8 @@ def test_the_page_draws_steps_ranks_loads_and_two_runs_in_a_browser(
     assert done.returncode == 0, done.stderr
     dom = browse(page, tmp_path / "profile")
     assert 'data-ready="yes"' in dom, "the page's script did not reach its end"
-    assert "Two runs" in dom
-    assert "rank 0" in dom and "rank 1" in dom and "layer 0" in dom
+    assert "Finding computed from the spans." in dom and "Two runs" in dom
     assert dom.count("<rect") > page.read_text().count("<rect"), "the script drew nothing"
-
-
-def drawing(dom: str, name: str) -> ElementTree.Element:
-    """The element of that id, with what the script drew in it."""
-    found = re.search(rf'<(svg|table|ol|dl) id="{name}".*?</\1>', dom, re.DOTALL)
-    assert found is not None, f"{name} is not in the page"
-    return ElementTree.fromstring(found[0])
-
-
-def texts(element: ElementTree.Element, tag: str) -> list[str]:
-    return ["".join(each.itertext()).strip() for each in element.iter(tag)]
-
-
-def bars(dom: str, name: str) -> dict[str, float]:
-    """What each bar says when pointed at, and its width."""
-    rects = drawing(dom, name).iter("rect")
-    return {"".join(each.itertext()): float(each.attrib["width"]) for each in rects}
 
 
 @pytest.fixture
@@ -134,56 +124,26 @@ def dropped(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_page_has_every_view_with_the_spans_numbers(dropped: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    done = run_tool(dropped, "--html", page)
-    assert done.returncode == 0, done.stderr
-    dom = browse(page, tmp_path / "profile")
-
-    (sentence,) = texts(drawing(dom, "verdict"), "li")
+def test_the_page_has_the_spans_numbers(dropped: Path, tmp_path: Path) -> None:
+    data = page_data(dropped, page=tmp_path / "page.html")
+    (sentence,) = data["findings"]
     assert sentence.startswith("Rank 0 on node0 arrived last most often, in 100% of 2 collectives")
-    assert sentence in done.stdout, "the terminal says the same"
-    assert "Finding computed from the spans." in dom
-
-    before, after = bars(dom, "heat-before"), bars(dom, "heat-after")
-    assert list(before) == [
-        "layer 0, expert 0: 24 rows, 1.5 of the mean",
-        "layer 0, expert 1: 8 rows, 0.5 of the mean",
-    ]
-    assert list(after) == [
-        "layer 0, expert 0: 18 rows, 1.13 of the mean",
-        "layer 0, expert 1: 8 rows, 0.5 of the mean",
-    ]
-    assert len({*before.values(), *after.values()}) == 1, "all cells are as wide"
-    for name, worst in (("heat-before", "1.5x"), ("heat-after", "1.38x")):
-        assert texts(drawing(dom, name), "text") == ["layer 0", worst, "rank 0", "rank 1"]
-    fills = [each.attrib["fill"] for each in drawing(dom, "heat-after").iter("rect")]
-    assert len(set(fills)) == 2, "the colour tells the loads apart"
-
-    stacked = bars(dom, "ranks")
-    assert list(stacked) == [
-        "rank 0, attention, 2 calls, 16 tokens: 2 ms, 22.2% of its time",
-        "rank 0, experts, 2 calls, 16 tokens: 6 ms, 66.7% of its time",
-        "rank 0, combine, 2 calls, 16 tokens, 8.19 kB sent: 1 ms, 11.1% of its time",
-        "rank 1, attention, 2 calls, 16 tokens: 2 ms, 22.2% of its time",
-        "rank 1, experts, 2 calls, 16 tokens: 2 ms, 22.2% of its time",
-        "rank 1, combine, 2 calls, 16 tokens, 8.19 kB sent: 1 ms, 11.1% of its time",
-        "rank 1, waiting for late ranks: 4 ms, 44.4% of its time",
-    ]
-    milliseconds = [2, 6, 1, 2, 2, 1, 4]
-    unit = list(stacked.values())[0] / 2
-    assert list(stacked.values()) == pytest.approx([each * unit for each in milliseconds])
-    places = [float(each.attrib["x"]) for each in drawing(dom, "ranks").iter("rect")]
-    ends = [x + width for x, width in zip(places, stacked.values(), strict=True)]
-    assert places[1:3] + places[4:] == pytest.approx(ends[:2] + ends[3:-1]), "end to end"
-
-    assert list(bars(dom, "layers")) == ["layer 0, combine: a mean rank waited 2 ms"]
-    assert texts(drawing(dom, "layers"), "text") == ["outside", "0 \u00b5s", "layer 0", "2 ms"]
-    assert texts(drawing(dom, "drops"), "th") == ["layer", "drop rate"]
-    assert texts(drawing(dom, "drops"), "td") == ["0", "18.8%"]
+    assert sentence in data["printed"], "the terminal prints the same"
+    loads = data["loads"]
+    assert (loads["before"], loads["after"]) == ([[24, 8]], [[18, 8]])
+    assert loads["imbalance"] == [[1.5, round(18 / 13, 4)]]
+    # Milliseconds of both steps: rank 0 computes 6 and rank 1 2, and waits 4 in combine.
+    by_phase = [dict(zip(data["phases"], each, strict=True)) for each in data["totals"]["seconds"]]
+    for seconds, experts, combine in zip(by_phase, (6e-3, 2e-3), (1e-3, 5e-3), strict=True):
+        assert (seconds["attention"], seconds["experts"]) == (2e-3, experts)
+        assert seconds["combine"] == combine and sum(seconds.values()) == pytest.approx(9e-3)
+    assert [sum(each) for each in data["totals"]["waiting"]] == [0.0, 4e-3]
+    lost = dict(zip(data["phases"], data["layers"]["lost"][-1], strict=True))
+    assert data["layers"]["layer"] == [-1, 0] and lost["combine"] == 2e-3
+    assert data["drops"]["layers"] == [{"layer": 0, "drop_rate": 0.1875}]
 
 
-def test_the_jobs_report_brings_verdict_facts_and_drops(dropped: Path, tmp_path: Path) -> None:
+def test_findings_facts_and_drops_are_those_of_a_report(dropped: Path, tmp_path: Path) -> None:
     layer = {"layer": 0, "assignments": 32, "dropped": 6, "orphans": 1, "drop_rate": 0.1875}
     run = {
         "ranks": [{"rank": 0, "host": "node0", "slowness": 1.5}, {"rank": 1, "host": "node1"}],
@@ -194,46 +154,24 @@ def test_the_jobs_report_brings_verdict_facts_and_drops(dropped: Path, tmp_path:
     }
     report = tmp_path / "out.report.json"
     report.write_text(json.dumps({"run": run, "requests": 10}))
-    page = tmp_path / "page.html"
-    done = run_tool(dropped, "--report", report, "--html", page)
-    assert done.returncode == 0, done.stderr
-    dom = browse(page, tmp_path / "profile")
-    assert texts(drawing(dom, "verdict"), "li") == ["rank 0 is <slow> & late", "and the link too"]
-    assert "From the job's report." in dom
-    facts = drawing(dom, "facts")
-    assert dict(zip(texts(facts, "dt"), texts(facts, "dd"), strict=True)) == {
+    data = page_data(dropped, "--report", report, page=tmp_path / "page.html")
+    assert data["findings"] == ["rank 0 is <slow> & late", "and the link too"]
+    assert dict(data["facts"]) == {
         "time": "2.00 s, 2 steps",
-        "requests": "10 (5.0 a second)",
+        "requests": "10 (5.0 per second)",
         "slowest at equal load": "rank 0 on node0, +50% to its peers",
     }
-    heads = ["layer", "drop rate", "dropped", "of", "orphans", "gate mass kept"]
-    assert texts(drawing(dom, "drops"), "th") == heads
-    assert texts(drawing(dom, "drops"), "td") == ["0", "18.8%", "6", "32", "1", "91.2%"]
+    assert data["drops"]["layers"] == [{**layer, "gate_mass_kept": 0.912}]
 
 
-def test_a_step_can_be_chosen_by_option_button_and_list(spans: Path, tmp_path: Path) -> None:
+def test_the_step_with_most_waiting_is_shown_unless_one_is_chosen(
+    spans: Path, tmp_path: Path
+) -> None:
     page = tmp_path / "page.html"
-    assert run_tool(spans, "--html", page).returncode == 0
-    whole = page.read_text()
-
-    def shown(name: str, act: str) -> str:
-        acting = tmp_path / name
-        acting.write_text(whole.replace("</body>", f"<script>{act}</script></body>"))
-        return browse(acting, tmp_path / "profile")
-
-    first = shown("first.html", "")
-    assert re.findall(r'<option value="(\d)">(\d)</option>', first) == [("0", "1"), ("1", "2")]
-    assert '<h2 id="step-title">Step 1: 4.5 ms, of which a mean rank waited 1 ms</h2>' in first
-    assert re.search(r'id="previous" disabled', first) and not re.search(r'id="next" dis', first)
-    assert list(bars(first, "strip")) == [f"step {n}: waited 1 ms of 4.5 ms" for n in (1, 2)]
-    choose = "const list = byId('step'); list.value = '1'; list.dispatchEvent(new Event('change'))"
-    for name, act in (("button.html", "byId('next').click()"), ("list.html", choose)):
-        dom = shown(name, act)
-        assert '<h2 id="step-title">Step 2: ' in dom
-        assert re.search(r'id="next" disabled', dom) and not re.search(r'id="previous" dis', dom)
-        assert len(list(drawing(dom, "gantt").iter("rect"))) == 7, "both ranks' spans, one waited"
-    assert run_tool(spans, "--step", "2", "--html", page).returncode == 0
-    assert '<h2 id="step-title">Step 2: ' in browse(page, tmp_path / "profile")
+    steps = page_data(spans, page=page)["steps"]
+    assert (steps["number"], steps["shown"]) == ([1, 2], 0)
+    assert steps["length"] == [4.5e-3, 4.5e-3] and steps["lost"] == [1e-3, 1e-3]
+    assert page_data(spans, "--step", "2", page=page)["steps"]["shown"] == 1
 
 
 def test_the_page_needs_no_network(spans: Path, tmp_path: Path) -> None:
@@ -252,7 +190,7 @@ def test_names_in_the_spans_cannot_end_the_pages_script(tmp_path: Path) -> None:
     assert "</script><script>alert" not in page.read_text()
 
 
-def test_a_torn_last_line_is_passed_over_and_named(spans: Path, tmp_path: Path) -> None:
+def test_a_torn_last_line_is_ignored_and_named(spans: Path, tmp_path: Path) -> None:
     with (spans / "spans.rank00001.jsonl").open("a") as file:
         file.write('{"step": 3, "start_ns": 30')
     page = tmp_path / "page.html"

@@ -1,21 +1,21 @@
-"""What bench_moe_layer.py does with --capacity: one layer, skewed loads, every policy in turns.
+"""bench_moe_layer.py --capacity: one layer, skewed loads, every policy in turns.
 
     layer ms       median over rounds of the slower rank's forward
     speedup        dropless ms / this row's, in the same round; median over rounds
-    bound S        rows of the most loaded rank, dropless over this row: no policy can do better by
-                   the experts' work alone
+    bound S        rows of the most loaded rank, dropless over this row: the most that a policy can
+                   gain by the experts' work alone
     of bound       speedup / S
     rows           of all ranks' experts, against dropless: what is dropped, less what is added
-    adds           what the policy costs before a row moves (claims, consensus, selection, sorting,
-                   accounting) beyond the sorting and count exchange that dropless needs too, timed
+    adds           the cost of the policy before dispatch (claims, consensus, selection, sorting,
+                   accounting) beyond the sorting and count exchange that dropless also needs, timed
                    alone, without the gate; % of this row's layer
 
 The second table has the ms of each phase of the layer, from its own clock, of the rank that takes
 longer in it; in consensus, dispatch and combine that rank may be waiting. Below are the costs of
 the ways to agree, and of a capacity that cannot bind.
 
-Two real ranks are pinned to a core each. With --virtual ranks are worked out one at a time, see
-`virtual_mode.py`.
+Two real ranks are pinned to a core each. With --simulated, ranks run one at a time: see
+`simulated_mode.py`.
 
 Legend: E experts, W ranks.
 """
@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.contender import Contender, Running
-from bench.loads import fit, hot_loads, rank_loads, recorded_loads, zipf_loads
+from bench.candidate import Candidate, Running
+from bench.loads import fit, overloaded_rank_loads, rank_loads, recorded_loads, zipf_loads
 from bench.moe_case import MoEShape
 from bench.report import spread, table
 from engine.profiling.phase_clock import Phase
@@ -44,7 +44,7 @@ DROPLESS = "none"
 
 
 def policies(shape: MoEShape, gammas: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The rows of a table: name -> settings of moe.capacity."""
+    """Return the rows of a table: name -> settings of moe.capacity."""
     found: dict[str, dict[str, Any]] = {DROPLESS: {"policy": "none"}}
     for gamma in gammas:
         for scope in ("expert", "rank"):
@@ -66,21 +66,21 @@ def policies(shape: MoEShape, gammas: Sequence[str]) -> dict[str, dict[str, Any]
 
 
 def slack_name(shape: MoEShape) -> str:
-    """The row whose capacity cannot bind."""
+    """Return the name of the row whose capacity cannot bind."""
     return f"token_drop expert {_slack(shape)} (>= E/K)"
 
 
 def _slack(shape: MoEShape) -> str:
-    """The smallest whole gamma that is at least E/K."""
+    """Return the smallest whole gamma that is at least E/K."""
     return str(-(-shape.experts // shape.top_k))
 
 
 def make_loads(
     name: str, shape: MoEShape, tokens: int, num_ranks: int, recorded: Path | None
 ) -> dict[str, np.ndarray]:
-    """Loads of all experts over `tokens` tokens by name: zipfS, hotR, uniform or recorded.
+    """Return loads of all experts over `tokens` tokens by name: zipfS, hotR, uniform or recorded.
 
-    recorded gives one entry a layer of the file.
+    recorded: one entry per layer of the file.
 
     Raises:
         ValueError: an unknown name, or one that does not fit the shape.
@@ -92,7 +92,11 @@ def make_loads(
     if kind == "zipf" and number:
         return {name: zipf_loads(tokens, shape.experts, shape.top_k, float(number))}
     if kind == "hot" and number:
-        return {name: hot_loads(tokens, shape.experts, shape.top_k, float(number), num_ranks)}
+        return {
+            name: overloaded_rank_loads(
+                tokens, shape.experts, shape.top_k, float(number), num_ranks
+            )
+        }
     if name == "recorded":
         if recorded is None:
             raise ValueError(
@@ -114,9 +118,9 @@ def make_loads(
     )
 
 
-def start_ranks(shape: dict[str, int], seed: int, python: str) -> Contender:
-    """Two real ranks with a core each."""
-    return Contender(
+def start_ranks(shape: dict[str, int], seed: int, python: str) -> Candidate:
+    """Return the candidate of two real ranks with a core each."""
+    return Candidate(
         name="lockstep-2-ranks",
         module="bench.workers.moe_capacity",
         python=python,
@@ -130,7 +134,7 @@ def start_ranks(shape: dict[str, int], seed: int, python: str) -> Contender:
 def real_case(
     running: Running, shape: MoEShape, loads_E: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run every policy on two ranks; return each one's figures."""
+    """Run every policy on two ranks; return the figures of each."""
     rows = policies(shape, options.gammas)
     arguments = {
         "loads": loads_E.tolist(),
@@ -139,12 +143,12 @@ def real_case(
         "rounds": options.rounds,
     }
     replies = running.call("compare", **arguments)
-    alone = running.call("agree", **arguments)
+    agreement = running.call("agree", **arguments)
     figures: dict[str, Any] = {}
     for name in rows:
         entries = [reply[name] for reply in replies]
         seconds = [max(pair) for pair in zip(*(entry["seconds"] for entry in entries), strict=True)]
-        agree = [max(pair) for pair in zip(*(reply[name] for reply in alone), strict=True)]
+        agree = [max(pair) for pair in zip(*(reply[name] for reply in agreement), strict=True)]
         figures[name] = {
             "seconds": spread(seconds),
             "agree_seconds": spread(agree),
@@ -172,7 +176,7 @@ def real_case(
 def real_text(
     name: str, loads_E: np.ndarray, tokens: int, shape: MoEShape, figures: dict[str, Any]
 ) -> str:
-    """One case's tables and the lines below them."""
+    """Return one case's tables and the lines below them."""
     ranks = rank_loads(loads_E, 2)
     rows = [
         [
@@ -193,14 +197,14 @@ def real_text(
     ]
     names = ["policy", *(f"{phase.name.lower()} ms" for phase in PHASES)]
     return (
-        f"{name}: {tokens:,} tokens a rank on 2 real ranks, max/mean rows: experts "
+        f"{name}: {tokens:,} tokens per rank on 2 real ranks, max/mean rows: experts "
         f"{loads_E.max() / loads_E.mean():.2f}, ranks {ranks.max() / ranks.mean():.2f}\n"
         f"{table(HEADER, rows)}\n\n{table(names, phases)}\n\n" + "\n".join(_notes(shape, figures))
     )
 
 
 def _notes(shape: MoEShape, figures: dict[str, Any]) -> list[str]:
-    """What is compared across rows."""
+    """Return the lines that compare rows."""
     notes = []
     for quota in (name for name in figures if name.endswith(" quota")):
         base = quota.removesuffix(" quota")

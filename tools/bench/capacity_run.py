@@ -1,4 +1,4 @@
-"""The capacity benches from options to tables: start two ranks, make the loads, run the cases."""
+"""Capacity benches from options to tables: start two ranks, make the loads, run the cases."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.candidate import start
 from bench.capacity_mode import make_loads, real_case, real_text, start_ranks
-from bench.contender import start
 from bench.moe_case import MoEShape, make_weights
+from bench.simulated_mode import simulated_case, simulated_text
 from bench.transfers import measure_transfers
-from bench.virtual_mode import virtual_case, virtual_text
 
 
 def run(options: argparse.Namespace, shape: MoEShape, python: str) -> tuple[str, dict[str, Any]]:
@@ -24,14 +24,14 @@ def run(options: argparse.Namespace, shape: MoEShape, python: str) -> tuple[str,
         ValueError: loads that do not exist or do not fit the shape.
     """
     fields = dataclasses.asdict(shape)
-    tokens, num_ranks = options.tokens[0], options.ranks if options.virtual else 2
+    tokens, num_ranks = options.tokens[0], options.ranks if options.simulated else 2
     cases: dict[str, np.ndarray] = {}
     for name in options.loads:
         cases |= make_loads(name, shape, tokens * num_ranks, num_ranks, options.recorded)
     texts, record = [], {}
     with start(start_ranks(fields, options.seed, python)) as running:
         running.call("load", shape=fields, seed=options.seed, threads=1)
-        if not options.virtual:
+        if not options.simulated:
             for name, loads_E in cases.items():
                 figures = real_case(running, shape, loads_E, options)
                 record[name] = {"loads": loads_E.tolist(), "policies": figures}
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, shape: MoEShape, python: str) -> tuple[str,
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     weights = make_weights(shape, options.seed)
     for name, loads_E in cases.items():
-        figures = virtual_case(
+        figures = simulated_case(
             shape,
             weights,
             num_ranks,
@@ -52,6 +52,6 @@ def run(options: argparse.Namespace, shape: MoEShape, python: str) -> tuple[str,
             seed=options.seed,
         )
         record[name] = {"loads": loads_E.tolist(), "virtual": True, "policies": figures}
-        texts.append(virtual_text(name, loads_E, tokens, num_ranks, figures))
+        texts.append(simulated_text(name, loads_E, tokens, num_ranks, figures))
     record["transfers"] = {kind: dataclasses.asdict(each) for kind, each in transfers.items()}
     return "\n\n".join(texts), record

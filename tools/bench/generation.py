@@ -1,4 +1,4 @@
-"""Who takes part in bench_generate.py, and with which settings."""
+"""Candidates of bench_generate.py and their settings."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from bench.contender import Contender
+from bench.candidate import Candidate
 
 REFERENCE = "transformers-eager"  # whose greedy tokens are right by definition
+COMPARED = "lockstep-1-rank"  # --against also runs that of the other commit
 
 
-def generation_contenders(
+def generation_candidates(
     peers: Mapping[str, str], threads: int, settings: Sequence[str], transformers_batch: int | None
-) -> list[Contender]:
-    """Everybody who can take part, in the order of the table.
+) -> list[Candidate]:
+    """Return all candidates that can run here, in the order of the table.
 
-    peers: interpreters of 'vllm' and 'transformers' (default: this one). threads: CPU threads of a
-    contender, shared by its ranks. settings: config keys for this engine. transformers_batch: see
-    `workers/generate_transformers.py`.
+    Args:
+        peers: interpreters of 'vllm' and 'transformers' (default: this one).
+        threads: CPU threads per candidate, shared by its ranks.
+        settings: config keys for this engine.
+        transformers_batch: see `workers/generate_transformers.py`.
     """
     python = peers.get("transformers", sys.executable)
     half = max(1, threads // 2)
     batch: dict[str, Any] = {"batch": transformers_batch}
     found = [
-        _lockstep("lockstep-1-rank", 1, threads, settings),
+        _lockstep(COMPARED, 1, threads, settings),
         _lockstep("lockstep-2-ranks", 2, half, settings),
         _transformers(REFERENCE, python, threads, experts="eager", **batch),
         _transformers("transformers-grouped_mm", python, threads, experts="grouped_mm", **batch),
@@ -41,8 +46,18 @@ def generation_contenders(
     return found
 
 
-def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> Contender:
-    return Contender(
+def of_commit(candidate: Candidate, name: str, root: Path) -> Candidate:
+    """Return the same candidate with the tools and the engine of another checkout.
+
+    Args:
+        name: of the commit, as the table shows it.
+        root: folder of the checkout.
+    """
+    return replace(candidate, name=f"{candidate.name}@{name}", root=root)
+
+
+def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> Candidate:
+    return Candidate(
         name=name,
         module="bench.workers.generate_lockstep",
         python=sys.executable,
@@ -56,8 +71,8 @@ def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> C
 
 def _transformers(
     name: str, python: str, threads: int, *, ranks: int = 1, **load: Any
-) -> Contender:
-    return Contender(
+) -> Candidate:
+    return Candidate(
         name=name,
         module="bench.workers.generate_transformers",
         python=python,
@@ -67,9 +82,9 @@ def _transformers(
     )
 
 
-def _vllm(python: str, threads: int) -> Contender:
+def _vllm(python: str, threads: int) -> Candidate:
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    return Contender(
+    return Candidate(
         name="vllm",
         module="bench.workers.generate_vllm",
         python=python,

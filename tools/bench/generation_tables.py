@@ -1,23 +1,33 @@
-"""What bench_generate prints of a job: the contenders' rates, and what this engine's ranks did."""
+"""Tables of bench_generate.py: the candidates' rates, paired ratios, and the ranks' seconds."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-from bench.floor import Floor
 from bench.jobs import Job
-from bench.report import table
+from bench.report import mean_interval, table
+from bench.roofline import RooflineBound
 
-_HEADER = ["contender", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
-_HEADER += ["of the first's time", "equal", "peak MiB a rank"]
-_RANK_HEADER = ["contender", "rank", "computing s", "moving s", "waiting s"]
+_HEADER = ["candidate", "ranks", "prefill tok/s", "decode tok/s", "generated tok/s", "total s"]
+_HEADER += ["of the first's time", "equal", "peak MiB per rank"]
+_RATIO_HEADER = ["generated tok/s, per round", "rounds", "mean ratio", "95% from", "to"]
+_RANK_HEADER = ["candidate", "rank", "computing s", "moving s", "waiting s"]
 
 
 def job_table(
-    job: Job, figures: dict[str, Any], ranks: dict[str, int], floors: tuple[Floor, Floor] | None
+    job: Job,
+    figures: dict[str, Any],
+    ranks: dict[str, int],
+    bounds: tuple[RooflineBound, RooflineBound] | None,
 ) -> str:
-    """One job's table. floors: of one new token a prompt and of all."""
+    """Return one job's table.
+
+    Args:
+        figures: per candidate.
+        ranks: number of ranks per candidate.
+        bounds: of one new token per prompt and of all; None: not measured.
+    """
     fastest_first = next(iter(figures.values()))["total_s"]
     rows = [
         [
@@ -33,40 +43,59 @@ def job_table(
         ]
         for name, entry in figures.items()
     ]
-    if floors is not None:
-        first, total = floors[0].seconds, floors[1].seconds
+    if bounds is not None:
+        first, total = bounds[0].seconds, bounds[1].seconds
         prefill = job.prompt_tokens / first
         generated = len(job.prompts) * job.new_tokens / total
-        rows.append(["floor", "", prefill, "", generated, total, total / fastest_first, "", ""])
+        share = total / fastest_first
+        rows.append(["roofline bound", "", prefill, "", generated, total, share, "", ""])
     prompts = f"{len(job.prompts)} prompts, {job.prompt_tokens:,} tokens"
     return f"{job.name}: {prompts}, {job.new_tokens} new each\n{table(_HEADER, rows)}"
 
 
+def paired_ratios(figures: dict[str, Any], name: str, other: str) -> dict[str, Any]:
+    """Return the ratios of two candidates' generated tokens per second, with mean and interval.
+
+    A ratio above 1: `name` generated more tokens per second than `other` in that round.
+    """
+    # Both generate the same number of tokens: the rates are as the seconds inverted.
+    own, others = (figures[each]["total_seconds"]["all"] for each in (name, other))
+    return mean_interval([theirs / mine for mine, theirs in zip(own, others, strict=True)])
+
+
+def ratio_table(ratios: dict[str, Any], name: str, other: str) -> str:
+    """Return the table of `paired_ratios`, and every ratio below it."""
+    numbers = [f"{ratios[key]:.4f}" for key in ("mean", "low", "high")]
+    rows = [[f"{name} / {other}", len(ratios["all"]), *numbers]]
+    every = " ".join(f"{ratio:.4f}" for ratio in ratios["all"])
+    return f"{table(_RATIO_HEADER, rows)}\nper round: {every}"
+
+
 def rank_table(figures: dict[str, Any]) -> str:
-    """Where the time of this engine's ranks went, and what that allows; empty without any."""
+    """Return how this engine's ranks spent their time and what that allows; "" without ranks."""
     seconds = {name: e["rank_seconds"] for name, e in figures.items() if "rank_seconds" in e}
     rows = [
         [name, rank, each["computing"], each["moving"], each["waiting"]]
         for name, ranks in seconds.items()
         for rank, each in enumerate(ranks)
     ]
-    alone = next((sum(r[0].values()) for r in seconds.values() if len(r) == 1), None)
+    single = next((sum(r[0].values()) for r in seconds.values() if len(r) == 1), None)
     lines = []
     for name, ranks in seconds.items():
-        if len(ranks) == 1 or alone is None:
+        if len(ranks) == 1 or single is None:
             continue
         mean = statistics.mean(each["computing"] for each in ranks)
         total = max(sum(each.values()) for each in ranks)
         if not mean:  # the profiler is off
             continue
         lines.append(
-            f"{name}: {alone / total:.3g} times as fast as one rank; at best, with nothing to move "
-            f"and nobody to wait for, {alone / mean:.3g}"
+            f"{name}: {single / total:.3g} times as fast as one rank; at best, without "
+            f"communication and waiting, {single / mean:.3g}"
         )
-        if (meeting := figures[name].get("meeting")) is not None:
-            every_ms, left = meeting["every_ms"], meeting["share"]["median"]
+        if (barriers := figures[name].get("meeting")) is not None:
+            every_ms, kept = barriers["every_ms"], barriers["share"]["median"]
             lines.append(
-                f"  on cores that meet every {every_ms:.3g} ms of equal work, which keep "
-                f"{left:.3g} of their pace here, {alone / mean * left:.3g}"
+                f"  with a barrier after every {every_ms:.3g} ms of equal work, which leaves cores "
+                f"{kept:.3g} of their speed here, {single / mean * kept:.3g}"
             )
     return "\n".join([table(_RANK_HEADER, rows), *lines]) if rows else ""

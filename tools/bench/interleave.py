@@ -16,10 +16,11 @@ def interleave(
     measure: Callable[[Key], Value],
     pause_s: float = 0.3,
 ) -> dict[Key, list[Value]]:
-    """Measure every key once a round, in order; return each key's values, one a round.
+    """Measure every key once per round, in order; return each key's values by round.
 
-    pause_s lies before each measurement: the threads of the previous contender spin for a moment
-    after their last work and must not take a core from the next.
+    Args:
+        pause_s: before each measurement: the threads of the previous candidate spin for a moment
+            after their last work and must not take a core from the next.
     """
     values: dict[Key, list[Value]] = {key: [] for key in keys}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The generation jobs: which prompts, how many new tokens. Seeded: everybody gets the same."""
+"""The generation jobs: which prompts, how many new tokens. Seeded: equal for all candidates."""
 
 from __future__ import annotations
 

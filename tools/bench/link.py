@@ -16,22 +16,22 @@ _ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One end. command: put before a command line that is to run there. env: for that command."""
+    """One end."""
 
-    command: list[str]
-    env: dict[str, str]
+    command: list[str]  # prefix of a command line that is to run there
+    env: dict[str, str]  # for that command
 
 
 @contextlib.contextmanager
 def loopback() -> Iterator[tuple[End, End]]:
-    """No limit: both processes on this machine's loopback."""
+    """Yield two ends without a limit: this machine's loopback."""
     end = End([], {"MASTER_ADDR": "127.0.0.1"})
     yield end, end
 
 
 @contextlib.contextmanager
 def limited(rate: str) -> Iterator[tuple[End, End]]:
-    """Two ends of a link of `rate`, as tc writes it (1gbit, 500mbit); taken down on leaving.
+    """Yield two ends of a link of `rate`, as tc writes it (1gbit, 500mbit); taken down on leaving.
 
     Raises:
         ValueError: not root, ip or tc missing, or a rate that tc refuses.
@@ -62,7 +62,7 @@ def limited(rate: str) -> Iterator[tuple[End, End]]:
         )
         yield first, second
     finally:
-        for name in names:  # the veth pair goes with them
+        for name in names:  # removes the veth pair as well
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 

@@ -1,6 +1,6 @@
 """Skewed loads: how many tokens choose each expert, and a routing that does exactly that.
 
-One place for tests, benches and reports (`loads.py` of the tests too). A load is int64 [E], its sum
+Shared by tests, benches and reports. A load is int64 [E], its sum
 T * K, no entry above T, because a token chooses an expert once. Experts are placed contiguously on
 ranks, so the first ranks are the loaded ones.
 
@@ -26,14 +26,14 @@ from engine.moe.capacity.limits import expert_capacity
 
 
 def zipf_loads(num_tokens: int, num_experts: int, top_k: int, exponent: float) -> np.ndarray:
-    """Loads proportional to i ** -exponent, i = 1 .. E; 0 is uniform."""
+    """Return loads proportional to i ** -exponent, i = 1 .. E; 0 is uniform."""
     return fit(np.arange(1, num_experts + 1) ** -float(exponent), num_tokens, top_k)
 
 
-def hot_loads(
+def overloaded_rank_loads(
     num_tokens: int, num_experts: int, top_k: int, ratio: float, num_ranks: int
 ) -> np.ndarray:
-    """Loads that give the first of `num_ranks` ranks `ratio` times the mean rows.
+    """Return loads that give the first of `num_ranks` ranks `ratio` times the mean rows.
 
     Raises:
         ValueError: a ratio that the first rank's experts cannot hold.
@@ -61,10 +61,11 @@ def hot_loads(
 
 
 def recorded_loads(path: Path) -> dict[int, np.ndarray]:
-    """Loads before capacity of every layer of a run.
+    """Return loads before capacity of every layer of a run.
 
-    path: report.json of a batch job, or an .npz whose arrays `layer0`, `layer1`, ... hold the
-    chosen experts [T, K] and whose `num_experts` says how many there are.
+    Args:
+        path: report.json of a batch job, or an .npz whose arrays `layer0`, `layer1`, ... hold the
+            chosen experts [T, K] and whose `num_experts` is their number.
 
     Raises:
         ValueError: a file that holds no layers.
@@ -90,10 +91,10 @@ def recorded_loads(path: Path) -> dict[int, np.ndarray]:
 
 
 def fit(weights_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
-    """Whole loads in proportion to weights, none above T, T * K in all.
+    """Return whole loads in proportion to weights, none above T, T * K in all.
 
-    What exceeds T goes to the others in proportion, as often as needed. Shares are rounded down,
-    and the assignments left over go to the most loaded experts, one each.
+    What exceeds T is distributed over the others in proportion, repeatedly. Shares are rounded
+    down, and the remaining assignments go to the most loaded experts, one each.
     """
     weights = np.asarray(weights_E, dtype=np.float64)
     full = np.zeros(len(weights), dtype=bool)
@@ -115,7 +116,7 @@ def fit(weights_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
 
 
 def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Tensor:
-    """Experts of every token, int64 [T, K], distinct in a row, with exactly these loads.
+    """Return experts of every token, int64 [T, K], distinct in a row, with exactly these loads.
 
     Tokens and the order inside a row are shuffled, so that equal shares of tokens on ranks see
     alike, not equal, loads.
@@ -123,8 +124,8 @@ def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Ten
     total = int(loads_E.sum())
     assert total % num_tokens == 0 and loads_E.max() <= num_tokens, "T * K rows, none above T"
     top_k = total // num_tokens
-    # Experts one after the other, laid over the tokens again and again: a run of at most T places
-    # meets no token twice.
+    # Experts one after the other, laid over the tokens repeatedly: a run of at most T positions
+    # holds no token twice.
     experts_N = np.repeat(np.arange(len(loads_E)), loads_E)
     ids_TK = experts_N.reshape(top_k, num_tokens).T
     random = np.random.default_rng(seed)
@@ -135,8 +136,9 @@ def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Ten
 def random_routing(
     num_tokens: int, num_experts: int, top_k: int, exponent: float, seed: int = 0
 ) -> torch.Tensor:
-    """Experts of every token, int64 [T, K], drawn one after the other without putting back, expert
-    e with a weight of (e + 1) ** -exponent: independent of each other, unlike `routing_of`'s.
+    """Return experts of every token, int64 [T, K], drawn without replacement.
+
+    Expert e has a weight of (e + 1) ** -exponent. Tokens are independent, unlike `routing_of`'s.
     """
     random = np.random.default_rng(seed)
     log_weights_E = -exponent * np.log(np.arange(1, num_experts + 1))
@@ -145,10 +147,11 @@ def random_routing(
 
 
 def scores_of(topk_ids_TK: torch.Tensor, num_experts: int, *, ties: bool = False) -> torch.Tensor:
-    """Router scores, float32 [T, E], whose top-k are these experts.
+    """Return router scores, float32 [T, E], whose top-k are these experts.
 
-    ties: all chosen scores are equal, so that only token ids can order them; otherwise a token's
-    choices are a clear step apart, and no two tokens score an expert alike.
+    Args:
+        ties: all chosen scores are equal, so that only token ids can order them; otherwise a
+            token's choices are a clear step apart, and no two tokens score an expert alike.
     """
     num_tokens, top_k = topk_ids_TK.shape
     scores_TE = torch.zeros(num_tokens, num_experts)
@@ -161,7 +164,7 @@ def scores_of(topk_ids_TK: torch.Tensor, num_experts: int, *, ties: bool = False
 
 
 def ragged_sizes(num_tokens: int, num_ranks: int) -> list[int]:
-    """Tokens of every rank, each about half of the rank before it and the last without any."""
+    """Return tokens per rank, each about half of the rank before it, the last without any."""
     if num_ranks == 1:
         return [num_tokens]
     weights = 0.5 ** np.arange(num_ranks)
@@ -172,11 +175,11 @@ def ragged_sizes(num_tokens: int, num_ranks: int) -> list[int]:
 
 
 def cap_loads(loads_E: np.ndarray, factor: str, num_tokens: int, top_k: int) -> np.ndarray:
-    """What Token Drop with expert scope leaves: min(N_e, C)."""
+    """Return what Token Drop with expert scope keeps: min(N_e, C)."""
     return np.minimum(loads_E, expert_capacity(Decimal(factor), num_tokens, top_k, len(loads_E)))
 
 
 def rank_loads(loads_E: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Rows of each rank, experts placed contiguously, the remainder on the first ranks."""
+    """Return rows of each rank, experts placed contiguously, the remainder on the first ranks."""
     sizes = [len(part) for part in np.array_split(np.arange(len(loads_E)), num_ranks)]
     return np.add.reduceat(loads_E, np.concatenate(([0], np.cumsum(sizes)[:-1])))

@@ -1,4 +1,4 @@
-"""The MoE layer that bench_moe_layer.py measures: weights, tokens, and the right answer in float64.
+"""The MoE layer of bench_moe_layer.py: weights, tokens and the expected output in float64.
 
 Tokens are made from a table of chosen experts, so that a load, even or skewed, is exact and every
 implementation must route alike: gate rows are orthonormal, so a token's logits can be set at will.
@@ -22,7 +22,7 @@ Load = Callable[[int, int, int, torch.Generator], torch.Tensor]
 def uniform(
     num_tokens: int, num_experts: int, top_k: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Every token draws its experts at random, all equally likely."""
+    """Return the experts of every token, drawn at random with equal probability."""
     scores_TE = torch.rand(num_tokens, num_experts, generator=generator)
     return scores_TE.argsort(1, descending=True)[:, :top_k]
 
@@ -40,7 +40,7 @@ class MoEShape:
     top_k: int = 2
 
     def flops(self, tokens: int) -> int:
-        """Floating-point operations of the experts' three matrix products."""
+        """Return floating-point operations of the experts' three matrix products."""
         return 2 * 3 * self.hidden * self.ffn * self.top_k * tokens
 
     @property
@@ -51,15 +51,15 @@ class MoEShape:
 
 @dataclass(frozen=True, slots=True)
 class MoEWeights:
-    """gate_ED [E, D] with orthonormal rows, w13_E2FD [E, 2F, D] (gate rows first), w2_EDF."""
+    """Weights of one layer, float32."""
 
-    gate_ED: torch.Tensor
-    w13_E2FD: torch.Tensor
+    gate_ED: torch.Tensor  # orthonormal rows
+    w13_E2FD: torch.Tensor  # gate rows first
     w2_EDF: torch.Tensor
 
 
 def make_weights(shape: MoEShape, seed: int = 0) -> MoEWeights:
-    """Seeded weights, scaled so that activations keep their size.
+    """Return seeded weights, scaled so that activations keep their size.
 
     Raises:
         ValueError: more experts than model dims, so that no orthonormal gate exists.
@@ -80,13 +80,13 @@ def make_weights(shape: MoEShape, seed: int = 0) -> MoEWeights:
 
 
 def make_ids(shape: MoEShape, tokens: int, load: str, seed: int = 0) -> torch.Tensor:
-    """The experts each token must choose: topk_ids_TK."""
+    """Return the experts each token must choose: topk_ids_TK."""
     random = torch.Generator().manual_seed(seed + tokens)
     return LOADS[load](tokens, shape.experts, shape.top_k, random)
 
 
 def make_tokens(weights: MoEWeights, topk_ids_TK: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Tokens x_TD that the gate sends to `topk_ids_TK`, in that order, with clear margins."""
+    """Return tokens x_TD that the gate routes to `topk_ids_TK`, in order, by clear margins."""
     num_tokens, top_k = topk_ids_TK.shape
     num_experts, hidden = weights.gate_ED.shape
     random = torch.Generator().manual_seed(seed + 1)
@@ -105,7 +105,7 @@ def vary_margins(x_TD: torch.Tensor, seed: int = 0) -> None:
 
 
 def reference(weights: MoEWeights, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor) -> torch.Tensor:
-    """The layer's output [T, D] in float64: softmax over the chosen experts' logits, as Mixtral."""
+    """Return the layer's output [T, D] in float64: softmax over chosen logits, as Mixtral."""
     x_TD, gate_ED = x_TD.double(), weights.gate_ED.double()
     logits_TK = (x_TD @ gate_ED.T).gather(1, topk_ids_TK)
     gates_TK = logits_TK.softmax(-1)
@@ -119,7 +119,7 @@ def reference(weights: MoEWeights, x_TD: torch.Tensor, topk_ids_TK: torch.Tensor
 
 
 def share(total: int, ranks: int, rank: int) -> slice:
-    """The part of `total` things that is `rank`'s: contiguous, the remainder to the first ranks."""
+    """Return `rank`'s part of `total` items: contiguous, the remainder to the first ranks."""
     quotient, remainder = divmod(total, ranks)
     start = rank * quotient + min(rank, remainder)
     return slice(start, start + quotient + (rank < remainder))

@@ -1,4 +1,4 @@
-"""How far a job that still runs has got: what stands in the parts of its output."""
+"""Progress of a running job: the ledger shards (`*.parts/part-*`) of its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def part_files(output: Path) -> list[Path]:
-    """The parts of an unfinished output, none where it is not begun or has just been merged."""
+    """Return the shards of an unfinished output; none before it begins or after it is merged."""
     folder = output.with_name(output.name + ".parts")
     names: list[str] = []
     with suppress(FileNotFoundError):
@@ -17,7 +17,7 @@ def part_files(output: Path) -> list[Path]:
 
 
 def written(output: Path) -> int:
-    """Bytes in the parts of an unfinished output."""
+    """Return the bytes in the shards of an unfinished output."""
     size = 0
     for part in part_files(output):
         with suppress(FileNotFoundError):  # merged in this moment

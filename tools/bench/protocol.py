@@ -1,13 +1,13 @@
-"""The worker's side of a bench: connect to the bench's socket, answer one JSON object a line.
+"""The worker's side of a bench: connect to the bench's socket, one JSON object per line.
 
 Standard library only, because it runs in every peer's own environment. A worker module ends with
 
     if __name__ == "__main__":
         serve(Worker())
 
-and is started by `contender.py` as `python -m MODULE SOCKET`, once a rank. Requests are
-`{"do": NAME, ...}`; they call the worker's method NAME with the other fields as keywords and get
-its dict back, or `{"error": traceback}`.
+and is started by `candidate.py` as `python -m MODULE SOCKET`, once per rank. Requests
+are `{"do": NAME, ...}`: the worker's method NAME is called with the other fields as keywords, and
+the reply is its dict or `{"error": traceback}`. `other_commit.py` needs this to stay as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 
 def serve(worker: object) -> None:
-    """Answer requests until the bench closes the socket; each rank has a socket of its own."""
+    """Reply to requests until the bench closes the socket; each rank has a socket of its own."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(sys.argv[1])
     stream = connection.makefile("rw", encoding="utf-8")
@@ -33,16 +33,16 @@ def serve(worker: object) -> None:
         method = getattr(worker, request.pop("do"))
         try:
             reply = method(**request) or {}
-        except Exception:  # whatever a peer raises belongs to the bench, which reports it
+        except Exception:  # the bench reports whatever a peer raises
             _send(stream, {"error": traceback.format_exc()})
             continue
         _send(stream, reply)
-    # A peer's own shutdown may wait for a rank that has already left; nothing here needs it.
+    # A peer's own shutdown may wait for a rank that has exited; nothing here needs it.
     os._exit(0)
 
 
 def memory_mib() -> dict[str, float]:
-    """Resident memory of this process in MiB: `rss_mib` now and `peak_rss_mib` since its start."""
+    """Return resident memory in MiB: `rss_mib` now, `peak_rss_mib` since the process began."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     fields = {"rss_mib": "VmRSS", "peak_rss_mib": "VmHWM"}
     found = {name: re.search(rf"{key}:\s+(\d+) kB", status) for name, key in fields.items()}

@@ -1,8 +1,8 @@
 """Seconds of collectives by their bytes, as measured between two real processes.
 
-What a layer on virtual ranks (`virtual.py`, `virtual_ranks.py`) takes for its collectives, which
-have nobody to run between. A call is looked up by the bytes that its busiest rank sends to others
-or receives from them.
+The collectives of simulated ranks (`simulated_layer.py`, `simulated_ranks.py`) are assumed to take
+as long. A call is looked up by the bytes that its busiest rank sends to others or receives from
+them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from bench.contender import Running
+from bench.candidate import Running
 
 Kind = Literal["all_to_all", "all_gather", "all_reduce"]
 KINDS: tuple[Kind, ...] = ("all_to_all", "all_gather", "all_reduce")
@@ -27,7 +27,7 @@ class Transfers:
     seconds: tuple[float, ...]
 
     def of(self, num_bytes: float) -> float:
-        """Interpolated; beyond the table in proportion to its last entry."""
+        """Return seconds, interpolated; beyond the table in proportion to its last entry."""
         if num_bytes > self.num_bytes[-1]:
             return self.seconds[-1] * num_bytes / self.num_bytes[-1]
         return float(np.interp(num_bytes, self.num_bytes, self.seconds))
@@ -37,7 +37,7 @@ NO_TRANSFERS = Transfers((0, 1), (0.0, 0.0))
 
 
 def measure_transfers(running: Running, rounds: int = 9) -> dict[Kind, Transfers]:
-    """Ask two `moe_capacity` workers; the slower rank's median counts."""
+    """Measure between the ranks of a running `moe_capacity` worker; the slower rank counts."""
     found: dict[Kind, Transfers] = {}
     for kind in KINDS:
         replies = running.call("exchange", kind=kind, num_bytes=list(SIZES), rounds=rounds)

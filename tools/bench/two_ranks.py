@@ -1,4 +1,4 @@
-"""Two ranks of a layer bench as processes of their own: start them, and return what they print."""
+"""Two ranks of a layer bench as processes of their own: start them, return what they print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from bench.contender import REPOSITORY, TOOLS, WorkerError
+from bench.candidate import REPOSITORY, TOOLS, WorkerError
 from bench.link import End
 
 
@@ -32,7 +32,7 @@ def run_two_ranks(
             "MASTER_PORT": str(port),
             "RANK": str(rank),
             "WORLD_SIZE": "2",
-            # Each end is a host of its own as far as gloo can tell.
+            # To gloo, each end is a host of its own.
             "LOCAL_RANK": "0" if end.command else str(rank),
             "LOCAL_WORLD_SIZE": "1" if end.command else "2",
             "OMP_NUM_THREADS": "1",

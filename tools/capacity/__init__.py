@@ -1,1 +1,1 @@
-"""Shared parts of tools/capacity_report.py: what a capacity policy costs in quality and saves."""
+"""Parts of tools/capacity_report.py: cost and gain of a capacity policy."""

@@ -25,14 +25,14 @@ _MARKERS = {"score": "o", "random": "X", "first": "<", "last": ">"}
 
 
 def check_available() -> None:
-    """Refuse to begin a long run whose figure could not be drawn.
+    """Refuse a long run whose figure could not be drawn.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "--out: the figure needs matplotlib; install the extra `dev`, or leave --out away for "
+            "--out: the figure needs matplotlib; install the extra `dev`, or omit --out for "
             "the tables alone"
         )
 
@@ -56,7 +56,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         axes[0][column].set_title(f"{panel.ranks} ranks")
         axes[1][column].set_xlabel("speed bound S of the MoE layers")
     axes[0][0].set_ylabel("tasks, % exactly right")
-    axes[1][0].set_ylabel("validation loss, nats a token")
+    axes[1][0].set_ylabel("validation loss, nats per token")
     axes[1][0].invert_yaxis()  # shared by the row: better is up everywhere
     figure.suptitle(f"{panels[0].model}: quality against speed, line: Pareto front")
     handles = [

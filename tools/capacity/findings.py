@@ -1,8 +1,8 @@
-"""What the numbers say about the claims one would like to make; computed, never written in.
+"""Findings: which usual claims the figures confirm; computed, never written in.
 
-Each claim compares pairs of settings that differ in one factor, over all panels of a report. A
-pair speaks for or against a claim only where its difference is beyond three paired standard errors,
-in loss or in task accuracy; a pair whose two measures contradict each other counts as open.
+Each claim compares pairs of settings that differ in one factor, over all panels of a report. A pair
+counts for or against a claim only where its difference exceeds three paired standard errors, in
+loss or in task accuracy; a pair whose two measures contradict each other counts as open.
 
 Some are compared at equal speed bound, because at equal gamma they do not gain the same: the rank
 scope drops less, Expanded Drop refills slots of the ranks that set the layer's time. The partner is
@@ -21,22 +21,22 @@ from capacity.panel import Panel, Result
 from capacity.scores import Difference, Scores, blend, difference
 from engine.config import CapacityConfig
 
-# Standard errors. At two, one pair in twenty would speak by chance, and a report has a hundred.
+# Standard errors. At two, noise alone would decide one pair in twenty; a report has a hundred.
 CERTAIN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two settings of one panel, A minus B. where: model, ranks and what else is equal."""
+    """Two settings of one panel, A minus B."""
 
-    where: str
+    where: str  # model, ranks and what else is equal
     a: str
     b: str
     difference: Difference
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse` or `open`: what A is beside B."""
+        """`better`, `worse` or `open`: A compared with B."""
         d = self.difference
         signs = {
             _sign(-d.loss, d.loss_error),  # a lower loss is better
@@ -49,7 +49,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A claim, the pairs that bear on it, and what they amount to."""
+    """A claim and its pairs."""
 
     claim: str
     at_least: bool  # whether equality is enough
@@ -76,7 +76,7 @@ class Finding:
         return "confirmed (equal)" if self.at_least else "undecided"
 
     def sentence(self) -> str:
-        """One line for the reader."""
+        """Return the finding in one line."""
         if not self.pairs:
             return f"{self.claim}: {self.verdict}"
         counts = self.counts
@@ -89,7 +89,7 @@ class Finding:
         )
 
     def record(self) -> dict[str, Any]:
-        """For the JSON line."""
+        """Return the finding for the JSON line."""
         pairs = []
         for pair in self.pairs:
             numbers = {
@@ -103,7 +103,7 @@ class Finding:
 
 
 def findings(panels: Sequence[Panel]) -> list[Finding]:
-    """All claims, tested on all panels."""
+    """Return all claims, tested on all panels."""
 
     def claim(text: str, partner: Callable[[CapacityConfig], CapacityConfig | None], at_least=True):
         pairs = [pair for panel in panels for pair in _pairs(panel, partner)]
@@ -151,7 +151,7 @@ def _pairs(
     for result in panel.results:
         wanted = partner(result.setting)
         other = None if wanted is None else panel.find(wanted)
-        # Equal loads and equal scores: neither setting had anything to do.
+        # Without drops and extras, loads and scores are equal.
         if other is not None and (result.dropped or result.added or other.dropped or other.added):
             where = f"{panel.model}, {panel.ranks} ranks"
             gap = difference(result.scores, other.scores)
@@ -159,8 +159,10 @@ def _pairs(
 
 
 def _pairs_at_speed(panel: Panel, mine: dict[str, str], theirs: dict[str, str]) -> Iterator[Pair]:
-    """Each setting that differs from the defaults in `mine` and gamma alone, against the curve of
-    those that differ in `theirs` and gamma alone.
+    """Yield pairs at equal speed bound.
+
+    Each setting that differs from the defaults in `mine` and gamma alone, with the curve of those
+    that differ in `theirs` and gamma alone.
     """
     points = [(1.0, panel.reference.scores)]
     points += [(result.speed.bound, result.scores) for result in _curve(panel, theirs)]
@@ -180,7 +182,7 @@ def _curve(panel: Panel, factors: dict[str, str]) -> Iterator[Result]:
 
 
 def at_speed(points: Sequence[tuple[float, Scores]], bound: float) -> Scores | None:
-    """Scores of a curve (speed bound, scores) at `bound`, interpolated; None outside it."""
+    """Return scores of a curve (speed bound, scores) at `bound`, interpolated; None outside it."""
     ordered = sorted(points, key=lambda point: point[0])
     for (low, before), (high, after) in zip(ordered, ordered[1:], strict=False):
         if low <= bound <= high and high > low:

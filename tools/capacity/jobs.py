@@ -1,9 +1,9 @@
-"""The job that every setting runs: a checkpoint's text excerpts and task prompts, dealt to ranks.
+"""The job that every setting runs: a checkpoint's text excerpts and task prompts on ranks.
 
 One batch job for all: excerpts are scored by their log probabilities, prompts by whether greedy
 generation gives the answer, end of sequence included (as in `tiny/evaluate.py`). Prompts are
-shuffled with a fixed seed, because order `first` favours what stands first in a batch. All of it is
-made in the parent process from text and numbers, so that all settings and ranks see one job.
+shuffled with a fixed seed, because order `first` favours the first in a batch. All of it is made
+in the parent process from text and numbers, so that all settings and ranks see one job.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ Encode = Callable[[str, bool], list[int]]  # text, whether with special tokens -
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One request. prompt: token ids. answer: what greedy generation must give, end of sequence
-    included; None for an excerpt, which is only scored. index: its number in the job, which breaks
-    ties and is what order `first` goes by. rank: who runs it.
-    """
+    """One request."""
 
     domain: str
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...] | None = None
-    index: int = -1
-    rank: int = -1
+    prompt: tuple[int, ...]  # token ids
+    answer: tuple[int, ...] | None = None  # expected tokens with end of sequence; None: scored only
+    index: int = -1  # in the job; breaks ties, and is the key of order `first`
+    rank: int = -1  # that runs it
 
 
 def read_items(data: Path, encode: Encode, eos_id: int, limit: int | None = None) -> list[Item]:
@@ -48,19 +45,19 @@ def read_items(data: Path, encode: Encode, eos_id: int, limit: int | None = None
     return items
 
 
-def deal_mixed(items: Sequence[Item], ranks: int, seed: int) -> list[Item]:
-    """Shuffle, number and deal round robin: every rank sees every domain."""
+def assign_round_robin(items: Sequence[Item], ranks: int, seed: int) -> list[Item]:
+    """Return shuffle, number and assign to ranks round robin: every rank sees every domain."""
     return [
         replace(item, index=index, rank=index % ranks)
         for index, item in enumerate(_shuffled(items, seed))
     ]
 
 
-def deal_domains(items: Sequence[Item], ranks: int, seed: int) -> list[Item]:
+def assign_domains(items: Sequence[Item], ranks: int, seed: int) -> list[Item]:
     """Shuffle and give every rank domains of its own, see `domains_of_ranks`.
 
     A rank's items end where it has twice the tokens of the rank with fewest, so that ranks differ
-    in what they see far more than in how much; the job is smaller than the mixed one.
+    in domain far more than in size; the job is smaller than the mixed one.
     """
     owners = domains_of_ranks(_tokens_by_domain(items), ranks)
     of_rank: list[list[Item]] = [[] for _ in range(ranks)]
@@ -78,15 +75,15 @@ def deal_domains(items: Sequence[Item], ranks: int, seed: int) -> list[Item]:
             if used > most and number:  # one item at least, however long
                 break
             kept.append(replace(item, rank=rank))
-    # Interleaved, so that a request's number says nothing about its rank.
+    # Interleaved, so that a request's number is independent of its rank.
     return [replace(item, index=index) for index, item in enumerate(_shuffled(kept, seed + 1))]
 
 
 def domains_of_ranks(tokens: dict[str, int], ranks: int) -> list[frozenset[str]]:
-    """The domains each rank sees, from the prompt tokens of each domain.
+    """Return the domains of each rank, from the prompt tokens of each domain.
 
     Fewer ranks than domains: the largest domain goes to the rank with fewest tokens, and so on.
-    More: every domain has a rank, each further rank helps where a rank has most.
+    More: every domain has a rank, each further rank shares the domain with most tokens per rank.
     """
     largest_first = sorted(tokens, key=lambda name: (-tokens[name], name))
     owners: list[set[str]] = [set() for _ in range(ranks)]
@@ -106,7 +103,7 @@ def domains_of_ranks(tokens: dict[str, int], ranks: int) -> list[frozenset[str]]
 
 
 def composition(items: Sequence[Item], ranks: int) -> dict[str, object]:
-    """What the job holds, for the report: items and prompt tokens of each domain and rank."""
+    """Return items and prompt tokens of each domain and rank, for the report."""
     per_rank = [[item for item in items if item.rank == rank] for rank in range(ranks)]
     return {
         "items": dict(Counter(item.domain for item in items)),

@@ -1,6 +1,6 @@
-"""One panel: a model on a number of ranks, run under every setting, and what came out.
+"""Panel: results of one model on a number of ranks under every setting.
 
-The ranks are real processes over gloo with one CPU thread each, started once a panel.
+The ranks are real processes over gloo with one CPU thread each, started once per panel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contender import Contender, start
+from bench.candidate import Candidate, start
 
 from capacity.jobs import Item
 from capacity.scores import Scores, collect
@@ -24,29 +24,22 @@ from engine.config import CapacityConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One setting's run.
-
-    assignments: top-k assignments that competed for capacity; dropped, added: of them, and extras
-    beside them. orphans: tokens that kept no expert, summed over the layers. gate_mass_kept: share
-    of the competing tokens' combine weights that survived. calls: loads of every layer call that
-    capacity applied to. tokens: of each of those steps, all ranks together. measured: see
-    `timing.py`; None where nothing was timed. seconds: wall time of the run.
-    """
+    """Result of one setting's run."""
 
     setting: CapacityConfig
     scores: Scores
     speed: Speed
-    assignments: int
-    dropped: int
-    added: int
-    orphans: int
-    gate_mass_kept: float
-    calls: list[CallLoads]
-    tokens: list[int]
+    assignments: int  # top-k assignments subject to capacity
+    dropped: int  # of them
+    added: int  # extras
+    orphans: int  # tokens that kept no expert, summed over the layers
+    gate_mass_kept: float  # share of the combine weights of tokens subject to capacity
+    calls: list[CallLoads]  # loads of every layer call that capacity applied to
+    tokens: list[int]  # of each of those steps, all ranks together
     bytes_sent: int
-    seconds: float
+    seconds: float  # wall time of the run
     top_k: int
-    measured: float | None = None
+    measured: float | None = None  # speedup by `timing.py`; None: not timed
 
     @property
     def name(self) -> str:
@@ -55,18 +48,18 @@ class Result:
 
     @property
     def drop_rate(self) -> float:
-        """Dropped over competing assignments."""
+        """Dropped assignments over those subject to capacity."""
         return self.dropped / self.assignments if self.assignments else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """Results of one model on one number of ranks, dropless first. items: the job."""
+    """Results of one model on one number of ranks."""
 
     model: str
     ranks: int
-    items: list[Item]
-    results: list[Result]
+    items: list[Item]  # the job
+    results: list[Result]  # dropless first
 
     @property
     def reference(self) -> Result:
@@ -74,13 +67,15 @@ class Panel:
         return self.results[0]
 
     def find(self, setting: CapacityConfig) -> Result | None:
-        """The result of a setting, None where it was not run."""
+        """Return the result of a setting, None where it was not run."""
         return next((item for item in self.results if item.setting == setting), None)
 
 
 def engine_settings(ranks: int, items: Sequence[Item], batch_tokens: int) -> list[str]:
-    """Overrides for large prefill batches: `batch_tokens` a step over all ranks, every request of
-    a rank at once, and a cache that holds them all.
+    """Return overrides for large prefill batches.
+
+    `batch_tokens` per step over all ranks, every request of a rank at once, and a cache that holds
+    them all.
     """
     block_size = 16
     blocks = [0] * ranks
@@ -113,12 +108,13 @@ def run_panel(
 ) -> Panel:
     """Start `ranks` ranks of `config`, run the job under every setting; return the results.
 
-    overrides: further `section.key=value` settings.
+    Args:
+        overrides: further `section.key=value` settings.
 
     Raises:
-        WorkerError: a rank failed; the text says how.
+        WorkerError: a rank failed; the message has its log.
     """
-    contender = Contender(
+    candidate = Candidate(
         name=f"{config}-{ranks}-ranks",
         module="capacity.worker",
         python=sys.executable,
@@ -137,7 +133,7 @@ def run_panel(
     ]
     print(f"{config}, {ranks} ranks: starting ...", file=sys.stderr, flush=True)
     results = []
-    with start(contender) as running:
+    with start(candidate) as running:
         keys = [*engine_settings(ranks, items, batch_tokens), *overrides]
         running.call("load", config=config, settings=keys, items=requests)
         for number, setting in enumerate(settings, start=1):
@@ -158,14 +154,14 @@ def to_result(
     setting: CapacityConfig,
     replies: Sequence[dict[str, Any]],
 ) -> Result:
-    """Put the ranks' replies (see `worker.py`) together."""
+    """Combine the ranks' replies (see `worker.py`)."""
     first = replies[0]
     nll = dict(pair for reply in replies for pair in reply["scored"])
     generated = dict(pair for reply in replies for pair in reply["generated"])
     mass, kept = (sum(reply["mass"][part] for reply in replies) for part in (0, 1))
     calls = merge_calls(first["before"], [reply["after"] for reply in replies])
     layers = first["layers"]
-    # The layers of a step run the same tokens: one of them tells how many.
+    # The layers of a step run the same tokens, so one of them gives their number.
     by_step = dict(zip(first["steps"], calls, strict=True))
     top_k = first["top_k"]
     return Result(
@@ -186,10 +182,10 @@ def to_result(
 
 
 def check_reference(panel: Panel, checkpoint: Path) -> dict[str, Any] | None:
-    """Compare the dropless run with the checkpoint's metrics.json, which transformers measured.
+    """Compare the dropless run with the checkpoint's metrics.json, measured by transformers.
 
-    None where there is no such file. `matches`: every task's accuracy is the same and the loss
-    agrees to 1e-3 nats.
+    Returns None where there is no such file. `matches`: every task's accuracy is the same and the
+    loss agrees to 1e-3 nats.
     """
     path = checkpoint / "metrics.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Quality of one run, example by example, and whether two runs differ by more than chance.
+"""Quality of one run, example by example, and whether two runs differ by more than noise.
 
 Settings differ by less than the noise of a few hundred examples, so comparisons are paired: the
 same excerpts and prompts under both. The loss has a standard error by excerpt (tokens of one
@@ -7,7 +7,7 @@ compete with each other for capacity.
 
 Worked example: two excerpts of 10 and 30 tokens, with 20 and 90 nats under A, 22 and 96 under B.
 The losses are 110 / 40 = 2.75 and 118 / 40 = 2.95, the difference A - B is -8 / 40 = -0.2; both
-excerpts differ by -0.2 a token, so its standard error is 0.
+excerpts differ by -0.2 per token, so its standard error is 0.
 
 Legend: X excerpts, N task prompts.
 """
@@ -25,18 +25,16 @@ from capacity.jobs import Item
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """nll_X: float64, nats of each excerpt after its first token. tokens_X: int64, how many tokens
-    that are. hit_N: float64, 1 where the whole answer is right. task_N: text, the task of each.
-    """
+    """Scores of one run, by example."""
 
-    nll_X: np.ndarray
-    tokens_X: np.ndarray
-    hit_N: np.ndarray
-    task_N: np.ndarray
+    nll_X: np.ndarray  # float64, nats of each excerpt after its first token
+    tokens_X: np.ndarray  # int64, number of those tokens
+    hit_N: np.ndarray  # float64, 1 where the whole answer is right
+    task_N: np.ndarray  # text, task of each prompt
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return float(self.nll_X.sum() / self.tokens_X.sum()) if self.tokens_X.size else 0.0
 
     @property
@@ -51,7 +49,7 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Mean of the tasks' shares; each task counts alike."""
+        """Mean of the tasks' shares; each task has equal weight."""
         return float(np.mean([*self.by_task.values()])) if self.hit_N.size else 0.0
 
     @property
@@ -71,7 +69,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of two runs of the same examples, A minus B, each with its paired standard error."""
+    """Two runs of the same examples, A minus B, each with its paired standard error."""
 
     loss: float
     loss_error: float
@@ -82,7 +80,7 @@ class Difference:
 def collect(
     items: Sequence[Item], nll: Mapping[int, float], generated: Mapping[int, Sequence[int]]
 ) -> Scores:
-    """Score what the ranks returned. nll, generated: by item index.
+    """Score what the ranks returned: `nll` and `generated` by item index.
 
     Raises:
         KeyError: an item that no rank returned.
@@ -98,7 +96,7 @@ def collect(
 
 
 def difference(a: Scores, b: Scores) -> Difference:
-    """A minus B, paired by example; both hold the same examples in the same order."""
+    """Return A minus B, paired by example; both have the same examples in the same order."""
     assert np.array_equal(a.tokens_X, b.tokens_X) and np.array_equal(a.task_N, b.task_N)
     return Difference(
         *_ratio(a.nll_X - b.nll_X, a.tokens_X), *_mean_of_tasks(a.hit_N - b.hit_N, a.task_N)
@@ -106,7 +104,7 @@ def difference(a: Scores, b: Scores) -> Difference:
 
 
 def blend(a: Scores, b: Scores, share: float) -> Scores:
-    """Scores of running a `share` of the time under B and else under A: linear interpolation."""
+    """Return scores interpolated linearly: a `share` of B, the rest of A."""
     return Scores(
         (1 - share) * a.nll_X + share * b.nll_X,
         a.tokens_X,
@@ -116,7 +114,7 @@ def blend(a: Scores, b: Scores, share: float) -> Scores:
 
 
 def _ratio(delta_X: np.ndarray, tokens_X: np.ndarray) -> tuple[float, float]:
-    """Sum of deltas over sum of tokens, and its standard error by excerpt (linearised ratio)."""
+    """Return sum of deltas over sum of tokens, and its standard error (linearised ratio)."""
     if not tokens_X.size:
         return 0.0, 0.0
     ratio = float(delta_X.sum() / tokens_X.sum())
@@ -129,7 +127,7 @@ def _ratio(delta_X: np.ndarray, tokens_X: np.ndarray) -> tuple[float, float]:
 
 
 def _mean_of_tasks(delta_N: np.ndarray, task_N: np.ndarray) -> tuple[float, float]:
-    """Mean over tasks of the mean delta, and its standard error by prompt."""
+    """Return the mean over tasks of the mean delta, and its standard error by prompt."""
     parts = [delta_N[task_N == name] for name in sorted(set(task_N.tolist()))]
     if not parts:
         return 0.0, 0.0

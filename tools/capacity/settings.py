@@ -1,8 +1,9 @@
-"""Which capacity settings a report runs: pure lists of `CapacityConfig`, dropless first.
+"""Capacity settings of a report: pure lists of `CapacityConfig`, dropless first.
 
 The default is policy by scope by gamma, the front one chooses from, and around Token Drop and
 Expanded Drop one factor varied at a time: order, consensus, tiers, extras, renormalize. `--full` is
-the product of everything, `--domains` the product of what matters when ranks see different traffic.
+the product of all factors, `--domains` that of the factors that matter when ranks see different
+traffic.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from engine.config import CapacityConfig, RequestPhase
 ORDERS = ("score", "random", "first", "last")
 CONSENSUS = ("global", "quota", "local")
 POLICIES = ("token_drop", "expanded_drop")
-# In a label, a factor that has its default value goes without saying.
-_UNSAID = CapacityConfig()
+# A label omits factors with their default value.
+_DEFAULT = CapacityConfig()
 
 
 def default_grid(
@@ -28,7 +29,7 @@ def default_grid(
     scopes: Sequence[str] = ("expert", "rank"),
     phases: Sequence[RequestPhase] = ("prefill",),
 ) -> list[CapacityConfig]:
-    """The front at `gammas`, and one factor varied at a time at each of `factor_gammas`."""
+    """Return the front at `gammas`, and one factor varied at a time at each of `factor_gammas`."""
     found = [
         _setting(phases, policy=policy, scope=scope, factor=gamma)
         for policy, scope, gamma in itertools.product(POLICIES, scopes, gammas)
@@ -49,7 +50,7 @@ def domain_grid(
     scopes: Sequence[str] = ("expert", "rank"),
     phases: Sequence[RequestPhase] = ("prefill",),
 ) -> list[CapacityConfig]:
-    """Every consensus at every gamma: Token Drop in each scope, Expanded Drop by expert."""
+    """Return every consensus at every gamma: Token Drop in each scope, Expanded Drop by expert."""
     combinations = [("token_drop", scope) for scope in scopes] + [("expanded_drop", "expert")]
     found = [
         _setting(phases, policy=policy, scope=scope, factor=gamma, consensus=name)
@@ -64,7 +65,7 @@ def full_grid(
     scopes: Sequence[str] = ("expert", "rank"),
     phases: Sequence[RequestPhase] = ("prefill",),
 ) -> list[CapacityConfig]:
-    """The product of policy, order, gamma, consensus and scope, with each kind of extras."""
+    """Return the product of policy, order, gamma, consensus and scope, with each kind of extras."""
     found = []
     for scope, name, order, gamma in itertools.product(scopes, CONSENSUS, ORDERS, gammas):
         drop = _setting(
@@ -78,15 +79,15 @@ def full_grid(
 
 
 def label(setting: CapacityConfig) -> str:
-    """A short name that tells settings of one report apart: `token_drop 1.5 rank quota`."""
+    """Return a short name, unique in one report: `token_drop 1.5 rank quota`."""
     if setting.policy == "none":
         return "dropless"
     words = [setting.policy, str(setting.factor), setting.scope]
     for name in ("order", "consensus"):
-        if (value := getattr(setting, name)) != getattr(_UNSAID, name):
+        if (value := getattr(setting, name)) != getattr(_DEFAULT, name):
             words.append(value)
     for name in ("tiers", "extras", "expand"):
-        if (value := getattr(setting, name)) != getattr(_UNSAID, name):
+        if (value := getattr(setting, name)) != getattr(_DEFAULT, name):
             words.append(f"{name}={value}")
     if setting.renormalize:
         words.append("renormalize")
@@ -94,7 +95,7 @@ def label(setting: CapacityConfig) -> str:
 
 
 def to_json(setting: CapacityConfig) -> dict[str, Any]:
-    """The setting as JSON can hold it; `from_json` of it is equal."""
+    """Return the setting as JSON values; `from_json` undoes it."""
     return {**asdict(setting), "phases": list(setting.phases)}
 
 

@@ -1,4 +1,4 @@
-"""How much faster the MoE layers can have become: arithmetic on the recorded loads.
+"""Speed bound of the MoE layers: arithmetic on the recorded loads.
 
 A layer takes as long as its most loaded rank, so over the layer calls of a run
 
@@ -25,38 +25,36 @@ from engine.distributed.groups import expert_range
 
 @dataclass(frozen=True, slots=True)
 class CallLoads:
-    """One layer call: rows each rank sends to each expert, int64 [W, E], before capacity and after
-    it, extras included.
-    """
+    """Rows that each rank sends to each expert in one layer call, int64."""
 
-    before_WE: np.ndarray
-    after_WE: np.ndarray
+    before_WE: np.ndarray  # before capacity
+    after_WE: np.ndarray  # after it, extras included
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """bound: S. perfect: P; both 1.0 where nothing was recorded. See the module's formulas."""
+    """The module's formulas; 1.0 where nothing was recorded."""
 
-    bound: float
-    perfect: float
+    bound: float  # S
+    perfect: float  # P
 
     @property
     def share_of_perfect(self) -> float | None:
-        """None where the loads are balanced already, so that there is nothing to gain."""
+        """Share of perfect balance; None where the loads are balanced already."""
         if self.perfect <= 1.0:
             return None
         return (1 - 1 / self.bound) / (1 - 1 / self.perfect)
 
 
 def rank_rows(counts_WE: np.ndarray) -> np.ndarray:
-    """Rows each rank's experts receive, int64 [W], experts placed contiguously."""
+    """Return rows that each rank's experts receive, int64 [W], experts placed contiguously."""
     num_ranks, num_experts = counts_WE.shape
     starts = [expert_range(num_experts, num_ranks, rank)[0] for rank in range(num_ranks)]
     return np.add.reduceat(counts_WE.sum(0), starts)
 
 
 def speed(calls: Sequence[CallLoads]) -> Speed:
-    """S and P over the layer calls of a run."""
+    """Return S and P over the layer calls of a run."""
     before = [rank_rows(call.before_WE) for call in calls]
     slowest = sum(int(rows_W.max()) for rows_W in before)
     slowest_after = sum(int(rank_rows(call.after_WE).max()) for call in calls)
@@ -69,10 +67,11 @@ def speed(calls: Sequence[CallLoads]) -> Speed:
 def merge_calls(
     before: Sequence[Sequence[Sequence[int]]], after: Sequence[Sequence[Sequence[int]]]
 ) -> list[CallLoads]:
-    """Put the ranks' records together.
+    """Combine the ranks' records.
 
-    before: [calls][W][E]. after: [W][calls][E], each rank's own rows, extras included, which the
-    other ranks do not know.
+    Args:
+        before: [calls][W][E].
+        after: [W][calls][E], each rank's own rows, extras included, unknown to other ranks.
 
     Raises:
         ValueError: ranks that recorded different numbers of calls.
@@ -86,10 +85,10 @@ def merge_calls(
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (speed, quality) that no other point beats, slowest first.
+    """Return indices of the Pareto front of points (speed, quality), slowest first.
 
-    A point is beaten by one that is at least as good in both and better in one; of equal points the
-    first stays.
+    A point is off the front if another is at least as good in both and better in one; of equal
+    points the first is kept.
     """
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1], i))
     kept, best = [], float("-inf")

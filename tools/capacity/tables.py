@@ -1,4 +1,4 @@
-"""The report's text: a table a panel for the terminal, Markdown, records for the JSON line."""
+"""The report's text: a table per panel for the terminal, Markdown, records for the JSON line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from capacity.settings import to_json
 from capacity.speed import front
 
 LEGEND = """\
-loss            nats a token of the text excerpts; +- is the paired standard error of the change
+loss            nats per token of the text excerpts; +- is the paired standard error of the change
 tasks           right answers in %, mean of the tasks; +- as above, in points
-dropped, mass   share of the competing assignments dropped; of their combine weights kept
-orphans         competing tokens that kept no expert, over all layers, in %
+dropped, mass   share of the assignments under capacity dropped; of their combine weights kept
+orphans         tokens under capacity that kept no expert, over all layers, in %
 bound           S: the most loaded rank's rows before capacity over those after it
 balance         (1 - 1/S) / (1 - 1/P), P: what perfect balance without drops would give
 front           on the Pareto front of tasks (T) or loss (L) against the speed bound"""
@@ -29,7 +29,7 @@ _HEADER += ["orphans", "bound", "balance", "front"]
 
 
 def panel_text(panel: Panel) -> str:
-    """A panel's title, batch line and table."""
+    """Return a panel's title, batch line and table."""
     fronts = {measure: set(indices) for measure, indices in panel_fronts(panel).items()}
     rows = []
     for index, result in enumerate(panel.results):
@@ -66,23 +66,23 @@ def panel_text(panel: Panel) -> str:
 
 
 def batch_line(panel: Panel) -> str:
-    """What the job holds and how it was batched, in words."""
+    """Return the contents of the job and its steps as text."""
     job = composition(panel.items, panel.ranks)
     items, tokens = job["items"], job["prompt_tokens"]
     assert isinstance(items, dict) and isinstance(tokens, dict)
     parts = ", ".join(f"{items[name]} {name} ({tokens[name]:,} tokens)" for name in sorted(items))
     steps = batch_steps(panel)
     ran = f"; {len(steps)} steps under capacity of {_range(steps)} tokens" if steps else ""
-    return f"{parts}; prompt tokens a rank: {_range(job['rank_prompt_tokens'])}{ran}"
+    return f"{parts}; prompt tokens per rank: {_range(job['rank_prompt_tokens'])}{ran}"
 
 
 def batch_steps(panel: Panel) -> list[int]:
-    """Tokens of each step in which capacity applied, all ranks together."""
+    """Return tokens of each step in which capacity applied, all ranks together."""
     return max((result.tokens for result in panel.results), key=len)
 
 
 def panel_fronts(panel: Panel) -> dict[str, list[int]]:
-    """Indices of the results on the Pareto front of `tasks` and of `loss` against speed bound.
+    """Return indices of the results on the Pareto fronts of `tasks` and `loss` by speed bound.
 
     A setting that makes the layers slower than dropless is on neither.
     """
@@ -100,13 +100,13 @@ def panel_fronts(panel: Panel) -> dict[str, list[int]]:
 
 
 def orphan_share(result: Result) -> float:
-    """Orphans over tokens and layers that competed."""
+    """Return orphans over tokens subject to capacity, over all layers."""
     top_k = result.top_k
     return result.orphans * top_k / result.assignments if result.assignments else 0.0
 
 
 def markdown(panels: Sequence[Panel]) -> str:
-    """One Markdown table of all panels, for a README."""
+    """Return one Markdown table of all panels."""
     header = ["model, ranks", "policy", "order", "scope", "consensus", "gamma", "loss", "tasks %"]
     header += ["dropped", "speed bound", "measured"]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
@@ -136,7 +136,7 @@ def markdown(panels: Sequence[Panel]) -> str:
 
 
 def panel_record(panel: Panel, reference_check: dict[str, Any] | None) -> dict[str, Any]:
-    """A panel for the JSON line."""
+    """Return a panel for the JSON line."""
     fronts = panel_fronts(panel)
     steps = batch_steps(panel)
     return {

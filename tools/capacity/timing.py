@@ -1,10 +1,10 @@
-"""Measured layer speedup: the recorded rows, timed on virtual ranks beside the bound.
+"""Measured layer speedup: the recorded rows, timed on simulated ranks, to compare with the bound.
 
-`bench/virtual.py` runs each rank's own work (pack, experts, combine) alone on all cores; a layer
-takes as long as its slowest rank. Timed are the layers of the fullest step, before capacity and
-after it in turns, at a layer shape of one's choice and rows scaled down in proportion: the tiny
+`bench/simulated_layer.py` runs each rank's own work (pack, experts, combine) alone on all cores; a
+layer takes as long as its slowest rank. The layers of the fullest step are timed in turns, before
+and after capacity, at a chosen layer shape and with rows scaled down in proportion: the tiny
 checkpoints' own experts are too small to be bound by their rows. The all-to-alls, whose bytes
-capacity also cuts, are left out, so the figure says what the experts' work gains and no more.
+capacity also cuts, are left out, so the figure is the gain of the experts' work alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from bench.moe_case import MoEShape
-from bench.virtual import VirtualLayer
+from bench.simulated_layer import SimulatedLayer
 
 from capacity.panel import Panel, Result
 from capacity.speed import CallLoads
@@ -28,19 +28,19 @@ ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedShape:
-    """The layer that is timed: hidden and expert dims, and tokens of a step over all ranks."""
+    """The layer that is timed."""
 
     hidden: int
     ffn: int
-    tokens: int
+    tokens: int  # of a step over all ranks
 
     @property
     def text(self) -> str:
-        """For the table's legend."""
+        """The shape in the table's legend."""
         cores = len(os.sched_getaffinity(0))
         return (
-            f"virtual ranks (each rank's work alone on {cores} cores, the slowest counts, no "
-            f"all-to-all), hidden {self.hidden}, ffn {self.ffn}, {self.tokens:,} tokens a step"
+            f"simulated ranks (each rank's work alone on {cores} cores, the slowest counts, no "
+            f"all-to-all), hidden {self.hidden}, ffn {self.ffn}, {self.tokens:,} tokens per step"
         )
 
 
@@ -58,9 +58,9 @@ def time_panel(panel: Panel, shape: TimedShape, *, everything: bool = False) -> 
 
 
 def measured_speedup(result: Result, shape: TimedShape, ranks: int) -> float:
-    """Seconds of the fullest step's layers before capacity over those after it."""
+    """Return seconds of the fullest step's layers before capacity over those after it."""
     calls = scaled(fullest_step(result), shape.tokens * result.top_k)
-    layer = VirtualLayer(
+    layer = SimulatedLayer(
         MoEShape(
             hidden=shape.hidden,
             ffn=shape.ffn,
@@ -78,14 +78,14 @@ def measured_speedup(result: Result, shape: TimedShape, ranks: int) -> float:
 
 
 def fullest_step(result: Result) -> list[CallLoads]:
-    """The layer calls of the first of the steps that ran most tokens."""
+    """Return the layer calls of the step with most tokens, the first of several."""
     num_layers = len(result.calls) // len(result.tokens)
     step = result.tokens.index(max(result.tokens))
     return result.calls[step * num_layers : (step + 1) * num_layers]
 
 
 def scaled(calls: Sequence[CallLoads], rows: int) -> list[CallLoads]:
-    """The same loads in proportion, about `rows` rows before capacity; never more than there are.
+    """Return the loads scaled to about `rows` rows before capacity; never scaled up.
 
     Raises:
         ValueError: nothing would be left.

@@ -1,7 +1,7 @@
 """Worker: one rank of the engine, loaded once, run under one capacity setting after another.
 
-Started by tools/capacity_report.py as every contender of a bench is, see `bench/contender.py`; the
-weights are read once for all settings.
+Started as every candidate of a bench, see `bench/candidate.py`; the weights are read once for all
+settings.
 """
 
 from __future__ import annotations
@@ -15,8 +15,15 @@ class Worker:
     """Holds the engine and this rank's requests."""
 
     def load(self, config: str, settings: list[str], items: list[dict[str, Any]]) -> dict[str, Any]:
-        """config: as for `--config`. settings: `section.key=value`. items: `rank`, `index`,
-        `prompt` and `new_tokens` of every request; 0 new tokens: it is scored. Collective.
+        """Load the model and this rank's requests.
+
+        Args:
+            config: as for `--config`.
+            settings: `section.key=value`.
+            items: `rank`, `index`, `prompt` and `new_tokens` of every request; 0 new tokens: it is
+                scored.
+
+        Collective.
         """
         from engine.config.loader import load_config
         from engine.llm import LLM
@@ -48,9 +55,10 @@ class Worker:
         """Run the whole job under one setting. Collective over all ranks.
 
         Returns `scored`, index and negative log-likelihood of every excerpt; `generated`, index and
-        new tokens of every prompt; `mass`, what capacity did to this rank's requests; `layers` of
-        the run's report; and the loads of every layer call that capacity applied to, in order:
-        `after`, this rank's rows to each expert, and on rank 0 `before`, every rank's, int [W][E].
+        new tokens of every prompt; `mass`, the gate mass of this rank's requests before and after
+        capacity; `layers` of the run's report; and the loads of every layer call that capacity
+        applied to, in order: `after`, this rank's rows to each expert, and on rank 0 `before`,
+        every rank's, int [W][E].
         """
         from capacity.settings import from_json
         from engine.generation.request_source import ListSource

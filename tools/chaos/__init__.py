@@ -1,1 +1,1 @@
-"""What `tools/soak.py` is made of: faults, the job they hit, and the check of its records."""
+"""Parts of `tools/soak.py`: faults, the job they hit, and the check of its records."""

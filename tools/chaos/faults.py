@@ -1,11 +1,11 @@
-"""Which fault comes next: a seeded choice, pure.
+"""Faults and their seeded sequence. Pure.
 
 kill_rank    SIGKILL of one rank               kill_agent  SIGKILL of torchrun's agent
 stop_rank    SIGSTOP of one rank, for good     pause_rank  SIGSTOP, SIGCONT a moment later
 term_agent   SIGTERM of the agent, as a batch system does at the end of its time
-disk_full    the output's file system has no byte left, until the run has ended
+disk_full    the output's file system is full until the run has ended
 slow_link    the ranks' network has a small rate for some seconds
-torn_tail    SIGKILL of the agent; the end of a part is then cut off, as by a loss of power
+torn_tail    SIGKILL of the agent; the end of a ledger shard is then cut off, as by a loss of power
 """
 
 from __future__ import annotations
@@ -24,51 +24,47 @@ KINDS = (
     "slow_link",
     "torn_tail",
 )
-# The run goes on as if nothing had happened, or at least may.
+# The run may continue.
 SURVIVABLE = ("pause_rank", "slow_link")
 # torchrun itself ends, so that it cannot start the ranks again.
 ENDS_AGENT = ("kill_agent", "term_agent", "torn_tail")
 RATES = ("20mbit", "2mbit", "200kbit", "20kbit")
-_EARLY = 0.25  # of the faults come while the ranks start
+_EARLY = 0.25  # share of the faults while the ranks start
 _START_S = 4.0
 _WORK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault. early: counted from the start of the ranks, else from the first record they write.
-
-    after_s: seconds from there. victim: a rank, as a fraction of their number. held_s: how long a
-    pause or a slow link lasts. rate: of the link, as tc writes it. torn: bytes cut off.
-    """
+    """One fault."""
 
     kind: str
-    early: bool
-    after_s: float
-    victim: float
-    held_s: float
-    rate: str
-    torn: int
+    early: bool  # counted from the start of the ranks, else from their first record
+    after_s: float  # seconds from there
+    victim: float  # a rank, as a fraction of their number
+    held_s: float  # duration of a pause or a slow link
+    rate: str  # of the link, as tc writes it
+    torn: int  # bytes cut off
 
     def rank(self, num_ranks: int) -> int:
-        """The victim among so many ranks."""
+        """Return the victim among `num_ranks` ranks."""
         return int(self.victim * num_ranks)
 
 
 def faults(seed: int, kinds: Collection[str] = KINDS) -> Iterator[Fault]:
-    """An endless sequence, the same for a seed: each kind once in every `len(kinds)` faults."""
-    chance = random.Random(seed)
+    """Yield an endless sequence fixed by the seed: each kind once per `len(kinds)` faults."""
+    rng = random.Random(seed)
     while True:
         deck = [kind for kind in KINDS if kind in kinds]
-        chance.shuffle(deck)
+        rng.shuffle(deck)
         for kind in deck:
-            early = chance.random() < _EARLY and kind != "torn_tail"  # there must be a tail
+            early = rng.random() < _EARLY and kind != "torn_tail"  # there must be a tail
             yield Fault(
                 kind=kind,
                 early=early,
-                after_s=chance.uniform(0.0, _START_S if early else _WORK_S),
-                victim=chance.random(),
-                held_s=chance.uniform(0.2, 1.0) if kind == "pause_rank" else chance.uniform(1, 4),
-                rate=chance.choice(RATES),
-                torn=chance.randint(1, 80),
+                after_s=rng.uniform(0.0, _START_S if early else _WORK_S),
+                victim=rng.random(),
+                held_s=rng.uniform(0.2, 1.0) if kind == "pause_rank" else rng.uniform(1, 4),
+                rate=rng.choice(RATES),
+                torn=rng.randint(1, 80),
             )

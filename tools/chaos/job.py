@@ -7,8 +7,8 @@ import random
 import sys
 from pathlib import Path
 
+from bench.environment_record import REPOSITORY
 from bench.parts import part_files
-from bench.stamp import REPOSITORY
 
 _SCRIPT = REPOSITORY / "launch" / "infer.py"
 _MODEL = REPOSITORY / "configs" / "checkpoints" / "tiny_mixtral"
@@ -16,7 +16,7 @@ _WORDS = ("def", "f(x):", "return", "x", "+", "1", "the", "value", "of", "sum(",
 
 
 class Job:
-    """Files in `folder`: config.yaml and in.jsonl; outputs go wherever they are asked for."""
+    """Files in `folder`: config.yaml and in.jsonl; outputs go to any path."""
 
     def __init__(self, folder: Path, num_requests: int, timeout_s: float) -> None:
         self.num_requests = num_requests
@@ -29,29 +29,29 @@ class Job:
             "sampling: {ignore_eos: true}\n"
             f"runtime: {{device: cpu, timeout_s: {timeout_s}, threads: 1}}\n"
         )
-        chance = random.Random(0)
+        rng = random.Random(0)
         lines = []
         for number in range(num_requests):
-            prompt = " ".join(chance.choices(_WORDS, k=chance.randint(1, 40)))
-            request = {"id": f"r{number}", "prompt": prompt, "max_tokens": chance.randint(2, 24)}
+            prompt = " ".join(rng.choices(_WORDS, k=rng.randint(1, 40)))
+            request = {"id": f"r{number}", "prompt": prompt, "max_tokens": rng.randint(2, 24)}
             lines.append(json.dumps(request))
         lines[num_requests // 2] = lines[num_requests // 2][:-1]  # an error record
         self._input.write_text("\n".join(lines) + "\n")
 
     def command(self, output: Path) -> list[str]:
-        """The script and its arguments."""
+        """Return the script and its arguments."""
         files = ["--input", str(self._input), "--output", str(output)]
         return [str(_SCRIPT), "--config", str(self._config), *files]
 
 
 def torchrun(num_ranks: int, max_restarts: int) -> list[str]:
-    """Torchrun's command line, up to the script."""
+    """Return torchrun's command line, up to the script."""
     module = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*module, f"--nproc-per-node={num_ranks}", f"--max-restarts={max_restarts}"]
 
 
 def tear(output: Path, num_bytes: int) -> bool:
-    """Cut the end off the largest part; False where there is nothing to cut."""
+    """Cut the end off the largest ledger shard; return False where there is nothing to cut."""
     parts = [part for part in part_files(output) if part.stat().st_size]
     if not parts:
         return False
@@ -62,5 +62,5 @@ def tear(output: Path, num_bytes: int) -> bool:
 
 
 def read_lines(output: Path) -> list[str]:
-    """The records of a complete output, one a line."""
+    """Return the records of a complete output, one per line."""
     return output.read_text(encoding="utf-8").splitlines()

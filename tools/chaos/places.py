@@ -18,13 +18,13 @@ _BALLAST = "ballast"
 
 
 def is_root() -> bool:
-    """Whether file systems and namespaces can be made."""
+    """Return whether file systems and namespaces can be made."""
     return os.geteuid() == 0
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A file system of its own at `folder`; taken down on leaving."""
+    """Mount a small file system at `folder`; unmount it on leaving."""
     folder.mkdir()
     options = f"size={_SIZE_MIB}m"
     _call("mount", "-t", "tmpfs", "-o", options, "lockstep-soak", str(folder))
@@ -35,7 +35,7 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def fill(folder: Path) -> None:
-    """Leave no byte free."""
+    """Fill the file system."""
     ballast = os.open(folder / _BALLAST, os.O_WRONLY | os.O_CREAT)
     try:
         for size in (1 << 20, 1 << 12, 1):
@@ -47,7 +47,7 @@ def fill(folder: Path) -> None:
 
 
 def free(folder: Path) -> None:
-    """Give the room back."""
+    """Free the space again."""
     (folder / _BALLAST).unlink(missing_ok=True)
 
 
@@ -71,14 +71,14 @@ class Network:
 
 @contextlib.contextmanager
 def network() -> Iterator[Network | None]:
-    """A network for the ranks alone; None where there can be none."""
+    """Yield a network for the ranks alone; None where it cannot be made."""
     if why_no_network():
         yield None
         return
     made = Network(f"lockstep-soak-{os.getpid()}")
     _call("ip", "netns", "add", made.name)
     try:
-        # Packets as on a wire: those of a loopback are larger than what the filter lets pass.
+        # Ethernet's MTU: a loopback's packets are larger than the filter accepts.
         _call("ip", "-n", made.name, "link", "set", "lo", "mtu", "1500", "up")
         yield made
     finally:
@@ -86,7 +86,7 @@ def network() -> Iterator[Network | None]:
 
 
 def why_no_network() -> str:
-    """What is missing for a network of one's own; "" for nothing."""
+    """Return what is missing to make a network; "" for nothing."""
     if not is_root():
         return "making a network namespace needs root"
     if missing := [name for name in ("ip", "tc") if shutil.which(name) is None]:

@@ -1,4 +1,4 @@
-"""Ranks of a torchrun agent, found and watched from outside, by /proc."""
+"""Ranks of a torchrun agent, found and observed through /proc."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PROC = Path("/proc")
 
 
 def ranks_of(agent: int) -> dict[int, int]:
-    """The agent's workers that are alive: process id by rank."""
+    """Return the agent's workers that are alive: process id by rank."""
     found = {}
     for entry in _PROC.iterdir():
         if not entry.name.isdigit():
@@ -30,7 +30,7 @@ def ranks_of(agent: int) -> dict[int, int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and has not ended."""
+    """Return whether a process exists and has not ended."""
     try:
         return _state(_PROC / str(pid)) not in ("Z", "X")
     except OSError:
@@ -38,7 +38,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until_gone(pids: Collection[int], within_s: float) -> bool:
-    """Wait until none of the processes is alive; False when time is up."""
+    """Wait until none of the processes is alive; return False at the time limit."""
     deadline = time.monotonic() + within_s
     while any(map(alive, pids)):
         if time.monotonic() >= deadline:
@@ -48,7 +48,7 @@ def wait_until_gone(pids: Collection[int], within_s: float) -> bool:
 
 
 def send(pid: int, signum: signal.Signals) -> None:
-    """Send a signal to a process that may be gone."""
+    """Send a signal to a process that may have ended."""
     with suppress(ProcessLookupError):
         os.kill(pid, signum)
 

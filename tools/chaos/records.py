@@ -1,4 +1,4 @@
-"""Are the records of a disturbed job those of the undisturbed one? Pure, on the lines of both."""
+"""Compares the records of a disturbed job with those of an undisturbed one. Pure."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What greedy decoding fixes; timings and capacity are a run's own.
+# Fixed by greedy decoding; timings and capacity differ between runs.
 FIELDS = ("text", "token_ids", "finish_reason", "usage", "error")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Ids that are missing, there more than once, changed, or of no request; and the order."""
+    """Ids of wrong records, and whether the order is right."""
 
-    lost: tuple[str, ...]
-    doubled: tuple[str, ...]
-    differing: tuple[str, ...]
-    strange: tuple[str, ...]
+    lost: tuple[str, ...]  # missing
+    doubled: tuple[str, ...]  # present more than once
+    differing: tuple[str, ...]  # with other contents
+    strange: tuple[str, ...]  # of no request
     in_order: bool
 
     @property
     def same(self) -> bool:
-        """Whether nothing at all is wrong."""
+        """Whether nothing is wrong."""
         problems = (self.lost, self.doubled, self.differing, self.strange)
         return self.in_order and not any(problems)
 

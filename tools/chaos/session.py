@@ -1,4 +1,4 @@
-"""A torchrun agent and its ranks, one fault after the other done to them, and what came of each."""
+"""A torchrun agent and its ranks: injects faults one after the other, observes the outcomes."""
 
 from __future__ import annotations
 
@@ -20,30 +20,26 @@ from chaos.job import tear, torchrun
 from chaos.places import Network
 from chaos.processes import alive, ranks_of, send, wait_until_gone
 
-_START_S = 30.0  # of an agent, to have started its ranks
-_WORK_S = 60.0  # of the ranks, to write a first record
-_HEAL_S = 60.0  # of the ranks, to go on after a fault that they may survive
+_START_S = 30.0  # limit for the agent to start its ranks
+_WORK_S = 60.0  # limit for the ranks' first record
+_HEAL_S = 60.0  # limit for the ranks to continue after a survivable fault
 _TAIL = 4000
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a fault led to. injected: False where the job had ended before its moment.
-
-    gone_s: from the fault to the last rank's end. back_s: to the start of the next ranks by the
-    same agent. Both None where the ranks went on. hang: what did not end in time, "" for nothing.
-    """
+    """Outcome of a fault."""
 
     fault: Fault
     num_ranks: int
-    injected: bool
-    gone_s: float | None = None
-    back_s: float | None = None
-    hang: str = ""
+    injected: bool  # False where the job had ended before
+    gone_s: float | None = None  # until the last rank ended; None: the ranks continued
+    back_s: float | None = None  # until the same agent restarted ranks
+    hang: str = ""  # what did not end in time, "" for nothing
 
 
 class Session:
-    """One `torchrun` of a job. Use as a context manager: nothing of it stays behind."""
+    """One `torchrun` of a job. A context manager: on leaving, all its processes are ended."""
 
     def __init__(
         self,
@@ -56,9 +52,12 @@ class Session:
         network: Network | None,
         disk: Path | None,
     ) -> None:
-        """bound_s: within which all ranks must have ended after a fault.
+        """Start the agent.
 
-        disk: the small file system that `output` is on, if it is on one.
+        Args:
+            bound_s: within which all ranks must have ended after a fault.
+            network: that of the ranks; None: the host's.
+            disk: the small file system that `output` is on; None: not on one.
         """
         self.num_ranks = num_ranks
         self._output, self._bound_s = output, bound_s
@@ -98,18 +97,18 @@ class Session:
 
     @property
     def log(self) -> str:
-        """What agent and ranks have printed so far."""
+        """Output of agent and ranks so far."""
         return "".join(self._lines)
 
     def finish(self, within_s: float) -> int | None:
-        """The agent's exit code, None when it has not ended in time."""
+        """Return the agent's exit code, None when it has not ended in time."""
         try:
             return self._agent.wait(within_s)
         except subprocess.TimeoutExpired:
             return None
 
     def hit(self, fault: Fault) -> Outcome:
-        """Wait for the fault's moment, do it and wait until the ranks have ended or go on."""
+        """Wait for the fault's time, inject it and wait until the ranks have ended or continue."""
         ranks = self._moment(fault)
         if isinstance(ranks, str):
             return Outcome(fault, self.num_ranks, injected=False, hang=ranks)
@@ -119,7 +118,7 @@ class Session:
         except LookupError:  # the victim had ended by itself
             return Outcome(fault, self.num_ranks, injected=False)
         try:
-            if fault.kind in SURVIVABLE and self._goes_on(fault, ranks, undo):
+            if fault.kind in SURVIVABLE and self._continues(fault, ranks, undo):
                 return Outcome(fault, self.num_ranks, injected=True)
             return self._aftermath(fault, ranks, before)
         finally:
@@ -129,13 +128,13 @@ class Session:
         pids = list(ranks.values())
         victim = ranks[fault.rank(self.num_ranks)]
         if not wait_until_gone(pids, self._bound_s):
-            if fault.kind == "stop_rank" and self._was_leaving(victim, pids):
+            if fault.kind == "stop_rank" and self._was_exiting(victim, pids):
                 send(victim, signal.SIGCONT)
                 return Outcome(fault, self.num_ranks, injected=False)
             return Outcome(fault, self.num_ranks, injected=True, hang=self._stacks(pids))
         gone_s = time.monotonic() - before
         if fault.kind == "disk_full":
-            self._free()  # the next ranks find room
+            self._free()  # so that the next ranks can write
         back_s = None
         if fault.kind in ENDS_AGENT:
             if self.finish(self._bound_s) is None:
@@ -147,12 +146,12 @@ class Session:
             back_s = time.monotonic() - before
         return Outcome(fault, self.num_ranks, injected=True, gone_s=gone_s, back_s=back_s)
 
-    def _was_leaving(self, victim: int, pids: Sequence[int]) -> bool:
-        """Whether the job was complete and only the victim, stopped on its way out, is left."""
+    def _was_exiting(self, victim: int, pids: Sequence[int]) -> bool:
+        """Return whether the job was complete and only the victim, stopped at its exit, is left."""
         return self._output.exists() and [pid for pid in pids if alive(pid)] == [victim]
 
     def _moment(self, fault: Fault) -> dict[int, int] | str:
-        """The ranks, at the time of the fault; or what is wrong, "" if the job is over."""
+        """Return the ranks at the time of the fault; or what is wrong, "" if the job is over."""
         if not self._wait(lambda: len(self._find()) == self.num_ranks, _START_S):
             return f"the agent has not started {self.num_ranks} ranks in {_START_S:g} s"
         if not fault.early:
@@ -164,7 +163,7 @@ class Session:
         return "" if self.ended or len(ranks) < self.num_ranks else ranks
 
     def _wait(self, holds: Callable[[], bool], within_s: float) -> bool:
-        """Wait until it holds, the agent has ended (both True) or time is up (False)."""
+        """Wait until `holds` or the agent has ended (True), or until the time limit (False)."""
         deadline = time.monotonic() + within_s
         while not holds() and not self.ended:
             if time.monotonic() >= deadline:
@@ -173,7 +172,7 @@ class Session:
         return True
 
     def _inject(self, fault: Fault, ranks: dict[int, int]) -> Callable[[], None]:
-        """Do it; return what takes it back."""
+        """Inject the fault; return a function that removes it."""
         victim = ranks[fault.rank(self.num_ranks)]
         if fault.kind in ("kill_rank", "stop_rank", "pause_rank"):
             if not alive(victim):
@@ -184,7 +183,7 @@ class Session:
         elif fault.kind == "term_agent":
             self._agent.terminate()
         elif fault.kind == "slow_link":
-            assert self._network is not None, "such a fault is not chosen"
+            assert self._network is not None, "slow_link needs a network"
             self._network.slow(fault.rate)
             return self._network.restore
         elif self._disk is not None:
@@ -195,14 +194,14 @@ class Session:
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, 1))
         return lambda: None
 
-    def _goes_on(self, fault: Fault, ranks: dict[int, int], undo: Callable[[], None]) -> bool:
-        """Whether the ranks survive the fault, which is taken back after a while."""
+    def _continues(self, fault: Fault, ranks: dict[int, int], undo: Callable[[], None]) -> bool:
+        """Remove the fault after a while; return whether the ranks survive it."""
         wait_until_gone(ranks.values(), fault.held_s)
         undo()
         if fault.kind == "pause_rank":
             send(ranks[fault.rank(self.num_ranks)], signal.SIGCONT)
         begun = written(self._output)
-        # A rank that gives up takes the others with it; all that is asked is that something moves.
+        # A rank that times out ends the others; either progress or an end is right.
         self._wait(
             lambda: written(self._output) != begun or not all(map(alive, ranks.values())), _HEAL_S
         )
@@ -218,11 +217,11 @@ class Session:
         return ranks
 
     def _others(self, ranks: dict[int, int]) -> set[int]:
-        """Ranks that the agent has started since."""
+        """Return ranks that the agent has started since."""
         return set(self._find().values()) - set(ranks.values())
 
     def _stacks(self, pids: Sequence[int]) -> str:
-        """End the ranks with a stack each; return the end of the log."""
+        """End the ranks, each printing its stacks; return the end of the log."""
         left = [pid for pid in pids if alive(pid)]
         for pid in left:
             send(pid, signal.SIGCONT)

@@ -1,1 +1,1 @@
-"""The checks of tools/gpu_suite.py, one module a subject; each returns a list of `Check`."""
+"""The checks of tools/gpu_suite.py, one module per subject; each returns a list of `Check`."""

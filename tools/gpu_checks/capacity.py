@@ -25,9 +25,9 @@ SPEC = RouterSpec(num_experts=16, top_k=4, normalize=True)
 
 
 def check_capacity(device: torch.device) -> list[Check]:
-    """Every policy, consensus, scope and order, by gather and by radix."""
+    """Check every policy, consensus, scope and order, by gather and by radix."""
     generator = torch.Generator().manual_seed(0)
-    # Quantised logits make ties, the skew makes hot experts.
+    # Quantised logits make ties, the skew loads some experts more.
     logits_TE = torch.randint(0, 6, (TOKENS, 16), generator=generator) * 0.5
     logits_TE += torch.linspace(1.5, 0.0, 16)
     routing = route(logits_TE, SPEC)
@@ -59,20 +59,20 @@ def check_capacity(device: torch.device) -> list[Check]:
 
 
 def _differences(config: CapacityConfig, routing: Routing, device: torch.device) -> float:
-    """Assignments and extras that differ between the device and the CPU."""
+    """Return assignments and extras that differ between the device and the CPU."""
     here, there = (_decide(config, routing, place) for place in (torch.device("cpu"), device))
     return float((here != there).sum())
 
 
 @torch.inference_mode()
 def _decide(config: CapacityConfig, routing: Routing, device: torch.device) -> torch.Tensor:
-    alone = Group(0, 1, (0,), dist.GroupMember.WORLD)  # pyright: ignore[reportArgumentType]
+    single = Group(0, 1, (0,), dist.GroupMember.WORLD)  # pyright: ignore[reportArgumentType]
     agreement = CapacityAgreement(
         SPEC,
         config,
         layer=1,
         layout=ExpertLayout([0, SPEC.num_experts], 1),
-        collectives=GroupCollectives(alone),  # a group of one calls nothing
+        collectives=GroupCollectives(single),  # a group of one calls nothing
     )
     token_T = torch.arange(TOKENS, device=device)
     step = MoEStep.whole(token_T % 7, token_T // 7, (TOKENS,))

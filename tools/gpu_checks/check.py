@@ -1,4 +1,4 @@
-"""One checked fact: what was measured, which bound it had to keep, and whether it did."""
+"""One check: the measured value, its bound, and whether it passed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """A row of the suite's table. `passed` is None for what cannot run here; `note` says why."""
+    """A row of the suite's table."""
 
     group: str
     name: str
-    passed: bool | None
+    passed: bool | None  # None: it cannot run here, for the reason in `note`
     value: float | None = None
     bound: float | None = None
     note: str = ""
 
 
 def at_most(group: str, name: str, value: float, bound: float, note: str = "") -> Check:
-    """A value that must not exceed its bound; NaN fails."""
+    """Return the check of a value that must not exceed its bound; NaN fails."""
     return Check(group=group, name=name, passed=value <= bound, value=value, bound=bound, note=note)
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """||result - expected|| / ||expected|| in float64; inf for the wrong shape, inf or NaN."""
+    """Return ||result - expected|| / ||expected|| in float64; inf for a wrong shape or NaN."""
     result, expected = result.detach().cpu().double(), expected.detach().cpu().double()
     if result.shape != expected.shape or not bool(result.isfinite().all()):
         return float("inf")
@@ -37,10 +37,10 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def guarded(group: str, name: str, make: Callable[[], list[Check]]) -> list[Check]:
-    """The checks of `make`; whatever it raises becomes one failed check."""
+    """Return the checks of `make`; an exception becomes one failed check."""
     try:
         return make()
-    except Exception as error:  # the suite says what fails on a machine nobody has seen before
+    except Exception as error:  # the suite reports what fails on an unknown machine
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         return [

@@ -1,7 +1,7 @@
 """The whole engine on the device: every family against the CPU, memory, and one batch job.
 
-Engines run in worker processes of their own (bench/workers/generate_lockstep.py), one a device,
-which load one model after the other.
+Engines run in worker processes (`bench/workers/generate_lockstep.py`), one per device, which load
+one model after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contender import REPOSITORY, Contender, Running, start
+from bench.candidate import REPOSITORY, Candidate, Running, start
 from bench.jobs import make_job
 from make_random_checkpoint import FAMILIES, SIZES, make_checkpoint
 
@@ -30,7 +30,12 @@ BACKENDS = ("torch", "grouped_mm", "te")
 
 
 def check_engine(device: str, folder: Path, families: Sequence[str] = FAMILIES) -> list[Check]:
-    """Families, memory and the batch job. device: 'cuda' or 'cpu'. folder: for checkpoints."""
+    """Check families, memory and the batch job.
+
+    Args:
+        device: 'cuda' or 'cpu'.
+        folder: for checkpoints.
+    """
     for family in families:
         make_checkpoint(family, folder / family)
     found: list[Check] = []
@@ -105,7 +110,7 @@ def _outputs(
 
 
 def _check_job(cpu: Running, device: str, checkpoint: Path, folder: Path) -> list[Check]:
-    """The user's command under torchrun with one rank: on CUDA, one rank over NCCL."""
+    """Return the user's command under torchrun with one rank: on CUDA, one rank over NCCL."""
     expected = _outputs(cpu, str(checkpoint), "cpu", "float32")["tokens"]
     requests, completions = folder / "requests.jsonl", folder / "completions.jsonl"
     lines = [{"id": str(i), "prompt_token_ids": ids} for i, ids in enumerate(_prompts())]
@@ -136,7 +141,7 @@ def _check_job(cpu: Running, device: str, checkpoint: Path, folder: Path) -> lis
 
 
 def _check_memory(worker: Running, device: str, checkpoint: Path) -> list[Check]:
-    """Peak of the 57.7M-parameter model: weights + KV cache + 25%."""
+    """Return peak of the 57.7M-parameter model: weights + KV cache + 25%."""
     make_checkpoint("mixtral", checkpoint, size="bench")
     weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 2**20
     settings = [
@@ -160,8 +165,8 @@ def _check_memory(worker: Running, device: str, checkpoint: Path) -> list[Check]
     return [at_most("memory", f"peak on {device}", peak, 1.25 * budget, note)]
 
 
-def _engine(device: str) -> Contender:
-    return Contender(
+def _engine(device: str) -> Candidate:
+    return Candidate(
         name=f"engine on {device}",
         module="bench.workers.generate_lockstep",
         python=sys.executable,

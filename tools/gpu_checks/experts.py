@@ -27,7 +27,7 @@ TF32_BOUND = 2e-3
 
 
 def check_experts(device: torch.device) -> list[Check]:
-    """Every backend that runs here, float32 and bfloat16, even and skewed loads."""
+    """Check every backend that runs here, float32 and bfloat16, even and skewed loads."""
     found: list[Check] = []
     for dtype in BOUNDS:
         for backend in BACKENDS:

@@ -38,7 +38,7 @@ Case = tuple[str, Op, Op, list[torch.Tensor]]
 
 
 def check_kernels(device: torch.device) -> list[Check]:
-    """All ops in float32, bfloat16 and float16."""
+    """Check all ops in float32, bfloat16 and float16."""
     found: list[Check] = []
     for dtype, bound in BOUNDS.items():
         torch.manual_seed(0)

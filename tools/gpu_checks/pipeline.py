@@ -1,7 +1,7 @@
 """The MoE pipeline never stops the host: dispatch, experts and combine of every number of chunks,
 with CUDA's synchronising calls forbidden while they are queued.
 
-On one rank nothing travels; what is left is every kernel and copy that the host queues between one
+On one rank nothing is sent; what remains is every kernel and copy that the host queues between one
 chunk's dispatch and the next.
 """
 
@@ -32,8 +32,9 @@ BOUND = 1e-6
 
 
 def check_pipeline(device: torch.device) -> list[Check]:
-    """Every backend that runs here with 1, 2 and 3 chunks: no synchronising call, and the result of
-    one chunk.
+    """Check every backend that runs here with 1, 2 and 3 chunks.
+
+    There must be no synchronising call, and the result of one chunk.
     """
     found: list[Check] = []
     for backend in BACKENDS:
@@ -65,19 +66,20 @@ def _run(device: torch.device, backend: str, chunks: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x_TD = torch.randn(TOKENS, HIDDEN, generator=generator).to(device, torch.bfloat16)
     routing = layer.route(x_TD)
-    plans, weights_TM = layer.agree(routing, None)
-    pipeline: Any = layer._pipeline
+    decision, plans = layer.agree(routing, None)
+    weights_TM = decision.weights_TM
+    pipeline: Any = layer._pipelines[0]
     out = torch.empty(0)
     for _ in range(2):  # the first call compiles and tunes, which may synchronise
         with _no_sync(device) if out.numel() else nullcontext():
-            rows_AD = run_to_end(pipeline.steps(x_TD, weights_TM, plans, NoClock()))
-            out = combine_rows(rows_AD, *plans[0].terms(weights_TM))
+            rows_SD = run_to_end(pipeline.steps(x_TD, weights_TM, plans, NoClock()))
+            out = combine_rows(rows_SD, *plans[0].terms(weights_TM))
     return out
 
 
 def _layer(device: torch.device, backend: str, chunks: int) -> MoELayer:
-    alone = Group(0, 1, (0,), None)  # pyright: ignore[reportArgumentType]
-    topology: Any = SimpleNamespace(expert=alone, tensor=alone, control=alone)
+    single = Group(0, 1, (0,), None)  # pyright: ignore[reportArgumentType]
+    topology: Any = SimpleNamespace(expert=single, tensor=single, control=single)
     router = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, normalize=True)
     config = MoEConfig(
         experts=ExpertsConfig(backend=backend),  # pyright: ignore[reportArgumentType]
@@ -101,7 +103,7 @@ def _layer(device: torch.device, backend: str, chunks: int) -> MoELayer:
 
 @contextmanager
 def _no_sync(device: torch.device) -> Iterator[None]:
-    """A synchronising CUDA call raises."""
+    """Make synchronising CUDA calls raise in the block."""
     if device.type != "cuda":
         yield
         return

@@ -1,7 +1,7 @@
-"""From the spans of a group to numbers: where the time went, what was lost, how loads fell. Pure.
+"""Sums over the spans of a group: time by phase, waiting, loads. Pure.
 
 Worked example, two ranks and one collective: rank 0 waits 6 of its span's 8 ms, rank 1 none of its
-2 ms. Waiting is 6 and 0 ms, transfer 2 and 2 ms; the step lost 3 ms, a mean rank's waiting.
+2 ms. Waiting is 6 and 0 ms, transfer 2 and 2 ms; the step lost 3 ms, the wait of a mean rank.
 
 Legend: W ranks, S steps, P phases, L MoE layers, E experts; D decoder layers + 1, the first of them
 being what is outside of the layers.
@@ -18,23 +18,18 @@ from straggler.run import BYTES, DURATION, LAYER, PHASE, TOKENS, WAITED, Group
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Where the ranks' time went. seconds_WP: all of it; waiting_WP: of it, for late ranks.
-    tokens_WP: that the phase worked on; bytes_WP: sent to other ranks; calls_WP: spans. lost_DP:
-    seconds that a mean rank waited. length_S, lost_S: seconds of each step from its first begin to
-    its last end, and that a mean rank waited in it. wall: seconds from the first step's begin to
-    the last one's end. num_tokens: prefill and decode of all ranks.
-    """
+    """Time of a group's ranks."""
 
-    seconds_WP: np.ndarray
-    waiting_WP: np.ndarray
-    tokens_WP: np.ndarray
-    bytes_WP: np.ndarray
-    calls_WP: np.ndarray
-    lost_DP: np.ndarray
-    length_S: np.ndarray
-    lost_S: np.ndarray
-    wall: float
-    num_tokens: tuple[int, int]
+    seconds_WP: np.ndarray  # all of it
+    waiting_WP: np.ndarray  # of it, waiting for late ranks
+    tokens_WP: np.ndarray  # processed by the phase
+    bytes_WP: np.ndarray  # sent to other ranks
+    calls_WP: np.ndarray  # number of spans
+    lost_DP: np.ndarray  # seconds that a mean rank waited
+    length_S: np.ndarray  # seconds of each step, from its first begin to its last end
+    lost_S: np.ndarray  # seconds that a mean rank waited in it
+    wall: float  # seconds from the first step's begin to the last one's end
+    num_tokens: tuple[int, int]  # prefill and decode of all ranks
 
     @property
     def waiting_share(self) -> float:
@@ -50,23 +45,23 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """How rows fell on experts and ranks. layers: the MoE layers. before_LE, after_LE: int64, rows
-    of every expert over all steps; after_LE is -1 where the expert's rank is missing.
-    imbalance_L2, imbalance_2: rows of the most loaded rank over the mean rank, both summed over
-    steps, before and after capacity; the second of all layers together, nan where ranks are
-    missing.
+    """Rows of experts and ranks over all steps, before and after capacity.
+
+    Imbalance is the rows of the most loaded rank over those of the mean rank, both summed over
+    steps; nan where ranks are missing.
     """
 
-    layers: list[int]
-    before_LE: np.ndarray
-    after_LE: np.ndarray
-    imbalance_L2: np.ndarray
-    imbalance_2: np.ndarray
+    layers: list[int]  # the MoE layers
+    before_LE: np.ndarray  # int64
+    after_LE: np.ndarray  # int64, -1 where the expert's rank is missing
+    imbalance_L2: np.ndarray  # before and after capacity
+    imbalance_2: np.ndarray  # of all layers together
 
     @property
     def drop_rate_L(self) -> np.ndarray:
-        """float64 [L]: rows before capacity that were not there after it, over those before; extras
-        count against drops. Experts whose rank is missing are left out.
+        """Dropped rows over those before capacity, float64 [L]; extras count against drops.
+
+        Experts whose rank is missing are left out.
         """
         known = self.after_LE >= 0
         before = np.where(known, self.before_LE, 0).sum(1)
@@ -109,7 +104,7 @@ def times(group: Group) -> Times:
 
 
 def known_waiting(table_N7: np.ndarray) -> np.ndarray:
-    """int64 [N]: nanoseconds of each span that were waiting, 0 where that is not known."""
+    """Return nanoseconds of waiting in each span, int64 [N]; 0 where unknown."""
     return table_N7[:, WAITED].clip(0, table_N7[:, DURATION])
 
 
@@ -140,7 +135,7 @@ def loads(group: Group) -> Loads:
 
 
 def _imbalance(rows_SLW: np.ndarray) -> tuple[np.ndarray, float]:
-    """The most loaded rank's rows over the mean rank's, of each layer and of all; 1 without rows.
+    """Return imbalance of each layer and of all together; 1 without rows.
 
     [[4, 0], [0, 2]], two steps of one layer on two ranks: (4 + 2) / (2 + 1) = 2.
     """
@@ -153,15 +148,15 @@ def _imbalance(rows_SLW: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def worst_step(group: Group, lost_S: np.ndarray) -> int:
-    """Index of the step that lost most to waiting; the run's first steps do not count."""
+    """Return the index of the step with most waiting; the run's first steps do not count."""
     return int(np.where(group.settled_S, lost_S, -1.0).argmax())
 
 
 def chosen_steps(lost_S: np.ndarray, limit: int, must: int) -> np.ndarray:
-    """int64, rising: indices of at most `limit` steps: half of them those that lost most, the rest
-    an even sample of all, and `must` in any case.
+    """Return ascending indices of at most `limit` steps, int64.
 
-    Six steps that lost 0, 9, 0, 0, 8, 0 with limit 4: 1 and 4 lost most, 0 and 5 are the sample.
+    Half of them those that lost most, the rest an even sample of all, and `must` in any case. Six
+    steps that lost 0, 9, 0, 0, 8, 0 with limit 4: 1 and 4 lost most, 0 and 5 are the sample.
     """
     num_steps = len(lost_S)
     if num_steps <= limit:
@@ -175,7 +170,7 @@ def chosen_steps(lost_S: np.ndarray, limit: int, must: int) -> np.ndarray:
 
 
 def binned(values_S: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """The index of the largest of each of at most `num_bins` runs of neighbours, and its value."""
+    """Return index and value of the largest in each of at most `num_bins` runs of neighbours."""
     edges = np.linspace(0, len(values_S), min(num_bins, len(values_S)) + 1).round().astype(np.int64)
     index = np.array(
         [

@@ -1,4 +1,4 @@
-"""Two runs side by side: the numbers a reader compares. Pure."""
+"""Comparison of two runs. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from straggler.run import Group
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """One run's side of the comparison, its loads and times already added up."""
+    """One run's sums of loads and times."""
 
     group: Group
     times: Times
@@ -21,18 +21,16 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the comparison. values: a number a run, None where a run has none; text where it
-    is no number. bars: whether the pair is drawn too.
-    """
+    """One line of the comparison."""
 
     name: str
     unit: str
-    values: tuple[float | str | None, float | str | None]
-    bars: bool = False
+    values: tuple[float | str | None, float | str | None]  # per run; None: it has none
+    bars: bool = False  # whether the pair is also drawn
 
 
 def compare(one: Measures, other: Measures) -> list[Row]:
-    """The comparison's lines; times of phases are a mean rank's, waiting apart."""
+    """Return the lines; times of phases are those of a mean rank without waiting."""
     both = one, other
 
     def row(name: str, unit: str, values: list[float | str | None], bars: bool = False) -> Row:
@@ -44,16 +42,16 @@ def compare(one: Measures, other: Measures) -> list[Row]:
         row("capacity policy", "", [each.group.ranks[0].header.policy for each in both]),
         row("steps", "", [len(each.group.steps_S) for each in both]),
         row("time of the steps", "s", [each.times.wall for each in both]),
-        row("tokens a second", "1/s", [each.times.tokens_per_second for each in both]),
+        row("tokens per second", "1/s", [each.times.tokens_per_second for each in both]),
         row("step, median", "ms", [_percentile(each, 50) for each in both]),
         row("step, 95th percentile", "ms", [_percentile(each, 95) for each in both]),
         row("waiting, of the time", "%", [100 * each.times.waiting_share for each in both]),
-        row("waiting", "ms a step", [*waiting], bars=True),
+        row("waiting", "ms per step", [*waiting], bars=True),
     ]
     for name in dict.fromkeys((*one.group.phases, *other.group.phases)):
         values = [_phase(each, name) for each in both]
         if any(values):
-            rows.append(row(name, "ms a step", values, bars=True))
+            rows.append(row(name, "ms per step", values, bars=True))
     for place, when in enumerate(("before capacity", "after capacity")):
         values = [_number(each.loads.imbalance_2[place]) for each in both]
         rows.append(row(f"most loaded rank over mean, {when}", "x", values))
@@ -65,7 +63,7 @@ def _percentile(measures: Measures, point: float) -> float:
 
 
 def _per_step(measures: Measures, seconds_W: np.ndarray) -> float:
-    """Milliseconds a step of a mean rank."""
+    """Return milliseconds per step of a mean rank."""
     return 1e3 * float(seconds_W.mean()) / len(measures.group.steps_S)
 
 

@@ -1,4 +1,4 @@
-"""What the page draws, as plain JSON: sums over all steps, and the spans of some steps.
+"""Data of the page as plain JSON: sums over all steps, and the spans of some steps.
 
 Times of spans count tenths of a microsecond from the step's begin, which is when the first rank
 began it.
@@ -33,28 +33,30 @@ def page_data(
     max_steps: int = MAX_STEPS,
     max_spans: int = MAX_SPANS,
 ) -> dict[str, Any]:
-    """Everything the page's script needs.
+    """Return everything that the page's script needs.
 
-    sentence: who came late, used where the report brings no verdict. other: the run to compare
-    with. step: the step to show first, by default the one that lost most.
+    Args:
+        sentence: the finding from the spans, shown where there is none in a report.
+        other: the run to compare with.
+        step: the step to show first, by default the one with most waiting.
 
     Raises:
         ValueError: a step that the ranks do not all have.
     """
     group, times, loads = measures.group, measures.times, measures.loads
     shown = worst_step(group, times.lost_S) if step is None else index_of(group, step)
-    verdict = report.verdict if report is not None else []
+    findings = report.findings if report is not None else []
     notes = list(group.notes)
     if report is not None and other is not None:
         notes.append(f"The report's figures are those of {group.name}.")
     if report is not None and 0 not in group.ranks[0].header.group:
-        notes.append("The report's verdict and drop rates are those of rank 0's group.")
+        notes.append("The report's findings and drop rates are those of rank 0's group.")
     return {
         "run": group.name,
         "subtitle": _subtitle(group, times),
         "notes": notes,
-        "verdict": verdict or [sentence],
-        "source": "the job's report" if verdict else "computed from the spans",
+        "findings": findings or [sentence],
+        "source": "the job's report" if findings else "computed from the spans",
         "facts": [] if report is None else report.facts,
         "phases": list(group.phases),
         "ranks": [[rank.header.rank, rank.header.host] for rank in group.ranks],
@@ -69,7 +71,7 @@ def page_data(
 
 
 def index_of(group: Group, step: int) -> int:
-    """The index of a step that was asked for.
+    """Return the index of a step.
 
     Raises:
         ValueError: not all ranks have it.
@@ -91,7 +93,7 @@ def _subtitle(group: Group, times: Times) -> str:
     return (
         f"{_count(len(group.ranks), 'rank')} on {_count(hosts, 'host')}, "
         f"{_count(len(steps), 'step')} ({steps[0]:,} to {steps[-1]:,}) in {times.wall:,.2f} s, "
-        f"{times.tokens_per_second:,.0f} tokens a second, capacity policy {header.policy}, "
+        f"{times.tokens_per_second:,.0f} tokens per second, capacity policy {header.policy}, "
         f"clocks agree within {error / 1e3:,.1f} \u00b5s"
     )
 
@@ -134,7 +136,7 @@ def _steps(
 
 
 def _ticks(table_n7: np.ndarray, start_ns: int) -> list[int]:
-    """One rank's step, 7 numbers a span, one after the other."""
+    """Return one rank's step, 7 numbers per span, one after the other."""
     ticks = table_n7.copy()
     # Ends are rounded, not durations, so that spans still touch.
     begins = ticks[:, OFFSET] + start_ns
@@ -172,7 +174,7 @@ def _loads(group: Group, loads: Loads) -> dict[str, Any]:
 
 def _layers(times: Times) -> dict[str, Any]:
     used = np.flatnonzero(times.lost_DP.any(1))
-    # Layers that lost nothing stand between those that did; outside of the layers comes first.
+    # Includes layers without waiting between others; the first row is outside of the layers.
     rows = np.arange(len(times.lost_DP)) if len(used) else used
     return {"layer": (rows - 1).tolist(), "lost": _rounded(times.lost_DP[rows])}
 
@@ -180,7 +182,7 @@ def _layers(times: Times) -> dict[str, Any]:
 def _drops(loads: Loads, report: JobReport | None) -> dict[str, Any]:
     if report is not None:
         return {
-            "source": "the job's report; of the assignments that competed for capacity",
+            "source": "the job's report; of the assignments subject to capacity",
             "layers": [asdict(drops) for drops in report.drops],
         }
     return {

@@ -2,8 +2,8 @@
 function drawText() {
   byId("run").textContent = `Stragglers of ${DATA.run}`;
   byId("subtitle").textContent = DATA.subtitle;
-  DATA.verdict.forEach((sentence) => html(byId("verdict"), "li", sentence));
-  byId("source").textContent = `Verdict ${DATA.source}.`.replace("Verdict the", "From the");
+  DATA.findings.forEach((sentence) => html(byId("findings"), "li", sentence));
+  byId("source").textContent = `Finding ${DATA.source}.`.replace("Finding the", "From the");
   DATA.facts.forEach(([name, text]) => {
     html(byId("facts"), "dt", name);
     html(byId("facts"), "dd", text);
@@ -76,7 +76,7 @@ function draw() {
   choose(gantt.index);
   drawRanks();
   drawLayers();
-  drawHeat();
+  drawExpertLoads();
 }
 
 drawText();

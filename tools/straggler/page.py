@@ -1,7 +1,7 @@
-"""Puts the page together: template, style and script from the files beside this one, and the data.
+"""Builds the page: template, style and script from the files in this folder, and the data.
 
-The page is one file and loads nothing. All text from the run travels in a JSON block and is set as
-text by the script, never as markup.
+The page is one file and loads nothing. All text from the run is in a JSON block and is set as text
+by the script, never as markup.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
-_SCRIPTS = ("util.js", "gantt.js", "strip.js", "bars.js", "heat.js", "main.js")
-# What would end a script element, or a line of JavaScript.
+_SCRIPTS = ("util.js", "gantt.js", "strip.js", "bars.js", "expert_loads.js", "main.js")
+# Characters that would end a script element, or a line of JavaScript.
 _ESCAPES = {
     "<": "\\u003c",
     ">": "\\u003e",
@@ -24,7 +24,7 @@ _ESCAPES = {
 
 
 def page(data: dict[str, Any]) -> str:
-    """Return the page. data: of `data.page_data`."""
+    """Return the page of `data.page_data`."""
     parts = {
         "title": html.escape(f"Lockstep stragglers: {data['run']}"),
         "style": _text("page.css"),
@@ -39,7 +39,7 @@ def page(data: dict[str, Any]) -> str:
 
 
 def embedded(data: Any) -> str:
-    """JSON that may stand inside a script element."""
+    """Return JSON that is safe inside a script element."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for character, escape in _ESCAPES.items():
         text = text.replace(character, escape)

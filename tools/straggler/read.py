@@ -22,9 +22,9 @@ from straggler.run import (
     NUM_COLUMNS,
     OFFSET,
     PHASE,
+    RankHeader,
     RankSpans,
     Run,
-    SpanFileHeader,
 )
 
 FORMAT, VERSION = "lockstep-spans", 1
@@ -42,21 +42,21 @@ _TYPES: dict[str, type] = {
     "num_local_experts": int,
     "policy": str,
 }
-# What all ranks of one run have in common.
+# Fields that are equal on all ranks of one run.
 _SHARED = ("world_size", "phases", "num_layers", "num_experts", "policy")
 _AGAIN = "clear the folder and run the job again"
 
 
 @dataclass(slots=True)
 class _Step:
-    """One line. table_N7: its spans. before, after: layer -> rows of each expert."""
+    """One line of a span file."""
 
     step: int
     start_ns: int
     prefill: int
     decode: int
-    table_N7: np.ndarray
-    before: dict[int, list[int]]
+    table_N7: np.ndarray  # its spans
+    before: dict[int, list[int]]  # layer -> rows of each expert
     after: dict[int, list[int]]
 
 
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
 
     Raises:
         ValueError: no span files, or one that is no span file or is damaged elsewhere than in its
-            last line; the text names the file, the line and what to do.
+            last line; the message names the file, the line and what to do.
     """
     files: dict[int, list[Path]] = {}
     for path in folder.glob("spans.rank*.jsonl"):
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
         )
     notes: list[str] = []
     ranks: list[RankSpans] = []
-    first: tuple[Path, SpanFileHeader] | None = None
+    first: tuple[Path, RankHeader] | None = None
     for number, paths in sorted(files.items()):
         paths.sort(key=lambda path: not path.name.endswith(".old.jsonl"))  # the older half first
         read = _read_rank(paths, notes, {rank.header.group for rank in ranks})
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
             continue
         if read.header.rank != number:
             raise ValueError(
-                f"{paths[-1]}:1: the header says rank {read.header.rank}, the file's name rank "
+                f"{paths[-1]}:1: the header has rank {read.header.rank}, the file's name rank "
                 f"{number}; give the file its own name back"
             )
         first = first or (paths[-1], read.header)
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> Run:
     return Run(name=folder.resolve().name, ranks=ranks, notes=notes)
 
 
-def _check_shared(first: tuple[Path, SpanFileHeader], path: Path, header: SpanFileHeader) -> None:
+def _check_shared(first: tuple[Path, RankHeader], path: Path, header: RankHeader) -> None:
     for name in _SHARED:
         one, other = getattr(first[1], name), getattr(header, name)
         if one != other:
@@ -108,10 +108,13 @@ def _check_shared(first: tuple[Path, SpanFileHeader], path: Path, header: SpanFi
 
 
 def _read_rank(paths: list[Path], notes: list[str], seen: set[tuple[int, ...]]) -> RankSpans | None:
-    """One rank's files, the older first; None where they hold no step. seen: groups some rank of
-    which has been read: all ranks of a group know the same loads before capacity.
+    """Read one rank's files, the older first; None where they hold no step.
+
+    Args:
+        seen: groups of which a rank has been read: all ranks of a group have the same loads before
+            capacity.
     """
-    header: SpanFileHeader | None = None
+    header: RankHeader | None = None
     steps: list[_Step] = []
     for path in paths:
         lines = _lines(path, notes)
@@ -138,7 +141,7 @@ def _read_rank(paths: list[Path], notes: list[str], seen: set[tuple[int, ...]]) 
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
-    """Line numbers and parsed lines; a torn last line becomes a note."""
+    """Yield line numbers and parsed lines; a torn last line becomes a note."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -159,7 +162,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _header(value: Any, path: Path) -> SpanFileHeader:
+def _header(value: Any, path: Path) -> RankHeader:
     where = f"{path}:1"
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(
@@ -179,13 +182,13 @@ def _header(value: Any, path: Path) -> SpanFileHeader:
             )
     fields = {name: value[name] for name in _TYPES}
     lists = {"group": tuple(value["group"]), "phases": tuple(map(str, value["phases"]))}
-    header = SpanFileHeader(**{**fields, **lists})
+    header = RankHeader(**{**fields, **lists})
     if header.rank not in header.group:
         raise ValueError(f"{where}: group {value['group']} lacks rank {header.rank}; {_AGAIN}")
     return header
 
 
-def _step(value: Any, where: str, header: SpanFileHeader) -> _Step:
+def _step(value: Any, where: str, header: RankHeader) -> _Step:
     """Check one step's line against the header."""
     try:
         numbers = [int(value[name]) for name in ("step", "start_ns", "prefill", "decode")]
@@ -213,11 +216,11 @@ def _step(value: Any, where: str, header: SpanFileHeader) -> _Step:
         ((table_N7[:, [OFFSET, DURATION]] >= 0).all(), "offsets and durations are at least 0"),
         (
             all(len(rows) == header.num_experts for rows in loads[0].values()),
-            f"before holds {header.num_experts} experts a layer",
+            f"before holds {header.num_experts} experts per layer",
         ),
         (
             all(len(rows) == header.num_local_experts for rows in loads[1].values()),
-            f"after holds {header.num_local_experts} experts a layer",
+            f"after holds {header.num_local_experts} experts per layer",
         ),
     )
     for holds, rule in rules:
@@ -226,7 +229,7 @@ def _step(value: Any, where: str, header: SpanFileHeader) -> _Step:
     return _Step(*numbers, table_N7, *loads)
 
 
-def _assemble(header: SpanFileHeader, steps: list[_Step], keep_before: bool) -> RankSpans:
+def _assemble(header: RankHeader, steps: list[_Step], keep_before: bool) -> RankSpans:
     layers = sorted({layer for step in steps for layer in step.after})
 
     def stacked(name: str, width: int) -> np.ndarray:

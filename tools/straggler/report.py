@@ -1,4 +1,4 @@
-"""Reads what the page needs of a job's *.report.json, which `engine/batch/progress.py` writes."""
+"""Reads what the page shows of a job's *.report.json (written by `engine/batch/`)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_AGAIN = "name the *.report.json that the job wrote beside its output"
+_AGAIN = "name the *.report.json that the job wrote next to its output"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerDrops:
-    """What capacity dropped in one layer; assignments are those that competed."""
+    """Drops of one layer."""
 
     layer: int
-    assignments: int
+    assignments: int  # those subject to capacity
     dropped: int
     orphans: int
     drop_rate: float
@@ -24,15 +24,15 @@ class LayerDrops:
 
 @dataclass(frozen=True, slots=True)
 class JobReport:
-    """verdict: sentences, the costliest first. facts: (name, text) of the whole job."""
+    """What the page shows of a report."""
 
-    verdict: list[str]
-    facts: list[tuple[str, str]]
+    findings: list[str]  # sentences, the costliest first
+    facts: list[tuple[str, str]]  # (name, text) of the whole job
     drops: list[LayerDrops]
 
 
 def read_report(path: Path, world_size: int) -> JobReport:
-    """Read a report and check that it is of a run of so many ranks.
+    """Read a report and check that it is of a run of `world_size` ranks.
 
     Raises:
         ValueError: it cannot be read, is no report, had nothing to run, or is of another run.
@@ -53,7 +53,7 @@ def read_report(path: Path, world_size: int) -> JobReport:
     try:
         ranks = run["ranks"]
         found = JobReport(
-            verdict=[str(each["text"]) for each in run.get("verdict", [])],
+            findings=[str(each["text"]) for each in run.get("verdict", [])],
             facts=_facts(value, run),
             drops=[_drops(layer) for layer in run["layers"]],
         )
@@ -75,7 +75,7 @@ def _facts(value: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
     for key in ("requests", "prompt_tokens", "generated_tokens"):
         if key in value:
             count, rate = int(value[key]), int(value[key]) / max(seconds, 1e-9)
-            facts.append((key.replace("_", " "), f"{count:,} ({rate:,.1f} a second)"))
+            facts.append((key.replace("_", " "), f"{count:,} ({rate:,.1f} per second)"))
     slowest = max(run["ranks"], key=lambda rank: float(rank.get("slowness", 1.0)), default=None)
     if slowest is not None and float(slowest.get("slowness", 1.0)) > 1:
         facts.append(

@@ -1,7 +1,7 @@
-"""A run's spans in memory: one record a rank, cut to the steps that a group of ranks share.
+"""A run's spans in memory: one record per rank, cut to the steps that a group of ranks share.
 
-Ranks of a group run in lockstep: what one loses by waiting, another has caused. Ranks of different
-groups have nothing to do with each other, so every view across ranks is of one group.
+Ranks of a group run in lockstep: the wait of one is caused by another. Ranks of different
+groups are independent, so every view across ranks is of one group.
 
 Legend: S steps, N spans of all steps, L MoE layers, E experts, e experts of one rank, W ranks.
 """
@@ -13,33 +13,31 @@ from functools import reduce
 
 import numpy as np
 
-# Columns of a table of spans: one row a span. Offsets count from the step's start; times are in
-# nanoseconds; WAITED is -1 where nobody knows it.
+# Columns of a table of spans: one row per span. Offsets count from the step's start; times are in
+# nanoseconds; WAITED is -1 where it is unknown.
 PHASE, LAYER, OFFSET, DURATION, TOKENS, BYTES, WAITED = range(7)
 NUM_COLUMNS = 7
 # The phases in which a rank waits for others; all else is its own work.
 COLLECTIVES = ("consensus", "dispatch", "combine", "control", "tensor")
 # Of them, those in which it waits for its own tensor group alone.
 PARTIAL = ("tensor",)
-# In the first steps kernels and connections are made; they say nothing about the ranks.
+# The first steps make kernels and connections; their times are not typical of the ranks.
 _WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
-class SpanFileHeader:
-    """The first line of a span file. group: the ranks in lockstep with this one, itself included.
-    clock_error_ns: how far this rank's stamps can be off. first_expert: of the rank's own experts.
-    """
+class RankHeader:
+    """The first line of a span file."""
 
     rank: int
     host: str
     world_size: int
-    group: tuple[int, ...]
-    clock_error_ns: int
+    group: tuple[int, ...]  # ranks in lockstep with this one, itself included
+    clock_error_ns: int  # largest error of this rank's timestamps
     phases: tuple[str, ...]
     num_layers: int
     num_experts: int
-    first_expert: int
+    first_expert: int  # of the rank's own experts
     num_local_experts: int
     policy: str
 
@@ -51,27 +49,20 @@ class SpanFileHeader:
 
 @dataclass(frozen=True, slots=True)
 class RankSpans:
-    """All that one rank has written.
+    """The span files of one rank."""
 
-    steps_S: int64, step numbers, rising. starts_S: int64, nanoseconds on the run's common clock.
-    tokens_S2: int64, this rank's prefill and decode tokens. begins_S: int64 [S + 1], the first span
-    of every step in table_N7 (int64, columns as above). layers: the MoE layers. before_SLE: int32,
-    rows of every expert over all ranks before capacity, None where another rank of the group holds
-    them. after_SLe: int32, rows of this rank's own experts after capacity.
-    """
-
-    header: SpanFileHeader
-    steps_S: np.ndarray
-    starts_S: np.ndarray
-    tokens_S2: np.ndarray
-    begins_S: np.ndarray
-    table_N7: np.ndarray
-    layers: list[int]
-    before_SLE: np.ndarray | None
-    after_SLe: np.ndarray
+    header: RankHeader
+    steps_S: np.ndarray  # int64, step numbers, ascending
+    starts_S: np.ndarray  # int64, nanoseconds on the run's common clock
+    tokens_S2: np.ndarray  # int64, this rank's prefill and decode tokens
+    begins_S: np.ndarray  # int64 [S + 1], the first span of every step in table_N7
+    table_N7: np.ndarray  # int64, columns as above
+    layers: list[int]  # the MoE layers
+    before_SLE: np.ndarray | None  # int32, rows of all ranks before capacity; None: another rank's
+    after_SLe: np.ndarray  # int32, rows of this rank's own experts after capacity
 
     def spans(self, index: int) -> np.ndarray:
-        """int64 [n, 7], the spans of the index-th step."""
+        """Return the spans of the index-th step, int64 [n, 7]."""
         return self.table_N7[self.begins_S[index] : self.begins_S[index + 1]]
 
     @property
@@ -86,7 +77,7 @@ class RankSpans:
         return self.starts_S + last[:, OFFSET] + last[:, DURATION]
 
     def only(self, steps: np.ndarray) -> RankSpans:
-        """The same without all other steps. steps: rising step numbers that this rank has."""
+        """Return the same with these steps alone: ascending step numbers that this rank has."""
         if len(steps) == len(self.steps_S):
             return self
         chosen = np.searchsorted(self.steps_S, steps)
@@ -106,14 +97,12 @@ class RankSpans:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The ranks of one lockstep group, all with the same steps. missing: ranks of the group whose
-    files were not found. notes: what a reader must know, in sentences.
-    """
+    """The ranks of one lockstep group, all with the same steps."""
 
     name: str
     ranks: list[RankSpans]
-    missing: list[int]
-    notes: list[str]
+    missing: list[int]  # ranks of the group whose files were not found
+    notes: list[str]  # sentences for the reader
 
     @property
     def steps_S(self) -> np.ndarray:
@@ -144,17 +133,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything a folder holds. ranks: rising. notes: what was left out, in sentences."""
+    """All span files of a folder."""
 
     name: str
-    ranks: list[RankSpans]
-    notes: list[str]
+    ranks: list[RankSpans]  # ascending
+    notes: list[str]  # sentences on what was left out
 
     def group(self, of_rank: int | None = None) -> Group:
-        """The lockstep group of a rank (default: the first there is), cut to common steps.
+        """Return the lockstep group of a rank (default: the first), cut to common steps.
 
         Raises:
-            ValueError: the rank is not there, or its group has no step in common.
+            ValueError: the rank has no spans, or its group has no step in common.
         """
         ranks = {rank.header.rank: rank for rank in self.ranks}
         if of_rank is None:
@@ -217,7 +206,7 @@ def _group_notes(found: list[RankSpans], missing: list[int], steps: np.ndarray) 
 
 
 def ranges(numbers: tuple[int, ...] | list[int]) -> str:
-    """Rising numbers in words: [0, 1, 2, 5] becomes "0-2, 5"."""
+    """Return ascending numbers as text: [0, 1, 2, 5] as "0-2, 5"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

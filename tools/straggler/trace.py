@@ -62,7 +62,7 @@ def _firsts(run: Run) -> list[int]:
 
 
 def _window(run: Run, around: int | None, max_spans: int) -> tuple[int, int]:
-    """First and last of the steps to write: as many as fit, `around` in their middle."""
+    """Return first and last of the steps to write: as many as fit, `around` in their middle."""
     steps = np.unique(np.concatenate([rank.steps_S for rank in run.ranks]))
     counts = np.zeros(len(steps), dtype=np.int64)
     for rank in run.ranks:

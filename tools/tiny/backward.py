@@ -30,7 +30,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the weight."""
+        """Return gradients of x and of the weight."""
         (grad,) = grads
         unit, scale, weight_D = ctx.saved_tensors
         grad_weight = (grad * unit).flatten(0, -2).sum(dim=0)
@@ -44,7 +44,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-        """Losses, chunk by chunk."""
+        """Return losses, chunk by chunk."""
         totals = [rows.float().logsumexp(dim=-1) for rows in logits_NV.split(_CHUNK_TOKENS)]
         total_N = torch.cat(totals)
         ctx.save_for_backward(logits_NV, targets_N, total_N)
@@ -52,7 +52,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the logits, of their dtype."""
+        """Return gradient of the logits, of their dtype."""
         (grad_N,) = grads
         logits_NV, targets_N, total_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)

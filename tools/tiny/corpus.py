@@ -47,7 +47,7 @@ class Corpus:
 
 
 def is_validation(name: str) -> bool:
-    """Whether the file of this relative POSIX `name` is held out; a pure function of the name."""
+    """Return whether the file of this relative POSIX `name` is held out; pure."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % VALIDATION_ONE_IN == 0
 
 

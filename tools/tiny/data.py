@@ -24,7 +24,7 @@ FILLER_WEIGHT = 0.2
 def record_tokens(
     tokenizer: PreTrainedTokenizerFast, records: list[Record]
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids (BOS, prompt, answer, EOS) of each record, and the weight of each as a target."""
+    """Return token ids (BOS, prompt, answer, EOS) of each record, and their target weights."""
     encoded = tokenizer([r.prompt + r.answer for r in records], return_offsets_mapping=True)
     out = []
     for record, ids, offsets in zip(
@@ -56,7 +56,7 @@ class Batches:
         num_task_rows: int,
         task_shares: Mapping[str, float],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs and targets, int64 [num_rows, length], and target weights, float32."""
+        """Return inputs and targets, int64 [num_rows, length], and target weights, float32."""
         rng = random.Random(f"{self.seed}-{step}")
         ids = np.empty((num_rows, length + 1), dtype=np.int64)
         weights = np.ones((num_rows, length + 1), dtype=np.float32)

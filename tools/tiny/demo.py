@@ -1,7 +1,7 @@
 """The demo's requests: held-out task prompts and beginnings of code, shuffled.
 
-Written by tools/train_tiny.py as demo_prompts.jsonl beside the checkpoints; a seed of its own keeps
-the task prompts apart from the evaluation set's.
+tools/train_tiny.py writes them as demo_prompts.jsonl next to the checkpoints; a seed of their own
+keeps the task prompts apart from the evaluation set's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CODE_STARTS = (
 
 
 def demo_prompts() -> list[dict[str, str]]:
-    """24 requests, `id` and `prompt`; the id tells the task."""
+    """Return 24 requests, `id` and `prompt`; the id names the task."""
     rows = [
         {"id": f"{record.task}-{index % _PER_TASK}", "prompt": record.prompt}
         for index, record in enumerate(evaluation_records(_PER_TASK, _SEED))

@@ -49,7 +49,7 @@ def text_chunks(
 
 
 def unigram_entropy(tokenizer: PreTrainedTokenizerFast, chunks: list[str]) -> float:
-    """Entropy of the chunks' own token frequencies, nats a token: no unigram model is better."""
+    """Return the entropy of the chunks' token frequencies, nats per token: the unigram bound."""
     encoded = tokenizer(chunks, add_special_tokens=False)["input_ids"]
     counts = Counter(token for ids in encoded for token in ids)
     total = counts.total()
@@ -60,7 +60,7 @@ def unigram_entropy(tokenizer: PreTrainedTokenizerFast, chunks: list[str]) -> fl
 def validation_loss(
     logits_fn: LogitsFn, tokenizer: PreTrainedTokenizerFast, chunks: list[str]
 ) -> float:
-    """Mean negative log-likelihood of every token after BOS, in nats a token."""
+    """Mean negative log-likelihood of every token after BOS, in nats per token."""
     total, count = 0.0, 0
     for ids in tokenizer(chunks)["input_ids"]:
         ids_1S = torch.tensor([ids])
@@ -74,9 +74,9 @@ def validation_loss(
 def task_accuracy(
     logits_fn: LogitsFn, tokenizer: PreTrainedTokenizerFast, records: list[Record]
 ) -> dict[str, float]:
-    """Share of records of each task whose greedy answer, EOS included, is exactly right.
+    """Return share of records of each task whose greedy answer, EOS included, is exactly right.
 
-    One forward pass a record is enough: greedy generation gives the answer if and only if the
+    One forward pass per record is enough: greedy generation gives the answer if and only if the
     answer's every token is the most likely one after the prompt and the answer's tokens before it.
     """
     right: dict[str, list[bool]] = defaultdict(list)
@@ -93,12 +93,12 @@ def task_accuracy(
 def router_loads(
     model: TinyMoe, tokenizer: PreTrainedTokenizerFast, chunks: list[str]
 ) -> list[list[int]]:
-    """Assignments to each expert of each layer over the chunks: [layers][experts]."""
+    """Return assignments to each expert of each layer over the chunks: [layers][experts]."""
     loads_LE = sum(model(torch.tensor([ids]))[2] for ids in tokenizer(chunks)["input_ids"])
     assert isinstance(loads_LE, Tensor)
     return loads_LE.tolist()
 
 
 def max_over_mean(loads: list[list[int]]) -> list[float]:
-    """Load of the busiest expert over the mean, a layer."""
+    """Load of the busiest expert over the mean, per layer."""
     return [max(layer) / (sum(layer) / len(layer)) for layer in loads]

@@ -28,7 +28,7 @@ MAX_RELATIVE_ERROR = 1e-4
 
 
 def hugging_face_config(arch: TinyArch) -> PretrainedConfig:
-    """The family's own configuration class with this model's sizes."""
+    """Return the family's own configuration class with this model's sizes."""
     shared = {
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.hidden_size,
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits_error(model: TinyMoe, exported: torch.nn.Module, ids_BS: torch.Tensor) -> float:
-    """Largest difference of the two models' logits over the largest logit, both in float32.
+    """Return largest difference of the two models' logits over the largest logit, both in float32.
 
     `model` is left holding the exported model's (rounded) weights. Raises ValueError at
     MAX_RELATIVE_ERROR or more: the training module has then left the family's definition.
@@ -97,7 +97,7 @@ def logits_error(model: TinyMoe, exported: torch.nn.Module, ids_BS: torch.Tensor
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    """One JSON object a line, UTF-8."""
+    """Write one JSON object per line, UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"

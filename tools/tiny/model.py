@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(arch: TinyArch, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [num_positions, head_dim], halves repeated (GPT-NeoX layout)."""
+    """Return cosines and sines, float32 [num_positions, head_dim], in GPT-NeoX layout."""
     head_dim = arch.hidden_size // arch.num_heads
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angles = torch.outer(torch.arange(num_positions).float(), arch.rope_theta**-exponents)
@@ -48,7 +48,7 @@ def apply_rope(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention, [B, H, S, d]; in bfloat16 by plain products.
+    """Return causal attention, [B, H, S, d]; in bfloat16 by plain products.
 
     torch's fused CPU kernel is the exact one and serves float32; its bfloat16 backward takes twice
     as long as the products it replaces, which matters more than the memory of S x S scores here.

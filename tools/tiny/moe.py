@@ -1,7 +1,7 @@
 """The training-side MoE layer: top-k routing, experts as runs of padded rows, no drops.
 
 Called by tiny/model.py. Autograd's own backward of these steps scatters over unsorted rows and
-copies weights for their transposes; each step here says its backward itself.
+copies weights for their transposes; each step here defines its own backward.
 
 Shapes: T tokens of the batch, D model dim, F expert hidden dim, K top-k, E experts, N = T*K
 assignments, P padded rows of all experts.

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest: twice AdamW's progress a token at this size.
+"""Muon for the matrices, AdamW for the rest: twice AdamW's progress per token at this size.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises each momentum
 matrix by a Newton-Schulz iteration; the scale 0.2 * sqrt(longer side) gives its update AdamW's
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: nn.Module, *, lr: float, weight_decay: float, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Muon for attention and expert matrices; AdamW for embeddings, head, router and norms."""
+    """Return Muon for attention and expert matrices, AdamW for all other parameters."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not any(

@@ -1,4 +1,4 @@
-"""What is trained for how long, on what, at which rate: everything that decides the result.
+"""Training recipe: steps, data and learning rate, everything that decides the result.
 
 Read by tools/train_tiny.py. Steps are absolute, so a run can be cut short and resumed.
 """
@@ -15,7 +15,7 @@ from tiny.tasks import LATE_SHARES, TRAIN_SHARES
 class Phase:
     """Steps up to `until`: rows of `length` tokens, the first `num_task_rows` of them tasks.
 
-    `task_shares` says how often each task is drawn.
+    `task_shares` is how often each task is drawn.
     """
 
     until: int
@@ -53,11 +53,11 @@ class Recipe:
         )
 
     def phase(self, step: int) -> Phase:
-        """The phase that `step` (0-based) belongs to."""
+        """Return the phase of `step` (0-based)."""
         return next(phase for phase in self.phases if step < phase.until)
 
     def rate(self, step: int) -> float:
-        """Learning rate at `step`: linear warm-up, then the knots."""
+        """Return learning rate at `step`: linear warm-up, then the knots."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         for (start, high), (end, low) in zip(self.rate_knots, self.rate_knots[1:], strict=False):
             if step < end:

@@ -1,4 +1,4 @@
-"""Measure a written checkpoint and put the evidence beside it: eval/, metrics.json, README.md.
+"""Measure a written checkpoint and write the evidence next to it: eval/, metrics.json, README.md.
 
 Called by tools/train_tiny.py after export. Figures come from transformers' float32 model on the
 stored weights and from exactly the files that are written, so anyone can repeat them.
@@ -25,7 +25,7 @@ VALIDATION_BYTES = 180_000
 
 
 def validation_chunks(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[str]:
-    """Pieces of held-out files, spread evenly over them, of about VALIDATION_BYTES in all."""
+    """Return pieces of held-out files, evenly spread, of about VALIDATION_BYTES in all."""
     chunks = evaluate.text_chunks(tokenizer, documents, tokenizer.model_max_length)
     num_bytes = sum(len(chunk.encode()) for chunk in chunks)
     return chunks[:: max(1, -(-num_bytes // VALIDATION_BYTES))]
@@ -89,7 +89,7 @@ def write(
 
 
 def readme(arch: TinyArch, metrics: dict[str, Any], command: str) -> str:
-    """The checkpoint's README: what it is, how it was made, what was measured."""
+    """Return the checkpoint's README: what it is, how it was made, what was measured."""
     sizes = (
         f"{arch.num_layers} layers, hidden {arch.hidden_size}, {arch.num_heads} heads "
         f"({arch.num_kv_heads} KV heads), {arch.num_experts} experts of width "
@@ -97,8 +97,8 @@ def readme(arch: TinyArch, metrics: dict[str, Any], command: str) -> str:
         f"{arch.max_position_embeddings}"
     )
     figures = {
-        "validation loss": f"{metrics['validation_loss']:.3f} nats a token",
-        "unigram entropy of the same tokens": f"{metrics['unigram_entropy']:.3f} nats a token",
+        "validation loss": f"{metrics['validation_loss']:.3f} nats per token",
+        "unigram entropy of the same tokens": f"{metrics['unigram_entropy']:.3f} nats per token",
         "ratio of the two": f"{metrics['ratio']:.3f}",
         "tokens in eval/validation.jsonl": str(metrics["validation_tokens"]),
         "busiest expert over mean, layer by layer": ", ".join(

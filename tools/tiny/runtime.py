@@ -1,4 +1,4 @@
-"""What training needs to know about this machine: memory policy, fastest dtype, hardware name."""
+"""Machine-dependent settings of training: memory policy, fastest dtype, hardware name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of a square product of this dtype."""
+    """Return floating-point operations per second of a square product of this dtype."""
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     torch.mm(left, right)
     count, started = 0, time.perf_counter()
@@ -41,7 +41,7 @@ def gemm_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> flo
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """The dtype of that name; `auto` takes bfloat16 where its products run clearly faster."""
+    """Return the dtype of that name; `auto`: bfloat16 where its products are clearly faster."""
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
     gain = gemm_rate(torch.bfloat16) / gemm_rate(torch.float32)
@@ -49,7 +49,7 @@ def choose_dtype(name: str) -> torch.dtype:
 
 
 def hardware() -> str:
-    """Processor name, threads in use and package versions, in one line."""
+    """Return processor name, threads in use and package versions, in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -42,7 +42,7 @@ WORDS = (
 class Record:
     """One task record: `prompt + answer` is the text; `known` marks extra predictable spans.
 
-    `known` lists (start, end) character ranges of the prompt that repeat something said before, so
+    `known` lists (start, end) character ranges of the prompt that repeat an earlier part, so
     training may weigh them like an answer.
     """
 
@@ -53,9 +53,9 @@ class Record:
 
 
 def make_recall(rng: random.Random, *, repeats: bool = False) -> Record:
-    """5 to 12 word pairs, then the first word of one: answer its second.
+    """Make 5 to 12 word pairs, then the first word of one: answer its second.
 
-    With `repeats` some pairs are said twice, which shows the lookup many times in a record.
+    With `repeats` some pairs appear twice, which shows the lookup many times in a record.
     """
     num_pairs = rng.randint(5, 12)
     words = rng.sample(WORDS, 2 * num_pairs)
@@ -73,13 +73,13 @@ def make_recall(rng: random.Random, *, repeats: bool = False) -> Record:
 
 
 def make_sum(rng: random.Random) -> Record:
-    """Two numbers of 0 to 99: answer their sum."""
+    """Make two numbers of 0 to 99: answer their sum."""
     left, right = rng.randrange(100), rng.randrange(100)
     return Record(task="sum", prompt=f"sum: {left} + {right} =", answer=f" {left + right}")
 
 
 def make_brackets(rng: random.Random) -> Record:
-    """4 to 16 brackets, every closing one right and 1 to 6 still open: answer what closes them."""
+    """Make 4 to 16 brackets, 1 to 6 of them still open: answer the closing ones."""
     while True:
         length = rng.randint(4, 16)
         open_now: list[str] = []
@@ -97,7 +97,7 @@ def make_brackets(rng: random.Random) -> Record:
 
 
 def make_copy(rng: random.Random) -> Record:
-    """4 to 14 words, some of them more than once: answer the same words."""
+    """Make 4 to 14 words, some of them more than once: answer the same words."""
     pool = rng.sample(WORDS, 20)
     text = "".join(f" {word}" for word in rng.choices(pool, k=rng.randint(4, 14)))
     return Record(task="copy", prompt=f"copy:{text} =>", answer=text)
@@ -116,7 +116,7 @@ LATE_SHARES = {"recall": 0.20, "sum": 0.55, "brackets": 0.15, "copy": 0.10}
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether `prompt` is reserved for evaluation; a pure function of its text."""
+    """Return whether `prompt` is reserved for evaluation; a pure function of its text."""
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 

@@ -17,7 +17,13 @@ class Worker:
     def load(
         self, checkpoint: str, threads: int | None = None, settings: list[str] | None = None
     ) -> dict[str, Any]:
-        """settings: `section.key=value` as for `--set`. Collective over all ranks."""
+        """Load the model.
+
+        Args:
+            settings: `section.key=value` as for `--set`.
+
+        Collective over all ranks.
+        """
         import tempfile
         from pathlib import Path
 
@@ -42,10 +48,10 @@ class Worker:
         }
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Continue every prompt greedily by `new_tokens`; seconds around `generate`. Collective.
+        """Continue every prompt greedily by `new_tokens`; return seconds around `generate`.
 
-        parts: of them, this rank's for each thing it did. meetings: how often a MoE layer waited
-        for all ranks.
+        In the reply, `parts` divides this rank's seconds by activity, and `meetings` is the number
+        of collectives of its MoE layers. Collective over all ranks.
         """
         import torch
 
@@ -53,7 +59,7 @@ class Worker:
 
         params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         torch.distributed.barrier()
-        met = self._meetings()
+        before = self._num_collectives()
         begin = time.perf_counter()
         completions = self._llm.generate(prompts, params)
         seconds = time.perf_counter() - begin
@@ -70,11 +76,11 @@ class Worker:
             "waiting": own["waiting"],
         }
         result = {"seconds": seconds, "tokens": tokens, "parts": parts}
-        result["meetings"] = self._meetings() - met
+        result["meetings"] = self._num_collectives() - before
         return {**result, **memory_mib(), **self._device_memory()}
 
     def score(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """Log probabilities of every prompt token but the first and of one new. Collective."""
+        """Return log probabilities of prompt tokens (but the first) and one new. Collective."""
         from engine.request import SamplingParams
 
         params = SamplingParams(
@@ -85,7 +91,7 @@ class Worker:
         return {"logprobs": logprobs}
 
     def close(self) -> dict[str, Any]:
-        """Forget the model, so that another can be loaded. Collective."""
+        """Unload the model, so that another can be loaded. Collective."""
         import gc
 
         import torch
@@ -98,7 +104,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         return {}
 
-    def _meetings(self) -> int:
+    def _num_collectives(self) -> int:
         return sum(layer.num_collectives for layer in self._llm.model.moe_layers)
 
     def _device_memory(self) -> dict[str, float]:

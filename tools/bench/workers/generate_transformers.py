@@ -1,7 +1,7 @@
 """Worker: transformers' own `generate`, one process or its expert parallelism over ranks.
 
-Prompts are padded to the left, as generate wants them. With `batch` below the number of prompts
-they run in batches of neighbours by length, which spares a ragged job most of its padding.
+Prompts are padded to the left, as generate requires. With `batch` below the number of prompts they
+run in batches of similar length, which saves a ragged job most of its padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ class Worker:
         expert_parallel: str | None = None,
         batch: int | None = None,
     ) -> dict[str, Any]:
-        """experts: 'eager' or 'grouped_mm'. expert_parallel: 'all_to_all' or 'all_reduce'."""
+        """Load the model.
+
+        Args:
+            experts: 'eager' or 'grouped_mm'.
+            expert_parallel: 'all_to_all' or 'all_reduce'; None: one process.
+            batch: prompts per call of `generate`; None: all.
+        """
         import torch
         import transformers
 
@@ -54,7 +60,7 @@ class Worker:
         }
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Continue every prompt greedily by `new_tokens`; seconds from lists to lists."""
+        """Continue every prompt greedily by `new_tokens`; return seconds from lists to lists."""
         import torch
 
         if torch.distributed.is_initialized():

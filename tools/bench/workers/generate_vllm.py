@@ -15,7 +15,7 @@ class Worker:
     """Holds the engine between requests."""
 
     def load(self, checkpoint: str, threads: int) -> dict[str, Any]:
-        """threads is what VLLM_CPU_OMP_THREADS_BIND already decided; it is ignored here."""
+        """Load the model. `threads` is ignored: VLLM_CPU_OMP_THREADS_BIND has set them."""
         import torch
         import vllm  # pyright: ignore[reportMissingImports]
 
@@ -29,7 +29,7 @@ class Worker:
         return {"versions": {"torch": torch.__version__, "vllm": vllm.__version__}, "idle": before}
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Continue every prompt greedily by `new_tokens`; seconds around `LLM.generate`."""
+        """Continue every prompt greedily by `new_tokens`; return seconds around `LLM.generate`."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         params = SamplingParams(

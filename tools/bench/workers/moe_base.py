@@ -1,6 +1,6 @@
-"""What the MoE-layer workers share: make weights and tokens, time a forward, save an output.
+"""Base of the MoE-layer workers: make weights and tokens, time a forward, save an output.
 
-A worker says how to build its layer; tokens of a case are split over its ranks.
+A worker implements how to build its layer; tokens of a case are split over its ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MoEWorker:
-    """Base of the workers. Subclasses implement `build`, and `setup` if there is anything to it."""
+    """Base class. Subclasses implement `build`, and `setup` where it is needed."""
 
     def setup(self, threads: int) -> None:
-        """Whatever comes once before the layers: process groups, for one."""
+        """Run once before the layers are built, e.g. to make process groups."""
 
     def build(self, shape: MoEShape, weights: MoEWeights, **settings: Any) -> Layer:
         """Make one layer with the weights (of this rank's experts) copied into it.
@@ -34,12 +34,12 @@ class MoEWorker:
         raise NotImplementedError
 
     def prepare(self, topk_ids_TK: torch.Tensor) -> None:
-        """Told before a run which experts all ranks' tokens choose; a layer need not know."""
+        """Take the experts that all ranks' tokens choose, before a run; by default ignored."""
 
     def load(
         self, shape: dict[str, int], seed: int, threads: int, layers: int, **settings: Any
     ) -> dict[str, Any]:
-        """Build `layers` equal layers in memory of their own. threads: CPU threads of this rank."""
+        """Build `layers` equal layers in separate memory. threads: CPU threads of this rank."""
         torch.set_num_threads(threads)
         self.rank = int(os.environ.get("RANK", "0"))
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,7 +52,7 @@ class MoEWorker:
 
     @torch.inference_mode()
     def run(self, tokens: int, load: str, iterations: int) -> dict[str, Any]:
-        """Seconds of each of `iterations` forwards, all ranks starting together.
+        """Return seconds of each of `iterations` forwards, all ranks starting together.
 
         The layers take turns, as in a model: one layer's weights would stay in the caches.
         """

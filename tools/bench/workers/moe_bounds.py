@@ -1,7 +1,7 @@
-"""Worker: the machine's own bounds on a MoE layer, nothing else done.
+"""Worker: the machine's bounds on a MoE layer.
 
-gemm: the experts' matrix products at the case's rows an expert, into buffers that are there
-already. read: all experts' weights summed once, the least a layer with few rows can do. With
+gemm: the experts' matrix products at the case's rows per expert, into buffers allocated
+beforehand. read: all experts' weights summed once, the least a layer with few rows can do. With
 several ranks each does its own experts' part.
 """
 
@@ -23,7 +23,7 @@ class Worker(MoEWorker):
             torch.distributed.init_process_group("gloo")
 
     def build(self, shape: MoEShape, weights: MoEWeights, what: str = "gemm") -> Layer:
-        """what: 'gemm' or 'read'."""
+        """Return the bound `what`: 'gemm' or 'read'."""
         self._shape = shape
         self._own = share(shape.experts, self.ranks, self.rank)
         w13_e2FD, w2_eDF = weights.w13_E2FD[self._own].clone(), weights.w2_EDF[self._own].clone()

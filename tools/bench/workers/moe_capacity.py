@@ -1,7 +1,7 @@
-"""Worker: one MoE layer under one capacity policy after the other, all in one process a rank.
+"""Worker: one MoE layer under one capacity policy after the other, all in one process per rank.
 
 Each rank is pinned to a core of its own with one thread. The policies take turns inside a call, so
-that they meet the same state of the machine.
+that they see the same state of the machine.
 
 Legend: T tokens on this rank, E experts, W ranks.
 """
@@ -75,9 +75,12 @@ class Worker:
     ) -> dict[str, Any]:
         """Time every policy `rounds` times, in turns, after one unmeasured turn.
 
-        loads: of every expert over all ranks. tokens: of one rank. Returns by policy: seconds of
-        each round, mean seconds by phase, rows of this rank's experts, bytes, collectives, and a
-        digest of the output. Collective.
+        Args:
+            loads: of every expert over all ranks.
+            tokens: of one rank.
+
+        Returns by policy: seconds of each round, mean seconds by phase, rows of this rank's
+        experts, bytes, collectives, and a digest of the output. Collective.
         """
         x_TD, step = self._tokens(loads, tokens)
         settings = {name: CapacityConfig(**fields) for name, fields in policies.items()}
@@ -86,7 +89,7 @@ class Worker:
         }
         for turn in range(rounds + 1):
             names = list(settings)
-            shift = turn % len(names)  # nobody always runs after the same neighbour
+            shift = turn % len(names)  # no policy always runs after the same one
             for name in names[shift:] + names[:shift]:
                 self._once(found[name], settings[name], x_TD, step, measured=turn > 0)
         for entry in found.values():
@@ -118,7 +121,7 @@ class Worker:
         return found
 
     def _tokens(self, loads: list[int], tokens: int) -> tuple[torch.Tensor, MoEStep]:
-        """This rank's tokens, which the gate sends where the loads say."""
+        """Return this rank's tokens, which the gate routes according to the loads."""
         rank, world = self._topology.world.rank, self._topology.world.size
         ids_TK = routing_of(np.array(loads), tokens * world, self._seed)
         x_TD = make_tokens(self._weights, ids_TK, self._seed)
@@ -164,9 +167,13 @@ class Worker:
 
     @torch.inference_mode()
     def exchange(self, kind: str, num_bytes: list[int], rounds: int) -> dict[str, Any]:
-        """Median seconds of a collective in which each of two ranks sends the other so many bytes.
+        """Return median seconds of a collective in which two ranks send each other these bytes.
 
-        kind: all_to_all, all_gather or all_reduce. Collective.
+        Args:
+            kind: all_to_all, all_gather or all_reduce.
+            num_bytes: the sizes to measure.
+
+        Collective.
         """
         medians = []
         for size in num_bytes:
@@ -181,7 +188,7 @@ class Worker:
 
 
 def _step_under(settings: CapacityConfig, step: MoEStep) -> MoEStep | None:
-    """A job without a policy counts nobody's drops."""
+    """Return no step for a job without a policy, which counts no drops."""
     return None if settings.policy == "none" else step
 
 

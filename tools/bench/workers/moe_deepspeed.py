@@ -17,7 +17,7 @@ from bench.workers.moe_base import Layer, MoEWorker
 
 
 class GatedExpert(nn.Module):
-    """Mixtral's expert; DeepSpeed brings none of its own."""
+    """Mixtral's expert; DeepSpeed has none of its own."""
 
     def __init__(self, shape: MoEShape) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class GatedExpert(nn.Module):
         self.w2 = nn.Linear(shape.ffn, shape.hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(silu(x w1^T) * (x w3^T)) w2^T."""
+        """Return (silu(x w1^T) * (x w3^T)) w2^T."""
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
@@ -44,7 +44,7 @@ class Worker(MoEWorker):
     def build(
         self, shape: MoEShape, weights: MoEWeights, capacity_factor: float | None = None
     ) -> Layer:
-        """capacity_factor: None runs dropless. Collective over all ranks."""
+        """Make one layer; capacity_factor None: dropless. Collective over all ranks."""
         from deepspeed.moe.layer import MoE
 
         layer: Any = MoE(

@@ -20,7 +20,7 @@ class Worker(MoEWorker):
         """Join the run. Collective over all ranks."""
         self._config = config_from_tree(
             {
-                "model": {"path": "."},  # no checkpoint is read: the layer stands alone
+                "model": {"path": "."},  # no checkpoint is read: there is only a layer
                 "runtime": {"device": "cpu", "threads": threads},
             }
         )

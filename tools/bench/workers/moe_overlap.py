@@ -1,4 +1,4 @@
-"""One rank of bench_overlap.py: a dropless layer with each way to run it in turns.
+"""One rank of bench_overlap.py: a dropless layer, each setting of its chunks in turns.
 
     python -m bench.workers.moe_overlap '{"tokens": 4096, ...}'    # RANK, MASTER_ADDR, ... as usual
 
@@ -32,12 +32,12 @@ from engine.profiling.phase_clock import Phase
 EXPOSED = (Phase.DISPATCH, Phase.COMBINE)
 
 
-# Calls of a layer within which moe.overlap.chunks: auto has settled.
+# Calls of a layer within which moe.overlap.chunks: auto must have chosen.
 _TRIALS = 64
 
 
 def build(shape: MoEShape, topology: Topology, name: str, seed: int) -> MoELayer:
-    """One layer with seeded weights.
+    """Return one layer with seeded weights.
 
     name: a number of chunks or `auto`; `N copies` sends a row once for every expert.
     """
@@ -69,7 +69,7 @@ def build(shape: MoEShape, topology: Topology, name: str, seed: int) -> MoELayer
 
 @torch.inference_mode()
 def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Time every way `rounds` times, in turns. Collective over both ranks."""
+    """Time every setting `rounds` times, in turns. Collective over both ranks."""
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -85,7 +85,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     for layer in layers.values():
         calls = 0
         while layer.layout_policy.tuner is not None and not layer.layout_policy.choices:
-            assert calls < _TRIALS, "the tuner does not settle"
+            assert calls < _TRIALS, "the tuner does not choose"
             layer(x_TD, group_tokens=2 * tokens)
             calls += 1
     found: dict[str, dict[str, Any]] = {name: {"seconds": [], "exposed": []} for name in layers}
@@ -116,4 +116,4 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     print(json.dumps(run(json.loads(sys.argv[1]))), flush=True)
-    os._exit(0)  # a peer's own shutdown may wait for a rank that has already left
+    os._exit(0)  # a peer's own shutdown may wait for a rank that has exited

@@ -35,7 +35,7 @@ NAMES = ("dropless", "even", "speed_aware")
 
 @torch.inference_mode()
 def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Time each way `rounds` times, in turns. Collective over both ranks."""
+    """Time each capacity `rounds` times, in turns. Collective over both ranks."""
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -56,7 +56,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {
         name: {"seconds": [], "experts": [], "rows": [], "dropped": 0} for name in NAMES
     }
-    pace, shares = RowTime(), Shares()
+    row_time, shares = RowTime(), Shares()
     for turn in range(options["rounds"] + options["warm_up"]):
         for name in NAMES:
             layer.set_capacity(settings[name])
@@ -74,11 +74,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             layer.telemetry.clock = NoClock()
             spans = clock.read()
             assert spans is not None
-            pace.add(spans)
-            # As the engine does it with its control words: every rank sees every pace.
-            paces = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
-            dist.all_gather(paces, torch.tensor([pace.picoseconds_a_row]))
-            shares.update([int(each) for each in paces])
+            row_time.add(spans)
+            # As in the step control message: every rank gets the time per row of all ranks.
+            row_times = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+            dist.all_gather(row_times, torch.tensor([row_time.picoseconds_a_row]))
+            shares.update([int(each) for each in row_times])
             if turn < options["warm_up"]:
                 continue
             entry = found[name]
@@ -87,7 +87,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             entry["rows"].append(int(layer.telemetry.loads.layers[0].own_after.sum()))
             entry["dropped"] += layer.account.take().dropped
     found["speed_aware"]["shares"] = [share / ONE for share in shares.current or (ONE, ONE)]
-    found["speed_aware"]["paces"] = [int(each) for each in paces]
+    found["speed_aware"]["paces"] = [int(each) for each in row_times]
     dist.barrier()
     bootstrap.stop(topology)
     return found

@@ -17,7 +17,7 @@ class Worker(MoEWorker):
     """`MixtralSparseMoeBlock` with one of transformers' experts implementations."""
 
     def build(self, shape: MoEShape, weights: MoEWeights, experts: str = "eager") -> Layer:
-        """experts: 'eager', 'grouped_mm' or 'batched_mm'."""
+        """Make one block; experts: 'eager', 'grouped_mm' or 'batched_mm'."""
         sizes: dict[str, Any] = {
             "hidden_size": shape.hidden,
             "intermediate_size": shape.ffn,

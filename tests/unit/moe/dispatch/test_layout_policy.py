@@ -20,8 +20,8 @@ from engine.moe.dispatch.chunk_tuner import ChunkTuner
 from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.row_format import RowFormats
 from tests.helpers.capacity_cases import cases, make_tokens, run_engine
+from tests.helpers.in_process_ranks import call
 from tests.helpers.threads import ThreadCollectives
-from tests.helpers.virtual_ranks import call
 
 ROWS = RowFormats.of(96, torch.float32, DispatchConfig())
 SOME = settings(

@@ -15,7 +15,7 @@ from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.payload import packed_offsets
 from engine.moe.dispatch.row_format import RowFormats
 from tests.helpers.bounds import bounds
-from tests.helpers.virtual_ranks import call
+from tests.helpers.in_process_ranks import call
 
 WIDTH = 24
 

@@ -1,11 +1,11 @@
-"""Virtual ranks from counts: a layer on more ranks than this machine has cores for.
+"""Simulated ranks from counts: a layer on more ranks than this machine has cores for.
 
-Every rank's own work (pack its tokens' rows, its experts on the rows they would receive, bring
-results back, weigh them) is run alone, one rank after the other, on the whole machine; the layer
-takes as long as the slowest, plus its two all-to-alls, which `transfers.py` has measured between
-two real processes and which are looked up by the bytes of the busiest rank. Gate and agreement are
-left out, since counts are all that is known; `virtual_ranks.py` has them. Figures made this way are
-labelled virtual.
+Every rank's own work (pack its tokens' rows, run its experts on the rows they would receive,
+regroup and combine the results) is run alone, one rank after the other, on the whole machine; the
+layer takes as long as the slowest, plus its two all-to-alls, which `transfers.py` has measured
+between two real processes and which are looked up by the bytes of the busiest rank. Gate and
+agreement are left out, since counts are all that is known; `simulated_ranks.py` has them. Figures
+made this way are labelled simulated.
 
 Legend: W ranks, E experts, D model dim, F expert hidden dim, K top-k, A rows sent, R rows received.
 """
@@ -30,18 +30,18 @@ ROW_BYTES = 4  # float32
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """rank_seconds: work of each rank, run alone. collective_seconds: both all-to-alls."""
+    """Seconds of one layer call."""
 
-    rank_seconds: tuple[float, ...]
-    collective_seconds: float
+    rank_seconds: tuple[float, ...]  # work of each rank, run alone
+    collective_seconds: float  # both all-to-alls
 
     @property
     def seconds(self) -> float:
-        """The layer: the slowest rank's work and the all-to-alls."""
+        """The slowest rank's work and the all-to-alls."""
         return max(self.rank_seconds) + self.collective_seconds
 
 
-class VirtualLayer:
+class SimulatedLayer:
     """Weights and rows of one rank, used for every rank in turn. counts are int64 [W, E]."""
 
     def __init__(self, shape: MoEShape, num_ranks: int, seed: int = 0) -> None:
@@ -66,10 +66,10 @@ class VirtualLayer:
     def compare(
         self, cases: Sequence[np.ndarray], transfers: Transfers = NO_TRANSFERS, rounds: int = 3
     ) -> list[LayerTime]:
-        """Time several calls in turns, so that they meet the same state of the machine.
+        """Time several calls in turns, so that they see the same state of the machine.
 
-        The first one says how many tokens a rank has: it sends K rows for each. The others may
-        have dropped some or added more.
+        The first one determines the number of tokens per rank: it sends K rows for each. The
+        others may have dropped rows or added some.
         """
         tokens = [-(-int(sent) // self.shape.top_k) for sent in cases[0].sum(1)]
         ranks = range(self.num_ranks)
@@ -93,16 +93,16 @@ class VirtualLayer:
         sent, received = int(counts_WE[rank].sum()), sum(expert_counts)
         columns = max(self.shape.top_k, -(-sent // max(num_tokens, 1)))
         slot_TM = torch.full((num_tokens, columns), -1)
-        # What is missing of T * M is spread over the tokens, as what a step drops.
-        place_A = torch.arange(sent) * slot_TM.numel() // max(sent, 1)
-        slot_TM.view(-1)[place_A] = torch.arange(sent)
+        # What is missing of T * M is spread over the tokens, as the drops of a step.
+        position_A = torch.arange(sent) * slot_TM.numel() // max(sent, 1)
+        slot_TM.view(-1)[position_A] = torch.arange(sent)
         weights_TM = torch.full((num_tokens, columns), 1 / columns)
         regroup_R = torch.arange(received).flip(0)
         local = len(expert_counts)
         rows = self._buffer(0, max(sent, received, num_tokens))
         packed, grouped = self._buffer(1, max(sent, received)), self._buffer(2, received)
         begin = time.perf_counter()
-        gather_rows(rows[:num_tokens], place_A // columns, packed[:sent])
+        gather_rows(rows[:num_tokens], position_A // columns, packed[:sent])
         gather_rows(rows[:received], regroup_R, grouped)
         results = grouped_ffn(
             grouped, self._w13[:local], self._w2[:local], expert_counts, packed[:received]
@@ -112,14 +112,14 @@ class VirtualLayer:
         return time.perf_counter() - begin
 
     def _buffer(self, number: int, num_rows: int) -> torch.Tensor:
-        """Rows that stay from call to call, as the engine's do: new memory would be paged in."""
+        """Return rows kept between calls, as the engine's: new memory would be paged in."""
         if len(self._buffers[number]) < num_rows:
             made = torch.randn(num_rows, self.shape.hidden, generator=self._random)
             self._buffers[number] = made
         return self._buffers[number][:num_rows]
 
     def _busiest(self, counts_WE: np.ndarray) -> int:
-        """Bytes of the rank that sends or receives most to or from others, in one all-to-all."""
+        """Return the bytes of the rank that sends or receives most, in one all-to-all."""
         to_rank_WW = np.stack([counts_WE[:, owned].sum(1) for owned in self._owned], axis=1)
         remote = to_rank_WW - np.diag(np.diag(to_rank_WW))
         rows = max(int(remote.sum(0).max()), int(remote.sum(1).max()))
@@ -132,5 +132,5 @@ def layer_seconds(
     transfers: Transfers = NO_TRANSFERS,
     rounds: int = 3,
 ) -> LayerTime:
-    """Time one layer call with these counts on as many virtual ranks as it has rows."""
-    return VirtualLayer(shape, len(counts_WE)).time(counts_WE, transfers, rounds)
+    """Time one layer call with these counts on as many simulated ranks as it has rows."""
+    return SimulatedLayer(shape, len(counts_WE)).time(counts_WE, transfers, rounds)

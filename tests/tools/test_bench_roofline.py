@@ -1,6 +1,6 @@
-"""The floor of a generation job: by hand for a small model, and measured rates that make sense.
+"""Roofline bound and barrier cost: by hand for a small model, and plausible measured rates.
 
-python -m pytest tests/tools/test_bench_floor.py
+python -m pytest tests/tools/test_bench_roofline.py
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
-from bench.floor import Rates, floor, measure_rates
+from bench.barrier_cost import BarrierCost
 from bench.jobs import Job
-from bench.meeting import Meeting
+from bench.roofline import Rates, measure_rates, roofline_bound
 
 MODEL = {
     "num_hidden_layers": 2,
@@ -28,18 +28,18 @@ MODEL = {
 }
 
 
-def test_the_floor_is_the_larger_of_computing_and_reading():
+def test_the_bound_is_the_larger_of_computing_and_reading():
     job = Job(name="two", prompts=((1, 2, 3), (4,)), new_tokens=2)
     # A layer: attention 4 x 2 x (2 + 2 + 1 + 1) = 48, router 8, an expert 3 x 4 x 3 = 36 weights;
     # logits 40. Tokens through the first layer: 3 + 1 and 1 + 1; pairs 10 and 3. Through the last
     # all go for keys and values, 16, and two each for the rest: pairs 3 + 4 and 1 + 2.
     flops = 2 * 6 * (48 + 8 + 36 + 16) + 2 * 4 * (32 + 8 + 36 + 40) + 4 * 2 * 2 * (13 + 10)
-    # Two tokens a step, one of two experts each: three quarters of the experts.
+    # Two tokens per step, one of two experts each: three quarters of the experts.
     read = 4 * 2 * (2 * (48 + 8) + 40 + 0.75 * 2 * 2 * 36)
-    found = floor(MODEL, job, 2, Rates(flops=1.0, read=1.0))
+    found = roofline_bound(MODEL, job, 2, Rates(flops=1.0, read=1.0))
     assert (found.compute, found.read) == (flops, read)
     assert found.seconds == flops
-    assert floor(MODEL, job, 2, Rates(flops=1e9, read=1.0)).seconds == read
+    assert roofline_bound(MODEL, job, 2, Rates(flops=1e9, read=1.0)).seconds == read
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
@@ -49,6 +49,7 @@ def test_a_core_computes_faster_than_it_reads():
     assert rates.flops > rates.read / 4 > 1e7
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_no_product_of_matrices_beats_the_rate_of_computing():
     # A peak measured with registers that spill once came out at less than a tenth of this.
@@ -66,14 +67,14 @@ def test_no_product_of_matrices_beats_the_rate_of_computing():
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
-def test_cores_that_meet_come_to_an_end_with_a_share(tmp_path):
+def test_cores_with_barriers_keep_a_finite_share_of_their_speed(tmp_path):
     cores = sorted(os.sched_getaffinity(0))[:2]
-    meeting = Meeting(cores, tmp_path)
-    assert meeting.num_cores == len(cores)
-    assert 0 < meeting.share(0.5, seconds=0.05) < math.inf
+    barrier_cost = BarrierCost(cores, tmp_path)
+    assert barrier_cost.num_cores == len(cores)
+    assert 0 < barrier_cost.kept_share(0.5, seconds=0.05) < math.inf
 
 
-def test_without_a_compiler_nothing_is_measured_and_it_is_said_why(tmp_path, monkeypatch):
+def test_without_a_compiler_the_error_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="install gcc"):
-        Meeting([0], tmp_path)
+        BarrierCost([0], tmp_path)

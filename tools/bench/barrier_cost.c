@@ -1,9 +1,10 @@
-/* What cores lose by waiting for each other: equal pieces of work with a meeting after each, against
- * the same work taken by whoever is free, in turns.
+/* What cores lose by waiting for each other: equal pieces of work with a barrier after each, against
+ * the same work taken in turns by any core that is free.
  *
- *     meet MILLISECONDS SECONDS CORE CORE ...      prints the seconds of the second by the first's
+ *     barrier_cost MILLISECONDS SECONDS CORE CORE ...
  *
- * MILLISECONDS of work, as one core does it alone, between two meetings.
+ * prints the seconds of the second over those of the first. MILLISECONDS: work of one core between
+ * two barriers.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -13,7 +14,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define PARTS 16   /* of a piece, taken one by one where nobody waits */
+#define PARTS 16   /* per piece, taken one by one where no core waits */
 #define PIECES 10  /* of each kind in turn */
 #define MOST 1024  /* cores */
 
@@ -43,9 +44,9 @@ static float work(long n) {
   return total;
 }
 
-/* Wait, looking, until every core has called it as often. */
-static void meet(long *meetings) {
-  const long all = ++*meetings * num_cores;
+/* Spin until every core has called it as often. */
+static void barrier(long *barriers) {
+  const long all = ++*barriers * num_cores;
   atomic_fetch_add(&arrived, 1);
   while (atomic_load(&arrived) < all) {
   }
@@ -57,25 +58,25 @@ static void *run(void *argument) {
   CPU_ZERO(&set);
   CPU_SET(cores[core], &set);
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);
-  long meetings = 0;
+  long barriers = 0;
   volatile float sink = 0;
   const double begin = now();
   do {
-    meet(&meetings);
+    barrier(&barriers);
     double from = now();
     for (int piece = 0; piece < PIECES; piece++) {
       sink += work(loops * PARTS);
-      meet(&meetings);
+      barrier(&barriers);
     }
     if (core == 0) lockstep_s += now() - from;
     if (core == 0) atomic_store(&taken, 0);
-    meet(&meetings);
+    barrier(&barriers);
     from = now();
     while (atomic_fetch_add(&taken, 1) < (long)PIECES * PARTS * num_cores) sink += work(loops);
-    meet(&meetings);
+    barrier(&barriers);
     if (core == 0) shared_s += now() - from;
     if (core == 0) atomic_store(&over, now() - begin >= seconds_limit);
-    meet(&meetings);
+    barrier(&barriers);
   } while (!atomic_load(&over));
   return NULL;
 }

@@ -1,22 +1,22 @@
 // Load of every expert in every layer, before and after capacity, over the layer's mean before.
-function drawHeat() {
-  const place = byId("heat");
+function drawExpertLoads() {
+  const place = byId("expert-loads");
   place.replaceChildren();
   const { layers, before, after, imbalance } = DATA.loads;
   if (!layers.length) {
     html(place, "p", "The run has no layer of experts.");
     return;
   }
-  heatMap(place, "Before capacity", before, before, imbalance.map((row) => row[0]));
-  heatMap(place, "After capacity", after, before, imbalance.map((row) => row[1]));
+  loadMap(place, "Before capacity", before, before, imbalance.map((row) => row[0]));
+  loadMap(place, "After capacity", after, before, imbalance.map((row) => row[1]));
   html(place, "p", "White is none, blue the mean, red twice the mean and more; right: rows of the " +
     "most loaded rank over the mean rank, both summed over steps.", { class: "hint" });
 }
 
-function heatMap(place, title, rows, reference, imbalance) {
+function loadMap(place, title, rows, reference, imbalance) {
   html(place, "p", title);
   const { layers, first_experts } = DATA.loads;
-  const id = `heat-${title.split(" ")[0].toLowerCase()}`;
+  const id = `loads-${title.split(" ")[0].toLowerCase()}`;
   place.appendChild(document.createElementNS("http://www.w3.org/2000/svg", "svg")).id = id;
   const tall = layers.length > 40 ? 10 : 18, left = 150, right = 60, top = 16;
   const [drawing, width] = canvas(id, top + layers.length * tall + 8);
@@ -29,7 +29,7 @@ function heatMap(place, title, rows, reference, imbalance) {
       const share = mean ? value / mean : 0;
       const cell = svg(drawing, "rect", {
         x: left + expert * wide, y, width: wide, height: tall - 1, class: "cell",
-        fill: value < 0 ? "#e8e8e8" : heatColour(share),
+        fill: value < 0 ? "#e8e8e8" : loadColour(share),
       });
       hint(cell, `${layerName(layer)}, expert ${expert}: ` +
         (value < 0 ? "its rank is missing" : `${number(value)} rows, ${number(share)} of the mean`));
@@ -47,7 +47,7 @@ function heatMap(place, title, rows, reference, imbalance) {
 }
 
 // White over blue at 1 to red at 2.
-function heatColour(share) {
+function loadColour(share) {
   const mix = (from, to, part) => from.map((each, at) => Math.round(each + (to[at] - each) * part));
   const white = [255, 255, 255], blue = [92, 143, 196], red = [200, 48, 48];
   const [r, g, b] = share <= 1 ? mix(white, blue, share) : mix(blue, red, Math.min(1, share - 1));

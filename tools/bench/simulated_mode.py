@@ -1,7 +1,7 @@
-"""What bench_moe_layer.py does with --capacity --virtual: more ranks than there are cores.
+"""bench_moe_layer.py --capacity --simulated: more ranks than there are cores.
 
 The same policies and loads as `capacity_mode.py`, each rank's work run alone on the whole machine
-by `virtual_ranks.py`. Everything printed and recorded says so.
+by `simulated_ranks.py`. All output is labelled so.
 
     layer ms          the next three together
     until dispatch    of the slowest rank: gate, agreement, packing
@@ -22,15 +22,15 @@ from bench.capacity_mode import DROPLESS, policies
 from bench.loads import rank_loads
 from bench.moe_case import MoEShape, MoEWeights
 from bench.report import table
+from bench.simulated_ranks import PolicyTime, SimulatedRanks
 from bench.transfers import Kind, Transfers
-from bench.virtual_ranks import PolicyTime, VirtualRanks
 from engine.config import CapacityConfig
 
 HEADER = ["policy", "layer ms", "speedup", "bound S", "of bound", "rows"]
 HEADER += ["until dispatch ms", "experts ms", "collectives ms"]
 
 
-def virtual_case(
+def simulated_case(
     shape: MoEShape,
     weights: MoEWeights,
     num_ranks: int,
@@ -41,8 +41,8 @@ def virtual_case(
     rounds: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Time every policy on virtual ranks; return each one's figures."""
-    ranks = VirtualRanks(shape, weights, num_ranks, loads_E, seed)
+    """Time every policy on simulated ranks; return the figures of each."""
+    ranks = SimulatedRanks(shape, weights, num_ranks, loads_E, seed)
     settings = {name: CapacityConfig(**fields) for name, fields in policies(shape, gammas).items()}
     times = ranks.compare(settings, transfers, rounds)
     return {name: _entry(time, times[DROPLESS]) for name, time in times.items()}
@@ -64,10 +64,10 @@ def _entry(time: PolicyTime, base: PolicyTime) -> dict[str, Any]:
     }
 
 
-def virtual_text(
+def simulated_text(
     name: str, loads_E: np.ndarray, tokens: int, num_ranks: int, figures: dict[str, Any]
 ) -> str:
-    """One case's table, labelled."""
+    """Return one case's table, labelled."""
     rows = [
         [
             policy,
@@ -84,8 +84,8 @@ def virtual_text(
     ]
     ranks = rank_loads(loads_E, num_ranks)
     return (
-        f"{name}: VIRTUAL, {num_ranks} ranks of {tokens:,} tokens, each worked out alone on the "
-        "whole machine;\ncollectives are looked up in what 2 real ranks took. Max/mean rows: "
+        f"{name}: SIMULATED, {num_ranks} ranks of {tokens:,} tokens, each run alone on the "
+        "whole machine;\ncollectives take what 2 real ranks took. Max/mean rows: "
         f"experts {loads_E.max() / loads_E.mean():.2f}, ranks {ranks.max() / ranks.mean():.2f}\n"
         f"{table(HEADER, rows)}"
     )

@@ -1,4 +1,4 @@
-"""Where and on what a figure was measured: hardware, commit, versions."""
+"""Environment record: the hardware, commit and versions that a figure was measured with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
-def stamp(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, Any]:
-    """Fields every JSON line carries: commit, hardware, Python and package versions."""
+def environment_record(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, Any]:
+    """Return what every JSON line carries: commit, hardware, Python and package versions."""
     return {
         "commit": commit(),
         "hardware": hardware(),
@@ -25,7 +25,7 @@ def stamp(packages: Sequence[str] = ("torch", "transformers")) -> dict[str, Any]
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, usable cores, memory in GiB, vector units, and the GPU if there is one."""
+    """Return processor, usable cores, memory in GiB, vector units, and the GPU if there is one."""
     info = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info)
     total = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
@@ -40,7 +40,7 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checked-out commit, with '+changes' when tracked files differ; 'unknown' outside git."""
+    """Return the commit, with '+changes' when tracked files differ; 'unknown' outside git."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
@@ -48,7 +48,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str | None:
-    """Version of an installed distribution, None without it."""
+    """Return the version of an installed distribution, None without it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,18 +1,19 @@
-"""The engine's own MoE layer on virtual ranks: each rank's work run alone, one after the other.
+"""The engine's own MoE layer on simulated ranks: each rank's work run alone, one after the other.
 
-`virtual.py` times rows that somebody else has counted; here every rank routes its tokens, agrees,
-packs, computes and combines by the code of `engine/moe`, so what a policy costs is in the figure
-too. Only what travels is missing:
+`simulated_layer.py` times given counts; here every rank routes its tokens, agrees, packs, computes
+and combines by the code of `engine/moe`, so the figure includes the cost of a policy. Only the
+communication is replaced:
 
-    agreement   a first pass, not timed, answers the ranks' collectives: a rank runs until it asks
-                for one that has no answer yet; when all have asked, all get the answer and begin
-                again. Timed runs find every answer ready, so the decisions are those of real ranks.
-    rows        an all-to-all returns as many rows as would arrive, with any contents: outputs mean
-                nothing, loads and times do.
+    agreement   a first pass, not timed, computes the results of the ranks' collectives: a rank runs
+                until it calls one without a result; when all have called it, all get the result and
+                start again. Timed runs find every result ready, so decisions are those of real
+                ranks.
+    rows        an all-to-all returns as many rows as would be received, with arbitrary contents:
+                outputs mean nothing, loads and times do.
 
 The spans of both all-to-alls are left out of a rank's seconds. Ranks wait for each other there, so
 the layer takes the slowest rank's gate, agreement and packing, plus the slowest rank's experts and
-weighing, plus its collectives as `transfers.py` has measured them.
+combine, plus its collectives as `transfers.py` has measured them.
 
 Legend: T tokens of a rank, D model dim, W ranks, E experts, K top-k.
 """
@@ -27,8 +28,8 @@ import numpy as np
 import torch
 
 from bench.loads import routing_of
-from bench.lone_rank import CPU, LoneRank, Unanswered
 from bench.moe_case import MoEShape, MoEWeights, make_tokens, share, vary_margins
+from bench.simulated_rank import CPU, SimulatedRank, Unanswered
 from bench.transfers import Kind, Transfers
 from engine.config import CapacityConfig
 from engine.moe.dispatch.buffers import RowBuffers
@@ -40,21 +41,19 @@ ROW_BYTES = 4  # float32
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What the ranks of a policy agreed on. answers: of their collectives, with the kind and bytes
-    of a rank's part in `calls`. plans: by rank.
-    """
+    """The agreement of all ranks under one policy."""
 
-    answers: list[torch.Tensor]
-    calls: list[tuple[Kind, int]]
-    plans: list[DispatchPlan]
+    answers: list[torch.Tensor]  # results of their collectives
+    calls: list[tuple[Kind, int]]  # kind and bytes of one rank's part, per collective
+    plans: list[DispatchPlan]  # by rank
 
     @property
     def rows(self) -> list[int]:
-        """Rows that each rank's experts work on."""
+        """Rows computed by each rank's experts."""
         return [plan.num_received for plan in self.plans]
 
-    def travel_rows(self) -> int:
-        """Rows that the busiest rank sends to others, or receives, in one all-to-all."""
+    def busiest_rows(self) -> int:
+        """Return the rows that the busiest rank sends to others, or receives, in one all-to-all."""
         remote = [
             max(sum(splits) - splits[rank] for splits in (plan.send_splits, plan.recv_splits))
             for rank, plan in enumerate(self.plans)
@@ -64,24 +63,20 @@ class Agreed:
 
 @dataclass(frozen=True, slots=True)
 class PolicyTime:
-    """One policy's layer on virtual ranks.
+    """One policy's layer on simulated ranks."""
 
-    agree_seconds, work_seconds: of every rank, before and after dispatch. collective_seconds: all
-    of them, those of the agreement included. rows: of each rank's experts.
-    """
-
-    agree_seconds: tuple[float, ...]
-    work_seconds: tuple[float, ...]
-    collective_seconds: float
-    rows: tuple[int, ...]
+    agree_seconds: tuple[float, ...]  # per rank, before dispatch
+    work_seconds: tuple[float, ...]  # per rank, after dispatch
+    collective_seconds: float  # all collectives, those of the agreement included
+    rows: tuple[int, ...]  # of each rank's experts
 
     @property
     def seconds(self) -> float:
-        """The layer."""
+        """Seconds of the layer."""
         return max(self.agree_seconds) + max(self.work_seconds) + self.collective_seconds
 
 
-class VirtualRanks:
+class SimulatedRanks:
     """W ranks with their experts and tokens in this process. loads_E: of all tokens together."""
 
     def __init__(
@@ -99,14 +94,14 @@ class VirtualRanks:
         sizes = tuple(part.stop - part.start for part in parts)
         self._shape, workspace = shape, RowBuffers()
         self._ranks = [
-            LoneRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), workspace)
+            SimulatedRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), workspace)
             for rank, part in enumerate(parts)
         ]
         self._steps = [_step(rank, sizes) for rank in range(num_ranks)]
 
     @torch.inference_mode()
     def agree(self, config: CapacityConfig) -> Agreed:
-        """Let all ranks agree under this policy; none runs without a step, as in a job without."""
+        """Return the agreement under this policy; `none` runs without a step, as in a job."""
         answers: list[torch.Tensor] = []
         calls: list[tuple[Kind, int]] = []
         for layer in self._ranks:
@@ -166,8 +161,8 @@ class VirtualRanks:
         agreement = sum(
             transfers[kind].of(part_bytes * times[kind]) for kind, part_bytes in agreed.calls
         )
-        travel_bytes = agreed.travel_rows() * self._shape.hidden * ROW_BYTES
-        return agreement + 2 * transfers["all_to_all"].of(travel_bytes)
+        row_bytes = agreed.busiest_rows() * self._shape.hidden * ROW_BYTES
+        return agreement + 2 * transfers["all_to_all"].of(row_bytes)
 
 
 def _step(rank: int, sizes: tuple[int, ...]) -> MoEStep:

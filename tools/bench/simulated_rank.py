@@ -1,7 +1,8 @@
-"""One rank of the MoE layer without the others: the engine's code, its collectives replaced.
+"""Simulated rank: one rank of the MoE layer without the others, its collectives replaced.
 
-What `virtual_ranks.py` runs one at a time. Agreement gets answers that were worked out beforehand;
-an all-to-all returns as many rows as would arrive, with any contents, so outputs mean nothing.
+`simulated_ranks.py` runs several, one at a time. Collectives of the agreement return answers that
+were computed beforehand; an all-to-all returns as many rows as would be received, with arbitrary
+contents, so outputs mean nothing.
 
 Legend: T tokens of this rank, D model dim, W ranks.
 """
@@ -17,11 +18,10 @@ import torch.distributed as dist
 from bench.moe_case import MoEShape, MoEWeights
 from bench.transfers import Kind
 from engine.config import DispatchConfig, MoEConfig
-from engine.distributed.collectives import Done, GroupCollectives, Pending
+from engine.distributed.collectives import Done, Pending
 from engine.distributed.groups import Group, Topology
 from engine.moe.dispatch.buffers import RowBuffers
-from engine.moe.dispatch.exchange import Exchange
-from engine.moe.dispatch.pipeline import Pipeline
+from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
@@ -30,11 +30,11 @@ from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
 
 CPU = torch.device("cpu")
-TRAVEL = (Phase.DISPATCH, Phase.COMBINE)
+ALL_TO_ALLS = (Phase.DISPATCH, Phase.COMBINE)
 
 
 class Unanswered(Exception):
-    """A rank asks for a collective that not all ranks have come to yet."""
+    """A rank called a collective that not all ranks have reached yet."""
 
     def __init__(self, kind: Kind, part: torch.Tensor) -> None:
         super().__init__(kind)
@@ -43,7 +43,7 @@ class Unanswered(Exception):
 
 
 class AnsweredCollectives:
-    """`Collectives` of one virtual rank: returns the answers it was given, in order."""
+    """`Collectives` of one simulated rank: returns the answers it was given, in order."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -51,7 +51,7 @@ class AnsweredCollectives:
         self._ready: list[torch.Tensor] = []
 
     def rewind(self, answers: list[torch.Tensor]) -> None:
-        """Begin with the first of these; the caller may write into what it gets."""
+        """Start again at the first of these answers, each of which is returned as a copy."""
         self._ready = [answer.clone() for answer in reversed(answers)]
 
     def all_gather(self, part: torch.Tensor) -> Pending:
@@ -77,17 +77,15 @@ class AnsweredCollectives:
 
 
 class RowlessExchange(Exchange):
-    """All-to-alls that move nothing."""
+    """All-to-alls that move no rows."""
 
-    def start(
-        self, rows: torch.Tensor, into: torch.Tensor, send_splits: list[int], recv_splits: list[int]
-    ) -> Pending:
-        """Return `into` with rows of some kind."""
-        return Done(into.fill_(0.5))  # new memory may hold subnormal numbers, which are slow
+    def start(self, rows: AllToAll) -> Pending:
+        """Return `rows.recv` filled with a constant."""
+        return Done(rows.recv.fill_(0.5))  # new memory may hold subnormal numbers, which are slow
 
 
-class LoneRank(MoELayer):
-    """One rank's layer and tokens x_TD. workspace may be another rank's too: they take turns."""
+class SimulatedRank(MoELayer):
+    """One rank's layer and tokens x_TD. Ranks may share `workspace`: they run one at a time."""
 
     def __init__(
         self,
@@ -98,22 +96,20 @@ class LoneRank(MoELayer):
         x_TD: torch.Tensor,
         workspace: RowBuffers,
     ) -> None:
-        topology = _topology(rank, size)
+        topology, answered = _topology(rank, size), AnsweredCollectives(rank, size)
         router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
         super().__init__(
             MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
             layer=0,
             topology=topology,
-            # Rows that hold nothing cannot say which experts they serve.
+            # Rows without contents do not encode the experts they are for.
             config=MoEConfig(dispatch=DispatchConfig(deduplicate=False)),
             device=CPU,
             dtype=torch.float32,
             workspace=workspace,
+            exchange=RowlessExchange(topology.expert, answered),
         )
-        self.answered = AnsweredCollectives(rank, size)
-        self._collectives = cast(GroupCollectives, self.answered)
-        self._dispatcher = RowlessExchange(topology.expert, self._collectives, self.workspace)
-        self._pipeline = Pipeline(self._dispatcher, self._run_experts, 0)
+        self.answered = answered
         own = slice(self.first_expert, self.first_expert + self.num_local_experts)
         with torch.no_grad():
             self.gate_weight_ED.copy_(weights.gate_ED)
@@ -122,16 +118,16 @@ class LoneRank(MoELayer):
         self.x_TD = x_TD
 
     def ask(self, answers: list[torch.Tensor], step: MoEStep | None) -> DispatchPlan | Unanswered:
-        """Route and agree as far as these answers go."""
+        """Route and agree; return the plan, or the first collective without an answer."""
         self.answered.rewind(answers)
         try:
-            (plan,), _ = self.agree(self.route(self.x_TD), step)  # one chunk
+            _, (plan,) = self.agree(self.route(self.x_TD), step)  # one chunk
             return plan
         except Unanswered as asked:
             return asked
 
     def timed(self, answers: list[torch.Tensor], step: MoEStep | None) -> tuple[float, float]:
-        """Run the layer; seconds until dispatch, and of what follows, without the all-to-alls."""
+        """Run the layer; return seconds until dispatch and after it, without the all-to-alls."""
         self.answered.rewind(answers)
         self.telemetry.clock = clock = HostClock()
         self(self.x_TD, step)
@@ -141,19 +137,19 @@ class LoneRank(MoELayer):
         assert spans is not None
         seconds = (spans.ends - spans.starts) * 1e-9
         dispatch = int(np.flatnonzero(spans.phases == Phase.DISPATCH)[0])
-        work = seconds[dispatch:][~np.isin(spans.phases[dispatch:], TRAVEL)]
+        work = seconds[dispatch:][~np.isin(spans.phases[dispatch:], ALL_TO_ALLS)]
         return float(seconds[:dispatch].sum()), float(work.sum())
 
 
 def _topology(rank: int, size: int) -> Topology:
-    """Ranks that nobody can reach: the layer's collectives are replaced."""
-    nobody = cast(dist.ProcessGroup, None)
-    world = Group(rank, size, tuple(range(size)), nobody)
-    alone = Group(0, 1, (rank,), nobody)
+    """Return a topology without process groups: the layer's collectives are replaced."""
+    no_group = cast(dist.ProcessGroup, None)
+    world = Group(rank, size, tuple(range(size)), no_group)
+    single = Group(0, 1, (rank,), no_group)
     return Topology(
         world=world,
         expert=world,
-        tensor=alone,
+        tensor=single,
         control=world,
         data_rank=rank,
         num_data=size,
@@ -163,5 +159,5 @@ def _topology(rank: int, size: int) -> Topology:
         store=dist.HashStore(),
         local_rank=rank,
         local_world_size=size,
-        host="virtual",
+        host="simulated",
     )

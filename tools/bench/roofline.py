@@ -1,14 +1,14 @@
-"""The least time that a generation job can take on this machine, whoever runs it in float32.
+"""Roofline bound: the least time that a generation job can take on this machine in float32.
 
-Two rates are measured in the same run as the contenders, on all cores at once (`peak.c`): fused
+Two rates are measured in the same run as the candidates, on all cores at once (`peak.c`): fused
 multiply-adds in registers, and reads of memory. From the model's shapes and the job:
 
-    compute   every product of matrices of every token that anybody needs, at the first rate: of the
-              last layer keys and values of all tokens, the rest of those that choose a new one
-    read      every weight that a step needs, once a step, at the second
+    compute   all matrix products that the job needs, at the first rate: of the last layer keys and
+              values of all tokens, the rest only of those that choose a new one
+    read      every weight that a step needs, once per step, at the second
 
 A job takes at least as many steps as a request has new tokens, and at best the two overlap
-entirely: the floor is the larger of them. Caches do not hold the weights of a model worth a bench;
+entirely: the bound is the larger of them. Caches do not hold the weights of a model worth a bench;
 softmax, norms, the KV cache and the interpreter are free here.
 """
 
@@ -30,27 +30,31 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of all cores together: floating-point operations and bytes read, a second."""
+    """Rates of all cores together."""
 
-    flops: float
-    read: float
+    flops: float  # floating-point operations per second
+    read: float  # bytes per second
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
-    """Seconds: compute and read alone, and the larger of the two."""
+class RooflineBound:
+    """Least seconds of a job."""
 
-    compute: float
-    read: float
+    compute: float  # by computing alone
+    read: float  # by reading weights alone
 
     @property
     def seconds(self) -> float:
-        """What the job takes at least."""
+        """The larger of the two."""
         return max(self.compute, self.read)
 
 
 def measure_rates(cores: list[int], seconds: float = 1.0) -> Rates:
-    """Measure both rates on these cores. Raises RuntimeError without a C compiler."""
+    """Measure both rates on these cores.
+
+    Raises:
+        RuntimeError: there is no C compiler or no taskset.
+    """
     if shutil.which("taskset") is None:
         raise RuntimeError("no taskset here: install util-linux")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -72,10 +76,12 @@ def _rate(program: Path, kind: str, cores: list[int], seconds: float) -> float:
     return sum(float(process.communicate()[0].split()[0]) for process in running)
 
 
-def floor(model: dict[str, Any], job: Job, new_tokens: int, rates: Rates) -> Floor:
-    """The floor of a Mixtral-shaped model.
+def roofline_bound(model: dict[str, Any], job: Job, new_tokens: int, rates: Rates) -> RooflineBound:
+    """Return the bound of a job on a Mixtral-shaped model.
 
-    model: the fields of its config.json. new_tokens: of every request.
+    Args:
+        model: the fields of its config.json.
+        new_tokens: per request.
     """
     layers, hidden, ffn = (
         model[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
@@ -101,4 +107,4 @@ def floor(model: dict[str, Any], job: Job, new_tokens: int, rates: Rates) -> Flo
     # A step of B tokens, each with K of E experts at random, needs this share of the experts.
     share = 1 - (1 - top_k / experts) ** len(job.prompts)
     weights = dense + logits + share * layers * experts * expert
-    return Floor(flops / rates.flops, _FLOAT_BYTES * weights * new_tokens / rates.read)
+    return RooflineBound(flops / rates.flops, _FLOAT_BYTES * weights * new_tokens / rates.read)
