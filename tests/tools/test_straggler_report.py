@@ -143,7 +143,7 @@ def test_the_page_has_every_view_with_the_spans_numbers(dropped: Path, tmp_path:
     (sentence,) = texts(drawing(dom, "verdict"), "li")
     assert sentence.startswith("Rank 0 on node0 arrived last most often, in 100% of 2 collectives")
     assert sentence in done.stdout, "the terminal says the same"
-    assert "Finding computed from the spans." in dom
+    assert "Verdict computed from the spans." in dom
 
     before, after = bars(dom, "heat-before"), bars(dom, "heat-after")
     assert list(before) == [

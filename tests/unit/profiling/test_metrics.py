@@ -8,6 +8,7 @@ Run: pytest tests/unit/profiling/test_metrics.py
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -103,6 +104,23 @@ def test_a_scrape_has_what_the_job_has_done_and_who_was_late():
     assert lost == sorted(lost) and lost[3] > 0
     assert found['lockstep_layer_load_ratio{layer="2",when="before"}'] == pytest.approx(4 / 3)
     assert found['lockstep_layer_load_ratio{layer="2",when="after"}'] == 1
+
+
+def test_the_names_and_labels_of_metrics_are_those_that_dashboards_know():
+    with serving(num_ranks=2, num_layers=1) as metrics:
+        found = set(samples(scrape(metrics)))
+    assert {re.sub(r'="[^"]*"', "", name) for name in found} == {
+        "lockstep_steps_total",
+        "lockstep_tokens_total{kind}",
+        "lockstep_requests_finished_total",
+        "lockstep_requests{state}",
+        "lockstep_phase_seconds_total{phase}",
+        "lockstep_waiting_seconds_total",
+        "lockstep_rank_late_ratio{rank}",
+        "lockstep_rank_lost_seconds{rank}",
+        "lockstep_layer_lost_seconds{layer}",
+        "lockstep_layer_load_ratio{layer,when}",
+    }
 
 
 def test_labels_stay_few_however_many_ranks_and_layers_there_are():

@@ -10,7 +10,14 @@ from engine.batch.progress import ProgressBar
 from engine.config import CapacityConfig
 from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.findings import Finding
-from engine.profiling.report import LayerTotals, RankReport, RunReport, StepReport
+from engine.profiling.report import (
+    LayerReport,
+    LayerTotals,
+    PhaseReport,
+    RankReport,
+    RunReport,
+    StepReport,
+)
 from engine.reporting.summary import Summary, percentiles, print_summary
 
 
@@ -218,6 +225,47 @@ def test_the_summary_as_json_has_percentiles_in_place_of_latencies():
     assert values["run"]["latencies"]["tpot"] == {"p50": 0.01, "p99": 0.01}
     assert values["run"]["ranks"][0]["seconds"]["attention"] == 1.0
     assert "run" not in json.loads(summary(None).to_json())
+
+
+def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
+    first = replace(
+        rank(0),
+        phases={"gate": PhaseReport(1.0, 0.5, 3, 4)},
+        comms={"all_reduce (tensor)": [CommsRow(1024, 1, 9, 0.5, 0.5, 1.0, 1.0)]},
+    )
+    layers = [LayerReport(0, 1.5, 1.2, 2.0, 1.5, [3, 1], [2, 1])]
+    found = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
+    values = json.loads(summary(run_report(first, layers=layers, verdict=found)).to_json())
+    run = values["run"]
+    assert list(values) == (
+        "total resumed errors requests prompt_tokens generated_tokens capacity run".split()
+    )
+    assert list(run) == (
+        "seconds steps ranks layers max_over_mean max_over_mean_after speed_bound totals latencies "
+        "verdict lost clock_error capacity_shares".split()
+    )
+    assert list(run["ranks"][0]) == (
+        "rank host tokens_prefill tokens_decode expert_rows bytes_sent num_collectives preemptions "
+        "seconds phases slowness late_share lost comms resolved absent".split()
+    )
+    assert list(run["ranks"][0]["phases"]["gate"]) == "seconds waiting tokens bytes_sent".split()
+    assert (
+        list(run["ranks"][0]["comms"]["all_reduce (tensor)"][0])
+        == (
+            "message_bytes count bytes total_latency_ms avg_latency_ms tput_avg_gbps busbw_avg_gbps"
+        ).split()
+    )
+    assert list(run["layers"][0]) == (
+        "layer rank_max_over_mean rank_max_over_mean_after expert_max_over_mean "
+        "expert_max_over_mean_after expert_loads expert_loads_after assignments dropped added "
+        "orphans gate_mass_kept drop_rate bytes_sent num_collectives seconds lost "
+        "lost_by_cause".split()
+    )
+    assert list(run["totals"]) == (
+        "assignments dropped added orphans gate_mass_kept drop_rate bytes_sent "
+        "collectives_per_call".split()
+    )
+    assert list(run["verdict"][0]) == "text cause ranks share layer".split()
 
 
 def test_deepspeeds_table_is_rank_0s_with_sizes_in_their_units_and_only_where_asked_for():
