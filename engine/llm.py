@@ -14,7 +14,6 @@ enter alone.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,21 +38,16 @@ from engine.generation.builder import (
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
-from engine.generation.latency import Sample, timed
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
 from engine.generation.request_source import ListSource, RequestSource, Sink, deal
-from engine.generation.step_profiler import StepProfiler
 from engine.generation.tokenizer import load_tokenizer
 from engine.models.registry import read_config
-from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
-from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
-from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
+from engine.reporting.measured_run import MeasuredRun
 from engine.reporting.open_exporters import open_exporters
-from engine.reporting.run_report import run_report
 from engine.request import Completion, Request, SamplingParams
 
 _T = TypeVar("_T")
@@ -116,13 +110,13 @@ class LLM:
         return self.model.max_model_len
 
     @property
-    def resolved(self) -> dict[str, Any]:
+    def resolved_settings(self) -> dict[str, Any]:
         """What settings that may be left to the engine have come to on this rank: setting -> value.
         Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
         """
         return resolved(self.model, self.topology, self._runner.cache.num_blocks)
 
-    def place(self) -> Progress:
+    def progress(self) -> Progress:
         """How far this rank has come; for the watchdog's thread."""
         position = self._telemetry.clock.position()
         if not position.collective:
@@ -200,71 +194,30 @@ class LLM:
         add up what they measured; where replicas end at times of their own, it waits. The report
         is complete on every rank.
         """
-        capacity = self.config.moe.capacity
-        outlets = self._on_all_ranks(self._open_outlets)
+        exporters = self._on_all_ranks(
+            lambda: open_exporters(self.config, self.topology, self.model, self._clock_offset)
+        )
         self._activity.begin("starting the run")
-        topology = self.topology
-        profile = Collector(
-            self.model.num_layers, topology.expert.size, topology.tensor_rank_offsets
-        )
-        meter = StepProfiler(
-            self._telemetry,
-            profile,
-            outlets,
-            speed_aware=capacity.speed_aware,
-            logs=self.topology.world.rank == 0,
-        )
-        loop = GenerationLoop(
-            self._runner,
-            self._scheduler,
-            self._control,
-            self.topology,
-            self._telemetry,
-            meter,
-            tokenizer=self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            top_k=self.model.top_k,
-            capacity_phases=() if capacity.policy == "none" else capacity.phases,
-        )
-        latencies = {"ttft": Sample(), "tpot": Sample()}
-        preempted = self._scheduler.num_preemptions
-        layers = self.model.moe_layers
-        before = {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in layers}
-        for layer in layers:
-            layer.account.take()
-        self._telemetry.loads.clear()
-        began = time.monotonic()
-        absences = StallDetector(self.config.profiler.enabled)
-        try:
-            with absences:
-                loop.run(source, timed(sink, latencies), on_step, stop)
-            comms = outlets.comms_table()
-        finally:
-            outlets.close()
+        capacity = self.config.moe.capacity
+        with MeasuredRun(
+            self.config, self.topology, self.model, self._scheduler, self._telemetry, exporters
+        ) as measured:
+            loop = GenerationLoop(
+                self._runner,
+                self._scheduler,
+                self._control,
+                self.topology,
+                self._telemetry,
+                measured.step_profiler,
+                tokenizer=self.tokenizer,
+                eos_token_ids=self.eos_token_ids,
+                top_k=self.model.top_k,
+                capacity_phases=() if capacity.policy == "none" else capacity.phases,
+            )
+            loop.run(source, measured.timed(sink), on_step, stop)
         on_end()
-        self.report = run_report(
-            time.monotonic() - began,
-            loop.totals,
-            profile,
-            latencies,
-            self._telemetry.loads,
-            self.topology,
-            traffic={
-                layer.layer: (
-                    layer.bytes_sent - before[layer.layer][0],
-                    layer.num_collectives - before[layer.layer][1],
-                )
-                for layer in layers
-            },
-            preemptions=self._scheduler.num_preemptions - preempted,
-            drops={layer.layer: layer.account.take() for layer in layers},
-            policy=capacity.policy,
-            clock_error=self._clock_offset.error * 1e-9,
-            shares_W=meter.shares_W,
-            comms=comms,
-            resolved=self.resolved,
-            absent=(absences.count, absences.seconds),
-        )
+        clock_error = self._clock_offset.error * 1e-9
+        self.report = measured.report(loop.totals, self.resolved_settings, clock_error)
         return self.report
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
@@ -288,9 +241,6 @@ class LLM:
         """Leave the run this engine has joined. Safe to call twice."""
         if self._owns_topology:
             bootstrap.stop(self.topology)
-
-    def _open_outlets(self) -> Exporters:
-        return open_exporters(self.config, self.topology, self.model, self._clock_offset)
 
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """Run `make` on every rank of all replicas; where it fails on any, fail on all with who and

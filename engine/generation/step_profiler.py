@@ -35,13 +35,13 @@ class StepProfiler:
     def __init__(
         self,
         telemetry: Telemetry,
-        profile: Collector,
+        collector: Collector,
         outlets: Exporters | None = None,
         *,
         speed_aware: bool = False,
         logs: bool = False,
     ) -> None:
-        self.profile = profile
+        self.collector = collector
         self._telemetry = telemetry
         self._outlets = outlets or Exporters()
         self._pace = RowTime()
@@ -93,7 +93,7 @@ class StepProfiler:
 
     def update(self, report: StepReport) -> None:
         """A step is over."""
-        self._outlets.update(report, self.profile, self._telemetry.loads)
+        self._outlets.update(report, self.collector, self._telemetry.loads)
 
     def finish(self) -> None:
         """The run is over: nobody will tell the last steps' arrivals."""
@@ -103,7 +103,7 @@ class StepProfiler:
     def _file(self, spans: Spans, arrivals_WC: np.ndarray | None) -> None:
         """Take the next step that was read."""
         self._num_read += 1
-        self.profile.add(spans, arrivals_WC)
+        self.collector.add(spans, arrivals_WC)
         if self._unread:
             tokens, loads = self._unread.popleft()
             self._outlets.write(self._num_read, spans, arrivals_WC, self._offset, tokens, loads)

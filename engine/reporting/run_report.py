@@ -8,14 +8,14 @@ all ranks come to the same report.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
-from engine.generation.latency import Sample, Taken, pooled
+from engine.generation.latency import Taken, pooled
 from engine.generation.loop import Totals
 from engine.moe.capacity.speed_weights import ONE
 from engine.profiling.collector import Charges, Collector, PhaseTotals
@@ -40,111 +40,71 @@ from engine.profiling.straggler_causes import (
 from engine.profiling.wait_time import breakdown
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What one rank measured in a run."""
+
+    seconds: float  # wall time of the generation loop
+    totals: Totals  # steps, and tokens of this rank's own requests
+    collector: Collector  # time by layer and phase, and for whom the group waited
+    latencies: dict[str, Taken]  # keys ttft and tpot: samples of seconds
+    loads: LoadCounter
+    traffic: dict[int, tuple[int, int]]  # layer -> bytes sent to other ranks, collectives called
+    preemptions: int
+    drops: dict[int, LayerDrops]  # layer -> what capacity did to this rank's own tokens
+    policy: str = "none"  # moe.capacity.policy
+    clock_error: float = 0.0  # uncertainty of this rank's clock against the others', seconds
+    shares_W: tuple[int, ...] | None = None  # each rank's share of the capacity at the end
+    comms: CommsTable = field(default_factory=dict)  # DeepSpeed's table of this rank
+    resolved_settings: dict[str, Any] = field(default_factory=dict)  # as in `RankReport`
+    process_stalls: tuple[int, float] = (0, 0.0)  # how often the process did not run, seconds
+
+
 @dataclass(slots=True)
 class _Share:
-    """What one rank hands in. traffic: layer -> bytes sent, collectives called. clock_error: of its
-    clock against the others', seconds. group: from the first rank of each, for whom it waited and
-    the imbalance of its layers, as `straggler.analyse` takes them.
-    """
+    """What one rank sends to all others."""
 
     rank: RankReport
     profile: RankProfile
     replica: int
     latencies: dict[str, Taken]
     seconds: float
-    clock_error: float
+    clock_error: float  # seconds
     drops: dict[int, LayerDrops]
-    traffic: dict[int, tuple[int, int]]
+    traffic: dict[int, tuple[int, int]]  # layer -> bytes sent, collectives called
+    # Of the first rank of each group: for whom it waited, and the imbalance of its layers, float64
+    # [L], as `straggler_causes.analyse` takes them. Of other ranks None.
     group: tuple[Charges, np.ndarray] | None
 
 
-def run_report(
-    seconds: float,
-    totals: Totals,
-    profile: Collector,
-    latencies: dict[str, Sample],
-    loads: LoadCounter,
-    topology: Topology,
-    *,
-    traffic: dict[int, tuple[int, int]],
-    preemptions: int,
-    drops: dict[int, LayerDrops],
-    policy: str = "none",
-    clock_error: float = 0.0,
-    shares_W: tuple[int, ...] | None = None,
-    comms: CommsTable | None = None,
-    resolved: dict[str, Any] | None = None,
-    absent: tuple[int, float] = (0, 0.0),
-) -> RunReport:
-    """Gather every rank's totals into one report, the same on every rank of a replica; layers are
-    of this rank's own group, and all else is the same on every rank.
+def run_report(measured: Measurements, topology: Topology) -> RunReport:
+    """Gather every rank's measurements into one report.
 
-    traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
-    capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
-    absent: how often this rank's process did not run, and seconds of it. shares_W: of the
-    capacity, at the end. comms: DeepSpeed's table of this rank. resolved: as in
-    `RankReport`. Collective over
-    all ranks: every rank must call.
+    It is the same on every rank of a replica. `layers` are of the rank's own group; all else is the
+    same on every rank. Collective over all ranks: every rank must call.
     """
-    phases = profile.totals()
-    imbalance_L = np.ones(len(phases.seconds))
-    for layer, load in loads.layers.items():
-        imbalance_L[layer + 1] = load.max_over_mean_after
-    own = _Share(
-        rank=RankReport(
-            rank=topology.world.rank,
-            host=topology.host,
-            tokens_prefill=totals.tokens_prefill,
-            tokens_decode=totals.tokens_decode,
-            expert_rows=sum(int(load.own_after.sum()) for load in loads.layers.values()),
-            bytes_sent=sum(sent for sent, _ in traffic.values()),
-            num_collectives=sum(called for _, called in traffic.values()),
-            preemptions=preemptions,
-            seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
-            phases=_phases(phases),
-            comms=comms or {},
-            resolved=resolved or {},
-            absent=absent[1],
-        ),
-        profile=RankProfile(
-            rank=topology.world.rank,
-            host=topology.host,
-            totals=phases,
-            experts=profile.experts.table,
-            attention=profile.attention.table,
-            loads_after={
-                layer: (load.first_expert, load.own_after.tolist())
-                for layer, load in loads.layers.items()
-            },
-            absent=absent,
-        ),
-        replica=topology.replica,
-        latencies={key: sample.taken() for key, sample in latencies.items()},
-        seconds=seconds,
-        clock_error=clock_error,
-        drops=drops,
-        traffic=traffic,
-        group=(profile.charges(), imbalance_L) if topology.expert.rank == 0 else None,
-    )
-    everyone: list[_Share] = gather_objects(own, topology.world)
+    everyone: list[_Share] = gather_objects(_share(measured, topology), topology.world)
     groups: dict[int, list[_Share]] = {}
     for share in everyone:
         groups.setdefault(share.replica, []).append(share)
     analyses = {replica: _analyse(shares) for replica, shares in groups.items()}
     group = groups[topology.replica]
     blamed = {blame.rank: blame for analysis in analyses.values() for blame in analysis.ranks}
+    loads, steps, shares_W = measured.loads, measured.totals.steps, measured.shares_W
     layers = _layers(loads, group, analyses[topology.replica])
     return RunReport(
         seconds=max(share.seconds for share in everyone),
-        steps=totals.steps,
+        steps=steps,
         ranks=[_blame(share.rank, blamed[share.rank.rank]) for share in everyone],
         layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
         speed_bound=loads.speed_bound(),
-        totals=_totals(layers, group, totals.steps),
-        latencies={key: pooled([share.latencies[key] for share in everyone]) for key in latencies},
-        verdict=_verdict(groups, analyses, policy),
+        totals=_totals(layers, group, steps),
+        latencies={
+            key: pooled([share.latencies[key] for share in everyone]) for key in measured.latencies
+        },
+        verdict=_verdict(groups, analyses, measured.policy),
         lost={
             cause: sum(each.lost[cause] * len(each.ranks) for each in analyses.values())
             / len(everyone)
@@ -152,6 +112,52 @@ def run_report(
         },
         clock_error=max(share.clock_error for share in everyone),
         capacity_shares=None if shares_W is None else [share / ONE for share in shares_W],
+    )
+
+
+def _share(measured: Measurements, topology: Topology) -> _Share:
+    """Reduce one rank's measurements to what the others need of them."""
+    collector, layers, traffic = measured.collector, measured.loads.layers, measured.traffic
+    phases = collector.totals()
+    imbalance_L = np.ones(len(phases.seconds))
+    for layer, load in layers.items():
+        imbalance_L[layer + 1] = load.max_over_mean_after
+    rank, host = topology.world.rank, topology.host
+    return _Share(
+        rank=RankReport(
+            rank=rank,
+            host=host,
+            tokens_prefill=measured.totals.tokens_prefill,
+            tokens_decode=measured.totals.tokens_decode,
+            expert_rows=sum(int(load.own_after.sum()) for load in layers.values()),
+            bytes_sent=sum(num_bytes for num_bytes, _ in traffic.values()),
+            num_collectives=sum(called for _, called in traffic.values()),
+            preemptions=measured.preemptions,
+            seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
+            phases=_phases(phases),
+            comms=measured.comms,
+            resolved=measured.resolved_settings,
+            absent=measured.process_stalls[1],
+        ),
+        profile=RankProfile(
+            rank=rank,
+            host=host,
+            totals=phases,
+            experts=collector.experts.table,
+            attention=collector.attention.table,
+            loads_after={
+                layer: (load.first_expert, load.own_after.tolist())
+                for layer, load in layers.items()
+            },
+            absent=measured.process_stalls,
+        ),
+        replica=topology.replica,
+        latencies=measured.latencies,
+        seconds=measured.seconds,
+        clock_error=measured.clock_error,
+        drops=measured.drops,
+        traffic=traffic,
+        group=(collector.charges(), imbalance_L) if topology.expert.rank == 0 else None,
     )
 
 

@@ -88,12 +88,12 @@ def test_every_step_is_filed_once_with_its_own_tokens_and_loads(clock):
         (before, after) = loads[0]
         assert (before.tolist(), after) == ([number], [number])
         assert told or (clock is LateClock and number == STEPS), "all but the last have arrivals"
-    assert meter.profile.totals().tokens[1, Phase.EXPERTS] == 1 + 2 + 3 + 4 + 5
+    assert meter.collector.totals().tokens[1, Phase.EXPERTS] == 1 + 2 + 3 + 4 + 5
 
 
 @pytest.mark.parametrize("clock", [HostClock, LateClock])
 def test_without_a_span_file_nothing_piles_up(clock):
     meter = run(clock(), None)
     assert not meter._unread
-    assert meter.profile.totals().tokens[1, Phase.EXPERTS] == 15
-    assert meter.profile.totals().calls[0, Phase.CONTROL] == STEPS + 1
+    assert meter.collector.totals().tokens[1, Phase.EXPERTS] == 15
+    assert meter.collector.totals().calls[0, Phase.CONTROL] == STEPS + 1

@@ -28,7 +28,7 @@ from engine.profiling.collector import Collector
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import LayerTotals, RunReport
-from engine.reporting.run_report import run_report
+from engine.reporting.run_report import Measurements, run_report
 from tests.helpers.profiles import Simulation, make_spans
 
 BEFORE = {1: [[6, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 1, 5, 5], [1, 1, 1, 1]]}
@@ -68,8 +68,7 @@ class Rank:
     loads: LoadCounter = field(default_factory=LoadCounter)
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
     drops: dict[int, LayerDrops] = field(default_factory=dict)
-    profile: Collector = field(default_factory=lambda: Collector(4, 2))
-    policy: str = "none"
+    collector: Collector = field(default_factory=lambda: Collector(4, 2))
 
     def report(self) -> RunReport:
         topology: Any = SimpleNamespace(
@@ -78,18 +77,17 @@ class Rank:
             replica=self.replica,
             host=f"host{self.rank}",
         )
-        totals = Totals(steps=self.steps, tokens_prefill=10 + self.rank)
-        return run_report(
-            self.seconds,
-            totals,
-            self.profile,
-            {key: sample_of(values) for key, values in self.latencies.items()},
-            self.loads,
-            topology,
+        measured = Measurements(
+            seconds=self.seconds,
+            totals=Totals(steps=self.steps, tokens_prefill=10 + self.rank),
+            collector=self.collector,
+            latencies={key: sample_of(values).taken() for key, values in self.latencies.items()},
+            loads=self.loads,
             traffic=self.traffic,
             preemptions=self.rank,
             drops=self.drops,
         )
+        return run_report(measured, topology)
 
 
 def sample_of(values: list[float]) -> Sample:
@@ -252,14 +250,14 @@ def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank
         loads.take_rows()
         loads.set_exchanged(np.array([[8], [8]]))
         ranks.append(
-            Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, profile=collector)
+            Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, collector=collector)
         )
     return ranks
 
 
 def test_all_ranks_have_one_report_though_each_measured_the_steps_by_its_own_clock(monkeypatch):
     ranks = timed_ranks(late=1)
-    lengths = {rank.profile.charges().step_seconds for rank in ranks}
+    lengths = {rank.collector.charges().step_seconds for rank in ranks}
     assert len(lengths) == 2, "the ranks would each come to a result of their own"
     first, second = reports(monkeypatch, ranks)
     assert first == second
@@ -294,7 +292,7 @@ def test_where_nothing_competed_nothing_was_lost(monkeypatch):
 
 def test_a_run_without_steps_or_without_moe_layers_has_a_report(monkeypatch):
     for steps in (0, 5):
-        (report,) = reports(monkeypatch, [Rank(0, steps=steps, profile=Collector(4, 1))])
+        (report,) = reports(monkeypatch, [Rank(0, steps=steps, collector=Collector(4, 1))])
         assert report.layers == [] and report.totals == LayerTotals()
         assert (report.max_over_mean, report.max_over_mean_after) == (1.0, 1.0)
         assert report.speed_bound == 1.0
