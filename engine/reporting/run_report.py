@@ -1,8 +1,8 @@
-"""From every rank's totals to the run's report; the last collective of a run.
+"""Run report: from every rank's measurements to one report; the last collective of a run.
 
-Ranks that step together are analysed together, every group of them. Stamps are each rank's own, so
-two ranks would not measure one step alike: what a group did is told by its first rank alone, and
-all ranks come to the same report.
+Each group of ranks in lockstep is analysed by itself. Step lengths are measured by each rank's own
+clock and differ a little, so a group's are those of its first rank: then every rank computes the
+same report.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
-from engine.generation.latency import Taken, pooled
+from engine.generation.latency import Sampled, pooled
 from engine.generation.loop import Totals
 from engine.moe.capacity.speed_weights import ONE
-from engine.profiling.collector import Charges, Collector, PhaseTotals
+from engine.profiling.collector import Collector, PhaseTotals, WaitAttribution
 from engine.profiling.deepspeed_comms import CommsTable
-from engine.profiling.findings import Finding, HotExpert, of_replicas, verdicts
+from engine.profiling.findings import Finding, HotExpert, findings, join_replicas
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import (
@@ -46,8 +46,8 @@ class Measurements:
 
     seconds: float  # wall time of the generation loop
     totals: Totals  # steps, and tokens of this rank's own requests
-    collector: Collector  # time by layer and phase, and for whom the group waited
-    latencies: dict[str, Taken]  # keys ttft and tpot: samples of seconds
+    collector: Collector  # time per layer and phase, and for which ranks the group waited
+    latencies: dict[str, Sampled]  # keys ttft and tpot: samples of seconds
     loads: LoadCounter
     traffic: dict[int, tuple[int, int]]  # layer -> bytes sent to other ranks, collectives called
     preemptions: int
@@ -57,7 +57,7 @@ class Measurements:
     shares_W: tuple[int, ...] | None = None  # each rank's share of the capacity at the end
     comms: CommsTable = field(default_factory=dict)  # DeepSpeed's table of this rank
     resolved_settings: dict[str, Any] = field(default_factory=dict)  # as in `RankReport`
-    process_stalls: tuple[int, float] = (0, 0.0)  # how often the process did not run, seconds
+    process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
 
 
 @dataclass(slots=True)
@@ -67,21 +67,20 @@ class _Share:
     rank: RankReport
     profile: RankProfile
     replica: int
-    latencies: dict[str, Taken]
+    latencies: dict[str, Sampled]
     seconds: float
     clock_error: float  # seconds
     drops: dict[int, LayerDrops]
     traffic: dict[int, tuple[int, int]]  # layer -> bytes sent, collectives called
-    # Of the first rank of each group: for whom it waited, and the imbalance of its layers, float64
-    # [L], as `straggler_causes.analyse` takes them. Of other ranks None.
-    group: tuple[Charges, np.ndarray] | None
+    # Of the first rank of each group: the wait that each of its ranks caused, and the imbalance of
+    # its layers, float64 [L], both as in `straggler_causes.analyse`. None of other ranks.
+    group: tuple[WaitAttribution, np.ndarray] | None
 
 
 def run_report(measured: Measurements, topology: Topology) -> RunReport:
     """Gather every rank's measurements into one report.
 
-    It is the same on every rank of a replica. `layers` are of the rank's own group; all else is the
-    same on every rank. Collective over all ranks: every rank must call.
+    Collective over all ranks: every rank must call.
     """
     everyone: list[_Share] = gather_objects(_share(measured, topology), topology.world)
     groups: dict[int, list[_Share]] = {}
@@ -89,13 +88,13 @@ def run_report(measured: Measurements, topology: Topology) -> RunReport:
         groups.setdefault(share.replica, []).append(share)
     analyses = {replica: _analyse(shares) for replica, shares in groups.items()}
     group = groups[topology.replica]
-    blamed = {blame.rank: blame for analysis in analyses.values() for blame in analysis.ranks}
+    attributed = {each.rank: each for analysis in analyses.values() for each in analysis.ranks}
     loads, steps, shares_W = measured.loads, measured.totals.steps, measured.shares_W
     layers = _layers(loads, group, analyses[topology.replica])
     return RunReport(
         seconds=max(share.seconds for share in everyone),
         steps=steps,
-        ranks=[_blame(share.rank, blamed[share.rank.rank]) for share in everyone],
+        ranks=[_add_attribution(share.rank, attributed[share.rank.rank]) for share in everyone],
         layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
@@ -104,9 +103,9 @@ def run_report(measured: Measurements, topology: Topology) -> RunReport:
         latencies={
             key: pooled([share.latencies[key] for share in everyone]) for key in measured.latencies
         },
-        verdict=_verdict(groups, analyses, measured.policy),
-        lost={
-            cause: sum(each.lost[cause] * len(each.ranks) for each in analyses.values())
+        findings=_findings(groups, analyses, measured.policy),
+        wait_caused={
+            cause: sum(each.wait_caused[cause] * len(each.ranks) for each in analyses.values())
             / len(everyone)
             for cause in CAUSES
         },
@@ -116,7 +115,7 @@ def run_report(measured: Measurements, topology: Topology) -> RunReport:
 
 
 def _share(measured: Measurements, topology: Topology) -> _Share:
-    """Reduce one rank's measurements to what the others need of them."""
+    """Reduce one rank's measurements to what all ranks need of them."""
     collector, layers, traffic = measured.collector, measured.loads.layers, measured.traffic
     phases = collector.totals()
     imbalance_L = np.ones(len(phases.seconds))
@@ -136,8 +135,8 @@ def _share(measured: Measurements, topology: Topology) -> _Share:
             seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
             phases=_phases(phases),
             comms=measured.comms,
-            resolved=measured.resolved_settings,
-            absent=measured.process_stalls[1],
+            resolved_settings=measured.resolved_settings,
+            process_stall_seconds=measured.process_stalls[1],
         ),
         profile=RankProfile(
             rank=rank,
@@ -149,7 +148,7 @@ def _share(measured: Measurements, topology: Topology) -> _Share:
                 layer: (load.first_expert, load.own_after.tolist())
                 for layer, load in layers.items()
             },
-            absent=measured.process_stalls,
+            process_stalls=measured.process_stalls,
         ),
         replica=topology.replica,
         latencies=measured.latencies,
@@ -157,7 +156,7 @@ def _share(measured: Measurements, topology: Topology) -> _Share:
         clock_error=measured.clock_error,
         drops=measured.drops,
         traffic=traffic,
-        group=(collector.charges(), imbalance_L) if topology.expert.rank == 0 else None,
+        group=(collector.wait_attribution(), imbalance_L) if topology.expert.rank == 0 else None,
     )
 
 
@@ -175,37 +174,33 @@ def _phases(totals: PhaseTotals) -> dict[str, PhaseReport]:
 
 
 def _analyse(group: Sequence[_Share]) -> Analysis:
-    """One group's analysis, from what its first rank says of it."""
+    """Analyse one group, from its first rank's attribution."""
     assert group[0].group is not None
-    charges, imbalance_L = group[0].group
-    return analyse([share.profile for share in group], charges, imbalance_L)
+    return analyse([share.profile for share in group], *group[0].group)
 
 
-def _verdict(
+def _findings(
     groups: dict[int, list[_Share]], analyses: dict[int, Analysis], policy: str
 ) -> list[Finding]:
     found = {
-        replica: verdicts(analysis, _hottest(groups[replica]), policy)
+        replica: findings(analysis, _hottest(groups[replica]), policy)
         for replica, analysis in analyses.items()
     }
-    return of_replicas(
-        found,
-        {
-            replica: [blame.rank for blame in analysis.ranks]
-            for replica, analysis in analyses.items()
-        },
-    )
+    ranks = {replica: [share.rank.rank for share in shares] for replica, shares in groups.items()}
+    return join_replicas(found, ranks)
 
 
-def _blame(report: RankReport, blame: RankAttribution) -> RankReport:
-    """Add what the analysis says."""
+def _add_attribution(report: RankReport, attributed: RankAttribution) -> RankReport:
     return replace(
-        report, slowness=blame.slowness, late_share=blame.late_share, lost=dict(blame.lost)
+        report,
+        relative_compute_time=attributed.relative_compute_time,
+        straggler_share=attributed.straggler_share,
+        wait_caused=dict(attributed.wait_caused),
     )
 
 
 def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
-    """The expert of every rank that stands out most in its layer, after capacity."""
+    """Return each rank's expert with the most rows over its layer's mean, after capacity."""
     found: dict[int, HotExpert] = {}
     for layer in group[0].profile.loads_after:
         shares = [share.profile.loads_after[layer] for share in group]
@@ -220,6 +215,7 @@ def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
 
 
 def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> list[LayerReport]:
+    """Return the report of every MoE layer of one group; `loads` are those of any of its ranks."""
     seconds_LP = np.mean([share.profile.totals.seconds for share in group], axis=0)
     reports = []
     for layer, load in sorted(loads.layers.items()):
@@ -251,20 +247,20 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                     for phase in Phase
                     if seconds_LP[layer + 1, phase]
                 },
-                lost=analysis.layers[layer],
-                lost_by_cause=analysis.layer_causes[layer],
+                wait=analysis.layers[layer],
+                wait_by_cause=analysis.layer_causes[layer],
             )
         )
     return reports
 
 
 def _totals(layers: list[LayerReport], group: Sequence[_Share], steps: int) -> LayerTotals:
-    """Every layer runs once a step, on ranks without tokens too."""
+    """Sum the layers of one group."""
     drops = LayerDrops()
     for share in group:
         for of_layer in share.drops.values():
             drops.add(of_layer)
-    calls = steps * len(layers)
+    calls = steps * len(layers)  # every layer runs once per step, on ranks without tokens too
     return LayerTotals(
         assignments=drops.routed,
         dropped=drops.dropped,
@@ -280,7 +276,7 @@ def _totals(layers: list[LayerReport], group: Sequence[_Share], steps: int) -> L
 
 
 def _ratio(part: float, whole: float, *, nothing: float) -> float:
-    """part / whole, or `nothing` where there is no whole."""
+    """Return part / whole, or `nothing` where the whole is 0."""
     return part / whole if whole else nothing
 
 

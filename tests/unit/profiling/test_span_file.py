@@ -60,7 +60,7 @@ def test_a_step_is_written_with_aligned_start_offsets_waiting_and_loads(tmp_path
         [Phase.COMBINE, 0, 3 * MS, 2 * MS, 8, 1000, 1 * MS],
     ]
     assert step["before"] == {"0": [1, 2, 3, 4]} and step["after"] == {"0": [2, 3]}
-    assert [span[-1] for span in unknown["spans"]] == [-1, -1], "nobody's arrivals are known"
+    assert [span[-1] for span in unknown["spans"]] == [-1, -1], "no arrivals are known"
 
 
 def test_the_keys_of_a_span_file_are_those_that_its_readers_know(tmp_path):

@@ -58,7 +58,7 @@ def loads_of(expert_rank: int) -> LoadCounter:
 
 @dataclass
 class Rank:
-    """What one rank hands to `run_report`."""
+    """What one rank measured."""
 
     rank: int
     replica: int = 0
@@ -81,7 +81,7 @@ class Rank:
             seconds=self.seconds,
             totals=Totals(steps=self.steps, tokens_prefill=10 + self.rank),
             collector=self.collector,
-            latencies={key: sample_of(values).taken() for key, values in self.latencies.items()},
+            latencies={key: sample_of(values).sampled() for key, values in self.latencies.items()},
             loads=self.loads,
             traffic=self.traffic,
             preemptions=self.rank,
@@ -97,21 +97,21 @@ def sample_of(values: list[float]) -> Sample:
     return sample
 
 
-class HandedIn(Exception):
-    """Stands for waiting until every rank has."""
+class Gathering(Exception):
+    """In place of waiting for the other ranks."""
 
 
 def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunReport]:
-    """Every rank's report: the first round collects what each hands in, the second deals it out."""
+    """Every rank's report: the first round collects what each sends, the second returns it."""
     shares: list[Any] = []
 
-    def hand_in(share: Any, group: Any) -> list[Any]:
+    def collect(share: Any, group: Any) -> list[Any]:
         shares.append(share)
-        raise HandedIn
+        raise Gathering
 
-    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", hand_in)
+    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", collect)
     for rank in ranks:
-        with pytest.raises(HandedIn):
+        with pytest.raises(Gathering):
             rank.report()
     monkeypatch.setattr(engine.reporting.run_report, "gather_objects", lambda share, group: shares)
     return [rank.report() for rank in ranks]
@@ -169,7 +169,7 @@ def test_what_ranks_dropped_of_their_own_tokens_is_added_up(monkeypatch):
     assert (three.assignments, three.dropped, three.added, three.orphans) == (16, 2, 1, 2)
     assert (one.drop_rate, one.gate_mass_kept) == (2 / 16, 7 / 8)
     assert (three.drop_rate, three.gate_mass_kept) == (2 / 16, 6.5 / 8)
-    for layer in report.layers:  # here every token competes
+    for layer in report.layers:  # here every token is subject to capacity
         after = sum(layer.expert_loads) - layer.dropped + layer.added
         assert sum(layer.expert_loads_after) == after
 
@@ -191,7 +191,7 @@ def test_the_run_has_totals_over_its_layers(monkeypatch):
     assert report.speed_bound == pytest.approx((10 + 12) / (8 + 10))
 
 
-def test_traffic_is_told_by_layer_and_by_rank(monkeypatch):
+def test_traffic_is_reported_by_layer_and_by_rank(monkeypatch):
     report, _ = reports(monkeypatch, two_ranks())
     assert [(layer.bytes_sent, layer.num_collectives) for layer in report.layers] == [
         (150, 6),
@@ -207,7 +207,7 @@ def test_traffic_is_told_by_layer_and_by_rank(monkeypatch):
     assert [rank.preemptions for rank in report.ranks] == [0, 1]
 
 
-def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
+def test_a_replica_reports_its_own_layers_and_all_ranks(monkeypatch):
     quiet = two_ranks(first=2, replica=1)
     for rank in quiet:
         rank.drops, rank.seconds = {}, 9.0
@@ -225,20 +225,20 @@ def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
         assert found == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
 
 
-def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank]:
+def timed_ranks(slow: int | None, first: int = 0, replica: int = 0) -> list[Rank]:
     """Two ranks that stepped for about a second, one of them slow; their clocks do not quite agree
     on how long a step was.
     """
     simulation = Simulation(2)
     for turn in range(200):
-        work = [2.0 if rank == late else 1.0 for rank in range(2)]
+        work = [2.0 if rank == slow else 1.0 for rank in range(2)]
         simulation.step(
             host=[0.2 + 0.1 * (turn % 2), 0.3 - 0.1 * (turn % 2)],
             attention=work,
             experts=[2 * each for each in work],
             tokens=[8, 8],
             rows=[8, 8],
-            travel=0.3,
+            transfer=0.3,
         )
     ranks = []
     for rank, collector in enumerate(simulation.collectors):
@@ -256,31 +256,36 @@ def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank
 
 
 def test_all_ranks_have_one_report_though_each_measured_the_steps_by_its_own_clock(monkeypatch):
-    ranks = timed_ranks(late=1)
-    lengths = {rank.collector.charges().step_seconds for rank in ranks}
+    ranks = timed_ranks(slow=1)
+    lengths = {rank.collector.wait_attribution().step_seconds for rank in ranks}
     assert len(lengths) == 2, "the ranks would each come to a result of their own"
     first, second = reports(monkeypatch, ranks)
     assert first == second
-    assert first.lost["device"] > 0 and first.lost["network"] > 0
-    assert [verdict.ranks for verdict in first.verdict if verdict.cause == "device"] == [[1]]
+    assert first.wait_caused["device"] > 0 and first.wait_caused["network"] > 0
+    assert [each.ranks for each in first.findings if each.cause == "device"] == [[1]]
 
 
-def test_the_verdict_is_of_every_replica_and_the_same_on_all_ranks(monkeypatch):
-    ranks = timed_ranks(late=None) + timed_ranks(late=1, first=2, replica=1)
+def test_the_findings_are_of_every_replica_and_the_same_on_all_ranks(monkeypatch):
+    ranks = timed_ranks(slow=None) + timed_ranks(slow=1, first=2, replica=1)
     everyone = reports(monkeypatch, ranks)
     for report in everyone:
-        assert report.verdict == everyone[0].verdict
-        assert report.ranks == everyone[0].ranks and report.lost == everyone[0].lost
-        assert [verdict.ranks for verdict in report.verdict] == [[3]]
-        assert report.verdict[0].text.startswith("replica 1 (ranks 2-3): rank 3 on host3 computes")
-        assert [rank.slowness > 1.5 for rank in report.ranks] == [False, False, False, True]
+        assert report.findings == everyone[0].findings
+        assert report.ranks == everyone[0].ranks and report.wait_caused == everyone[0].wait_caused
+        assert [each.ranks for each in report.findings] == [[3]]
+        assert report.findings[0].text.startswith("replica 1 (ranks 2-3): rank 3 on host3 computes")
+        assert [rank.relative_compute_time > 1.5 for rank in report.ranks] == [
+            False,
+            False,
+            False,
+            True,
+        ]
     quiet = reports(monkeypatch, timed_ranks(None) + timed_ranks(None, first=2, replica=1))
     for report in quiet:
-        (verdict,) = report.verdict
-        assert verdict.cause == "balanced" and verdict.text.startswith("replica ")
+        (finding,) = report.findings
+        assert finding.cause == "balanced" and finding.text.startswith("replica ")
 
 
-def test_where_nothing_competed_nothing_was_lost(monkeypatch):
+def test_where_no_token_was_subject_to_capacity_nothing_was_dropped(monkeypatch):
     ranks = two_ranks()
     for rank in ranks:
         rank.drops = {layer: LayerDrops() for layer in BEFORE}

@@ -117,7 +117,7 @@ def test_rates_are_of_the_last_seconds_only():
     assert "prefill 0 tok/s, decode 7 tok/s" in last
 
 
-def test_what_is_done_is_only_asked_for_when_it_is_shown():
+def test_the_number_done_is_read_only_when_it_is_shown():
     asked = []
     clock = Clock()
     progress = ProgressBar(console(), 10, 0, lambda: asked.append(1) or 0, clock)
@@ -141,33 +141,38 @@ def test_percentiles_by_hand():
     }
 
 
-def test_the_verdict_and_the_late_ranks_are_shown_with_what_they_cost():
-    late = replace(
-        rank(3), late_share=0.78, slowness=1.31, lost={"load": 0.25, "device": 1.5, "host": 0.0}
+def test_the_findings_and_the_stragglers_are_shown_with_the_wait_they_caused():
+    slow = replace(
+        rank(3),
+        straggler_share=0.78,
+        relative_compute_time=1.31,
+        wait_caused={"load": 0.25, "device": 1.5, "host": 0.0},
     )
-    verdict = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
+    found = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
     out = console()
-    print_summary(out, summary(run_report(rank(0), late, verdict=verdict)))
+    print_summary(out, summary(run_report(rank(0), slow, findings=found)))
     text = printed(out)
     assert "Straggler: rank 3 computes 31% slower." in text
     row = next(line for line in text.splitlines() if line.startswith(" 3 ") and "78%" in line)
     assert row.split() == ["3", "78%", "+31%", "0.25", "0.00", "1.50", "0.00"]
 
 
-def test_where_nobody_was_late_there_is_no_table_of_late_ranks():
+def test_where_no_rank_was_a_straggler_there_is_no_table_of_them():
     out = console()
-    verdict = [Finding("balanced", "balanced", [], 0.01)]
-    print_summary(out, summary(run_report(rank(0), rank(1), verdict=verdict)))
-    assert "Late rank" not in printed(out) and "Straggler: balanced." in printed(out)
+    found = [Finding("balanced", "balanced", [], 0.01)]
+    print_summary(out, summary(run_report(rank(0), rank(1), findings=found)))
+    assert "Waited-for rank" not in printed(out) and "Straggler: balanced." in printed(out)
 
 
-def test_of_many_ranks_the_eight_that_cost_most_are_shown():
-    ranks = [replace(rank(n), late_share=0.1, lost={"host": float(n)}) for n in range(10)]
+def test_of_many_ranks_the_eight_that_caused_the_longest_waits_are_shown():
+    ranks = [
+        replace(rank(n), straggler_share=0.1, wait_caused={"host": float(n)}) for n in range(10)
+    ]
     out = console()
     print_summary(out, summary(run_report(*ranks)))
-    table = printed(out)[printed(out).index("Late rank") :]
+    table = printed(out)[printed(out).index("Waited-for rank") :]
     shown = [line.split()[0] for line in table.splitlines() if "10%" in line]
-    assert shown == [str(n) for n in range(2, 10)] and "2 ranks cost less" in table
+    assert shown == [str(n) for n in range(2, 10)] and "2 ranks caused less" in table
 
 
 def test_the_summary_shows_throughput_latency_and_every_rank():
@@ -179,7 +184,7 @@ def test_the_summary_shows_throughput_latency_and_every_rank():
     assert "5 requests, 2 of them by earlier runs, 1 with an error record." in text
 
 
-def test_a_run_with_nothing_left_to_do_still_says_what_the_job_is():
+def test_a_run_with_nothing_left_to_do_still_prints_the_job_s_totals():
     out = console()
     print_summary(out, summary(None, resumed=5, errors=0))
     assert printed(out) == "5 requests, 5 of them by earlier runs.\n"
@@ -235,7 +240,7 @@ def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
     )
     layers = [LayerReport(0, 1.5, 1.2, 2.0, 1.5, [3, 1], [2, 1])]
     found = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
-    values = json.loads(summary(run_report(first, layers=layers, verdict=found)).to_json())
+    values = json.loads(summary(run_report(first, layers=layers, findings=found)).to_json())
     run = values["run"]
     assert list(values) == (
         "total resumed errors requests prompt_tokens generated_tokens capacity run".split()

@@ -77,7 +77,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             pace.add(spans)
             # As the engine does it with its control words: every rank sees every pace.
             paces = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
-            dist.all_gather(paces, torch.tensor([pace.picoseconds_a_row]))
+            dist.all_gather(paces, torch.tensor([pace.picoseconds_per_row]))
             shares.update([int(each) for each in paces])
             if turn < options["warm_up"]:
                 continue
