@@ -113,9 +113,9 @@ class StepProfiler:
     def _record(self, spans: Spans, arrivals_WC: np.ndarray | None) -> None:
         self._num_read += 1
         self.collector.add(spans, arrivals_WC)
-        if self._unread:
+        if self._unread and (file := self._exporters.spans) is not None:
             tokens, loads = self._unread.popleft()
-            self._exporters.write(self._num_read, spans, arrivals_WC, self._offset, tokens, loads)
+            file.write(self._num_read, spans, arrivals_WC, self._offset, tokens, loads)
         self._exporters.count(spans)
 
     def _log(self, everyone: Sequence[ControlMessage]) -> None:

@@ -115,7 +115,7 @@ class TensorSum:
         that all ranks number the collectives of a step alike. calls: how many, by default all.
         """
         for _ in range(self._calls if calls is None else calls):
-            self._telemetry.clock.enter_collective(Phase.TENSOR, self._layer, skipped=True)
+            self._telemetry.clock.skip_collective(Phase.TENSOR, self._layer)
 
 
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

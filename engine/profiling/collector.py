@@ -69,14 +69,12 @@ class Collector:
     Args:
         num_layers: decoder layers of the model.
         num_ranks: of the lockstep group.
-        tensor_rank_offsets: this rank's tensor group within the lockstep group; all tensor groups
-            have the same size and are consecutive ranks.
+        tensor_ranks: rank offsets of this rank's tensor group in the lockstep group; all tensor
+            groups have the same size and are consecutive ranks.
     """
 
-    def __init__(
-        self, num_layers: int, num_ranks: int, tensor_rank_offsets: range = range(1)
-    ) -> None:
-        self._tensor_rank_offsets = tensor_rank_offsets
+    def __init__(self, num_layers: int, num_ranks: int, tensor_ranks: range = range(1)) -> None:
+        self._tensor_ranks = tensor_ranks
         self._rows = num_layers + 1
         cells = self._rows * _NUM_PHASES
         self._sums = np.zeros((4, cells))  # ns, waiting ns, tokens, bytes
@@ -150,8 +148,8 @@ class Collector:
             known = [arrivals for _, arrivals in self._pending if arrivals is not None]
             arrivals_SWC = np.stack([each for each in known if each.shape[1] == size])
             last = arrivals_SWC.max(1)[at]
-            if len(self._tensor_rank_offsets) > 1:
-                last_in_group = arrivals_SWC[:, list(self._tensor_rank_offsets)].max(1)[at]
+            if len(self._tensor_ranks) > 1:
+                last_in_group = arrivals_SWC[:, list(self._tensor_ranks)].max(1)[at]
                 last = np.where(phases[of_spans] == Phase.TENSOR, last_in_group, last)
             waits[of_spans] = (last - starts[of_spans]).clip(0, durations[of_spans])
             if arrivals_SWC.shape[1] > 1:
@@ -181,7 +179,7 @@ class Collector:
         cells = len(self._calls)
         tensor_SC = cell_SC % _NUM_PHASES == Phase.TENSOR
         last_SC, wait_SC, column_C = attribute_wait(
-            arrivals_SWC, tensor_SC, len(self._tensor_rank_offsets)
+            arrivals_SWC, tensor_SC, len(self._tensor_ranks)
         )
         cell_SC = cell_SC[:, column_C]
         self._wait_WLP += np.bincount(

@@ -47,18 +47,16 @@ class NoClock:
         return NONE
 
     def enter_collective(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        skipped: bool = False,
+        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
         """Set the position; count the collective if it starts here."""
         if collective is None:
             self._collectives += 1
         self._last = (phase, layer, tokens, NONE)
+
+    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
+        """Set the position and count the collective."""
+        self.enter_collective(phase, layer)
 
     def sent(self, num_bytes: int) -> None:
         """Do nothing."""
@@ -107,21 +105,21 @@ class _StampClock(ABC, Generic[_Stamp]):
         return len(self._arrivals) - 1
 
     def enter_collective(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        skipped: bool = False,
+        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
         """End the current span and start one that waits for a collective; as in `PhaseClock`."""
         stamp = self._stamp()
         if collective is None:
             self._collectives += 1
             collective = len(self._arrivals)
-            self._arrivals.append(None if skipped else stamp)
+            self._arrivals.append(stamp)
         self._mark((phase, layer, tokens, collective), stamp)
+
+    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
+        """Enter a collective that this rank leaves out; as in `PhaseClock`."""
+        self._collectives += 1
+        self._mark((phase, layer, 0, len(self._arrivals)), self._stamp())
+        self._arrivals.append(None)
 
     def sent(self, num_bytes: int) -> None:
         """Count bytes that the current span sends to other ranks."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from engine.profiling.collector import Collector
 from engine.profiling.deepspeed_comms import CommsTable, DeepSpeedComms
-from engine.profiling.loads import LoadCounter, StepLoads
+from engine.profiling.loads import LoadCounter
 from engine.profiling.phase_clock import Spans
 from engine.profiling.report import StepReport
 from engine.profiling.span_file import SpanWriter
@@ -33,19 +31,6 @@ class Exporters:
     def start(self, loads: LoadCounter) -> None:
         """Have the loads of each step recorded, if there is a span file."""
         loads.step = {} if self.spans is not None else None
-
-    def write(
-        self,
-        step: int,
-        spans: Spans,
-        arrivals_WC: np.ndarray | None,
-        offset: int,
-        tokens: tuple[int, int],
-        loads: StepLoads,
-    ) -> None:
-        """Write one step to the span file; arguments as in `SpanWriter.write`."""
-        if self.spans is not None:
-            self.spans.write(step, spans, arrivals_WC, offset, tokens, loads)
 
     def count(self, spans: Spans) -> None:
         """Log one step's collectives with DeepSpeed."""

@@ -114,8 +114,7 @@ def _is_significant(analysis: Analysis, share: float) -> bool:
 def _main_rank(analysis: Analysis, cause: str) -> RankAttribution | None:
     """Return the rank that caused most of the wait due to `cause`, if there is one."""
     worst = max(analysis.ranks, key=lambda rank: rank.wait_caused[cause])
-    is_main = worst.wait_caused[cause] >= _MAJORITY * analysis.wait_caused[cause]
-    return worst if is_main else None
+    return worst if worst.wait_caused[cause] >= _MAJORITY * analysis.wait_caused[cause] else None
 
 
 def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Finding | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,18 +143,18 @@ def _worst(values: list[float]) -> list[int]:
     return [int(index) for index in np.argsort(values)[::-1][:WORST] if values[index] > 0]
 
 
-def _counter(
-    name: str, text: str, values: Mapping[Any, float], *labels: str
-) -> CounterMetricFamily:
-    """Build a counter; values: tuple of label values -> sample."""
-    family = CounterMetricFamily(name, text, labels=labels)
+def _family(
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    text: str,
+    values: Mapping[Any, float],
+    *labels: str,
+) -> Metric:
+    """Build a metric; values: tuple of label values -> sample."""
+    family = kind(name, text, labels=labels)
     for label_values, value in values.items():
         family.add_metric(label_values, value)
     return family
 
 
-def _gauge(name: str, text: str, values: Mapping[Any, float], *labels: str) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=labels)
-    for label_values, value in values.items():
-        family.add_metric(label_values, value)
-    return family
+_counter, _gauge = partial(_family, CounterMetricFamily), partial(_family, GaugeMetricFamily)

@@ -117,20 +117,17 @@ class PhaseClock(Protocol):
         ...
 
     def enter_collective(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        skipped: bool = False,
+        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
         """End the current span and start one that waits for a collective.
 
-        Args:
-            collective: its number from `record_arrival`; None: it is started now.
-            skipped: this rank's tensor group leaves it out, though other groups may call it. It is
-                counted, so that all ranks number alike, but has no arrival.
+        collective: its number from `record_arrival`; None: it is started now.
+        """
+
+    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
+        """Enter a collective that this rank's tensor group leaves out and other groups may call.
+
+        It is counted, so that all ranks number alike, but has no arrival.
         """
 
     def sent(self, num_bytes: int) -> None:

@@ -55,20 +55,16 @@ class SpanWriter:
 
     Args:
         max_bytes: of both files together. A header, some 600 bytes, is always written.
-        tensor_rank_offsets: this rank's tensor group within the lockstep group.
+        tensor_ranks: rank offsets of this rank's tensor group in the lockstep group.
 
     Raises:
         OSError: the folder cannot be written.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        header: SpanFileHeader,
-        max_bytes: int,
-        tensor_rank_offsets: range = range(1),
+        self, folder: Path, header: SpanFileHeader, max_bytes: int, tensor_ranks: range = range(1)
     ) -> None:
-        self._tensor_rank_offsets = tensor_rank_offsets
+        self._tensor_ranks = tensor_ranks
         self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
         self._old = self._path.with_suffix(".old.jsonl")
         self._header = json.dumps(asdict(header)) + "\n"
@@ -95,9 +91,7 @@ class SpanWriter:
         if not len(spans.starts):
             return
         start = int(spans.starts[0])
-        waited = np.full_like(spans.starts, -1)
-        if arrivals_WC is not None:
-            waited = waiting_ns(spans, arrivals_WC, self._tensor_rank_offsets)
+        unknown = np.full_like(spans.starts, -1)
         table = np.stack(
             (
                 spans.phases,
@@ -106,7 +100,9 @@ class SpanWriter:
                 spans.ends - spans.starts,
                 spans.tokens,
                 spans.num_bytes,
-                waited,
+                unknown
+                if arrivals_WC is None
+                else waiting_ns(spans, arrivals_WC, self._tensor_ranks),
             ),
             axis=1,
         )

@@ -107,7 +107,7 @@ def analyse(
     # Bytes are counted in all steps, also in those whose arrivals were not compared.
     whole = float(np.mean([item.totals.seconds.sum() for item in profiles]))
     network *= attribution.step_seconds / whole if whole else 0.0
-    ranks, network = _move_hidden_stalls(profiles, ranks, attribution, network)
+    ranks, network = _move_hidden_stalls(profiles, ranks, attribution.seconds.sum((1, 2)), network)
     wait_caused = {cause: sum(each.wait_caused[cause] for each in ranks) for cause in CAUSES}
     wait_caused["network"] = network
     return Analysis(
@@ -201,16 +201,12 @@ def _process_stall_wait(profiles: list[RankProfile], index: int) -> float:
 
 
 def _move_hidden_stalls(
-    profiles: list[RankProfile],
-    ranks: list[RankAttribution],
-    attribution: WaitAttribution,
-    network: float,
+    profiles: list[RankProfile], ranks: list[RankAttribution], waited_W: np.ndarray, network: float
 ) -> tuple[list[RankAttribution], float]:
     """Move process stalls in the middle of a collective from the network's seconds to the hosts'.
 
-    No rank arrives late there, so they look like transfer.
+    No rank arrives late there, so they look like transfer. waited_W: the wait each rank caused.
     """
-    waited_W = attribution.seconds.sum((1, 2))
     hidden_W = np.array(
         [max(0.0, _process_stall_wait(profiles, i) - each) for i, each in enumerate(waited_W)]
     )
@@ -236,12 +232,12 @@ def _stalled_steps(attribution: WaitAttribution, index: int) -> tuple[int, float
         return None
     upto = int(np.searchsorted(seconds_B.cumsum(), _STALLED_SHARE * total)) + 1
     steps, seconds = int(steps_B[:upto].sum()), float(seconds_B[:upto].sum())
-    few = steps <= _MAX_STALLED_STEPS * attribution.steps
-    rare = steps <= _MAX_STALLS_PER_SECOND * max(1.0, attribution.step_seconds)
+    most = _MAX_STALLS_PER_SECOND * max(1.0, attribution.step_seconds)
+    if not 0 < steps <= min(most, _MAX_STALLED_STEPS * attribution.steps):
+        return None
     # The wait is a mean over all ranks, and the rank itself did not wait.
     num_ranks = len(attribution.bucket_seconds)
-    others = seconds * num_ranks / max(1, num_ranks - 1)
-    return (steps, others / steps) if few and rare and steps else None
+    return steps, seconds * num_ranks / max(1, num_ranks - 1) / steps
 
 
 def _network(profiles: list[RankProfile]) -> tuple[float, float]:

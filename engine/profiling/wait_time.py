@@ -17,22 +17,20 @@ import numpy as np
 from engine.profiling.phase_clock import COLLECTIVE_PHASES, NONE, Phase, Spans
 
 
-def waiting_ns(
-    spans: Spans, arrivals_WC: np.ndarray, tensor_rank_offsets: range = range(1)
-) -> np.ndarray:
+def waiting_ns(spans: Spans, arrivals_WC: np.ndarray, tensor_ranks: range = range(1)) -> np.ndarray:
     """Return how many nanoseconds of every span this rank waited for stragglers, int64 [n].
 
     Args:
         arrivals_WC: int64 [W, C], aligned nanoseconds at which each rank started each of the step's
             first C collectives, this rank included; negative where a rank has no stamp.
-        tensor_rank_offsets: the rows of this rank's tensor group.
+        tensor_ranks: rank offsets of this rank's tensor group: its rows.
     """
     waited = np.zeros_like(spans.starts)
     index = np.flatnonzero((spans.collectives >= 0) & (spans.collectives < arrivals_WC.shape[1]))
     at = spans.collectives[index]
     last = arrivals_WC.max(0, initial=NONE)[at]
-    if len(tensor_rank_offsets) > 1:
-        last_in_group = arrivals_WC[list(tensor_rank_offsets)].max(0, initial=NONE)[at]
+    if len(tensor_ranks) > 1:
+        last_in_group = arrivals_WC[list(tensor_ranks)].max(0, initial=NONE)[at]
         last = np.where(spans.phases[index] == Phase.TENSOR, last_in_group, last)
     starts, ends = spans.starts[index], spans.ends[index]
     waited[index] = (last - starts).clip(0, ends - starts)

@@ -13,6 +13,7 @@ begin of the block are subtracted in the report. Measurements of each step go th
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from engine.config import Config
@@ -31,54 +32,42 @@ from engine.profiling.telemetry import Telemetry
 from engine.reporting.run_report import Measurements, run_report
 
 
+@dataclass
 class MeasuredRun:
-    """Measures one run: its block contains the generation loop; `report` follows the block.
+    """Measures one run: its block contains the generation loop; `report` follows the block."""
 
-    Args:
-        scheduler: its preemptions are counted.
-        telemetry: the clock and the counters that the layers write to; its loads are reset.
-        exporters: open ones; closed at the end of the block, also after an error.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        topology: Topology,
-        model: CausalLM,
-        scheduler: Scheduler,
-        telemetry: Telemetry,
-        exporters: Exporters,
-    ) -> None:
-        self._capacity, self._topology = config.moe.capacity, topology
-        self._layers, self._scheduler = model.moe_layers, scheduler
-        self._loads, self._exporters = telemetry.loads, exporters
-        self._latencies = {"ttft": latency.Sample(), "tpot": latency.Sample()}
-        self._stalls = StallDetector(config.profiler.enabled)
-        tensor_rank_offsets = topology.tensor_rank_offsets
-        self._collector = Collector(model.num_layers, topology.expert.size, tensor_rank_offsets)
-        self.step_profiler = StepProfiler(
-            telemetry,
-            self._collector,
-            exporters,
-            speed_aware=self._capacity.speed_aware,
-            logs=topology.world.rank == 0,
-        )
+    config: Config
+    topology: Topology
+    model: CausalLM
+    scheduler: Scheduler  # its preemptions are counted
+    telemetry: Telemetry  # the clock and the counters of the layers; its loads are reset
+    exporters: Exporters  # open ones; closed at the end of the block, also after an error
 
     def __enter__(self) -> MeasuredRun:
-        self._preemptions, self._traffic = self._scheduler.num_preemptions, self._count_traffic()
-        for layer in self._layers:
+        topology, tensor_ranks = self.topology, self.topology.tensor_rank_offsets
+        self.step_profiler = StepProfiler(
+            self.telemetry,
+            Collector(self.model.num_layers, topology.expert.size, tensor_ranks),
+            self.exporters,
+            speed_aware=self.config.moe.capacity.speed_aware,
+            logs=topology.world.rank == 0,
+        )
+        self._latencies = {"ttft": latency.Sample(), "tpot": latency.Sample()}
+        self._preemptions, self._traffic = self.scheduler.num_preemptions, self._count_traffic()
+        for layer in self.model.moe_layers:
             layer.account.take()
-        self._loads.clear()
+        self.telemetry.loads.clear()
         self._began = time.monotonic()
+        self._stalls = StallDetector(self.config.profiler.enabled)
         self._stalls.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._stalls.__exit__()
         try:
-            self._comms = self._exporters.comms_table() if kind is None else {}
+            self._comms = self.exporters.comms_table() if kind is None else {}
         finally:
-            self._exporters.close()
+            self.exporters.close()
 
     def timed(self, sink: Sink) -> Sink:
         """Wrap a sink so that the latencies of its completions become part of the report."""
@@ -100,24 +89,24 @@ class MeasuredRun:
         measured = Measurements(
             seconds=time.monotonic() - self._began,
             totals=totals,
-            collector=self._collector,
             latencies={key: sample.sampled() for key, sample in self._latencies.items()},
-            loads=self._loads,
             traffic={
                 layer: (num_bytes - before[layer][0], num_collectives - before[layer][1])
                 for layer, (num_bytes, num_collectives) in self._count_traffic().items()
             },
-            preemptions=self._scheduler.num_preemptions - self._preemptions,
-            drops={layer.layer: layer.account.take() for layer in self._layers},
-            policy=self._capacity.policy,
+            preemptions=self.scheduler.num_preemptions - self._preemptions,
+            drops={layer.layer: layer.account.take() for layer in self.model.moe_layers},
+            policy=self.config.moe.capacity.policy,
             clock_error=clock_error,
             shares_W=self.step_profiler.shares_W,
             comms=self._comms,
             resolved_settings=resolved_settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
         )
-        return run_report(measured, self._topology)
+        collector, loads = self.step_profiler.collector, self.telemetry.loads
+        return run_report(measured, collector, loads, self.topology)
 
     def _count_traffic(self) -> dict[int, tuple[int, int]]:
         """Return layer -> bytes sent and collectives called since the engine was built."""
-        return {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in self._layers}
+        layers = self.model.moe_layers
+        return {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in layers}

@@ -8,7 +8,7 @@ same report.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,13 +42,11 @@ from engine.profiling.wait_time import breakdown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurements:
-    """What one rank measured in a run."""
+    """What one rank counted in a run, besides its collector and its load counter."""
 
     seconds: float  # wall time of the generation loop
     totals: Totals  # steps, and tokens of this rank's own requests
-    collector: Collector  # time per layer and phase, and for which ranks the group waited
     latencies: dict[str, Sampled]  # keys ttft and tpot: samples of seconds
-    loads: LoadCounter
     traffic: dict[int, tuple[int, int]]  # layer -> bytes sent to other ranks, collectives called
     preemptions: int
     drops: dict[int, LayerDrops]  # layer -> what capacity did to this rank's own tokens
@@ -60,48 +58,47 @@ class Measurements:
     process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Share:
     """What one rank sends to all others."""
 
-    rank: RankReport
+    measured: Measurements
     profile: RankProfile
     replica: int
-    latencies: dict[str, Sampled]
-    seconds: float
-    clock_error: float  # seconds
-    drops: dict[int, LayerDrops]
-    traffic: dict[int, tuple[int, int]]  # layer -> bytes sent, collectives called
     # Of the first rank of each group: the wait that each of its ranks caused, and the imbalance of
     # its layers, float64 [L], both as in `straggler_causes.analyse`. None of other ranks.
     group: tuple[WaitAttribution, np.ndarray] | None
 
 
-def run_report(measured: Measurements, topology: Topology) -> RunReport:
+def run_report(
+    measured: Measurements, collector: Collector, loads: LoadCounter, topology: Topology
+) -> RunReport:
     """Gather every rank's measurements into one report.
 
     Collective over all ranks: every rank must call.
     """
-    everyone: list[_Share] = gather_objects(_share(measured, topology), topology.world)
+    own = _share(measured, collector, loads, topology)
+    everyone: list[_Share] = gather_objects(own, topology.world)
     groups: dict[int, list[_Share]] = {}
     for share in everyone:
         groups.setdefault(share.replica, []).append(share)
     analyses = {replica: _analyse(shares) for replica, shares in groups.items()}
     group = groups[topology.replica]
     attributed = {each.rank: each for analysis in analyses.values() for each in analysis.ranks}
-    loads, steps, shares_W = measured.loads, measured.totals.steps, measured.shares_W
     layers = _layers(loads, group, analyses[topology.replica])
+    shares_W, all_measured = measured.shares_W, [share.measured for share in everyone]
     return RunReport(
-        seconds=max(share.seconds for share in everyone),
-        steps=steps,
-        ranks=[_add_attribution(share.rank, attributed[share.rank.rank]) for share in everyone],
+        seconds=max(each.seconds for each in all_measured),
+        steps=measured.totals.steps,
+        ranks=[_rank(share, attributed[share.profile.rank]) for share in everyone],
         layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
         speed_bound=loads.speed_bound(),
-        totals=_totals(layers, group, steps),
+        totals=_totals(layers, group, measured.totals.steps),
         latencies={
-            key: pooled([share.latencies[key] for share in everyone]) for key in measured.latencies
+            key: pooled([each.latencies[key] for each in all_measured])
+            for key in measured.latencies
         },
         findings=_findings(groups, analyses, measured.policy),
         wait_caused={
@@ -109,54 +106,56 @@ def run_report(measured: Measurements, topology: Topology) -> RunReport:
             / len(everyone)
             for cause in CAUSES
         },
-        clock_error=max(share.clock_error for share in everyone),
+        clock_error=max(each.clock_error for each in all_measured),
         capacity_shares=None if shares_W is None else [share / ONE for share in shares_W],
     )
 
 
-def _share(measured: Measurements, topology: Topology) -> _Share:
+def _share(
+    measured: Measurements, collector: Collector, loads: LoadCounter, topology: Topology
+) -> _Share:
     """Reduce one rank's measurements to what all ranks need of them."""
-    collector, layers, traffic = measured.collector, measured.loads.layers, measured.traffic
-    phases = collector.totals()
-    imbalance_L = np.ones(len(phases.seconds))
-    for layer, load in layers.items():
+    totals = collector.totals()
+    imbalance_L = np.ones(len(totals.seconds))
+    for layer, load in loads.layers.items():
         imbalance_L[layer + 1] = load.max_over_mean_after
-    rank, host = topology.world.rank, topology.host
-    return _Share(
-        rank=RankReport(
-            rank=rank,
-            host=host,
-            tokens_prefill=measured.totals.tokens_prefill,
-            tokens_decode=measured.totals.tokens_decode,
-            expert_rows=sum(int(load.own_after.sum()) for load in layers.values()),
-            bytes_sent=sum(num_bytes for num_bytes, _ in traffic.values()),
-            num_collectives=sum(called for _, called in traffic.values()),
-            preemptions=measured.preemptions,
-            seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
-            phases=_phases(phases),
-            comms=measured.comms,
-            resolved_settings=measured.resolved_settings,
-            process_stall_seconds=measured.process_stalls[1],
-        ),
-        profile=RankProfile(
-            rank=rank,
-            host=host,
-            totals=phases,
-            experts=collector.experts.table,
-            attention=collector.attention.table,
-            loads_after={
-                layer: (load.first_expert, load.own_after.tolist())
-                for layer, load in layers.items()
-            },
-            process_stalls=measured.process_stalls,
-        ),
-        replica=topology.replica,
-        latencies=measured.latencies,
-        seconds=measured.seconds,
-        clock_error=measured.clock_error,
-        drops=measured.drops,
-        traffic=traffic,
-        group=(collector.wait_attribution(), imbalance_L) if topology.expert.rank == 0 else None,
+    profile = RankProfile(
+        rank=topology.world.rank,
+        host=topology.host,
+        totals=totals,
+        experts=collector.experts.table,
+        attention=collector.attention.table,
+        loads_after={
+            layer: (load.first_expert, load.own_after.tolist())
+            for layer, load in loads.layers.items()
+        },
+        process_stalls=measured.process_stalls,
+    )
+    is_first = topology.expert.rank == 0
+    group = (collector.wait_attribution(), imbalance_L) if is_first else None
+    return _Share(measured, profile, topology.replica, group)
+
+
+def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
+    measured, profile = share.measured, share.profile
+    waiting = float(profile.totals.waiting.sum())
+    return RankReport(
+        rank=profile.rank,
+        host=profile.host,
+        tokens_prefill=measured.totals.tokens_prefill,
+        tokens_decode=measured.totals.tokens_decode,
+        expert_rows=sum(sum(rows) for _, rows in profile.loads_after.values()),
+        bytes_sent=sum(num_bytes for num_bytes, _ in measured.traffic.values()),
+        num_collectives=sum(called for _, called in measured.traffic.values()),
+        preemptions=measured.preemptions,
+        seconds=breakdown(profile.totals.by_phase(), waiting),
+        phases=_phases(profile.totals),
+        relative_compute_time=attributed.relative_compute_time,
+        straggler_share=attributed.straggler_share,
+        wait_caused=attributed.wait_caused,
+        comms=measured.comms,
+        resolved_settings=measured.resolved_settings,
+        process_stall_seconds=measured.process_stalls[1],
     )
 
 
@@ -186,17 +185,8 @@ def _findings(
         replica: findings(analysis, _hottest(groups[replica]), policy)
         for replica, analysis in analyses.items()
     }
-    ranks = {replica: [share.rank.rank for share in shares] for replica, shares in groups.items()}
+    ranks = {replica: [each.profile.rank for each in shares] for replica, shares in groups.items()}
     return join_replicas(found, ranks)
-
-
-def _add_attribution(report: RankReport, attributed: RankAttribution) -> RankReport:
-    return replace(
-        report,
-        relative_compute_time=attributed.relative_compute_time,
-        straggler_share=attributed.straggler_share,
-        wait_caused=dict(attributed.wait_caused),
-    )
 
 
 def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
@@ -206,7 +196,7 @@ def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
         shares = [share.profile.loads_after[layer] for share in group]
         mean = sum(sum(rows) for _, rows in shares) / max(1, sum(len(rows) for _, rows in shares))
         for share, (first, rows) in zip(group, shares, strict=True):
-            rank = share.rank.rank
+            rank = share.profile.rank
             for expert, count in enumerate(rows, first):
                 over = count / mean if mean else 0.0
                 if over > (found[rank].over_mean if rank in found else 0.0):
@@ -224,7 +214,7 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
         for share in group:
             first, rows = share.profile.loads_after[layer]
             after[first : first + len(rows)] += rows
-            drops.add(share.drops.get(layer, LayerDrops()))
+            drops.add(share.measured.drops.get(layer, LayerDrops()))
         reports.append(
             LayerReport(
                 layer=layer,
@@ -240,8 +230,8 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                 orphans=drops.orphans,
                 gate_mass_kept=_ratio(drops.mass_kept, drops.mass, nothing=1.0),
                 drop_rate=_ratio(drops.dropped, drops.routed, nothing=0.0),
-                bytes_sent=sum(share.traffic[layer][0] for share in group),
-                num_collectives=group[0].traffic[layer][1],
+                bytes_sent=sum(share.measured.traffic[layer][0] for share in group),
+                num_collectives=group[0].measured.traffic[layer][1],
                 seconds={
                     phase.name.lower(): float(seconds_LP[layer + 1, phase])
                     for phase in Phase
@@ -258,7 +248,7 @@ def _totals(layers: list[LayerReport], group: Sequence[_Share], steps: int) -> L
     """Sum the layers of one group."""
     drops = LayerDrops()
     for share in group:
-        for of_layer in share.drops.values():
+        for of_layer in share.measured.drops.values():
             drops.add(of_layer)
     calls = steps * len(layers)  # every layer runs once per step, on ranks without tokens too
     return LayerTotals(

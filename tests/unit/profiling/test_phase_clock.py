@@ -235,7 +235,7 @@ def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monke
 def test_a_skipped_collective_has_no_stamp_on_a_cuda_clock(monkeypatch):
     clock = cuda_clock(monkeypatch)
     Events.now_ns += 5_000
-    clock.enter_collective(Phase.TENSOR, 0, skipped=True)
+    clock.skip_collective(Phase.TENSOR, 0)
     clock.enter_collective(Phase.DISPATCH, 0)
     clock.close_step()
     step = clock.read(ended=True)

@@ -80,14 +80,12 @@ class Rank:
         measured = Measurements(
             seconds=self.seconds,
             totals=Totals(steps=self.steps, tokens_prefill=10 + self.rank),
-            collector=self.collector,
             latencies={key: sample_of(values).sampled() for key, values in self.latencies.items()},
-            loads=self.loads,
             traffic=self.traffic,
             preemptions=self.rank,
             drops=self.drops,
         )
-        return run_report(measured, topology)
+        return run_report(measured, self.collector, self.loads, topology)
 
 
 def sample_of(values: list[float]) -> Sample:
