@@ -1,9 +1,8 @@
-"""The offline engine: `LLM(config).generate(prompts)` on every rank.
+"""The offline API: `LLM(config).generate(prompts)` on every rank.
 
-Builds a rank's share of everything and runs the generation loop. The order of construction is the
-order in which things can fail cheaply: config, launcher, checkpoint header, model, weights, cache.
-Each failure is raised with the same text on every rank, before a collective that the others would
-enter alone.
+Builds a rank's part of the model and runs the generation loop. Construction checks what fails
+cheaply first: config, launcher, checkpoint header, model, weights, cache. Each failure is raised
+with the same text on every rank, before the next collective, in which the others would hang.
 
     torchrun --nproc-per-node 2 my_job.py      # my_job.py:
         llm = LLM(load_config("tiny_mixtral"))
@@ -56,10 +55,9 @@ _T = TypeVar("_T")
 class LLM:
     """One rank's engine. Every rank makes one and calls the same methods in the same order.
 
-    topology: a running topology to use; by default the launcher's environment is joined, and left
-    by `close`. activity: told how loading gets on, for a watchdog. tokenizer: the checkpoint's
-    tokenizer, None where it has none. weights_report: what loading read. report: what the last run,
-    also one by `generate`, measured; None before the first.
+    Args:
+        topology: a running topology; None: join the launcher's, until `close`.
+        activity: receives the progress of loading.
 
     Raises:
         ValueError: on every rank, when the config, the launch or the checkpoint is wrong.
@@ -72,7 +70,7 @@ class LLM:
         activity: ProgressReporter | None = None,
     ) -> None:
         self.config = config
-        self.report: RunReport | None = None
+        self.report: RunReport | None = None  # of the last run or `generate`
         self._activity = activity or ProgressReporter()
         self._owns_topology = topology is None
         if topology is None:
@@ -84,6 +82,7 @@ class LLM:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
         hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
         self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled))
+        # The checkpoint's tokenizer, None where it has none.
         self.tokenizer: Any = self._on_all_ranks(lambda: load_tokenizer(config.model))
         self.eos_token_ids = self._on_all_ranks(
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
@@ -106,21 +105,22 @@ class LLM:
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence, prompt and new tokens together."""
+        """Maximum length of a sequence, prompt and new tokens together."""
         return self.model.max_model_len
 
     @property
     def resolved_settings(self) -> dict[str, Any]:
-        """What settings that may be left to the engine have come to on this rank: setting -> value.
-        Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
+        """Setting -> value on this rank, of the settings that the engine may choose.
+
+        With moe.overlap.chunks = auto its value is a mapping: tokens of a step, from -> chunks.
         """
         return resolved(self.model, self.topology, self._runner.cache.num_blocks)
 
     def progress(self) -> Progress:
-        """How far this rank has come; for the watchdog's thread."""
+        """Return how far this rank has come; any thread may call it."""
         position = self._telemetry.clock.position()
         if not position.collective:
-            return self._activity.place  # a run begins
+            return self._activity.place  # the first run has not begun
         phase = position.phase.name.lower()
         return Progress(position.step, position.layer, phase, position.collective)
 
@@ -134,22 +134,26 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Complete prompts, texts or token ids; return all completions, in order, on every rank.
+        """Complete prompts; return all completions, in the prompts' order, on every rank.
 
-        Every rank passes the same prompts; they are dealt out so that data ranks have about as many
-        tokens each.
-        sampling: one for all, or one each; the config's by default. A prompt that cannot run comes
-        back with finish_reason "error". Collective over all ranks: every rank must call.
+        Prompts are partitioned so that data ranks have about the same number of tokens. A prompt
+        that cannot run has a completion with finish_reason "error".
+
+        Args:
+            prompts: texts or token ids; the same on every rank.
+            sampling: one for all prompts, or one per prompt; None: the config's.
 
         Raises:
             ValueError: text without a tokenizer, or not as many SamplingParams as prompts.
+
+        Collective over all ranks: every rank must call.
         """
         default = SamplingParams.from_config(self.config.sampling)
         each = sampling if isinstance(sampling, Sequence) else [sampling or default] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(
                 f"sampling: {len(each)} parameters for {len(prompts)} prompts; give one for all, "
-                "or one each"
+                "or one per prompt"
             )
         requests = [
             Request(index=index, id=str(index), prompt_token_ids=self.encode(prompt), params=params)
@@ -163,7 +167,7 @@ class LLM:
         return sorted((item for share in shares for item in share), key=lambda item: item.index)
 
     def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        """Turn a text into token ids; token ids pass through.
+        """Return the token ids of a text; token ids are returned unchanged.
 
         Raises:
             ValueError: for a text where the checkpoint has no tokenizer.
@@ -185,14 +189,19 @@ class LLM:
         stop: Callable[[], StopRequest] = StopRequest,
         on_end: Callable[[], None] = lambda: None,
     ) -> RunReport:
-        """Run a source of requests dry. Collective over all ranks: every rank must call.
+        """Run until the source is exhausted; return the report, complete on every rank.
 
-        source: this data rank's queue. sink: takes each step's completions on the leading rank of a
-        tensor group. on_step: called after every step. stop: asked before every step whether this
-        rank is to stop; all ranks then finish what runs, or not, and raise `Stopped` before the
-        same step if anything is left. on_end: called when this replica has ended, before all ranks
-        add up what they measured; where replicas end at times of their own, it waits. The report
-        is complete on every rank.
+        Args:
+            source: this data rank's queue.
+            sink: receives each step's completions, on the leading rank of a tensor group.
+            on_step: called after every step.
+            stop: polled before every step. When one rank is asked to stop, all ranks finish the
+                running requests, or abort them, and raise `Stopped` before the same step if any
+                request is left.
+            on_end: called when this replica has finished, before measurements of all ranks are
+                gathered. It may wait for other replicas, which finish at different times.
+
+        Collective over all ranks: every rank must call.
         """
         exporters = self._on_all_ranks(
             lambda: open_exporters(self.config, self.topology, self.model, self._clock_offset)
@@ -221,11 +230,11 @@ class LLM:
         return self.report
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
-        """Change moe.capacity between runs; every rank calls with the same settings.
+        """Change moe.capacity between runs; every rank must pass the same settings.
 
         Raises:
-            ValueError: settings that contradict each other, or that this model on this many ranks
-            cannot honour.
+            ValueError: settings that contradict each other, or that this model does not support on
+            this many ranks.
         """
         config = replace(self.config, moe=replace(self.config.moe, capacity=capacity))
         for layer in self.model.moe_layers:
@@ -234,18 +243,16 @@ class LLM:
         reserve_rows(self.model, config, self.topology)
 
     def record_decisions(self) -> list[LayerDecision]:
-        """Record every later decision of capacity on this rank's tokens, into the returned list."""
+        """Record capacity's later decisions about this rank's tokens, in the returned list."""
         return self._telemetry.decisions.start()
 
     def close(self) -> None:
-        """Leave the run this engine has joined. Safe to call twice."""
+        """Leave the topology that this engine has joined. Safe to call twice."""
         if self._owns_topology:
             bootstrap.stop(self.topology)
 
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
-        """Run `make` on every rank of all replicas; where it fails on any, fail on all with who and
-        why.
-        """
+        """Run `make` on every rank of all replicas; if it fails on any, raise its error on all."""
         error, made = None, None
         self._activity.begin("loading the model")
         try:

@@ -76,7 +76,7 @@ class StepProfiler:
             self._row_time.add(self._spans)
         return self._row_time.picoseconds_per_row
 
-    def exchange(self, control: ControlPlane, words: ControlMessage) -> list[ControlMessage]:
+    def exchange(self, control: ControlPlane, message: ControlMessage) -> list[ControlMessage]:
         """Exchange control messages; record the measurements that they carry.
 
         Returns every rank's message. Collective over the control group: every rank must call.
@@ -85,7 +85,7 @@ class StepProfiler:
         clock.enter_collective(Phase.CONTROL)
         clock.sent(control.num_bytes)
         everyone, rows_WL, arrivals = control.exchange(
-            words, loads.take_rows(), spans, self._num_read
+            message, loads.take_rows(), spans, self._num_read
         )
         clock.enter(Phase.OTHER)
         if rows_WL is not None:
@@ -96,7 +96,7 @@ class StepProfiler:
         self._offset = control.clock_offset
         if spans is not None:
             self._record(spans, arrivals)
-        self._tokens = (words.tokens_prefill, words.tokens_decode)
+        self._tokens = (message.tokens_prefill, message.tokens_decode)
         if self._shares is not None and self._shares.update([each.pace for each in everyone]):
             self._log(everyone)
         return everyone
@@ -125,5 +125,5 @@ class StepProfiler:
                 "step %d: shares of the capacity are now %s; nanoseconds per row are %s",
                 self._num_read,
                 ", ".join(f"{share / ONE:.2f}" for share in shares),
-                ", ".join(f"{words.pace / 1e3:.0f}" for words in everyone),
+                ", ".join(f"{each.pace / 1e3:.0f}" for each in everyone),
             )

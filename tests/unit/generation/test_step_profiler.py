@@ -34,10 +34,10 @@ class Control:
     num_bytes, clock_offset = 0, 7
 
     def exchange(
-        self, words: ControlMessage, rows: list[int], spans: Spans | None, step: int
+        self, message: ControlMessage, rows: list[int], spans: Spans | None, step: int
     ) -> Any:
         arrivals = None if spans is None else spans.arrivals[None]
-        return [words], np.array([rows]) if rows else None, arrivals
+        return [message], np.array([rows]) if rows else None, arrivals
 
 
 class Lines:
@@ -62,8 +62,8 @@ def run(clock: HostClock, lines: Lines | None) -> StepProfiler:
     control: Any = Control()
     for step in range(1, STEPS + 2):
         clock.enter(Phase.OTHER)
-        words = ControlMessage(step, 0, 1, 0, 0, False, pace=profiler.read())
-        profiler.exchange(control, words)
+        message = ControlMessage(step, 0, 1, 0, 0, False, pace=profiler.read())
+        profiler.exchange(control, message)
         if step > STEPS:  # no rank has work
             break
         clock.enter(Phase.EXPERTS, 0, step)

@@ -180,7 +180,7 @@ def test_load_counter_weighs_layers_by_their_rows():
 
 
 class Events:
-    """Stands for torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
+    """In place of torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
 
     now_ns = 0
     waited_for: list[int] = []
