@@ -73,14 +73,12 @@ class MeasuredRun:
         """Wrap a sink so that the latencies of its completions become part of the report."""
         return latency.timed(sink, self._latencies)
 
-    def report(
-        self, totals: Totals, resolved_settings: dict[str, Any], clock_error: float
-    ) -> RunReport:
+    def report(self, totals: Totals, settings: dict[str, Any], clock_error: float) -> RunReport:
         """Return the report of the run.
 
         Args:
             totals: the loop's.
-            resolved_settings: setting -> the value it has on this rank.
+            settings: setting -> the value it has on this rank, where the engine may choose it.
             clock_error: uncertainty of this rank's clock against the others', in seconds.
 
         Collective over all ranks: every rank must call.
@@ -100,11 +98,12 @@ class MeasuredRun:
             clock_error=clock_error,
             shares_W=self.step_profiler.shares_W,
             comms=self._comms,
-            resolved_settings=resolved_settings,
+            resolved_settings=settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
         )
-        collector, loads = self.step_profiler.collector, self.telemetry.loads
-        return run_report(measured, collector, loads, self.topology)
+        return run_report(
+            measured, self.step_profiler.collector, self.telemetry.loads, self.topology
+        )
 
     def _count_traffic(self) -> dict[int, tuple[int, int]]:
         """Return layer -> bytes sent and collectives called since the engine was built."""

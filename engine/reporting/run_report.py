@@ -131,14 +131,12 @@ def _share(
         },
         process_stalls=measured.process_stalls,
     )
-    is_first = topology.expert.rank == 0
-    group = (collector.wait_attribution(), imbalance_L) if is_first else None
+    group = (collector.wait_attribution(), imbalance_L) if topology.expert.rank == 0 else None
     return _Share(measured, profile, topology.replica, group)
 
 
 def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
     measured, profile = share.measured, share.profile
-    waiting = float(profile.totals.waiting.sum())
     return RankReport(
         rank=profile.rank,
         host=profile.host,
@@ -148,7 +146,7 @@ def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
         bytes_sent=sum(num_bytes for num_bytes, _ in measured.traffic.values()),
         num_collectives=sum(called for _, called in measured.traffic.values()),
         preemptions=measured.preemptions,
-        seconds=breakdown(profile.totals.by_phase(), waiting),
+        seconds=breakdown(profile.totals.by_phase(), float(profile.totals.waiting.sum())),
         phases=_phases(profile.totals),
         relative_compute_time=attributed.relative_compute_time,
         straggler_share=attributed.straggler_share,
