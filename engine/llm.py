@@ -96,9 +96,8 @@ class LLM:
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: build_cache(self.model, config, topology)
         )
-        stamps = NUM_COLLECTIVES + self.model.max_collectives
-        if topology.tensor.size > 1:
-            stamps += NUM_TENSOR_COLLECTIVES
+        in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
+        stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
         stamps = stamps if config.profiler.enabled else 0
         self._clock_offset = offset = measure_clock_offset(topology.control, topology.host)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)

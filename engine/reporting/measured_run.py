@@ -101,9 +101,8 @@ class MeasuredRun:
             resolved_settings=settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
         )
-        return run_report(
-            measured, self.step_profiler.collector, self.telemetry.loads, self.topology
-        )
+        collector, loads = self.step_profiler.collector, self.telemetry.loads
+        return run_report(measured, collector, loads, self.topology)
 
     def _count_traffic(self) -> dict[int, tuple[int, int]]:
         """Return layer -> bytes sent and collectives called since the engine was built."""
