@@ -1,9 +1,8 @@
-"""The offline engine: `LLM(config).generate(prompts)` on every rank.
+"""The offline API: `LLM(config).generate(prompts)` on every rank.
 
-Builds a rank's share of everything and runs the generation loop. The order of construction is the
-order in which things can fail cheaply: config, launcher, checkpoint header, model, weights, cache.
-Each failure is raised with the same text on every rank, before a collective that the others would
-enter alone.
+Builds a rank's part of the model and runs the generation loop. Construction checks what fails
+cheaply first: config, launcher, checkpoint header, model, weights, cache. Each failure is raised
+with the same text on every rank, before the next collective, in which the others would hang.
 
     torchrun --nproc-per-node 2 my_job.py      # my_job.py:
         llm = LLM(load_config("tiny_mixtral"))
@@ -14,7 +13,6 @@ enter alone.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,21 +37,16 @@ from engine.generation.builder import (
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
-from engine.generation.latency import Sample, timed
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
-from engine.generation.step_profiler import StepProfiler
 from engine.generation.tokenizer import load_tokenizer
 from engine.models.registry import read_config
-from engine.profiling.collector import Collector
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
-from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
-from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
+from engine.reporting.measured_run import MeasuredRun
 from engine.reporting.open_exporters import open_exporters
-from engine.reporting.run_report import run_report
 from engine.request import Completion, Request, SamplingParams
 
 _T = TypeVar("_T")
@@ -62,10 +55,9 @@ _T = TypeVar("_T")
 class LLM:
     """One rank's engine. Every rank makes one and calls the same methods in the same order.
 
-    topology: a running topology to use; by default the launcher's environment is joined, and left
-    by `close`. activity: told how loading gets on, for a watchdog. tokenizer: the checkpoint's
-    tokenizer, None where it has none. weights_report: what loading read. report: what the last run,
-    also one by `generate`, measured; None before the first.
+    Args:
+        topology: a running topology; None: join the launcher's, until `close`.
+        activity: receives the progress of loading.
 
     Raises:
         ValueError: on every rank, when the config, the launch or the checkpoint is wrong.
@@ -78,7 +70,7 @@ class LLM:
         activity: ProgressReporter | None = None,
     ) -> None:
         self.config = config
-        self.report: RunReport | None = None
+        self.report: RunReport | None = None  # of the last run or `generate`
         self._activity = activity or ProgressReporter()
         self._owns_topology = topology is None
         if topology is None:
@@ -90,6 +82,7 @@ class LLM:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
         hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
         self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled))
+        # The checkpoint's tokenizer, None where it has none.
         self.tokenizer: Any = self._on_all_ranks(lambda: load_tokenizer(config.model))
         self.eos_token_ids = self._on_all_ranks(
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
@@ -103,30 +96,30 @@ class LLM:
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: build_cache(self.model, config, topology)
         )
-        stamps = NUM_COLLECTIVES + self.model.max_collectives
-        if topology.tensor.size > 1:
-            stamps += NUM_TENSOR_COLLECTIVES
+        in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
+        stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
         stamps = stamps if config.profiler.enabled else 0
         self._clock_offset = offset = measure_clock_offset(topology.control, topology.host)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence, prompt and new tokens together."""
+        """Maximum length of a sequence, prompt and new tokens together."""
         return self.model.max_model_len
 
     @property
-    def resolved(self) -> dict[str, Any]:
-        """What settings that may be left to the engine have come to on this rank: setting -> value.
-        Of moe.overlap.chunks: auto, tokens of a step, from -> chunks, as far as it has chosen.
+    def resolved_settings(self) -> dict[str, Any]:
+        """Setting -> value on this rank, of the settings that the engine may choose.
+
+        With moe.overlap.chunks = auto its value is a mapping: tokens of a step, from -> chunks.
         """
         return resolved_settings(self.model, self.topology, self._runner.cache.num_blocks)
 
-    def place(self) -> Progress:
-        """How far this rank has come; for the watchdog's thread."""
+    def progress(self) -> Progress:
+        """Return how far this rank has come; any thread may call it."""
         position = self._telemetry.clock.position()
         if not position.collective:
-            return self._activity.progress  # a run begins
+            return self._activity.progress  # the first run has not begun
         phase = position.phase.name.lower()
         return Progress(position.step, position.layer, phase, position.collective)
 
@@ -140,22 +133,26 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Complete prompts, texts or token ids; return all completions, in order, on every rank.
+        """Complete prompts; return all completions, in the prompts' order, on every rank.
 
-        Every rank passes the same prompts; they are dealt out so that data ranks have about as many
-        tokens each.
-        sampling: one for all, or one each; the config's by default. A prompt that cannot run comes
-        back with finish_reason "error". Collective over all ranks: every rank must call.
+        Prompts are partitioned so that data ranks have about the same number of tokens. A prompt
+        that cannot run has a completion with finish_reason "error".
+
+        Args:
+            prompts: texts or token ids; the same on every rank.
+            sampling: one for all prompts, or one per prompt; None: the config's.
 
         Raises:
             ValueError: text without a tokenizer, or not as many SamplingParams as prompts.
+
+        Collective over all ranks: every rank must call.
         """
         default = SamplingParams.from_config(self.config.sampling)
         each = sampling if isinstance(sampling, Sequence) else [sampling or default] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(
                 f"sampling: {len(each)} parameters for {len(prompts)} prompts; give one for all, "
-                "or one each"
+                "or one per prompt"
             )
         requests = [
             Request(index=index, id=str(index), prompt_token_ids=self.encode(prompt), params=params)
@@ -169,7 +166,7 @@ class LLM:
         return sorted((item for share in shares for item in share), key=lambda item: item.index)
 
     def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        """Turn a text into token ids; token ids pass through.
+        """Return the token ids of a text; token ids are returned unchanged.
 
         Raises:
             ValueError: for a text where the checkpoint has no tokenizer.
@@ -191,88 +188,52 @@ class LLM:
         stop: Callable[[], StopRequest] = StopRequest,
         on_end: Callable[[], None] = lambda: None,
     ) -> RunReport:
-        """Run a source of requests dry. Collective over all ranks: every rank must call.
+        """Run until the source is exhausted; return the report, complete on every rank.
 
-        source: this data rank's queue. sink: takes each step's completions on the leading rank of a
-        tensor group. on_step: called after every step. stop: asked before every step whether this
-        rank is to stop; all ranks then finish what runs, or not, and raise `Stopped` before the
-        same step if anything is left. on_end: called when this replica has ended, before all ranks
-        add up what they measured; where replicas end at times of their own, it waits. The report
-        is complete on every rank.
+        Args:
+            source: this data rank's queue.
+            sink: receives each step's completions, on the leading rank of a tensor group.
+            on_step: called after every step.
+            stop: polled before every step. When one rank is asked to stop, all ranks finish the
+                running requests, or abort them, and raise `Stopped` before the same step if any
+                request is left.
+            on_end: called when this replica has finished, before measurements of all ranks are
+                gathered. It may wait for other replicas, which finish at different times.
+
+        Collective over all ranks: every rank must call.
         """
-        capacity = self.config.moe.capacity
-        outlets = self._on_all_ranks(self._open_outlets)
+        exporters = self._on_all_ranks(
+            lambda: open_exporters(self.config, self.topology, self.model, self._clock_offset)
+        )
         self._activity.begin("starting the run")
-        topology = self.topology
-        profile = Collector(
-            self.model.num_layers, topology.expert.size, topology.tensor_rank_offsets
-        )
-        meter = StepProfiler(
-            self._telemetry,
-            profile,
-            outlets,
-            speed_aware=capacity.speed_aware,
-            logs=self.topology.world.rank == 0,
-        )
-        loop = GenerationLoop(
-            self._runner,
-            self._scheduler,
-            self._control,
-            self.topology,
-            self._telemetry,
-            meter,
-            tokenizer=self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            top_k=self.model.top_k,
-            capacity_phases=() if capacity.policy == "none" else capacity.phases,
-        )
-        latencies = {"ttft": Sample(), "tpot": Sample()}
-        preempted = self._scheduler.num_preemptions
-        layers = self.model.moe_layers
-        before = {layer.layer: (layer.bytes_sent, layer.num_collectives) for layer in layers}
-        for layer in layers:
-            layer.drops.read_and_reset()
-        self._telemetry.loads.clear()
-        began = time.monotonic()
-        absences = StallDetector(self.config.profiler.enabled)
-        try:
-            with absences:
-                loop.run(source, timed(sink, latencies), on_step, stop)
-            comms = outlets.comms_table()
-        finally:
-            outlets.close()
+        capacity = self.config.moe.capacity
+        with MeasuredRun(
+            self.config, self.topology, self.model, self._scheduler, self._telemetry, exporters
+        ) as measured:
+            loop = GenerationLoop(
+                self._runner,
+                self._scheduler,
+                self._control,
+                self.topology,
+                self._telemetry,
+                measured.step_profiler,
+                tokenizer=self.tokenizer,
+                eos_token_ids=self.eos_token_ids,
+                top_k=self.model.top_k,
+                capacity_phases=() if capacity.policy == "none" else capacity.phases,
+            )
+            loop.run(source, measured.timed(sink), on_step, stop)
         on_end()
-        self.report = run_report(
-            time.monotonic() - began,
-            loop.totals,
-            profile,
-            latencies,
-            self._telemetry.loads,
-            self.topology,
-            traffic={
-                layer.layer: (
-                    layer.bytes_sent - before[layer.layer][0],
-                    layer.num_collectives - before[layer.layer][1],
-                )
-                for layer in layers
-            },
-            preemptions=self._scheduler.num_preemptions - preempted,
-            drops={layer.layer: layer.drops.read_and_reset() for layer in layers},
-            policy=capacity.policy,
-            clock_error=self._clock_offset.error * 1e-9,
-            shares_W=meter.shares_W,
-            comms=comms,
-            resolved=self.resolved,
-            absent=(absences.count, absences.seconds),
-        )
+        clock_error = self._clock_offset.error * 1e-9
+        self.report = measured.report(loop.totals, self.resolved_settings, clock_error)
         return self.report
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
-        """Change moe.capacity between runs; every rank calls with the same settings.
+        """Change moe.capacity between runs; every rank must pass the same settings.
 
         Raises:
-            ValueError: settings that contradict each other, or that this model on this many ranks
-            cannot honour.
+            ValueError: settings that contradict each other, or that this model does not support on
+            this many ranks.
         """
         config = replace(self.config, moe=replace(self.config.moe, capacity=capacity))
         for layer in self.model.moe_layers:
@@ -281,21 +242,16 @@ class LLM:
         reserve_rows(self.model, config, self.topology)
 
     def record_decisions(self) -> list[LayerDecision]:
-        """Record every later decision of capacity on this rank's tokens, into the returned list."""
+        """Record capacity's later decisions about this rank's tokens, in the returned list."""
         return self._telemetry.decisions.start()
 
     def close(self) -> None:
-        """Leave the run this engine has joined. Safe to call twice."""
+        """Leave the topology that this engine has joined. Safe to call twice."""
         if self._owns_topology:
             bootstrap.stop(self.topology)
 
-    def _open_outlets(self) -> Exporters:
-        return open_exporters(self.config, self.topology, self.model, self._clock_offset)
-
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
-        """Run `make` on every rank of all replicas; where it fails on any, fail on all with who and
-        why.
-        """
+        """Run `make` on every rank of all replicas; if it fails on any, raise its error on all."""
         error, made = None, None
         self._activity.begin("loading the model")
         try:

@@ -221,7 +221,7 @@ def _generate(
             )
         return request
 
-    lockstep = watchdog.running(llm.place, topology.expert.ranks)
+    lockstep = watchdog.running(llm.progress, topology.expert.ranks)
     with interrupts.deferred(), progress_bar or nullcontext(), lockstep:
         try:
             report = llm.run(queue, write, on_step, stop, on_end)

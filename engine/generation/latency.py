@@ -1,8 +1,8 @@
-"""Latencies of finished requests, noted on their way to the sink, in bounded memory.
+"""Latencies of finished requests, recorded in bounded memory.
 
-Up to `MOST` requests a rank all values are kept and percentiles are exact. Of more, a rank keeps a
-sample in which each request is as likely as any other (reservoir sampling), so percentiles become
-estimates: with 100,000 values the 99th stands between the true 98.9th and 99.1st.
+Up to `MAX_VALUES` requests per rank all values are kept and percentiles are exact. Of more, a rank
+keeps a uniform sample (reservoir sampling), so percentiles become estimates: with 100,000 values
+the 99th is between the true 98.9th and 99.1st.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ import numpy as np
 from engine.generation.request_source import Sink
 from engine.request import Completion
 
-MOST = 100_000
+MAX_VALUES = 100_000
 
-# How many values there were, and the sample of them, float64.
-Taken = tuple[int, np.ndarray]
+Sampled = tuple[int, np.ndarray]  # number of values added; the sample of them, float64
 
 
 class Sample:
-    """At most `most` of the values added, eight bytes each. Deterministic."""
+    """A uniform sample of at most `max_values` of the values added. Deterministic."""
 
-    def __init__(self, most: int = MOST) -> None:
-        self._most, self._count = most, 0
+    def __init__(self, max_values: int = MAX_VALUES) -> None:
+        self._max_values, self._count = max_values, 0
         self._values = array("d")
         self._random = random.Random(0)
 
     def add(self, value: float) -> None:
         """Add a value."""
         self._count += 1
-        if len(self._values) < self._most:
+        if len(self._values) < self._max_values:
             self._values.append(value)
-        elif (place := self._random.randrange(self._count)) < self._most:
-            self._values[place] = value
+        elif (index := self._random.randrange(self._count)) < self._max_values:
+            self._values[index] = value
 
-    def taken(self) -> Taken:
-        """Return how many values were added, and a copy of those that were kept."""
+    def sampled(self) -> Sampled:
+        """Return the number of values added, and a copy of those that were kept."""
         return self._count, np.array(self._values, dtype=np.float64)
 
 
-def pooled(samples: Sequence[Taken]) -> np.ndarray:
-    """Make one sample of several ranks', in which a rank's share is that of its requests: as large
-    as the rank that kept the smallest part of its own allows.
+def pooled(samples: Sequence[Sampled]) -> np.ndarray:
+    """Join the ranks' samples into one, in which every request is equally likely.
+
+    Its sampling rate is that of the rank that kept the smallest part of its values.
     """
     rate = min((len(values) / count for count, values in samples if count), default=1.0)
     rng = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def pooled(samples: Sequence[Taken]) -> np.ndarray:
 
 
 def timed(sink: Sink, latencies: Mapping[str, Sample]) -> Sink:
-    """Wrap a sink so that it notes each completion's latencies, `ttft` and `tpot`, in seconds."""
+    """Wrap a sink so that each completion's latencies, `ttft` and `tpot`, are added, in seconds."""
 
     def deliver(completions: list[Completion]) -> None:
         for item in completions:

@@ -226,7 +226,7 @@ class GenerationLoop:
         moe_step = None
         if self._phases:
             moe_step = build_moe_step(
-                step, messages, self._phases, self._topology, self._step_profiler.shares_W
+                step, messages, self._phases, self._topology, self._step_profiler.weights_W
             )
         # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(

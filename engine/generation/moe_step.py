@@ -36,7 +36,7 @@ def build_moe_step(
     messages: Sequence[ControlMessage],
     phases: Sequence[RequestPhase],
     topology: Topology,
-    shares_W: tuple[int, ...] | None = None,
+    weights_W: tuple[int, ...] | None = None,
 ) -> MoEStep | None:
     """Build the MoE layers' view of this rank's tokens.
 
@@ -44,7 +44,7 @@ def build_moe_step(
         messages: of every rank of the expert-parallel group, in rank order. A tensor group counts
             once: by the message of its first rank.
         phases: moe.capacity.phases.
-        shares_W: share of the capacity per rank; None: equal shares.
+        weights_W: share of the capacity per rank; None: equal shares.
 
     Returns None, on all ranks alike, where no token of the group is eligible.
     """
@@ -70,7 +70,7 @@ def build_moe_step(
         num_tokens_W=tuple(last - first for first, last in sizes_W),
         num_eligible=num_eligible,
         counts=TokenCounts.zeros(end - start, device),
-        shares_W=shares_W,
+        weights_W=weights_W,
     )
 
 

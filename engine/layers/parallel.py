@@ -115,7 +115,7 @@ class TensorSum:
             calls: how many are skipped; None: all of an attention call.
         """
         for _ in range(self._calls if calls is None else calls):
-            self._telemetry.clock.enter_collective(Phase.TENSOR, self._layer, absent=True)
+            self._telemetry.clock.skip_collective(Phase.TENSOR, self._layer)
 
 
 def empty_parameter(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -44,7 +44,7 @@ class MoEStep:
     num_tokens_W: tuple[int, ...]  # all tokens, per rank of the group
     num_eligible: int  # T_g, the group's tokens subject to capacity
     counts: TokenCounts | None = None  # the layers add to it; None: not counted
-    shares_W: tuple[int, ...] | None = None  # weight per rank (`speed_weights.py`); None: equal
+    weights_W: tuple[int, ...] | None = None  # weight per rank (`speed_weights.py`); None: equal
 
     @classmethod
     def whole(

@@ -1,12 +1,11 @@
-"""Cost curves: how long a rank's calls take at every size, so that ranks with unequal loads can be
-compared at equal load.
+"""Cost model: how long a rank's calls take per number of tokens, to compare ranks at equal load.
 
-Small calls are bound by the weights that they read and large ones by arithmetic: seconds a token
-alone says nothing about a device. So calls are put into buckets by their number of tokens (a bucket
-is a quarter of a doubling) and a rank's whole work is priced with its peers' curve.
+Small calls are bound by the weights that they read and large ones by arithmetic, so seconds per
+token alone say little about a device. Calls are put into buckets by their number of tokens (a
+bucket is a quarter of a doubling), and a rank's calls are priced with its peers' curves.
 
 Worked example: peers need 2 ms for 100 tokens and 6 ms for 500. A rank that had 10 calls of 300 and
-spent 60 ms on them is priced at 10 * 4 ms, so it is 1.5 times slower than they are.
+spent 60 ms on them is priced at 10 * 4 ms, so its relative compute time is 1.5.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _BUCKETS = 26 * _PER_DOUBLING
 
 
 class CostCurve:
-    """Calls of one kind on one rank: calls, tokens and seconds of every bucket."""
+    """Calls of one kind on one rank."""
 
     def __init__(self) -> None:
-        self.table = np.zeros((3, _BUCKETS))
+        self.table = np.zeros((3, _BUCKETS))  # calls, tokens and seconds of every bucket
 
     def add(self, tokens_N: np.ndarray, nanoseconds_N: np.ndarray) -> None:
-        """Count calls: int64 [N] tokens, at least 1 each, and int64 [N] nanoseconds."""
+        """Count N calls: int64 tokens, at least 1 per call, and int64 nanoseconds."""
         bucket_N = (np.log2(tokens_N) * _PER_DOUBLING).astype(np.int64).clip(0, _BUCKETS - 1)
         self.table[0] += np.bincount(bucket_N, minlength=_BUCKETS)
         self.table[1] += np.bincount(bucket_N, weights=tokens_N, minlength=_BUCKETS)
@@ -34,11 +33,14 @@ class CostCurve:
 
 
 def price(own: np.ndarray, peers: Sequence[np.ndarray]) -> float:
-    """Seconds that the peers would have needed for `own`'s calls; nan where they had none.
+    """Return the seconds that the peers would have needed for `own`'s calls; nan without any.
 
-    own, peers: tables [3, buckets] of `CostCurve`. Several peers: each prices, the median counts.
-    Between its buckets a peer's curve is straight; below its smallest call it costs what that one
-    cost, above its largest one the seconds a token are those of that one.
+    The result is the median of the peers' prices. A peer's curve is linear between its buckets;
+    below its smallest call it is constant, above its largest one it has that one's seconds per
+    token.
+
+    Args:
+        own, peers: tables [3, buckets] of `CostCurve`.
     """
     calls, tokens = own[0], own[1]
     used = calls > 0

@@ -1,7 +1,6 @@
-"""Decision log: which assignments every layer kept, dropped and added, kept on request.
+"""Decision log: which assignments every layer kept, dropped and added, recorded on request.
 
-For tests, for the capacity report and for whoever asks why a request lost what it lost. Off by
-default: it copies every decision to the host.
+It explains what one request lost. Off by default, since it copies every decision to the host.
 
 Legend: T tokens on this rank, K top-k, e experts on this rank, W ranks, E experts.
 """
@@ -15,32 +14,26 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerDecision:
-    """One layer of one step, this rank's tokens.
+    """One layer of one step, this rank's tokens."""
 
-    step: counted from 0 since recording began. request_T, position_T: the global token id.
-    eligible_T: bool. topk_ids_TK: int64. keep_TK: bool. extra_Te: bool, of the experts from
-    first_expert on; None without expansion. before_WE, after_WE: int64, rows each rank sends to
-    each expert, without the extras of other ranks.
-    """
-
-    step: int
+    step: int  # counted from 0 since recording began
     layer: int
-    request_T: np.ndarray
+    request_T: np.ndarray  # with position_T the global token id
     position_T: np.ndarray
-    eligible_T: np.ndarray
-    topk_ids_TK: np.ndarray
-    keep_TK: np.ndarray
-    extra_Te: np.ndarray | None
+    eligible_T: np.ndarray  # bool, subject to capacity
+    topk_ids_TK: np.ndarray  # int64
+    keep_TK: np.ndarray  # bool
+    extra_Te: np.ndarray | None  # bool, of the experts from first_expert on; None: no expansion
     first_expert: int
-    before_WE: np.ndarray
-    after_WE: np.ndarray
+    before_WE: np.ndarray  # int64, rows that each rank sends to each expert
+    after_WE: np.ndarray  # the same after capacity, without the extras of other ranks
 
 
 class DecisionLog:
-    """Collects decisions while `entries` is a list."""
+    """Collects decisions while recording is on."""
 
     def __init__(self) -> None:
-        self.entries: list[LayerDecision] | None = None
+        self.entries: list[LayerDecision] | None = None  # None: recording is off
         self._step = 0
 
     def start(self) -> list[LayerDecision]:
@@ -49,14 +42,14 @@ class DecisionLog:
         return self.entries
 
     def stop(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         self.entries = None
 
     def next_step(self) -> None:
-        """A step is over."""
+        """Count a step."""
         self._step += 1
 
     @property
     def step(self) -> int:
-        """Steps since recording began."""
+        """Return the number of steps since recording began."""
         return self._step

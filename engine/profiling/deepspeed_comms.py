@@ -1,15 +1,15 @@
-"""DeepSpeed's comms logger, fed with the collectives that the phase clock saw.
+"""DeepSpeed's comms logger, fed with the collectives that the phase clock recorded.
 
 `profiler.deepspeed_comms: true`. The engine calls torch.distributed and times its collectives
-itself, so `deepspeed.comm` sees none of them. Here every span that waits for a collective becomes
-an entry of DeepSpeed's own logger, with its operation, latency and message size, and DeepSpeed's
-figures become the table at the end of the report. A latency runs from when the rank starts the
-collective until it has waited for it, late ranks and overlapped work included. A message is what a
-rank sends: in an all-to-all its rows for other ranks, in an all-gather its part. Bandwidths are
-DeepSpeed's formulas, which take the whole world for the group. Most of a tensor group's collectives
-are all-reduces, and all are called so.
+itself, so `deepspeed.comm` records none of them. Here every span that waits for a collective
+becomes an entry of DeepSpeed's own logger, with operation, latency and message size, and
+DeepSpeed's figures become a table of the report. A latency is the time from a rank's start of the
+collective to the end of its wait, stragglers and overlapped work included. A message is what a rank
+sends: in an all-to-all its rows for other ranks, in an all-gather its part. Bandwidths follow
+DeepSpeed's formulas, which assume the group is the whole world. A tensor group's collectives are
+mostly all-reduces, and all are logged as such.
 
-The messages of an all-to-all are of a new size each time, so the table has one line for all sizes
+Message sizes of an all-to-all differ from call to call, so the table has one line for all sizes
 from one power of two to the next: a message of 1,500 bytes counts in the line of 2,048.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from engine.profiling.phase_clock import Phase, Spans
 
-# What DeepSpeed calls the collective that a phase waits for. An agreement of several rounds is one.
+# DeepSpeed's name of the collective that a phase waits for. An agreement of several rounds is one.
 _OPERATIONS = {
     Phase.CONSENSUS: "all_gather",
     Phase.DISPATCH: "all_to_all_single",
@@ -32,7 +32,7 @@ _OPERATIONS = {
     Phase.TENSOR: "all_reduce",
 }
 _AVERAGES = ("avg_latency_ms", "tput_avg_gbps", "busbw_avg_gbps")
-# The logger keeps every entry by itself; after so many they are added up.
+# The logger stores each entry; after this many they are summed.
 _BATCH = 4096
 
 
@@ -40,12 +40,12 @@ _BATCH = 4096
 class CommsRow:
     """Calls of one operation with messages of at most `message_bytes` and more than half of that.
 
-    bytes: of all messages. The averages are DeepSpeed's, without outliers.
+    The averages are DeepSpeed's, without outliers.
     """
 
     message_bytes: int
     count: int
-    bytes: int
+    bytes: int  # of all messages
     total_latency_ms: float
     avg_latency_ms: float
     tput_avg_gbps: float
@@ -61,19 +61,20 @@ class Logger(Protocol):
 
     def append(self, raw_name: str, record_name: str, latency: float, msg_size: int) -> None:
         """Add an entry; milliseconds and bytes."""
-        ...
 
     def log_all(self, print_log: bool, *, return_dict: bool) -> dict[str, Any] | None:
-        """Return the figures of all entries, if asked to."""
-        ...
+        """Return the figures of all entries if `return_dict`."""
 
     def reset_data(self) -> None:
-        """Forget all entries."""
-        ...
+        """Delete all entries."""
 
 
 class DeepSpeedComms:
-    """One rank's run in DeepSpeed's logger. group_size: of the lockstep group, 2 or more."""
+    """Logs one rank's run with DeepSpeed's logger.
+
+    Args:
+        group_size: of the lockstep group, 2 or more.
+    """
 
     def __init__(self, logger: Logger, group_size: int) -> None:
         self._logger = logger
@@ -87,7 +88,7 @@ class DeepSpeedComms:
         """Log the collectives of one step."""
         for index in np.flatnonzero(spans.collectives >= 0).tolist():
             began = int(spans.arrivals[spans.collectives[index]])
-            if began < 0:  # its tensor group had nothing to sum
+            if began < 0:  # its tensor group skipped it
                 continue
             phase, sent = Phase(spans.phases[index]), int(spans.num_bytes[index])
             operation = _OPERATIONS[phase]
@@ -97,21 +98,21 @@ class DeepSpeedComms:
             self._logger.append(operation, name, nanoseconds * 1e-6, size)
             self._num_entries += 1
         if self._num_entries >= _BATCH:
-            self._add_up()
+            self._sum_entries()
 
     def table(self) -> CommsTable:
-        """What was logged so far."""
-        self._add_up()
+        """Return what was logged so far."""
+        self._sum_entries()
         return {
             name: [_row(bound, sums) for bound, sums in sorted(rows.items())]
             for name, rows in self._sums.items()
         }
 
     def close(self) -> None:
-        """Leave DeepSpeed's logger as a new one."""
+        """Delete the entries of DeepSpeed's logger."""
         self._logger.reset_data()
 
-    def _add_up(self) -> None:
+    def _sum_entries(self) -> None:
         figures = self._logger.log_all(print_log=False, return_dict=True)
         assert figures is not None
         for name, by_size in figures["summary"].items():
@@ -134,9 +135,12 @@ def _row(bound: int, sums: np.ndarray) -> CommsRow:
 
 
 def open_deepspeed_comms(device_type: str, group_size: int) -> DeepSpeedComms | None:
-    """Switch DeepSpeed's logger on; None for a group of one, which has no collectives.
+    """Switch DeepSpeed's logger on; return None for a group of one, which has no collectives.
 
-    device_type: cpu or cuda. torch.distributed is initialised. Raises ImportError.
+    torch.distributed must be initialised. device_type: cpu or cuda.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
     """
     if group_size == 1:
         return None
@@ -144,9 +148,9 @@ def open_deepspeed_comms(device_type: str, group_size: int) -> DeepSpeedComms | 
     import deepspeed
     import deepspeed.comm
 
-    # DeepSpeed would compile its shared-memory collectives, for minutes; nobody calls them.
+    # DeepSpeed would compile its shared-memory collectives, for minutes; they are not used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():  # then its logger could not tell the world's size
+    if not deepspeed.comm.is_initialized():  # its logger needs the world's size
         deepspeed.comm.init_distributed(verbose=False)
     deepspeed.comm.configure(enabled=True, prof_all=True)
     return DeepSpeedComms(deepspeed.comm.comm.comms_logger, group_size)

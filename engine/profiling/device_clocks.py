@@ -1,7 +1,7 @@
-"""The phase clocks: of the host, for devices that compute synchronously, and of CUDA.
+"""Phase clocks: of the host, for devices that compute synchronously, and of CUDA.
 
-On CUDA a mark records an event on the current stream. A step is read when the next has been queued
-behind it, so measuring never leaves the device without work.
+On CUDA a mark records an event on the current stream. A step is read once the next one is queued
+behind it, so measuring never leaves the device without work. `phase_clock.py` has the interface.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Stamp = TypeVar("_Stamp")
 
 
 class NoClock:
-    """A clock that keeps nothing but its position (`profiler.enabled: false`)."""
+    """Keeps its position and nothing else (`profiler.enabled: false`)."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -38,7 +38,7 @@ class NoClock:
         self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
-        """Remember where this rank is."""
+        """Set the position."""
         self._last = (phase, layer, tokens, NONE)
 
     def record_arrival(self) -> int:
@@ -47,18 +47,16 @@ class NoClock:
         return NONE
 
     def enter_collective(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        absent: bool = False,
+        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
-        """Remember where this rank is; count the collective if it starts here."""
+        """Set the position; count the collective if it starts here."""
         if collective is None:
             self._collectives += 1
         self._last = (phase, layer, tokens, NONE)
+
+    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
+        """Set the position and count the collective."""
+        self.enter_collective(phase, layer)
 
     def sent(self, num_bytes: int) -> None:
         """Do nothing."""
@@ -68,23 +66,25 @@ class NoClock:
         self._steps += 1
 
     def read(self, *, ended: bool = False) -> Spans | None:
-        """There is never anything to read."""
+        """Return None: there are no spans."""
         return None
 
     def position(self) -> Position:
-        """How far this rank has come."""
+        """Return how far this rank has come; any thread may call it."""
         phase, layer, *_ = self._last
         return Position(self._steps, layer, Phase(phase), self._collectives)
 
 
 class _StampClock(ABC, Generic[_Stamp]):
-    """Marks of the step that runs, each with a stamp of the device's kind, and of closed steps."""
+    """Marks of the current step and of closed steps that were not read yet, each with a stamp of
+    the device's kind.
+    """
 
     def __init__(self) -> None:
         self._marks: list[Mark] = []
         self._stamps: list[_Stamp] = []
         self._sent: list[Sent] = []
-        self._arrivals: list[_Stamp | None] = []  # None: left out
+        self._arrivals: list[_Stamp | None] = []  # None: skipped
         self._closed: list[tuple[list[Mark], list[_Stamp], list[Sent], list[_Stamp | None]]] = []
         self._steps = 0
         self._collectives = 0
@@ -92,37 +92,37 @@ class _StampClock(ABC, Generic[_Stamp]):
 
     @abstractmethod
     def _stamp(self) -> _Stamp:
-        """This moment, of the host or of the current stream."""
+        """Return a stamp of this moment, of the host or of the current stream."""
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
-        """End the current span and start one of `phase`, which works on so many tokens."""
+        """End the current span and start one of `phase` that processes `tokens`."""
         self._mark((phase, layer, tokens, NONE), self._stamp())
 
     def record_arrival(self) -> int:
-        """Note that a collective is being started, to be waited for later; return its number."""
+        """Note that this rank starts a collective and waits for it later; return its number."""
         self._collectives += 1
         self._arrivals.append(self._stamp())
         return len(self._arrivals) - 1
 
     def enter_collective(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        absent: bool = False,
+        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
         """End the current span and start one that waits for a collective; as in `PhaseClock`."""
         stamp = self._stamp()
         if collective is None:
             self._collectives += 1
             collective = len(self._arrivals)
-            self._arrivals.append(None if absent else stamp)
+            self._arrivals.append(stamp)
         self._mark((phase, layer, tokens, collective), stamp)
 
+    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
+        """Enter a collective that this rank leaves out; as in `PhaseClock`."""
+        self._collectives += 1
+        self._mark((phase, layer, 0, len(self._arrivals)), self._stamp())
+        self._arrivals.append(None)
+
     def sent(self, num_bytes: int) -> None:
-        """Count bytes sent to other ranks to the current span."""
+        """Count bytes that the current span sends to other ranks."""
         if self._marks:
             self._sent.append((len(self._marks) - 1, num_bytes))
 
@@ -136,7 +136,7 @@ class _StampClock(ABC, Generic[_Stamp]):
         self._marks, self._stamps, self._sent, self._arrivals = [], [], [], []
 
     def position(self) -> Position:
-        """How far this rank's host has come; may be asked for by another thread."""
+        """Return how far this rank's host has come; any thread may call it."""
         phase, layer, *_ = self._last
         return Position(self._steps, layer, Phase(phase), self._collectives)
 
@@ -153,9 +153,7 @@ class HostClock(_StampClock[int]):
         return time.monotonic_ns()
 
     def read(self, *, ended: bool = False) -> Spans | None:
-        """Return the spans of the oldest closed step that were not read yet, None when there is
-        none.
-        """
+        """Return the spans of the oldest closed step that was not read yet, or None."""
         if not self._closed:
             return None
         marks, stamps, sent, arrivals = self._closed.pop(0)
@@ -165,16 +163,15 @@ class HostClock(_StampClock[int]):
 
 
 class CudaClock(_StampClock[torch.cuda.Event]):
-    """Phase clock for CUDA: events on the current stream, read a step late.
+    """Phase clock for CUDA: events on the current stream, read one step later.
 
-    A step is read when the next one is closed too, so that the host, which may run ahead of the
-    device by a step, has something queued behind what it reads and never leaves the device idle.
+    A step is read once the next one is closed too: the host may run ahead of the device by a step,
+    so work is queued behind what it reads and the device is never idle.
 
-    Event times are turned into nanoseconds of the host's monotonic clock through a base event, so
-    ranks on one host compare directly. The first base is synchronised when the clock is made. From
-    then on the last event of a step that was read is the base of the next: the time between two
-    events is a float32 of milliseconds, which tells microseconds apart over seconds and no longer
-    over an hour.
+    Event times become nanoseconds of the host's monotonic clock through a base event, so ranks on
+    one host compare directly. The first base is synchronised when the clock is made. Later the last
+    event of each step read is the base of the next step: the time between two events is a float32
+    of milliseconds, which resolves microseconds over seconds but not over an hour.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -189,19 +186,20 @@ class CudaClock(_StampClock[torch.cuda.Event]):
         self._base_ns = time.monotonic_ns()
 
     def read(self, *, ended: bool = False) -> Spans | None:
-        """Return the spans of the oldest closed step that were not read yet; None when there is
-        none, or only the last one and it has not `ended`.
+        """Return the spans of the oldest closed step that was not read yet.
+
+        None where there is none, or, unless `ended`, where no later step is closed.
         """
         if len(self._closed) < (1 if ended else 2):
             return None
         marks, events, sent, arrivals = self._closed.pop(0)
-        # SYNC: of a step with another one queued behind it; passed, but where neither of the two
-        # sampled. Polling instead would let ranks drift apart by a step, and stamps of different
-        # steps cannot be compared.
+        # SYNC: of a step with another one queued behind it; already completed, unless neither of
+        # the two sampled. Polling instead would let ranks drift apart by a step, and stamps of
+        # different steps cannot be compared.
         events[-1].synchronize()
         columns = np.array(marks, dtype=np.int64).T
         spans = spans_of(columns, sent, self._nanoseconds(events), self._nanoseconds(arrivals))
-        # An arrival may be the event of a span too; each goes back into the pool once.
+        # An arrival may also be the event of a span; each event returns to the pool once.
         free = {id(each): each for each in (self._base, *events, *arrivals) if each is not None}
         self._base, self._base_ns = free.pop(id(events[-1])), int(spans.ends[-1])
         self._pool.extend(free.values())
@@ -222,7 +220,7 @@ class CudaClock(_StampClock[torch.cuda.Event]):
 
 
 def make_clock(device: torch.device, enabled: bool = True) -> PhaseClock:
-    """Return the clock that fits the device."""
+    """Return the clock for a device; a `NoClock` if not enabled."""
     if not enabled:
         return NoClock()
     return CudaClock(device) if device.type == "cuda" else HostClock()

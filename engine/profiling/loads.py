@@ -1,9 +1,9 @@
-"""Load counters: how many rows each expert and each rank had, layer by layer, before capacity and
-after it.
+"""Load counters: rows of each expert and each rank, per layer, before capacity and after it.
 
-Loads before capacity come out of the agreement, so every rank of an expert-parallel group holds the
-same numbers. Loads after it a rank knows of its own experts alone (extras never leave their rank);
-the ranks tell each other with the control words of the next step, see `control.py`.
+Loads before capacity result from the agreement, so every rank of an expert-parallel group has the
+same numbers. Loads after capacity are known for a rank's own experts only (extras never leave their
+rank); the ranks exchange their sums with the control message of the next step, see
+`generation/control.py`.
 
 Legend: E experts, W expert-parallel ranks, L MoE layers.
 """
@@ -20,26 +20,21 @@ StepLoads = dict[int, tuple[np.ndarray, list[int]]]
 
 @dataclass(slots=True)
 class LayerLoad:
-    """Totals of one MoE layer over the run.
+    """Totals of one MoE layer over the run."""
 
-    experts: int64 [E], top-k assignments of each expert, before capacity. own_after: int64, rows
-    that each of this rank's experts worked on; first_expert: the number of the first of them.
-    slowest, mean: sums over steps of the most loaded rank's rows and of the mean rank's, before
-    capacity; slowest_after, mean_after: after it.
-    """
-
-    experts: np.ndarray
-    own_after: np.ndarray
-    first_expert: int
-    slowest: float = 0.0
-    mean: float = 0.0
-    slowest_after: float = 0.0
+    experts: np.ndarray  # int64 [E], top-k assignments of each expert, before capacity
+    own_after: np.ndarray  # int64, rows that each of this rank's experts processed
+    first_expert: int  # the number of the first of this rank's experts
+    slowest: float = 0.0  # sum over steps of the most loaded rank's rows, before capacity
+    mean: float = 0.0  # sum over steps of the mean rank's rows, before capacity
+    slowest_after: float = 0.0  # the same after capacity
     mean_after: float = 0.0
 
     @property
     def max_over_mean(self) -> float:
-        """Rows of the most loaded rank over the mean rank before capacity, weighted by rows; 1.0 is
-        perfect balance.
+        """Rows of the most loaded rank over the mean rank before capacity, weighted by rows.
+
+        1.0 is perfect balance.
         """
         return self.slowest / self.mean if self.mean else 1.0
 
@@ -51,21 +46,20 @@ class LayerLoad:
 
 @dataclass(slots=True)
 class LayerDrops:
-    """What capacity did to one rank's own competing tokens in one layer, over a run.
+    """What capacity did to one rank's own tokens in one layer, over a run.
 
-    routed, dropped, added: assignments. orphans: tokens that kept no expert. mass: combine weights
-    of the original top-k; mass_kept: of those that survived.
+    Of tokens subject to capacity only.
     """
 
-    routed: int = 0
-    dropped: int = 0
-    added: int = 0
-    orphans: int = 0
-    mass: float = 0.0
-    mass_kept: float = 0.0
+    routed: int = 0  # top-k assignments
+    dropped: int = 0  # of them
+    added: int = 0  # extras
+    orphans: int = 0  # tokens that kept no expert
+    mass: float = 0.0  # combine weights of the original top-k
+    mass_kept: float = 0.0  # of those that survived
 
     def add(self, other: LayerDrops) -> None:
-        """Count `other` in."""
+        """Add `other` to this."""
         self.routed += other.routed
         self.dropped += other.dropped
         self.added += other.added
@@ -76,13 +70,10 @@ class LayerDrops:
 
 @dataclass(slots=True)
 class LoadCounter:
-    """Collects `LayerLoad`s.
-
-    step: where it is a dict, the loads of the step that runs.
-    """
+    """Loads of all MoE layers on one rank."""
 
     layers: dict[int, LayerLoad] = field(default_factory=dict)
-    step: StepLoads | None = None
+    step: StepLoads | None = None  # the loads of the current step, where it is a dict
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0
@@ -99,9 +90,11 @@ class LoadCounter:
     ) -> None:
         """Add one layer of one step.
 
-        before_E: int64 [E], top-k assignments of every expert over all ranks. rank_before: the same
-        summed for the experts of each rank. own_after: rows each of this rank's experts works on.
-        first_expert: the number of the first of them.
+        Args:
+            before_E: int64 [E], top-k assignments of every expert over all ranks.
+            rank_before: the same summed over the experts of each rank.
+            own_after: rows that each of this rank's experts processes.
+            first_expert: the number of the first of them.
         """
         totals = self.layers.get(layer)
         if totals is None:
@@ -120,27 +113,30 @@ class LoadCounter:
         self._step_mean += mean
 
     def take_rows(self) -> list[int]:
-        """Rows this rank's experts worked on in each layer of the step just run, [] without one."""
+        """Return and reset the rows of this rank's experts in each layer of the last step.
+
+        [] if there was none since the last call.
+        """
         self._taken = sorted(self._rows)
         rows = [self._rows[layer] for layer in self._taken]
         self._rows.clear()
         return rows
 
     def set_exchanged(self, rows_WL: np.ndarray) -> None:
-        """Add what all ranks took of one step: int64 [W, L], the layers of the last `take_rows`."""
+        """Add the rows of all ranks: int64 [W, L], for the layers of the last `take_rows`."""
         for layer, rows_W in zip(self._taken, rows_WL.T, strict=True):
             totals = self.layers[layer]
             totals.slowest_after += float(rows_W.max())
             totals.mean_after += float(rows_W.mean())
 
     def clear(self) -> None:
-        """Forget everything; a new run begins."""
+        """Reset all counts."""
         self.layers.clear()
         self._rows.clear()
         self._step_slowest = self._step_mean = 0.0
 
     def reset_step(self) -> float:
-        """Return max over mean of the ranks' rows before capacity since the last call."""
+        """Return and reset max over mean of the ranks' rows before capacity, of the last step."""
         value = self._step_slowest / self._step_mean if self._step_mean else 1.0
         self._step_slowest = self._step_mean = 0.0
         return value
@@ -156,8 +152,9 @@ class LoadCounter:
         return sum(load.slowest_after for load in self.layers.values()) / mean if mean else 1.0
 
     def speed_bound(self) -> float:
-        """The most loaded rank's rows before capacity over those after it, all layers and steps: no
-        policy makes the MoE layers faster than that.
+        """The most loaded rank's rows before capacity over those after it, all layers and steps.
+
+        An upper bound of the factor by which capacity made the MoE layers faster.
         """
         after = sum(load.slowest_after for load in self.layers.values())
         return sum(load.slowest for load in self.layers.values()) / after if after else 1.0

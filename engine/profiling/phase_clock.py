@@ -1,12 +1,12 @@
-"""Phase clock: where each rank's time goes, always on, a few hundred nanoseconds a mark.
+"""Phase clock: where each rank's time goes, always on, a few hundred nanoseconds per mark.
 
 A step is cut into spans by marks: `clock.enter(phase)` ends the span before it. A span that waits
 for a collective is begun with `clock.enter_collective(phase)` instead. The rank's *arrival* at the
-collective is where it started it: the same moment, or an earlier one that `clock.record_arrival()`
-has noted, where other work was done in between. `waiting.py` compares arrivals across ranks.
+collective is when it started it: the same moment, or an earlier one that `clock.record_arrival()`
+has noted, where other work was done in between. `wait_time.py` compares arrivals across ranks.
 
-The clocks themselves are in `clocks.py`. The last mark is also what the watchdog publishes: see
-`Position`.
+The clocks themselves are in `device_clocks.py`. The last mark is also this rank's progress, which
+the watchdog publishes: see `Position`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Phase(IntEnum):
     TENSOR = 9
 
 
-# TENSOR is a collective of a tensor group, whose ranks wait for each other alone.
+# TENSOR is a collective of one tensor group: its ranks wait for each other only.
 COLLECTIVE_PHASES = (
     Phase.CONSENSUS,
     Phase.DISPATCH,
@@ -42,65 +42,63 @@ COLLECTIVE_PHASES = (
     Phase.TENSOR,
 )
 NO_LAYER = -1
-# The collective of a span that waits for none; the stamp of a collective that was not started.
+# The collective of a span that waits for none; the stamp of a collective that was skipped.
 NONE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a rank has come: what survivors of a fault are told about it.
+    """How far a rank has come; a fault report names it."""
 
-    step: steps it has closed. collective: collectives it has started since the engine was built.
-    layer: NO_LAYER outside the layers.
-    """
-
-    step: int
-    layer: int
+    step: int  # steps it has closed
+    layer: int  # NO_LAYER outside of the layers
     phase: Phase
-    collective: int
+    collective: int  # collectives it has started since the engine was built
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """The spans of one step on one rank, in order, each touching the next.
+    """The n spans of one step on one rank, in order; each begins where the one before it ends.
 
-    phases, layers, tokens, num_bytes: int64 [n]; layers are NO_LAYER outside the layers; tokens are
-    what the span worked on (rows, in DISPATCH, EXPERTS and COMBINE), num_bytes what it sent to
-    other ranks. collectives: int64 [n], which of the step's collectives the span waited for, -1 for
-    none. starts, ends: int64 [n], nanoseconds of this rank's monotonic clock. arrivals: int64 [C],
-    when this rank started each collective of the step; as many on every rank of the group, and NONE
-    where this rank's tensor group left out one that others may have called.
+    Stamps are nanoseconds of this rank's monotonic clock.
     """
 
-    phases: np.ndarray
-    layers: np.ndarray
-    tokens: np.ndarray
-    num_bytes: np.ndarray
-    collectives: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
+    phases: np.ndarray  # int64 [n]
+    layers: np.ndarray  # int64 [n], NO_LAYER outside of the layers
+    tokens: np.ndarray  # int64 [n], tokens processed; rows in DISPATCH, EXPERTS and COMBINE
+    num_bytes: np.ndarray  # int64 [n], sent to other ranks
+    collectives: np.ndarray  # int64 [n], which of the step's collectives it waited for, or NONE
+    starts: np.ndarray  # int64 [n]
+    ends: np.ndarray  # int64 [n]
+    # int64 [C], when this rank started each collective of the step. C is the same on every rank of
+    # the group; NONE where this rank's tensor group skipped one that others may have called.
     arrivals: np.ndarray
 
     @property
     def seconds(self) -> np.ndarray:
-        """float64 [n], the length of every span."""
+        """Return the length of every span, float64 [n]."""
         return (self.ends - self.starts) * 1e-9
 
     def seconds_by_phase(self) -> np.ndarray:
-        """float64 [len(Phase)], seconds in each phase."""
+        """Return the seconds in each phase, float64 [len(Phase)]."""
         return np.bincount(self.phases, weights=self.seconds, minlength=len(Phase))
 
 
-# What clocks keep of a span: phase, layer, tokens, collective
-Mark = tuple[int, int, int, int]
-# span, bytes
-Sent = tuple[int, int]
+Mark = tuple[int, int, int, int]  # begin of a span: phase, layer, tokens, collective
+Sent = tuple[int, int]  # span, bytes
 
 
 def spans_of(
     columns: np.ndarray, sent: list[Sent], stamps: np.ndarray, arrivals: np.ndarray
 ) -> Spans:
-    """One step's spans. columns: int64 [4, n], the marks of n spans. stamps: int64 [n + 1]."""
+    """Build one step's spans.
+
+    Args:
+        columns: int64 [4, n], the marks.
+        sent: bytes sent to other ranks; a span may have several entries.
+        stamps: int64 [n + 1], each span's start and the last one's end.
+        arrivals: int64 [C].
+    """
     phases, layers, tokens, collectives = columns
     num_bytes = np.zeros(len(phases), dtype=np.int64)
     for span, amount in sent:
@@ -112,42 +110,39 @@ class PhaseClock(Protocol):
     """One rank's clock."""
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
-        """End the current span and start one of `phase`, which works on so many tokens."""
-        ...
+        """End the current span and start one of `phase` that processes `tokens`."""
 
     def record_arrival(self) -> int:
-        """Note that a collective is being started, to be waited for later; return its number."""
+        """Note that this rank starts a collective and waits for it later; return its number."""
         ...
 
     def enter_collective(
-        self,
-        phase: Phase,
-        layer: int = NO_LAYER,
-        tokens: int = 0,
-        collective: int | None = None,
-        *,
-        absent: bool = False,
+        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
-        """End the current span and start one that waits for a collective: the one whose number is
-        given, otherwise one that is being started now. absent: that this rank's tensor group has no
-        need of, and other ranks may have.
+        """End the current span and start one that waits for a collective.
+
+        collective: its number from `record_arrival`; None: it is started now.
         """
-        ...
+
+    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
+        """Enter a collective that this rank's tensor group leaves out and other groups may call.
+
+        It is counted, so that all ranks number alike, but has no arrival.
+        """
 
     def sent(self, num_bytes: int) -> None:
-        """Count bytes sent to other ranks to the current span."""
-        ...
+        """Count bytes that the current span sends to other ranks."""
 
     def close_step(self) -> None:
         """End the step's last span; later marks belong to the next step."""
-        ...
 
     def read(self, *, ended: bool = False) -> Spans | None:
-        """Return the spans of the oldest closed step that were not read yet; None when there is
-        none, or none that the device has surely passed. ended: no step follows.
+        """Return the spans of the oldest closed step that was not read yet.
+
+        None where there is none, or where reading it could leave the device without work.
+        ended: no step follows.
         """
-        ...
 
     def position(self) -> Position:
-        """How far this rank has come; may be asked for by another thread."""
+        """Return how far this rank has come; any thread may call it."""
         ...

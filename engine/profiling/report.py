@@ -1,4 +1,7 @@
-"""Reports: what a step and a run tell their user. Plain data; `progress.py` prints it."""
+"""Reports: what was measured of a step and of a run. Plain data.
+
+`reporting/summary.py` prints a run's report and writes it as JSON, under keys that it maps.
+"""
 
 from __future__ import annotations
 
@@ -13,151 +16,118 @@ from engine.profiling.findings import Finding
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One step, summed over the ranks that run in lockstep.
-
-    tokens_prefill, tokens_decode: tokens run in this step. running, waiting, finished: requests,
-    totals over the ranks. max_over_mean: rows of the most loaded expert rank over the mean, this
-    step. elapsed: seconds since the run began.
-    """
+    """One step, summed over the ranks that run in lockstep."""
 
     step: int
-    tokens_prefill: int
+    tokens_prefill: int  # tokens run in this step
     tokens_decode: int
-    running: int
+    running: int  # requests
     waiting: int
-    finished: int
-    max_over_mean: float
-    elapsed: float
+    finished: int  # requests since the run began
+    max_over_mean: float  # rows of the most loaded expert rank over the mean, this step
+    elapsed: float  # seconds since the run began
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseReport:
-    """One phase of one rank over a run. seconds: all of it; waiting: of them, for late peers.
-    tokens: that it worked on, rows in dispatch, experts and combine. bytes_sent: to other ranks.
-    """
+    """One phase of one rank over a run."""
 
     seconds: float
-    waiting: float
-    tokens: int
-    bytes_sent: int
+    waiting: float  # of the seconds, those of waiting for stragglers
+    tokens: int  # processed; rows in dispatch, experts and combine
+    bytes_sent: int  # to other ranks
 
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """One rank's run.
-
-    tokens_prefill, tokens_decode: tokens of its own requests. expert_rows: rows its experts worked
-    on. bytes_sent, num_collectives: to other ranks and with them, by the MoE layers. preemptions:
-    sequences whose K/V had to be computed again. seconds: keys attention, experts, communication,
-    waiting, other. phases: the same time phase by phase. slowness: its seconds of compute over what
-    its peers would have needed for the same calls. late_share: share of the steps in which the
-    others lost most to this rank. lost: seconds that its being late cost the others, by cause.
-    comms: DeepSpeed's table of its collectives, empty unless profiler.deepspeed_comms. resolved:
-    what settings that may be left to the engine have come to on this rank. absent: seconds in which
-    its process did not run.
-    """
+    """One rank's run."""
 
     rank: int
     host: str
-    tokens_prefill: int
+    tokens_prefill: int  # tokens of its own requests
     tokens_decode: int
-    expert_rows: int
-    bytes_sent: int
-    num_collectives: int
-    preemptions: int
-    seconds: dict[str, float]
-    phases: dict[str, PhaseReport] = field(default_factory=dict)
-    slowness: float = 1.0
-    late_share: float = 0.0
-    lost: dict[str, float] = field(default_factory=dict)
-    comms: CommsTable = field(default_factory=dict)
-    resolved: dict[str, Any] = field(default_factory=dict)
-    absent: float = 0.0
+    expert_rows: int  # rows that its experts processed
+    bytes_sent: int  # to other ranks, by the MoE layers
+    num_collectives: int  # called by the MoE layers
+    preemptions: int  # sequences whose K/V had to be computed again
+    seconds: dict[str, float]  # keys attention, experts, communication, waiting, other
+    phases: dict[str, PhaseReport] = field(default_factory=dict)  # the same time per phase
+    relative_compute_time: float = 1.0  # its seconds over its peers' for the same calls
+    straggler_share: float = 0.0  # share of the steps in which it caused the longest wait
+    # cause -> seconds that a mean rank waited for this one
+    wait_caused: dict[str, float] = field(default_factory=dict)
+    comms: CommsTable = field(default_factory=dict)  # filled by profiler.deepspeed_comms
+    # setting -> value, of the settings that the engine may choose
+    resolved_settings: dict[str, Any] = field(default_factory=dict)
+    process_stall_seconds: float = 0.0  # time in which its process did not run
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One MoE layer's run.
-
-    rank_max_over_mean, expert_max_over_mean: rows of the most loaded over the mean, before capacity
-    and after it. expert_loads, expert_loads_after: rows of each expert; in the model's last layer,
-    where no token competes, of those tokens alone whose output is read. assignments: top-k
-    assignments that competed for capacity; dropped, added: of them, and extras beside them.
-    orphans: tokens that kept no expert. gate_mass_kept: share of the competing tokens' combine
-    weights that survived, extras not counted. bytes_sent: to other ranks, by all ranks of the
-    group. num_collectives: that each rank called. seconds: of each phase, a mean rank's, waiting
-    included. lost: seconds that a mean rank waited in this layer for late ones. lost_by_cause: of a
-    mean rank's time here, what unequal loads, unequal tokens, a slow device, the host and the
-    network cost.
-    """
+    """One MoE layer's run."""
 
     layer: int
-    rank_max_over_mean: float
-    rank_max_over_mean_after: float
-    expert_max_over_mean: float
+    rank_max_over_mean: float  # rows of the most loaded rank over the mean, before capacity
+    rank_max_over_mean_after: float  # after capacity
+    expert_max_over_mean: float  # the same of the experts
     expert_max_over_mean_after: float
+    # Rows of each expert. In the model's last layer, if no token is subject to capacity, only those
+    # of tokens whose output is read.
     expert_loads: list[int]
     expert_loads_after: list[int]
-    assignments: int = 0
-    dropped: int = 0
-    added: int = 0
-    orphans: int = 0
-    gate_mass_kept: float = 1.0
-    drop_rate: float = 0.0
-    bytes_sent: int = 0
-    num_collectives: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    lost: float = 0.0
-    lost_by_cause: dict[str, float] = field(default_factory=dict)
+    assignments: int = 0  # top-k assignments subject to capacity
+    dropped: int = 0  # of them
+    added: int = 0  # extras, not counted in `assignments`
+    orphans: int = 0  # tokens that kept no expert
+    gate_mass_kept: float = 1.0  # share of the combine weights that survived, without extras
+    drop_rate: float = 0.0  # dropped / assignments
+    bytes_sent: int = 0  # to other ranks, by all ranks of the group
+    num_collectives: int = 0  # called by each rank
+    seconds: dict[str, float] = field(default_factory=dict)  # phase -> of a mean rank, with waiting
+    wait: float = 0.0  # seconds that a mean rank waited for stragglers in this layer
+    # cause -> seconds of a mean rank in this layer; network: of transfer
+    wait_by_cause: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerTotals:
-    """All MoE layers of one expert-parallel group together, over a run.
-
-    assignments, dropped, added, gate_mass_kept, drop_rate: as in `LayerReport`. orphans: (token,
-    layer) pairs that kept no expert. bytes_sent: to other ranks, by all ranks of the group.
-    collectives_per_call: that each rank called in one layer of one step, the mean.
-    """
+    """All MoE layers of one expert-parallel group together, over a run; as in `LayerReport`."""
 
     assignments: int = 0
     dropped: int = 0
     added: int = 0
-    orphans: int = 0
+    orphans: int = 0  # (token, layer) pairs that kept no expert
     gate_mass_kept: float = 1.0
     drop_rate: float = 0.0
-    bytes_sent: int = 0
-    collectives_per_call: float = 0.0
+    bytes_sent: int = 0  # to other ranks, by all ranks of the group
+    collectives_per_call: float = 0.0  # mean of a rank's collectives in one layer of one step
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """The whole run, the same on every rank; `layers` and their `totals` are those of the rank's
-    own expert-parallel group, as are steps, max_over_mean, max_over_mean_after and speed_bound.
+    """The whole run.
 
-    seconds: wall time of the generation loop, the longest rank's. steps: steps this group ran.
-    max_over_mean, max_over_mean_after: rows of the most loaded rank over the mean rank, all layers,
-    before capacity and after it. speed_bound: how much faster the MoE layers can have become by it,
-    the sum of the most loaded rank's rows before over that after. latencies: seconds, keys `ttft`
-    (one entry a request: pulled from the queue to first token) and `tpot` (one entry a request of
-    two tokens or more: mean seconds per later token), float64; a sample, whose percentiles are
-    estimates, where a rank had more than `latency.py` keeps, 100,000. verdict: who was slow
-    and why, in every group. lost: seconds that a mean rank lost, by cause. clock_error:
-    uncertainty of the ranks' clocks against each other, seconds, the worst rank's. capacity_shares:
-    each rank's share of the capacity at the end, 1 being even; None where all were the same
-    throughout.
+    The same on every rank, except for what describes the rank's own expert-parallel group: layers,
+    totals, steps, max_over_mean, max_over_mean_after and speed_bound.
     """
 
-    seconds: float
+    seconds: float  # wall time of the generation loop, the maximum over the ranks
     steps: int
     ranks: list[RankReport]
     layers: list[LayerReport]
-    max_over_mean: float
-    max_over_mean_after: float = 1.0
+    max_over_mean: float  # rows of the most loaded rank over the mean rank, before capacity
+    max_over_mean_after: float = 1.0  # after capacity
+    # How much faster capacity can have made the MoE layers: the sum of the most loaded rank's rows
+    # before it over that after it.
     speed_bound: float = 1.0
     totals: LayerTotals = field(default_factory=LayerTotals)
+    # Seconds, float64. ttft: per request, from the queue to its first token. tpot: per request of
+    # two tokens or more, the mean time per later token. Samples if a rank had more requests than
+    # `generation/latency.py` keeps; percentiles are estimates then.
     latencies: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-    verdict: list[Finding] = field(default_factory=list)
-    lost: dict[str, float] = field(default_factory=dict)
-    clock_error: float = 0.0
+    findings: list[Finding] = field(default_factory=list)  # of every group, the costliest first
+    # cause -> seconds of a mean rank that waited; network: of transfer
+    wait_caused: dict[str, float] = field(default_factory=dict)
+    clock_error: float = 0.0  # uncertainty between the ranks' clocks, seconds, the worst rank's
+    # Each rank's share of the capacity at the end, 1 being even; None if always even.
     capacity_shares: list[float] | None = None

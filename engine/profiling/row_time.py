@@ -1,7 +1,8 @@
-"""RowTime: how long this rank's experts have lately needed for a row.
+"""RowTime: how long this rank's experts have recently needed per row.
 
-Only calls with enough rows count: a small one is bound by reading weights and says nothing about
-the device. Old steps fade, so that a device that slows down shows within some ten steps.
+Only calls with enough rows count: a small call is bound by reading weights and does not depend on
+the device's speed. The average decays exponentially, so a device that slows down shows within some
+ten steps.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ _KEEP = 0.85
 
 
 class RowTime:
-    """One rank's smoothed time a row."""
+    """One rank's moving average."""
 
     def __init__(self) -> None:
         self._nanoseconds = 0.0
         self._rows = 0.0
 
     def add(self, spans: Spans) -> None:
-        """Count a step."""
+        """Add a step."""
         calls = (spans.phases == Phase.EXPERTS) & (spans.tokens >= _ENOUGH_ROWS)
         if not calls.any():
             return
@@ -31,6 +32,6 @@ class RowTime:
         self._rows = _KEEP * self._rows + float(np.sum(spans.tokens[calls]))
 
     @property
-    def picoseconds_a_row(self) -> int:
-        """0 while unknown."""
+    def picoseconds_per_row(self) -> int:
+        """Time per row; 0 while unknown."""
         return max(1, int(1e3 * self._nanoseconds / self._rows)) if self._rows else 0

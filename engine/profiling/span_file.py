@@ -1,10 +1,10 @@
-"""Span files: everything the phase clock saw, one JSON line a step, one file a rank, bounded.
+"""Span files: all spans of a rank, one JSON line per step, one file per rank, of bounded size.
 
-Written while `profiler.spans` names a folder; read by `tools/straggler_report.py`. The first line
-of a file is a header. All stamps are on rank 0's clock. A file that the next step would take beyond
-half of the bound becomes `.old` in place of the one before it, so the newest steps are always there
-and both files together never pass the bound. A step that takes more than half of it alone drops
-whatever it does not fit beside; one that all of it cannot hold is left out.
+Written if `profiler.spans` names a folder; `tools/straggler_report.py` reads them. The first line
+of a file is a header. All stamps are on rank 0's clock. A file that would exceed half of the bound
+with the next step replaces `.old`, so the newest steps are always there and both files together
+never exceed the bound. A step larger than half of the bound deletes the steps that do not fit into
+it together; one larger than the whole bound is not written.
 
     {"format": "lockstep-spans", "version": 1, "rank": 0, ...}
     {"step": 17, "start_ns": 123, "prefill": 512, "decode": 3,
@@ -32,16 +32,14 @@ FORMAT, VERSION = "lockstep-spans", 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanFileHeader:
-    """Who wrote a span file. group: global ranks in lockstep with this one. clock_offset_ns: what
-    was added to this rank's own stamps when the run began; clock_error_ns: its uncertainty.
-    """
+    """The first line of a span file; the field names are its keys."""
 
     rank: int
     host: str
     world_size: int
-    group: list[int]
-    clock_offset_ns: int
-    clock_error_ns: int
+    group: list[int]  # global ranks in lockstep with this one
+    clock_offset_ns: int  # what was added to this rank's own stamps when the run began
+    clock_error_ns: int  # its uncertainty
     num_layers: int
     num_experts: int
     first_expert: int
@@ -53,17 +51,20 @@ class SpanFileHeader:
 
 
 class SpanWriter:
-    """Writes one rank's span files into a folder that exists.
+    """Writes one rank's span files into an existing folder.
 
-    max_bytes: of both files together; a header, some 600 bytes, is written even where it is less.
-    peers: the places of this rank's tensor group in the group.
-    Raises OSError where the folder cannot be written.
+    Args:
+        max_bytes: of both files together. A header, some 600 bytes, is always written.
+        tensor_ranks: rank offsets of this rank's tensor group in the lockstep group.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path, header: SpanFileHeader, max_bytes: int, peers: range = range(1)
+        self, folder: Path, header: SpanFileHeader, max_bytes: int, tensor_ranks: range = range(1)
     ) -> None:
-        self._peers = peers
+        self._tensor_ranks = tensor_ranks
         self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
         self._old = self._path.with_suffix(".old.jsonl")
         self._header = json.dumps(asdict(header)) + "\n"
@@ -80,8 +81,12 @@ class SpanWriter:
         tokens: tuple[int, int],
         loads: StepLoads,
     ) -> None:
-        """Write one step. arrivals_WC: as in `waiting.py`. offset: nanoseconds to add
-        to this rank's stamps to get rank 0's. tokens: prefill and decode.
+        """Write one step.
+
+        Args:
+            arrivals_WC: as in `wait_time.py`; None where unknown.
+            offset: nanoseconds to add to this rank's stamps to get rank 0's.
+            tokens: prefill and decode.
         """
         if not len(spans.starts):
             return
@@ -95,7 +100,9 @@ class SpanWriter:
                 spans.ends - spans.starts,
                 spans.tokens,
                 spans.num_bytes,
-                unknown if arrivals_WC is None else waiting_ns(spans, arrivals_WC, self._peers),
+                unknown
+                if arrivals_WC is None
+                else waiting_ns(spans, arrivals_WC, self._tensor_ranks),
             ),
             axis=1,
         )
@@ -113,11 +120,11 @@ class SpanWriter:
             self._written += self._file.write(text)
 
     def close(self) -> None:
-        """Write what is buffered. Safe to call twice."""
+        """Write what is buffered and close the file. Safe to call twice."""
         self._file.close()
 
     def _make_room(self, size: int) -> bool:
-        """Drop the oldest steps until another `size` bytes fit; False where they never do."""
+        """Delete the oldest steps until another `size` bytes fit; False if they never do."""
         bound, alone = self._max_bytes, len(self._header) + size
         if self._written + size <= min(bound // 2, bound - self._old_bytes):
             return True

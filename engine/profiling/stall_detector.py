@@ -1,42 +1,36 @@
-"""Stall detector: when this process did not run at all: stopped, swapped out, without a core.
+"""Stall detector: notices when this process did not run at all: stopped, swapped out, no free core.
 
-Stamps cannot tell that. Where a rank is stopped in the middle of an all-to-all, all ranks leave it
-late, and it looks like a slow network. So a thread looks at the clock twenty times a second; where
-it sleeps far longer than it meant to, nothing else of the process ran either.
+Stamps do not show that. Where a rank is stopped in the middle of an all-to-all, all ranks leave it
+late, as with a slow network. So a thread reads the clock twenty times per second; where it slept
+much longer than it asked for, the rest of the process did not run either: a process stall.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
 
 _PERIOD_S = 0.05
-# Less than this a busy host may keep anybody waiting for a core.
+# Shorter delays are usual on a busy host.
 _LEAST_S = 0.15
 
 
 class StallDetector:
-    """Counts them while its block runs. count, seconds: so far."""
+    """Counts process stalls while its block runs."""
 
     def __init__(self, enabled: bool = True) -> None:
-        self.count = 0
-        self.seconds = 0.0
+        self.count = 0  # stalls so far
+        self.seconds = 0.0  # of all of them
         self._enabled = enabled
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="absences", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="stall-detector", daemon=True)
 
     def __enter__(self) -> StallDetector:
         if self._enabled:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         if self._enabled:
             self._thread.join()
@@ -45,7 +39,7 @@ class StallDetector:
         last = time.monotonic()
         while not self._over.wait(_PERIOD_S):
             now = time.monotonic()
-            if (missing := now - last - _PERIOD_S) >= _LEAST_S:
+            if (stalled := now - last - _PERIOD_S) >= _LEAST_S:
                 self.count += 1
-                self.seconds += missing
+                self.seconds += stalled
             last = now

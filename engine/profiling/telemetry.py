@@ -1,6 +1,6 @@
 """Telemetry: the clock and the counters that one engine shares with its layers.
 
-The runner makes one `Telemetry` and hands it to the model; layers only write to it.
+One `Telemetry` per engine; the layers only write to it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from engine.profiling.phase_clock import PhaseClock
 
 @dataclass(slots=True)
 class Telemetry:
-    """clock: who spends time where. loads: who had how many rows. decisions: what capacity kept,
-    when somebody asked for it.
-    """
+    """The measurements of one engine on one rank."""
 
-    clock: PhaseClock = field(default_factory=NoClock)
-    loads: LoadCounter = field(default_factory=LoadCounter)
-    decisions: DecisionLog = field(default_factory=DecisionLog)
+    clock: PhaseClock = field(default_factory=NoClock)  # time per phase and layer
+    loads: LoadCounter = field(default_factory=LoadCounter)  # rows per expert and layer
+    decisions: DecisionLog = field(default_factory=DecisionLog)  # what capacity kept, on request

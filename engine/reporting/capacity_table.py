@@ -1,7 +1,6 @@
-"""What expert capacity did to a run, for the terminal: a table, the totals, one sentence.
+"""Capacity table: what expert capacity did to a run, for the terminal: a table and a sentence.
 
-Printed by `progress.py` after the throughput. Without a policy there is no table, and a sentence
-only where capping would pay.
+Without a policy there is no table, and a sentence only where a policy would be worthwhile.
 
 Legend: gamma, the capacity factor.
 """
@@ -15,10 +14,10 @@ from rich.table import Table
 from engine.config import CapacityConfig
 from engine.profiling.report import LayerReport, RunReport
 
-_MOST_LAYERS = 8  # more than these would hide the summary; the worst of them are shown
-_WORST = 6
-_NOT_SLOWER = 0.99  # of the speed bound; what is less is not rounding
-_IMBALANCED = 1.3  # max over mean rows of the ranks from which capping pays
+_MAX_LAYERS = 8  # of more layers than this only the worst are shown
+_NUM_WORST = 6
+_NOT_SLOWER = 0.99  # speed bounds below this are not due to rounding
+_IMBALANCED = 1.3  # max over mean rows of the ranks from which a policy is worthwhile
 
 
 def print_capacity(console: Console, run: RunReport, capacity: CapacityConfig) -> None:
@@ -27,36 +26,36 @@ def print_capacity(console: Console, run: RunReport, capacity: CapacityConfig) -
         if len(run.ranks) > 1 and run.max_over_mean > _IMBALANCED:
             console.print(_advice(run), highlight=False)
         return
-    competed = [layer for layer in run.layers if layer.assignments]
-    if competed:
-        console.print(_table(competed, run))
+    layers = [layer for layer in run.layers if layer.assignments]
+    if layers:
+        console.print(_table(layers, run))
     console.print(describe(run, capacity), highlight=False)
 
 
 def describe(run: RunReport, capacity: CapacityConfig) -> str:
-    """One sentence: what was dropped and added, and what the layers can have gained."""
+    """Return one sentence: what was dropped and added, and how much faster the layers can be."""
     scope = f"{capacity.scope} scope, {capacity.consensus} consensus"
     name = f"{capacity.policy} at gamma {capacity.factor} ({scope})"
     routed = sum(layer.assignments for layer in run.layers)
     if not routed:
         phases = " and ".join(capacity.phases)
-        return f"{name} had nothing to do: no token of phase {phases} competed for capacity."
+        return f"{name} had no effect: no token of phase {phases} was subject to capacity."
     dropped = sum(layer.dropped for layer in run.layers)
     added = sum(layer.added for layer in run.layers)
-    words = f"{name} dropped {dropped / routed:.1%} of the {routed:,} competing assignments"
+    text = f"{name} dropped {dropped / routed:.1%} of the {routed:,} eligible assignments"
     if capacity.policy == "expanded_drop":
-        words += f" and added {added:,} on idle local experts"
-    # Dropping lowers the mean too, so max over mean can rise while every rank works less: say rows.
+        text += f" and added {added:,} on idle local experts"
+    # Dropping lowers the mean too: max over mean can rise while every rank processes fewer rows.
     change = 1 / run.speed_bound - 1
-    words += (
-        f"; over the run the most loaded rank worked on {abs(change):.1%} "
+    text += (
+        f"; over the run the most loaded rank processed {abs(change):.1%} "
         f"{'more' if change > 0 else 'fewer'} rows (max/mean {run.max_over_mean:.2f} -> "
         f"{run.max_over_mean_after:.2f}): "
     )
     if run.speed_bound >= _NOT_SLOWER:
-        return f"{words}MoE layers at most {run.speed_bound:.2f}x faster."
+        return f"{text}MoE layers at most {run.speed_bound:.2f}x faster."
     return (
-        f"{words}MoE layers {1 / run.speed_bound:.2f}x SLOWER, because extras fill experts up to "
+        f"{text}MoE layers {1 / run.speed_bound:.2f}x SLOWER, because extras fill experts up to "
         "their capacity; set moe.capacity.extras=dropped, or a moe.capacity.factor nearer to 1."
     )
 
@@ -64,7 +63,7 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
 def _advice(run: RunReport) -> str:
     return (
         f"The most loaded rank had {run.max_over_mean:.2f}x the mean rows and the others waited "
-        "for it: capping ranks at their mean would make the MoE layers at most "
+        "for it: limiting every rank to the mean would make the MoE layers at most "
         f"{run.max_over_mean:.2f}x faster. Try --set moe.capacity.policy=token_drop "
         "--set moe.capacity.scope=rank --set moe.capacity.factor=1, and compare the outputs."
     )
@@ -72,8 +71,8 @@ def _advice(run: RunReport) -> str:
 
 def _table(layers: list[LayerReport], run: RunReport) -> Table:
     shown = layers
-    if len(layers) > _MOST_LAYERS:
-        worst = sorted(layers, key=lambda layer: -layer.drop_rate)[:_WORST]
+    if len(layers) > _MAX_LAYERS:
+        worst = sorted(layers, key=lambda layer: -layer.drop_rate)[:_NUM_WORST]
         shown = sorted(worst, key=lambda layer: layer.layer)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
     table.add_column("Capacity", vertical="bottom")

@@ -1,7 +1,7 @@
-"""DeepSpeed's communication table for the terminal, that of rank 0, as DeepSpeed prints it.
+"""Communication table: DeepSpeed's figures of rank 0, for the terminal.
 
-Printed by `progress.py` last. The figures come from `profiling/deepspeed_comms.py`; those of all
-ranks are in the report's JSON. Without `profiler.deepspeed_comms` there is nothing to print.
+They come from `profiling/deepspeed_comms.py`; those of all ranks are in the report's JSON. Without
+`profiler.deepspeed_comms` nothing is printed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def print_comms(console: Console, run: RunReport) -> None:
     for column in _COLUMNS:
         table.add_column(column, justify="right", vertical="bottom")
     for operation, rows in rank.comms.items():
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             table.add_row(
-                operation if place == 0 else "",
+                operation if index == 0 else "",
                 _size(row.message_bytes),
                 f"{row.count:,}",
                 f"{row.total_latency_ms:,.1f}",
@@ -43,12 +43,12 @@ def print_comms(console: Console, run: RunReport) -> None:
                 f"{row.tput_avg_gbps:.2f}",
                 f"{row.busbw_avg_gbps:.2f}",
             )
-    table.caption = f"rank {rank.rank}; waiting for late ranks and overlapped work included"
+    table.caption = f"rank {rank.rank}; waiting for stragglers and overlapped work included"
     console.print(table)
 
 
 def _size(num_bytes: int) -> str:
-    """A power of two bytes, in its unit; the messages of the first line may be empty."""
+    """Format a power of two bytes in its unit; 0 B is the line of empty messages."""
     power = max(0, num_bytes.bit_length() - 1)
     unit = min(power // 10, len(_UNITS) - 1)
     return f"{num_bytes >> 10 * unit} {_UNITS[unit]}"

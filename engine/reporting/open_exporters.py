@@ -1,7 +1,4 @@
-"""From the config to a run's outlets: span files, live metrics, DeepSpeed's comms logger.
-
-Errors name the setting.
-"""
+"""Open exporters: from the config to span files, live metrics and DeepSpeed's comms logger."""
 
 from __future__ import annotations
 
@@ -19,32 +16,32 @@ from engine.profiling.span_file import SpanFileHeader, SpanWriter
 def open_exporters(
     config: Config, topology: Topology, model: CausalLM, offset: ClockOffset
 ) -> Exporters:
-    """Open what `profiler.spans`, `metrics_port` and `deepspeed_comms` ask this rank for.
+    """Open what `profiler.spans`, `metrics_port` and `deepspeed_comms` require on this rank.
 
     Raises:
-        ValueError: a folder that cannot be written, a port that cannot be listened at, or a
-        DeepSpeed that cannot be imported.
+        ValueError: a folder that cannot be written, a port that cannot be opened, or a DeepSpeed
+        that cannot be imported; the text names the setting.
     """
     profiler = config.profiler
-    outlets = Exporters()
+    exporters = Exporters()
     if profiler.enabled and profiler.spans is not None:
         folder = Path(profiler.spans)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             header = _header(config, topology, model, offset)
             num_bytes = int(profiler.spans_mib * 2**20)
-            outlets.spans = SpanWriter(folder, header, num_bytes, topology.tensor_rank_offsets)
+            exporters.spans = SpanWriter(folder, header, num_bytes, topology.tensor_rank_offsets)
         except OSError as error:
             raise ValueError(
                 f"profiler.spans = {profiler.spans!r}: cannot be written on {topology.host}: "
                 f"{error.strerror}; name a folder that every rank may write to"
             ) from error
     if profiler.metrics_port is not None and topology.world.rank == 0:
-        from engine.profiling.metrics import Metrics  # its server is rarely needed
+        from engine.profiling.metrics import Metrics  # its HTTP server is rarely needed
 
         host, port = profiler.metrics_host, profiler.metrics_port
         try:
-            outlets.metrics = Metrics(host, port, topology.expert.ranks)
+            exporters.metrics = Metrics(host, port, topology.expert.ranks)
         except OSError as error:
             raise ValueError(
                 f"profiler.metrics_port = {port}: cannot listen at {host}:{port} on "
@@ -52,13 +49,13 @@ def open_exporters(
             ) from error
     if profiler.enabled and profiler.deepspeed_comms:
         try:
-            outlets.comms = open_deepspeed_comms(topology.device.type, topology.expert.size)
+            exporters.comms = open_deepspeed_comms(topology.device.type, topology.expert.size)
         except ImportError as error:
             raise ValueError(
                 f"profiler.deepspeed_comms = True: DeepSpeed cannot be imported on "
                 f"{topology.host}: {error}; pip install deepspeed"
             ) from error
-    return outlets
+    return exporters
 
 
 def _header(

@@ -1,26 +1,26 @@
-"""From every rank's totals to the run's report; the last collective of a run.
+"""Run report: from every rank's measurements to one report; the last collective of a run.
 
-Ranks that step together are analysed together, every group of them. Stamps are each rank's own, so
-two ranks would not measure one step alike: what a group did is told by its first rank alone, and
-all ranks come to the same report.
+Each group of ranks in lockstep is analysed by itself. Step lengths are measured by each rank's own
+clock and differ a little, so a group's are those of its first rank: then every rank computes the
+same report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
-from engine.generation.latency import Sample, Taken, pooled
+from engine.generation.latency import Sampled, pooled
 from engine.generation.loop import Totals
 from engine.moe.capacity.speed_weights import ONE
-from engine.profiling.collector import Charges, Collector, PhaseTotals
+from engine.profiling.collector import Collector, PhaseTotals, WaitAttribution
 from engine.profiling.deepspeed_comms import CommsTable
-from engine.profiling.findings import Finding, HotExpert, of_replicas, verdicts
+from engine.profiling.findings import Finding, HotExpert, findings, join_replicas
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import (
@@ -40,118 +40,120 @@ from engine.profiling.straggler_causes import (
 from engine.profiling.wait_time import breakdown
 
 
-@dataclass(slots=True)
-class _Share:
-    """What one rank hands in. traffic: layer -> bytes sent, collectives called. clock_error: of its
-    clock against the others', seconds. group: from the first rank of each, for whom it waited and
-    the imbalance of its layers, as `straggler.analyse` takes them.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """What one rank counted in a run, besides its collector and its load counter."""
 
-    rank: RankReport
+    seconds: float  # wall time of the generation loop
+    totals: Totals  # steps, and tokens of this rank's own requests
+    latencies: dict[str, Sampled]  # keys ttft and tpot: samples of seconds
+    traffic: dict[int, tuple[int, int]]  # layer -> bytes sent to other ranks, collectives called
+    preemptions: int
+    drops: dict[int, LayerDrops]  # layer -> what capacity did to this rank's own tokens
+    policy: str = "none"  # moe.capacity.policy
+    clock_error: float = 0.0  # uncertainty of this rank's clock against the others', seconds
+    weights_W: tuple[int, ...] | None = None  # each rank's share of the capacity at the end
+    comms: CommsTable = field(default_factory=dict)  # DeepSpeed's table of this rank
+    resolved_settings: dict[str, Any] = field(default_factory=dict)  # as in `RankReport`
+    process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one rank sends to all others."""
+
+    measured: Measurements
     profile: RankProfile
     replica: int
-    latencies: dict[str, Taken]
-    seconds: float
-    clock_error: float
-    drops: dict[int, LayerDrops]
-    traffic: dict[int, tuple[int, int]]
-    group: tuple[Charges, np.ndarray] | None
+    # Of the first rank of each group: the wait that each of its ranks caused, and the imbalance of
+    # its layers, float64 [L], both as in `straggler_causes.analyse`. None of other ranks.
+    group: tuple[WaitAttribution, np.ndarray] | None
 
 
 def run_report(
-    seconds: float,
-    totals: Totals,
-    profile: Collector,
-    latencies: dict[str, Sample],
-    loads: LoadCounter,
-    topology: Topology,
-    *,
-    traffic: dict[int, tuple[int, int]],
-    preemptions: int,
-    drops: dict[int, LayerDrops],
-    policy: str = "none",
-    clock_error: float = 0.0,
-    shares_W: tuple[int, ...] | None = None,
-    comms: CommsTable | None = None,
-    resolved: dict[str, Any] | None = None,
-    absent: tuple[int, float] = (0, 0.0),
+    measured: Measurements, collector: Collector, loads: LoadCounter, topology: Topology
 ) -> RunReport:
-    """Gather every rank's totals into one report, the same on every rank of a replica; layers are
-    of this rank's own group, and all else is the same on every rank.
+    """Gather every rank's measurements into one report.
 
-    traffic: layer -> bytes this rank sent to others, collectives it called. drops: layer -> what
-    capacity did to this rank's own tokens. policy: moe.capacity.policy. clock_error: seconds.
-    absent: how often this rank's process did not run, and seconds of it. shares_W: of the
-    capacity, at the end. comms: DeepSpeed's table of this rank. resolved: as in
-    `RankReport`. Collective over
-    all ranks: every rank must call.
+    Collective over all ranks: every rank must call.
     """
-    phases = profile.totals()
-    imbalance_L = np.ones(len(phases.seconds))
-    for layer, load in loads.layers.items():
-        imbalance_L[layer + 1] = load.max_over_mean_after
-    own = _Share(
-        rank=RankReport(
-            rank=topology.world.rank,
-            host=topology.host,
-            tokens_prefill=totals.tokens_prefill,
-            tokens_decode=totals.tokens_decode,
-            expert_rows=sum(int(load.own_after.sum()) for load in loads.layers.values()),
-            bytes_sent=sum(sent for sent, _ in traffic.values()),
-            num_collectives=sum(called for _, called in traffic.values()),
-            preemptions=preemptions,
-            seconds=breakdown(phases.by_phase(), float(phases.waiting.sum())),
-            phases=_phases(phases),
-            comms=comms or {},
-            resolved=resolved or {},
-            absent=absent[1],
-        ),
-        profile=RankProfile(
-            rank=topology.world.rank,
-            host=topology.host,
-            totals=phases,
-            experts=profile.experts.table,
-            attention=profile.attention.table,
-            loads_after={
-                layer: (load.first_expert, load.own_after.tolist())
-                for layer, load in loads.layers.items()
-            },
-            absent=absent,
-        ),
-        replica=topology.replica,
-        latencies={key: sample.taken() for key, sample in latencies.items()},
-        seconds=seconds,
-        clock_error=clock_error,
-        drops=drops,
-        traffic=traffic,
-        group=(profile.charges(), imbalance_L) if topology.expert.rank == 0 else None,
-    )
+    own = _share(measured, collector, loads, topology)
     everyone: list[_Share] = gather_objects(own, topology.world)
     groups: dict[int, list[_Share]] = {}
     for share in everyone:
         groups.setdefault(share.replica, []).append(share)
     analyses = {replica: _analyse(shares) for replica, shares in groups.items()}
     group = groups[topology.replica]
-    blamed = {blame.rank: blame for analysis in analyses.values() for blame in analysis.ranks}
+    attributed = {each.rank: each for analysis in analyses.values() for each in analysis.ranks}
     layers = _layers(loads, group, analyses[topology.replica])
+    weights_W, all_measured = measured.weights_W, [share.measured for share in everyone]
     return RunReport(
-        seconds=max(share.seconds for share in everyone),
-        steps=totals.steps,
-        ranks=[_blame(share.rank, blamed[share.rank.rank]) for share in everyone],
+        seconds=max(each.seconds for each in all_measured),
+        steps=measured.totals.steps,
+        ranks=[_rank(share, attributed[share.profile.rank]) for share in everyone],
         layers=layers,
         max_over_mean=loads.max_over_mean(),
         max_over_mean_after=loads.max_over_mean_after(),
         speed_bound=loads.speed_bound(),
-        totals=_totals(layers, group, totals.steps),
-        latencies={key: pooled([share.latencies[key] for share in everyone]) for key in latencies},
-        verdict=_verdict(groups, analyses, policy),
-        lost={
-            cause: sum(each.lost[cause] * len(each.ranks) for each in analyses.values())
+        totals=_totals(layers, group, measured.totals.steps),
+        latencies={
+            key: pooled([each.latencies[key] for each in all_measured])
+            for key in measured.latencies
+        },
+        findings=_findings(groups, analyses, measured.policy),
+        wait_caused={
+            cause: sum(each.wait_caused[cause] * len(each.ranks) for each in analyses.values())
             / len(everyone)
             for cause in CAUSES
         },
-        clock_error=max(share.clock_error for share in everyone),
-        capacity_shares=None if shares_W is None else [share / ONE for share in shares_W],
+        clock_error=max(each.clock_error for each in all_measured),
+        capacity_shares=None if weights_W is None else [share / ONE for share in weights_W],
+    )
+
+
+def _share(
+    measured: Measurements, collector: Collector, loads: LoadCounter, topology: Topology
+) -> _Share:
+    """Reduce one rank's measurements to what all ranks need of them."""
+    totals = collector.totals()
+    imbalance_L = np.ones(len(totals.seconds))
+    for layer, load in loads.layers.items():
+        imbalance_L[layer + 1] = load.max_over_mean_after
+    profile = RankProfile(
+        rank=topology.world.rank,
+        host=topology.host,
+        totals=totals,
+        experts=collector.experts.table,
+        attention=collector.attention.table,
+        loads_after={
+            layer: (load.first_expert, load.own_after.tolist())
+            for layer, load in loads.layers.items()
+        },
+        process_stalls=measured.process_stalls,
+    )
+    group = (collector.wait_attribution(), imbalance_L) if topology.expert.rank == 0 else None
+    return _Share(measured, profile, topology.replica, group)
+
+
+def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
+    measured, profile = share.measured, share.profile
+    return RankReport(
+        rank=profile.rank,
+        host=profile.host,
+        tokens_prefill=measured.totals.tokens_prefill,
+        tokens_decode=measured.totals.tokens_decode,
+        expert_rows=sum(sum(rows) for _, rows in profile.loads_after.values()),
+        bytes_sent=sum(num_bytes for num_bytes, _ in measured.traffic.values()),
+        num_collectives=sum(called for _, called in measured.traffic.values()),
+        preemptions=measured.preemptions,
+        seconds=breakdown(profile.totals.by_phase(), float(profile.totals.waiting.sum())),
+        phases=_phases(profile.totals),
+        relative_compute_time=attributed.relative_compute_time,
+        straggler_share=attributed.straggler_share,
+        wait_caused=attributed.wait_caused,
+        comms=measured.comms,
+        resolved_settings=measured.resolved_settings,
+        process_stall_seconds=measured.process_stalls[1],
     )
 
 
@@ -169,43 +171,30 @@ def _phases(totals: PhaseTotals) -> dict[str, PhaseReport]:
 
 
 def _analyse(group: Sequence[_Share]) -> Analysis:
-    """One group's analysis, from what its first rank says of it."""
+    """Analyse one group, from its first rank's attribution."""
     assert group[0].group is not None
-    charges, imbalance_L = group[0].group
-    return analyse([share.profile for share in group], charges, imbalance_L)
+    return analyse([share.profile for share in group], *group[0].group)
 
 
-def _verdict(
+def _findings(
     groups: dict[int, list[_Share]], analyses: dict[int, Analysis], policy: str
 ) -> list[Finding]:
     found = {
-        replica: verdicts(analysis, _hottest(groups[replica]), policy)
+        replica: findings(analysis, _hottest(groups[replica]), policy)
         for replica, analysis in analyses.items()
     }
-    return of_replicas(
-        found,
-        {
-            replica: [blame.rank for blame in analysis.ranks]
-            for replica, analysis in analyses.items()
-        },
-    )
-
-
-def _blame(report: RankReport, blame: RankAttribution) -> RankReport:
-    """Add what the analysis says."""
-    return replace(
-        report, slowness=blame.slowness, late_share=blame.late_share, lost=dict(blame.lost)
-    )
+    ranks = {replica: [each.profile.rank for each in shares] for replica, shares in groups.items()}
+    return join_replicas(found, ranks)
 
 
 def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
-    """The expert of every rank that stands out most in its layer, after capacity."""
+    """Return each rank's expert with the most rows over its layer's mean, after capacity."""
     found: dict[int, HotExpert] = {}
     for layer in group[0].profile.loads_after:
         shares = [share.profile.loads_after[layer] for share in group]
         mean = sum(sum(rows) for _, rows in shares) / max(1, sum(len(rows) for _, rows in shares))
         for share, (first, rows) in zip(group, shares, strict=True):
-            rank = share.rank.rank
+            rank = share.profile.rank
             for expert, count in enumerate(rows, first):
                 over = count / mean if mean else 0.0
                 if over > (found[rank].over_mean if rank in found else 0.0):
@@ -214,6 +203,7 @@ def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
 
 
 def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> list[LayerReport]:
+    """Return the report of every MoE layer of one group; `loads` are those of any of its ranks."""
     seconds_LP = np.mean([share.profile.totals.seconds for share in group], axis=0)
     reports = []
     for layer, load in sorted(loads.layers.items()):
@@ -222,7 +212,7 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
         for share in group:
             first, rows = share.profile.loads_after[layer]
             after[first : first + len(rows)] += rows
-            drops.add(share.drops.get(layer, LayerDrops()))
+            drops.add(share.measured.drops.get(layer, LayerDrops()))
         reports.append(
             LayerReport(
                 layer=layer,
@@ -238,27 +228,27 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                 orphans=drops.orphans,
                 gate_mass_kept=_ratio(drops.mass_kept, drops.mass, nothing=1.0),
                 drop_rate=_ratio(drops.dropped, drops.routed, nothing=0.0),
-                bytes_sent=sum(share.traffic[layer][0] for share in group),
-                num_collectives=group[0].traffic[layer][1],
+                bytes_sent=sum(share.measured.traffic[layer][0] for share in group),
+                num_collectives=group[0].measured.traffic[layer][1],
                 seconds={
                     phase.name.lower(): float(seconds_LP[layer + 1, phase])
                     for phase in Phase
                     if seconds_LP[layer + 1, phase]
                 },
-                lost=analysis.layers[layer],
-                lost_by_cause=analysis.layer_causes[layer],
+                wait=analysis.layers[layer],
+                wait_by_cause=analysis.layer_causes[layer],
             )
         )
     return reports
 
 
 def _totals(layers: list[LayerReport], group: Sequence[_Share], steps: int) -> LayerTotals:
-    """Every layer runs once a step, on ranks without tokens too."""
+    """Sum the layers of one group."""
     drops = LayerDrops()
     for share in group:
-        for of_layer in share.drops.values():
+        for of_layer in share.measured.drops.values():
             drops.add(of_layer)
-    calls = steps * len(layers)
+    calls = steps * len(layers)  # every layer runs once per step, on ranks without tokens too
     return LayerTotals(
         assignments=drops.routed,
         dropped=drops.dropped,
@@ -274,7 +264,7 @@ def _totals(layers: list[LayerReport], group: Sequence[_Share], steps: int) -> L
 
 
 def _ratio(part: float, whole: float, *, nothing: float) -> float:
-    """part / whole, or `nothing` where there is no whole."""
+    """Return part / whole, or `nothing` where the whole is 0."""
     return part / whole if whole else nothing
 
 

@@ -1,4 +1,4 @@
-"""Print the summary of a run."""
+"""Summary: what a finished job prints and writes as JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,22 @@ from engine.reporting.comms_table import print_comms
 from engine.reporting.straggler_table import print_stragglers
 
 _WIDTH = 100
-
-
+# Fields of the report dataclasses -> their keys in the JSON file, whose format is fixed.
+_JSON_KEYS = {
+    "relative_compute_time": "slowness",
+    "straggler_share": "late_share",
+    "wait_caused": "lost",
+    "wait": "lost",
+    "wait_by_cause": "lost_by_cause",
+    "resolved_settings": "resolved",
+    "process_stall_seconds": "absent",
+    "findings": "verdict",
+}
 _HEADINGS = {"communication": "communi-\ncation"}
 
 
 def make_console(**options: Any) -> Console:
-    """Return a console; into a file or a pipe it writes lines of a width that the tables need."""
+    """Return a console; in a file or a pipe its lines are as wide as the tables need."""
     console = Console(**options)
     if not console.is_terminal:
         console.width = _WIDTH
@@ -33,24 +42,19 @@ def make_console(**options: Any) -> Console:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """A finished job. requests, prompt_tokens and generated_tokens are this run's alone.
+    """A finished job."""
 
-    total: requests of the job. resumed: done by earlier runs. errors: error records in the output.
-    run: what the engine measured, None where nothing was left to run. capacity: the policy it ran
-    under.
-    """
-
-    total: int
-    resumed: int
-    errors: int
-    requests: int
-    prompt_tokens: int
-    generated_tokens: int
-    run: RunReport | None
-    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    total: int  # requests of the job
+    resumed: int  # of them, completed by earlier runs
+    errors: int  # error records in the output
+    requests: int  # completed by this run
+    prompt_tokens: int  # of this run
+    generated_tokens: int  # of this run
+    run: RunReport | None  # None where nothing was left to run
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)  # of this run
 
     def to_json(self) -> str:
-        """Everything as JSON, latencies as percentiles."""
+        """Return everything as JSON, latencies as percentiles."""
         values: dict[str, Any] = {
             key: getattr(self, key)
             for key in self.__dataclass_fields__
@@ -58,12 +62,17 @@ class Summary:
         }
         values["capacity"] = asdict(self.capacity)
         if self.run is not None:
-            values["run"] = asdict(self.run) | {"latencies": percentiles(self.run)}
+            run = asdict(self.run, dict_factory=_rename_keys)
+            values["run"] = run | {"latencies": percentiles(self.run)}
         return json.dumps(values, indent=2) + "\n"
 
 
+def _rename_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {_JSON_KEYS.get(name, name): value for name, value in fields}
+
+
 def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
-    """The 50th and 99th percentile of each latency that has values; in seconds."""
+    """Return the 50th and 99th percentile of each latency that has values, in seconds."""
     return {
         name: {
             "p50": float(np.percentile(values, 50)),
@@ -75,7 +84,7 @@ def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """Print throughput, latency and where each rank's time went."""
+    """Print throughput, latency, where each rank's time went, capacity and stragglers."""
     run = summary.run
     if run is not None:
         console.print(_throughput(summary, run))
@@ -85,12 +94,12 @@ def print_summary(console: Console, summary: Summary) -> None:
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
         print_comms(console, run)
-    words = [f"{summary.total} requests"]
+    counts = [f"{summary.total} requests"]
     if summary.resumed:
-        words.append(f"{summary.resumed} of them by earlier runs")
+        counts.append(f"{summary.resumed} of them by earlier runs")
     if summary.errors:
-        words.append(f"{summary.errors} with an error record")
-    console.print(", ".join(words) + ".", highlight=False)
+        counts.append(f"{summary.errors} with an error record")
+    console.print(", ".join(counts) + ".", highlight=False)
 
 
 def _throughput(summary: Summary, run: RunReport) -> Table:
@@ -133,9 +142,9 @@ def _ranks(run: RunReport) -> Table:
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
-    for place, column in enumerate(columns):
-        words = place == 0 or column == "host"
-        table.add_column(column, justify="left" if words else "right", vertical="bottom")
+    for index, column in enumerate(columns):
+        is_text = index == 0 or column == "host"
+        table.add_column(column, justify="left" if is_text else "right", vertical="bottom")
     return table
 
 

@@ -222,7 +222,7 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
         assert all(value >= 0 for value in rank.seconds.values())
         assert 0 < sum(rank.seconds.values()) <= report.seconds * 1.01
         assert rank.bytes_sent > 0
-        assert rank.resolved == {
+        assert rank.resolved_settings == {
             "runtime.device": "cpu",
             "runtime.threads": 1,
             "runtime.shared_memory": lane.available(),
@@ -271,7 +271,7 @@ def test_what_one_replica_cannot_load_stops_the_others_too(checkpoint, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         ("{", "rank 1: model.path = '.': config.json is not valid JSON"),
         ('{"model_type": "gpt2"}', "model_type = 'gpt2', which this engine cannot run; use a"),
@@ -280,7 +280,7 @@ def test_what_one_replica_cannot_load_stops_the_others_too(checkpoint, tmp_path,
     ids=["json", "model_type", "absent"],
 )
 def test_a_config_json_that_is_wrong_on_one_host_stops_all_with_its_text(
-    checkpoint, tmp_path, broken, said
+    checkpoint, tmp_path, broken, message
 ):
     for rank in "01":
         (tmp_path / rank).mkdir()
@@ -291,4 +291,4 @@ def test_a_config_json_that_is_wrong_on_one_host_stops_all_with_its_text(
         (tmp_path / "1" / "config.json").write_text(broken)
     messages = run_ranks(load_each, 2, tmp_path)
     assert messages[0] == messages[1]
-    assert said.format(host=socket.gethostname()) in messages[0]
+    assert message.format(host=socket.gethostname()) in messages[0]

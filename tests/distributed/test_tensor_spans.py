@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def run(rank: int, path: Path, capacity: dict[str, Any]) -> dict[str, Any]:
-    """One prompt, of the first tensor group; rank 1 dawdles in every attention."""
+    """One prompt, of the first tensor group; rank 1 sleeps in every attention."""
     llm = LLM(
         Config(
             model=ModelConfig(path=str(path), max_model_len=64),
@@ -76,14 +76,14 @@ def run(rank: int, path: Path, capacity: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("capacity", [{}, {"policy": "token_drop", "phases": ("decode",)}])
-def test_waits_for_tensor_peers_are_told_from_attention_and_charged_to_the_late_one(
+def test_waits_in_a_tensor_group_are_no_attention_time_and_attributed_to_its_straggler(
     checkpoint, capacity
 ):
     results = run_ranks(run, 4, checkpoint, capacity, timeout=90)
     first = results[0]
     layers = first["layers"]
     # OLMoE sums norms and outputs in attention, and gathers after the experts; outside of the
-    # layers requests and outcomes are shared, and what was dropped where tokens competed.
+    # layers requests and outcomes are shared, and drops where tokens were subject to capacity.
     calls = [3 * layers + 2 + (bool(capacity) and step > 0) for step in range(NEW)]
     for rank, found in enumerate(results):
         assert found["calls"][:NEW] == calls
@@ -98,9 +98,9 @@ def test_waits_for_tensor_peers_are_told_from_attention_and_charged_to_the_late_
     slept = LATE_S * layers * NEW
     assert slept / 2 < peer.waiting < peer.seconds and peer.bytes_sent > 0
     assert late.waiting < slept / 4
-    # A mean rank of four lost a quarter of what rank 0 waited for it, in its tensor group alone.
-    lost = sum(report.ranks[LATE].lost.values())
-    assert lost > slept / 8
-    costs = {each.rank: sum(each.lost.values()) for each in report.ranks}
+    # A mean rank of four waited a quarter of what rank 0 did, the only one in its tensor group.
+    caused = sum(report.ranks[LATE].wait_caused.values())
+    assert caused > slept / 8
+    costs = {each.rank: sum(each.wait_caused.values()) for each in report.ranks}
     assert max(costs, key=costs.__getitem__) == LATE
     assert report.ranks[0].seconds["waiting"] >= peer.waiting

@@ -1,4 +1,4 @@
-"""The batch job names known trouble: two real ranks, one condition at a time.
+"""The batch job finds known causes: two real ranks, one condition at a time.
 
 Run: pytest tests/distributed/test_verdicts.py
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def found(*names: str, timeout: float) -> dict:
-    """What tools/bench_straggler.py says of each trouble."""
+    """Run tools/bench_straggler.py; return its record per condition."""
     command = [sys.executable, "tools/bench_straggler.py", "--only", ",".join(names)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert run.stdout, run.stderr
@@ -28,23 +28,23 @@ def found(*names: str, timeout: float) -> dict:
 
 
 def wrong(*names: str, timeout: float) -> dict[str, list]:
-    """The verdicts that are not right. These are real ranks on a real machine, which may have a
-    trouble of its own in one run: what is wrong is tried once more, and told.
+    """Return the findings that are not right. These are real ranks on a real machine, which may be
+    disturbed in one run: what is wrong is tried once more, with a warning.
     """
     for _ in range(2):
         troubles = found(*names, timeout=timeout)
-        verdicts = {
+        findings = {
             name: troubles[name]["verdicts"] for name in names if not troubles[name]["right"]
         }
-        if not verdicts:
+        if not findings:
             return {}
-        names = tuple(verdicts)
-        warnings.warn(f"not what was expected: {verdicts}", stacklevel=2)
-    return verdicts
+        names = tuple(findings)
+        warnings.warn(f"not what was expected: {findings}", stacklevel=2)
+    return findings
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each of two ranks")
-def test_trouble_is_named_and_its_absence_too():
+def test_each_cause_is_named_and_a_balanced_run_too():
     assert wrong("balanced", "hot_expert", "throttled", "stalled", timeout=240) == {}
 
 

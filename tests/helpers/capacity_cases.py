@@ -123,7 +123,7 @@ def run_engine(
             num_own_eligible=int(competes.sum()),
             num_tokens_W=tuple(int((tokens.owner == other).sum()) for other in range(world)),
             num_eligible=int(tokens.competes.sum()),
-            shares_W=case.capacity_rules.shares,
+            weights_W=case.capacity_rules.shares,
         )
         decision = agreement.decide(routing, step) if agreement.applies(step) else None
         logs[rank] = collectives.log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.profiling.collector import Charges, Collector
+from engine.profiling.collector import Collector, WaitAttribution
 from engine.profiling.phase_clock import COLLECTIVE_PHASES, Phase, Spans
 from engine.profiling.straggler_causes import RankProfile
 
@@ -31,7 +31,7 @@ def make_spans(
 
 
 class Simulation:
-    """Ranks that run one MoE layer in lockstep; `step` says how long each works on what.
+    """Ranks that run one MoE layer in lockstep; `step` takes how long each works on what.
 
     Every collective ends for all ranks `transfer` ms after the last has arrived.
     """
@@ -51,18 +51,19 @@ class Simulation:
         experts: list[float],
         tokens: list[int],
         rows: list[int],
-        travel: float = 0.0,
+        transfer: float = 0.0,
     ) -> None:
-        """Milliseconds of each rank's work, its attention's tokens and its experts' rows; travel:
-        more milliseconds that dispatch and combine take.
+        """Run a step: milliseconds of each rank's work, its attention's tokens, its experts' rows.
+
+        transfer: additional milliseconds of dispatch and combine.
         """
         pieces: list[list[tuple[Phase, int, float, float, int]]] = [[] for _ in host]
         begin = [self._now] * len(host)
         plan = (
             (Phase.OTHER, -1, host, [0] * len(host), Phase.CONTROL, -1, 0.0),
             (Phase.ATTENTION, 0, attention, tokens, Phase.CONSENSUS, 0, 0.0),
-            (Phase.PLAN, 0, [0.01] * len(host), [0] * len(host), Phase.DISPATCH, 0, travel),
-            (Phase.EXPERTS, 0, experts, rows, Phase.COMBINE, 0, travel),
+            (Phase.PLAN, 0, [0.01] * len(host), [0] * len(host), Phase.DISPATCH, 0, transfer),
+            (Phase.EXPERTS, 0, experts, rows, Phase.COMBINE, 0, transfer),
         )
         for phase, layer, work, amount, collective, where, more in plan:
             arrived = [start + each for start, each in zip(begin, work, strict=True)]
@@ -81,7 +82,7 @@ class Simulation:
         self.imbalance[1] += sum(rows) / len(rows)
 
     def profiles(self) -> list[RankProfile]:
-        """What the ranks hand in; every rank holds one expert."""
+        """Return every rank's profile; every rank has one expert."""
         return [
             RankProfile(
                 rank=rank,
@@ -94,10 +95,10 @@ class Simulation:
             for rank, collector in enumerate(self.collectors)
         ]
 
-    def charges(self) -> Charges:
-        """Of the first rank, which tells for all."""
-        return self.collectors[0].charges()
+    def wait_attribution(self) -> WaitAttribution:
+        """Return that of the first rank; all have the same."""
+        return self.collectors[0].wait_attribution()
 
     def imbalance_L(self) -> np.ndarray:
-        """Rows of the most loaded rank over the mean rank, step by step."""
+        """Return rows of the most loaded rank over the mean rank, summed step by step."""
         return np.array([1.0, self.imbalance[0] / self.imbalance[1]])

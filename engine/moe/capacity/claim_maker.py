@@ -50,7 +50,7 @@ class ClaimMaker:
 
     def may_bind(self, step: MoEStep) -> bool:
         """Return whether some pool may have more claims than slots."""
-        slots = limits(self.pools, self.capacity(step.num_eligible), step.shares_W)
+        slots = limits(self.pools, self.capacity(step.num_eligible), step.weights_W)
         most = step.num_eligible
         return any(
             limit < most * min(self._router.top_k, size)
@@ -96,7 +96,7 @@ class ClaimMaker:
             code_N=code_TN.flatten(),
             pool_of_code=self._table(device),
             limit_P=self._limit(
-                device, step.num_own_eligible if local else step.num_eligible, step.shares_W
+                device, step.num_own_eligible if local else step.num_eligible, step.weights_W
             ),
             non_finite=(~routing.scores_TE.isfinite().all()).long()[None],
             padded=max(step.num_tokens_W) * columns,
@@ -133,13 +133,13 @@ class ClaimMaker:
         return self._tables[device]
 
     def _limit(
-        self, device: torch.device, num_eligible: int, shares_W: tuple[int, ...] | None
+        self, device: torch.device, num_eligible: int, weights_W: tuple[int, ...] | None
     ) -> torch.Tensor:
         """Return the slots of every pool, int64 [P]; kept for calls with as many tokens."""
         capacity = self.capacity(num_eligible)
-        key = (device, capacity, shares_W)
+        key = (device, capacity, weights_W)
         if key not in self._limits:
-            limit_P = torch.tensor(limits(self.pools, capacity, shares_W))
+            limit_P = torch.tensor(limits(self.pools, capacity, weights_W))
             self._limits = {key: to_device(limit_P, device)}
         return self._limits[key]
 

@@ -1,4 +1,4 @@
-"""StepProfiler: what it files of a step, whether its stamps can be read one step later or two.
+"""StepProfiler: what it records of a step, whether its stamps can be read one step later or two.
 
 Run: pytest tests/unit/generation/test_step_profiler.py
 """
@@ -29,19 +29,19 @@ class LateClock(HostClock):
 
 
 class Control:
-    """The control plane of a lone rank."""
+    """The control plane of a single rank."""
 
     num_bytes, clock_offset = 0, 7
 
     def exchange(
-        self, words: ControlMessage, rows: list[int], spans: Spans | None, step: int
+        self, message: ControlMessage, rows: list[int], spans: Spans | None, step: int
     ) -> Any:
         arrivals = None if spans is None else spans.arrivals[None]
-        return [words], np.array([rows]) if rows else None, arrivals
+        return [message], np.array([rows]) if rows else None, arrivals
 
 
 class Lines:
-    """Stands for a span file."""
+    """In place of a span file."""
 
     def __init__(self) -> None:
         self.written: list[tuple[Any, ...]] = []
@@ -57,14 +57,14 @@ class Lines:
 def run(clock: HostClock, lines: Lines | None) -> StepProfiler:
     """Five steps as the loop has them; step n has n prefill tokens and n rows of expert 0."""
     telemetry = Telemetry(clock=clock)
-    outlets = Exporters(spans=lines)  # pyright: ignore[reportArgumentType]
-    meter = StepProfiler(telemetry, Collector(1, 1), outlets)
+    exporters = Exporters(spans=lines)  # pyright: ignore[reportArgumentType]
+    profiler = StepProfiler(telemetry, Collector(1, 1), exporters)
     control: Any = Control()
     for step in range(1, STEPS + 2):
         clock.enter(Phase.OTHER)
-        words = ControlMessage(step, 0, 1, 0, 0, False, time_per_row=meter.read())
-        meter.exchange(control, words)
-        if step > STEPS:  # nobody has work
+        message = ControlMessage(step, 0, 1, 0, 0, False, time_per_row=profiler.read())
+        profiler.exchange(control, message)
+        if step > STEPS:  # no rank has work
             break
         clock.enter(Phase.EXPERTS, 0, step)
         rows = np.array([step])
@@ -73,27 +73,29 @@ def run(clock: HostClock, lines: Lines | None) -> StepProfiler:
         )
         clock.close_step()
     clock.close_step()
-    meter.finish()
-    return meter
+    profiler.finish()
+    return profiler
 
 
 @pytest.mark.parametrize("clock", [HostClock, LateClock])
-def test_every_step_is_filed_once_with_its_own_tokens_and_loads(clock):
+def test_every_step_is_recorded_once_with_its_own_tokens_and_loads(clock):
     lines = Lines()
-    meter = run(clock(), lines)
+    profiler = run(clock(), lines)
     assert len(lines.written) == STEPS
     for number, line in enumerate(lines.written, 1):
-        step, experts, told, offset, tokens, loads = line
+        step, experts, has_arrivals, offset, tokens, loads = line
         assert (step, experts, tokens, offset) == (number, [number], (number, 0), 7)
         (before, after) = loads[0]
         assert (before.tolist(), after) == ([number], [number])
-        assert told or (clock is LateClock and number == STEPS), "all but the last have arrivals"
-    assert meter.profile.totals().tokens[1, Phase.EXPERTS] == 1 + 2 + 3 + 4 + 5
+        assert has_arrivals or (clock is LateClock and number == STEPS), (
+            "all but the last have arrivals"
+        )
+    assert profiler.collector.totals().tokens[1, Phase.EXPERTS] == 1 + 2 + 3 + 4 + 5
 
 
 @pytest.mark.parametrize("clock", [HostClock, LateClock])
 def test_without_a_span_file_nothing_piles_up(clock):
-    meter = run(clock(), None)
-    assert not meter._unread
-    assert meter.profile.totals().tokens[1, Phase.EXPERTS] == 15
-    assert meter.profile.totals().calls[0, Phase.CONTROL] == STEPS + 1
+    profiler = run(clock(), None)
+    assert not profiler._unread
+    assert profiler.collector.totals().tokens[1, Phase.EXPERTS] == 15
+    assert profiler.collector.totals().calls[0, Phase.CONTROL] == STEPS + 1

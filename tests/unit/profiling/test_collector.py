@@ -1,4 +1,4 @@
-"""Collector and cost curves: what a step adds up to, and for whom the group waited.
+"""Collector and cost curves: the sums of steps, and for which rank the group waited.
 
 Run: pytest tests/unit/profiling/test_collector.py
 """
@@ -40,7 +40,7 @@ def test_time_tokens_and_bytes_are_added_up_by_layer_and_phase():
     assert totals.tokens[2, Phase.EXPERTS] == 40 and totals.calls[2, Phase.EXPERTS] == 2
     assert totals.num_bytes[1, Phase.DISPATCH] == 1000 and totals.num_bytes.sum() == 1000
     assert totals.by_phase().sum() == pytest.approx(12e-3)
-    assert totals.waiting.sum() == 0, "nobody knows when the others arrived"
+    assert totals.waiting.sum() == 0, "the arrivals of the others are unknown"
 
 
 def test_steps_are_added_up_whether_or_not_a_batch_of_them_is_full():
@@ -52,23 +52,23 @@ def test_steps_are_added_up_whether_or_not_a_batch_of_them_is_full():
         assert collector.totals().tokens[1, Phase.GATE] == 5 * count, "asking adds nothing"
 
 
-def test_the_worked_example_of_the_charge():
+def test_the_worked_example_of_the_attribution():
     collector = Collector(5, 3)
     arrivals = np.array([[0], [2], [8]]) * MS
     for _ in range(3):  # two to warm up
         collector.add(make_spans((Phase.COMBINE, 4, 0, 9)), arrivals)
-    charges = collector.charges()
-    assert charges.steps == 1
-    assert charges.seconds[2, 5, Phase.COMBINE] == pytest.approx((8 - 10 / 3) * 1e-3)
-    assert charges.seconds.sum() == charges.seconds[2, 5, Phase.COMBINE]
-    assert charges.late_steps.tolist() == [0, 0, 1]
-    assert charges.count.sum() == 3, "every rank has a place in the histogram of every step"
-    assert charges.lost[2].sum() == pytest.approx(charges.seconds.sum())
+    attribution = collector.wait_attribution()
+    assert attribution.steps == 1
+    assert attribution.seconds[2, 5, Phase.COMBINE] == pytest.approx((8 - 10 / 3) * 1e-3)
+    assert attribution.seconds.sum() == attribution.seconds[2, 5, Phase.COMBINE]
+    assert attribution.straggler_steps.tolist() == [0, 0, 1]
+    assert attribution.bucket_steps.sum() == 3, "every rank is in the histogram of every step"
+    assert attribution.bucket_seconds[2].sum() == pytest.approx(attribution.seconds.sum())
 
 
-def test_ranks_of_a_tensor_group_wait_for_each_other_and_for_nobody_else():
-    """4 ranks in two tensor groups: rank 1 costs rank 0 3 ms, which is 0.75 ms of a mean rank; rank
-    3 costs rank 2 0.5 ms of a mean rank, though it comes before rank 1.
+def test_ranks_of_a_tensor_group_wait_for_each_other_only():
+    """4 ranks in two tensor groups: rank 0 waits 3 ms for rank 1, 0.75 ms of a mean rank; rank 2
+    waits 4 ms for rank 3, 1 ms of a mean rank, though it arrives before rank 1.
     """
     arrivals = np.array([[9], [12], [1], [5]]) * MS
     for own, peers, waited in ((0, range(2), 3), (1, range(2), 0), (2, range(2, 4), 4)):
@@ -77,14 +77,14 @@ def test_ranks_of_a_tensor_group_wait_for_each_other_and_for_nobody_else():
         for _ in range(3):  # two to warm up
             collector.add(make_spans((Phase.TENSOR, 4, start, start + 5)), arrivals)
         assert collector.totals().waiting[5, Phase.TENSOR] == pytest.approx(3 * waited * 1e-3)
-        charge_W = collector.charges().seconds[:, 5, Phase.TENSOR]
-        assert charge_W.tolist() == [0, pytest.approx(0.75e-3), 0, pytest.approx(1e-3)]
-        assert collector.charges().seconds.sum() == pytest.approx(charge_W.sum())
-        assert collector.charges().late_steps.tolist() == [0, 0, 0, 1]
+        wait_W = collector.wait_attribution().seconds[:, 5, Phase.TENSOR]
+        assert wait_W.tolist() == [0, pytest.approx(0.75e-3), 0, pytest.approx(1e-3)]
+        assert collector.wait_attribution().seconds.sum() == pytest.approx(wait_W.sum())
+        assert collector.wait_attribution().straggler_steps.tolist() == [0, 0, 0, 1]
 
 
-def test_whoever_waited_in_its_tensor_group_is_not_to_blame_for_being_late_afterwards():
-    # The worked example of charging.py, and a second collective of all to which rank 3 is late.
+def test_a_rank_that_waited_in_its_tensor_group_is_not_the_cause_of_arriving_late_afterwards():
+    # The worked example of wait_attribution.py, and a second collective of all: rank 3 is last.
     arrivals = np.array([[0, 21, 30], [20, 20.5, 30], [0, 2, 30], [0, 2, 34]]) * MS
     arrivals = arrivals.astype(np.int64)
     collector = Collector(5, 4, range(2))
@@ -93,27 +93,27 @@ def test_whoever_waited_in_its_tensor_group_is_not_to_blame_for_being_late_after
     )
     for _ in range(3):
         collector.add(spans, arrivals)
-    seconds_WP = collector.charges().seconds[:, 5]
+    seconds_WP = collector.wait_attribution().seconds[:, 5]
     mean = 21 - (21 + 20.5 + 2 + 2) / 4
     assert seconds_WP[:, Phase.TENSOR].tolist() == [0, pytest.approx(5e-3), 0, 0]
     assert seconds_WP[:, Phase.CONSENSUS].tolist() == [0, pytest.approx(mean * 1e-3), 0, 0]
     assert seconds_WP[:, Phase.COMBINE].tolist() == [0, 0, 0, pytest.approx(3e-3)]
 
 
-def test_only_as_much_is_passed_on_as_was_waited():
+def test_only_as_much_is_moved_to_another_rank_as_was_waited_for_it():
     # Rank 0 waited 2 ms for rank 1 and then took 10 ms of its own.
     arrivals = np.array([[0, 12], [2, 2], [0, 0], [0, 0]]) * MS
     collector = Collector(1, 4, range(2, 4))
     for _ in range(3):
         collector.add(make_spans((Phase.TENSOR, 0, 0, 1), (Phase.DISPATCH, 0, 1, 13)), arrivals)
-    seconds_W = collector.charges().seconds[:, 1, Phase.DISPATCH]
+    seconds_W = collector.wait_attribution().seconds[:, 1, Phase.DISPATCH]
     assert seconds_W.tolist() == [pytest.approx(6.5e-3), pytest.approx(2e-3), 0, 0]
 
 
-def test_a_tensor_group_without_tokens_waits_for_nobody_and_costs_nothing():
+def test_a_tensor_group_without_tokens_waits_for_no_rank_and_causes_no_wait():
     clock = HostClock()
     clock.enter(Phase.ATTENTION, 0)
-    clock.enter_collective(Phase.TENSOR, 0, absent=True)
+    clock.skip_collective(Phase.TENSOR, 0)
     clock.enter(Phase.OTHER, 0)
     clock.close_step()
     spans = clock.read()
@@ -125,19 +125,19 @@ def test_a_tensor_group_without_tokens_waits_for_nobody_and_costs_nothing():
     for _ in range(3):
         collector.add(spans, arrivals)
     assert collector.totals().waiting.sum() == 0
-    charge_W = collector.charges().seconds.sum((1, 2))
-    assert charge_W.tolist() == [pytest.approx(0.5e-3), 0, 0, 0]
+    wait_W = collector.wait_attribution().seconds.sum((1, 2))
+    assert wait_W.tolist() == [pytest.approx(0.5e-3), 0, 0, 0]
 
 
-def test_a_step_that_lost_next_to_nothing_makes_nobody_late():
+def test_a_step_with_next_to_no_wait_has_no_straggler():
     collector = Collector(1, 2)
     arrivals = np.array([[0], [0.1]]) * MS
     for _ in range(3):
         collector.add(make_spans((Phase.COMBINE, 0, 0, 90)), arrivals.astype(np.int64))
-    assert collector.charges().late_steps.tolist() == [0, 0]
+    assert collector.wait_attribution().straggler_steps.tolist() == [0, 0]
 
 
-def test_a_collective_that_is_waited_for_later_is_charged_where_it_was_started():
+def test_a_collective_that_is_waited_for_later_is_attributed_where_it_was_started():
     # Rank 1 starts the dispatch at 7 ms; this rank started at 1, worked on, and waits from 5 on.
     clock = HostClock()
     clock.enter(Phase.PLAN, 0)
@@ -154,7 +154,7 @@ def test_a_collective_that_is_waited_for_later_is_charged_where_it_was_started()
     collector = Collector(1, 2)
     for _ in range(3):
         collector.add(spans, late)
-    assert collector.charges().seconds[1, 1, Phase.DISPATCH] > 0
+    assert collector.wait_attribution().seconds[1, 1, Phase.DISPATCH] > 0
     waited = collector.totals().waiting[1, Phase.DISPATCH]
     assert waited == pytest.approx(3e-9 * float(spans.ends[2] - spans.starts[2]))
 
@@ -177,15 +177,15 @@ def test_of_several_peers_the_median_prices_so_that_one_slow_peer_does_not_hide_
     assert np.isnan(price(table((100, 5.0)), [CostCurve().table]))
 
 
-def test_every_rank_holds_the_same_charges():
+def test_every_rank_has_the_same_attribution():
     ranks = Simulation(3)
     for turn in range(20):
         work = [1.0, 2.0 + turn % 3, 1.5]
         ranks.step(
             host=[0.2] * 3, attention=[1.0] * 3, experts=work, tokens=[8] * 3, rows=[8, 9, 7]
         )
-    first, *others = [collector.charges() for collector in ranks.collectors]
+    first, *others = [collector.wait_attribution() for collector in ranks.collectors]
     for other in others:
         assert (other.seconds == first.seconds).all()
-        assert (other.late_steps == first.late_steps).all()
-    assert first.late_steps.tolist() == [0, 18, 0]
+        assert (other.straggler_steps == first.straggler_steps).all()
+    assert first.straggler_steps.tolist() == [0, 18, 0]

@@ -1,4 +1,4 @@
-"""DeepSpeed's comms logger: its figures of the collectives that the phase clock saw.
+"""DeepSpeed's comms logger: its figures of the collectives that the phase clock recorded.
 
 Run: pytest tests/unit/profiling/test_deepspeed_comms.py
 """
@@ -75,7 +75,7 @@ def test_a_spans_collective_is_logged_with_its_operation_latency_and_what_a_rank
 def test_of_a_tensor_groups_collectives_only_those_it_called_are_logged():
     logger = FakeLogger()
     spans = make_spans((Phase.TENSOR, 0, 0, 2), (Phase.TENSOR, 1, 2, 3))
-    spans.arrivals[1] = -1  # its group had nothing to sum
+    spans.arrivals[1] = -1  # its group skipped it
     DeepSpeedComms(logger, 3).add(spans)
     assert logger.entries == [
         ("all_reduce", "all_reduce (tensor)", pytest.approx(2.0), 1000),
@@ -92,12 +92,12 @@ def test_messages_are_counted_up_to_the_next_power_of_two():
     assert comms.table()["all_gather (control)"][0].message_bytes == 512
 
 
-def test_a_long_run_is_added_up_now_and_then_and_nothing_is_lost():
+def test_a_long_run_is_summed_in_batches_and_no_entry_is_missing():
     logger = FakeLogger()
     comms = DeepSpeedComms(logger, 3)
     for _ in range(3000):
         comms.add(make_spans(*STEP))
-    assert logger.most < 5000, "the logger keeps every entry by itself"
+    assert logger.most < 5000, "the logger stores each entry"
     assert comms.table()["all_gather (consensus)"][0].count == 3000
     assert comms.table()["all_gather (consensus)"][0].count == 3000, "asking adds nothing"
 

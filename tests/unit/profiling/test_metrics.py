@@ -1,6 +1,6 @@
 """Live metrics: what a scrape gets, in a format that Prometheus' own tools accept.
 
-promtool and prometheus are Debian's; where they are missing, their tests say so and are skipped.
+promtool and prometheus are Debian's; where they are missing, the tests with them are skipped.
 
 Run: pytest tests/unit/profiling/test_metrics.py
 """
@@ -8,6 +8,7 @@ Run: pytest tests/unit/profiling/test_metrics.py
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -92,17 +93,34 @@ def samples(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-def test_a_scrape_has_what_the_job_has_done_and_who_was_late():
+def test_a_scrape_has_what_the_job_has_done_and_which_rank_was_waited_for():
     with serving() as metrics:
         found = samples(scrape(metrics))
     assert found["lockstep_steps_total"] == 5
     assert found['lockstep_tokens_total{kind="prefill"}'] == 100
     assert found['lockstep_requests{state="waiting"}'] == 2
     assert found['lockstep_phase_seconds_total{phase="experts"}'] > 0.03
-    lost = [found[f'lockstep_rank_lost_seconds{{rank="{rank}"}}'] for rank in range(4)]
-    assert lost == sorted(lost) and lost[3] > 0
+    waits = [found[f'lockstep_rank_lost_seconds{{rank="{rank}"}}'] for rank in range(4)]
+    assert waits == sorted(waits) and waits[3] > 0
     assert found['lockstep_layer_load_ratio{layer="2",when="before"}'] == pytest.approx(4 / 3)
     assert found['lockstep_layer_load_ratio{layer="2",when="after"}'] == 1
+
+
+def test_the_names_and_labels_of_metrics_are_those_that_dashboards_know():
+    with serving(num_ranks=2, num_layers=1) as metrics:
+        found = set(samples(scrape(metrics)))
+    assert {re.sub(r'="[^"]*"', "", name) for name in found} == {
+        "lockstep_steps_total",
+        "lockstep_tokens_total{kind}",
+        "lockstep_requests_finished_total",
+        "lockstep_requests{state}",
+        "lockstep_phase_seconds_total{phase}",
+        "lockstep_waiting_seconds_total",
+        "lockstep_rank_late_ratio{rank}",
+        "lockstep_rank_lost_seconds{rank}",
+        "lockstep_layer_lost_seconds{layer}",
+        "lockstep_layer_load_ratio{layer,when}",
+    }
 
 
 def test_labels_stay_few_however_many_ranks_and_layers_there_are():

@@ -113,7 +113,7 @@ def record(loads: LoadCounter, layer: int, before: list[int], own_after: int | N
     )
 
 
-def test_rows_after_capacity_count_once_all_ranks_have_told_them():
+def test_rows_after_capacity_count_once_all_ranks_have_exchanged_them():
     loads = LoadCounter()
     record(loads, 3, [6, 2])
     record(loads, 5, [1, 7], own_after=4)
@@ -123,18 +123,18 @@ def test_rows_after_capacity_count_once_all_ranks_have_told_them():
     loads.set_exchanged(np.array([[4], [2]]))
     assert loads.layers[3].max_over_mean_after == pytest.approx(4 / 3)
     assert loads.layers[3].own_after.tolist() == [4]
-    assert loads.layers[5].max_over_mean_after == 1.0, "nobody has told of layer 5 yet"
+    assert loads.layers[5].max_over_mean_after == 1.0, "the rows of layer 5 are not exchanged yet"
     assert loads.speed_bound() == pytest.approx((6 + 6 + 7) / 4)
 
 
 def test_one_rank_is_balanced_before_and_after_whatever_it_dropped():
     loads = LoadCounter()
-    for settled in (False, True):
+    for exchanged in (False, True):
         loads.record(
             0, before_E=np.array([6, 2]), rank_before=[8], own_after=[4, 2], first_expert=0
         )
         assert loads.take_rows() == [6]
-        if settled:
+        if exchanged:
             loads.set_exchanged(np.array([[6]]))
         assert loads.max_over_mean() == loads.max_over_mean_after() == 1.0
     assert loads.layers[0].own_after.tolist() == [8, 4]
@@ -155,7 +155,7 @@ def test_the_bound_is_of_the_slowest_rank_of_each_step_not_of_the_sums():
 
 def test_a_new_run_starts_from_nothing_even_when_the_last_was_broken_off():
     loads = LoadCounter()
-    record(loads, 0, [6, 2])  # stopped before anybody took its rows
+    record(loads, 0, [6, 2])  # stopped before its rows were taken
     loads.clear()
     assert loads.take_rows() == [] and loads.reset_step() == 1.0
     record(loads, 4, [3, 3])
@@ -180,7 +180,7 @@ def test_load_counter_weighs_layers_by_their_rows():
 
 
 class Events:
-    """Stands for torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
+    """In place of torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
 
     now_ns = 0
     waited_for: list[int] = []
@@ -232,10 +232,10 @@ def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monke
     assert clock.read(ended=True) is None
 
 
-def test_a_collective_left_out_has_no_stamp_on_a_cuda_clock(monkeypatch):
+def test_a_skipped_collective_has_no_stamp_on_a_cuda_clock(monkeypatch):
     clock = cuda_clock(monkeypatch)
     Events.now_ns += 5_000
-    clock.enter_collective(Phase.TENSOR, 0, absent=True)
+    clock.skip_collective(Phase.TENSOR, 0)
     clock.enter_collective(Phase.DISPATCH, 0)
     clock.close_step()
     step = clock.read(ended=True)
@@ -244,7 +244,7 @@ def test_a_collective_left_out_has_no_stamp_on_a_cuda_clock(monkeypatch):
     assert clock.position().collective == 2
 
 
-def test_a_cuda_clock_tells_microseconds_apart_after_hours(monkeypatch):
+def test_a_cuda_clock_resolves_microseconds_after_hours(monkeypatch):
     clock = cuda_clock(monkeypatch)
     start = None
     for _ in range(4000):  # four hours

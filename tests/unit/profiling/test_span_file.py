@@ -60,7 +60,22 @@ def test_a_step_is_written_with_aligned_start_offsets_waiting_and_loads(tmp_path
         [Phase.COMBINE, 0, 3 * MS, 2 * MS, 8, 1000, 1 * MS],
     ]
     assert step["before"] == {"0": [1, 2, 3, 4]} and step["after"] == {"0": [2, 3]}
-    assert [span[-1] for span in unknown["spans"]] == [-1, -1], "nobody's arrivals are known"
+    assert [span[-1] for span in unknown["spans"]] == [-1, -1], "no arrivals are known"
+
+
+def test_the_keys_of_a_span_file_are_those_that_its_readers_know(tmp_path):
+    writer = SpanWriter(tmp_path, header(), 1 << 20)
+    writer.write(7, step_spans(), None, OFFSET, (12, 1), {})
+    writer.close()
+    first, step = read(tmp_path / "spans.rank00003.jsonl")
+    assert list(first) == (
+        "rank host world_size group clock_offset_ns clock_error_ns num_layers num_experts "
+        "first_expert num_local_experts policy phases format version".split()
+    )
+    assert list(step) == "step start_ns prefill decode spans before after".split()
+    assert first["phases"] == (
+        "other attention gate consensus plan dispatch experts combine control tensor".split()
+    )
 
 
 def on_disk(folder: Path, writer: SpanWriter) -> int:

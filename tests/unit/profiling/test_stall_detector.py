@@ -1,4 +1,4 @@
-"""StallDetector are noticed by the process that was away, and nothing else is.
+"""Process stalls are noticed by the process that did not run, and nothing else is.
 
 Run: pytest tests/unit/profiling/test_stall_detector.py
 """
@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[3]
 CHILD = """
 import sys, time
 from engine.profiling.stall_detector import StallDetector
-with StallDetector() as absences:
+with StallDetector() as stalls:
     time.sleep(0.2)
     print("here", flush=True)
     sys.stdin.readline()
     time.sleep(0.2)
-print(absences.count, absences.seconds)
+print(stalls.count, stalls.seconds)
 """
 
 
@@ -46,14 +46,14 @@ def test_a_process_that_was_stopped_knows_how_often_and_for_how_long():
         child.stdin.flush()
         count, seconds = child.stdout.readline().split()
     assert int(count) >= 2
-    assert stopped - 0.2 < float(seconds), "of each the pause that it was in is its own"
+    assert stopped - 0.2 < float(seconds), "the pause of the thread itself is not counted"
 
 
-def test_nobody_watches_where_it_is_off():
+def test_no_thread_runs_where_it_is_off():
     before = threading.active_count()
-    with StallDetector(enabled=False) as absences:
+    with StallDetector(enabled=False) as stalls:
         assert threading.active_count() == before
-    assert (absences.count, absences.seconds) == (0, 0.0)
+    assert (stalls.count, stalls.seconds) == (0, 0.0)
 
 
 def test_the_thread_is_gone_after_a_failure():

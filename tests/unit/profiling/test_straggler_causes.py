@@ -1,4 +1,4 @@
-"""Straggler analysis and its verdicts on simulated ranks whose trouble is known.
+"""Straggler analysis and its findings on simulated ranks whose causes are known.
 
 Run: pytest tests/unit/profiling/test_straggler_causes.py
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.profiling.findings import Finding, HotExpert, verdicts
+from engine.profiling.findings import Finding, HotExpert, findings
 from engine.profiling.straggler_causes import Analysis, analyse
 from tests.helpers.profiles import Simulation
 
@@ -22,7 +22,7 @@ def simulate(
     *,
     ranks: int = 4,
     steps: int = 200,
-    travel: float = 0.0,
+    transfer: float = 0.0,
     length: float = 1.0,
 ) -> Simulation:
     """Ranks that are alike but for what `change(turn, step)` does to a step's numbers.
@@ -39,7 +39,7 @@ def simulate(
             "attention_per_token": [0.05] * ranks,
             "experts_per_row": [0.05] * ranks,
         }
-        # Chance makes everybody late in turn.
+        # By chance every rank is the straggler in turn.
         step["host"][turn % ranks] += 0.2
         change(turn, step)
         pairs = zip(step["tokens"], step.pop("attention_per_token"), strict=True)
@@ -47,45 +47,50 @@ def simulate(
         pairs = zip(step["rows"], step.pop("experts_per_row"), strict=True)
         experts = [rows * cost * length for rows, cost in pairs]
         step["host"] = [host * length for host in step["host"]]
-        simulation.step(**step, attention=attention, experts=experts, travel=travel)
+        simulation.step(**step, attention=attention, experts=experts, transfer=transfer)
     return simulation
 
 
 def run(*args: Any, **kwargs: Any) -> tuple[Analysis, list[Finding]]:
     """Simulate and analyse."""
     simulation = simulate(*args, **kwargs)
-    analysis = analyse(simulation.profiles(), simulation.charges(), simulation.imbalance_L())
-    return analysis, verdicts(analysis, HOT)
+    analysis = analyse(
+        simulation.profiles(), simulation.wait_attribution(), simulation.imbalance_L()
+    )
+    return analysis, findings(analysis, HOT)
 
 
-def test_ranks_that_are_late_by_chance_alone_are_balanced():
+def test_ranks_that_are_stragglers_by_chance_alone_are_balanced():
     analysis, found = run()
-    assert [verdict.cause for verdict in found] == ["balanced"] and found[0].ranks == []
-    assert all(blame.slowness == pytest.approx(1) for blame in analysis.ranks)
-    assert all(blame.late_share < 0.5 for blame in analysis.ranks)
+    assert [each.cause for each in found] == ["balanced"] and found[0].ranks == []
+    assert all(rank.relative_compute_time == pytest.approx(1) for rank in analysis.ranks)
+    assert all(rank.straggler_share < 0.5 for rank in analysis.ranks)
 
 
 def test_a_hot_rank_is_named_with_its_load_and_its_hottest_expert():
     def hot(turn, step):
         step["rows"] = [50, 50, 50, 150]
 
-    analysis, (verdict, *rest) = run(hot)
-    assert verdict.cause == "load" and verdict.ranks == [3] and verdict.layer == 7 and not rest
-    assert "rank 3 is late in 100% of the steps" in verdict.text
-    assert "2.0x the mean load (layer 7, expert 24 alone 4.1x)" in verdict.text
-    assert "token_drop" in verdict.text
-    assert analysis.ranks[3].slowness == pytest.approx(1, abs=0.01)
-    # 7.5 ms of experts against a mean of 3.75: the difference is lost, step by step.
-    assert analysis.lost["load"] == pytest.approx(198 * 3.75e-3, rel=0.02)
+    analysis, (finding, *rest) = run(hot)
+    assert finding.cause == "load" and finding.ranks == [3] and finding.layer == 7 and not rest
+    assert finding.text == (
+        "rank 3 is the straggler in 100% of the steps, which takes 40% of the time: its experts "
+        "have 2.0x the mean load (layer 7, expert 24 alone 4.1x); moe.capacity.policy = "
+        "token_drop with scope = rank bounds it"
+    )
+    assert analysis.ranks[3].straggler_share == 1 and analysis.ranks[3].relative_load == 2
+    assert analysis.ranks[3].relative_compute_time == pytest.approx(1, abs=0.01)
+    # 7.5 ms of experts against a mean of 3.75: the difference is waited for, step by step.
+    assert analysis.wait_caused["load"] == pytest.approx(198 * 3.75e-3, rel=0.02)
 
 
-def test_loads_that_are_hot_in_turn_are_told_without_naming_a_rank():
+def test_loads_that_are_hot_in_turn_are_reported_without_naming_a_rank():
     def in_turn(turn, step):
         step["rows"] = [150 if turn % 4 == rank else 50 for rank in range(4)]
 
-    _, (verdict, *rest) = run(in_turn)
-    assert verdict.cause == "load" and verdict.ranks == [] and not rest
-    assert "changes from step to step" in verdict.text
+    _, (finding, *rest) = run(in_turn)
+    assert finding.cause == "load" and finding.ranks == [] and not rest
+    assert "changes from step to step" in finding.text
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -94,25 +99,25 @@ def test_a_slow_device_is_named_with_how_much_slower_it_is_at_equal_load(ranks):
         step["attention_per_token"][1] *= 1.31
         step["experts_per_row"][1] *= 1.31
 
-    analysis, (verdict, *rest) = run(slow, ranks=ranks, length=10)
-    assert verdict.cause == "device" and verdict.ranks == [1] and not rest
-    assert "rank 1 on h1 computes 31% slower" in verdict.text
-    assert all(b.slowness < 1.01 for b in analysis.ranks if b.rank != 1)
+    analysis, (finding, *rest) = run(slow, ranks=ranks, length=10)
+    assert finding.cause == "device" and finding.ranks == [1] and not rest
+    assert "rank 1 on h1 computes 31% slower" in finding.text
+    assert all(b.relative_compute_time < 1.01 for b in analysis.ranks if b.rank != 1)
 
 
-def test_each_layers_loss_is_split_by_cause_and_sums_to_the_runs():
+def test_each_layers_wait_is_split_by_cause_and_sums_to_the_runs():
     def both(turn, step):
         step["rows"] = [160, 40, 40, 40]
         step["experts_per_row"][2] *= 2
         step["attention_per_token"][2] *= 2
 
-    analysis, _ = run(both, length=100, travel=4.0)
+    analysis, _ = run(both, length=100, transfer=4.0)
     (layer,) = analysis.layer_causes
     assert set(layer) == {"load", "tokens", "device", "host", "network"}
     for cause in ("load", "device", "network"):  # of the one layer, as nearly all of it is
-        assert layer[cause] == pytest.approx(analysis.lost[cause], rel=0.1)
+        assert layer[cause] == pytest.approx(analysis.wait_caused[cause], rel=0.1)
         assert layer[cause] > 0
-    assert layer["host"] <= analysis.lost["host"] + 1e-9
+    assert layer["host"] <= analysis.wait_caused["host"] + 1e-9
 
 
 def test_a_balanced_layer_has_next_to_nothing_to_split():
@@ -127,31 +132,31 @@ def test_a_rank_that_is_a_little_slower_is_named_once_chance_would_not_last_that
         step["attention_per_token"][1] *= 1.16
         step["experts_per_row"][1] *= 1.16
 
-    analysis, (verdict,) = run(slow, length=4)
-    assert 3 < analysis.seconds < 6 and verdict.cause == "balanced"
-    analysis, (verdict,) = run(slow, length=50)
-    assert analysis.seconds > 40 and verdict.cause == "device" and verdict.ranks == [1]
+    analysis, (finding,) = run(slow, length=4)
+    assert 3 < analysis.seconds < 6 and finding.cause == "balanced"
+    analysis, (finding,) = run(slow, length=50)
+    assert analysis.seconds > 40 and finding.cause == "device" and finding.ranks == [1]
 
 
-def test_a_slow_device_with_few_rows_is_told_from_a_hot_rank():
+def test_a_slow_device_with_few_rows_is_distinguished_from_a_hot_rank():
     def both(turn, step):
         step["rows"] = [160, 40, 40, 40]
         step["experts_per_row"][2] *= 2
         step["attention_per_token"][2] *= 2
 
     analysis, found = run(both, length=100)
-    by_cause = {verdict.cause: verdict.ranks for verdict in found}
+    by_cause = {each.cause: each.ranks for each in found}
     assert by_cause["load"] == [0] and by_cause["device"] == [2]
-    assert analysis.ranks[0].slowness == pytest.approx(1, abs=0.02)
+    assert analysis.ranks[0].relative_compute_time == pytest.approx(1, abs=0.02)
 
 
 def test_a_host_that_is_slow_between_the_layers_is_named_with_its_milliseconds():
     def busy(turn, step):
         step["host"][2] += 3.0
 
-    _, (verdict, *rest) = run(busy)
-    assert verdict.cause == "host" and verdict.ranks == [2] and not rest
-    assert "between the layers it takes 3.6 ms a step, the others 0.6" in verdict.text
+    _, (finding, *rest) = run(busy)
+    assert finding.cause == "host" and finding.ranks == [2] and not rest
+    assert "between the layers it takes 3.6 ms per step, the others 0.6" in finding.text
 
 
 def test_stalls_of_a_few_steps_are_the_hosts_wherever_they_strike():
@@ -159,63 +164,65 @@ def test_stalls_of_a_few_steps_are_the_hosts_wherever_they_strike():
         if turn % 50 == 49:
             step["experts_per_row"][0] += 10.0
 
-    analysis, (verdict, *rest) = run(stall)
-    assert verdict.cause == "host" and verdict.ranks == [0] and not rest
-    assert analysis.ranks[0].stalls is not None and analysis.ranks[0].stalls[0] == 4
-    assert "it stalled in 4 steps" in verdict.text
-    # 60 * 10 ms more in the experts; by chance it is late by a little more or less.
-    assert analysis.ranks[0].stalls[1] == pytest.approx(0.9, rel=0.02)
+    analysis, (finding, *rest) = run(stall)
+    assert finding.cause == "host" and finding.ranks == [0] and not rest
+    assert analysis.ranks[0].stalled_steps is not None and analysis.ranks[0].stalled_steps[0] == 4
+    assert "it stalled in 4 steps" in finding.text
+    # 60 * 10 ms more in the experts; by chance it arrives a little later or earlier.
+    assert analysis.ranks[0].stalled_steps[1] == pytest.approx(0.9, rel=0.02)
 
 
 def test_unequal_tokens_in_attention_are_not_a_slow_device():
     def unequal(turn, step):
         step["tokens"] = [64 if rank == 1 else 16 for rank in range(4)]
 
-    analysis, (verdict, *rest) = run(unequal)
-    assert verdict.cause == "tokens" and verdict.ranks == [1] and not rest
-    assert analysis.ranks[1].slowness == pytest.approx(1, abs=0.01)
+    analysis, (finding, *rest) = run(unequal)
+    assert finding.cause == "tokens" and finding.ranks == [1] and not rest
+    assert analysis.ranks[1].relative_compute_time == pytest.approx(1, abs=0.01)
 
 
-def test_a_slow_network_is_told_with_its_rate_and_no_rank():
-    analysis, (verdict, *rest) = run(travel=4.0)
-    assert verdict.cause == "network" and verdict.ranks == [] and not rest
+def test_a_slow_network_is_reported_with_its_rate_and_no_rank():
+    analysis, (finding, *rest) = run(transfer=4.0)
+    assert finding.cause == "network" and finding.ranks == [] and not rest
     # 1,000 bytes out and 1,000 back a step, 4 ms each.
     assert analysis.bytes_per_second == pytest.approx(1000 / 4e-3, rel=0.02)
     assert analysis.share("network") > 0.4
 
 
 def test_the_network_between_two_hosts_is_named_by_them():
-    _, (verdict,) = run(travel=4.0, ranks=2)
-    assert "the network between h0 and h1" in verdict.text
+    _, (finding,) = run(transfer=4.0, ranks=2)
+    assert "the network between h0 and h1" in finding.text
 
 
-def test_what_the_causes_lost_is_what_the_ranks_were_charged_with():
+def test_the_causes_sum_to_the_wait_that_was_attributed():
     def trouble(turn, step):
         step["rows"] = [150, 50, 50, 50]
         step["experts_per_row"][1] *= 5
         step["host"][2] += 5.0
 
     simulation = simulate(trouble)
-    charges = simulation.charges()
-    analysis = analyse(simulation.profiles(), charges, simulation.imbalance_L())
-    waiting = sum(value for cause, value in analysis.lost.items() if cause != "network")
-    assert waiting == pytest.approx(charges.seconds.sum()) and waiting > 0.5
-    for blame, charged in zip(analysis.ranks, charges.seconds.sum((1, 2)), strict=True):
-        assert sum(blame.lost.values()) == pytest.approx(charged)
+    attribution = simulation.wait_attribution()
+    analysis = analyse(simulation.profiles(), attribution, simulation.imbalance_L())
+    waiting = sum(value for cause, value in analysis.wait_caused.items() if cause != "network")
+    assert waiting == pytest.approx(attribution.seconds.sum()) and waiting > 0.5
+    for rank, waited in zip(analysis.ranks, attribution.seconds.sum((1, 2)), strict=True):
+        assert sum(rank.wait_caused.values()) == pytest.approx(waited)
 
 
-def test_one_rank_waits_for_nobody_and_a_short_run_says_so():
+def test_one_rank_waits_for_no_other_and_a_short_run_is_reported_as_such():
     _, (alone,) = run(ranks=1)
     assert alone.cause == "balanced" and "one rank" in alone.text
     _, (short,) = run(steps=5)
-    assert short.cause == "unknown" and "too short" in short.text
+    assert short.cause == "unknown" and "run too short" in short.text
 
 
-def test_nothing_is_said_where_nothing_was_timed():
+def test_nothing_is_found_where_nothing_was_timed():
     simulation = Simulation(2)
     simulation.imbalance = [1.0, 1.0]
-    analysis = analyse(simulation.profiles(), simulation.charges(), simulation.imbalance_L())
-    assert verdicts(analysis, HOT) == []
+    analysis = analyse(
+        simulation.profiles(), simulation.wait_attribution(), simulation.imbalance_L()
+    )
+    assert findings(analysis, HOT) == []
 
 
 def test_time_in_which_a_process_did_not_run_is_its_hosts_wherever_the_others_waited():
@@ -228,36 +235,36 @@ def test_time_in_which_a_process_did_not_run_is_its_hosts_wherever_the_others_wa
             experts=[2.5] * 4,
             tokens=[16] * 4,
             rows=[50] * 4,
-            travel=200.0,
+            transfer=200.0,
         )
     profiles = simulation.profiles()
 
-    def told() -> tuple[Analysis, list[Finding]]:
-        analysis = analyse(profiles, simulation.charges(), simulation.imbalance_L())
-        return analysis, verdicts(analysis, HOT)
+    def analysed() -> tuple[Analysis, list[Finding]]:
+        analysis = analyse(profiles, simulation.wait_attribution(), simulation.imbalance_L())
+        return analysis, findings(analysis, HOT)
 
-    analysis, (verdict, *_) = told()
-    assert verdict.cause == "network", "so it looks"
-    before = sum(analysis.lost.values())
-    profiles[2] = replace(profiles[2], absent=(10, 4.0))
-    analysis, (verdict, *_) = told()
-    assert (verdict.cause, verdict.ranks) == ("host", [2])
-    assert "its process did not run 10 times, 400 ms each" in verdict.text
-    assert sum(analysis.lost.values()) == pytest.approx(before), "nothing is lost twice"
-    assert analysis.ranks[2].lost["host"] == pytest.approx(3.0, abs=0.2)
-    assert analysis.lost["network"] == pytest.approx(1.0, abs=0.2)
+    analysis, (finding, *_) = analysed()
+    assert finding.cause == "network", "so it looks"
+    before = sum(analysis.wait_caused.values())
+    profiles[2] = replace(profiles[2], process_stalls=(10, 4.0))
+    analysis, (finding, *_) = analysed()
+    assert (finding.cause, finding.ranks) == ("host", [2])
+    assert "its process did not run 10 times, 400 ms each" in finding.text
+    assert sum(analysis.wait_caused.values()) == pytest.approx(before), "nothing is counted twice"
+    assert analysis.ranks[2].wait_caused["host"] == pytest.approx(3.0, abs=0.2)
+    assert analysis.wait_caused["network"] == pytest.approx(1.0, abs=0.2)
 
 
-def test_an_absence_that_made_a_rank_late_is_told_once():
+def test_a_process_stall_that_delayed_a_rank_is_counted_once():
     def stopped(turn, step):
         if turn % 10 == 0:
             step["host"][1] += 100.0
 
     simulation = simulate(stopped)
     profiles = simulation.profiles()
-    profiles[1] = replace(profiles[1], absent=(20, 2.0))
-    analysis = analyse(profiles, simulation.charges(), simulation.imbalance_L())
-    assert analysis.ranks[1].lost["host"] == pytest.approx(1.5, rel=0.05)
-    (verdict,) = verdicts(analysis, HOT)
-    assert (verdict.cause, verdict.ranks) == ("host", [1])
-    assert "did not run 20 times, 100 ms each" in verdict.text
+    profiles[1] = replace(profiles[1], process_stalls=(20, 2.0))
+    analysis = analyse(profiles, simulation.wait_attribution(), simulation.imbalance_L())
+    assert analysis.ranks[1].wait_caused["host"] == pytest.approx(1.5, rel=0.05)
+    (finding,) = findings(analysis, HOT)
+    assert (finding.cause, finding.ranks) == ("host", [1])
+    assert "did not run 20 times, 100 ms each" in finding.text

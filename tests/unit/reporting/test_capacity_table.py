@@ -1,4 +1,4 @@
-"""What a run says about capacity. Run: pytest tests/unit/reporting/test_capacity_table.py"""
+"""What a run prints about capacity. Run: pytest tests/unit/reporting/test_capacity_table.py"""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def printed(report: RunReport, capacity: CapacityConfig) -> str:
     return out.getvalue()
 
 
-def test_one_sentence_says_what_was_dropped_and_gained():
+def test_one_sentence_has_what_was_dropped_and_gained():
     assert describe(run([layer(0), layer(1, dropped=84)]), TOKEN_DROP) == (
         "token_drop at gamma 1.5 (expert scope, global consensus) dropped 10.0% of the 2,000 "
-        "competing assignments; over the run the most loaded rank worked on 33.8% fewer rows "
+        "eligible assignments; over the run the most loaded rank processed 33.8% fewer rows "
         "(max/mean 1.87 -> 1.24): MoE layers at most 1.51x faster."
     )
     expanded = CapacityConfig(policy="expanded_drop", factor="1.5")
@@ -99,23 +99,23 @@ def test_the_table_has_every_layer_or_the_six_that_dropped_most():
     assert "the 6 of 9 layers that dropped most" in many.replace("\n", " ")
 
 
-def test_phases_with_nothing_to_do_are_said():
+def test_phases_without_eligible_tokens_are_named():
     text = printed(run([layer(0, dropped=0, assignments=0)]), TOKEN_DROP)
-    assert "had nothing to do: no token of phase prefill competed" in " ".join(text.split())
+    assert "no token of phase prefill" in " ".join(text.split())
     assert "layer 0" not in text
 
 
-def test_an_imbalanced_run_without_a_policy_is_told_what_one_would_bound():
+def test_an_imbalanced_run_without_a_policy_is_advised_to_use_one():
     none = CapacityConfig()
     text = printed(run([layer(0)]), none)
     assert "--set moe.capacity.policy=token_drop" in text and "1.87x" in text
     # A factor above the imbalance drops next to nothing; only 1 can reach the bound it promises.
     assert "--set moe.capacity.factor=1," in " ".join(text.split())
     assert printed(run([layer(0)], imbalance=1.2), none) == ""
-    assert printed(run([layer(0)], ranks=1), none) == "", "one rank waits for nobody"
+    assert printed(run([layer(0)], ranks=1), none) == "", "one rank waits for no other"
 
 
-def test_the_json_beside_the_output_has_policy_and_layers():
+def test_the_json_has_policy_and_layers():
     summary = Summary(
         total=1,
         resumed=0,

@@ -28,7 +28,7 @@ from engine.profiling.collector import Collector
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import LayerTotals, RunReport
-from engine.reporting.run_report import run_report
+from engine.reporting.run_report import Measurements, run_report
 from tests.helpers.profiles import Simulation, make_spans
 
 BEFORE = {1: [[6, 2, 3, 1], [2, 0, 1, 1]], 3: [[1, 1, 5, 5], [1, 1, 1, 1]]}
@@ -58,7 +58,7 @@ def loads_of(expert_rank: int) -> LoadCounter:
 
 @dataclass
 class Rank:
-    """What one rank hands to `run_report`."""
+    """What one rank measured."""
 
     rank: int
     replica: int = 0
@@ -68,8 +68,7 @@ class Rank:
     loads: LoadCounter = field(default_factory=LoadCounter)
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
     drops: dict[int, LayerDrops] = field(default_factory=dict)
-    profile: Collector = field(default_factory=lambda: Collector(4, 2))
-    policy: str = "none"
+    collector: Collector = field(default_factory=lambda: Collector(4, 2))
 
     def report(self) -> RunReport:
         topology: Any = SimpleNamespace(
@@ -78,18 +77,15 @@ class Rank:
             replica=self.replica,
             host=f"host{self.rank}",
         )
-        totals = Totals(steps=self.steps, tokens_prefill=10 + self.rank)
-        return run_report(
-            self.seconds,
-            totals,
-            self.profile,
-            {key: sample_of(values) for key, values in self.latencies.items()},
-            self.loads,
-            topology,
+        measured = Measurements(
+            seconds=self.seconds,
+            totals=Totals(steps=self.steps, tokens_prefill=10 + self.rank),
+            latencies={key: sample_of(values).sampled() for key, values in self.latencies.items()},
             traffic=self.traffic,
             preemptions=self.rank,
             drops=self.drops,
         )
+        return run_report(measured, self.collector, self.loads, topology)
 
 
 def sample_of(values: list[float]) -> Sample:
@@ -99,21 +95,21 @@ def sample_of(values: list[float]) -> Sample:
     return sample
 
 
-class HandedIn(Exception):
-    """Stands for waiting until every rank has."""
+class Gathering(Exception):
+    """In place of waiting for the other ranks."""
 
 
 def reports(monkeypatch: pytest.MonkeyPatch, ranks: list[Rank]) -> list[RunReport]:
-    """Every rank's report: the first round collects what each hands in, the second deals it out."""
+    """Every rank's report: the first round collects what each sends, the second returns it."""
     shares: list[Any] = []
 
-    def hand_in(share: Any, group: Any) -> list[Any]:
+    def collect(share: Any, group: Any) -> list[Any]:
         shares.append(share)
-        raise HandedIn
+        raise Gathering
 
-    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", hand_in)
+    monkeypatch.setattr(engine.reporting.run_report, "gather_objects", collect)
     for rank in ranks:
-        with pytest.raises(HandedIn):
+        with pytest.raises(Gathering):
             rank.report()
     monkeypatch.setattr(engine.reporting.run_report, "gather_objects", lambda share, group: shares)
     return [rank.report() for rank in ranks]
@@ -171,7 +167,7 @@ def test_what_ranks_dropped_of_their_own_tokens_is_added_up(monkeypatch):
     assert (three.assignments, three.dropped, three.added, three.orphans) == (16, 2, 1, 2)
     assert (one.drop_rate, one.gate_mass_kept) == (2 / 16, 7 / 8)
     assert (three.drop_rate, three.gate_mass_kept) == (2 / 16, 6.5 / 8)
-    for layer in report.layers:  # here every token competes
+    for layer in report.layers:  # here every token is subject to capacity
         after = sum(layer.expert_loads) - layer.dropped + layer.added
         assert sum(layer.expert_loads_after) == after
 
@@ -193,7 +189,7 @@ def test_the_run_has_totals_over_its_layers(monkeypatch):
     assert report.speed_bound == pytest.approx((10 + 12) / (8 + 10))
 
 
-def test_traffic_is_told_by_layer_and_by_rank(monkeypatch):
+def test_traffic_is_reported_by_layer_and_by_rank(monkeypatch):
     report, _ = reports(monkeypatch, two_ranks())
     assert [(layer.bytes_sent, layer.num_collectives) for layer in report.layers] == [
         (150, 6),
@@ -209,7 +205,7 @@ def test_traffic_is_told_by_layer_and_by_rank(monkeypatch):
     assert [rank.preemptions for rank in report.ranks] == [0, 1]
 
 
-def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
+def test_a_replica_reports_its_own_layers_and_all_ranks(monkeypatch):
     quiet = two_ranks(first=2, replica=1)
     for rank in quiet:
         rank.drops, rank.seconds = {}, 9.0
@@ -227,20 +223,20 @@ def test_a_replica_reports_its_own_layers_and_everybody_s_ranks(monkeypatch):
         assert found == {"ttft": [0.1, 0.3] * 2, "tpot": [0.01, 0.02] * 2}
 
 
-def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank]:
+def timed_ranks(slow: int | None, first: int = 0, replica: int = 0) -> list[Rank]:
     """Two ranks that stepped for about a second, one of them slow; their clocks do not quite agree
     on how long a step was.
     """
     simulation = Simulation(2)
     for turn in range(200):
-        work = [2.0 if rank == late else 1.0 for rank in range(2)]
+        work = [2.0 if rank == slow else 1.0 for rank in range(2)]
         simulation.step(
             host=[0.2 + 0.1 * (turn % 2), 0.3 - 0.1 * (turn % 2)],
             attention=work,
             experts=[2 * each for each in work],
             tokens=[8, 8],
             rows=[8, 8],
-            travel=0.3,
+            transfer=0.3,
         )
     ranks = []
     for rank, collector in enumerate(simulation.collectors):
@@ -252,37 +248,42 @@ def timed_ranks(late: int | None, first: int = 0, replica: int = 0) -> list[Rank
         loads.take_rows()
         loads.set_exchanged(np.array([[8], [8]]))
         ranks.append(
-            Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, profile=collector)
+            Rank(first + rank, replica, loads=loads, traffic={0: (0, 0)}, collector=collector)
         )
     return ranks
 
 
 def test_all_ranks_have_one_report_though_each_measured_the_steps_by_its_own_clock(monkeypatch):
-    ranks = timed_ranks(late=1)
-    lengths = {rank.profile.charges().step_seconds for rank in ranks}
+    ranks = timed_ranks(slow=1)
+    lengths = {rank.collector.wait_attribution().step_seconds for rank in ranks}
     assert len(lengths) == 2, "the ranks would each come to a result of their own"
     first, second = reports(monkeypatch, ranks)
     assert first == second
-    assert first.lost["device"] > 0 and first.lost["network"] > 0
-    assert [verdict.ranks for verdict in first.verdict if verdict.cause == "device"] == [[1]]
+    assert first.wait_caused["device"] > 0 and first.wait_caused["network"] > 0
+    assert [each.ranks for each in first.findings if each.cause == "device"] == [[1]]
 
 
-def test_the_verdict_is_of_every_replica_and_the_same_on_all_ranks(monkeypatch):
-    ranks = timed_ranks(late=None) + timed_ranks(late=1, first=2, replica=1)
+def test_the_findings_are_of_every_replica_and_the_same_on_all_ranks(monkeypatch):
+    ranks = timed_ranks(slow=None) + timed_ranks(slow=1, first=2, replica=1)
     everyone = reports(monkeypatch, ranks)
     for report in everyone:
-        assert report.verdict == everyone[0].verdict
-        assert report.ranks == everyone[0].ranks and report.lost == everyone[0].lost
-        assert [verdict.ranks for verdict in report.verdict] == [[3]]
-        assert report.verdict[0].text.startswith("replica 1 (ranks 2-3): rank 3 on host3 computes")
-        assert [rank.slowness > 1.5 for rank in report.ranks] == [False, False, False, True]
+        assert report.findings == everyone[0].findings
+        assert report.ranks == everyone[0].ranks and report.wait_caused == everyone[0].wait_caused
+        assert [each.ranks for each in report.findings] == [[3]]
+        assert report.findings[0].text.startswith("replica 1 (ranks 2-3): rank 3 on host3 computes")
+        assert [rank.relative_compute_time > 1.5 for rank in report.ranks] == [
+            False,
+            False,
+            False,
+            True,
+        ]
     quiet = reports(monkeypatch, timed_ranks(None) + timed_ranks(None, first=2, replica=1))
     for report in quiet:
-        (verdict,) = report.verdict
-        assert verdict.cause == "balanced" and verdict.text.startswith("replica ")
+        (finding,) = report.findings
+        assert finding.cause == "balanced" and finding.text.startswith("replica ")
 
 
-def test_where_nothing_competed_nothing_was_lost(monkeypatch):
+def test_where_no_token_was_subject_to_capacity_nothing_was_dropped(monkeypatch):
     ranks = two_ranks()
     for rank in ranks:
         rank.drops = {layer: LayerDrops() for layer in BEFORE}
@@ -294,7 +295,7 @@ def test_where_nothing_competed_nothing_was_lost(monkeypatch):
 
 def test_a_run_without_steps_or_without_moe_layers_has_a_report(monkeypatch):
     for steps in (0, 5):
-        (report,) = reports(monkeypatch, [Rank(0, steps=steps, profile=Collector(4, 1))])
+        (report,) = reports(monkeypatch, [Rank(0, steps=steps, collector=Collector(4, 1))])
         assert report.layers == [] and report.totals == LayerTotals()
         assert (report.max_over_mean, report.max_over_mean_after) == (1.0, 1.0)
         assert report.speed_bound == 1.0

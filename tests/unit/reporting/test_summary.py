@@ -9,7 +9,7 @@ from rich.console import Console
 from engine.config import CapacityConfig
 from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.findings import Finding
-from engine.profiling.report import LayerTotals, RankReport, RunReport
+from engine.profiling.report import LayerReport, LayerTotals, PhaseReport, RankReport, RunReport
 from engine.reporting.summary import Summary, percentiles, print_summary
 
 
@@ -74,33 +74,38 @@ def test_percentiles_by_hand():
     }
 
 
-def test_the_verdict_and_the_late_ranks_are_shown_with_what_they_cost():
-    late = replace(
-        rank(3), late_share=0.78, slowness=1.31, lost={"load": 0.25, "device": 1.5, "host": 0.0}
+def test_the_findings_and_the_stragglers_are_shown_with_the_wait_they_caused():
+    slow = replace(
+        rank(3),
+        straggler_share=0.78,
+        relative_compute_time=1.31,
+        wait_caused={"load": 0.25, "device": 1.5, "host": 0.0},
     )
-    verdict = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
+    found = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
     out = console()
-    print_summary(out, summary(run_report(rank(0), late, verdict=verdict)))
+    print_summary(out, summary(run_report(rank(0), slow, findings=found)))
     text = printed(out)
     assert "Straggler: rank 3 computes 31% slower." in text
     row = next(line for line in text.splitlines() if line.startswith(" 3 ") and "78%" in line)
     assert row.split() == ["3", "78%", "+31%", "0.25", "0.00", "1.50", "0.00"]
 
 
-def test_where_nobody_was_late_there_is_no_table_of_late_ranks():
+def test_where_no_rank_was_a_straggler_there_is_no_table_of_them():
     out = console()
-    verdict = [Finding("balanced", "balanced", [], 0.01)]
-    print_summary(out, summary(run_report(rank(0), rank(1), verdict=verdict)))
-    assert "Late rank" not in printed(out) and "Straggler: balanced." in printed(out)
+    found = [Finding("balanced", "balanced", [], 0.01)]
+    print_summary(out, summary(run_report(rank(0), rank(1), findings=found)))
+    assert "Waited-for rank" not in printed(out) and "Straggler: balanced." in printed(out)
 
 
-def test_of_many_ranks_the_eight_that_cost_most_are_shown():
-    ranks = [replace(rank(n), late_share=0.1, lost={"host": float(n)}) for n in range(10)]
+def test_of_many_ranks_the_eight_that_caused_the_longest_waits_are_shown():
+    ranks = [
+        replace(rank(n), straggler_share=0.1, wait_caused={"host": float(n)}) for n in range(10)
+    ]
     out = console()
     print_summary(out, summary(run_report(*ranks)))
-    table = printed(out)[printed(out).index("Late rank") :]
+    table = printed(out)[printed(out).index("Waited-for rank") :]
     shown = [line.split()[0] for line in table.splitlines() if "10%" in line]
-    assert shown == [str(n) for n in range(2, 10)] and "2 ranks cost less" in table
+    assert shown == [str(n) for n in range(2, 10)] and "2 ranks caused less" in table
 
 
 def test_the_summary_shows_throughput_latency_and_every_rank():
@@ -112,7 +117,7 @@ def test_the_summary_shows_throughput_latency_and_every_rank():
     assert "5 requests, 2 of them by earlier runs, 1 with an error record." in text
 
 
-def test_a_run_with_nothing_left_to_do_still_says_what_the_job_is():
+def test_a_run_with_nothing_left_to_do_still_prints_the_job_s_totals():
     out = console()
     print_summary(out, summary(None, resumed=5, errors=0))
     assert printed(out) == "5 requests, 5 of them by earlier runs.\n"
@@ -158,6 +163,47 @@ def test_the_summary_as_json_has_percentiles_in_place_of_latencies():
     assert values["run"]["latencies"]["tpot"] == {"p50": 0.01, "p99": 0.01}
     assert values["run"]["ranks"][0]["seconds"]["attention"] == 1.0
     assert "run" not in json.loads(summary(None).to_json())
+
+
+def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
+    first = replace(
+        rank(0),
+        phases={"gate": PhaseReport(1.0, 0.5, 3, 4)},
+        comms={"all_reduce (tensor)": [CommsRow(1024, 1, 9, 0.5, 0.5, 1.0, 1.0)]},
+    )
+    layers = [LayerReport(0, 1.5, 1.2, 2.0, 1.5, [3, 1], [2, 1])]
+    found = [Finding("rank 3 computes 31% slower", "device", [3], 0.4)]
+    values = json.loads(summary(run_report(first, layers=layers, findings=found)).to_json())
+    run = values["run"]
+    assert list(values) == (
+        "total resumed errors requests prompt_tokens generated_tokens capacity run".split()
+    )
+    assert list(run) == (
+        "seconds steps ranks layers max_over_mean max_over_mean_after speed_bound totals latencies "
+        "verdict lost clock_error capacity_shares".split()
+    )
+    assert list(run["ranks"][0]) == (
+        "rank host tokens_prefill tokens_decode expert_rows bytes_sent num_collectives preemptions "
+        "seconds phases slowness late_share lost comms resolved absent".split()
+    )
+    assert list(run["ranks"][0]["phases"]["gate"]) == "seconds waiting tokens bytes_sent".split()
+    assert (
+        list(run["ranks"][0]["comms"]["all_reduce (tensor)"][0])
+        == (
+            "message_bytes count bytes total_latency_ms avg_latency_ms tput_avg_gbps busbw_avg_gbps"
+        ).split()
+    )
+    assert list(run["layers"][0]) == (
+        "layer rank_max_over_mean rank_max_over_mean_after expert_max_over_mean "
+        "expert_max_over_mean_after expert_loads expert_loads_after assignments dropped added "
+        "orphans gate_mass_kept drop_rate bytes_sent num_collectives seconds lost "
+        "lost_by_cause".split()
+    )
+    assert list(run["totals"]) == (
+        "assignments dropped added orphans gate_mass_kept drop_rate bytes_sent "
+        "collectives_per_call".split()
+    )
+    assert list(run["verdict"][0]) == "text cause ranks share layer".split()
 
 
 def test_deepspeeds_table_is_rank_0s_with_sizes_in_their_units_and_only_where_asked_for():

@@ -62,7 +62,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             layer.set_capacity(settings[name])
             step = None if name == "dropless" else even
             if name == "speed_aware":
-                step = replace(even, shares_W=shares.current)
+                step = replace(even, weights_W=shares.current)
             layer.telemetry.clock = clock = HostClock()
             layer.telemetry.loads.clear()
             layer.account.take()
@@ -77,7 +77,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             row_time.add(spans)
             # As in the step control message: every rank gets the time per row of all ranks.
             row_times = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
-            dist.all_gather(row_times, torch.tensor([row_time.picoseconds_a_row]))
+            dist.all_gather(row_times, torch.tensor([row_time.picoseconds_per_row]))
             shares.update([int(each) for each in row_times])
             if turn < options["warm_up"]:
                 continue

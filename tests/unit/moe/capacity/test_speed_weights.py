@@ -127,11 +127,11 @@ def test_shares_change_every_few_steps_and_say_when_it_matters():
 
 def test_pace_is_time_a_row_of_calls_with_enough_rows():
     pace = RowTime()
-    assert pace.picoseconds_a_row == 0
+    assert pace.picoseconds_per_row == 0
     pace.add(make_spans((Phase.EXPERTS, 0, 0, 5, 8)))
-    assert pace.picoseconds_a_row == 0, "eight rows are bound by reading weights"
+    assert pace.picoseconds_per_row == 0, "eight rows are bound by reading weights"
     pace.add(make_spans((Phase.EXPERTS, 0, 0, 5, 100), (Phase.EXPERTS, 0, 5, 6)))
-    assert pace.picoseconds_a_row == 50_000_000
+    assert pace.picoseconds_per_row == 50_000_000
     for _ in range(30):
         pace.add(make_spans((Phase.EXPERTS, 0, 0, 10, 100)))
-    assert pace.picoseconds_a_row == pytest.approx(100_000_000, rel=0.02)
+    assert pace.picoseconds_per_row == pytest.approx(100_000_000, rel=0.02)
