@@ -1,7 +1,7 @@
 """Every family against transformers: the same checkpoint, the same logits, the same greedy tokens.
 
 Float32 on CPU, ragged prompts in one flattened batch, on one rank and on several. The checkpoints
-are tiny and random (`cases.py`), written by transformers itself.
+are tiny and random (`model_cases.py`), written by transformers itself.
 
     python -m pytest tests/models
 """
