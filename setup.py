@@ -87,7 +87,7 @@ setup(
         "engine.ops": ["csrc/*"],  # a source distribution can compile them
         "lockstep.configs": ["*.yaml", "checkpoints/*.jsonl", "checkpoints/*/*"],
     },
-    entry_points={"console_scripts": ["lockstep = engine.cli.main:run_and_exit"]},
+    entry_points={"console_scripts": ["lockstep = lockstep.cli:run_and_exit"]},
     install_requires=[
         "torch>=2.8,<2.16",
         "numpy>=1.26,<3",

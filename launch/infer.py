@@ -12,9 +12,9 @@ codes: 0 done, 1 failed, 2 wrong command, config or files, 128 + signal when sto
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout needs no install
-from engine.cli import infer
-from engine.cli import main as cli
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # lockstep: a checkout needs no install
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # engine
+from lockstep import cli, infer
 
 
 def main(argv: list[str] | None = None) -> int:

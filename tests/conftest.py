@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread a process, gpu tests only on a GPU."""
+"""What all tests share: no network, one thread per process, gpu tests only on a GPU."""
 
 import os
 

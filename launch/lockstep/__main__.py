@@ -9,7 +9,7 @@
 Every rank runs this; `lockstep infer --help` explains the arguments.
 """
 
-from engine.cli.main import run_and_exit
+from lockstep.cli import run_and_exit
 
 if __name__ == "__main__":
     run_and_exit()

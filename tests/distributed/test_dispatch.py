@@ -1,4 +1,4 @@
-"""Rows that go once a rank, in fewer bits, or in chunks of tokens, on real gloo ranks.
+"""Rows that are sent once per rank, in fewer bits, or in chunks of tokens, on real gloo ranks.
 
 Run: pytest tests/distributed/test_dispatch.py
 """

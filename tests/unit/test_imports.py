@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the top. Units of one floor do not import each other.
 FLOORS = (
-    {"cli"},
     {"batch"},
     {"llm"},
     {"reporting"},
@@ -138,7 +137,9 @@ def test_what_engine_offers_is_what_its_modules_have_and_is_loaded_when_asked_fo
 
 def test_the_command_line_is_parsed_before_anything_slow_is_loaded():
     """torchrun's agent may die while a rank imports torch, and --help answers at once."""
-    loaded = modules_after("import engine.cli.main; engine.cli.main.command_parser()")
+    loaded = modules_after(
+        'sys.path.insert(0, "launch"); import lockstep.cli; lockstep.cli.command_parser()'
+    )
     assert not loaded & (HEAVY | {"transformers", "torch", "numpy"})
 
 

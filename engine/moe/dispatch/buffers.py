@@ -15,7 +15,7 @@ import torch
 
 
 class Slot(IntEnum):
-    """What a buffer holds; `payload.py` says when."""
+    """What a buffer holds; see `payload.py`."""
 
     SEND = 0
     RECV = 1

@@ -74,7 +74,7 @@ class Deduplicator:
         num_tokens, columns = position_TM.shape
         num_groups = self.num_groups
         group_TM, byte_TM, bit_TM, weight_TM = self._table(position_TM.device)[:, position_TM]
-        # A token's first column in a group stands for its unique row there.
+        # A token's first column in a group represents its unique row there.
         column_TM = torch.arange(columns, device=position_TM.device).expand(num_tokens, -1)
         first_TG = column_TM.new_full((num_tokens, num_groups + 1), columns)
         first_TG.scatter_reduce_(1, group_TM, column_TM, "amin")

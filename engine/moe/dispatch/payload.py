@@ -2,7 +2,7 @@
 
 `pipeline.py` schedules the all-to-alls. A payload fills the send buffer of each one and interprets
 what was received. `RowPayload` sends rows in the model's dtype, `PackedPayload` in a packed format
-(`row_format.py`), deduplicated per rank where the plan says so.
+(`row_format.py`), deduplicated per rank where the plan has unique rows.
 
     SEND      rows to dispatch; later the combined results
     RECV      received rows; later the experts' outputs

@@ -1,4 +1,4 @@
-"""Rows that travel once a rank, in fewer bits, or in chunks end up where plain rows do.
+"""Rows that are sent once per rank, in fewer bits, or in chunks end up where plain rows do.
 
 Run: pytest tests/unit/moe/dispatch/test_payload.py
 """

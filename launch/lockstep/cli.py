@@ -14,9 +14,9 @@ import sys
 import traceback
 from typing import NoReturn
 
-from engine.cli import infer
 from engine.distributed.error_file import record_error
 from engine.distributed.launch_agent import die_with_agent
+from lockstep import infer
 
 _REPORTED = "another rank reports the error"
 
