@@ -325,7 +325,7 @@ def under_torchrun(folder: Path, output: Path, fault: str, victim: int) -> str:
     ("fault", "rank", "quoted"),
     [
         ("kill", "1", r"Signal 9 \(SIGKILL\) received by PID \d+"),
-        ("raise", "1", "Traceback .*ArithmeticError: an expert came to 7 and a half"),
+        ("raise", "1", "Traceback .*ArithmeticError: the experts summed to 7 and a half"),
         (
             "hang",
             r"\d",

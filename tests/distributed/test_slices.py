@@ -33,7 +33,7 @@ def whole(job: Path, undisturbed: list) -> bytes:
 def test_shards_on_any_ranks_killed_and_run_twice_leave_the_bytes_of_one_run(job, whole, tmp_path):
     output = tmp_path / "out.jsonl"
     assert "slices 0, 1 of 3 are not complete yet" in run_shard(1, job, output, 2)
-    with pytest.raises(RanksFailed, match="died without a word, exit code -9"):
+    with pytest.raises(RanksFailed, match="exited without a result, exit code -9"):
         run(2, command(job, output, "--slice", f"0/{COUNT}"), (1, 2, "kill inside"))
     assert not output.exists()
     assert "by earlier runs" in run_shard(2, job, output, 0)
