@@ -97,7 +97,7 @@ def test_over_two_hosts_the_records_are_those_of_one_process(
     assert hosts_of_ranks(output) == ["host1", "host1", "host2", "host2"]
     for rank in report(output)["ranks"]:
         assert {"all_to_all_single (dispatch)", "all_gather (consensus)"} <= rank["comms"].keys()
-    assert "waiting for late ranks and overlapped work included" in done.output
+    assert "waiting for stragglers and overlapped work included" in done.output
 
 
 def test_a_wrong_setting_fails_the_launch_and_is_reported_once(job, tmp_path, environ):
