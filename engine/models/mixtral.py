@@ -14,9 +14,7 @@ def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers MixtralConfig into a `ModelSpec`."""
     attention = attention_spec(hf_config, window=hf_config.sliding_window)
     router = RouterSpec(
-        num_experts=hf_config.num_local_experts,
-        top_k=hf_config.num_experts_per_tok,
-        normalize=True,
+        num_experts=hf_config.num_local_experts, top_k=hf_config.num_experts_per_tok, normalize=True
     )
     moe = MoESpec(router=router, hidden=hf_config.hidden_size, ffn=hf_config.intermediate_size)
     layers = [LayerSpec(attention=attention, mlp=SparseSpec(moe=moe))] * hf_config.num_hidden_layers

@@ -33,13 +33,7 @@ class Phase(IntEnum):
 
 
 # TENSOR is a collective of one tensor group: its ranks wait for each other only.
-COLLECTIVE_PHASES = (
-    Phase.CONSENSUS,
-    Phase.DISPATCH,
-    Phase.COMBINE,
-    Phase.CONTROL,
-    Phase.TENSOR,
-)
+COLLECTIVE_PHASES = (Phase.CONSENSUS, Phase.DISPATCH, Phase.COMBINE, Phase.CONTROL, Phase.TENSOR)
 NO_LAYER = -1
 # The collective of a span that waits for none; the stamp of a collective that was skipped.
 NONE = -1
