@@ -222,9 +222,8 @@ class GenerationLoop:
         """Run one step; return the sequences that finished."""
         moe_step = None
         if self._phases:
-            moe_step = build_moe_step(
-                step, messages, self._phases, self._topology, self._step_profiler.weights_W
-            )
+            weights_W = self._step_profiler.weights_W
+            moe_step = build_moe_step(step, messages, self._phases, self._topology, weights_W)
         # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
