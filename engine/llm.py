@@ -26,14 +26,7 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import Progress, ProgressReporter
-from engine.generation.builder import (
-    build,
-    build_cache,
-    checkpoint_names,
-    load_weights,
-    reserve_rows,
-    resolved_settings,
-)
+from engine.generation import builder
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
@@ -87,14 +80,16 @@ class LLM:
         self.eos_token_ids = self._on_all_ranks(
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
         )
-        self.model = self._on_all_ranks(lambda: build(config, hf_config, topology))
+        self.model = self._on_all_ranks(lambda: builder.build(config, hf_config, topology))
         self.model.set_telemetry(self._telemetry)
-        names = self._on_all_ranks(lambda: checkpoint_names(config))
-        self.weights_report = load_weights(self.model, config, topology, names, self._activity)
+        names = self._on_all_ranks(lambda: builder.checkpoint_names(config))
+        self.weights_report = builder.load_weights(
+            self.model, config, topology, names, self._activity
+        )
         self._activity.begin("loading the model")
         self.model.finalize_weights(self._activity.tick)
         self._runner, self._scheduler = self._on_all_ranks(
-            lambda: build_cache(self.model, config, topology)
+            lambda: builder.build_cache(self.model, config, topology)
         )
         in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
@@ -113,7 +108,7 @@ class LLM:
 
         With moe.overlap.chunks = auto its value is a mapping: tokens of a step, from -> chunks.
         """
-        return resolved_settings(self.model, self.topology, self._runner.cache.num_blocks)
+        return builder.resolved_settings(self.model, self.topology, self._runner.cache.num_blocks)
 
     def progress(self) -> Progress:
         """Return how far this rank has come; any thread may call it."""
@@ -239,7 +234,7 @@ class LLM:
         for layer in self.model.moe_layers:
             layer.set_capacity(capacity)
         self.config = config
-        reserve_rows(self.model, config, self.topology)
+        builder.reserve_rows(self.model, config, self.topology)
 
     def record_decisions(self) -> list[LayerDecision]:
         """Record capacity's later decisions about this rank's tokens, in the returned list."""

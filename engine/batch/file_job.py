@@ -35,8 +35,8 @@ from engine.request import Completion
 class FileJob:
     """One rank's share of a job."""
 
-    num_total: int  # requests of the job
-    num_resumed: int  # of these, done by earlier runs
+    num_total = 0  # requests of the job
+    num_resumed = 0  # of these, done by earlier runs
     lines: PendingLines  # set by `open`
 
     def __init__(
@@ -64,8 +64,6 @@ class FileJob:
         self._whole_output = output
         self._shard = shard
         self._own_lines = range(0)
-        self.num_total = 0
-        self.num_resumed = 0
         self._config = config
         self._topology = topology
         self._ledger: Ledger | None = None

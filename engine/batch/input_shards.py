@@ -93,7 +93,8 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
     if differences == []:
         _remove_shards(output)
         return True
-    counts = _shard_counts(output)
+    # Of all shards next to the output, unfinished or complete.
+    counts = {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
     _refuse_unsharded_run(output)
     if differences is not None and not counts:
         raise JobError(
@@ -244,11 +245,6 @@ def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
     present = [report or {} for report in reports]
     sums = {key: sum(report.get(key, 0) for report in present) for key in _SUMS}
     return {**sums, "capacity": present[0].get("capacity"), "slices": present}
-
-
-def _shard_counts(output: Path) -> set[int]:
-    """Return the shard counts of all shards next to the output, unfinished or complete."""
-    return {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
 
 
 def _remove_shards(output: Path) -> None:

@@ -54,6 +54,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
 }
+_PARAMETERS = _OURS | _ALIASES.keys() | _NEUTRAL.keys()
 _HARMLESS = frozenset({"model", "user", "metadata", "store", "service_tier", "parallel_tool_calls"})
 _URLS = {"/v1/completions": ("prompt",), "/v1/chat/completions": ("messages",)}
 _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
@@ -189,7 +190,7 @@ def _plain(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a line in our own form into prompt and parameters; ignore the user's own keys."""
     settings = {}
     for key, value in record.items():
-        if key in _OURS or key in _ALIASES or key in _NEUTRAL:
+        if key in _PARAMETERS:
             settings[key] = value
         elif key not in _PROMPTS and key != "id" and (near := _intended(key)):
             raise _LineError(f"{key!r} is not a sampling parameter: did you mean {near!r}?")
@@ -211,7 +212,7 @@ def _openai(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     prompts = _PROMPTS if url is None else _URLS[url]
     settings = {}
     for key, value in body.items():
-        if key in _OURS or key in _ALIASES or key in _NEUTRAL:
+        if key in _PARAMETERS:
             settings[key] = value
         elif key not in prompts and key not in _HARMLESS and value is not None:
             near = _intended(key)

@@ -15,19 +15,3 @@ from engine.config.schema import (
     SamplingConfig,
     SchedulerConfig,
 )
-
-__all__ = [
-    "CapacityConfig",
-    "Config",
-    "DispatchConfig",
-    "ExpertsConfig",
-    "MoEConfig",
-    "ModelConfig",
-    "OverlapConfig",
-    "ParallelConfig",
-    "ProfilerConfig",
-    "RequestPhase",
-    "RuntimeConfig",
-    "SamplingConfig",
-    "SchedulerConfig",
-]

@@ -32,6 +32,11 @@ def _positive_factor(value: str | float) -> bool:
 
 _POSITIVE = rule("finite and above 0", lambda value: 0 < value < float("inf"))
 _SEED = rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+_NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
+_PHASES = rule(
+    "a list of phases, not empty and without repeats",
+    lambda value: 0 < len(value) == len(set(value)),
+)
 _TEXT = rule("non-empty text", lambda value: value != "")
 
 
@@ -54,11 +59,9 @@ class ModelConfig:
 class ParallelConfig:
     """How ranks share the model: world = expert * replicas, and tensor divides expert."""
 
-    expert: int | Literal["auto"] | None = field(  # ranks per copy of the experts; null: all
-        # ranks; auto: as many as the number of ranks allows, also after an elastic restart
-        default=None,
-        metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
-    )
+    expert: int | Literal["auto"] | None = field(default=None, metadata=_NUMBER_OR_AUTO)  # ranks
+    # per copy of the experts; null: all ranks; auto: as many as the number of ranks allows, also
+    # after an elastic restart
     tensor: int = field(default=1, metadata=_at_least(1))  # ranks per attention layer
 
 
@@ -90,16 +93,8 @@ class CapacityConfig:
     # leaves free; one: top-k and extras are ranked together by score
     extras: Literal["all", "dropped"] = "all"  # of expanded_drop: which tokens may take free slots:
     # all, or those that lost an assignment
-    phases: tuple[RequestPhase, ...] = (
-        field(  # phases whose tokens are subject to capacity: prefill,
-            # decode; `both` is short for the two
-            default=("prefill",),
-            metadata=rule(
-                "a list of phases, not empty and without repeats",
-                lambda v: 0 < len(v) == len(set(v)),
-            ),
-        )
-    )
+    phases: tuple[RequestPhase, ...] = field(default=("prefill",), metadata=_PHASES)  # phases whose
+    # tokens are subject to capacity: prefill, decode; `both` is short for the two
     renormalize: bool = False  # rescale the kept weights of a token to their sum before dropping
     seed: int = field(default=0, metadata=_SEED)  # of order: random
     selection: Literal["auto", "gather", "radix"] = "auto"  # how consensus: global finds the last
@@ -137,11 +132,9 @@ class DispatchConfig:
 class OverlapConfig:
     """How communication overlaps with the experts' computation."""
 
-    chunks: int | Literal["auto"] = field(  # parts of a step's rows: one is sent while experts
-        # compute another; 1: no overlap; auto: 1, 2 or 4, measured as the job runs
-        default=1,
-        metadata=rule("at least 1, or auto", lambda v: v == "auto" or v >= 1),
-    )
+    chunks: int | Literal["auto"] = field(default=1, metadata=_NUMBER_OR_AUTO)  # parts of a step's
+    # rows: one is sent while experts compute another; 1: no overlap; auto: 1, 2 or 4, measured as
+    # the job runs
     by: Literal["auto", "experts", "tokens"] = "auto"  # what chunks divide: a rank's experts or
     # its tokens; auto: experts where every rank has one for each chunk
     two_batch: bool = False  # run large steps as two half batches: attention of one while rows of

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator
     except ValueError as error:
         launch, timeout = discover(environ), timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
         die_with_agent(environ)
-        own = _rank_info(launch, digest="", gpu=None, no_gpu="", error=str(error))
+        own = _rank_info(launch, error=str(error))
         try:
             store = dist.PrefixStore("lockstep", _open_store(launch, timeout, environ))
             join(store, own, launch.world_size, timeout)  # raises the error
@@ -96,18 +97,10 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
         raise
 
 
-def _rank_info(
-    launch: Launch, *, digest: str, gpu: str | None, no_gpu: str, error: str | None
-) -> RankInfo:
-    return RankInfo(
-        rank=launch.rank,
-        host=socket.gethostname(),
-        cores=sorted(os.sched_getaffinity(0)),
-        digest=digest,
-        gpu=gpu,
-        no_gpu=no_gpu,
-        error=error,
-    )
+def _rank_info(launch: Launch, **known: Any) -> RankInfo:
+    """Return this rank's info; known: its fields that do not follow from the launch."""
+    cores = sorted(os.sched_getaffinity(0))
+    return RankInfo(rank=launch.rank, host=socket.gethostname(), cores=cores, **known)
 
 
 def _join_run(
@@ -275,10 +268,8 @@ def _create_groups(
         data_rank=own.data_rank,
         num_data=own.num_data,
         replica=own.replica,
-        num_replicas=own.num_replicas,
         device=device,
         store=store,
-        local_rank=launch.local_rank,
         local_world_size=launch.local_world_size,
         host=socket.gethostname(),
         store_rank=store_rank,

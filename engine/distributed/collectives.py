@@ -131,12 +131,8 @@ class GroupCollectives:
         if self.size == 1:
             return Done(part[None])
         out = part.new_empty((self.size, *part.shape))
-        work = _all_gather(
-            out.view(-1, *part.shape[1:]),
-            part.contiguous(),
-            group=self._group.handle,
-            async_op=True,
-        )
+        rows = out.view(-1, *part.shape[1:])
+        work = _all_gather(rows, part.contiguous(), group=self._group.handle, async_op=True)
         self._count(part, self.size - 1)
         return Started(work, out)
 

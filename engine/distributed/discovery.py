@@ -132,12 +132,9 @@ def _node_address(node: str) -> str:
         return node
     except OSError as error:
         try:
+            command = ["scontrol", "show", "node", node]
             shown = subprocess.run(
-                ["scontrol", "show", "node", node],
-                check=False,
-                capture_output=True,
-                text=True,
-                timeout=10,
+                command, check=False, capture_output=True, text=True, timeout=10
             ).stdout
         except (OSError, subprocess.TimeoutExpired):  # no scontrol in the container
             shown = ""

@@ -37,10 +37,8 @@ class Topology:
     data_rank: int  # owns requests; shared by the ranks of one tensor group
     num_data: int
     replica: int
-    num_replicas: int
     device: torch.device
     store: dist.Store
-    local_rank: int
     local_world_size: int
     host: str
     store_rank: int | None = None  # its process holds the store; None: the launcher does
@@ -61,7 +59,6 @@ class Layout:
     data_rank: int
     num_data: int
     replica: int
-    num_replicas: int
 
 
 def layout(rank: int, world_size: int, expert: int, tensor: int) -> Layout:
@@ -77,7 +74,6 @@ def layout(rank: int, world_size: int, expert: int, tensor: int) -> Layout:
         data_rank=data_rank,
         num_data=world_size // tensor,
         replica=replica,
-        num_replicas=world_size // expert,
     )
 
 

@@ -44,10 +44,10 @@ class RankInfo:
     rank: int
     host: str
     cores: list[int]  # CPU numbers this process may run on
-    digest: str  # of the config
-    gpu: str | None  # the device's unique id
-    no_gpu: str  # why `gpu` is None
-    error: str | None  # what this rank already knows to be wrong
+    digest: str = ""  # of the config
+    gpu: str | None = None  # the device's unique id
+    no_gpu: str = ""  # why `gpu` is None
+    error: str | None = None  # what this rank already knows to be wrong
 
 
 def join(

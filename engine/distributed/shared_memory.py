@@ -240,9 +240,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         """Leave the group; ranks that wait for this one fail."""
         self._channel.close()
 
-    def abort(self) -> None:
-        """Leave the group."""
-        self._channel.close()
+    abort = shutdown
 
     # Their names before torch 2.13.
     alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]: names differ

@@ -120,19 +120,9 @@ _values = attrgetter(*(each.name for each in fields(ControlMessage)))
 
 
 def _message(row: list[int]) -> ControlMessage:
-    prefill, decode, running, waiting, finished, done, eligible, signal, now, per_row, read = row
+    prefill, decode, running, waiting, finished, done, eligible, signal, now, *rest = row
     return ControlMessage(
-        prefill,
-        decode,
-        running,
-        waiting,
-        finished,
-        bool(done),
-        eligible,
-        signal,
-        bool(now),
-        per_row,
-        read,
+        prefill, decode, running, waiting, finished, bool(done), eligible, signal, bool(now), *rest
     )
 
 

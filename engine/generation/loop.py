@@ -160,7 +160,7 @@ class GenerationLoop:
         if self._is_leader and closed:
             exhausted = source.is_exhausted()
         elif self._is_leader:
-            in_flight = scheduler.num_running + scheduler.num_waiting
+            in_flight = len(scheduler.running) + len(scheduler.waiting)
             # One at a time: a request that cannot start at once is left to the other ranks.
             while in_flight < source.limit and scheduler.room() > 0:
                 item = source.take()
@@ -191,10 +191,7 @@ class GenerationLoop:
             )
         except ValueError as error:
             return Completion.failure(
-                request.index,
-                request.id,
-                str(error),
-                prompt_tokens=len(request.prompt_token_ids),
+                request.index, request.id, str(error), prompt_tokens=len(request.prompt_token_ids)
             )
         return None
 
@@ -207,8 +204,8 @@ class GenerationLoop:
         message = ControlMessage(
             tokens_prefill=(step.num_tokens - step.num_decode) * leads,
             tokens_decode=step.num_decode * leads,
-            running=scheduler.num_running * leads,
-            waiting=scheduler.num_waiting * leads,
+            running=len(scheduler.running) * leads,
+            waiting=len(scheduler.waiting) * leads,
             finished=self.totals.finished * leads,
             exhausted=exhausted,
             tokens_eligible=count_eligible(step, self._phases) * leads,
@@ -225,9 +222,8 @@ class GenerationLoop:
         """Run one step; return the sequences that finished."""
         moe_step = None
         if self._phases:
-            moe_step = build_moe_step(
-                step, messages, self._phases, self._topology, self._step_profiler.weights_W
-            )
+            weights_W = self._step_profiler.weights_W
+            moe_step = build_moe_step(step, messages, self._phases, self._topology, weights_W)
         # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),

@@ -37,24 +37,14 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_batch_tokens = config.max_batch_tokens
         self.max_sequences = min(config.max_sequences, config.max_batch_tokens)
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # those that own blocks
+        self.waiting: deque[Sequence] = deque()  # not admitted yet, or preempted
         self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is unfinished."""
         return bool(self.running or self.waiting)
-
-    @property
-    def num_running(self) -> int:
-        """Number of sequences that own blocks."""
-        return len(self.running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of sequences not admitted yet, or preempted."""
-        return len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
         """Append a sequence to the waiting queue; its length is capped at `max_model_len`.

@@ -63,12 +63,6 @@ class Slice:
         of_prompt = self.prompt_logprob_rows
         return self.length - of_prompt.start if of_prompt else int(self.samples)
 
-    @property
-    def logit_rows(self) -> list[int]:
-        """Rows of this slice whose logits are needed: the sampled one, then those of the prompt."""
-        sampled = [self.length - 1] if self.samples else []
-        return sampled + list(self.prompt_logprob_rows)
-
 
 @dataclass(slots=True)
 class Step:
@@ -79,14 +73,9 @@ class Step:
     num_tokens: int  # rows of the step
     sampling: list[Slice]  # the slices that sample, in order
     sample_rows: list[int]  # the row of the last token of each of `sampling`
-    prompt_rows: list[int]  # rows for prompt logprobs
+    prompt_rows: list[int]  # rows for prompt logprobs, none of them in `sample_rows`
     prompt_targets: list[int]  # the token whose logprob each of them gives
     num_read: int  # rows whose final hidden state is read
-
-    @property
-    def logit_rows(self) -> list[int]:
-        """Rows whose logits are needed: `sample_rows`, then `prompt_rows`; no row is in both."""
-        return self.sample_rows + self.prompt_rows if self.prompt_rows else self.sample_rows
 
     @classmethod
     def of(cls, slices: list[Slice], num_decode: int) -> Step:

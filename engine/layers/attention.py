@@ -139,10 +139,7 @@ class Attention(nn.Module):
         """Return the shape of the cache of `num_layers` such layers on this rank."""
         dim = self.spec.head_dim
         return KVSpec(
-            num_layers=num_layers,
-            num_kv_heads=self.share.num_kv_heads,
-            key_dim=dim,
-            value_dim=dim,
+            num_layers=num_layers, num_kv_heads=self.share.num_kv_heads, key_dim=dim, value_dim=dim
         )
 
     def _norm_projections(
@@ -185,19 +182,14 @@ class Attention(nn.Module):
             end = start + rows.stop - rows.start
             name = f"{prefix}.{letter}_proj"
             view = self.qkv_OD[start:end]
-            everything = slice(0, spec.hidden)
-            yield WeightSlot(f"{name}.weight", view, (full, spec.hidden), (rows, everything))
+            yield WeightSlot(f"{name}.weight", view, (full, spec.hidden), (rows,))
             if self.qkv_bias_O is not None:
                 bias = self.qkv_bias_O[start:end]
                 yield WeightSlot(f"{name}.bias", bias, (full,), (rows,), kind="bias")
             start = end
         yield from out_slots(prefix, self.out_DO, self.out_bias_D, q_rows, q_full)
-        if self.q_norm is None or self.k_norm is None:
-            return
-        if spec.qk_norm == "head":
-            yield WeightSlot(f"{prefix}.q_norm.weight", self.q_norm, (dim,), kind="norm")
-            yield WeightSlot(f"{prefix}.k_norm.weight", self.k_norm, (dim,), kind="norm")
-        else:
-            q_name, k_name = f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight"
-            yield WeightSlot(q_name, self.q_norm, (q_full,), (q_rows,), kind="norm")
-            yield WeightSlot(k_name, self.k_norm, (kv_full,), (kv_rows,), kind="norm")
+        norms = (("q", self.q_norm, q_rows, q_full), ("k", self.k_norm, kv_rows, kv_full))
+        for letter, norm, rows, full in norms:
+            if norm is not None:
+                shape, shard = ((dim,), None) if spec.qk_norm == "head" else ((full,), (rows,))
+                yield WeightSlot(f"{prefix}.{letter}_norm.weight", norm, shape, shard, kind="norm")

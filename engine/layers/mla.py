@@ -183,16 +183,15 @@ class LatentAttention(nn.Module):
 
         q_full, q_rows = spec.num_heads * self.head_dim, rows_of(self.head_dim)
         down_q, down_latent = self.down_OD[: self.down_q], self.down_OD[self.down_q :]
-        hidden = slice(0, spec.hidden)
         if self.q_up_OQ is None or self.q_norm_Q is None:
             name = f"{prefix}.q_proj.weight"
-            yield WeightSlot(name, down_q, (q_full, spec.hidden), (q_rows, hidden))
+            yield WeightSlot(name, down_q, (q_full, spec.hidden), (q_rows,))
         else:
             rank = self.down_q
             yield WeightSlot(f"{prefix}.q_a_proj.weight", down_q, (rank, spec.hidden))
             yield WeightSlot(f"{prefix}.q_a_layernorm.weight", self.q_norm_Q, (rank,), kind="norm")
             name = f"{prefix}.q_b_proj.weight"
-            yield WeightSlot(name, self.q_up_OQ, (q_full, rank), (q_rows, slice(0, rank)))
+            yield WeightSlot(name, self.q_up_OQ, (q_full, rank), (q_rows,))
         name = f"{prefix}.kv_a_proj_with_mqa"
         yield WeightSlot(f"{name}.weight", down_latent, (self.latent_width, spec.hidden))
         if self.down_bias_O is not None:
@@ -205,8 +204,7 @@ class LatentAttention(nn.Module):
         yield WeightSlot(name, self.kv_norm_C, (rank,), kind="norm")
         width = spec.nope_dim + spec.value_dim
         name, full = f"{prefix}.kv_b_proj.weight", (spec.num_heads * width, rank)
-        shard = (rows_of(width), slice(0, rank))
-        yield WeightSlot(name, self.kv_up_HOC.flatten(0, 1), full, shard)
+        yield WeightSlot(name, self.kv_up_HOC.flatten(0, 1), full, (rows_of(width),))
         columns, full_width = rows_of(spec.value_dim), spec.num_heads * spec.value_dim
         yield from out_slots(prefix, self.out_DO, self.out_bias_D, columns, full_width)
 

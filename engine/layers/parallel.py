@@ -150,7 +150,6 @@ def out_slots(
 ) -> Iterator[WeightSlot]:
     """Yield the slots of an output projection that owns `columns` of the `full` input width."""
     hidden = out_DO.shape[0]
-    shard = (slice(0, hidden), columns)
-    yield WeightSlot(f"{prefix}.o_proj.weight", out_DO, (hidden, full), shard)
+    yield WeightSlot(f"{prefix}.o_proj.weight", out_DO, (hidden, full), (slice(None), columns))
     if bias_D is not None:
         yield WeightSlot(f"{prefix}.o_proj.bias", bias_D, (hidden,), kind="bias")

@@ -125,11 +125,9 @@ class CausalLM(nn.Module):
         self.telemetry, self.rotary = Telemetry(), rotary
         shape = (spec.vocab_size, spec.hidden)
         self.embedding_VD = empty_parameter(*shape, device=device, dtype=dtype)
-        self.head_VD = (
-            self.embedding_VD
-            if spec.tied_embeddings
-            else empty_parameter(*shape, device=device, dtype=dtype)
-        )
+        self.head_VD = self.embedding_VD
+        if not spec.tied_embeddings:
+            self.head_VD = empty_parameter(*shape, device=device, dtype=dtype)
         self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
         self.workspace = RowBuffers()
         tuner = ChunkTuner(device)

@@ -12,7 +12,8 @@ from typing import Any
 
 from engine.layers.mla import MLASpec
 from engine.layers.rotary import yarn_softmax_factor
-from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec, require
+from engine.models.hf_config import model_spec, require
+from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
 from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
 
@@ -88,17 +89,11 @@ def deepseek_spec(
     every = getattr(hf_config, "moe_layer_freq", 1)
     first = hf_config.first_k_dense_replace
     num_layers = hf_config.num_hidden_layers
-    return ModelSpec(
-        vocab_size=hf_config.vocab_size,
-        hidden=hf_config.hidden_size,
-        norm_eps=hf_config.rms_norm_eps,
-        tied_embeddings=hf_config.tie_word_embeddings,
-        rotary_dim=hf_config.qk_rope_head_dim,
-        layers=tuple(
-            LayerSpec(attention=attention, mlp=sparse if i >= first and i % every == 0 else dense)
-            for i in range(num_layers)
-        ),
-        # Layers past the last are multi-token prediction heads (V3, section 2.2), which plain
-        # decoding does not use.
-        ignored=(rf"^model\.layers\.{num_layers}\..*$",),
-    )
+    layers = [
+        LayerSpec(attention=attention, mlp=sparse if i >= first and i % every == 0 else dense)
+        for i in range(num_layers)
+    ]
+    # Layers past the last are multi-token prediction heads (V3, section 2.2), which plain decoding
+    # does not use.
+    ignored = (rf"^model\.layers\.{num_layers}\..*$",)
+    return model_spec(hf_config, layers, rotary_dim=hf_config.qk_rope_head_dim, ignored=ignored)

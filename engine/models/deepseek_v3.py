@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from engine.models.deepseek_v2 import deepseek_spec
-from engine.models.spec import ModelSpec, require
+from engine.models.hf_config import require
+from engine.models.spec import ModelSpec
 from engine.moe.router import RouterSpec
 
 

@@ -65,5 +65,4 @@ def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
         ("gate_up_proj", moe.experts.w13_e2FD, 2 * ffn, hidden),
         ("down_proj", moe.experts.w2_eDF, hidden, ffn),
     ):
-        shard = (mine, slice(0, rows), slice(0, columns))
-        yield WeightSlot(f"{prefix}.{name}", target, (num_experts, rows, columns), shard)
+        yield WeightSlot(f"{prefix}.{name}", target, (num_experts, rows, columns), (mine,))

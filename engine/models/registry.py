@@ -20,7 +20,8 @@ from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
 from engine.models.decoder import CausalLM
-from engine.models.spec import ModelSpec, check_config
+from engine.models.hf_config import check_config
+from engine.models.spec import ModelSpec
 
 _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "mixtral": mixtral.read_spec,

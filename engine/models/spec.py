@@ -1,13 +1,12 @@
 """Model spec: a model's shapes, routing and tensor names, without tensors.
 
 Each family file (`mixtral.py`, `olmoe.py`, ...) turns a Hugging Face configuration into a
-`ModelSpec`; `decoder.py` builds the modules from it.
+`ModelSpec`, with the helpers of `hf_config.py`; `decoder.py` builds the modules from it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from engine.layers.attention import AttentionSpec
 from engine.layers.mla import MLASpec
@@ -66,33 +65,3 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
-
-
-def check_config(hf_config: Any) -> None:
-    """Check the settings that no family supports.
-
-    Raises:
-        ValueError: naming the field of config.json, its value and the rule.
-    """
-    if hf_config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
-            f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only 'silu': "
-            "the experts' kernels compute silu(gate) * up"
-        )
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantization_config in config.json: quantized checkpoints are not supported; use one "
-            "in float32, bfloat16 or float16"
-        )
-
-
-def require(hf_config: Any, field: str) -> Any:
-    """Return a field that may be null in a configuration but that this model needs.
-
-    Raises:
-        ValueError: when it is null.
-    """
-    value = getattr(hf_config, field, None)
-    if value is None:
-        raise ValueError(f"{field} in config.json is null; this model type needs a number there")
-    return value

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+from abc import abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -60,7 +61,6 @@ class ExpertsBackend(Protocol):
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the backend's own layout, in place, where it has one."""
-        ...
 
     def __call__(
         self,
@@ -105,16 +105,8 @@ class TorchExperts:
         return grouped_ffn(rows_RD, w13_e2FD, w2_eDF, expert_counts, out_RD, index_R)
 
 
-class GroupedMMExperts:
-    """torch.nn.functional.grouped_mm: one call per projection for any number of experts."""
-
-    name = "grouped_mm"
-
-    def __init__(self, weights: ExpertWeights) -> None:
-        self._weights = weights
-
-    def finalize_weights(self) -> None:
-        """Do nothing: the weights stay as loaded."""
+class _GroupedExperts(ExpertsBackend):
+    """A backend that needs the rows grouped by expert. The weights stay as loaded."""
 
     def __call__(
         self,
@@ -126,8 +118,26 @@ class GroupedMMExperts:
         """Run the experts; see `ExpertsBackend`."""
         if not rows_RD.shape[0]:
             return torch.empty_like(rows_RD)
-        if index_R is not None:
-            return _grouped(self, rows_RD, expert_counts, out_RD, index_R)
+        if index_R is None:
+            return self._run(rows_RD, expert_counts)
+        grouped_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+        grouped_RD = gather_rows(rows_RD, index_R, grouped_RD)
+        return grouped_RD.index_copy_(0, index_R, self._run(grouped_RD, expert_counts))
+
+    @abstractmethod
+    def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
+        """Return the outputs [R, D] of grouped rows, R > 0."""
+
+
+class GroupedMMExperts(_GroupedExperts):
+    """torch.nn.functional.grouped_mm: one call per projection for any number of experts."""
+
+    name = "grouped_mm"
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+
+    def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         counts = torch.tensor(expert_counts, dtype=torch.int32)
         ends = to_device(counts.cumsum(0, dtype=torch.int32), rows_RD.device)
         w13 = self._weights.w13_e2FD.transpose(1, 2)
@@ -135,7 +145,7 @@ class GroupedMMExperts:
         return F.grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
 
 
-class TransformerEngineExperts:
+class TransformerEngineExperts(_GroupedExperts):
     """Transformer Engine's GroupedLinear, its weights replaced by views of the stacked ones."""
 
     name = "te"
@@ -148,21 +158,7 @@ class TransformerEngineExperts:
         annotation = inspect.signature(te.GroupedLinear.forward).parameters["m_splits"].annotation
         self._splits_as_tensor = "Tensor" in str(annotation)
 
-    def finalize_weights(self) -> None:
-        """Do nothing: the modules hold views of the weights."""
-
-    def __call__(
-        self,
-        rows_RD: torch.Tensor,
-        expert_counts: list[int],
-        out_RD: torch.Tensor | None = None,
-        index_R: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Run the experts; see `ExpertsBackend`."""
-        if not rows_RD.shape[0]:
-            return torch.empty_like(rows_RD)
-        if index_R is not None:
-            return _grouped(self, rows_RD, expert_counts, out_RD, index_R)
+    def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         splits: Any = torch.tensor(expert_counts) if self._splits_as_tensor else expert_counts
         return self._down(silu_and_mul(self._up(rows_RD, splits)), splits)
 
@@ -231,20 +227,6 @@ def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:
         "te": TransformerEngineExperts,
     }
     return backends[name](weights)
-
-
-def _grouped(
-    run: ExpertsBackend,
-    rows_RD: torch.Tensor,
-    expert_counts: list[int],
-    out_RD: torch.Tensor | None,
-    index_R: torch.Tensor,
-) -> torch.Tensor:
-    """Group the rows for a backend that needs it, and return its outputs in the rows' order."""
-    grouped_RD = gather_rows(
-        rows_RD, index_R, torch.empty_like(rows_RD) if out_RD is None else out_RD
-    )
-    return grouped_RD.index_copy_(0, index_R, run(grouped_RD, expert_counts))
 
 
 def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:

@@ -111,11 +111,6 @@ def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None
     return Routing(scores_TE, *choose(scores_TE, choice_TE, rule))
 
 
-def combine_weights(topk_scores_TK: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Return the family's combine weights for top-k scores, both float32 [T, K]."""
-    return score_weights(topk_scores_TK, topk_scores_TK, spec)
-
-
 def score_weights(
     scores_TX: torch.Tensor, topk_scores_TK: torch.Tensor, spec: RouterSpec
 ) -> torch.Tensor:

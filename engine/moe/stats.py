@@ -138,16 +138,8 @@ class DropStats:
             if extra_Te is not None:
                 added_T = extra_Te.sum(1, dtype=torch.float32)
             orphan_T = (left_T + added_T == 0).float()
-        parts_6T = torch.stack(
-            (
-                torch.full_like(mass_T, weights_TK.shape[1]),
-                dropped_T,
-                added_T,
-                orphan_T,
-                mass_T,
-                kept_T,
-            )
-        )
+        routed_T = torch.full_like(mass_T, weights_TK.shape[1])
+        parts_6T = torch.stack((routed_T, dropped_T, added_T, orphan_T, mass_T, kept_T))
         if step.eligible_T is not None:
             parts_6T = parts_6T.where(step.eligible_T, 0.0)
         if step.counts is not None:

@@ -34,11 +34,11 @@ class DecisionLog:
 
     def __init__(self) -> None:
         self.entries: list[LayerDecision] | None = None  # None: recording is off
-        self._step = 0
+        self.step = 0  # steps since recording began
 
     def start(self) -> list[LayerDecision]:
         """Record from now on, into the returned list."""
-        self.entries, self._step = [], 0
+        self.entries, self.step = [], 0
         return self.entries
 
     def stop(self) -> None:
@@ -47,9 +47,4 @@ class DecisionLog:
 
     def next_step(self) -> None:
         """Count a step."""
-        self._step += 1
-
-    @property
-    def step(self) -> int:
-        """Return the number of steps since recording began."""
-        return self._step
+        self.step += 1

@@ -20,7 +20,6 @@ from engine.profiling.phase_clock import (
     Mark,
     Phase,
     PhaseClock,
-    Position,
     Sent,
     Spans,
     spans_of,
@@ -29,66 +28,22 @@ from engine.profiling.phase_clock import (
 _Stamp = TypeVar("_Stamp")
 
 
-class NoClock:
+class NoClock(PhaseClock):
     """Keeps its position and nothing else (`profiler.enabled: false`)."""
 
-    def __init__(self) -> None:
-        self._steps = 0
-        self._collectives = 0
-        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
 
-    def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
-        """Set the position."""
-        self._last = (phase, layer, tokens, NONE)
-
-    def record_arrival(self) -> int:
-        """Count a collective."""
-        self._collectives += 1
-        return NONE
-
-    def enter_collective(
-        self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
-    ) -> None:
-        """Set the position; count the collective if it starts here."""
-        if collective is None:
-            self._collectives += 1
-        self._last = (phase, layer, tokens, NONE)
-
-    def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
-        """Set the position and count the collective."""
-        self.enter_collective(phase, layer)
-
-    def sent(self, num_bytes: int) -> None:
-        """Do nothing."""
-
-    def close_step(self) -> None:
-        """Count the step."""
-        self._steps += 1
-
-    def read(self, *, ended: bool = False) -> Spans | None:
-        """Return None: there are no spans."""
-        return None
-
-    def position(self) -> Position:
-        """Return how far this rank has come; any thread may call it."""
-        phase, layer, *_ = self._last
-        return Position(self._steps, layer, Phase(phase), self._collectives)
-
-
-class _StampClock(ABC, Generic[_Stamp]):
+class _StampClock(PhaseClock, ABC, Generic[_Stamp]):
     """Marks of the current step and of closed steps that were not read yet, each with a stamp of
     the device's kind.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._marks: list[Mark] = []
         self._stamps: list[_Stamp] = []
         self._sent: list[Sent] = []
         self._arrivals: list[_Stamp | None] = []  # None: skipped
         self._closed: list[tuple[list[Mark], list[_Stamp], list[Sent], list[_Stamp | None]]] = []
-        self._steps = 0
-        self._collectives = 0
-        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
 
     @abstractmethod
     def _stamp(self) -> _Stamp:
@@ -134,11 +89,6 @@ class _StampClock(ABC, Generic[_Stamp]):
         self._stamps.append(self._stamp())
         self._closed.append((self._marks, self._stamps, self._sent, self._arrivals))
         self._marks, self._stamps, self._sent, self._arrivals = [], [], [], []
-
-    def position(self) -> Position:
-        """Return how far this rank's host has come; any thread may call it."""
-        phase, layer, *_ = self._last
-        return Position(self._steps, layer, Phase(phase), self._collectives)
 
     def _mark(self, mark: Mark, stamp: _Stamp) -> None:
         self._last = mark

@@ -48,9 +48,6 @@ class Exporters:
 
     def close(self) -> None:
         """Close all exporters."""
-        if self.spans is not None:
-            self.spans.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.comms is not None:
-            self.comms.close()
+        for exporter in (self.spans, self.metrics, self.comms):
+            if exporter is not None:
+                exporter.close()

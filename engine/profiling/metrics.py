@@ -38,7 +38,6 @@ class Snapshot:
     finished: int = 0
     phases: dict[str, float] = field(default_factory=dict)  # rank 0's seconds
     waited: float = 0.0  # of them, seconds of waiting for stragglers
-    ranks: tuple[int, ...] = ()  # global ranks of the group
     # Share of the steps in which each rank caused the longest wait.
     straggler_share_W: list[float] = field(default_factory=list)
     wait_W: list[float] = field(default_factory=list)  # seconds waited for each rank
@@ -92,7 +91,6 @@ class Metrics(Source):
             finished=report.finished,
             phases={phase.name.lower(): float(seconds_P[phase]) for phase in Phase},
             waited=float(totals.waiting.sum()),
-            ranks=self._ranks,
             straggler_share_W=(attribution.straggler_steps / steps).tolist(),
             wait_W=attribution.seconds.sum((1, 2)).tolist(),
             wait_L=attribution.seconds.sum((0, 2))[1:].tolist(),
@@ -116,10 +114,10 @@ class Metrics(Source):
         text = "Rank 0's seconds of waiting for stragglers in collectives."
         yield _counter("lockstep_waiting_seconds", text, {(): now.waited})
         worst = _worst(now.wait_W)
-        shares = {(str(now.ranks[index]),): now.straggler_share_W[index] for index in worst}
+        shares = {(str(self._ranks[index]),): now.straggler_share_W[index] for index in worst}
         text = f"Share of steps in which this rank is the straggler; the {WORST} worst ranks."
         yield _gauge("lockstep_rank_late_ratio", text, shares, "rank")
-        waits = {(str(now.ranks[index]),): now.wait_W[index] for index in worst}
+        waits = {(str(self._ranks[index]),): now.wait_W[index] for index in worst}
         text = f"Seconds that the others waited for this rank; the {WORST} worst ranks."
         yield _gauge("lockstep_rank_lost_seconds", text, waits, "rank")
         layers = {(str(layer),): now.wait_L[layer] for layer in _worst(now.wait_L)}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
 
 import numpy as np
 
@@ -34,13 +33,7 @@ class Phase(IntEnum):
 
 
 # TENSOR is a collective of one tensor group: its ranks wait for each other only.
-COLLECTIVE_PHASES = (
-    Phase.CONSENSUS,
-    Phase.DISPATCH,
-    Phase.COMBINE,
-    Phase.CONTROL,
-    Phase.TENSOR,
-)
+COLLECTIVE_PHASES = (Phase.CONSENSUS, Phase.DISPATCH, Phase.COMBINE, Phase.CONTROL, Phase.TENSOR)
 NO_LAYER = -1
 # The collective of a span that waits for none; the stamp of a collective that was skipped.
 NONE = -1
@@ -106,15 +99,22 @@ def spans_of(
     return Spans(phases, layers, tokens, num_bytes, collectives, stamps[:-1], stamps[1:], arrivals)
 
 
-class PhaseClock(Protocol):
-    """One rank's clock."""
+class PhaseClock:
+    """One rank's clock. This base keeps the rank's position and records no spans."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._collectives = 0
+        self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
         """End the current span and start one of `phase` that processes `tokens`."""
+        self._last = (phase, layer, tokens, NONE)
 
     def record_arrival(self) -> int:
         """Note that this rank starts a collective and waits for it later; return its number."""
-        ...
+        self._collectives += 1
+        return NONE
 
     def enter_collective(
         self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
@@ -123,18 +123,23 @@ class PhaseClock(Protocol):
 
         collective: its number from `record_arrival`; None: it is started now.
         """
+        if collective is None:
+            self._collectives += 1
+        self._last = (phase, layer, tokens, NONE)
 
     def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
         """Enter a collective that this rank's tensor group leaves out and other groups may call.
 
         It is counted, so that all ranks number alike, but has no arrival.
         """
+        self.enter_collective(phase, layer)
 
     def sent(self, num_bytes: int) -> None:
         """Count bytes that the current span sends to other ranks."""
 
     def close_step(self) -> None:
         """End the step's last span; later marks belong to the next step."""
+        self._steps += 1
 
     def read(self, *, ended: bool = False) -> Spans | None:
         """Return the spans of the oldest closed step that was not read yet.
@@ -142,7 +147,9 @@ class PhaseClock(Protocol):
         None where there is none, or where reading it could leave the device without work.
         ended: no step follows.
         """
+        return None
 
     def position(self) -> Position:
-        """Return how far this rank has come; any thread may call it."""
-        ...
+        """Return how far this rank's host has come; any thread may call it."""
+        phase, layer, *_ = self._last
+        return Position(self._steps, layer, Phase(phase), self._collectives)

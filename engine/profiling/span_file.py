@@ -91,27 +91,18 @@ class SpanWriter:
         if not len(spans.starts):
             return
         start = int(spans.starts[0])
-        unknown = np.full_like(spans.starts, -1)
-        table = np.stack(
-            (
-                spans.phases,
-                spans.layers,
-                spans.starts - start,
-                spans.ends - spans.starts,
-                spans.tokens,
-                spans.num_bytes,
-                unknown
-                if arrivals_WC is None
-                else waiting_ns(spans, arrivals_WC, self._tensor_ranks),
-            ),
-            axis=1,
-        )
+        offsets, durations = spans.starts - start, spans.ends - spans.starts
+        waited = np.full_like(spans.starts, -1)
+        if arrivals_WC is not None:
+            waited = waiting_ns(spans, arrivals_WC, self._tensor_ranks)
+        counts = spans.tokens, spans.num_bytes
+        columns = (spans.phases, spans.layers, offsets, durations, *counts, waited)
         line = {
             "step": step,
             "start_ns": start + offset,
             "prefill": tokens[0],
             "decode": tokens[1],
-            "spans": table.tolist(),
+            "spans": np.stack(columns, axis=1).tolist(),
             "before": {layer: before.tolist() for layer, (before, _) in loads.items()},
             "after": {layer: after for layer, (_, after) in loads.items()},
         }

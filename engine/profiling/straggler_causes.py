@@ -141,10 +141,7 @@ def _relative_compute_time(profiles: list[RankProfile], index: int) -> float:
 
 
 def _attribution(
-    profiles: list[RankProfile],
-    index: int,
-    attribution: WaitAttribution,
-    imbalance_L: np.ndarray,
+    profiles: list[RankProfile], index: int, attribution: WaitAttribution, imbalance_L: np.ndarray
 ) -> RankAttribution:
     own, seconds_WLP = profiles[index], np.stack([item.totals.seconds for item in profiles])
     wait_LP = attribution.seconds[index]

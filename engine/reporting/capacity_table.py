@@ -7,12 +7,12 @@ Legend: gamma, the capacity factor.
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from engine.config import CapacityConfig
 from engine.profiling.report import LayerReport, RunReport
+from engine.reporting.table import new_table
 
 _MAX_LAYERS = 8  # of more layers than this only the worst are shown
 _NUM_WORST = 6
@@ -74,11 +74,8 @@ def _table(layers: list[LayerReport], run: RunReport) -> Table:
     if len(layers) > _MAX_LAYERS:
         worst = sorted(layers, key=lambda layer: -layer.drop_rate)[:_NUM_WORST]
         shown = sorted(worst, key=lambda layer: layer.layer)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
-    table.add_column("Capacity", vertical="bottom")
     columns = ("ranks: max/mean", "experts: max/mean", "dropped", "added", "orphans", "gate mass")
-    for name in columns:
-        table.add_column(name, justify="right", vertical="bottom")
+    table = new_table("Capacity", *columns)
     for layer in shown:
         table.add_row(
             f"layer {layer.layer}",

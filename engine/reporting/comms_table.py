@@ -6,13 +6,13 @@ They come from `profiling/deepspeed_comms.py`; those of all ranks are in the rep
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from engine.profiling.report import RunReport
+from engine.reporting.table import new_table
 
 _COLUMNS = (
+    "DeepSpeed comms",
     "messages\nup to",
     "count",
     "total\nlatency ms",
@@ -28,10 +28,7 @@ def print_comms(console: Console, run: RunReport) -> None:
     rank = run.ranks[0]
     if not rank.comms:
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
-    table.add_column("DeepSpeed comms", vertical="bottom")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right", vertical="bottom")
+    table = new_table(*_COLUMNS)
     for operation, rows in rank.comms.items():
         for index, row in enumerate(rows):
             table.add_row(

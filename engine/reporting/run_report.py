@@ -23,13 +23,7 @@ from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.findings import Finding, HotExpert, findings, join_replicas
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
-from engine.profiling.report import (
-    LayerReport,
-    LayerTotals,
-    PhaseReport,
-    RankReport,
-    RunReport,
-)
+from engine.profiling.report import LayerReport, LayerTotals, PhaseReport, RankReport, RunReport
 from engine.profiling.straggler_causes import (
     CAUSES,
     Analysis,

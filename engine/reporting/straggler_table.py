@@ -5,11 +5,11 @@ The numbers come from `profiling/straggler_causes.py`, the sentences from `profi
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from engine.profiling.report import RankReport, RunReport
+from engine.reporting.table import new_table
 
 _MAX_RANKS = 8
 _HEADINGS = {
@@ -30,11 +30,8 @@ def print_stragglers(console: Console, run: RunReport) -> None:
 
 def _table(run: RunReport) -> Table:
     """Build the table of the ranks that caused the longest waits, at most eight of them."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
-    table.add_column("Waited-for rank", vertical="bottom")
     columns = ("straggler\nin steps", "slower at\nequal load", *_HEADINGS.values())
-    for column in columns:
-        table.add_column(column, justify="right", vertical="bottom")
+    table = new_table("Waited-for rank", *columns)
     worst = sorted(run.ranks, key=lambda rank: -sum(rank.wait_caused.values()))[:_MAX_RANKS]
     for rank in sorted(worst, key=lambda rank: rank.rank):
         table.add_row(str(rank.rank), *_cells(rank))

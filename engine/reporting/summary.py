@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from engine.profiling.report import RunReport
 from engine.reporting.capacity_table import print_capacity
 from engine.reporting.comms_table import print_comms
 from engine.reporting.straggler_table import print_stragglers
+from engine.reporting.table import new_table
 
 _WIDTH = 100
 # Fields of the report dataclasses -> their keys in the JSON file, whose format is fixed.
@@ -74,10 +74,7 @@ def _rename_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
     """Return the 50th and 99th percentile of each latency that has values, in seconds."""
     return {
-        name: {
-            "p50": float(np.percentile(values, 50)),
-            "p99": float(np.percentile(values, 99)),
-        }
+        name: {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99))}
         for name, values in run.latencies.items()
         if len(values)
     }
@@ -104,7 +101,7 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 def _throughput(summary: Summary, run: RunReport) -> Table:
     seconds = max(run.seconds, 1e-9)
-    table = _table("Throughput", "count", "per second")
+    table = new_table("Throughput", "count", "per second")
     for name, count in (
         ("requests", summary.requests),
         ("prompt tokens", summary.prompt_tokens),
@@ -116,7 +113,7 @@ def _throughput(summary: Summary, run: RunReport) -> Table:
 
 
 def _latency(latencies: dict[str, dict[str, float]]) -> Table:
-    table = _table("Latency", "p50", "p99")
+    table = new_table("Latency", "p50", "p99")
     for key, name in (("ttft", "time to first token"), ("tpot", "time per later token")):
         if key in latencies:
             table.add_row(name, *(_duration(latencies[key][point]) for point in ("p50", "p99")))
@@ -127,7 +124,7 @@ def _ranks(run: RunReport) -> Table:
     kinds = list(dict.fromkeys(kind for rank in run.ranks for kind in rank.seconds))
     counted = ("host", "prefill\ntokens", "decode\ntokens", "expert\nrows")
     timed = [_HEADINGS.get(kind, kind) for kind in kinds]
-    table = _table("Rank", *counted, *timed)
+    table = new_table("Rank", *counted, *timed)
     for rank in run.ranks:
         counts = (rank.tokens_prefill, rank.tokens_decode, rank.expert_rows)
         table.add_row(
@@ -137,14 +134,6 @@ def _ranks(run: RunReport) -> Table:
             *(f"{rank.seconds.get(kind, 0.0):.2f}" for kind in kinds),
         )
     table.caption = "seconds in each kind of work"
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption_justify="left")
-    for index, column in enumerate(columns):
-        is_text = index == 0 or column == "host"
-        table.add_column(column, justify="left" if is_text else "right", vertical="bottom")
     return table
 
 

@@ -35,10 +35,8 @@ def model_of(case: str, rank: int = 0, world: int = 1, tensor: int = 1) -> Causa
         data_rank=rank // tensor,
         num_data=world // tensor,
         replica=0,
-        num_replicas=1,
         device=cpu,
         store=cast(Any, None),
-        local_rank=rank,
         local_world_size=world,
         host="here",
     )

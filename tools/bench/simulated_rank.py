@@ -154,10 +154,8 @@ def _topology(rank: int, size: int) -> Topology:
         data_rank=rank,
         num_data=size,
         replica=0,
-        num_replicas=1,
         device=CPU,
         store=dist.HashStore(),
-        local_rank=rank,
         local_world_size=size,
         host="simulated",
     )

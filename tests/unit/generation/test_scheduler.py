@@ -19,11 +19,17 @@ from hypothesis import strategies as st
 from engine.generation.block_pool import BlockPool
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import Sequence, Status
-from engine.generation.step import Step
+from engine.generation.step import Slice, Step
 from engine.request import Completion, Request, SamplingParams
 
 VOCAB = 50
 EOS = 7
+
+
+def logit_rows(piece: Slice) -> list[int]:
+    """The rows of a slice whose logits are needed: the sampled one, then those of the prompt."""
+    sampled = [piece.length - 1] if piece.samples else []
+    return sampled + list(piece.prompt_logprob_rows)
 
 
 def next_token(context: list[int]) -> int:
@@ -145,12 +151,12 @@ def test_prompt_logprob_rows_cover_each_prompt_token_once_over_the_chunks():
     step = scheduler.schedule()
     assert (step.sample_rows, step.prompt_rows) == ([], [0, 1, 2, 3])
     assert step.prompt_targets == [11, 12, 13, 14]
-    assert list(step.slices[0].prompt_logprob_rows) == step.slices[0].logit_rows == [0, 1, 2, 3]
+    assert list(step.slices[0].prompt_logprob_rows) == logit_rows(step.slices[0]) == [0, 1, 2, 3]
     scheduler.commit(step, [], prompt_logprobs=[-1.0, -2.0, -3.0, -4.0])
     step = scheduler.schedule()
     # Position 4 speaks of the prompt's last token, position 5 of the first new one.
     assert (step.sample_rows, step.prompt_rows, step.prompt_targets) == ([1], [0], [15])
-    assert step.logit_rows == step.slices[0].logit_rows == [1, 0]
+    assert step.sample_rows + step.prompt_rows == logit_rows(step.slices[0]) == [1, 0]
     scheduler.commit(step, [3], prompt_logprobs=[-5.0])
     assert seq.prompt_logprobs == [None, -1.0, -2.0, -3.0, -4.0, -5.0]
     assert scheduler.schedule().prompt_rows == []
@@ -259,7 +265,7 @@ def test_admission_keeps_a_spare_block_for_each_running_sequence():
     for index in range(4):
         scheduler.add(make(index, 4, max_new_tokens=8))
     assert len(scheduler.schedule().slices) == 3  # 3 blocks in use, 3 spare
-    assert (scheduler.num_running, scheduler.num_waiting) == (3, 1)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (3, 1)
 
 
 def test_a_long_prompt_at_the_head_of_the_line_is_not_overtaken():
@@ -303,7 +309,8 @@ def test_a_prompt_alone_is_scored_without_sampling():
 def test_an_empty_scheduler_gives_an_empty_step():
     scheduler = make_scheduler()
     step = scheduler.schedule()
-    assert (step.slices, step.num_tokens, step.logit_rows) == ([], 0, [])
+    assert (step.slices, step.num_tokens) == ([], 0)
+    assert step.sample_rows + step.prompt_rows == []
     assert scheduler.commit(step, []) == []
     assert not scheduler.has_work
 
@@ -477,10 +484,11 @@ def check_step(scheduler: Scheduler, step: Step, limits: dict) -> None:
         assert piece.start == piece.seq.num_computed
         assert piece.start + piece.length <= len(piece.seq.token_ids)
         assert piece.start + piece.length <= len(piece.seq.block_ids) * limits["block_size"]
-        expected_rows += [row + r for r in piece.logit_rows]
+        expected_rows += [row + r for r in logit_rows(piece)]
         row += piece.length
-    assert sorted(step.logit_rows) == sorted(expected_rows)
-    assert len(set(step.logit_rows)) == len(step.logit_rows)
+    rows = step.sample_rows + step.prompt_rows
+    assert sorted(rows) == sorted(expected_rows)
+    assert len(set(rows)) == len(rows)
     # First come, first served: every running sequence arrived before every waiting one.
     order = [seq.request.index for seq in (*scheduler.running, *scheduler.waiting)]
     assert order == sorted(order)

@@ -5,7 +5,7 @@ tests/unit/moe/test_router.py
 import pytest
 import torch
 
-from engine.moe.router import RouterSpec, combine_weights, gate_logits, route
+from engine.moe.router import RouterSpec, gate_logits, route, score_weights
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 3.5, -2.0, 0.5]])
 
@@ -69,7 +69,8 @@ def test_top_k_equal_to_all_experts_uses_every_score():
 
 def test_normalize_eps_is_added_to_the_sum():
     spec = RouterSpec(num_experts=2, top_k=2, normalize=True, normalize_eps=1.0)
-    weights = combine_weights(torch.tensor([[0.5, 0.5]]), spec)
+    scores = torch.tensor([[0.5, 0.5]])
+    weights = score_weights(scores, scores, spec)
     assert weights.tolist() == [[0.25, 0.25]]
 
 
