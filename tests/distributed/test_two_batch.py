@@ -167,7 +167,9 @@ def _listen(llm: LLM) -> tuple[list[Spans], list[tuple[int, int]]]:
         sizes.append(tuple(half.token_ids_T.shape[0] for half in halves))
         return forward(halves, *arguments)
 
-    clock.read, model.forward_two_batch = keep, measure
+    patch = pytest.MonkeyPatch()
+    patch.setattr(clock, "read", keep)
+    patch.setattr(model, "forward_two_batch", measure)
     return spans, sizes
 
 

@@ -85,7 +85,7 @@ def host_of(store: dist.Store, rank: int) -> str:
     return json.loads(store.get(f"info/{rank}"))["info"]["host"]
 
 
-def test_a_world_of_one_joins_alone(store):
+def test_a_world_of_one_joins_without_an_error(store):
     complete(store, 1, "a")
 
 
