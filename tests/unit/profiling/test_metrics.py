@@ -142,7 +142,7 @@ def test_steps_between_two_snapshots_are_counted_too(monkeypatch):
         collector, loads = simulated(1), loads_of(1)
         for step in range(1, 4):
             metrics.update(report(step), collector, loads)
-        assert samples(scrape(metrics))["lockstep_steps_total"] == 1, "a snapshot a second"
+        assert samples(scrape(metrics))["lockstep_steps_total"] == 1, "one snapshot per second"
         now += 1.0
         metrics.update(report(4), collector, loads)
         found = samples(scrape(metrics))

@@ -134,7 +134,7 @@ class Unfinished:
         {"consensus": "local"},
     ],
 )
-def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
+def test_overlapped_work_that_fails_leaves_no_collective_in_flight(rules, fails):
     spec = RouterSpec(num_experts=4, top_k=2, normalize=True, scale=1.0, score="softmax")
     collectives = Unfinished(fails)
     agreement = CapacityAgreement(
@@ -154,11 +154,11 @@ def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
         num_eligible=6,
     )
 
-    def meanwhile() -> None:
+    def work() -> None:
         assert (collectives.started, collectives.waited) == (communicates, 0)
         raise MemoryError("the shared expert does not fit")
 
     communicates = rules["consensus"] != "local"
     with pytest.raises(MemoryError, match="does not fit"):
-        agreement.decide(route(torch.randn(6, 4), spec), step, overlap=meanwhile)
+        agreement.decide(route(torch.randn(6, 4), spec), step, overlap=work)
     assert collectives.waited == collectives.started
