@@ -27,7 +27,7 @@ from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 NEW = 12
-LATE, LATE_S = 1, 0.02
+LATE, LATE_S = 1, 0.05
 
 
 @pytest.fixture(scope="module")
