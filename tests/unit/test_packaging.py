@@ -93,7 +93,6 @@ def test_kernels_is_no_package_and_engine_ops_links_to_it():
     assert os.readlink(ROOT / "engine" / "ops") == "../kernels"
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_nothing_else_at_the_top(built):
     wheel = set(zipfile.ZipFile(built[1]).namelist())
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "engine").rglob("*.py")}
@@ -106,7 +105,6 @@ def test_the_wheel_holds_every_module_and_nothing_else_at_the_top(built):
     }
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_what_the_bundled_configs_need(built):
     wheel = set(zipfile.ZipFile(built[1]).namelist())
     configs = [file.name for file in (ROOT / "configs").glob("*.yaml")]
@@ -177,7 +175,6 @@ def test_an_installed_wheel_completes_a_file_of_requests(installed, tmp_path, mo
     assert record["id"] == "a" and record["finish_reason"] == "length"
 
 
-@pytest.mark.slow
 def test_the_source_distribution_can_compile_the_kernels(built):
     sdist, _ = built
     sources = {f"engine/ops/csrc/{file.name}" for file in (ROOT / "kernels" / "csrc").iterdir()}
@@ -192,7 +189,6 @@ def test_the_source_distribution_can_compile_the_kernels(built):
         assert {*extension.sources, *extension.depends} <= sdist
 
 
-@pytest.mark.slow
 def test_transformers_can_be_imported_with_the_kernels_folder_on_the_path():
     # A top-level package named kernels would be taken for another project's.
     code = "import sys; sys.path.insert(0, ''); from transformers import AutoConfig"

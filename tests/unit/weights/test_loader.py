@@ -158,7 +158,6 @@ print(report.bytes_read, read, grown)
 """
 
 
-@pytest.mark.slow
 def test_bytes_read_are_what_the_kernel_counts_and_only_the_owned_tensors(tmp_path):
     one = 1024 * 2048 * 4
     save_sharded(
