@@ -257,8 +257,8 @@ def test_a_wrong_setting_is_reported_though_rank_0_starts_last(tmp_path):
     environ = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    told = re.findall(r"^error: moe.capacity.factr = 2: unknown key", done.stderr, re.MULTILINE)
-    assert len(told) == 1, done.stderr
+    reported = re.findall(r"^error: moe.capacity.factr = 2: unknown key", done.stderr, re.MULTILINE)
+    assert len(reported) == 1, done.stderr
 
 
 def root_cause(stderr: str) -> str:

@@ -183,13 +183,13 @@ def events_of_a_dropless_call(rank: int, fails: bool) -> tuple[list[str], str]:
         return Noted(begin(counts))
 
     pytest.MonkeyPatch().setattr(collectives, "all_gather", all_gather)
-    told = ""
+    raised = ""
     try:
         layer(tokens_of(rank, 5))
     except ArithmeticError as error:
-        told = str(error)
+        raised = str(error)
     bootstrap.stop(topology)
-    return events, told
+    return events, raised
 
 
 def test_without_a_policy_the_shared_expert_runs_while_the_loads_are_exchanged():
@@ -315,9 +315,9 @@ def test_buffers_of_the_bound_are_never_outgrown(settings):
     for growths, bound, rows, before, after in run_ranks(buffers_of, 2, settings):
         assert growths == 0 and before == after
         assert max(rows) <= bound
-        # A row on its way out has 16 bytes more, for the bitmap of its experts.
-        row, travelling = HIDDEN * 4, 40 * 2 + bound + _extra_sent(settings, bound)
-        assert before == travelling * (row + 16) + bound * row + 2 * 16
+        # A dispatched row has 16 bytes more, for the bitmap of its experts.
+        row, dispatched = HIDDEN * 4, 40 * 2 + bound + _extra_sent(settings, bound)
+        assert before == dispatched * (row + 16) + bound * row + 2 * 16
 
 
 def _extra_sent(settings: dict, bound: int) -> int:
@@ -336,7 +336,7 @@ def test_a_bounded_rank_needs_less_than_a_dropless_one():
     assert capped.activation_bytes(shape, torch.bfloat16) == rows * 2
     local = CapacityConfig(policy="token_drop", factor="1.5", consensus="local")
     assert row_bound(shape, local, 8192, 0).received == 24576 + 7
-    # Decode tokens pass: at most one row each here, where a rank hosts one expert.
+    # Decode tokens pass: at most one row each here, where each rank has one expert.
     assert row_bound(shape, CapacityConfig(policy="token_drop"), 8192, 64).received == 24576 + 512
     both = CapacityConfig(policy="token_drop", phases=("prefill", "decode"))
     assert row_bound(shape, both, 8192, 64).received == 24576

@@ -128,9 +128,9 @@ def test_two_ranks_call_three_collectives_and_count_remote_bytes_only():
     assert [result["collectives"] for result in results] == [3, 3]
     row = HIDDEN * 4
     for rank, result in enumerate(results):
-        # Rows out and rows back: this rank's remote assignments and those it serves for its peer.
-        # Rows this small go once an expert: what a wire row has besides would be more. Counts: an
-        # expert's load, a rank's unique rows.
+        # Dispatched and combined rows: this rank's remote assignments and those of its peer.
+        # Rows this small are sent per assignment: a packed row has more bytes. Counts: the load per
+        # expert, the unique rows per rank.
         remote = [_remote(tokens_of(r, counts[r]), r, num_experts, top_k) for r in range(2)]
         expected = remote[rank] * row + remote[1 - rank] * row + (num_experts + 2) * 8
         assert result["bytes"] == expected

@@ -103,7 +103,7 @@ def test_any_number_of_chunks_gives_the_serial_result_bit_for_bit(counts, spec, 
                 assert torch.equal(one["out"], serial["out"])
                 assert one["chunks"] == made
                 assert (one["bytes"], one["rows"]) == (serial["bytes"], serial["rows"])
-                # The agreement costs what it costs; rows go out and back once a chunk.
+                # The agreement costs what it costs; rows are dispatched and combined per chunk.
                 extra = 2 * (made - 1) if world > 1 else 0
                 assert one["collectives"] == serial["collectives"] + extra
 
@@ -132,7 +132,7 @@ def broken(rank: int, chunk: int, by: str) -> None:
         layer(tokens_of(rank, 11))
     finally:
         if rank == 1:
-            # Rows of chunks 0 .. chunk + 1 went out, those of 0 .. chunk - 1 back.
+            # Chunks 0 .. chunk + 1 were dispatched, 0 .. chunk - 1 combined.
             assert len(exchange.started) == min(chunk + 2, 4) + chunk
             exchange.assert_none_in_flight()
 
@@ -164,7 +164,7 @@ def cut_or_not(rank: int, group_tokens: list[int | None]) -> list[tuple[torch.Te
 
 
 def test_a_step_of_few_tokens_is_not_cut():
-    # Top-2 on two ranks: as many rows a rank as tokens; 4 chunks of 256 rows need 1,024.
+    # Top-2 on two ranks: as many rows per rank as tokens; 4 chunks of 256 rows need 1,024.
     for found in run_ranks(cut_or_not, 2, [None, 22, 1023, 1024]):
         assert [calls for _, calls in found] == [9, 3, 3, 9]
         assert all(torch.equal(out, found[0][0]) for out, _ in found)

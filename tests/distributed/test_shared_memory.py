@@ -81,9 +81,9 @@ def test_every_collective_gives_what_gloo_gives(world: int):
             assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
-def failure(rank: int, fault: str) -> tuple[str, float]:
-    """Return rank 0's error, and after how many seconds, when rank 1 has a fault."""
-    topology = join(timeout_s=1.0 if fault == "late" else 30.0)
+def failure(rank: int, fault: str) -> str:
+    """Return rank 0's error when rank 1 has a fault; only a late rank is found by the timeout."""
+    topology = join(timeout_s=1.0 if fault == "late" else 3600.0)
     group = topology.expert
     rows = torch.zeros(2, 4)
     dist.all_to_all_single(torch.empty_like(rows), rows, group=group.handle)
@@ -91,19 +91,18 @@ def failure(rank: int, fault: str) -> tuple[str, float]:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and fault == "exits":
         bootstrap.stop(topology)
-        return "", 0.0
+        return ""
     if rank == 1 and fault == "late":
         time.sleep(3.0)
-        return "", 0.0
-    begin = time.monotonic()
+        return ""
     try:
         if rank == 1 and fault == "skips":
             all_gather_rows(rows, group)
         else:
             dist.all_to_all_single(torch.empty_like(rows), rows, group=group.handle)
     except RuntimeError as error:
-        return str(error), time.monotonic() - begin
-    return "nothing", time.monotonic() - begin
+        return str(error)
+    return "nothing"
 
 
 @pytest.mark.parametrize(
@@ -115,9 +114,8 @@ def failure(rank: int, fault: str) -> tuple[str, float]:
     ],
 )
 def test_a_missing_rank_is_named_in_the_error_of_the_waiting_rank(fault: str, message: str):
-    (error, seconds), _ = run_ranks(failure, 2, fault)
+    error, _ = run_ranks(failure, 2, fault)
     assert message in error and "rank 1" in error and f"[{BACKEND}]" in error
-    assert seconds < 15, "found by the timeout and not by the fault"
 
 
 def survivor(rank: int) -> None:

@@ -27,7 +27,7 @@ from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 NEW = 12
-LATE, LATE_S = 1, 0.02
+LATE, LATE_S = 1, 0.05
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,13 @@ def run(rank: int, path: Path, capacity: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("capacity", [{}, {"policy": "token_drop", "phases": ("decode",)}])
-def test_waits_in_a_tensor_group_are_no_attention_time_and_attributed_to_its_straggler(
-    checkpoint, capacity
-):
+CAPACITIES = pytest.mark.parametrize(
+    "capacity", [{}, {"policy": "token_drop", "phases": ("decode",)}]
+)
+
+
+@CAPACITIES
+def test_every_collective_of_a_tensor_group_has_its_span_and_its_number(checkpoint, capacity):
     results = run_ranks(run, 4, checkpoint, capacity, timeout=90)
     first = results[0]
     layers = first["layers"]
@@ -94,13 +97,24 @@ def test_waits_in_a_tensor_group_are_no_attention_time_and_attributed_to_its_str
         missing = [len(each) - sum(each) for each in found["arrivals"][:NEW]]
         assert missing == [0 if rank < 2 else 2 * layers] * NEW, "no tokens, no sums"
     report = first["report"]
+    peer = report.ranks[0].phases["tensor"]
+    assert 0 < peer.waiting < peer.seconds and peer.bytes_sent > 0
+    assert report.ranks[0].seconds["waiting"] >= peer.waiting
+
+
+@pytest.mark.alone
+@CAPACITIES
+def test_waits_in_a_tensor_group_are_no_attention_time_and_attributed_to_its_straggler(
+    checkpoint, capacity
+):
+    first = run_ranks(run, 4, checkpoint, capacity, timeout=90)[0]
+    layers, report = first["layers"], first["report"]
     peer, late = report.ranks[0].phases["tensor"], report.ranks[LATE].phases["tensor"]
     slept = LATE_S * layers * NEW
-    assert slept / 2 < peer.waiting < peer.seconds and peer.bytes_sent > 0
+    assert slept / 2 < peer.waiting < peer.seconds
     assert late.waiting < slept / 4
     # A mean rank of four waited a quarter of what rank 0 did, the only one in its tensor group.
     caused = sum(report.ranks[LATE].wait_caused.values())
     assert caused > slept / 8
     costs = {each.rank: sum(each.wait_caused.values()) for each in report.ranks}
     assert max(costs, key=costs.__getitem__) == LATE
-    assert report.ranks[0].seconds["waiting"] >= peer.waiting

@@ -1,4 +1,5 @@
-"""Steps that run as two half batches: the same results, and one half works while the other travels.
+"""Steps that run as two micro-batches: the same results, and one computes during the other's
+collectives.
 
 Run: pytest tests/distributed/test_two_batch.py
 """
@@ -35,7 +36,7 @@ TWO = MoEConfig(overlap=OverlapConfig(two_batch=True))
 
 
 def micro_batches_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> dict:
-    """One layer on a rank's tokens, whole and in two halves."""
+    """One layer on a rank's tokens, whole and as two micro-batches."""
     config = Config(model=ModelConfig(path="unused"), moe=TWO)
     topology = bootstrap.start(config)
     layer = build(topology, config, MIXTRAL, Doubled())
@@ -43,10 +44,10 @@ def micro_batches_of_a_layer(rank: int, counts: list[int], cuts: list[int]) -> d
     whole = layer(x)
     rows = layer.telemetry.loads.take_rows()
     layer.telemetry.loads.clear()
-    parts = [layer.steps(part, micro_batch=half) for half, part in enumerate((x[:cut], x[cut:]))]
-    halves = torch.cat(interleave(parts))
+    parts = [layer.steps(part, micro_batch=n) for n, part in enumerate((x[:cut], x[cut:]))]
+    joined = torch.cat(interleave(parts))
     found = {
-        "equal": torch.equal(whole, halves),
+        "equal": torch.equal(whole, joined),
         "rows": (rows, layer.telemetry.loads.take_rows()),
         "experts": layer.telemetry.loads.layers[3].experts.sum(),
         "most": layer.max_collectives,
@@ -120,7 +121,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 def generate(rank: int, path: Path, num_prompts: int, parallel: dict[str, int]) -> list[dict]:
-    """The same job whole and in halves; no step is too small."""
+    """The same job in whole steps and in micro-batches; no step is too small."""
     pytest.MonkeyPatch().setattr(overlap, "MIN_CHUNK_ROWS", 1)
     found = []
     for two_batch in (False, True):
@@ -151,7 +152,7 @@ def generate(rank: int, path: Path, num_prompts: int, parallel: dict[str, int]) 
 
 
 def _listen(llm: LLM) -> tuple[list[Spans], list[tuple[int, int]]]:
-    """Every step's spans, and the tokens of every step's halves."""
+    """Every step's spans, and the tokens of every step's micro-batches."""
     spans: list[Spans] = []
     sizes: list[tuple[int, int]] = []
     clock, model = llm._telemetry.clock, llm.model
@@ -163,11 +164,13 @@ def _listen(llm: LLM) -> tuple[list[Spans], list[tuple[int, int]]]:
             spans.append(found)
         return found
 
-    def measure(halves, *arguments):
-        sizes.append(tuple(half.token_ids_T.shape[0] for half in halves))
-        return forward(halves, *arguments)
+    def measure(micro_batches, *arguments):
+        sizes.append(tuple(each.token_ids_T.shape[0] for each in micro_batches))
+        return forward(micro_batches, *arguments)
 
-    clock.read, model.forward_two_batch = keep, measure
+    patch = pytest.MonkeyPatch()
+    patch.setattr(clock, "read", keep)
+    patch.setattr(model, "forward_two_batch", measure)
     return spans, sizes
 
 
@@ -177,12 +180,12 @@ def _overlapped(spans: Spans, phase: Phase) -> int:
         int(n): begin for n, begin in zip(spans.collectives, spans.starts, strict=True) if n >= 0
     }
     begins = spans.starts[(spans.phases == phase) & (spans.tokens > 0)]
-    under_way = [
+    in_flight = [
         (begins > arrival) & (begins < waits[number])
         for number, arrival in enumerate(spans.arrivals.tolist())
         if number in waits
     ]
-    return int(np.any(under_way, axis=0).sum()) if under_way else 0
+    return int(np.any(in_flight, axis=0).sum()) if in_flight else 0
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def _overlapped(spans: Spans, phase: Phase) -> int:
         ("deepseek_v2", 2, 9, {}),
     ],
 )
-def test_completions_of_half_batches_are_those_of_whole_steps(
+def test_completions_of_micro_batches_are_those_of_whole_steps(
     checkpoints, family, world, prompts, parallel
 ):
     results = run_ranks(generate, world, checkpoints[family], prompts, parallel, timeout=180)
@@ -206,25 +209,25 @@ def test_completions_of_half_batches_are_those_of_whole_steps(
         for i, prompt in enumerate(PROMPTS[:prompts])
     ]
     shares = partition(requests, world // tensor)
-    for rank, (whole, halves) in enumerate(results):
-        for (tokens, logprobs), other in zip(whole["done"], halves["done"], strict=True):
+    for rank, (whole, two) in enumerate(results):
+        for (tokens, logprobs), other in zip(whole["done"], two["done"], strict=True):
             assert tokens == other[0]
             # Latent attention multiplies in torch, whose rounding depends on a batch's size.
             exact = family == "olmoe"
             assert other[1] == (logprobs if exact else pytest.approx(logprobs, abs=1e-5))
-        assert whole["loads"] == halves["loads"]
+        assert whole["loads"] == two["loads"]
         assert not whole["sizes"] and not whole["overlapped"]
         peer = results[rank // group * group][1]
-        assert halves["arrivals"] == peer["arrivals"], "all ranks make the same stops"
-        assert max(halves["arrivals"]) <= halves["stamps"], "every collective has its stamp"
+        assert two["arrivals"] == peer["arrivals"], "all ranks have the same yield points"
+        assert max(two["arrivals"]) <= two["stamps"], "every collective has its stamp"
         crowded = any(
             len(shares[each // tensor]) > 1
             for each in range(rank // group * group, rank // group * group + group)
         )
-        # One rank has nobody to wait for; one sequence a rank is nothing to cut between.
-        assert bool(halves["sizes"]) == (world > 1 and crowded)
-        if any(first and second for first, second in halves["sizes"]):
-            assert halves["overlapped"] > 0, "attention while rows travel"
-    assert any(first and second for _, halves in results for first, second in halves["sizes"]) == (
+        # One rank waits for no other; the one sequence of a rank is not cut.
+        assert bool(two["sizes"]) == (world > 1 and crowded)
+        if any(first and second for first, second in two["sizes"]):
+            assert two["overlapped"] > 0, "attention during collectives"
+    assert any(first and second for _, two in results for first, second in two["sizes"]) == (
         world > 1 and prompts > 1
     )

@@ -92,7 +92,7 @@ def make_tokens(case: Case) -> Tokens:
 def run_engine(
     case: Case, tokens: Tokens | None = None, layout: ExpertLayout | None = None
 ) -> list[Decision]:
-    """The engine's decision on every rank. layout: how rows travel; by default in chunks."""
+    """The engine's decision on every rank. layout: of the dispatch; by default in chunks."""
     tokens = tokens or make_tokens(case)
     world = len(case.tokens)
     rules = asdict(case.capacity_rules)
@@ -135,7 +135,7 @@ def run_engine(
 
 
 def expected(case: Case, tokens: Tokens | None = None) -> reference.Outcome:
-    """What the reference says."""
+    """Return the outcome of the reference."""
     tokens = tokens or make_tokens(case)
     routing = tokens.routing
     inputs = []

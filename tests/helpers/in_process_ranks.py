@@ -104,20 +104,21 @@ def call(
             combines.append(payload.pack_combine(chunk, out_RD))
         return combines
 
-    last, out, back = layout.num_chunks - 1, 0, 0
+    last, dispatch_bytes, combine_bytes = layout.num_chunks - 1, 0, 0
     dispatches = pack(0)
-    out += 0 if late else exchange(dispatches)
+    dispatch_bytes += 0 if late else exchange(dispatches)
     combines = []
     for chunk in range(last + 1):
         following = pack(chunk + 1) if chunk < last else []
-        out += exchange(dispatches) if late else exchange(following) if following else 0
+        if late or following:
+            dispatch_bytes += exchange(dispatches if late else following)
         combines.append(work(chunk, dispatches))
-        back += 0 if late else exchange(combines[-1])
+        combine_bytes += 0 if late else exchange(combines[-1])
         dispatches = following
     if late:
-        back = sum(exchange(each) for each in combines)
+        combine_bytes = sum(exchange(each) for each in combines)
     outs = [
         combine_rows(payload.combined_SD, *plan[0].terms(w))
         for payload, plan, w in zip(payloads, plans, ws, strict=True)
     ]
-    return Call(outs, plans, (out, back))
+    return Call(outs, plans, (dispatch_bytes, combine_bytes))

@@ -87,7 +87,7 @@ def test_a_collective_without_an_answer_is_raised_and_answers_are_copies() -> No
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8])
 @pytest.mark.parametrize("selection", ["gather", "radix"])
-def test_simulated_ranks_keep_what_the_policy_says(num_ranks: int, selection: str) -> None:
+def test_simulated_ranks_keep_what_the_policy_keeps(num_ranks: int, selection: str) -> None:
     loads = zipf_loads(96, 8, 2, 1.0)
     agreed = agree(num_ranks, loads, policy="token_drop", factor="1", selection=selection)
     kept = cap_loads(loads, "1", 96, 2)

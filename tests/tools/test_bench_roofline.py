@@ -42,6 +42,7 @@ def test_the_bound_is_the_larger_of_computing_and_reading():
     assert roofline_bound(MODEL, job, 2, Rates(flops=1e9, read=1.0)).seconds == read
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_a_core_computes_faster_than_it_reads():
     core = sorted(os.sched_getaffinity(0))[0]
@@ -49,7 +50,7 @@ def test_a_core_computes_faster_than_it_reads():
     assert rates.flops > rates.read / 4 > 1e7
 
 
-@pytest.mark.long
+@pytest.mark.alone
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_no_product_of_matrices_beats_the_rate_of_computing():
     # A peak measured with registers that spill once came out at less than a tenth of this.

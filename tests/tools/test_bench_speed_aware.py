@@ -34,7 +34,7 @@ def test_a_layer_takes_its_slower_rank_and_speedups_are_of_the_same_round():
     assert found["even"]["dropped"] == 100 / 2 / 200
 
 
-@pytest.mark.long  # speed weights follow measured speeds, which another test would change
+@pytest.mark.alone  # speed weights follow measured speeds, which another test would change
 def test_a_short_run_drops_as_much_either_way_and_prints_one_json_line():
     command = [sys.executable, "tools/bench_speed_aware.py", "--cpu-hogs", "0", "--rounds", "2"]
     small = ["--tokens", "256", "--hidden", "32", "--ffn", "32"]

@@ -155,13 +155,13 @@ def test_a_grid_starts_dropless_and_holds_each_setting_once(grid):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_engine_accepts_every_setting_of_a_grid(grid):
+def test_no_setting_of_a_grid_raises_an_error(grid):
     for setting in grid:  # Config refuses contradictions
         Config(model=ModelConfig(path="x"), moe=MoEConfig(capacity=setting))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_labels_tell_settings_apart_and_json_brings_them_back(grid):
+def test_labels_are_unique_per_setting_and_json_restores_it(grid):
     assert len({label(setting) for setting in grid}) == len(grid)
     assert [from_json(json.loads(json.dumps(to_json(setting)))) for setting in grid] == grid
 
@@ -473,7 +473,7 @@ def test_a_claim_is_confirmed_only_by_pairs_beyond_noise():
     assert finding_of(claim, panel(dropless, result(DROP))).verdict == "not tested"
 
 
-def test_equal_is_enough_where_the_claim_says_at_least():
+def test_equal_is_enough_for_a_claim_of_at_least():
     expanded = result(replace(DROP, policy="expanded_drop"))
     equal = panel(result(DROPLESS), result(DROP), expanded)
     claim = "expanded_drop is at least as good as token_drop"

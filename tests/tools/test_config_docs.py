@@ -17,7 +17,7 @@ def sections(section: type = Config) -> list[type]:
     return [section, *(each for hint in inner for each in sections(hint))]
 
 
-def test_the_page_is_what_the_schema_says_now():
+def test_the_page_is_generated_from_the_current_schema():
     assert config_docs.main(["--check"]) == 0, "run `python tools/config_docs.py`"
 
 
@@ -30,7 +30,7 @@ def test_a_page_that_is_not_current_is_reported_with_the_command(tmp_path, monke
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
-def test_every_key_has_a_comment_that_says_what_it_does(section):
+def test_every_key_has_a_comment_on_what_it_does(section):
     comments = config_docs.field_comments(section)
     assert set(comments) == {item.name for item in fields(section)}
     keys = [name for name, hint in type_hints(section).items() if not is_dataclass(hint)]

@@ -1,4 +1,4 @@
-"""Every example of docs/examples runs as its page says, from another directory, on the CPU."""
+"""Every example of docs/examples runs by its page's commands, in another directory, on the CPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Imports run one way, and start-up loads nothing heavy.
 
-A unit is a folder of engine/, or a module that stands alone there. A unit imports units of lower
+A unit is a folder of engine/, or a module directly in it. A unit imports units of lower
 floors only. Nothing imports interop, which serves other frameworks' models.
 """
 
@@ -54,7 +54,7 @@ def imports_of(file: Path) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import; write it from engine"
-            # In `from engine.ops import native` the name is a module, in others it stands in one.
+            # In `from engine.ops import native` the name is a module, in others it is in one.
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in MODULES else str(node.module) for name in names]
         else:

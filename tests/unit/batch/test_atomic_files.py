@@ -59,7 +59,7 @@ def test_a_lock_holds_until_its_file_is_closed(tmp_path):
     os.close(second)
 
 
-def test_lock_waits_for_a_holder_that_exits_within_the_timeout(tmp_path, monkeypatch):
+def test_a_lock_whose_holder_exits_within_the_timeout_raises_no_error(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     first, second = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
     lock(first, "it")

@@ -330,7 +330,7 @@ def parallel_config(expert: Any, tensor: int) -> Config:
     ("expert", "tensor", "world", "num_experts"),
     [(None, 1, 7, 8), (None, 2, 4, 4), (2, 1, 8, 8), (4, 4, 4, 60), (1, 1, 3, 1)],
 )
-def test_a_world_that_fits_is_accepted(expert, tensor, world, num_experts):
+def test_a_world_that_fits_raises_no_error(expert, tensor, world, num_experts):
     validate_world(parallel_config(expert, tensor), world, num_experts)
 
 

@@ -37,7 +37,7 @@ def refusal(config: Config, environ: dict[str, str] | None = None) -> str:
     return str(caught.value)
 
 
-def test_a_checkpoint_on_a_cpu_can_run(checkpoint):
+def test_a_checkpoint_on_a_cpu_raises_no_error(checkpoint):
     check_runnable(config_of(checkpoint), {})
     check_runnable(config_of(checkpoint, tokenizer=str(checkpoint)), {"LOCAL_WORLD_SIZE": "8"})
 
@@ -69,7 +69,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(checkpoint, removed, message)
     assert message in refusal(config_of(checkpoint))
 
 
-def test_dummy_weights_need_only_the_config_file(checkpoint):
+def test_dummy_weights_without_weight_files_raise_no_error(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     check_runnable(config_of(checkpoint, load_format="dummy"), {})
 

@@ -9,11 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.polling import await_true
 
 ROOT = Path(__file__).resolve().parents[3]
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -47,6 +48,13 @@ def start() -> Iterator:
         process.wait()
 
 
+def was_untouched(process: subprocess.Popen) -> bool:
+    """End a process by a signal of our own; return whether no other one has ended it before."""
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGCONT)
+    return process.wait(60) == -signal.SIGUSR1
+
+
 def kill_stopped(run: str | None) -> str:
     command = [sys.executable, "-c", KILL]
     return subprocess.check_output(command, env=environ(run), cwd=ROOT, text=True).strip()
@@ -57,14 +65,13 @@ def test_only_stopped_workers_of_the_same_run_are_killed(start):
     other, stranger = start("another", stopped=True), start(None, stopped=True)
     assert kill_stopped("mine") == f"[{stopped.pid}]"
     assert stopped.wait(10) == -signal.SIGKILL
-    time.sleep(0.1)
-    assert [process.poll() for process in (running, other, stranger)] == [None] * 3
+    assert all(map(was_untouched, (running, other, stranger)))
 
 
 def test_without_torchrun_no_process_is_killed(start):
     stopped = start(None, stopped=True)
     assert kill_stopped(None) == "[]"
-    assert stopped.poll() is None
+    assert was_untouched(stopped)
 
 
 def test_workers_of_another_agent_are_not_killed(start):
@@ -73,7 +80,7 @@ def test_workers_of_another_agent_are_not_killed(start):
     inner = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {KILL!r}])"
     command = [sys.executable, "-c", inner]
     assert subprocess.check_output(command, env=environ("mine"), cwd=ROOT, text=True) == "[]\n"
-    assert stopped.poll() is None
+    assert was_untouched(stopped)
 
 
 def test_a_worker_dies_with_its_agent_and_anything_else_does_not():
@@ -97,10 +104,8 @@ def test_a_worker_dies_with_its_agent_and_anything_else_does_not():
     worker, other = (int(process.stdout.readline().split()[0]) for _ in range(2))
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while state(worker) not in "ZX" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert state(worker) in "ZX" and state(other) not in "ZX"
+    await_true(lambda: state(worker) in "ZX")
+    assert state(other) not in "ZX"
     os.kill(other, signal.SIGKILL)
 
 

@@ -60,12 +60,12 @@ def pieces(*words: str) -> list[int]:
 def run(params: SamplingParams, tokens: list[int], **kwargs) -> tuple[list[str | None], str]:
     """Every outcome up to the first that ends it, and the text."""
     checker = StopChecker(params, tokenizer=BYTES, **kwargs)
-    verdicts: list[str | None] = []
+    outcomes: list[str | None] = []
     for place, token in enumerate(tokens):
-        verdicts.append(checker.check(token, full=place + 1 == params.max_new_tokens))
-        if verdicts[-1]:
+        outcomes.append(checker.check(token, full=place + 1 == params.max_new_tokens))
+        if outcomes[-1]:
             break
-    return verdicts, checker.text
+    return outcomes, checker.text
 
 
 # --- text -------------------------------------------------------------------------------------
@@ -156,14 +156,14 @@ def test_reading_text_early_changes_nothing():
 
 def test_a_stop_string_is_found_across_tokens_and_cut_off():
     tokens = ids("one\nQ: two")
-    verdicts, text = run(SamplingParams(stop=("\nQ:",)), tokens)
-    assert verdicts == [None] * (len(ids("one\nQ:")) - 1) + ["stop"]
+    outcomes, text = run(SamplingParams(stop=("\nQ:",)), tokens)
+    assert outcomes == [None] * (len(ids("one\nQ:")) - 1) + ["stop"]
     assert text == "one"
 
 
 def test_a_stop_string_inside_one_token_is_cut_off_too():
-    verdicts, text = run(SamplingParams(stop=("h",)), ids("a the"))
-    assert (verdicts, text) == ([None, "stop"], "a t")
+    outcomes, text = run(SamplingParams(stop=("h",)), ids("a the"))
+    assert (outcomes, text) == ([None, "stop"], "a t")
 
 
 def test_the_earliest_of_several_stop_strings_cuts():
@@ -172,14 +172,14 @@ def test_the_earliest_of_several_stop_strings_cuts():
 
 
 def test_a_stop_string_that_only_nearly_matches_does_not_stop():
-    verdicts, text = run(SamplingParams(stop=("aab",), max_new_tokens=5), ids("aaaac"))
-    assert (verdicts[-1], text) == ("length", "aaaac")
+    outcomes, text = run(SamplingParams(stop=("aab",), max_new_tokens=5), ids("aaaac"))
+    assert (outcomes[-1], text) == ("length", "aaaac")
 
 
 def test_a_stop_string_of_split_characters_is_found():
-    verdicts, text = run(SamplingParams(stop=("é🙂",)), ids("naé🙂é"))
-    assert verdicts[-1] == "stop"
-    assert len(verdicts) == len(ids("naé🙂"))
+    outcomes, text = run(SamplingParams(stop=("é🙂",)), ids("naé🙂é"))
+    assert outcomes[-1] == "stop"
+    assert len(outcomes) == len(ids("naé🙂"))
     assert text == "na"
 
 
@@ -189,13 +189,13 @@ STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, m
 @given(st.text(alphabet="abé🙂", min_size=1, max_size=30), STOPS)
 def test_generation_ends_with_the_first_character_that_completes_a_stop_string(text, stops):
     tokens = ids(text)
-    verdicts, got = run(SamplingParams(stop=tuple(stops), max_new_tokens=len(tokens)), tokens)
+    outcomes, got = run(SamplingParams(stop=tuple(stops), max_new_tokens=len(tokens)), tokens)
     prefixes = [text[: end + 1] for end in range(len(text))]
     stopped = next((p for p in prefixes if any(stop in p for stop in stops)), None)
     if stopped is None:
-        assert (verdicts[-1], got) == ("length", text)
+        assert (outcomes[-1], got) == ("length", text)
     else:
-        assert (verdicts[-1], len(verdicts)) == ("stop", len(ids(stopped)))
+        assert (outcomes[-1], len(outcomes)) == ("stop", len(ids(stopped)))
         assert got == stopped[: min(stopped.find(stop) for stop in stops if stop in stopped)]
 
 

@@ -10,7 +10,7 @@ from engine.moe.router import RouterSpec, gate_logits, route, score_weights
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0], [3.0, 3.5, -2.0, 0.5]])
 
 
-def test_softmax_router_keeps_raw_scores_unless_told_to_normalize():
+def test_softmax_router_keeps_raw_scores_unless_set_to_normalize():
     spec = RouterSpec(num_experts=4, top_k=2)
     routing = route(LOGITS, spec)
     assert routing.topk_ids_TK.tolist() == [[1, 2], [1, 0]]

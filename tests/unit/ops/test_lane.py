@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -111,11 +110,9 @@ def test_a_message_that_belongs_to_another_collective_is_refused_at_once():
         with group(2) as (first, second):
             number = first.start(kind, row, [0, 0], [size] * 2, out, [size] * 2)
             second.start(0, row, [0, 0], [8, 8], out.clone(), [8, 8])
-            begin = time.monotonic()
             for _ in range(2):  # and again, when asked again
                 with pytest.raises(RuntimeError, match="rank 1 of the group sent"):
-                    first.wait(number, 20)
-            assert time.monotonic() - begin < 10
+                    first.wait(number, 3600)  # a limit on the test ends it long before
 
 
 def test_a_rank_that_leaves_is_named_but_what_it_sent_arrives():

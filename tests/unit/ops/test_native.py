@@ -26,7 +26,7 @@ def native_line(value: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_reason_says_which_kernels_run_or_why_none_do():
+def test_reason_names_the_kernels_that_run_or_why_none_do():
     assert ("run (" in native.reason()) is native.available()
 
 

@@ -26,7 +26,7 @@ def test_combine_adds_the_weighted_rows_of_each_token():
     assert combine_rows(rows, slot, weights).tolist() == [[25.5, 51.0], [20.0, 40.0], [0.0, 0.0]]
 
 
-def test_an_absent_slot_contributes_nothing_even_beside_rows_that_are_not_finite():
+def test_an_absent_slot_contributes_nothing_even_next_to_rows_that_are_not_finite():
     rows = torch.full((2, 3), float("nan"))
     slot, weights = torch.full((4, 2), -1), torch.full((4, 2), float("inf"))
     assert not combine_rows(rows, slot, weights).any()

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,14 +134,16 @@ def test_labels_stay_few_however_many_ranks_and_layers_there_are():
     assert len(found) < 80
 
 
-def test_steps_between_two_snapshots_are_counted_too():
+def test_steps_between_two_snapshots_are_counted_too(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("engine.profiling.metrics.time", SimpleNamespace(monotonic=lambda: now))
     metrics = Metrics("127.0.0.1", 0, (0,))
     try:
         collector, loads = simulated(1), loads_of(1)
         for step in range(1, 4):
             metrics.update(report(step), collector, loads)
-        assert samples(scrape(metrics))["lockstep_steps_total"] == 1, "a snapshot a second"
-        metrics._shown = 0.0
+        assert samples(scrape(metrics))["lockstep_steps_total"] == 1, "one snapshot per second"
+        now += 1.0
         metrics.update(report(4), collector, loads)
         found = samples(scrape(metrics))
         assert found["lockstep_steps_total"] == 4

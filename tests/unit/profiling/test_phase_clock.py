@@ -102,7 +102,7 @@ def test_breakdown_adds_up_to_all_time():
 
 
 def record(loads: LoadCounter, layer: int, before: list[int], own_after: int | None = None):
-    """One expert a rank; this is rank 1 of 2."""
+    """One expert per rank; this is rank 1 of 2."""
     after = before[1] if own_after is None else own_after
     loads.record(
         layer,
@@ -263,4 +263,4 @@ def test_a_cuda_clock_resolves_microseconds_after_hours(monkeypatch):
     ]
     whole = 3999 * (3_600_000_000 + 8_000)
     assert spans.starts[0] - start == pytest.approx(whole, abs=1_000_000)
-    assert len(clock._pool) <= 4, "events go round"
+    assert len(clock._pool) <= 4, "events are reused"

@@ -13,6 +13,7 @@ import pytest
 from engine.profiling.findings import Finding, HotExpert, findings
 from engine.profiling.straggler_causes import Analysis, analyse
 from tests.helpers.profiles import Simulation
+from tests.helpers.texts import missing_from
 
 HOT = {rank: HotExpert(layer=7, expert=24, over_mean=4.1) for rank in range(4)}
 
@@ -101,7 +102,8 @@ def test_a_slow_device_is_named_with_how_much_slower_it_is_at_equal_load(ranks):
 
     analysis, (finding, *rest) = run(slow, ranks=ranks, length=10)
     assert finding.cause == "device" and finding.ranks == [1] and not rest
-    assert "rank 1 on h1 computes 31% slower" in finding.text
+    assert not missing_from(finding.text, "rank 1 on h1", "31%")
+    assert analysis.ranks[1].relative_compute_time == pytest.approx(1.31, abs=0.01)
     assert all(b.relative_compute_time < 1.01 for b in analysis.ranks if b.rank != 1)
 
 
@@ -156,7 +158,7 @@ def test_a_host_that_is_slow_between_the_layers_is_named_with_its_milliseconds()
 
     _, (finding, *rest) = run(busy)
     assert finding.cause == "host" and finding.ranks == [2] and not rest
-    assert "between the layers it takes 3.6 ms per step, the others 0.6" in finding.text
+    assert not missing_from(finding.text, "3.6 ms", "the others 0.6")
 
 
 def test_stalls_of_a_few_steps_are_the_hosts_wherever_they_strike():
@@ -167,7 +169,7 @@ def test_stalls_of_a_few_steps_are_the_hosts_wherever_they_strike():
     analysis, (finding, *rest) = run(stall)
     assert finding.cause == "host" and finding.ranks == [0] and not rest
     assert analysis.ranks[0].stalled_steps is not None and analysis.ranks[0].stalled_steps[0] == 4
-    assert "it stalled in 4 steps" in finding.text
+    assert "in 4 steps" in finding.text
     # 60 * 10 ms more in the experts; by chance it arrives a little later or earlier.
     assert analysis.ranks[0].stalled_steps[1] == pytest.approx(0.9, rel=0.02)
 
@@ -191,7 +193,7 @@ def test_a_slow_network_is_reported_with_its_rate_and_no_rank():
 
 def test_the_network_between_two_hosts_is_named_by_them():
     _, (finding,) = run(transfer=4.0, ranks=2)
-    assert "the network between h0 and h1" in finding.text
+    assert finding.cause == "network" and not missing_from(finding.text, "h0", "h1")
 
 
 def test_the_causes_sum_to_the_wait_that_was_attributed():
@@ -249,7 +251,7 @@ def test_time_in_which_a_process_did_not_run_is_its_hosts_wherever_the_others_wa
     profiles[2] = replace(profiles[2], process_stalls=(10, 4.0))
     analysis, (finding, *_) = analysed()
     assert (finding.cause, finding.ranks) == ("host", [2])
-    assert "its process did not run 10 times, 400 ms each" in finding.text
+    assert not missing_from(finding.text, "10 times", "400 ms each")
     assert sum(analysis.wait_caused.values()) == pytest.approx(before), "nothing is counted twice"
     assert analysis.ranks[2].wait_caused["host"] == pytest.approx(3.0, abs=0.2)
     assert analysis.wait_caused["network"] == pytest.approx(1.0, abs=0.2)
@@ -267,4 +269,4 @@ def test_a_process_stall_that_delayed_a_rank_is_counted_once():
     assert analysis.ranks[1].wait_caused["host"] == pytest.approx(1.5, rel=0.05)
     (finding,) = findings(analysis, HOT)
     assert (finding.cause, finding.ranks) == ("host", [1])
-    assert "did not run 20 times, 100 ms each" in finding.text
+    assert not missing_from(finding.text, "20 times", "100 ms each")

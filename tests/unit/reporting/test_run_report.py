@@ -256,7 +256,7 @@ def timed_ranks(slow: int | None, first: int = 0, replica: int = 0) -> list[Rank
 def test_all_ranks_have_one_report_though_each_measured_the_steps_by_its_own_clock(monkeypatch):
     ranks = timed_ranks(slow=1)
     lengths = {rank.collector.wait_attribution().step_seconds for rank in ranks}
-    assert len(lengths) == 2, "the ranks would each come to a result of their own"
+    assert len(lengths) == 2, "every rank would find another result"
     first, second = reports(monkeypatch, ranks)
     assert first == second
     assert first.wait_caused["device"] > 0 and first.wait_caused["network"] > 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 from rich.console import Console
@@ -85,7 +86,7 @@ def test_the_findings_and_the_stragglers_are_shown_with_the_wait_they_caused():
     out = console()
     print_summary(out, summary(run_report(rank(0), slow, findings=found)))
     text = printed(out)
-    assert "Straggler: rank 3 computes 31% slower." in text
+    assert found[0].text in text
     row = next(line for line in text.splitlines() if line.startswith(" 3 ") and "78%" in line)
     assert row.split() == ["3", "78%", "+31%", "0.25", "0.00", "1.50", "0.00"]
 
@@ -114,7 +115,8 @@ def test_the_summary_shows_throughput_latency_and_every_rank():
     text = printed(out)
     for part in ("15.0", "20.0", "200.0 ms", "298.0 ms", "10.0 ms", "far", "9.00"):
         assert part in text, f"{part} is missing in\n{text}"
-    assert "5 requests, 2 of them by earlier runs, 1 with an error record." in text
+    (line,) = [line for line in text.splitlines() if " requests, " in line]
+    assert re.findall(r"\d+", line) == ["5", "2", "1"] and "error" in line
 
 
 def test_a_run_with_nothing_left_to_do_still_prints_the_job_s_totals():

@@ -5,8 +5,7 @@ Run: pytest tests/unit/distributed/health/test_heartbeat.py
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from engine.distributed.health.heartbeat import HeartbeatPublisher
 from engine.distributed.health.peer_monitor import Heartbeat
 from engine.distributed.health.progress import Progress
+from tests.helpers.polling import await_true
 
 PROGRESS = Progress(step=4, layer=2, phase="experts", collective=31)
 
@@ -54,14 +54,6 @@ def server() -> Iterator[Server]:
     yield made
     for publisher in made.publishers:
         publisher.close(5)
-
-
-def await_true(condition: Callable[[], Any]) -> Any:
-    end = time.monotonic() + 10
-    while not (value := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return value
 
 
 def test_every_rank_receives_all_heartbeats_with_progress_and_error(server):
@@ -105,6 +97,5 @@ def test_a_lost_store_is_detected_and_not_waited_for(server):
     assert publisher.flush(10)
     server.store = None  # closes the server
     await_true(lambda: publisher.disconnected)
-    began = time.monotonic()
-    assert not publisher.flush(10) and publisher.propose("it was rank 2", 10) is None
-    assert time.monotonic() - began < 5
+    # One that waits for the store is ended by the limit on a test, before these are over.
+    assert not publisher.flush(3600) and publisher.propose("it was rank 2", 3600) is None

@@ -119,4 +119,4 @@ def test_while_the_store_does_not_answer_only_the_store_ages():
     assert observer.heartbeat_age_s(1) == 0.0
     observer.observe(PERIOD, dead=[1, 2])
     assert observer.monitor.store_silence_s == 0.0
-    assert observer.heartbeat_age_s(1) <= 2 * PERIOD, "no heartbeat could be read meanwhile"
+    assert observer.heartbeat_age_s(1) <= 2 * PERIOD, "no heartbeat could be read in that time"

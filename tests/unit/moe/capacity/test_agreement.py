@@ -80,6 +80,7 @@ def test_capacity_shared_out_by_speed_is_the_references(case):
     assert_same(case)
 
 
+@pytest.mark.slow
 @settings(MANY, max_examples=1000)
 @given(cases(consensus="global"))
 def test_gather_and_radix_find_identical_sets(case):
@@ -133,7 +134,7 @@ class Unfinished:
         {"consensus": "local"},
     ],
 )
-def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
+def test_overlapped_work_that_fails_leaves_no_collective_in_flight(rules, fails):
     spec = RouterSpec(num_experts=4, top_k=2, normalize=True, scale=1.0, score="softmax")
     collectives = Unfinished(fails)
     agreement = CapacityAgreement(
@@ -153,11 +154,11 @@ def test_work_that_fails_meanwhile_leaves_no_collective_under_way(rules, fails):
         num_eligible=6,
     )
 
-    def meanwhile() -> None:
+    def work() -> None:
         assert (collectives.started, collectives.waited) == (communicates, 0)
         raise MemoryError("the shared expert does not fit")
 
     communicates = rules["consensus"] != "local"
     with pytest.raises(MemoryError, match="does not fit"):
-        agreement.decide(route(torch.randn(6, 4), spec), step, overlap=meanwhile)
+        agreement.decide(route(torch.randn(6, 4), spec), step, overlap=work)
     assert collectives.waited == collectives.started

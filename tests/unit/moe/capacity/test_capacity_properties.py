@@ -157,7 +157,7 @@ def test_7_survivors_keep_their_weights_bit_for_bit_and_orphans_have_none(case):
 
 @PROPERTY
 @given(cases(**TOP_K_CUT), st.randoms(use_true_random=False))
-def test_8_score_does_not_care_who_stands_where(case, random):
+def test_8_score_does_not_depend_on_the_positions_of_tokens(case, random):
     case = dataclasses.replace(with_rules(case, order="score"), levels=5)
     tokens = make_tokens(case)
     # Distinct scores, so that no tie asks for the token ids.
@@ -223,7 +223,7 @@ def test_10_alone_all_consensus_is_the_same(case):
     )
     for other in (two, three):
         if one is None or other is None:
-            for decision in (one, other):  # whoever decided found nothing to do
+            for decision in (one, other):  # a rank that decided found nothing to do
                 assert decision is None or decision.keep_TK.all()
         else:
             assert torch.equal(one.ids_TM, other.ids_TM)

@@ -64,10 +64,10 @@ def test_a_selection_is_complete_where_all_ranks_rows_are_known():
         ("quota", "auto", True, 1),
         ("local", "auto", False, 0),
     ):
-        for names, _, known, said in run_threads(
+        for names, _, known, claimed in run_threads(
             lambda c, name=name, selection=selection: selection_of(c, name, selection, 8), 2
         ):
-            assert (known, said, len(names)) == (complete, complete, calls)
+            assert (known, claimed, len(names)) == (complete, complete, calls)
 
 
 def test_a_quota_of_pools_of_several_experts_leaves_the_rows_open():

@@ -78,7 +78,7 @@ def test_an_order_of_one_pool_compares_experts_of_one_rank():
     assert decision.counts_WE.tolist() == [[1, 1]]
 
 
-def test_the_worked_example_of_shares_holds():
+def test_the_worked_example_of_quotas_holds():
     claims = torch.tensor([[4], [3], [3]])
     assert quotas(claims, torch.tensor([5])).flatten().tolist() == [2, 2, 1]
     assert quotas(claims, torch.tensor([10**6])).flatten().tolist() == [4, 3, 3]
@@ -86,10 +86,10 @@ def test_the_worked_example_of_shares_holds():
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 200))
-def test_shares_use_every_slot_and_exceed_no_ranks_claims(claims, limit):
-    dealt = quotas(torch.tensor(claims)[:, None], torch.tensor([limit])).flatten().tolist()
-    assert sum(dealt) == min(sum(claims), limit)
-    assert all(0 <= share <= count for share, count in zip(dealt, claims, strict=True))
+def test_quotas_use_every_slot_and_exceed_no_ranks_claims(claims, limit):
+    given = quotas(torch.tensor(claims)[:, None], torch.tensor([limit])).flatten().tolist()
+    assert sum(given) == min(sum(claims), limit)
+    assert all(0 <= quota <= count for quota, count in zip(given, claims, strict=True))
 
 
 def test_the_worked_example_of_expansion_holds():

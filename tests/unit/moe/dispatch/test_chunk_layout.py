@@ -1,4 +1,4 @@
-"""Chunks of experts: who travels when, and that every row still finds its expert and its way home.
+"""Chunks of experts: the order of dispatch, and that every row reaches its expert and its token.
 
 Run: pytest tests/unit/moe/dispatch/test_chunk_layout.py
 """

@@ -78,7 +78,7 @@ def test_every_layer_tries_every_candidate_as_often(num_layers):
             break
         for layer in range(num_layers):
             tried[layer].append(run(tuner, layer, 1000))
-        assert step < 30, "it must come to an end"
+        assert step < 30, "it must end"
     for chunks in tried.values():
         counted = chunks[warm_up:]
         assert len({counted.count(number) for number in CANDIDATES}) == 1

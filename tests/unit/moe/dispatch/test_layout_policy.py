@@ -1,4 +1,4 @@
-"""Which way rows travel, and that all ranks know enough of each other for it under every policy.
+"""Which layout a step uses, and that all ranks know enough of each other for it under every policy.
 
 Run: pytest tests/unit/moe/dispatch/test_layout_policy.py
 """
@@ -55,7 +55,7 @@ def test_auto_cuts_experts_where_every_rank_has_one_for_each_chunk_and_tokens_el
 def test_experts_are_cut_no_finer_than_there_are_and_tokens_as_fine_as_asked():
     assert layouts([2, 2], chunks=8, by="experts").num_chunks == 2
     assert layouts([2, 2], chunks=8, by="tokens").num_chunks == 8
-    assert layouts([8], chunks=8, by="tokens").num_chunks == 1, "one rank has nobody to wait for"
+    assert layouts([8], chunks=8, by="tokens").num_chunks == 1, "one rank waits for no other"
 
 
 def test_a_step_of_few_tokens_is_not_cut():
@@ -92,7 +92,7 @@ def test_auto_tries_what_a_layer_can_cut_into_and_a_step_is_worth():
     assert layouts([8], chunks="auto").candidates(None) == [1]
 
 
-def test_without_anything_to_choose_nobody_asks_the_tuner():
+def test_without_anything_to_choose_the_tuner_is_not_used():
     for sizes, overlap in (([8], {"chunks": "auto"}), ([4, 4], {"chunks": 2})):
         found, tuner = layouts(sizes, **overlap), ChunkTuner()
         found.tune(0, tuner, ThreadCollectives(0, 1, threading.Barrier(1), [None]))
@@ -104,7 +104,9 @@ def test_without_anything_to_choose_nobody_asks_the_tuner():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "top_k"), [([1, 1, 1], 2), ([4, 4], 1), ([8], 4)], ids=["one each", "top-1", "alone"]
+    ("sizes", "top_k"),
+    [([1, 1, 1], 2), ([4, 4], 1), ([8], 4)],
+    ids=["one expert each", "top-1", "one rank"],
 )
 def test_where_no_two_experts_can_share_a_rank_unique_rows_are_not_counted(sizes, top_k):
     found = layouts(sizes, top_k)

@@ -88,7 +88,7 @@ def all_on_one_rank(num_tokens: int, columns: int = 4):
     return [ids, empty], [x, x[:0]], [w, w[:0]]
 
 
-def test_rows_of_four_experts_on_one_rank_travel_once_and_come_home_four_times():
+def test_rows_of_four_experts_on_one_rank_are_dispatched_once_and_combined_four_times():
     ids, xs, ws = all_on_one_rank(10)
     layout = ExpertLayout([0, 8, 16], 1, "experts", rows_of(), deduplicate=True)
     found = call(layout, ids, xs, ws)
@@ -97,7 +97,7 @@ def test_rows_of_four_experts_on_one_rank_travel_once_and_come_home_four_times()
     assert found.plans[0][0].unique is not None and found.plans[1][0].unique is not None
 
 
-def test_partial_sums_send_one_row_a_token_and_rank_home():
+def test_partial_sums_combine_one_row_per_token_and_rank():
     ids, xs, ws = all_on_one_rank(10)
     exact = call(ExpertLayout([0, 8, 16], 1), ids, xs, ws)
     rows = rows_of(partial=True)
@@ -159,7 +159,7 @@ def test_narrow_rows_move_fewer_bytes_and_err_within_their_mantissa(
         assert found.sent[0] < rows * (payload + 15)
     else:
         assert found.sent[0] == rows * (-(-payload // 16) * 16)
-    assert found.sent[1] == exact.sent[1], "rows come home in the compute dtype"
+    assert found.sent[1] == exact.sent[1], "combined rows have the compute dtype"
     for out, expected, x, w, part in zip(found.outs, exact.outs, xs, ws, ids, strict=True):
         # An element errs by at most bound of its row's largest; tanh does not widen that, expert e
         # multiplies by e + 2.

@@ -1,6 +1,6 @@
 """The batch job finds known causes: two real ranks, one condition at a time.
 
-Run: pytest tests/distributed/test_verdicts.py
+Run: pytest tests/distributed/test_straggler_findings.py
 """
 
 from __future__ import annotations
