@@ -50,7 +50,7 @@ class LLM:
 
     Args:
         topology: a running topology; None: join the launcher's, until `close`.
-        activity: receives the progress of loading.
+        reporter: receives the progress of loading.
 
     Raises:
         ValueError: on every rank, when the config, the launch or the checkpoint is wrong.
@@ -60,11 +60,11 @@ class LLM:
         self,
         config: Config,
         topology: Topology | None = None,
-        activity: ProgressReporter | None = None,
+        reporter: ProgressReporter | None = None,
     ) -> None:
         self.config = config
         self.report: RunReport | None = None  # of the last run or `generate`
-        self._activity = activity or ProgressReporter()
+        self._reporter = reporter or ProgressReporter()
         self._owns_topology = topology is None
         if topology is None:
             with bootstrap.broadcast_startup_error():
@@ -84,10 +84,10 @@ class LLM:
         self.model.set_telemetry(self._telemetry)
         names = self._on_all_ranks(lambda: builder.checkpoint_names(config))
         self.weights_report = builder.load_weights(
-            self.model, config, topology, names, self._activity
+            self.model, config, topology, names, self._reporter
         )
-        self._activity.begin("loading the model")
-        self.model.finalize_weights(self._activity.tick)
+        self._reporter.begin("loading the model")
+        self.model.finalize_weights(self._reporter.advance)
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: builder.build_cache(self.model, config, topology)
         )
@@ -114,7 +114,7 @@ class LLM:
         """Return how far this rank has come; any thread may call it."""
         position = self._telemetry.clock.position()
         if not position.collective:
-            return self._activity.progress  # the first run has not begun
+            return self._reporter.progress  # the first run has not begun
         phase = position.phase.name.lower()
         return Progress(position.step, position.layer, phase, position.collective)
 
@@ -200,7 +200,7 @@ class LLM:
         exporters = self._on_all_ranks(
             lambda: open_exporters(self.config, self.topology, self.model, self._clock_offset)
         )
-        self._activity.begin("starting the run")
+        self._reporter.begin("starting the run")
         capacity = self.config.moe.capacity
         with MeasuredRun(
             self.config, self.topology, self.model, self._scheduler, self._telemetry, exporters
@@ -248,13 +248,13 @@ class LLM:
     def _on_all_ranks(self, make: Callable[[], _T]) -> _T:
         """Run `make` on every rank of all replicas; if it fails on any, raise its error on all."""
         error, made = None, None
-        self._activity.begin("loading the model")
+        self._reporter.begin("loading the model")
         try:
             made = make()
         except (ValueError, OSError) as problem:
             error = str(problem)
-        self._activity.wait()
+        self._reporter.wait()
         raise_on_any_rank(self.topology.world, error)
-        self._activity.begin("loading the model")
+        self._reporter.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]

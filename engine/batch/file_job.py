@@ -153,7 +153,7 @@ class FileJob:
                 f"--input {self.input_path}: was written to while the job ran ({now.st_size} "
                 "bytes); run the same command again to check whether its content has changed"
             )
-        return self._ledger.merge(self._own_lines, self._reporter.tick)
+        return self._ledger.merge(self._own_lines, self._reporter.advance)
 
     def finalize(self, num_errors: int) -> str:
         """Mark the output complete and remove the ledger; return what to print about it.
@@ -169,7 +169,7 @@ class FileJob:
         """Merge the input shards if all are complete; return the outcome, "" without shards."""
         if self._shard is None:
             return ""
-        count, report = self._shard.count, self._reporter.tick
+        count, report = self._shard.count, self._reporter.advance
         outcome = merge_if_complete(self._whole_output, count, self._manifest, report)
         return f"slice {self._shard} is complete; {outcome}"
 
@@ -184,7 +184,7 @@ class FileJob:
                 f"remove {self._whole_output} and {self._whole_output.name}.slice-*, or use "
                 "another --output"
             )
-        index = scan_input(self.input_path, self._reporter.tick)
+        index = scan_input(self.input_path, self._reporter.advance)
         self._manifest = make_manifest(index, self._config)
         self._size, self._modified_ns = index.size, index.modified_ns
         self._own_lines = range(len(index))
@@ -201,7 +201,7 @@ class FileJob:
                 again = "already complete; --overwrite runs the job again"
                 return self._merge_shards() or f"{self.output} is {again}"
             ledger.create_shards(self._topology.num_data)
-            done_n = ledger.done(len(index), self._reporter.tick)
+            done_n = ledger.done(len(index), self._reporter.advance)
         except BaseException:
             ledger.close()
             raise

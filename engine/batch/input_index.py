@@ -21,7 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from engine.distributed.health.progress import Tick, no_tick
+from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion, Request
 
 _BOM = b"\xef\xbb\xbf"
@@ -58,7 +58,7 @@ class InputIndex:
         return len(self.offsets_n)
 
 
-def scan_input(path: Path, report: Tick = no_tick) -> InputIndex:
+def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
     """Read the file once, front to back, and return its index.
 
     Args:
@@ -163,7 +163,11 @@ def _equal_hashes(hashes_n: np.ndarray, nameless: list[int]) -> np.ndarray:
 
 
 def _verify_duplicates(
-    path: Path, offsets_n: np.ndarray, numbers_n: np.ndarray, candidates: np.ndarray, report: Tick
+    path: Path,
+    offsets_n: np.ndarray,
+    numbers_n: np.ndarray,
+    candidates: np.ndarray,
+    report: OnProgress,
 ) -> dict[int, int]:
     """Return `InputIndex.duplicates`: read the candidates' ids again, as hashes may collide."""
     first: dict[tuple[type, str | int], int] = {}

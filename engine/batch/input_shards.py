@@ -35,7 +35,7 @@ from typing import Any
 from engine.batch.atomic_files import Busy, DurableWriter, fsync_directory, read_json, write_text
 from engine.batch.ledger import Ledger, shards_dir
 from engine.batch.manifest import JobError, finalize, output_differences, sibling_path
-from engine.distributed.health.progress import Tick, no_tick
+from engine.distributed.health.progress import OnProgress, ignore_progress
 
 _COPY_BYTES = 4 << 20
 _MERGE_LOCK_TIMEOUT_S = 600.0  # another run may be merging
@@ -110,7 +110,7 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
 
 
 def merge_if_complete(
-    output: Path, count: int, manifest: dict[str, Any], report: Tick = no_tick
+    output: Path, count: int, manifest: dict[str, Any], report: OnProgress = ignore_progress
 ) -> str:
     """Merge the shards into `output` if all are complete; return a sentence with the outcome.
 
@@ -145,7 +145,7 @@ def merge_if_complete(
 
 
 def _merge(
-    shards: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any], report: Tick
+    shards: list[Path], output: Path, ledger: Ledger, manifest: dict[str, Any], report: OnProgress
 ) -> None:
     """Copy the shards and finalize. Raises JobError, with the shards kept, for a wrong size."""
     size = sum(path.stat().st_size for path in shards)
@@ -163,7 +163,7 @@ def _merge(
 
 
 @contextmanager
-def _locked_ledger(output: Path, report: Tick) -> Iterator[Ledger]:
+def _locked_ledger(output: Path, report: OnProgress) -> Iterator[Ledger]:
     """Hold the whole output's ledger, which serves as a lock only. Raises OSError and Busy."""
     deadline = time.monotonic() + _MERGE_LOCK_TIMEOUT_S
     while True:
@@ -208,7 +208,7 @@ def _is_complete(shard: InputShard, output: Path, manifest: dict[str, Any]) -> b
     return differences == []
 
 
-def _copy(sources: list[Path], output: Path, report: Tick) -> None:
+def _copy(sources: list[Path], output: Path, report: OnProgress) -> None:
     host = socket.gethostname()
     for path, match in _files_like(_COPY_SUFFIX, output):
         if match[1] == host and not _is_alive(int(match[2])):

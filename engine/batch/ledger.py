@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from engine.batch.atomic_files import Busy, DurableWriter, fsync_directory, lock, write_json
-from engine.distributed.health.progress import Tick, no_tick
+from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion
 
 _HEAD = re.compile(rb'\{"index": (\d{1,18}), "crc32": (\d{1,10}), "record": ')
@@ -53,7 +53,9 @@ def _checksum(index: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(b"%d" % index))
 
 
-def scan_shard(file: IO[bytes], report: Tick = no_tick) -> Iterator[tuple[int, int, int]]:
+def scan_shard(
+    file: IO[bytes], report: OnProgress = ignore_progress
+) -> Iterator[tuple[int, int, int]]:
     """Yield (index, offset, length) of a ledger shard's whole records; skip torn or damaged ones.
 
     Offset and length, in bytes, are those of the record's JSON without the line around it.
@@ -150,7 +152,7 @@ class Ledger:
                 _truncate_torn_tail(file)
         fsync_directory(self.directory)
 
-    def done(self, num_lines: int, report: Tick = no_tick) -> np.ndarray:
+    def done(self, num_lines: int, report: OnProgress = ignore_progress) -> np.ndarray:
         """Return which lines have a record: bool [num_lines].
 
         Args:
@@ -165,7 +167,7 @@ class Ledger:
             done_n[indices] = True
         return done_n
 
-    def merge(self, lines: range, report: Tick = no_tick) -> int:
+    def merge(self, lines: range, report: OnProgress = ignore_progress) -> int:
         """Write the records of these requests, in input order, to the output, durably.
 
         Holds three numbers per record and copies one record at a time.

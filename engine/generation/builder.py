@@ -59,7 +59,7 @@ def load_weights(
     config: Config,
     topology: Topology,
     names: frozenset[str],
-    activity: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> loader.LoadReport | None:
     """Read this rank's weights from the checkpoint, or draw random ones (load_format = dummy).
 
@@ -73,14 +73,14 @@ def load_weights(
         ValueError: on every rank, naming tensor and file.
     """
     if config.model.load_format == "dummy":
-        loader.fill_dummy(model.weight_slots(), config.runtime.seed, activity.tick)
+        loader.fill_dummy(model.weight_slots(), config.runtime.seed, reporter.advance)
         return None
     return loader.load_weights(
         Path(config.model.path),
         model.weight_slots(names),
         ignored=model.ignored_weights,
         group=topology.world,
-        reporter=activity,
+        reporter=reporter,
     )
 
 
@@ -161,4 +161,4 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     if capacity.policy == "none":
         return needed
     layer.reserve(bound.sent, bound.received)
-    return needed - model.workspace.num_bytes
+    return needed - model.row_buffers.num_bytes

@@ -67,7 +67,7 @@ class DecoderLayer(nn.Module):
         config: MoEConfig,
         device: torch.device,
         dtype: torch.dtype,
-        workspace: RowBuffers,
+        row_buffers: RowBuffers,
         tuner: ChunkTuner,
     ) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
             device=device,
             dtype=dtype,
             shared=shared,
-            workspace=workspace,
+            row_buffers=row_buffers,
             tuner=tuner,
         )
 
@@ -129,7 +129,7 @@ class CausalLM(nn.Module):
         if not spec.tied_embeddings:
             self.head_VD = empty_parameter(*shape, device=device, dtype=dtype)
         self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
-        self.workspace = RowBuffers()
+        self.row_buffers = RowBuffers()
         tuner = ChunkTuner(device)
         self._layers = [
             DecoderLayer(
@@ -139,7 +139,7 @@ class CausalLM(nn.Module):
                 config=config,
                 device=device,
                 dtype=dtype,
-                workspace=self.workspace,
+                row_buffers=self.row_buffers,
                 tuner=tuner,
             )
             for i, layer in enumerate(spec.layers)
@@ -170,14 +170,14 @@ class CausalLM(nn.Module):
         sums = sum(layer.attention.sums.num_collectives for layer in self._layers)
         return micro_batches * sums + sum(moe.max_collectives for moe in self.moe_layers)
 
-    def finalize_weights(self, tick: Callable[[], None] = lambda: None) -> None:
+    def finalize_weights(self, on_progress: Callable[[], None] = lambda: None) -> None:
         """Rearrange the loaded weights, in place, into the layouts that the kernels read fastest.
 
         Args:
-            tick: called once per layer, as a sign of progress.
+            on_progress: called once per layer, as a sign of progress.
         """
         for layer in self._layers:
-            tick()
+            on_progress()
             layer.attention.finalize_weights()
             layer.mlp.finalize_weights()
         if self.head_VD is not self.embedding_VD:

@@ -80,7 +80,7 @@ class MoELayer(nn.Module):
         config: moe.
         device, dtype: of the weights.
         shared: the shared expert.
-        workspace: row buffers, shared by the layers of a model.
+        row_buffers: shared by the layers of a model.
         tuner: shared by the layers of a model, for moe.overlap.chunks: auto.
         exchange: the all-to-alls; by default those of `topology.expert`.
 
@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         shared: nn.Module | None = None,
-        workspace: RowBuffers | None = None,
+        row_buffers: RowBuffers | None = None,
         tuner: ChunkTuner | None = None,
         exchange: Exchange | None = None,
     ) -> None:
@@ -118,7 +118,7 @@ class MoELayer(nn.Module):
         self.spec = spec
         self.layer = layer
         self.telemetry = Telemetry()
-        self.workspace = workspace or RowBuffers()
+        self.row_buffers = row_buffers or RowBuffers()
         self.first_expert, self.num_local_experts = expert_range(
             num_experts, group.size, group.rank
         )
@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
         self._run_experts = make_backend(backend, self.experts)
         self._pipelines = [  # one per micro-batch
             Pipeline(exchange, self._run_experts, buffers, layer)
-            for buffers in (self.workspace, self.workspace.second)
+            for buffers in (self.row_buffers, self.row_buffers.second)
         ]
         self._stats = LayerStats(layer, first_experts, group.rank)
         self.set_capacity(config.capacity)
@@ -190,10 +190,10 @@ class MoELayer(nn.Module):
     def reserve(self, send_rows: int, received_rows: int) -> None:
         """Allocate the row buffers for at most so many assignments sent and received in a call.
 
-        Layers that share a workspace need it once.
+        Layers that share row buffers need it once.
         """
         sizes = self.layout_policy.buffer_sizes(send_rows, received_rows)
-        self.workspace.reserve(sizes, self.gate_weight_ED.device)
+        self.row_buffers.reserve(sizes, self.gate_weight_ED.device)
 
     def set_capacity(self, config: CapacityConfig) -> None:
         """Change the capacity policy, between steps and alike on every rank.

@@ -24,7 +24,7 @@ import torch
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
-from engine.distributed.health.progress import ProgressReporter, Tick, no_tick
+from engine.distributed.health.progress import OnProgress, ProgressReporter, ignore_progress
 from engine.weights.reader import DTYPES, ReadJob, read_all
 from engine.weights.safetensors_header import Catalog, CheckpointError, read_catalog
 from engine.weights.slot import WeightSlot
@@ -209,7 +209,9 @@ def _differences(digests: Sequence[Mapping[str, str]], group: Group | None) -> l
     return found
 
 
-def fill_dummy(slots: Iterable[WeightSlot], seed: int, report: Tick = no_tick) -> None:
+def fill_dummy(
+    slots: Iterable[WeightSlot], seed: int, report: OnProgress = ignore_progress
+) -> None:
     """Fill every slot with random weights that depend on `seed` and the tensor's name alone.
 
     Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn in

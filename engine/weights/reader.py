@@ -25,7 +25,7 @@ import torch
 from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors
 from engine.distributed.groups import Group
-from engine.distributed.health.progress import ProgressReporter, Tick
+from engine.distributed.health.progress import OnProgress, ProgressReporter
 from engine.weights.safetensors_header import CheckpointError, TensorEntry
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -72,7 +72,7 @@ def read_all(
     with ThreadPoolExecutor(_NUM_THREADS, "read-weights") as pool:
         try:
             readers = [
-                pool.submit(_read_jobs, queue, files, reporter.tick) for _ in range(_NUM_THREADS)
+                pool.submit(_read_jobs, queue, files, reporter.advance) for _ in range(_NUM_THREADS)
             ]
             while True:
                 done, pending = wait(readers, timeout=_STATUS_INTERVAL_S)
@@ -107,7 +107,7 @@ def _all_done(problem: str | None, done: bool, group: Group | None) -> bool:
     return all(done for _, done in answers)
 
 
-def _read_jobs(queue: deque[ReadJob], files: _Files, report: Tick) -> int:
+def _read_jobs(queue: deque[ReadJob], files: _Files, report: OnProgress) -> int:
     """Run jobs until none is left, in one thread; return the bytes read."""
     staging = _Staging()
     num_bytes = 0
@@ -123,7 +123,7 @@ def _read_jobs(queue: deque[ReadJob], files: _Files, report: Tick) -> int:
         raise
 
 
-def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: Tick) -> int:
+def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: OnProgress) -> int:
     """Read one tensor's shard; return the bytes read."""
     entry, target = job.entry, job.target.detach()
     dtype = DTYPES[entry.dtype]

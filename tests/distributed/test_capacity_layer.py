@@ -298,14 +298,14 @@ def buffers_of(rank: int, settings: dict) -> tuple[int, int, list[int], int, int
     )
     bound = row_bound(shape, capacity, most, max_sequences=0)
     layer.reserve(bound.sent, bound.received)
-    before = layer.workspace.num_bytes
+    before = layer.row_buffers.num_bytes
     rows = []
     for step in range(6):
         counts = [most, most] if step == 0 else np.random.default_rng(step).integers(0, most + 1, 2)
         counts = [int(count) for count in counts]
         layer(tokens_of(10 * step + rank, counts[rank]), step_of(topology, counts, 1))
         rows += layer.telemetry.loads.take_rows()
-    growths, after = layer.workspace.num_growths, layer.workspace.num_bytes
+    growths, after = layer.row_buffers.num_growths, layer.row_buffers.num_bytes
     bootstrap.stop(topology)
     return growths, bound.received, rows, before, after
 

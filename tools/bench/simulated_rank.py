@@ -85,7 +85,7 @@ class RowlessExchange(Exchange):
 
 
 class SimulatedRank(MoELayer):
-    """One rank's layer and tokens x_TD. Ranks may share `workspace`: they run one at a time."""
+    """One rank's layer and tokens x_TD. Ranks may share `row_buffers`: they run one at a time."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class SimulatedRank(MoELayer):
         rank: int,
         size: int,
         x_TD: torch.Tensor,
-        workspace: RowBuffers,
+        row_buffers: RowBuffers,
     ) -> None:
         topology, answered = _topology(rank, size), AnsweredCollectives(rank, size)
         router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
@@ -106,7 +106,7 @@ class SimulatedRank(MoELayer):
             config=MoEConfig(dispatch=DispatchConfig(deduplicate=False)),
             device=CPU,
             dtype=torch.float32,
-            workspace=workspace,
+            row_buffers=row_buffers,
             exchange=RowlessExchange(topology.expert, answered),
         )
         self.answered = answered

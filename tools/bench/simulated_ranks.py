@@ -92,9 +92,9 @@ class SimulatedRanks:
         vary_margins(x_TD, seed)
         parts = [share(num_tokens, num_ranks, rank) for rank in range(num_ranks)]
         sizes = tuple(part.stop - part.start for part in parts)
-        self._shape, workspace = shape, RowBuffers()
+        self._shape, buffers = shape, RowBuffers()
         self._ranks = [
-            SimulatedRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), workspace)
+            SimulatedRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), buffers)
             for rank, part in enumerate(parts)
         ]
         self._steps = [_step(rank, sizes) for rank in range(num_ranks)]

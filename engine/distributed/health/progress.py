@@ -2,7 +2,7 @@
 
 In the lockstep the phase clock counts steps and collectives. Before and after it, ranks read files
 for as long as that takes while others wait: a time limit would end a job that is only slow. So the
-work there calls `ProgressReporter.tick` as it advances. The watchdog publishes the progress, and
+work there calls `ProgressReporter.advance` as it advances. The watchdog publishes the progress, and
 `diagnosis.py` finds a rank at fault only where others wait for it and it makes none.
 """
 
@@ -19,7 +19,7 @@ State = Literal["starting", "running", "finishing", "collective_failed", "failed
 WAITING = "waiting for the others"
 # As phase_clock.COLLECTIVE_PHASES.
 _WAITING_PHASES = ("consensus", "dispatch", "combine", "control", "tensor")
-Tick = Callable[[], None]
+OnProgress = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Progress:
 class ProgressReporter:
     """Progress of one rank outside of the lockstep.
 
-    Any thread may tick. Of two simultaneous ticks one may be lost; the next makes up for it.
+    Any thread may call `advance`. Of two simultaneous calls one may be lost; the next counts.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class ProgressReporter:
         """Start a new phase: what the rank does, as in `has been loading the model for 5 s`."""
         self.progress = Progress(self.progress.step + 1, phase=what)
 
-    def tick(self) -> None:
+    def advance(self) -> None:
         """Report that the current phase has advanced."""
         self.begin(self.progress.phase)
 
@@ -65,5 +65,5 @@ class ProgressReporter:
         self.begin(WAITING)
 
 
-def no_tick() -> None:
-    """Do nothing: the tick of work whose progress is not monitored."""
+def ignore_progress() -> None:
+    """Do nothing: for work whose progress is not monitored."""

@@ -50,7 +50,7 @@ class Worker:
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
         """Continue every prompt greedily by `new_tokens`; return seconds around `generate`.
 
-        In the reply, `parts` divides this rank's seconds by activity, and `meetings` is the number
+        In the reply, `parts` divides this rank's seconds by reporter, and `meetings` is the number
         of collectives of its MoE layers. Collective over all ranks.
         """
         import torch
