@@ -107,7 +107,7 @@ def _span(ranks: Sequence[int]) -> str:
 
 
 def _is_significant(analysis: Analysis, share: float) -> bool:
-    """Whether a share of the run's time is more than the noise of equal ranks."""
+    """Return whether a share of the run's time is more than the noise of equal ranks."""
     return share >= _MIN_SHARE + _NOISE_SHARE / max(1.0, analysis.seconds) ** 0.5
 
 

@@ -40,7 +40,7 @@ class LayerLoad:
 
     @property
     def max_over_mean_after(self) -> float:
-        """The same after capacity."""
+        """Return the same after capacity."""
         return self.slowest_after / self.mean_after if self.mean_after else 1.0
 
 
@@ -142,17 +142,17 @@ class LoadCounter:
         return value
 
     def max_over_mean(self) -> float:
-        """Max over mean of the ranks' rows before capacity, all layers, weighted by rows."""
+        """Return max over mean of the ranks' rows before capacity, over all layers."""
         mean = sum(load.mean for load in self.layers.values())
         return sum(load.slowest for load in self.layers.values()) / mean if mean else 1.0
 
     def max_over_mean_after(self) -> float:
-        """The same after capacity."""
+        """Return the same after capacity."""
         mean = sum(load.mean_after for load in self.layers.values())
         return sum(load.slowest_after for load in self.layers.values()) / mean if mean else 1.0
 
     def speed_bound(self) -> float:
-        """The most loaded rank's rows before capacity over those after it, all layers and steps.
+        """Return the most loaded rank's rows before capacity over after it, all layers and steps.
 
         An upper bound of the factor by which capacity made the MoE layers faster.
         """
