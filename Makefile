@@ -20,7 +20,7 @@ STAMP := $(VENV)/.lockstep-installed
 NATIVE := $(wildcard kernels/build.py kernels/csrc/*)
 # A limit ends a hung run. One thread per process: the distributed tests start up to eight ranks.
 QUICK_LIMIT_S ?= 600
-TEST_LIMIT_S ?= 1500
+TEST_LIMIT_S ?= 1200
 LONG_LIMIT_S ?= 2400
 CLUSTER_LIMIT_S ?= 900
 PYTEST = OMP_NUM_THREADS=1 timeout --kill-after=30 $(1) $(BIN)/python -m pytest

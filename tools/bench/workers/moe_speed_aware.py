@@ -24,7 +24,7 @@ from bench.workers.moe_overlap import build
 from engine.config import CapacityConfig
 from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
-from engine.moe.capacity.speed_weights import ONE, Shares
+from engine.moe.capacity.speed_weights import ONE, SpeedWeights
 from engine.moe.step import MoEStep
 from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
@@ -56,7 +56,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {
         name: {"seconds": [], "experts": [], "rows": [], "dropped": 0} for name in NAMES
     }
-    row_time, shares = RowTime(), Shares()
+    row_time, shares = RowTime(), SpeedWeights()
     for turn in range(options["rounds"] + options["warm_up"]):
         for name in NAMES:
             layer.set_capacity(settings[name])
@@ -65,7 +65,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
                 step = replace(even, weights_W=shares.current)
             layer.telemetry.clock = clock = HostClock()
             layer.telemetry.loads.clear()
-            layer.account.take()
+            layer.drops.read_and_reset()
             dist.barrier()
             begin = time.perf_counter()
             layer(x_TD, step)
@@ -85,7 +85,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             entry["seconds"].append(seconds)
             entry["experts"].append(float(spans.seconds_by_phase()[Phase.EXPERTS]))
             entry["rows"].append(int(layer.telemetry.loads.layers[0].own_after.sum()))
-            entry["dropped"] += layer.account.take().dropped
+            entry["dropped"] += layer.drops.read_and_reset().dropped
     found["speed_aware"]["shares"] = [share / ONE for share in shares.current or (ONE, ONE)]
     found["speed_aware"]["paces"] = [int(each) for each in row_times]
     dist.barrier()
