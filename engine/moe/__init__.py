@@ -1,1 +1,1 @@
-"""The Mixture-of-Experts layer. Reading order: layer, router, plan, dispatcher, experts."""
+"""The Mixture-of-Experts layer. Reading order: layer, router, capacity/, dispatch/, experts."""

@@ -1,1 +1,1 @@
-"""Shared parts of the benches in tools/: jobs, workers, interleaving, tables, stamp."""
+"""Shared parts of the benches in tools/: jobs, workers, interleaving, tables, records."""
