@@ -430,3 +430,23 @@ def test_new_tokens_that_cannot_be_decoded_fail_their_request_alone(checkpoint, 
         assert [item.finish_reason for item in done] == ["error", "length", "error", "length"]
         assert done[0].error is not None and "no such piece" in done[0].error["message"]
         assert [item.text for item in done] == ["", "xxx", "", "xxx"]
+
+
+def run_requests(rank: int, path: Path, parallel: dict[str, Any]) -> list[Completion]:
+    llm = LLM(config_of(path, {}, parallel))
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    requests = [
+        Request(index=index, id=str(index), prompt_token_ids=ids, params=params)
+        for index, ids in enumerate([[5, 97], [5, 96], [2**70]])
+    ]
+    done: list[Completion] = []
+    llm.run(ListSource(requests if llm.topology.data_rank == 0 else []), done.extend)
+    llm.close()
+    return sorted(done, key=lambda item: item.index)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}])
+def test_a_source_that_gives_an_id_past_the_vocabulary_gets_an_error(checkpoint, parallel):
+    done, _ = run_ranks(run_requests, 2, checkpoint, parallel)
+    assert [item.finish_reason for item in done] == ["error", "length", "error"]
+    assert "[1] = 97: must be from 0 to 96, the model's vocabulary" in done[0].error["message"]
