@@ -13,7 +13,7 @@ with the same text on every rank, before the next collective, in which the other
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
-from engine.generation.tokenizer import load_tokenizer
+from engine.generation.tokenizer import PromptEncoder, load_tokenizer
 from engine.models.registry import read_config
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
@@ -40,7 +40,7 @@ from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.reporting.measured_run import MeasuredRun
 from engine.reporting.open_exporters import open_exporters
-from engine.request import Completion, Request, SamplingParams
+from engine.request import Completion, Request, SamplingParams, show, whole_number
 
 _T = TypeVar("_T")
 
@@ -125,7 +125,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: str | Iterable[str | Sequence[int]] | Sequence[int],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Complete prompts; return all completions, in the prompts' order, on every rank.
@@ -134,46 +134,49 @@ class LLM:
         that cannot run has a completion with finish_reason "error".
 
         Args:
-            prompts: texts or token ids; the same on every rank.
+            prompts: texts or token ids (lists, or of numpy or torch); the same on every rank. A
+                text alone, or the token ids of one prompt, is one prompt.
             sampling: one for all prompts, or one per prompt; None: the config's.
 
         Raises:
-            ValueError: text without a tokenizer, or not as many SamplingParams as prompts.
+            ValueError: prompts that are no list, sampling that is no SamplingParams, or not as many
+            as prompts.
 
         Collective over all ranks: every rank must call.
         """
-        default = SamplingParams.from_config(self.config.sampling)
-        each = sampling if isinstance(sampling, Sequence) else [sampling or default] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(
-                f"sampling: {len(each)} parameters for {len(prompts)} prompts; give one for all, "
-                "or one per prompt"
-            )
-        requests = [
-            Request(index=index, id=str(index), prompt_token_ids=self.encode(prompt), params=params)
-            for index, (prompt, params) in enumerate(zip(prompts, each, strict=True))
-        ]
+        each_prompt = _list_prompts(prompts)
+        if sampling is None:
+            sampling = SamplingParams.from_config(self.config.sampling)
+        each = _list_sampling(sampling, len(each_prompt))
+        requests: list[Request] = []
+        failed: list[Completion] = []
+        for index, (prompt, params) in enumerate(zip(each_prompt, each, strict=True)):
+            try:
+                ids = self._encoder.encode(f"prompts[{index}]", prompt)
+            except ValueError as error:
+                failed.append(Completion.failure(index, str(index), str(error)))
+            else:
+                request = Request(index=index, id=str(index), prompt_token_ids=ids, params=params)
+                requests.append(request)
         done: list[Completion] = []
         topology = self.topology
         own = partition(requests, topology.num_data)[topology.data_rank]
-        self.run(ListSource(own), done.extend)
+        self.run(ListSource([*(failed if topology.data_rank == 0 else ()), *own]), done.extend)
         shares = gather_objects(done, topology.world)
         return sorted((item for share in shares for item in share), key=lambda item: item.index)
 
     def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        """Return the token ids of a text; token ids are returned unchanged.
+        """Return the token ids of a text; token ids are checked and returned.
 
         Raises:
-            ValueError: for a text where the checkpoint has no tokenizer.
+            ValueError: a prompt that cannot run: no or no text, a token id that the model does not
+                have, a text where the checkpoint has no tokenizer.
         """
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer is None:
-            raise ValueError(
-                f"model.tokenizer: {self.config.model.path!r} has no tokenizer, so prompts must be "
-                "token ids; set model.tokenizer to a directory that has one"
-            )
-        return self.tokenizer.encode(prompt)
+        return self._encoder.encode("prompt", prompt)
+
+    @property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
 
     def run(
         self,
@@ -258,3 +261,44 @@ class LLM:
         self._reporter.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]
+
+
+def _list_prompts(prompts: Any) -> list[Any]:
+    """Return the prompts one by one; a text, or token ids that are in no list, is one prompt.
+
+    Raises:
+        ValueError: they are neither, or in no order that is the same on every rank.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    is_list = isinstance(prompts, Iterable) and not isinstance(
+        prompts, bytes | bytearray | memoryview | Mapping | Set
+    )
+    if not is_list or getattr(prompts, "ndim", 1) == 0:
+        raise ValueError(
+            f"prompts = {show(prompts)}: must be a list of prompts, each text or a list of token "
+            "ids, or one prompt"
+        )
+    each = list(prompts)
+    one = bool(each) and all(whole_number(item) is not None for item in each)
+    return [each] if one else each
+
+
+def _list_sampling(sampling: Any, num_prompts: int) -> Sequence[SamplingParams]:
+    """Return the parameters of each prompt.
+
+    Raises:
+        ValueError: not as many as prompts, or something else.
+    """
+    is_list = isinstance(sampling, Sequence) and not isinstance(sampling, str)
+    each = sampling if is_list else [sampling] * num_prompts
+    if len(each) != num_prompts:
+        raise ValueError(
+            f"sampling: {len(each)} parameters for {num_prompts} prompts; give one for all, or one "
+            "per prompt"
+        )
+    for index, params in enumerate(each):
+        if not isinstance(params, SamplingParams):
+            key = f"sampling[{index}]" if is_list else "sampling"
+            raise ValueError(f"{key} = {show(params)}: must be SamplingParams")
+    return each

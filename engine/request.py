@@ -8,7 +8,11 @@ no new tokens.
 from __future__ import annotations
 
 import difflib
+import json
+import math
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -22,6 +26,9 @@ FinishReason = Literal["stop", "length", "error"]
 class SamplingParams(SamplingConfig):
     """How one request's tokens are chosen and when they end.
 
+    A list of `stop` or `stop_token_ids`, or an array, becomes a tuple, a single stop string a tuple
+    of one.
+
     Raises:
         ValueError: naming the field, its value and the rule it breaks.
     """
@@ -31,6 +38,12 @@ class SamplingParams(SamplingConfig):
     )
 
     def __post_init__(self) -> None:
+        stop, stop_ids = self.stop, self.stop_token_ids
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _as_tuple(stop))
+        if isinstance(stop_ids := _as_tuple(stop_ids), tuple):
+            numbers = [(token, whole_number(token)) for token in stop_ids]
+            stop_ids = tuple(token if number is None else number for token, number in numbers)
+        object.__setattr__(self, "stop_token_ids", stop_ids)
         for problem in field_problems(self, full=True):
             raise ValueError(problem)
 
@@ -45,8 +58,7 @@ class SamplingParams(SamplingConfig):
 
         Args:
             config: the defaults.
-            overrides: None keeps the default; a list becomes a tuple, a single stop string a tuple
-                of one.
+            overrides: None keeps the default.
 
         Raises:
             ValueError: a bad value, or an unknown name (with the nearest known one).
@@ -60,21 +72,84 @@ class SamplingParams(SamplingConfig):
                 raise ValueError(f"{name!r} is not a sampling parameter: {hint}")
             if value is not None:
                 values[name] = value
-        if isinstance(values["stop"], str):
-            values["stop"] = (values["stop"],)
-        for name in ("stop", "stop_token_ids"):
-            if isinstance(values[name], list):
-                values[name] = tuple(values[name])
         return cls(**values)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _as_tuple(value: Any) -> Any:
+    """Return a list, an array or a tensor of one dimension as a tuple, anything else unchanged."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def show(value: Any) -> str:
+    """Return a value as JSON, or as Python shows it, shortened for an error message."""
+    text = f"a {type(value).__name__}"  # of a value that neither can show, nested too deeply
+    for write in (json.dumps, repr):
+        with suppress(Exception):
+            text = " ".join(write(value).split())
+            break
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a whole number, of numpy or torch too, as Python's; None for anything else."""
+    if type(value) is int:
+        return value
+    # Python takes True as 1, and a tensor of one row of one number as that number.
+    is_bool = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if is_bool or getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def check_token_ids(
+    key: str, value: Any, vocab_size: int | None = None, *, kind: str = "a list of token ids"
+) -> Sequence[int]:
+    """Return a prompt's token ids as whole numbers of Python.
+
+    Args:
+        key: what the errors call the prompt.
+        value: a list or another sequence, an array or a tensor with one dimension.
+        vocab_size: token ids are below it; None: not known here.
+        kind: what a value that is no sequence must be instead.
+
+    Raises:
+        ValueError: it is none of these, is empty, or an item is no token id.
+    """
+    ids = value
+    if hasattr(value, "tolist"):  # of numpy, torch, pandas, ...
+        with suppress(Exception):  # a tensor without values: not a sequence either
+            ids = value.tolist()
+    if isinstance(ids, str | bytes | bytearray | memoryview) or not isinstance(ids, Sequence):
+        raise ValueError(f"{key} = {show(value)}: must be {kind}")
+    if not ids:
+        raise ValueError(f"{key}: is empty and has no tokens; give at least one token")
+    limit = math.inf if vocab_size is None else vocab_size
+    if all(type(token) is int and 0 <= token < limit for token in ids):
+        return ids
+    numbers: list[int] = []
+    for place, token in enumerate(ids):
+        number = whole_number(token)
+        if number is None:
+            several = ", one prompt at a time" if isinstance(token, str | Sequence) else ""
+            raise ValueError(
+                f"{key}[{place}] = {show(token)}: must be a whole number (a token id){several}"
+            )
+        if not 0 <= number < limit:
+            bounds = f"from 0 to {limit - 1}, the model's vocabulary"
+            rule = "a whole number from 0" if vocab_size is None else bounds
+            raise ValueError(f"{key}[{place}] = {number}: must be {rule}")
+        numbers.append(number)
+    return numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt to complete.
+    """One prompt to complete. Token ids of numpy or torch become whole numbers of Python.
 
     Raises:
         ValueError: the prompt is empty or holds what is no token id.
@@ -87,17 +162,13 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
 
     def __post_init__(self) -> None:
-        if not _is_count(self.index):
+        if type(self.index) is not int or self.index < 0:
             raise ValueError(f"index = {self.index!r}: must be a whole number from 0")
-        ids = self.prompt_token_ids
-        if not ids:
-            raise ValueError(f"request {self.id!r}: the prompt has no tokens; give at least one")
-        for place, token in enumerate(ids):
-            if not _is_count(token):
-                raise ValueError(
-                    f"request {self.id!r}: prompt_token_ids[{place}] = {token!r}: "
-                    "must be a whole number from 0"
-                )
+        try:
+            ids = check_token_ids("prompt_token_ids", self.prompt_token_ids)
+        except ValueError as error:
+            raise ValueError(f"request {self.id!r}: {error}") from error
+        object.__setattr__(self, "prompt_token_ids", ids)
 
 
 @dataclass(slots=True)

@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.batch.input_index import Line, line_id
 from engine.batch.strict_json import parse_object, show
 from engine.config import SamplingConfig
-from engine.request import Completion, Request, SamplingParams
+from engine.generation.tokenizer import PromptEncoder, tokenizer_failure
+from engine.request import Completion, Request, SamplingParams, check_token_ids
 
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OURS = frozenset(field.name for field in fields(SamplingParams))
@@ -78,14 +79,18 @@ class LineParser:
     max_model_len: int  # prompt + new tokens
 
     def __call__(self, line: Line) -> Request | Completion:
-        """Return the request, or its error record for the output. Never raises."""
+        """Return the request, or its error record for the output. No content of a line raises."""
         name = line_id(line.raw)
+        prompt_tokens = 0
         try:
             return self._request(line, name)
         except _LineError as error:
-            return Completion.failure(
-                line.index, name, str(error), line=line.number, prompt_tokens=error.prompt_tokens
-            )
+            message, prompt_tokens = str(error), error.prompt_tokens
+        except BaseException as error:  # nested too deeply, or of the tokenizer's own code
+            message = str(tokenizer_failure("the line cannot be read", error))
+        return Completion.failure(
+            line.index, name, message, line=line.number, prompt_tokens=prompt_tokens
+        )
 
     def _request(self, line: Line, name: str | int | None) -> Request:
         try:
@@ -124,62 +129,37 @@ class LineParser:
             )
         return params
 
-    def _prompt(self, source: dict[str, Any]) -> list[int]:
+    def _prompt(self, source: dict[str, Any]) -> Sequence[int]:
         given = [key for key in _PROMPTS if source.get(key) is not None]
         if len(given) != 1:
             what = f"the line has {' and '.join(given)}" if given else "the line has no prompt"
             raise _LineError(f"{what}: {_SHAPE}")
-        value = source[given[0]]
-        if given[0] == "messages":
-            return self._encode("messages", self._render(value), add_special_tokens=False)
-        if isinstance(value, str) and given[0] == "prompt":
-            return self._encode("prompt", value)
-        return self._token_ids(given[0], value)
-
-    def _encode(self, key: str, text: str, **options: Any) -> list[int]:
-        if self.tokenizer is None:
-            raise _LineError(
-                f"{key}: needs a tokenizer and the model has none; use prompt_token_ids"
-            )
+        key, value = given[0], source[given[0]]
+        encoder = PromptEncoder(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        text = self._render(value) if key == "messages" else ""
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise _LineError(
-                f"{key}: character {error.start} is half of a surrogate pair, which is no text"
-            ) from error
-        if not text or not (ids := self.tokenizer(text, **options)["input_ids"]):
-            raise _LineError(f"{key}: is empty; give at least one token")
-        return ids
-
-    def _token_ids(self, key: str, value: Any) -> list[int]:
-        if not isinstance(value, list):
-            kind = "text or a list of token ids" if key == "prompt" else "a list of token ids"
-            raise _LineError(f"{key} = {show(value)}: must be {kind}")
-        if not value:
-            raise _LineError(f"{key}: is empty; give at least one token")
-        for i, token in enumerate(value):
-            if type(token) is not int:
-                several = ", one prompt per line" if key == "prompt" else ""
-                raise _LineError(
-                    f"{key}[{i}] = {show(token)}: must be a whole number (a token id){several}"
-                )
-            if not 0 <= token < self.vocab_size:
-                raise _LineError(
-                    f"{key}[{i}] = {token}: must be from 0 to {self.vocab_size - 1}, "
-                    "the model's vocabulary"
-                )
-        return value
+            if key == "messages":  # the template has written the special tokens
+                return encoder.encode_text(key, text, add_special_tokens=False)
+            if key == "prompt":
+                return encoder.encode(key, value)
+            return check_token_ids(key, value, self.vocab_size)
+        except ValueError as error:
+            raise _LineError(str(error)) from error
 
     def _render(self, messages: Any) -> str:
         conversation = list(_conversation(messages))
         if not getattr(self.tokenizer, "chat_template", None):
             raise _LineError("messages: the tokenizer has no chat template; use prompt")
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # the template is a program: any error
-            raise _LineError(f"messages: the chat template refuses them: {error}") from error
+            why = str(error) or type(error).__name__
+            raise _LineError(f"messages: the chat template refuses them: {why}") from error
+        if not isinstance(text, str):
+            raise _LineError(f"messages: the chat template gives {show(text)}, which is no text")
+        return text
 
 
 def _is_openai(record: dict[str, Any]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from engine.request import show
+
 
 def parse_object(raw: bytes) -> dict[str, Any]:
     """Return one JSON object. Raises ValueError with what is wrong and where."""
@@ -21,12 +23,6 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{show(value)}: must be a JSON object")
     return value
-
-
-def show(value: Any) -> str:
-    """Return a value as JSON, shortened for an error message."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

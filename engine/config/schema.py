@@ -186,7 +186,7 @@ class SamplingConfig:
         default=0, metadata=rule("at least 0 (0: off)", lambda v: v >= 0)
     )
     seed: int = field(default=0, metadata=_SEED)  # of sampling, per request
-    stop: tuple[str, ...] = field(  # texts that end a completion
+    stop: tuple[str, ...] = field(  # texts that end a completion; special tokens too, by their id
         default=(), metadata=rule("free of empty text", lambda v: "" not in v)
     )
     stop_token_ids: tuple[int, ...] = field(  # token ids that end a completion

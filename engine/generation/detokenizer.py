@@ -7,11 +7,13 @@ strings, else once at the end.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from engine.generation.tokenizer import tokenizer_failure
 from engine.request import SamplingParams
 
 _REPLACEMENT = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
@@ -81,10 +83,20 @@ class Detokenizer:
     @property
     def text(self) -> str:
         """All text so far, in whole characters."""
-        return "".join([*self._pieces, self.held()])
+        return self.released + self.held()
+
+    @property
+    def released(self) -> str:
+        """The text that `read` has released; decodes nothing."""
+        return "".join(self._pieces)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        """Return the text of token ids. Raises ValueError for whatever the tokenizer raises."""
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            what = "the tokenizer cannot decode the new tokens"
+            raise tokenizer_failure(what, error) from error
 
     def _chars_known(self) -> int:
         """Return how many characters of the window are released."""
@@ -96,11 +108,41 @@ class Detokenizer:
         return self._known_chars
 
 
+class _StopSearch:
+    """Finds the first of several texts in a growing one, of which some parts are not shown."""
+
+    def __init__(self, stops: Collection[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._tail = ""  # the end of the text, where one of `stops` may have started
+        self._shown = ""  # per character of it: "1" shown, "0" not
+        self._num_before = 0  # characters before it that are shown
+
+    def find(self, new: str, held: str = "", *, shown: bool = True) -> int | None:
+        """Append text; return how many shown characters precede the first hit, None without one.
+
+        Args:
+            new: the text to append.
+            held: text behind it that is searched too but not appended.
+            shown: whether `new` is shown.
+        """
+        tail, mask = self._tail + new, self._shown + ("1" if shown else "0") * len(new)
+        searched = tail + held
+        hits = [at for stop in self._stops if (at := searched.find(stop)) >= 0]
+        if hits:
+            return self._num_before + (mask + "1" * len(held)).count("1", 0, min(hits))
+        cut = max(0, len(tail) - self._longest + 1)
+        self._num_before += mask.count("1", 0, cut)
+        self._tail, self._shown = tail[cut:], mask[cut:]
+        return None
+
+
 class StopChecker:
     """Decides, token by token, whether a request is finished and what its text is.
 
     The text ends before the stop string or stop token; the token ids contain both. Without a
-    tokenizer the text is empty.
+    tokenizer the text is empty. A stop string that is a special token, which has no text, stops by
+    the token's id; one that contains a special token is searched in the text with special tokens.
 
     Raises:
         ValueError: for stop strings without a tokenizer.
@@ -122,44 +164,80 @@ class StopChecker:
         self._stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self._stop_ids |= frozenset(eos_token_ids)
-        self._stop = params.stop
-        self._longest = max(map(len, params.stop), default=0)
+        self._search = _StopSearch(params.stop) if params.stop else None
+        self._special: dict[int, str] = {}  # the special tokens that stop strings contain
+        self._special_search: _StopSearch | None = None  # of those stop strings
+        if params.stop:
+            special = _special_tokens(tokenizer)
+            self._stop_ids |= {token for token, text in special.items() if text in params.stop}
+            inside = [
+                stop for stop in params.stop if any(text in stop for text in special.values())
+            ]
+            if inside := [stop for stop in inside if stop not in special.values()]:
+                self._special = special
+                self._special_search = _StopSearch(inside)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context)
-        self._tail = ""  # the end of the text, where a stop string may have started
-        self._tail_start = 0
         self._text_end: int | None = None
 
     def check(self, token_id: int, *, full: bool) -> Literal["stop", "length"] | None:
         """Add one new token; return how the request ended, None if it continues.
 
         Args:
-            full: the token is the last that the request may have.
+            token_id: the token.
+            full: it is the last that the request may have.
+
+        Raises:
+            ValueError: the tokenizer cannot decode it.
         """
         if token_id in self._stop_ids:
             return "stop"
         if self._detokenizer is not None:
             self._detokenizer.append(token_id)
-            if self._stop and self._found_stop(self._detokenizer, full):
+            if self._search is not None and self._found_stop(self._detokenizer, token_id, full):
                 return "stop"
         return "length" if full else None
 
     @property
     def text(self) -> str:
-        """The text so far, without the stop string."""
+        """The text so far, without the stop string. Raises ValueError as `check` does."""
         return "" if self._detokenizer is None else self._detokenizer.text[: self._text_end]
 
-    def _found_stop(self, detokenizer: Detokenizer, full: bool) -> bool:
-        """Search the tail and the new text for a stop string; record where the text ends."""
-        text = self._tail + detokenizer.read()
-        searched = text + detokenizer.held() if full else text
-        hits = [at for stop in self._stop if (at := searched.find(stop)) >= 0]
-        if hits:
-            self._text_end = self._tail_start + min(hits)
-            return True
-        cut = max(0, len(text) - self._longest + 1)
-        self._tail = text[cut:]
-        self._tail_start += cut
-        return False
+    @property
+    def decoded_text(self) -> str:
+        """The part of `text` that has been decoded already; "" where no text was needed yet."""
+        return "" if self._detokenizer is None else self._detokenizer.released[: self._text_end]
+
+    def _found_stop(self, detokenizer: Detokenizer, token_id: int, full: bool) -> bool:
+        """Search the new text for a stop string; record where the text ends."""
+        assert self._search is not None
+        new = detokenizer.read()
+        held = detokenizer.held() if full else ""
+        ends = [self._search.find(new, held)]
+        if self._special_search is not None:
+            ends.append(self._special_search.find(new, held))
+            if token_id in self._special:
+                ends.append(self._special_search.find(self._special[token_id], shown=False))
+        found = [end for end in ends if end is not None]
+        self._text_end = min(found, default=None)
+        return bool(found)
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens, which decoding leaves out: id -> how the tokenizer writes it.
+
+    Raises:
+        ValueError: for whatever the tokenizer raises.
+    """
+    try:
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if hasattr(backend, "get_added_tokens_decoder"):
+            added = backend.get_added_tokens_decoder()
+            return {token: each.content for token, each in added.items() if each.special}
+        texts = getattr(tokenizer, "all_special_tokens", ())  # of one that is written in Python
+        return {tokenizer.convert_tokens_to_ids(text): text for text in texts}
+    except BaseException as error:
+        raise tokenizer_failure("stop: the tokenizer does not list its tokens", error) from error
 
 
 def load_eos_token_ids(model_path: str | Path, tokenizer: Any = None) -> frozenset[int]:

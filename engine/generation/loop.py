@@ -41,7 +41,7 @@ from engine.models.decoder import GroupTokens
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
-from engine.request import CapacityUse, Completion, Request
+from engine.request import CapacityUse, Completion, Request, check_token_ids
 
 # Rows whose prompt logprobs are computed at once: the logits of a whole chunk over a large
 # vocabulary take gigabytes.
@@ -186,6 +186,12 @@ class GenerationLoop:
     def _add(self, request: Request) -> Completion | None:
         """Add a request to the scheduler; return its failure when it can never run."""
         try:
+            # A source of a user's own may give what no parser has checked.
+            check_token_ids(
+                f"request {request.id!r}: prompt_token_ids",
+                request.prompt_token_ids,
+                self._runner.model.vocab_size,
+            )
             self._scheduler.add(
                 Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
             )

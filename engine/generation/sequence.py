@@ -84,6 +84,8 @@ class Sequence:
     def append(self, token_id: int, logprob: float | None = None) -> None:
         """Append a sampled token and check whether it ends the request.
 
+        A token that the tokenizer cannot decode ends it with an error.
+
         Args:
             logprob: required, and kept, when the request asked for logprobs.
         """
@@ -93,7 +95,11 @@ class Sequence:
             self.logprobs.append(logprob)
         if self.timing.first_token is None:
             self.timing.first_token = time.monotonic()
-        reason = self.stopper.check(token_id, full=len(self.token_ids) >= self.max_length)
+        try:
+            reason = self.stopper.check(token_id, full=len(self.token_ids) >= self.max_length)
+        except ValueError as problem:
+            self.finish("error", str(problem))
+            return
         if reason is not None:
             self.finish(reason)
 
@@ -106,12 +112,17 @@ class Sequence:
         self.timing.finished = time.monotonic()
 
     def completion(self) -> Completion:
-        """Return the outcome of a finished sequence."""
+        """Return the outcome of a finished sequence; an error where its text cannot be decoded."""
         assert self.finish_reason is not None, f"request {self.request.id!r} is not finished"
+        try:
+            text = self.text
+        except ValueError as problem:
+            text = self.stopper.decoded_text
+            self.finish_reason, self.error = "error", self.error or str(problem)
         return Completion(
             index=self.request.index,
             id=self.request.id,
-            text=self.text,
+            text=text,
             token_ids=self.token_ids[self.num_prompt :],
             finish_reason=self.finish_reason,
             prompt_tokens=self.num_prompt,

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -292,3 +293,160 @@ def test_a_config_json_that_is_wrong_on_one_host_stops_all_with_its_text(
     messages = run_ranks(load_each, 2, tmp_path)
     assert messages[0] == messages[1]
     assert message.format(host=socket.gethostname()) in messages[0]
+
+
+BEYOND = "<|beyond|>"  # a token that the tokenizer has and the model's embedding has not
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory) -> Path:
+    from transformers import AutoTokenizer
+
+    from tests.helpers.batch_case import make_model
+
+    path = tmp_path_factory.mktemp("with_tokenizer")
+    make_model(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([BEYOND], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def generate_each(rank: int, path: Path, calls: list[Any]) -> list[Any]:
+    """Complete each of the calls' prompts; return what comes back, or the text of a ValueError."""
+    llm = LLM(config_of(path, {}, {}))
+    results: list[Any] = []
+    for prompts in calls:
+        try:
+            results.append(llm.generate(prompts, SamplingParams(max_new_tokens=2, ignore_eos=True)))
+        except ValueError as error:
+            results.append(str(error))
+    llm.close()
+    return results
+
+
+WRONG = [
+    ([5, 258], "[1] = 258: must be from 0 to 257"),
+    ([-1], "[0] = -1: must be from 0 to 257"),
+    ("a\ud800", "surrogate"),
+    ([], "is empty"),
+    ("", "is empty"),
+    (f"a{BEYOND}", f"token 1 ('{BEYOND}') has the id 258"),
+    (5.5, "must be text or a list of token ids"),
+    (None, "must be text or a list of token ids"),
+    (b"ab", "must be text or a list of token ids"),
+    ({"prompt": "a"}, "must be text or a list of token ids"),
+    ([True], "[0] = true: must be a whole number"),
+    (np.array([[1, 2]]), "[0] = [1, 2]: must be a whole number"),
+    (torch.tensor([0.5]), "[0] = 0.5: must be a whole number"),
+    ([5, "a"], "must be a whole number"),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_wrong_prompt_of_any_kind_is_an_error_completion_and_the_others_run(
+    with_tokenizer, world
+):
+    prompts = [part for wrong, _ in WRONG for part in (wrong, [5, 6])]
+    for (done,) in run_ranks(generate_each, world, with_tokenizer, [prompts]):
+        assert [item.index for item in done] == list(range(2 * len(WRONG)))
+        assert {item.finish_reason for item in done[1::2]} == {"length"}
+        for place, (item, (_, part)) in enumerate(zip(done[::2], WRONG, strict=True)):
+            assert item.finish_reason == "error" and item.token_ids == [] and item.text == ""
+            assert item.error["line"] is None
+            message = item.error["message"]
+            assert message.startswith(f"prompts[{2 * place}]") and part in message, message
+
+
+def test_prompts_alone_and_of_every_kind_of_sequence_are_completed(with_tokenizer):
+    (results,) = run_ranks(complete_alike, 1, with_tokenizer)
+    assert results[0][0] == 1 and results[0][2] == 2
+    assert all(result == results[0] for result in results), results
+
+
+def complete_alike(rank: int, path: Path) -> list[Any]:
+    """Complete the same prompt in every form; not sent to the rank, as iterators do not pickle."""
+    llm = LLM(config_of(path, {}, {}))
+    ids = list(llm.encode("ab"))
+    calls: list[Any] = [
+        "ab", ["ab"], ("ab",), iter(["ab"]), np.array(["ab"]), ids, [ids], [tuple(ids)],
+        [np.array(ids)], [torch.tensor(ids)], [[np.int64(ids[0]), torch.tensor(ids[1])]],
+        np.array(ids), np.array([ids]), torch.tensor(ids), torch.tensor([ids]),
+    ]  # fmt: skip
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    results = []
+    for prompts in calls:
+        done = llm.generate(prompts, params)
+        results.append((len(done), done[0].token_ids, done[0].prompt_tokens, done[0].error))
+    assert llm.generate([], params) == []
+    llm.close()
+    return results
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"ab", {"prompt": "a"}, {"a"}])
+def test_prompts_that_are_no_sequence_are_refused_in_words(with_tokenizer, prompts):
+    ((text,),) = run_ranks(generate_each, 1, with_tokenizer, [prompts])
+    assert "prompts" in text and "must be a list" in text
+
+
+def sample_with(rank: int, path: Path, sampling: Any) -> str:
+    llm = LLM(config_of(path, {}, {}))
+    with pytest.raises(ValueError) as caught:
+        llm.generate([[5], [6]], sampling)
+    llm.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("sampling", [{"max_new_tokens": 3}, [{"seed": 1}, {"seed": 2}], "greedy"])
+def test_sampling_that_is_no_sampling_params_is_refused_in_words(checkpoint, sampling):
+    (text,) = run_ranks(sample_with, 1, checkpoint, sampling)
+    assert text.startswith("sampling") and "must be SamplingParams" in text
+
+
+class Undecodable:
+    """A tokenizer that cannot decode next to token 7."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
+        if 7 in ids:
+            raise Exception("no such piece")
+        return "x" * len(ids)
+
+
+def generate_undecodable(
+    rank: int, path: Path, parallel: dict[str, Any], params: SamplingParams
+) -> list[Completion]:
+    llm = LLM(config_of(path, {}, parallel))
+    llm.tokenizer = Undecodable()
+    done = llm.generate([[5, 7], [5, 6], [7], [6, 5]], params)
+    llm.close()
+    return done
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}])
+@pytest.mark.parametrize("stop", [(), ("y",)])
+def test_new_tokens_that_cannot_be_decoded_fail_their_request_alone(checkpoint, parallel, stop):
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True, stop=stop)
+    for done in run_ranks(generate_undecodable, 2, checkpoint, parallel, params):
+        assert [item.finish_reason for item in done] == ["error", "length", "error", "length"]
+        assert done[0].error is not None and "no such piece" in done[0].error["message"]
+        assert [item.text for item in done] == ["", "xxx", "", "xxx"]
+
+
+def run_requests(rank: int, path: Path, parallel: dict[str, Any]) -> list[Completion]:
+    llm = LLM(config_of(path, {}, parallel))
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True)
+    requests = [
+        Request(index=index, id=str(index), prompt_token_ids=ids, params=params)
+        for index, ids in enumerate([[5, 97], [5, 96], [2**70]])
+    ]
+    done: list[Completion] = []
+    llm.run(ListSource(requests if llm.topology.data_rank == 0 else []), done.extend)
+    llm.close()
+    return sorted(done, key=lambda item: item.index)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}])
+def test_a_source_that_gives_an_id_past_the_vocabulary_gets_an_error(checkpoint, parallel):
+    done, _ = run_ranks(run_requests, 2, checkpoint, parallel)
+    assert [item.finish_reason for item in done] == ["error", "length", "error"]
+    assert "[1] = 97: must be from 0 to 96, the model's vocabulary" in done[0].error["message"]

@@ -1,10 +1,14 @@
 """Requests are checked, completions become records. Run: pytest tests/unit/test_request.py"""
 
 import json
+from array import array
+from collections import deque
 from dataclasses import fields
+from decimal import Decimal
 
 import numpy as np
 import pytest
+import torch
 
 from engine.config import SamplingConfig
 from engine.request import CapacityUse, Completion, Request, SamplingParams
@@ -125,3 +129,62 @@ def test_a_failure_has_message_and_line():
     assert record["error"] == {"message": "bad line", "line": 7}
     assert record["usage"] == {"prompt_tokens": 9, "completion_tokens": 0}
     assert (record["text"], record["token_ids"]) == ("", [])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        np.array([3, 1]),
+        np.array([3, 1], dtype=np.uint8),
+        [np.int64(3), np.int32(1)],
+        torch.tensor([3, 1]),
+        [torch.tensor(3), torch.tensor(1)],
+        array("i", [3, 1]),
+        range(3, 0, -2),
+        deque([3, 1]),
+    ],
+    ids=lambda prompt: type(prompt).__name__,
+)
+def test_token_ids_of_numpy_torch_and_others_are_whole_numbers(prompt):
+    ids = Request(index=0, id="r", prompt_token_ids=prompt).prompt_token_ids
+    assert list(ids) == [3, 1] and all(type(token) is int for token in ids)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        np.array([3.0]),
+        np.array([True]),
+        np.array([[3, 1]]),
+        np.array(3),
+        torch.tensor([3.5]),
+        torch.tensor([True]),
+        torch.tensor([[3]]),
+        [torch.tensor(True)],
+        [np.bool_(True)],
+        [np.float32(1)],
+        [[3, 1]],
+        [None],
+        [Decimal(3)],
+        "ab",
+        b"ab",
+        {3: 1},
+        {3},
+        5,
+        None,
+    ],
+    ids=repr,
+)
+def test_what_is_no_row_of_token_ids_is_refused_in_words(prompt):
+    with pytest.raises(ValueError, match=r"^request 'r': prompt_token_ids.* must be "):
+        Request(index=0, id="r", prompt_token_ids=prompt)
+
+
+@pytest.mark.parametrize(
+    "stop_token_ids", [[3, 1], (3, 1), np.array([3, 1]), torch.tensor([3, 1]), [np.int64(3), 1]]
+)
+def test_stops_may_be_lists_arrays_and_one_text(stop_token_ids):
+    params = SamplingParams(stop=["a", "b"], stop_token_ids=stop_token_ids)
+    assert params.stop == ("a", "b") and params.stop_token_ids == (3, 1)
+    assert all(type(token) is int for token in params.stop_token_ids)
+    assert SamplingParams(stop="end").stop == ("end",)

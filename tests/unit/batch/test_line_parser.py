@@ -19,6 +19,8 @@ class Letters:
     chat_template = "yes"
 
     def __call__(self, text, add_special_tokens=True):
+        if "\x07" in text:  # what the tokenizers library raises has no type of its own
+            raise Exception("TokenizerException: unknown token")
         return {"input_ids": [1] * add_special_tokens + [ord(c) % 256 for c in text]}
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
@@ -287,3 +289,117 @@ def test_no_line_of_json_raises(record):
 @given(raw=st.binary(max_size=40))
 def test_no_line_of_bytes_raises(raw):
     assert isinstance(parse(raw), Completion)
+
+
+class Added(Letters):
+    """Has more tokens than the model: of text beyond Latin-1 the whole code point."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_text_whose_token_is_past_the_embedding_is_an_error_that_names_both():
+    text = message({"id": 1, "prompt": "ab\u0180"}, tokenizer=Added())
+    assert text.startswith("prompt: its token 2 has the id 384") and "0 to 255" in text
+    assert "model.tokenizer" in text
+    chat = [{"role": "u", "content": "\u0180"}]
+    assert "messages: " in message({"id": 1, "messages": chat}, tokenizer=Added())
+
+
+class Unknown(Letters):
+    """A tokenizer without an unknown token: what it does not know has no id."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [5, None]}
+
+
+def test_text_that_has_no_token_id_is_an_error():
+    assert "token 1 " in message({"id": 1, "prompt": "ab"}, tokenizer=Unknown())
+
+
+def test_whatever_a_tokenizer_raises_is_the_record_of_the_line():
+    text = message({"id": 1, "prompt": "a\x07"})
+    assert text == "prompt: the tokenizer cannot encode it: TokenizerException: unknown token"
+    chat = [{"role": "u", "content": "\x07"}]
+    assert message({"id": 1, "messages": chat}).startswith("messages: the tokenizer cannot encode")
+
+
+class PanicException(BaseException):
+    """As a panic of the Rust code inside a tokenizer arrives: no Exception."""
+
+
+class Panics(Letters):
+    def __call__(self, text, add_special_tokens=True):
+        raise PanicException("index out of bounds")
+
+
+class Interrupted(Letters):
+    def __call__(self, text, add_special_tokens=True):
+        raise KeyboardInterrupt
+
+
+def test_a_panic_of_the_tokenizer_is_the_record_of_the_line_and_an_interrupt_is_not():
+    assert "index out of bounds" in message({"id": 1, "prompt": "a"}, tokenizer=Panics())
+    with pytest.raises(KeyboardInterrupt):
+        parse({"id": 1, "prompt": "a"}, tokenizer=Interrupted())
+
+
+class Recursive(Letters):
+    """A template that walks into what is nested."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return self.apply_chat_template(messages, tokenize, add_generation_prompt)
+
+
+def test_a_template_without_end_is_the_record_of_the_line():
+    chat = [{"role": "u", "content": "a"}]
+    assert "recursion" in message({"id": 1, "messages": chat}, tokenizer=Recursive())
+
+
+class NoTemplate(Letters):
+    @property
+    def chat_template(self):
+        raise RuntimeError("several templates and none is the default")
+
+
+def test_whatever_is_raised_anywhere_is_the_record_of_the_line():
+    chat = [{"role": "u", "content": "a"}]
+    text = message({"id": 1, "messages": chat}, tokenizer=NoTemplate())
+    assert text.startswith("the line cannot be read: RuntimeError: several templates")
+
+
+class NoText(Letters):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return None
+
+
+def test_a_template_that_gives_no_text_is_the_record_of_the_line():
+    chat = [{"role": "u", "content": "a"}]
+    assert "messages: " in message({"id": 1, "messages": chat}, tokenizer=NoText())
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        '{"id": 1, "prompt": %s}',
+        '{"id": 1, "prompt_token_ids": %s}',
+        '{"id": 1, "prompt": "a", "stop": %s}',
+        '{"id": 1, "prompt": "a", "temperature": %s}',
+        '{"id": 1, "prompt": "a", "logit_bias": %s}',
+        '{"id": 1, "messages": [{"role": "u", "content": "a", "x": %s}]}',
+        '{"id": 1, "messages": [{"role": "u", "content": %s}]}',
+        '{"id": 1, "messages": %s}',
+        '{"custom_id": "a", "body": {"prompt": %s}}',
+        '{"custom_id": "a", "body": %s}',
+        '{"custom_id": "a", "url": %s, "body": {"prompt": "a"}}',
+        '{"custom_id": "a", "method": %s, "body": {"prompt": "a"}}',
+        '{"id": %s, "prompt": "a"}',
+        "%s",
+    ],
+)
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a": [', "]}")])
+def test_no_depth_of_nesting_raises(around, opening, closing):
+    # Around the depth at which reading and printing JSON give up, which differs.
+    for depth in [*range(60, 1100, 7), 5000, 100_000]:
+        parsed = parse((around % (opening * depth + "1" + closing * depth)).encode())
+        assert isinstance(parsed, Completion | Request)

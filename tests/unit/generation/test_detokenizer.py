@@ -231,6 +231,58 @@ def test_without_a_tokenizer_text_is_empty_and_stop_strings_are_refused():
         StopChecker(SamplingParams(stop=("x",)))
 
 
+EOS = BYTES.token_to_id("<eos>")
+
+
+def test_a_stop_text_that_is_a_special_token_stops_by_its_id():
+    tokens = [*ids("the"), EOS, *ids("b")]
+    assert run(SamplingParams(stop=("<eos>",)), tokens) == ([None, "stop"], "the")
+    ignoring = SamplingParams(stop=("zzz", "<eos>"), ignore_eos=True)
+    assert run(ignoring, tokens, eos_token_ids={EOS}) == ([None, "stop"], "the")
+    # Spelled in ordinary tokens it is text, and stops as before.
+    assert run(SamplingParams(stop=("<eos>",)), ids("a<") + ids("eos>b"))[1] == "a"
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "num_tokens", "text"),
+    [
+        ("<eos>\n", [*ids("th"), EOS, *ids("\nQ")], 3, "th"),
+        ("e<eos>", [*ids("the"), EOS, *ids("b")], 2, "th"),
+        ("<eos><eos>", [*ids("a"), EOS, *ids("b"), EOS, EOS], 5, "ab"),
+        ("<eos>\n", [*ids("a"), EOS, *ids("b\n")], None, "ab\n"),
+        ("b", [*ids("a"), EOS, *ids("b")], 3, "a"),
+        ("ab", [*ids("a"), EOS, *ids("b")], 3, ""),
+    ],
+)
+def test_a_stop_text_that_contains_a_special_token_is_found(stop, tokens, num_tokens, text):
+    outcomes, got = run(SamplingParams(stop=(stop,)), tokens)
+    assert got == text
+    if num_tokens is None:
+        assert outcomes == [None] * len(tokens)
+    else:
+        assert outcomes == [None] * (num_tokens - 1) + ["stop"]
+
+
+def test_a_special_token_as_stop_text_works_with_every_kind_of_tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    class Slow:  # written in Python, as transformers has some: no Rust tokenizer inside
+        all_special_tokens = ("<eos>",)
+
+        def convert_tokens_to_ids(self, token):
+            return {"<eos>": 1}[token]
+
+        def decode(self, ids, /, *, skip_special_tokens):
+            return "x" * sum(i != 1 for i in ids)
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=BYTES, additional_special_tokens=["<end>"])
+    for tokenizer, stop, stop_id in ((Slow(), "<eos>", 1), (fast, "<end>", len(fast) - 1)):
+        checker = StopChecker(SamplingParams(stop=(stop,)), tokenizer=tokenizer)
+        assert checker.check(0, full=False) is None
+        assert checker.check(stop_id, full=False) == "stop"
+    assert fast.convert_tokens_to_ids("<end>") == len(fast) - 1
+
+
 def test_a_transformers_tokenizer_gives_the_same_text():
     from transformers import PreTrainedTokenizerFast
 

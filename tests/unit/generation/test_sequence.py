@@ -80,3 +80,58 @@ def test_the_prompt_of_the_request_is_never_changed():
 def test_an_unfinished_sequence_has_no_completion():
     with pytest.raises(AssertionError, match="'r' is not finished"):
         make().completion()
+
+
+class PanicException(BaseException):
+    """As a panic of the Rust code inside a tokenizer arrives: no Exception."""
+
+
+class Broken:
+    """A tokenizer that cannot decode token 99."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def decode(self, ids, /, *, skip_special_tokens):
+        if 99 in ids:
+            raise self.error
+        return "x" * len(ids)
+
+
+ERRORS = [IndexError("piece id is out of range"), Exception("bare"), PanicException("bare")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_tokens_that_cannot_be_decoded_are_the_error_of_their_request(error):
+    params = SamplingParams(max_new_tokens=4, stop=("y",))
+    seq = Sequence(
+        Request(index=0, id="r", prompt_token_ids=[7], params=params), tokenizer=Broken(error)
+    )
+    seq.append(1)
+    seq.append(99)
+    assert seq.status is Status.FINISHED
+    done = seq.completion()
+    assert (done.finish_reason, done.token_ids, done.text) == ("error", [1, 99], "x")
+    assert done.error is not None and str(error) in done.error["message"]
+    assert "cannot decode" in done.error["message"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_text_that_cannot_be_decoded_at_the_end_is_an_error_too(error):
+    seq = Sequence(
+        Request(index=0, id="r", prompt_token_ids=[7], params=SamplingParams(max_new_tokens=2)),
+        tokenizer=Broken(error),
+    )
+    seq.append(1)
+    seq.append(99)
+    done = seq.completion()
+    assert (done.finish_reason, done.token_ids, done.text) == ("error", [1, 99], "")
+    assert done.error is not None and str(error) in done.error["message"]
+
+
+def test_a_prompt_that_cannot_be_decoded_is_the_error_of_its_request():
+    params = SamplingParams(max_new_tokens=4, stop=("y",))
+    request = Request(index=0, id="r", prompt_token_ids=[99], params=params)
+    seq = Sequence(request, tokenizer=Broken(IndexError("no such piece")))
+    seq.append(1)
+    assert seq.completion().finish_reason == "error"
