@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def has_tokenizer(config: ModelConfig) -> bool:
+    """Return whether there are tokenizer files to load, or model.tokenizer names where."""
+    return config.tokenizer is not None or any(
+        os.path.exists(os.path.join(config.path, name)) for name in _FILES
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engine.config import ModelConfig
-from engine.generation.tokenizer import load_tokenizer
+from engine.generation.tokenizer import has_tokenizer, load_tokenizer
 
 
 def refusal(folder) -> str:
@@ -25,3 +25,10 @@ def test_a_tokenizer_that_is_code_is_refused_without_advice_to_run_it(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused_by_its_name(tmp_path):
     assert f"{str(tmp_path)!r} holds none of tokenizer.json" in refusal(tmp_path)
+
+
+def test_whether_there_is_a_tokenizer_is_known_without_loading_it(tmp_path):
+    assert not has_tokenizer(ModelConfig(path=str(tmp_path)))
+    assert has_tokenizer(ModelConfig(path=str(tmp_path), tokenizer="anywhere"))
+    (tmp_path / "tokenizer.model").touch()
+    assert has_tokenizer(ModelConfig(path=str(tmp_path)))
