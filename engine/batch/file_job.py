@@ -20,15 +20,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine.batch.input_format import check_is_jsonl, count_text_lines
 from engine.batch.input_index import PendingLines, scan_input
 from engine.batch.input_shards import InputShard, is_merged, merge_if_complete
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
-from engine.batch.manifest import JobError, decide_start_or_resume, finalize, make_manifest
+from engine.batch.manifest import (
+    JobError,
+    decide_start_or_resume,
+    finalize,
+    finished_errors,
+    make_manifest,
+)
 from engine.batch.on_rank_0 import describe, on_rank_0
 from engine.config import Config
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
+from engine.generation.tokenizer import has_tokenizer
 from engine.request import Completion
 
 
@@ -37,6 +45,7 @@ class FileJob:
 
     num_total = 0  # requests of the job
     num_resumed = 0  # of these, done by earlier runs
+    num_errors = 0  # error records of a job that `open` found complete
     lines: PendingLines  # set by `open`
 
     def __init__(
@@ -90,7 +99,7 @@ class FileJob:
             nonlocal table
             found = self._scan(overwrite)
             if isinstance(found, str):
-                return {"done": found}
+                return {"done": found, "total": self.num_total, "errors": self.num_errors}
             table = found
             return {"pending": len(table), "total": self.num_total, "size": self._size}
 
@@ -98,9 +107,10 @@ class FileJob:
         reporter.begin("reading the input and the ledger")
         opened = on_rank_0(topology, f"{key}/open", scan, JobError, reporter)
         reporter.begin("opening the job")
-        if "done" in opened:
-            return opened["done"]
         self.num_total = opened["total"]
+        if "done" in opened:
+            self.num_errors = opened["errors"]
+            return opened["done"]
         self.num_resumed = opened["total"] - opened["pending"]
         table = _broadcast_table(table, opened["pending"], topology)
         problem = None
@@ -184,13 +194,17 @@ class FileJob:
                 f"remove {self._whole_output} and {self._whole_output.name}.slice-*, or use "
                 "another --output"
             )
+        check_is_jsonl(self.input_path)
+        self._check_tokenizer()
         index = scan_input(self.input_path, self._reporter.advance)
-        self._manifest = make_manifest(index, self._config)
+        self._manifest = make_manifest(index, self._config, self._reporter.advance)
         self._size, self._modified_ns = index.size, index.modified_ns
         self._own_lines = range(len(index))
         if self._shard is not None:
             self._own_lines = self._shard.lines(len(index))
             if is_merged(self._whole_output, self._shard, self._manifest):
+                self.num_total = len(index)
+                self.num_errors = finished_errors(self._whole_output)
                 return f"{self._whole_output} is already complete"
         self.num_total = len(self._own_lines)
         ledger = Ledger(self.output)
@@ -198,6 +212,7 @@ class FileJob:
             action = decide_start_or_resume(ledger, self._manifest, overwrite=overwrite)
             if action == "complete":
                 ledger.close()
+                self.num_errors = finished_errors(self.output)
                 again = "already complete; --overwrite runs the job again"
                 return self._merge_shards() or f"{self.output} is {again}"
             ledger.create_shards(self._topology.num_data)
@@ -207,6 +222,16 @@ class FileJob:
             raise
         self._ledger = ledger
         return PendingLines.select(index, done_n, self._own_lines)
+
+    def _check_tokenizer(self) -> None:
+        """Raise JobError where the first lines are all text and there is no tokenizer for it."""
+        model = self._config.model
+        if not has_tokenizer(model) and (num_lines := count_text_lines(self.input_path)):
+            raise JobError(
+                f"--input {self.input_path}: its first {num_lines} requests are text and "
+                f"model.path = {model.path!r} has no tokenizer; set model.tokenizer to a folder "
+                "that has one, or give prompt_token_ids"
+            )
 
 
 def check_output(output: Path, input_path: Path | None = None) -> None:

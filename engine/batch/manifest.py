@@ -1,24 +1,33 @@
 """Manifest: which job an output belongs to, and whether a run starts, resumes or is refused.
 
-A job is its input's content and the settings that change results; the number of ranks, the device
-and the like may change between runs. A finished output has the manifest of the job that made it
-next to it, as `<output>.job.json`; an unfinished one has it in its ledger (`ledger.py`).
+A job is its input's content, the settings that change results and the files of the checkpoint
+(`fingerprint.py`); the number of ranks, the device and the like may change between runs. A finished
+output has the manifest of the job that made it next to it, as `<output>.job.json`; an unfinished
+one has it in its ledger (`ledger.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.batch.atomic_files import read_json, write_json
+from engine.batch.fingerprint import changed_files, fingerprint
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.config import Config, DispatchConfig
+from engine.distributed.health.progress import OnProgress, ignore_progress
 
 VERSION = 1
+
+# Where these differ, so do the files, and there is no need to list them.
+_MODEL = ("model.path", "model.tokenizer", "model.load_format")
+
+logger = logging.getLogger(__name__)
 
 
 class JobError(ValueError):
@@ -30,8 +39,18 @@ def sibling_path(output: Path, suffix: str) -> Path:
     return output.with_name(f"{output.name}.{suffix}")
 
 
-def make_manifest(index: InputIndex, config: Config) -> dict[str, Any]:
-    """Return the manifest of a job, JSON-ready: its input and the settings that change results."""
+def make_manifest(
+    index: InputIndex, config: Config, report: OnProgress = ignore_progress
+) -> dict[str, Any]:
+    """Return the manifest of a job, JSON-ready: its input and what else makes its results.
+
+    Reads samples of the checkpoint's files.
+
+    Args:
+        index: of the input.
+        config: of the run.
+        report: called once per file of the checkpoint.
+    """
     settings = result_settings(config)
     canonical = json.dumps(settings, sort_keys=True).encode()
     return {
@@ -44,6 +63,7 @@ def make_manifest(index: InputIndex, config: Config) -> dict[str, Any]:
         },
         "settings": settings,
         "settings_sha256": hashlib.sha256(canonical).hexdigest(),
+        "files": fingerprint(config.model, report),
     }
 
 
@@ -83,7 +103,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return a sentence for each difference between two manifests; empty for the same job."""
+    """Return a sentence for each difference between two manifests; empty for the same job.
+
+    Files are compared where both manifests have them: older versions recorded none.
+    """
     if old.get("version") != new["version"]:
         return [f"its format is version {old.get('version')}, this program writes {new['version']}"]
     found = []
@@ -98,7 +121,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in sorted(was.keys() | is_.keys()):
         if was.get(key) != is_.get(key):
             found.append(f"{key} was {json.dumps(was.get(key))}, is {json.dumps(is_.get(key))}")
+    if _has_files(old) and _has_files(new) and all(was.get(key) == is_.get(key) for key in _MODEL):
+        found += changed_files(old["files"], new["files"], is_)
     return found
+
+
+def _has_files(manifest: dict[str, Any]) -> bool:
+    return isinstance(manifest.get("files"), dict)
 
 
 def decide_start_or_resume(
@@ -134,6 +163,14 @@ def decide_start_or_resume(
             return "complete"
     elif isinstance(of_ledger, dict) and not (found := differences(of_ledger, manifest)):
         _job_file(ledger.output).unlink(missing_ok=True)
+        if _has_files(manifest) and not _has_files(of_ledger):
+            write_json(
+                ledger.directory / "manifest.json", {**of_ledger, "files": manifest["files"]}
+            )
+            logger.warning(
+                f"warning: {ledger.directory}: this job was begun by a version that did not record "
+                "the model's files, so they may have changed since; a change from now on is noticed"
+            )
         return "resume"
     elif of_ledger is not None and (num_records := ledger.count()):
         why = of_ledger if isinstance(of_ledger, str) else "; ".join(found)
@@ -161,6 +198,13 @@ def output_differences(output: Path, manifest: dict[str, Any]) -> list[str] | No
     if not isinstance(of_output, dict):
         return ["no manifest records which job made it" if of_output is None else of_output]
     return _changes(output, of_output, manifest)
+
+
+def finished_errors(output: Path) -> int:
+    """Return how many records of a finished output are errors."""
+    of_output = _manifest(_job_file(output))
+    result = of_output.get("output") if isinstance(of_output, dict) else None
+    return int(result.get("errors", 0)) if isinstance(result, dict) else 0
 
 
 def finalize(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:

@@ -50,6 +50,7 @@ class PromptJob:
 
     num_total = len(PROMPTS)
     num_resumed = 0
+    num_errors = 0  # before it has run
 
     def __init__(
         self, topology: Topology, console: Console, output: Path | None, reporter: ProgressReporter

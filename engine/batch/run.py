@@ -56,6 +56,12 @@ class JobFailed(RuntimeError):
     exit_code = 1
 
 
+class EveryLineFailed(RuntimeError):
+    """The job is done, and every record of its output is an error; the same on every rank."""
+
+    exit_code = 3
+
+
 @dataclass(slots=True)
 class _Counts:
     """What one rank finished in this run."""
@@ -93,7 +99,28 @@ def run_batch(
         JobError: something the user must change, the same on every rank.
         JobFailed: a rank failed.
         Stopped: SIGTERM or SIGINT.
+        EveryLineFailed: every record of the output, which is complete, is an error.
     """
+    num_errors, num_total = _run(
+        config, topology, input_path, output, overwrite=overwrite, shard=shard
+    )
+    if num_errors and num_errors == num_total:
+        where = "" if output is None else f"; their messages are in {output}"
+        raise EveryLineFailed(
+            f"every line failed: {num_errors} of {num_total} records are errors{where}"
+        )
+
+
+def _run(
+    config: Config,
+    topology: Topology,
+    input_path: Path | None,
+    output: Path | None,
+    *,
+    overwrite: bool,
+    shard: InputShard | None,
+) -> tuple[int, int]:
+    """Run the job of `run_batch`; return how many records are errors and how many there are."""
     if input_path is not None and output is None:
         raise JobError("--input needs --output: name the JSONL file for the results")
     if shard is not None and input_path is None:
@@ -123,7 +150,7 @@ def run_batch(
     ):
         if done := job.open(key, overwrite=overwrite):
             console.print(done, highlight=False, soft_wrap=True)
-            return
+            return job.num_errors, job.num_total
         counts, run = _Counts(), None
         if len(job.lines):
             run = _generate(job, config, topology, key, counts, interrupts, watchdog, reporter)
@@ -133,7 +160,7 @@ def run_batch(
         all_counts = gather_objects(astuple(counts), topology.world)  # every rank has closed
         summary, done = None, ""
 
-        def finish() -> None:
+        def finish() -> int:
             nonlocal summary, done
             errors = job.merge()
             summary = Summary(
@@ -150,13 +177,15 @@ def run_batch(
                 write_text(sibling_path(job.output, "config.yaml"), to_yaml(config))
                 write_text(sibling_path(job.output, "report.json"), summary.to_json())
             done = job.finalize(errors)
+            return errors
 
         reporter.begin("merging the output")
-        on_rank_0(topology, f"{key}/finish", finish, JobFailed, reporter)
+        num_errors = on_rank_0(topology, f"{key}/finish", finish, JobFailed, reporter)
         if summary is not None:
             print_summary(console, summary)
         if done:
             console.print(done, highlight=False, soft_wrap=True)
+        return num_errors, job.num_total
 
 
 def _generate(

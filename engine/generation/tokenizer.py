@@ -6,6 +6,7 @@ against the model's vocabulary: a tokenizer may have more tokens than the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from engine.config import ModelConfig
 from engine.request import check_token_ids
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def has_tokenizer(config: ModelConfig) -> bool:
+    """Return whether there are tokenizer files to load, or model.tokenizer names where."""
+    return config.tokenizer is not None or any(
+        os.path.exists(os.path.join(config.path, name)) for name in _FILES
+    )
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

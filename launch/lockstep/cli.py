@@ -1,6 +1,7 @@
 """The command `lockstep`: parse, run one command on this rank, turn what went wrong into a code.
 
-Exit codes: 0 done, 1 failed, 2 wrong command, settings or files, 128 + signal when stopped by one.
+Exit codes: 0 done, 1 failed, 2 wrong command, settings or files, 3 done but every line failed,
+128 + signal when stopped by one.
 A rank that fails prints why and records it for torchrun's summary (`error_file.py`).
 
 Loads nothing slow before the command line is known, so `--help` answers at once.
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None, parser: CommandParser | None = None) -> 
         args: argparse.Namespace | ValueError = (parser or command_parser()).parse_args(argv)
     except ValueError as error:  # perhaps on this host alone
         args = error
-    from engine.batch.run import JobFailed, Stopped
+    from engine.batch.run import EveryLineFailed, JobFailed, Stopped
     from engine.distributed import bootstrap
     from engine.distributed.errors import RendezvousError, UnreportedError
     from engine.distributed.launch_agent import wait_for_rank_0_exit
@@ -76,6 +77,13 @@ def main(argv: list[str] | None = None, parser: CommandParser | None = None) -> 
         else:
             wait_for_rank_0_exit(bootstrap.RENDEZVOUS_TIMEOUT_S)
         return 2
+    except EveryLineFailed as error:  # on every rank, once all is done
+        record_error(f"error: {error}" if rank == 0 else _REPORTED, follows=rank > 0)
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            wait_for_rank_0_exit(bootstrap.RENDEZVOUS_TIMEOUT_S)
+        return error.exit_code
     except (JobFailed, RendezvousError, Stopped) as error:
         text = f"rank {rank}: {error}; the same command goes on from here" if str(error) else ""
         record_error(text or _REPORTED, follows=not text)

@@ -6,6 +6,7 @@
 #     143   stopped by SIGTERM with work left: the job goes back to the queue and resumes from its
 #           ledger, at most MAX_REQUEUES times
 #     2     the command, config or files are wrong: the job fails
+#     3     the output is complete and every record of it is an error: the job fails
 #     else  the job fails, or goes back to the queue while it has been there fewer than
 #           MAX_ERROR_REQUEUES times
 # A job that Slurm itself requeues (preempted, a node lost) or that is cancelled is left to Slurm.
@@ -76,7 +77,7 @@ run_step() {
         [[ -n $interrupted ]] || break # else the signal ended the wait
     done
     case $code in
-    0 | 2) ;;
+    0 | 2 | 3) ;;
     143) requeue "$MAX_REQUEUES" "unfinished" ;;
     *) requeue "$MAX_ERROR_REQUEUES" "exit code $code" ;;
     esac

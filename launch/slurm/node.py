@@ -5,7 +5,8 @@
 
 Slurm signals every process of a step. torchrun would signal its ranks once more, which ends them at
 once where the first signal lets them finish what is running. It also exits with 1 in every case,
-where infer.sbatch must distinguish unfinished work (143) from a wrong setting (2).
+where infer.sbatch must distinguish unfinished work (143) from a wrong setting (2) and from a job
+whose every line failed (3).
 """
 
 import os

@@ -210,6 +210,19 @@ def test_a_wrong_setting_fails_the_job_with_its_message_and_is_not_tried_again(
     assert not output.exists()
 
 
+def test_a_job_whose_every_line_failed_is_not_tried_again(slurm, tmp_path):
+    output, log, bad = tmp_path / "out.jsonl", tmp_path / "log", tmp_path / "in.jsonl"
+    bad.write_text('{"id": 1, "prompt": ""}\n{"id": 2, "prompt": 7}\n')
+    argv = arguments(bad, output, 2)
+    for script in ("infer.sbatch", "infer_srun.sbatch"):
+        job = submit(slurm, script, ["--nodes=2"], argv, log, MAX_ERROR_REQUEUES="3")
+        slurm.wait(lambda job=job: slurm.ended(job), JOB_S, "the job's end")
+        ended = slurm.job(job)
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0")
+    assert "error: every line failed: 2 of 2 records are errors" in log.read_text()
+    assert len(output.read_text().splitlines()) == 2
+
+
 def test_an_array_merges_its_slices_once_though_one_of_them_was_requeued(
     slurm, requests, undisturbed, tmp_path
 ):

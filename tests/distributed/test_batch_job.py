@@ -5,8 +5,10 @@ python -m pytest tests/distributed/test_batch_job.py
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -288,3 +290,113 @@ def test_the_script_runs_by_hand_is_killed_and_resumes(job, undisturbed, tmp_pat
     assert records(output) == undisturbed
     if done < ALL:
         assert report(output)["resumed"] == done
+
+
+def killed(job: Path, output: Path, config: Path, write: int = 3) -> list[str]:
+    """Kill a job of one rank in that write to its ledger; return its command line."""
+    files = ["--input", str(job / "in.jsonl"), "--output", str(output)]
+    argv = ["--config", str(config), *files]
+    with pytest.raises(RanksFailed):
+        run(1, argv, (0, write, "kill after"))
+    return argv
+
+
+@pytest.fixture
+def own_model(job, tmp_path) -> Path:
+    """A copy of the job's model, to be changed, with a config next to it."""
+    shutil.copytree(job / "model", tmp_path / "model")
+    text = (job / "config.yaml").read_text()
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace(str(job / "model"), str(tmp_path / "model")))
+    return path
+
+
+def test_a_job_whose_weights_were_replaced_is_refused_until_they_are_back(
+    job, undisturbed, own_model, tmp_path
+):
+    output, weights = tmp_path / "out.jsonl", tmp_path / "model" / "model.safetensors"
+    argv = killed(job, output, own_model)
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-64] + bytes(64))
+    for code, _, err in run(2, argv):
+        assert code == 2 and "Traceback" not in err
+    ((code, _, err),) = run(1, argv)
+    assert code == 2 and f"{weights} was replaced" in err and "another job" in err
+    weights.write_bytes(data)
+    assert [item[0] for item in run(2, argv)] == [0, 0]
+    assert records(output) == undisturbed
+    weights.write_bytes(data[:-64] + bytes(64))
+    ((code, _, err),) = run(1, argv)
+    assert code == 2 and f"{weights} was replaced" in err, "a finished output is of its model, too"
+
+
+def test_a_job_begun_before_fingerprints_resumes_with_one_warning_and_gains_one(
+    job, undisturbed, own_model, tmp_path
+):
+    output = tmp_path / "out.jsonl"
+    argv = killed(job, output, own_model)
+    path = shards_dir(output) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    files = manifest.pop("files")
+    path.write_text(json.dumps(manifest))
+    ((code, _, err),) = run(1, argv, (0, 2, "SIGTERM"))
+    assert code in (0, 143) and err.count("did not record the model's files") == 1
+    assert code == 0 or json.loads(path.read_text()) == {**manifest, "files": files}
+    ((code, _, err),) = run(1, argv)
+    assert code == 0 and "did not record" not in err
+    assert records(output) == undisturbed
+    assert json.loads(output.with_name("out.jsonl.job.json").read_text())["files"] == files
+
+
+def test_an_input_that_is_no_jsonl_is_refused_before_the_model_is_loaded(job, tmp_path):
+    lines = ("\n".join(GOOD) + "\n").encode()
+    cases = {
+        "is compressed with gzip": gzip.compress(lines),
+        "seems to be UTF-16": lines.decode().encode("utf-16"),
+        "seems to be one JSON array": f"[{','.join(GOOD)}]".encode(),
+        "seems to be CSV": b"id,prompt\n1,hello\n",
+    }
+    argvs = []
+    for number, content in enumerate(cases.values()):
+        path = tmp_path / f"in-{number}"
+        path.write_bytes(content)
+        files = ["--input", str(path), "--output", str(tmp_path / "out.jsonl")]
+        argvs.append(["--config", str(job / "config.yaml"), *files])
+    outcomes, others = run_ranks(infer_each, 2, argvs, timeout=120.0)
+    for (message, argv), (code, _, err), (other, _, quiet) in zip(
+        zip(cases, argvs, strict=True), outcomes, others, strict=True
+    ):
+        assert (code, other, quiet) == (2, 2, ""), err
+        assert err.startswith(f"error: --input {argv[3]}: {message}"), err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_text_without_a_tokenizer_is_refused_before_the_model_is_loaded(own_model, job, tmp_path):
+    for path in (tmp_path / "model").glob("*token*"):
+        path.unlink()
+    texts = tmp_path / "in.jsonl"
+    texts.write_text("\n".join([*GOOD[:5], BAD[1], ""]))
+    argv = ["--config", str(own_model), "--output", str(tmp_path / "out.jsonl"), "--input"]
+    (code, _, err), (other, _, quiet) = run(2, [*argv, str(texts)])
+    assert (code, other, quiet) == (2, 2, ""), err
+    assert f"{texts}: its first 5 requests are text" in err and "set model.tokenizer" in err
+    assert not (tmp_path / "out.jsonl.parts").exists()
+    # Some lines run without a tokenizer, so the others become error records.
+    ((code, _, err),) = run(1, [*argv, str(job / "in.jsonl")])
+    assert code == 0, err
+
+
+def test_a_job_whose_every_line_failed_exits_with_3_on_every_rank(job, tmp_path):
+    bad, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad.write_text("\n".join([BAD[1], BAD[2], BAD[3]]))
+    argv = ["--config", str(job / "config.yaml"), "--input", str(bad), "--output", str(output)]
+    (code, out, err), (other, _, quiet) = run(2, argv)
+    assert (code, other, quiet) == (3, 3, ""), err
+    assert "3 requests, 3 with an error record." in out
+    assert (
+        f"error: every line failed: 3 of 3 records are errors; their messages are in {output}"
+        in err
+    )
+    assert len(records(output)) == 3 and not shards_dir(output).exists()
+    ((code, out, _),) = run(1, argv)
+    assert code == 3 and "already complete" in out, "the same however often it is asked"

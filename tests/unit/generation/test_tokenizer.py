@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engine.config import ModelConfig
-from engine.generation.tokenizer import PromptEncoder, load_tokenizer
+from engine.generation.tokenizer import PromptEncoder, has_tokenizer, load_tokenizer
 
 
 def refusal(folder) -> str:
@@ -72,3 +72,10 @@ def test_text_without_a_tokenizer_is_refused_and_token_ids_are_not():
     assert list(encoder.encode("p", [5])) == [5]
     with pytest.raises(ValueError, match="^p: needs a tokenizer .* model.tokenizer"):
         encoder.encode("p", "ab")
+
+
+def test_whether_there_is_a_tokenizer_is_known_without_loading_it(tmp_path):
+    assert not has_tokenizer(ModelConfig(path=str(tmp_path)))
+    assert has_tokenizer(ModelConfig(path=str(tmp_path), tokenizer="anywhere"))
+    (tmp_path / "tokenizer.model").touch()
+    assert has_tokenizer(ModelConfig(path=str(tmp_path)))
