@@ -32,7 +32,6 @@ _FULL_OR_GONE = (
     errno.ENOTDIR,
     errno.ESTALE,
     errno.ENOTCONN,  # the process of a user-space file system has ended
-    errno.EROFS,
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,

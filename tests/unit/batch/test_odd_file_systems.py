@@ -31,7 +31,7 @@ from engine.batch.on_rank_0 import describe
 from engine.request import Completion
 
 UNSUPPORTED = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOTTY]
-DENIED = [errno.EBADF, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENXIO]
+DENIED = [errno.EBADF, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENXIO]
 REAL = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE]
 
 
