@@ -21,6 +21,7 @@ from typing import IO, Protocol
 import numpy as np
 import torch.distributed as dist
 
+from engine.batch.atomic_files import naming
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion, Request
 
@@ -75,7 +76,7 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
     digest = hashlib.sha256()
     offsets, numbers, hashes, nameless = array("q"), array("q"), array("q"), []
     offset = number = 0
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
         for lines in _line_blocks(file, digest.update):
             report()
@@ -172,7 +173,7 @@ def _verify_duplicates(
     """Return `InputIndex.duplicates`: read the candidates' ids again, as hashes may collide."""
     first: dict[tuple[type, str | int], int] = {}
     duplicates = {}
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for index in candidates.tolist():
             report()
             file.seek(int(offsets_n[index]))
@@ -196,6 +197,7 @@ class PendingLines:
             path: the input.
             table: from `select`, equal on every rank.
         """
+        self._path = path
         self._file = path.open("rb")
         self._table = table
 
@@ -224,8 +226,10 @@ class PendingLines:
 
     def __getitem__(self, queue_index: int) -> Line:
         index, offset, number, duplicate_of = self._table[queue_index].tolist()
-        self._file.seek(offset)
-        return Line(index, number, self._file.readline(), duplicate_of)
+        with naming(self._path):
+            self._file.seek(offset)
+            raw = self._file.readline()
+        return Line(index, number, raw, duplicate_of)
 
     def number_of(self, index: int) -> int:
         """Return the line number of the pending request `index`."""

@@ -32,7 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.atomic_files import Busy, DurableWriter, fsync_directory, read_json, write_text
+from engine.batch.atomic_files import (
+    Busy,
+    DurableWriter,
+    fsync_directory,
+    naming,
+    read_json,
+    write_text,
+)
 from engine.batch.ledger import Ledger, shards_dir
 from engine.batch.manifest import JobError, finalize, output_differences, sibling_path
 from engine.distributed.health.progress import OnProgress, ignore_progress
@@ -216,10 +223,10 @@ def _copy(sources: list[Path], output: Path, report: OnProgress) -> None:
     own = f"{output.name}.merge-{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     temporary = output.with_name(own)
     try:
-        with temporary.open("wb") as target:
+        with naming(temporary), temporary.open("wb") as target:
             out = DurableWriter(target, report)
             for source in sources:
-                with source.open("rb") as file:
+                with naming(source), source.open("rb") as file:
                     while block := file.read(_COPY_BYTES):
                         out.write(block)
             out.sync()

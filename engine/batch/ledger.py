@@ -16,6 +16,7 @@ run, on any number of ranks, appends 4; merged: 0 1 2 3 4 5.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,7 +27,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from engine.batch.atomic_files import Busy, DurableWriter, fsync_directory, lock, write_json
+from engine.batch.atomic_files import (
+    Busy,
+    DurableWriter,
+    fsync_directory,
+    fsync_file,
+    lock,
+    naming,
+    warn_of_missing,
+    write_json,
+)
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion
 
@@ -35,6 +45,7 @@ _TAIL = b"}\n"
 _ERROR_MARK = b'"finish_reason": "error"'  # inside a JSON string its quotes would be escaped
 _CHUNK = 1 << 20
 _RECORDS_PER_REPORT = 4096
+_LOCK_ATTEMPTS = 100  # runs that end while this one begins are few
 _SHARD_LOCK_TIMEOUT_S = 10.0  # for ranks of a run that was just killed to exit
 
 
@@ -86,10 +97,12 @@ class ShardWriter:
             Busy: a rank of an earlier run still holds its lock.
         """
         self.path = shard_path(directory, data_rank)
+        self._warns = data_rank == 0  # all shards are on one file system
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
-            lock(self._fd, f"{self.path}: is being written", _SHARD_LOCK_TIMEOUT_S)
-        except Busy:
+            what = f"{self.path}: is being written"
+            lock(self._fd, what, _SHARD_LOCK_TIMEOUT_S, warns=self._warns)
+        except (Busy, OSError):
             os.close(self._fd)
             raise
 
@@ -100,13 +113,15 @@ class ShardWriter:
         only `Ledger.create_shards` truncates.
         """
         rest = memoryview(b"".join(map(encode, completions)))
-        while rest:
-            rest = rest[os.write(self._fd, rest) :]
-        os.fsync(self._fd)
+        with naming(self.path):
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        fsync_file(self._fd, self.path, warns=self._warns)
 
     def close(self) -> None:
-        """Close the ledger shard and release its lock."""
-        os.close(self._fd)
+        """Close the ledger shard and release its lock. Raises OSError."""
+        with naming(self.path):
+            os.close(self._fd)
 
 
 class Ledger:
@@ -128,7 +143,7 @@ class Ledger:
         """Return how many records the ledger holds."""
         num_records = 0
         for path in self._shard_files():
-            with path.open("rb", buffering=_CHUNK) as file:
+            with naming(path), path.open("rb", buffering=_CHUNK) as file:
                 num_records += sum(1 for _ in scan_shard(file))
         return num_records
 
@@ -147,7 +162,7 @@ class Ledger:
         for data_rank in range(num_data):
             shard_path(self.directory, data_rank).touch()
         for path in self._shard_files():
-            with path.open("r+b") as file:
+            with naming(path), path.open("r+b") as file:
                 lock(file.fileno(), f"{path}: is being written", _SHARD_LOCK_TIMEOUT_S)
                 _truncate_torn_tail(file)
         fsync_directory(self.directory)
@@ -161,7 +176,7 @@ class Ledger:
         """
         done_n = np.zeros(num_lines, dtype=bool)
         for path in self._shard_files():
-            with path.open("rb", buffering=_CHUNK) as file:
+            with naming(path), path.open("rb", buffering=_CHUNK) as file:
                 records = scan_shard(file, report)
                 indices = np.fromiter((index for index, _, _ in records), dtype=np.int64)
             done_n[indices] = True
@@ -188,7 +203,7 @@ class Ledger:
         offset_n = np.zeros(num_lines, dtype=np.int64)
         length_n = np.zeros(num_lines, dtype=np.int64)
         for number, path in enumerate(paths):
-            with path.open("rb", buffering=_CHUNK) as file:
+            with naming(path), path.open("rb", buffering=_CHUNK) as file:
                 for index, offset, length in scan_shard(file, report):
                     row = index - lines.start
                     shard_n[row], offset_n[row], length_n[row] = number, offset, length
@@ -201,12 +216,13 @@ class Ledger:
         shards = [os.open(path, os.O_RDONLY) for path in paths]
         num_errors = 0
         try:
-            with temporary.open("wb", buffering=_CHUNK) as file:
+            with naming(temporary), temporary.open("wb", buffering=_CHUNK) as file:
                 out = DurableWriter(file, report)
                 for row in range(num_lines):
                     if row % _RECORDS_PER_REPORT == 0:
                         report()
-                    body = os.pread(shards[shard_n[row]], length_n[row], offset_n[row])
+                    number = shard_n[row]
+                    body = _read(shards[number], paths[number], length_n[row], offset_n[row])
                     num_errors += _ERROR_MARK in body
                     out.write(body + b"\n")
                 out.sync()
@@ -247,15 +263,25 @@ def _lock_directory(directory: Path) -> int:
     A holder that finishes removes lock file and directory, so a lock counts only while the locked
     file still has its name.
     """
-    while True:
+    path = directory / "lock"
+    for attempt in range(_LOCK_ATTEMPTS + 1):
         directory.mkdir(exist_ok=True)
         try:
-            fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # the directory was removed in between
+            if attempt == _LOCK_ATTEMPTS:
+                raise
             continue
         try:
             lock(fd, f"{directory}: the job is being run")
-            if os.fstat(fd).st_ino == os.stat(directory / "lock").st_ino:
+            if os.fstat(fd).st_ino == os.stat(path).st_ino:
+                return fd
+            if attempt == _LOCK_ATTEMPTS:
+                warn_of_missing(
+                    directory,
+                    "the inode number of a file changes on this file system; a second run of the "
+                    "same output may not be detected: do not start two",
+                )
                 return fd
         except FileNotFoundError:
             pass
@@ -263,6 +289,19 @@ def _lock_directory(directory: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+    raise Busy(f"{directory}: other processes keep removing it; use another --output")
+
+
+def _read(fd: int, path: Path, length: int, offset: int) -> bytes:
+    """Return a part of a file: network file systems may answer a read with less than asked for."""
+    with naming(path):
+        body = os.pread(fd, length, offset)
+        while len(body) < length:
+            more = os.pread(fd, length - len(body), offset + len(body))
+            if not more:
+                raise OSError(errno.EIO, "was truncated while it was read")
+            body += more
+    return body
 
 
 def _remove_empty(directory: Path) -> None:
@@ -284,4 +323,4 @@ def _truncate_torn_tail(file: IO[bytes]) -> None:
         position = start
     if position < end:
         file.truncate(position)
-        os.fsync(file.fileno())
+        fsync_file(file.fileno(), file.name)

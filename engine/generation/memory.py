@@ -25,18 +25,18 @@ rank, D model dim, F expert dim.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
 from engine.config import CapacityConfig, SchedulerConfig
+from engine.generation.host_memory import free_memory
 from engine.moe.capacity.speed_weights import MAX_WEIGHT, ONE
 
 _GIB = 1 << 30
 _CUDA_SHARE = 0.92  # of the free device memory; the rest is for fragmentation and libraries
-_CPU_SHARE = 0.25  # of the host's available memory, divided by the host's ranks
+_CPU_SHARE = 0.25  # of what the host and its cgroups leave, divided by the host's ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +129,12 @@ def num_kv_blocks(
             )
         return blocks
     wanted = config.max_sequences * -(-max_model_len // config.block_size)
-    free = _free_bytes(device, local_world_size)
+    free, limit = _free_bytes(device, local_world_size)
     fits = (free - reserve_bytes) // bytes_per_block
     if fits < 1:
+        place = f"{device} (limited by {limit})" if limit else f"{device}"
         raise ValueError(
-            f"scheduler.kv_cache_gib: no memory is left for a KV cache on {device}: "
+            f"scheduler.kv_cache_gib: no memory is left for a KV cache on {place}: "
             f"{free / _GIB:.2f} GiB are free and {reserve_bytes / _GIB:.2f} GiB are kept for the "
             "MoE layer's worst case; lower scheduler.max_batch_tokens, use more ranks, or set "
             "scheduler.kv_cache_gib"
@@ -141,13 +142,11 @@ def num_kv_blocks(
     return min(wanted, fits)
 
 
-def _free_bytes(device: torch.device, local_world_size: int) -> int:
-    """Return the bytes that this rank may use for its KV cache and reserve."""
+def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, str]:
+    """Return the bytes that this rank may use for its KV cache and reserve, and the file of the
+    cgroup that limits them, "" for none.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    return int(available * _CPU_SHARE) // local_world_size
+        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE), ""
+    free = free_memory()
+    return int(free.num_bytes * _CPU_SHARE) // local_world_size, free.limit

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from engine.config import CapacityConfig
+from engine.distributed.standard_streams import make_safe
 from engine.profiling.report import RunReport
 from engine.reporting.capacity_table import print_capacity
 from engine.reporting.comms_table import print_comms
@@ -32,9 +33,19 @@ _JSON_KEYS = {
 _HEADINGS = {"communication": "communi-\ncation"}
 
 
-def make_console(**options: Any) -> Console:
-    """Return a console; in a file or a pipe its lines are as wide as the tables need."""
-    console = Console(**options)
+def make_console(
+    *, file: IO[str] | None = None, stderr: bool = False, quiet: bool = False
+) -> Console:
+    """Return a console; in a file or a pipe its lines are as wide as the tables need.
+
+    Printing to standard output or error never raises.
+
+    Args:
+        file: where to print; None for standard output or error.
+        stderr: print to standard error.
+        quiet: print nothing.
+    """
+    console = Console(file=file or make_safe(stderr=stderr), stderr=stderr, quiet=quiet)
     if not console.is_terminal:
         console.width = _WIDTH
     return console

@@ -1,8 +1,9 @@
 """The command `lockstep`: parse, run one command on this rank, turn what went wrong into a code.
 
 Exit codes: 0 done, 1 failed, 2 wrong command, settings or files, 3 done but every line failed,
-128 + signal when stopped by one.
-A rank that fails prints why and records it for torchrun's summary (`error_file.py`).
+128 + signal when stopped by one. A rank that fails prints why and records it for torchrun's summary
+(`error_file.py`). What cannot be printed is lost and changes neither the job nor its code
+(`standard_streams.py`).
 
 Loads nothing slow before the command line is known, so `--help` answers at once.
 """
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 from engine.distributed.error_file import record_error
 from engine.distributed.launch_agent import die_with_agent
+from engine.distributed.standard_streams import make_streams_safe, safe_streams
 from lockstep import infer
 
 _REPORTED = "another rank reports the error"
@@ -49,6 +51,11 @@ def main(argv: list[str] | None = None, parser: CommandParser | None = None) -> 
         argv: the command line without the program's name; by default this process's.
         parser: of one command; by default, of `lockstep` with all commands.
     """
+    with safe_streams():
+        return _main(argv, parser)
+
+
+def _main(argv: list[str] | None, parser: CommandParser | None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store: one report, not 20 frames
     die_with_agent()  # the imports below take seconds, in which the agent may die
     try:
@@ -99,6 +106,7 @@ def main(argv: list[str] | None = None, parser: CommandParser | None = None) -> 
 
 def run_and_exit(argv: list[str] | None = None, parser: CommandParser | None = None) -> NoReturn:
     """Run one command and end the process. Takes what `main` takes."""
+    make_streams_safe()
     code = main(argv, parser)
     sys.stdout.flush()
     # An orderly end without the other ranks can hang or abort.

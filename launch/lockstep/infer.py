@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from engine.config import Config
 from engine.config.loader import PROJECT_ROOT, load_config, to_yaml
 from engine.config.preflight import check_runnable
+from engine.distributed.standard_streams import check_printed
 
 if TYPE_CHECKING:
     from engine.batch.input_shards import InputShard
@@ -61,10 +62,15 @@ def prepare(
         parser.error(f"--config is missing; in configs/ there are {', '.join(names)}")
     config = load_config(args.config, args.overrides)
     if args.print_config:
-        return lambda: print(to_yaml(config) if rank == 0 else "", end="")
+        return lambda: _print_config(config) if rank == 0 else None
     shard = None if args.slice is None else InputShard.parse(args.slice)
     check_runnable(config, os.environ)
     return lambda: _run(config, args, shard)
+
+
+def _print_config(config: Config) -> None:
+    print(to_yaml(config), end="")
+    check_printed()
 
 
 def _run(config: Config, args: argparse.Namespace, shard: InputShard | None) -> None:

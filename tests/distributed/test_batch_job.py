@@ -400,3 +400,28 @@ def test_a_job_whose_every_line_failed_exits_with_3_on_every_rank(job, tmp_path)
     assert len(records(output)) == 3 and not shards_dir(output).exists()
     ((code, out, _),) = run(1, argv)
     assert code == 3 and "already complete" in out, "the same however often it is asked"
+
+
+def test_a_file_system_without_directory_syncs_and_locks_is_reported_and_no_error(
+    job, undisturbed, tmp_path
+):
+    program = """
+import errno, fcntl, os, runpy, stat, sys
+sync = os.fsync
+def fail(*arguments): raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+os.fsync = lambda fd: fail() if stat.S_ISDIR(os.fstat(fd).st_mode) else sync(fd)
+fcntl.flock = fcntl.lockf = fail
+sys.argv[0] = "launch/infer.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    output = tmp_path / "out.jsonl"
+    argv = [sys.executable, "-c", program, *command(job, output)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert records(output) == undisturbed
+    for folder, what in (
+        (shards_dir(output), "lock files"),
+        (shards_dir(output), "sync directories"),
+        (tmp_path, "sync directories"),
+    ):
+        assert done.stderr.count(f"{folder}: this file system does not {what} (Invalid arg") == 1
