@@ -95,5 +95,4 @@ def deepseek_spec(
     ]
     # Layers past the last are multi-token prediction heads (V3, section 2.2), which plain decoding
     # does not use.
-    ignored = (rf"^model\.layers\.{num_layers}\..*$",)
-    return model_spec(hf_config, layers, rotary_dim=hf_config.qk_rope_head_dim, ignored=ignored)
+    return model_spec(hf_config, layers, rotary_dim=hf_config.qk_rope_head_dim, mtp_layers=True)
