@@ -79,6 +79,11 @@ def check_config(hf_config: Any) -> None:
             f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only 'silu': "
             "the experts' kernels compute silu(gate) * up"
         )
+    if not getattr(hf_config, "is_causal", True):  # any false value counts for transformers
+        raise ValueError(
+            f"is_causal: {hf_config.is_causal!r} in config.json is not supported: a token would "
+            "attend to later ones, and this engine only generates; use a causal checkpoint"
+        )
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ValueError(
             "quantization_config in config.json: quantized checkpoints are not supported; use one "

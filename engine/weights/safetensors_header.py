@@ -35,6 +35,7 @@ _BITS = {
     "F6_E3M2": 6,
 }
 _DAMAGED = "the file is damaged; download or copy it again"
+_PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -80,7 +81,7 @@ def read_catalog(folder: Path) -> Catalog:
         )
     if (folder / SINGLE).exists():
         entries, num_bytes = read_header(folder / SINGLE)
-        return Catalog(entries, num_bytes)
+        return _with_prefix(Catalog(entries, num_bytes))
     if not (folder / INDEX).exists():
         raise CheckpointError(_nothing_to_load(folder))
     weight_map, total = _read_index(folder / INDEX)
@@ -93,7 +94,24 @@ def read_catalog(folder: Path) -> Catalog:
             if name not in entries or entries[name].file.name != place:
                 entries[name] = replace(entry, is_listed=place is not None)
     lost = {name: file for name, file in weight_map.items() if name not in entries}
-    return Catalog(entries, total, lost)
+    return _with_prefix(Catalog(entries, total, lost))
+
+
+def _with_prefix(catalog: Catalog) -> Catalog:
+    """Return the catalog under the names of a model with a head.
+
+    A checkpoint that was saved from the base model alone lacks the prefix "model."; transformers
+    adds it.
+    """
+    if _PREFIX + _EMBEDDING in catalog.entries or _EMBEDDING not in catalog.entries:
+        return catalog
+
+    def full(name: str) -> str:
+        return name if name.startswith((_PREFIX, "lm_head.")) else _PREFIX + name
+
+    entries = {full(name): entry for name, entry in catalog.entries.items()}
+    lost = {full(name): file for name, file in catalog.lost.items()}
+    return Catalog(entries, catalog.bytes_read, lost)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:

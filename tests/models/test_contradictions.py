@@ -203,6 +203,29 @@ def test_a_decoder_layer_that_config_json_does_not_count_is_not_taken_for_a_pred
         load_model(make_config(tmp_path), one_rank)
 
 
+def without_prefix(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("case", [TIED, "mixtral", "deepseek-v2-lite"])
+def test_names_without_the_prefix_of_the_base_model_are_read(tmp_path, one_rank, case):
+    check(write(tmp_path, case, without_prefix), run(tmp_path, one_rank))
+
+
+def test_stacked_experts_without_the_prefix_of_the_base_model_are_read(tmp_path, one_rank):
+    make_reference(CASES["qwen2-moe"], tmp_path, save_original_format=False)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    without_prefix(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    check(tmp_path, run(tmp_path, one_rank))
+
+
+def test_layers_that_moe_layer_freq_lists_are_routed(tmp_path, one_rank):
+    check(write(tmp_path, "deepseek-v3", nothing, moe_layer_freq=[0, 1]), run(tmp_path, one_rank))
+
+
 def two_heads(tensors: dict[str, torch.Tensor]) -> None:
     for layer in (2, 3):
         tensors[f"model.layers.{layer}.eh_proj.weight"] = torch.full((32, 64), float("nan"))
