@@ -78,7 +78,7 @@ def load_weights(
     return loader.load_weights(
         Path(config.model.path),
         model.weight_slots(names),
-        ignored=model.ignored_weights,
+        ignored=model.ignored_weights(names),
         group=topology.world,
         reporter=reporter,
     )

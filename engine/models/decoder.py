@@ -13,6 +13,7 @@ model dim, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -43,8 +44,14 @@ from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 from engine.weights.slot import WeightSlot
 
-# Tensors that old exporters saved although they follow from the configuration.
-_DERIVED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$",)
+# Tensors that exporters save although they are no weights: buffers that follow from the
+# configuration, and what a trainer's module keeps for itself.
+_BUFFERS = (
+    r"(^|\.)rotary_emb\.",
+    r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|position_ids)$",
+    r"(^|\.)(masked_bias|causal_mask|_extra_state)$",
+)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,15 +285,26 @@ class CausalLM(nn.Module):
         """Return float32 logits [S, V] of rows [S, D] of `forward`'s result."""
         return linear(hidden_SD, self.head_VD).float()
 
+    def untie_head(self) -> torch.Tensor:
+        """Give the head memory of its own, uninitialised, and return it."""
+        vocab, hidden = self.embedding_VD.shape
+        device, dtype = self.embedding_VD.device, self.embedding_VD.dtype
+        self.head_VD = empty_parameter(vocab, hidden, device=device, dtype=dtype)
+        return self.head_VD
+
     def weight_slots(self, checkpoint: Collection[str] = ()) -> Iterator[WeightSlot]:
         """Yield a slot for every checkpoint tensor that this rank needs.
 
+        A checkpoint whose head is tied may hold it under the name of the embedding, of the head, or
+        under both; if they differ, `load_weights` unties the head.
+
         Args:
             checkpoint: names of the tensors in the checkpoint; they decide whether experts are read
-                one by one or stacked.
+                one by one or stacked, and which tensor fills a tied head.
         """
-        shape = (self.spec.vocab_size, self.spec.hidden)
-        yield WeightSlot("model.embed_tokens.weight", self.embedding_VD, shape)
+        shape, tied = (self.spec.vocab_size, self.spec.hidden), self.spec.tied_embeddings
+        embedding = self.embedding_VD
+        yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}"
             yield _norm_slot(f"{prefix}.input_layernorm.weight", layer.input_norm_D)
@@ -297,14 +315,24 @@ class CausalLM(nn.Module):
             else:
                 yield from layer.mlp.weight_slots(f"{prefix}.mlp")
         yield _norm_slot("model.norm.weight", self.final_norm_D)
-        if not self.spec.tied_embeddings:
-            yield WeightSlot("lm_head.weight", self.head_VD, shape)
+        if not tied:
+            yield WeightSlot(_HEAD, self.head_VD, shape)
+        elif _HEAD in checkpoint and _EMBEDDING in checkpoint:
+            yield WeightSlot(_HEAD, embedding, shape, tied_to=_EMBEDDING, untie=self.untie_head)
 
-    @property
-    def ignored_weights(self) -> tuple[str, ...]:
-        """Regular expressions of checkpoint tensors that no rank needs."""
-        tied = (r"^lm_head\.weight$",) if self.spec.tied_embeddings else ()
-        return (*_DERIVED, *self.spec.ignored, *tied)
+    def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
+        """Return regular expressions of checkpoint tensors that no rank needs.
+
+        Args:
+            checkpoint: names of the tensors in the checkpoint; they decide which layers past the
+                last one are multi-token prediction heads.
+        """
+        found = (
+            re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name) for name in checkpoint
+        )
+        layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
+        heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
+        return (*_BUFFERS, *self.spec.ignored, *heads)
 
 
 def _norm_slot(name: str, target: torch.Tensor) -> WeightSlot:

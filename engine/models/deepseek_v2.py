@@ -85,15 +85,31 @@ def deepseek_spec(
         shared=shared if num_shared else None,
     )
     dense = DenseSpec(ffn=hf_config.intermediate_size, bias=mlp_bias)
-    # Published configurations have moe_layer_freq; transformers drops it because it is always 1.
-    every = getattr(hf_config, "moe_layer_freq", 1)
-    first = hf_config.first_k_dense_replace
-    num_layers = hf_config.num_hidden_layers
     layers = [
-        LayerSpec(attention=attention, mlp=sparse if i >= first and i % every == 0 else dense)
-        for i in range(num_layers)
+        LayerSpec(attention=attention, mlp=sparse if is_routed else dense)
+        for is_routed in _routed_layers(hf_config)
     ]
     # Layers past the last are multi-token prediction heads (V3, section 2.2), which plain decoding
     # does not use.
-    ignored = (rf"^model\.layers\.{num_layers}\..*$",)
-    return model_spec(hf_config, layers, rotary_dim=hf_config.qk_rope_head_dim, ignored=ignored)
+    return model_spec(hf_config, layers, rotary_dim=hf_config.qk_rope_head_dim, mtp_layers=True)
+
+
+def _routed_layers(hf_config: Any) -> list[bool]:
+    """Return for each layer whether it is routed.
+
+    Published configurations have moe_layer_freq, a number or one entry per layer; transformers
+    drops it, because it only repeats first_k_dense_replace.
+
+    Raises:
+        ValueError: naming moe_layer_freq where it is too short.
+    """
+    num_layers, first = hf_config.num_hidden_layers, hf_config.first_k_dense_replace
+    every = getattr(hf_config, "moe_layer_freq", 1)
+    if not isinstance(every, list):
+        return [i >= first and i % every == 0 for i in range(num_layers)]
+    if len(every) < num_layers:
+        raise ValueError(
+            f"moe_layer_freq: {every!r} in config.json must be a number or have one entry per "
+            f"layer, {num_layers}; compare it with the published config.json"
+        )
+    return [i >= first and bool(every[i]) for i in range(num_layers)]

@@ -30,6 +30,16 @@ def attention_spec(hf_config: Any, **family: Any) -> AttentionSpec:
     )
 
 
+def window_of(hf_config: Any) -> int | None:
+    """Return the sliding window, or None where the configuration means that there is none.
+
+    That is null, but also 0 and negative numbers, which transformers' own configurations and other
+    exporters write for it: a window without keys is none.
+    """
+    window = hf_config.sliding_window
+    return window if window is not None and window > 0 else None
+
+
 def moe_spec(hf_config: Any, ffn: int) -> MoESpec:
     """Return the routed experts of OLMoE and Qwen: softmax scores, normalised if norm_topk_prob."""
     router = RouterSpec(
@@ -68,6 +78,11 @@ def check_config(hf_config: Any) -> None:
         raise ValueError(
             f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only 'silu': "
             "the experts' kernels compute silu(gate) * up"
+        )
+    if not getattr(hf_config, "is_causal", True):  # any false value counts for transformers
+        raise ValueError(
+            f"is_causal: {hf_config.is_causal!r} in config.json is not supported: a token would "
+            "attend to later ones, and this engine only generates; use a causal checkpoint"
         )
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.models.hf_config import attention_spec, model_spec
+from engine.models.hf_config import attention_spec, model_spec, window_of
 from engine.models.spec import LayerSpec, ModelSpec, MoENames, SparseSpec
 from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
@@ -12,7 +12,7 @@ from engine.moe.router import RouterSpec
 
 def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers MixtralConfig into a `ModelSpec`."""
-    attention = attention_spec(hf_config, window=hf_config.sliding_window)
+    attention = attention_spec(hf_config, window=window_of(hf_config))
     router = RouterSpec(
         num_experts=hf_config.num_local_experts, top_k=hf_config.num_experts_per_tok, normalize=True
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.models.hf_config import attention_spec, model_spec, moe_spec
+from engine.models.hf_config import attention_spec, model_spec, moe_spec, window_of
 from engine.models.qwen2_moe import is_routed
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
 
@@ -16,7 +16,7 @@ def read_spec(hf_config: Any) -> ModelSpec:
         qkv_bias=hf_config.attention_bias,
         out_bias=hf_config.attention_bias,
         qk_norm="head",
-        window=hf_config.sliding_window,
+        window=window_of(hf_config),
     )
     sparse = SparseSpec(moe=moe_spec(hf_config, ffn=hf_config.moe_intermediate_size))
     dense = DenseSpec(ffn=hf_config.intermediate_size)

@@ -65,3 +65,5 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
+    # Whether layers past the last may be multi-token prediction heads, which are not needed.
+    mtp_layers: bool = False

@@ -14,10 +14,12 @@ Legend: R rows, D model dim, F expert hidden dim, e experts on this rank.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +34,8 @@ from engine.ops.silu_and_mul import silu_and_mul
 from engine.ops.to_device import to_device
 
 logger = logging.getLogger(__name__)
+
+_GROUPED_MM_ALIGNMENT = 16  # bytes: torch checks the strides of its operands
 
 
 class ExpertWeights(nn.Module):
@@ -185,11 +189,19 @@ def import_transformer_engine() -> Any:
     return te
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ()
+) -> str:
     """Return the backend that moe.experts.backend selects on this device.
 
     `auto` is `torch` on CPU and for float32, which Transformer Engine multiplies in TF32; on CUDA
-    `te` where it can be imported, else `grouped_mm` for bfloat16, else `torch`.
+    `te` where it can be imported, else `grouped_mm` for bfloat16 and widths that it takes, else
+    `torch`.
+
+    Args:
+        name: moe.experts.backend.
+        device, dtype: of the weights.
+        widths: the experts' input and hidden dim.
 
     Raises:
         ValueError: naming the backend and what it needs.
@@ -203,7 +215,12 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
                 return "te"
             except ValueError as error:
                 logger.warning("%s; going on without it", error)
-        return "grouped_mm" if dtype == torch.bfloat16 and hasattr(F, "grouped_mm") else "torch"
+        if dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+            return "torch"
+        if unaligned := _unaligned(widths, dtype):
+            _warn_once(f"{_alignment(unaligned, dtype)}; going on with the backend 'torch'")
+            return "torch"
+        return "grouped_mm"
     if name == "te":
         if device.type != "cuda":
             raise ValueError(
@@ -216,7 +233,31 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
             "moe.experts.backend: 'grouped_mm' needs torch >= 2.10 and this is "
             f"{torch.__version__}; choose 'auto' or 'torch'"
         )
+    if name == "grouped_mm" and (unaligned := _unaligned(widths, dtype)):
+        raise ValueError(
+            f"moe.experts.backend: {_alignment(unaligned, dtype)}; choose 'auto' or 'torch'"
+        )
     return name
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning that every layer would repeat."""
+    logger.warning("%s", text)
+
+
+def _unaligned(widths: Sequence[int], dtype: torch.dtype) -> int | None:
+    """Return the first width whose rows grouped_mm cannot take."""
+    return next((n for n in widths if n * dtype.itemsize % _GROUPED_MM_ALIGNMENT), None)
+
+
+def _alignment(width: int, dtype: torch.dtype) -> str:
+    multiple = _GROUPED_MM_ALIGNMENT // dtype.itemsize
+    return (
+        f"'grouped_mm' needs experts whose input and hidden dim are multiples of {multiple} in "
+        f"{str(dtype).removeprefix('torch.')}, and one of this checkpoint is {width} (hidden_size "
+        "and moe_intermediate_size or intermediate_size in config.json)"
+    )
 
 
 def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:

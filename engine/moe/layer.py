@@ -140,7 +140,8 @@ class MoELayer(nn.Module):
         )
         self.experts = ExpertWeights(self.num_local_experts, spec.hidden, spec.ffn, device, dtype)
         self.shared = shared
-        backend = choose_backend(config.experts.backend, device, dtype)
+        widths = (spec.hidden, spec.ffn)
+        backend = choose_backend(config.experts.backend, device, dtype, widths)
         self._run_experts = make_backend(backend, self.experts)
         self._pipelines = [  # one per micro-batch
             Pipeline(exchange, self._run_experts, buffers, layer)

@@ -1,21 +1,20 @@
 """Loading weights: a rank reads the checkpoint tensors that it owns and nothing else.
 
 A model yields one `WeightSlot` for each tensor of the checkpoint that this rank needs. Loading
-compares the names of all ranks with the headers of all files (`safetensors_header.py`), so that
-every mistake is found before data is read and equally on all ranks, then reads this rank's shards
-(`reader.py`). `fill_dummy` fills the slots with random weights instead.
+compares the names of all ranks with the headers of all files (`fit.py`, `safetensors_header.py`),
+so that every mistake is found before data is read and equally on all ranks, then reads this rank's
+shards (`reader.py`). `fill_dummy` fills the slots with random weights instead.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import logging
 import math
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,23 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
 from engine.distributed.health.progress import OnProgress, ProgressReporter, ignore_progress
-from engine.weights.reader import DTYPES, ReadJob, read_all
+from engine.weights.fit import (
+    Want,
+    holds_values,
+    log_unlisted,
+    mismatches,
+    name_in,
+    shorten,
+    unknown_tensors,
+)
+from engine.weights.reader import ReadJob, hold_equal_values, read_all
 from engine.weights.safetensors_header import Catalog, CheckpointError, read_catalog
 from engine.weights.slot import WeightSlot
 
 __all__ = ["CheckpointError", "LoadReport", "WeightSlot", "fill_dummy", "load_weights"]
 
-_MAX_SHOWN = 10  # names of each kind in one error
+logger = logging.getLogger(__name__)
+
 _DUMMY_STD = 0.02
 _DUMMY_CHUNK = 1 << 20  # values drawn from one seed; changing it changes all dummy weights
 
@@ -71,41 +80,113 @@ def load_weights(
             infinity or a value that the target's dtype cannot represent.
     """
     began = time.perf_counter()
-    slots = list(slots)
-    catalog = _agree_on_catalog(Path(path), slots, ignored, group)
+    slots, ignored = list(slots), tuple(ignored)
+    catalog, wanted = _agree_on_catalog(Path(path), slots, ignored, group)
+    if group is None or group.rank == 0:
+        log_unlisted(Path(path), unknown_tensors(wanted, catalog, ignored), catalog)
+    slots, bytes_compared = _resolve_tied(catalog, wanted, slots, group, reporter)
     jobs = [
         ReadJob(name, catalog.entries[name], slot.target, slot.bounds())
         for slot in slots
-        if (name := _name_in(catalog, slot.name, slot.aliases)) is not None
+        if (name := name_in(catalog, slot.name, slot.aliases)) is not None
     ]
-    bytes_read = catalog.bytes_read + read_all(jobs, group, reporter)
+    bytes_read = catalog.bytes_read + bytes_compared + read_all(jobs, group, reporter)
     return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
+
+
+def _resolve_tied(
+    catalog: Catalog,
+    wanted: Mapping[str, Want],
+    slots: Sequence[WeightSlot],
+    group: Group | None,
+    reporter: ProgressReporter | None,
+) -> tuple[list[WeightSlot], int]:
+    """Return the slots to fill, and the bytes read to decide it.
+
+    A tied slot remains where the files hold other values for it than for the tensor it is tied to,
+    with memory of its own: the files count, not the configuration. Every rank compares a share of
+    the rows. Collective over `group`: every rank must call.
+    """
+    left = [slot for slot in slots if slot.tied_to is None]
+    reporter, num_bytes = reporter or ProgressReporter(), 0
+    for name in sorted(wanted):  # the same on every rank
+        tied_to = wanted[name].tied_to
+        if tied_to is None or not (holds_values(catalog, name) and tied_to in catalog.entries):
+            continue
+        mine = [slot for slot in slots if slot.name == name]
+        equal, error = True, None
+        try:
+            for slot in mine[:1]:
+                equal, num_compared = _is_tied(catalog, slot, tied_to, group, reporter)
+                num_bytes += num_compared
+        except CheckpointError as caught:
+            error = str(caught)
+        phase = reporter.progress.phase
+        reporter.wait()
+        answers = _gather((equal, error), group)
+        reporter.begin(phase)
+        _raise_any([error for _, error in answers], group)
+        if all(equal for equal, _ in answers):
+            continue
+        for slot in mine:
+            assert slot.untie is not None, name
+            left.append(replace(slot, target=slot.untie()))
+        if group is None or group.rank == 0:
+            logger.warning(
+                "config.json says that %s is tied to %s (tie_word_embeddings: true), but the files "
+                "hold different values for the two: using the files' %s; set tie_word_embeddings "
+                "to false in config.json",
+                name,
+                tied_to,
+                name,
+            )
+    return left, num_bytes
+
+
+def _is_tied(
+    catalog: Catalog,
+    slot: WeightSlot,
+    tied_to: str,
+    group: Group | None,
+    reporter: ProgressReporter,
+) -> tuple[bool, int]:
+    """Return whether this rank's share of rows is equal in both tensors, and the bytes read."""
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    rows, *others = slot.full_shape
+    bounds = ((rows * rank // size, rows * (rank + 1) // size), *((0, n) for n in others))
+    first, second = (
+        ReadJob(name, catalog.entries[name], slot.target, bounds) for name in (slot.name, tied_to)
+    )
+    return hold_equal_values(first, second, reporter.advance)
 
 
 def _agree_on_catalog(
     path: Path, slots: Sequence[WeightSlot], ignored: Iterable[str], group: Group | None
-) -> Catalog:
-    """Return the checkpoint's tensors, once all ranks see the same ones and none is missing."""
+) -> tuple[Catalog, Mapping[str, Want]]:
+    """Return the checkpoint's tensors and those that any rank needs.
+
+    All ranks then see the same tensors, and none is missing.
+    """
     catalog, error = Catalog({}, 0), None
     try:
         catalog = read_catalog(path)
     except CheckpointError as caught:
         error = str(caught)
-    names = {slot.name: (slot.full_shape, slot.aliases) for slot in slots}
+    names = {slot.name: Want.of(slot) for slot in slots}
     answers = _gather((error, _digest(catalog), names), group)
     _raise_any([error for error, _, _ in answers], group)
     if len({digest for _, digest, _ in answers}) > 1:
         found = _differences(_gather(_digest_files(catalog), group), group)
         raise CheckpointError(
-            f"the hosts of this run hold different files in {path}: {_shorten(found)}; copy the "
+            f"the hosts of this run hold different files in {path}: {shorten(found)}; copy the "
             "same to all"
         )
     wanted = {name: want for _, _, names in answers for name, want in names.items()}
     # All ranks check everything, so they agree unless `ignored` differs between them.
-    problems = list(_mismatches(wanted, catalog, ignored))
+    problems = list(mismatches(path, wanted, catalog, ignored))
     error = "\n  - ".join([f"{path} does not fit the model:", *problems]) if problems else None
     _raise_any(_gather(error, group), group)
-    return catalog
+    return catalog, wanted
 
 
 def _gather(value: Any, group: Group | None) -> list[Any]:
@@ -116,66 +197,6 @@ def _raise_any(errors: Sequence[str | None], group: Group | None) -> None:
     ranks = (0,) if group is None else group.ranks
     if found := {rank: text for rank, text in zip(ranks, errors, strict=True) if text is not None}:
         raise CheckpointError(merge_errors(found, len(ranks)))
-
-
-def _name_in(catalog: Catalog, name: str, aliases: tuple[str, ...]) -> str | None:
-    return next((known for known in (name, *aliases) if known in catalog.entries), None)
-
-
-def _mismatches(
-    wanted: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
-    catalog: Catalog,
-    ignored: Iterable[str],
-) -> Iterator[str]:
-    """Yield a sentence for each kind of difference between the model's tensors and the files'."""
-    missing, misshapen, refused = [], [], []
-    for name, (shape, aliases) in wanted.items():
-        if (found := _name_in(catalog, name, aliases)) is None:
-            missing.append(name)
-            continue
-        entry = catalog.entries[found]
-        if entry.shape != tuple(shape):
-            misshapen.append(
-                f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(shape)}"
-            )
-        if entry.dtype not in DTYPES:
-            refused.append(f"{found} in {entry.file.name} is {entry.dtype}")
-    known = set(wanted).union(*(aliases for _, aliases in wanted.values()))
-    skip = [re.compile(pattern) for pattern in ignored]
-    extra = [
-        name
-        for name in catalog.entries
-        if name not in known and not any(pattern.search(name) for pattern in skip)
-    ]
-    yield from _listed(
-        "tensors are missing; is config.json of this checkpoint?",
-        [_with_nearest(name, extra) for name in missing[:_MAX_SHOWN]] + missing[_MAX_SHOWN:],
-    )
-    yield from _listed(
-        "tensors belong to no part of the model; is config.json theirs? if so, use the files it "
-        "was published with",
-        [f"{name} in {catalog.entries[name].file.name}" for name in extra],
-    )
-    yield from _listed("tensors have the wrong shape; is config.json theirs?", misshapen)
-    yield from _listed(
-        "tensors are not F32, BF16 or F16; quantised weights need scales that this engine "
-        "does not apply: convert the checkpoint to bfloat16",
-        refused,
-    )
-
-
-def _listed(what: str, items: Sequence[str]) -> Iterator[str]:
-    if items:
-        yield f"{len(items)} {what}: {_shorten(items)}"
-
-
-def _shorten(items: Sequence[str]) -> str:
-    return "; ".join(items[:_MAX_SHOWN]) + ("; ..." if len(items) > _MAX_SHOWN else "")
-
-
-def _with_nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names[:5000], n=1)
-    return f"{name} (the files have {near[0]})" if near else name
 
 
 def _digest(catalog: Catalog) -> str:

@@ -90,6 +90,40 @@ def read_all(
             files.close()
 
 
+def hold_equal_values(first: ReadJob, second: ReadJob, report: OnProgress) -> tuple[bool, int]:
+    """Return whether two tensors would be loaded as the same values, and the bytes read for it.
+
+    Compares the rows of `first`'s bounds, whole, and stops at the first difference. Writes to no
+    target.
+
+    Args:
+        first, second: of one shape, and with targets of one dtype.
+        report: called once per chunk.
+
+    Raises CheckpointError.
+    """
+    (start, stop), width, num_bytes = first.bounds[0], math.prod(first.entry.shape[1:]), 0
+    step = max(1, _CHUNK_BYTES // (4 * max(1, width)))
+    files = _Files()
+    try:
+        for row in range(start, stop, step):
+            parts = []
+            for job in (first, second):
+                dtype = DTYPES[job.entry.dtype]
+                run = _Run(job, files.open(job.entry.file), job.entry.offset)
+                count = min(step, stop - row) * width
+                memory = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+                run.read(memory.numpy(), row * width * dtype.itemsize)
+                parts.append(memory.view(dtype).to(first.target.dtype))
+                num_bytes += len(memory)
+            report()
+            if not torch.equal(*parts):
+                return False, num_bytes
+        return True, num_bytes
+    finally:
+        files.close()
+
+
 def _problem(error: BaseException | None) -> str | None:
     if error is None or isinstance(error, CheckpointError):
         return error and str(error)

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ _BITS = {
     "F6_E3M2": 6,
 }
 _DAMAGED = "the file is damaged; download or copy it again"
+_PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -51,6 +52,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int  # byte of the file at which its data begins
     num_bytes: int
+    is_listed: bool = True  # by the index, where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,16 @@ class Catalog:
 
     entries: Mapping[str, TensorEntry]  # by name
     bytes_read: int  # of headers and index
+    lost: Mapping[str, str] = field(default_factory=dict)  # tensor that the index lists and no file
+    # holds -> the file that the index names
 
 
 def read_catalog(folder: Path) -> Catalog:
     """Return the tensors of `folder`: of `model.safetensors`, else of the files in the index.
+
+    Where index and files contradict each other, the files count, as in transformers: a tensor is
+    found in any listed file, also if the index lists it elsewhere or not at all. Of a tensor that
+    several files hold, the index chooses; without its word the last file.
 
     Raises CheckpointError.
     """
@@ -73,7 +81,7 @@ def read_catalog(folder: Path) -> Catalog:
         )
     if (folder / SINGLE).exists():
         entries, num_bytes = read_header(folder / SINGLE)
-        return Catalog(entries, num_bytes)
+        return _with_prefix(Catalog(entries, num_bytes))
     if not (folder / INDEX).exists():
         raise CheckpointError(_nothing_to_load(folder))
     weight_map, total = _read_index(folder / INDEX)
@@ -82,15 +90,28 @@ def read_catalog(folder: Path) -> Catalog:
         found, num_bytes = read_header(folder / file)
         total += num_bytes
         for name, entry in found.items():
-            if weight_map.get(name, file) == file and name not in entries:
-                entries[name] = entry
-    if lost := sorted(weight_map.keys() - entries.keys()):
-        raise CheckpointError(
-            f"{folder / INDEX} places {lost[0]!r} in {weight_map[lost[0]]}, which does not hold it"
-            f"{f' ({len(lost)} such tensors)' if len(lost) > 1 else ''}: index and files do not "
-            "belong together; download the checkpoint again"
-        )
-    return Catalog(entries, total)
+            place = weight_map.get(name)
+            if name not in entries or entries[name].file.name != place:
+                entries[name] = replace(entry, is_listed=place is not None)
+    lost = {name: file for name, file in weight_map.items() if name not in entries}
+    return _with_prefix(Catalog(entries, total, lost))
+
+
+def _with_prefix(catalog: Catalog) -> Catalog:
+    """Return the catalog under the names of a model with a head.
+
+    A checkpoint that was saved from the base model alone lacks the prefix "model."; transformers
+    adds it.
+    """
+    if _PREFIX + _EMBEDDING in catalog.entries or _EMBEDDING not in catalog.entries:
+        return catalog
+
+    def full(name: str) -> str:
+        return name if name.startswith((_PREFIX, "lm_head.")) else _PREFIX + name
+
+    entries = {full(name): entry for name, entry in catalog.entries.items()}
+    lost = {full(name): file for name, file in catalog.lost.items()}
+    return Catalog(entries, catalog.bytes_read, lost)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:

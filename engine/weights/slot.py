@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,10 @@ class WeightSlot:
     # dimensions; None: all of it
     kind: Literal["matrix", "norm", "bias"] = "matrix"
     aliases: tuple[str, ...] = ()  # other names of the tensor in a file
+    # The tensor that the configuration says this one equals. The slot is then filled only where the
+    # files hold another tensor under `name`, and `untie` returns memory of its own for it.
+    tied_to: str | None = None
+    untie: Callable[[], torch.Tensor] | None = None
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Return [start, stop) of the shard in every dimension of the file's tensor."""

@@ -67,7 +67,7 @@ def load_model(config: Config, topology: Topology) -> CausalLM:
     load_weights(
         config.model.path,
         model.weight_slots(names),
-        ignored=model.ignored_weights,
+        ignored=model.ignored_weights(names),
         group=topology.control,
     )
     return model

@@ -127,6 +127,9 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
     [
         ("mixtral", "hidden_act", "gelu", "hidden_act: 'gelu'"),
         ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("mixtral", "is_causal", False, "is_causal: False"),
+        ("qwen3-moe", "is_causal", False, "is_causal: False"),
+        ("deepseek-v3", "moe_layer_freq", [1], "moe_layer_freq: .* one entry per layer"),
         ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok: 5"),
         ("deepseek-v2-lite", "topk_method", "noaux_tc", "topk_method: 'noaux_tc'"),
         ("deepseek-v2-lite", "norm_topk_prob", True, "norm_topk_prob: True"),

@@ -95,11 +95,27 @@ def test_stacked_experts_are_read_as_one_slice_a_rank():
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in slots
 
 
+def is_ignored(model: CausalLM, name: str, checkpoint: list[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in model.ignored_weights(checkpoint))
+
+
 def test_what_plain_decoding_leaves_out_is_ignored():
+    names = ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight"]
     v3 = model_of("deepseek-v3")
-    heads = ["model.layers.2.eh_proj.weight", "model.layers.2.mlp.experts.0.up_proj.weight"]
-    assert all(any(re.search(p, name) for p in v3.ignored_weights) for name in heads)
-    tied = model_of("mixtral-window-head-dim-tied")
-    assert any(re.search(pattern, "lm_head.weight") for pattern in tied.ignored_weights)
-    untied = model_of("mixtral")
-    assert not any(re.search(pattern, "lm_head.weight") for pattern in untied.ignored_weights)
+    assert all(is_ignored(v3, name, names) for name in names)
+    assert not is_ignored(v3, "model.layers.3.mlp.gate.weight", names)
+    # Without the projection of a prediction head it is a layer that config.json does not count.
+    assert not is_ignored(v3, names[1], names[1:])
+    assert not any(is_ignored(model_of("mixtral"), name, names) for name in names)
+
+
+def test_a_tied_head_has_a_slot_where_the_checkpoint_has_both():
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    for names, expected in (((), 1), ([embedding], 1), ([head], 1), ([embedding, head], 2)):
+        tied = model_of("mixtral-window-head-dim-tied")
+        slots = [slot for slot in tied.weight_slots(names) if slot.name in (embedding, head)]
+        assert len(slots) == expected and slots[0].aliases == (head,)
+        assert all(slot.target is tied.embedding_VD for slot in slots)
+        assert not is_ignored(tied, head, list(names))
+    assert slots[1].tied_to == embedding and slots[1].untie is not None
+    assert slots[1].untie() is tied.head_VD and tied.head_VD is not tied.embedding_VD

@@ -73,6 +73,35 @@ def test_a_transformer_engine_that_fails_to_import_is_logged_and_auto_goes_on(mo
     assert "undefined symbol" in caplog.text and "going on without it" in caplog.text
 
 
+@pytest.mark.parametrize("widths", [(16, 20), (28, 16), (2048, 1407)])
+def test_widths_that_grouped_mm_does_not_take_are_found_before_the_model_is_loaded(
+    monkeypatch, caplog, widths
+):
+    pretend_installed(monkeypatch, False)
+    with pytest.raises(
+        ValueError, match=r"'grouped_mm' needs.* multiples of 8 in bfloat16.*choose"
+    ):
+        choose_backend("grouped_mm", CUDA, torch.bfloat16, widths)
+    assert choose_backend("auto", CUDA, torch.bfloat16, widths) == "torch"
+    assert "going on with the backend 'torch'" in caplog.text
+    assert choose_backend("auto", CUDA, torch.bfloat16, (16, 24)) == "grouped_mm"
+    assert choose_backend("grouped_mm", CPU, torch.float32, (4, 20)) == "grouped_mm"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "ffn"), [(16, 24), (16, 20), (20, 16), (18, 16), (16, 17)])
+def test_grouped_mm_runs_with_every_width_that_is_let_through(dtype, hidden, ffn):
+    try:
+        choose_backend("grouped_mm", CPU, dtype, (hidden, ffn))
+    except ValueError:
+        return
+    weights = ExpertWeights(2, hidden, ffn, CPU, dtype)
+    for weight in weights.parameters():
+        weight.data.normal_()
+    out_RD = make_backend("grouped_mm", weights)(torch.ones(5, hidden, dtype=dtype), [2, 3])
+    assert out_RD.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["torch", "grouped_mm"])
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0], [1, 1, 70]])
 def test_every_backend_computes_the_gated_ffn_of_each_expert(name, counts):

@@ -409,6 +409,140 @@ def test_any_damage_to_a_file_is_harmless_or_a_checkpoint_error(tmp_path_factory
     assert all(target.isfinite().all() for target in targets)
 
 
+# --- Where files, index and configuration contradict each other ----------------------------------
+
+
+def tied_slots(embedding: torch.Tensor, made: list[torch.Tensor]) -> list[WeightSlot]:
+    """The slots of an embedding and of a head that the configuration ties to it."""
+
+    def untie() -> torch.Tensor:
+        made.append(torch.full_like(embedding, 7))
+        return made[-1]
+
+    return [
+        slot("embed", embedding, aliases=("head",)),
+        slot("head", embedding, tied_to="embed", untie=untie),
+    ]
+
+
+@pytest.mark.parametrize("place", [(0, 0), (299, 6)], ids=["first value", "last value"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_tensor_with_values_of_its_own_is_untied_and_named(
+    tmp_path, monkeypatch, caplog, place, dtype
+):
+    monkeypatch.setattr(weight_reader, "_CHUNK_BYTES", 512)
+    embed = torch.randn(300, 7).to(dtype)
+    head = embed.clone()
+    head[place] = 3.0
+    save(tmp_path, {"embed": embed, "head": head})
+    target, made = torch.zeros(300, 7, dtype=dtype), []
+    load_weights(tmp_path, tied_slots(target, made))
+    assert torch.equal(target, embed)
+    assert len(made) == 1 and torch.equal(made[0], head)
+    (record,) = caplog.records
+    assert "head is tied to embed" in record.message and "using the files' head" in record.message
+
+
+def test_a_tied_tensor_of_equal_values_stays_tied_and_nothing_is_logged(tmp_path, caplog):
+    embed = torch.randn(300, 7)
+    save(tmp_path, {"embed": embed, "head": embed.clone()})
+    target, made = torch.zeros(300, 7), []
+    report = load_weights(tmp_path, tied_slots(target, made))
+    assert torch.equal(target, embed) and not made and not caplog.records
+    assert report.tensors_read == 1
+
+
+def test_a_tied_tensor_is_compared_in_the_dtype_it_is_loaded_in(tmp_path):
+    embed = torch.randn(30, 7)
+    save(tmp_path, {"embed": embed, "head": embed.bfloat16()})
+    made: list[torch.Tensor] = []
+    load_weights(tmp_path, tied_slots(torch.zeros(30, 7, dtype=torch.bfloat16), made))
+    assert not made
+    load_weights(tmp_path, tied_slots(torch.zeros(30, 7), made))
+    assert len(made) == 1 and torch.equal(made[0], embed.bfloat16().float())
+
+
+def test_a_tied_tensor_without_values_does_not_count(tmp_path):
+    embed = torch.randn(30, 7)
+    save(tmp_path, {"embed": embed, "head": torch.zeros(0)})
+    target, made = torch.zeros(30, 7), []
+    load_weights(tmp_path, tied_slots(target, made))
+    assert torch.equal(target, embed) and not made
+
+
+def test_a_tied_tensor_with_nan_or_of_another_shape_is_named(tmp_path):
+    embed = torch.randn(30, 7)
+    head = embed.clone()
+    head[3, 3] = float("nan")
+    save(tmp_path, {"embed": embed, "head": head})
+    assert "head in" in error_of(tmp_path, *tied_slots(torch.zeros(30, 7), []))
+    save(tmp_path, {"embed": embed, "head": torch.randn(32, 7)})
+    text = error_of(tmp_path, *tied_slots(torch.zeros(30, 7), []))
+    assert "head in model.safetensors is [32, 7], must be [30, 7]" in text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.zeros(0), torch.zeros(3, 0), torch.arange(4), torch.tensor(True), torch.zeros(2).byte()],
+    ids=["empty", "no columns", "int64", "bool", "uint8"],
+)
+def test_a_tensor_that_can_hold_no_weights_may_be_there(tmp_path, value):
+    save(tmp_path, {"w": torch.ones(2), "layers.0.something": value})
+    target = torch.zeros(2)
+    load_weights(tmp_path, [slot("w", target)])
+    assert (target == 1).all()
+
+
+def test_an_unknown_tensor_of_floats_is_still_refused(tmp_path):
+    save(tmp_path, {"w": torch.ones(2), "layers.0.something": torch.ones(1)})
+    text = error_of(tmp_path, slot("w", torch.zeros(2)))
+    assert "1 tensors belong to no part of the model" in text and "layers.0.something" in text
+
+
+def test_a_tensor_that_the_index_leaves_out_is_used_if_needed_else_named(tmp_path, caplog):
+    save(
+        tmp_path,
+        {"w": torch.ones(2), "v": torch.full((2,), 2.0), "dropped": torch.ones(2)},
+        "a.safetensors",
+    )
+    index = {"weight_map": {"w": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    w, v = torch.zeros(2), torch.zeros(2)
+    load_weights(tmp_path, [slot("w", w), slot("v", v)])
+    assert (w == 1).all() and (v == 2).all()
+    (record,) = caplog.records
+    assert "1 tensors are not read" in record.message and "dropped in a.safe" in record.message
+
+
+def test_a_tensor_is_found_in_another_listed_file_than_the_index_says(tmp_path):
+    save(tmp_path, {"w": torch.ones(2)}, "a.safetensors")
+    save(tmp_path, {"v": torch.full((2,), 2.0)}, "b.safetensors")
+    index = {"weight_map": {"w": "b.safetensors", "v": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    w, v = torch.zeros(2), torch.zeros(2)
+    load_weights(tmp_path, [slot("w", w), slot("v", v)])
+    assert (w == 1).all() and (v == 2).all()
+
+
+def test_of_a_tensor_in_two_files_the_index_chooses(tmp_path):
+    save(tmp_path, {"w": torch.ones(2), "v": torch.ones(2)}, "a.safetensors")
+    save(tmp_path, {"w": torch.full((2,), 2.0), "v": torch.full((2,), 2.0)}, "b.safetensors")
+    index = {"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    w, v = torch.zeros(2), torch.zeros(2)
+    load_weights(tmp_path, [slot("w", w), slot("v", v)])
+    assert (w == 1).all() and (v == 2).all()
+
+
+def test_a_tensor_that_only_the_index_knows_is_missed_only_if_needed(tmp_path):
+    save(tmp_path, {"w": torch.ones(2)}, "a.safetensors")
+    index = {"weight_map": {"w": "a.safetensors", "head": "a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_weights(tmp_path, [slot("w", torch.zeros(2))])
+    text = error_of(tmp_path, slot("w", torch.zeros(2)), slot("head", torch.zeros(2)))
+    assert "places 'head' in a.safetensors, which does not hold it" in text
+
+
 # --- Random weights -------------------------------------------------------------------------------
 
 
