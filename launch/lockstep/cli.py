@@ -92,7 +92,7 @@ def _main(argv: list[str] | None, parser: CommandParser | None) -> int:
             wait_for_rank_0_exit(bootstrap.RENDEZVOUS_TIMEOUT_S)
         return error.exit_code
     except (JobFailed, RendezvousError, Stopped) as error:
-        text = f"rank {rank}: {error}; the same command goes on from here" if str(error) else ""
+        text = f"rank {rank}: {error}; run the same command again to resume" if str(error) else ""
         record_error(text or _REPORTED, follows=not text)
         if text:
             print(text, file=sys.stderr)
