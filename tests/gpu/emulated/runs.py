@@ -1,0 +1,84 @@
+"""Jobs of the real engine on one rank, on the CPU and on an emulated GPU: for `run_ranks`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.loader import config_from_tree
+from engine.llm import LLM
+from engine.moe.dispatch import chunk_layout, layout_policy
+from engine.request import SamplingParams
+from tests.gpu.emulated.cuda import emulated_cuda
+from tests.gpu.emulated.device import DEVICE
+
+PROMPTS = [
+    [random.Random(seed).randrange(90) for _ in range(length)]
+    for seed, length in enumerate([5, 17, 1, 30, 8, 12, 3, 21])
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a rank saw of one job."""
+
+    done: list[dict[str, Any]]  # the completions: tokens, logprobs, drops, errors
+    preemptions: int
+    chunks: list[int]  # per layer
+    dispatched: int  # collectives of the MoE layers
+    kernels: int  # on the emulated GPU
+    syncs: dict[str, int]  # by kind and line
+
+
+def on_both(
+    rank: int, guard: Path, path: Path, settings: dict[str, Any], sampling: dict[str, Any]
+) -> tuple[Result, Result]:
+    """Run one job on the CPU and on an emulated GPU."""
+    return run(rank, None, path, settings, sampling), run(rank, guard, path, settings, sampling)
+
+
+def run(
+    rank: int, guard: Path | None, path: Path, settings: dict[str, Any], sampling: dict[str, Any]
+) -> Result:
+    """Run one job, on an emulated GPU where there is a guard. No step is too small for anything."""
+    os.environ["LOCKSTEP_NATIVE"] = "0"  # both devices run the same torch ops, to the same bits
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(chunk_layout, "MIN_CHUNK_ROWS", 1)
+        patch.setattr(layout_policy, "COLLECTIVE_BYTES", 1)
+        if guard is not None:
+            stack.enter_context(emulated_cuda(guard))
+        return _generate(rank, path, settings, sampling, "cpu" if guard is None else "cuda")
+
+
+def _generate(
+    rank: int, path: Path, settings: dict[str, Any], sampling: dict[str, Any], device: str
+) -> Result:
+    tree: dict[str, Any] = {
+        "model": {"path": str(path), "max_model_len": 64, "dtype": "float32"},
+        "scheduler": {"kv_cache_blocks": 64, "block_size": 4, "max_batch_tokens": 24},
+        "runtime": {"device": device, "shared_memory": False, "timeout_s": 60.0},
+    }
+    for section, values in settings.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    llm = LLM(config_from_tree(tree))
+    DEVICE.reset_counts()
+    options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True, **sampling}
+    done = llm.generate(PROMPTS, SamplingParams(**options))
+    assert llm.report is not None
+    layers = llm.model.moe_layers
+    result = Result(
+        done=[{**each.record(), "timing": None} for each in done],
+        preemptions=llm.report.ranks[rank].preemptions,
+        chunks=[layer.num_chunks for layer in layers],
+        dispatched=sum(layer.num_collectives for layer in layers),
+        kernels=sum(DEVICE.kernels.values()),
+        syncs=dict(DEVICE.syncs),
+    )
+    llm.close()
+    return result
