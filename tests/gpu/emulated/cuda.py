@@ -86,7 +86,7 @@ def emulated_cuda(guard: Path) -> Iterator[None]:
     """
     torch.ops.load_library(str(guard))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    DEVICE.device = torch.device("cuda", local_rank)
+    DEVICE.reset(torch.device("cuda", local_rank))
     with pytest.MonkeyPatch.context() as patch, CudaMode():
         _patch_cuda(patch, local_rank)
         _patch_groups(patch)
@@ -108,6 +108,7 @@ def emulated_cuda(guard: Path) -> Iterator[None]:
 
         patch.setattr(GenerationLoop, "run", strictly)
         yield
+        DEVICE.finish()
 
 
 @contextlib.contextmanager

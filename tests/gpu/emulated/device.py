@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 _OWN = os.path.dirname(__file__)
-_EMULATOR = {os.path.join(_OWN, name) for name in os.listdir(_OWN) if not name.startswith("test_")}
+_EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in ("cuda", "device", "nccl", "tensors")}
 _TORCH = os.path.dirname(torch.__file__)
 # A `# SYNC:` comment stands on the line that waits or so many lines above its end.
 _COMMENT_LINES = 4
@@ -105,6 +105,17 @@ class Device:
             if low < last and first < high and (writes or claim.writes):
                 verb = "writes" if writes else "reads"
                 raise RaceError(f"{place()}: {what} {verb} memory of {claim.what}, in flight")
+
+    def reset(self, device: torch.device) -> None:
+        """Become another device, with nothing in flight."""
+        self.device, self.is_strict, self.claims, self.copies = device, False, [], []
+        self.reset_counts()
+
+    def finish(self) -> None:
+        """Wait for all work, and raise where a collective has never been waited for."""
+        self.wait("the end")
+        if self.claims:
+            raise RaceError(f"{self.claims[0].what} was never waited for")
 
     def reset_counts(self) -> None:
         """Forget what was counted so far."""

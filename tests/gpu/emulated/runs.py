@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,30 @@ def on_both(
 
 
 def run(
-    rank: int, guard: Path | None, path: Path, settings: dict[str, Any], sampling: dict[str, Any]
+    rank: int,
+    guard: Path | None,
+    path: Path,
+    settings: dict[str, Any],
+    sampling: dict[str, Any],
+    plant: Callable[[pytest.MonkeyPatch], None] | None = None,
 ) -> Result:
-    """Run one job, on an emulated GPU where there is a guard. No step is too small for anything."""
+    """Run one job. No step is too small for chunks, deduplication and the like.
+
+    Args:
+        guard: of the emulated GPU to run on; None: the CPU.
+        path: of the checkpoint.
+        settings: sections of the config.
+        sampling: fields of SamplingParams.
+        plant: plants a fault.
+    """
     os.environ["LOCKSTEP_NATIVE"] = "0"  # both devices run the same torch ops, to the same bits
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(chunk_layout, "MIN_CHUNK_ROWS", 1)
         patch.setattr(layout_policy, "COLLECTIVE_BYTES", 1)
         if guard is not None:
             stack.enter_context(emulated_cuda(guard))
+        if plant is not None:
+            plant(patch)
         return _generate(rank, path, settings, sampling, "cpu" if guard is None else "cuda")
 
 

@@ -146,7 +146,8 @@ def _run(
     _check_devices(func, base, args, kwargs, flat)
     is_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
     is_view |= name in _NO_KERNEL or name.startswith(("empty", "new_empty"))
-    if DEVICE.claims and not is_view:
+    makes_one_like_it = name.startswith("new_") or name.endswith("_like")
+    if DEVICE.claims and not is_view and not makes_one_like_it:
         _check_races(func, name, args, kwargs)
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}

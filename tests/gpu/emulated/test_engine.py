@@ -5,39 +5,21 @@ Run: pytest tests/gpu/emulated/test_engine.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gpu.emulated.guard import compile_guard, obstacle
+from tests.gpu.emulated.guard import obstacle
 from tests.gpu.emulated.runs import Result, on_both
 from tests.helpers.ranks import run_ranks
-from tools.make_random_checkpoint import make_checkpoint
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
 
 
-@pytest.fixture(scope="module")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_guard(tmp_path_factory.mktemp("guard"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, Path] = {}
-
-    def path_of(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            make_checkpoint(family, made[family], overrides={"vocab_size": 97})
-        return made[family]
-
-    return path_of
-
-
 @pytest.fixture
-def tokens_match(guard: Path, checkpoint):
+def tokens_match(guard: Path, checkpoint: Callable[[str], Path]):
     def run(
         family: str, settings: dict[str, Any], *, world: int = 2, **sampling: Any
     ) -> list[tuple[Result, Result]]:
