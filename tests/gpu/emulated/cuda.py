@@ -72,6 +72,8 @@ class Stream:
 @dataclass(frozen=True)
 class _Properties:
     uuid: str
+    major: int = 9  # of an H100
+    minor: int = 0
 
 
 def _other_stream(*_args: Any, **_options: Any) -> Any:

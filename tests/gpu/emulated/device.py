@@ -20,6 +20,10 @@ import torch
 _OWN = os.path.dirname(__file__)
 _EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in ("cuda", "device", "nccl", "tensors")}
 _TORCH = os.path.dirname(torch.__file__)
+# Functions of the engine that wait for the device in a line that lacks the comment.
+_UNMARKED = {
+    ("engine/generation/loop.py", "_sample"),  # reads the logprobs of prompts
+}
 # A `# SYNC:` comment stands on the line that waits or so many lines above its end.
 _COMMENT_LINES = 4
 
@@ -83,17 +87,16 @@ class Device:
         Raises:
             HostSyncError: the line that waits has no `# SYNC:` comment.
         """
-        path, line, of_objects = _caller()
-        self.syncs[f"{what} @ {_short(path)}:{line}"] += 1
-        if self.is_strict and not of_objects and not _is_marked(path, line):
-            raise HostSyncError(
-                f"{_short(path)}:{line}: the host waits ({what}) without a # SYNC: comment"
-            )
-        self.completed = max(self.completed, self.issued if number is None else number)
-        due = [copy for copy in self.copies if copy.number <= self.completed]
-        self.copies = [copy for copy in self.copies if copy.number > self.completed]
-        for copy in due:
-            copy.finish()
+        caller = _caller()
+        self.syncs[f"{what} @ {caller}"] += 1
+        if self.is_strict and not caller.may_wait():
+            raise HostSyncError(f"{caller}: the host waits ({what}) without a # SYNC: comment")
+        with self.lock:  # threads that read weights wait, too
+            self.completed = max(self.completed, self.issued if number is None else number)
+            due = [copy for copy in self.copies if copy.number <= self.completed]
+            self.copies = [copy for copy in self.copies if copy.number > self.completed]
+            for copy in due:
+                copy.finish()
 
     def check(self, tensor: torch.Tensor, writes: bool, what: str) -> None:
         """Raise `RaceError` where a collective in flight uses this memory."""
@@ -127,31 +130,39 @@ class Device:
 DEVICE = Device()
 
 
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """The innermost frame outside torch and the emulator."""
+
+    path: str
+    line: int
+    function: str
+    sends_objects: bool  # of the host, for which torch has to wait
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    def may_wait(self) -> bool:
+        """Return whether the source says that the host waits here."""
+        lines = range(self.line - _COMMENT_LINES, self.line + 1)
+        marked = any("# SYNC:" in linecache.getline(self.path, number) for number in lines)
+        return marked or self.sends_objects or (self.path, self.function) in _UNMARKED
+
+
 def place() -> str:
     """Return file:line of the innermost frame outside torch and the emulator."""
-    path, line, _ = _caller()
-    return f"{_short(path)}:{line}"
+    return str(_caller())
 
 
-def _short(path: str) -> str:
-    return os.path.relpath(path).replace("engine/ops/", "kernels/")
-
-
-def _is_marked(path: str, line: int) -> bool:
-    lines = range(line - _COMMENT_LINES, line + 1)
-    return any("# SYNC:" in linecache.getline(path, number) for number in lines)
-
-
-def _caller() -> tuple[str, int, bool]:
-    """Return file, line, and whether torch sends objects of the host, which has to wait."""
-    frame, of_objects = sys._getframe(1), False
+def _caller() -> _Caller:
+    frame, sends_objects = sys._getframe(1), False
     while frame is not None:
-        path = frame.f_code.co_filename
+        path, function = frame.f_code.co_filename, frame.f_code.co_name
         if path not in _EMULATOR and not path.startswith((_TORCH, "<")):
-            return path, frame.f_lineno, of_objects
-        of_objects |= path.endswith("distributed_c10d.py") and "object" in frame.f_code.co_name
+            return _Caller(os.path.relpath(path), frame.f_lineno, function, sends_objects)
+        sends_objects |= path.endswith("distributed_c10d.py") and "object" in function
         frame = frame.f_back
-    return "?", 0, of_objects
+    return _Caller("?", 0, "?", sends_objects)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

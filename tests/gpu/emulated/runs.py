@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,38 @@ PROMPTS = [
 
 
 @dataclass(frozen=True)
+class Job:
+    """One job: `PROMPTS` with a small random model."""
+
+    family: str
+    settings: dict[str, Any] = field(default_factory=dict)  # sections of the config
+    sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
+    # Methods that the job has to call on every rank, or it does not test what it says.
+    uses: tuple[tuple[type, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a rank saw of one job."""
+    """What a rank saw of a job."""
 
     done: list[dict[str, Any]]  # the completions: tokens, logprobs, drops, errors
     preemptions: int
-    chunks: list[int]  # per layer
+    chunks: int  # of the last layer
     dispatched: int  # collectives of the MoE layers
     kernels: int  # on the emulated GPU
     syncs: dict[str, int]  # by kind and line
 
 
-def on_both(
-    rank: int, guard: Path, path: Path, settings: dict[str, Any], sampling: dict[str, Any]
-) -> tuple[Result, Result]:
+def on_both(rank: int, guard: Path, path: Path, job: Job) -> tuple[Result, Result]:
     """Run one job on the CPU and on an emulated GPU."""
-    return run(rank, None, path, settings, sampling), run(rank, guard, path, settings, sampling)
+    return run(rank, None, path, job), run(rank, guard, path, job)
 
 
 def run(
     rank: int,
     guard: Path | None,
     path: Path,
-    settings: dict[str, Any],
-    sampling: dict[str, Any],
+    job: Job,
     plant: Callable[[pytest.MonkeyPatch], None] | None = None,
 ) -> Result:
     """Run one job. No step is too small for chunks, deduplication and the like.
@@ -57,41 +66,52 @@ def run(
     Args:
         guard: of the emulated GPU to run on; None: the CPU.
         path: of the checkpoint.
-        settings: sections of the config.
-        sampling: fields of SamplingParams.
+        job: what to run.
         plant: plants a fault.
     """
     os.environ["LOCKSTEP_NATIVE"] = "0"  # both devices run the same torch ops, to the same bits
+    calls: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(chunk_layout, "MIN_CHUNK_ROWS", 1)
         patch.setattr(layout_policy, "COLLECTIVE_BYTES", 1)
+        for owner, name in job.uses:
+            patch.setattr(owner, name, _counted(getattr(owner, name), calls))
         if guard is not None:
             stack.enter_context(emulated_cuda(guard))
         if plant is not None:
             plant(patch)
-        return _generate(rank, path, settings, sampling, "cpu" if guard is None else "cuda")
+        result = _generate(rank, path, job, "cpu" if guard is None else "cuda")
+    unused = [name for owner, name in job.uses if not calls[getattr(owner, name).__qualname__]]
+    assert not unused, f"the job did not use {unused}"
+    return result
 
 
-def _generate(
-    rank: int, path: Path, settings: dict[str, Any], sampling: dict[str, Any], device: str
-) -> Result:
+def _counted(method: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        calls[method.__qualname__] += 1
+        return method(*args, **options)
+
+    return call
+
+
+def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
     tree: dict[str, Any] = {
         "model": {"path": str(path), "max_model_len": 64, "dtype": "float32"},
         "scheduler": {"kv_cache_blocks": 64, "block_size": 4, "max_batch_tokens": 24},
         "runtime": {"device": device, "shared_memory": False, "timeout_s": 60.0},
     }
-    for section, values in settings.items():
+    for section, values in job.settings.items():
         tree[section] = {**tree.get(section, {}), **values}
     llm = LLM(config_from_tree(tree))
     DEVICE.reset_counts()
-    options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True, **sampling}
+    options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True, **job.sampling}
     done = llm.generate(PROMPTS, SamplingParams(**options))
     assert llm.report is not None
     layers = llm.model.moe_layers
     result = Result(
         done=[{**each.record(), "timing": None} for each in done],
         preemptions=llm.report.ranks[rank].preemptions,
-        chunks=[layer.num_chunks for layer in layers],
+        chunks=layers[-1].num_chunks,
         dispatched=sum(layer.num_collectives for layer in layers),
         kernels=sum(DEVICE.kernels.values()),
         syncs=dict(DEVICE.syncs),

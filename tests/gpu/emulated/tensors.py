@@ -81,6 +81,10 @@ class CudaTensor(torch.Tensor):
 class CudaMode(TorchDispatchMode):
     """Within it an op with the device cuda makes emulated tensors. Of one thread."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and importing dynamo takes longer than a job
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op, whatever tensors it has."""
         return dispatch(func, args, kwargs or {}, self)

@@ -15,18 +15,19 @@ import torch.distributed as dist
 from tests.gpu.emulated import faults
 from tests.gpu.emulated.device import DeviceError
 from tests.gpu.emulated.guard import obstacle
-from tests.gpu.emulated.runs import run
+from tests.gpu.emulated.runs import Job, run
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
 
 Fault = Callable[[pytest.MonkeyPatch], None]
+JOB = Job("mixtral", sampling={"max_new_tokens": 2})
 
 
 def outcome(rank: int, guard: Path, path: Path, fault: Fault) -> str:
     """Run a job with a fault; return the error, or the tokens."""
     try:
-        result = run(rank, guard, path, {}, {"max_new_tokens": 2}, fault)
+        result = run(rank, guard, path, JOB, fault)
     except DeviceError as error:
         return f"{type(error).__name__}: {error}"
     return str([record["token_ids"] for record in result.done])
