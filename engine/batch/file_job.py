@@ -23,7 +23,13 @@ import torch.distributed as dist
 
 from engine.batch.input_format import check_is_jsonl, count_text_lines
 from engine.batch.input_index import InputIndex, PendingLines, scan_input
-from engine.batch.input_shards import InputShard, is_merged, merge_if_complete, merge_lock
+from engine.batch.input_shards import (
+    InputShard,
+    is_merged,
+    merge_if_complete,
+    merge_lock,
+    refuse_retry_of_shards,
+)
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import (
     JobError,
@@ -208,6 +214,8 @@ class FileJob:
                 f"remove {self._whole_output} and {self._whole_output.name}.slice-*, or use "
                 "another --output"
             )
+        if self._shard is None and self._retry is not None:
+            refuse_retry_of_shards(self._whole_output)
         check_is_jsonl(self.input_path)
         self._check_tokenizer()
         index = scan_input(self.input_path, self._reporter.advance)

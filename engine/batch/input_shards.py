@@ -106,8 +106,7 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
     if differences == []:
         _remove_shards(output)
         return True
-    # Of all shards next to the output, unfinished or complete.
-    counts = {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
+    counts = _counts(output)
     _refuse_unsharded_run(output)
     if differences is not None and not counts:
         raise JobError(
@@ -120,6 +119,15 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
             f"--slice I/{others[0]}, remove {output.name}.slice-*, or use another --output"
         )
     return False
+
+
+def refuse_retry_of_shards(output: Path) -> None:
+    """Raise JobError where a retry without a shard would begin a job that has shards already."""
+    if not output.exists() and not _has_unsharded_run(output) and (counts := _counts(output)):
+        raise JobError(
+            f"--retry-errors: next to {output} are slices of {min(counts)}, not merged yet; give "
+            f"--slice I/{min(counts)} too, or first finish the slices with --slice alone"
+        )
 
 
 def merge_if_complete(
@@ -202,6 +210,11 @@ def merge_lock(output: Path, report: OnProgress) -> Iterator[Ledger]:
         if ledger.directory.exists() and not _has_unsharded_run(output):
             ledger.remove()
         ledger.close()
+
+
+def _counts(output: Path) -> set[int]:
+    """Return into how many shards those next to the output, unfinished or complete, divide it."""
+    return {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
 
 
 def _has_unsharded_run(output: Path) -> bool:

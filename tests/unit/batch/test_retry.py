@@ -495,3 +495,35 @@ def test_a_retry_of_a_shard_that_is_killed_anywhere_is_merged_once_it_is_complet
         found = [int(text.split()[1]) for text in attempts(output)]
         assert found == [logged(output, "begun")[index] for index in range(len(IDS))]
     assert number > 20
+
+
+def test_a_retry_of_shards_that_are_not_merged_needs_the_shard(output):
+    run(output, shard=SHARDS[0])
+    before = {path.name for path in output.parent.iterdir()}
+    with pytest.raises(JobError, match="--retry-errors: next to .* are slices of 3, .*--slice I/3"):
+        run(output, retry=True)
+    assert before == {path.name for path in output.parent.iterdir()}
+
+
+def test_an_output_without_recorded_model_files_is_retried_with_one_warning(output, caplog):
+    run(output)
+    made = job_file(output)
+    files = made.pop("files")
+    sibling_path(output, "job.json").write_text(json.dumps(made))
+    assert run(output, retry=True, limit=1) == ""
+    run(output, retry=True)
+    assert caplog.text.count("did not record the model's files") == 1
+    assert job_file(output)["files"] == files and attempts(output) == TWICE
+
+
+def test_a_retry_on_other_ranks_continues_the_ledger_of_the_first(output):
+    """A round that was begun in a ledger of two shards is continued with one."""
+    run(output, limit=4)
+    parts = shards_dir(output)
+    whole = (parts / "part-00000.jsonl").read_bytes().splitlines(keepends=True)
+    (parts / "part-00000.jsonl").write_bytes(b"".join(whole[:2]))
+    (parts / "part-00001.jsonl").write_bytes(b"".join(whole[2:]) + b'{"index": 4, "crc')
+    run(output, retry=True, limit=2)
+    assert logged(output, "begun") == {0: 1, 1: 2, 2: 2, 3: 1}
+    assert run(output) == ""
+    assert attempts(output)[1:4] == TWICE[1:4]
