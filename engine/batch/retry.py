@@ -33,7 +33,14 @@ from engine.batch.atomic_files import (
 from engine.batch.input_index import InputIndex, line_id
 from engine.batch.ledger import Ledger, encode_record, is_error, shard_path
 from engine.batch.manifest import JobError, sibling_path, warn_without_files
-from engine.batch.retry_rounds import KEY, RetryRequest, rounds_of, void_before, with_round
+from engine.batch.retry_rounds import (
+    KEY,
+    RetryRequest,
+    rounds_of,
+    void_before,
+    with_request,
+    with_round,
+)
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
 _CHUNK = 1 << 20
@@ -108,9 +115,13 @@ def continue_or_begin(
     path = ledger.directory / "manifest.json"
     manifest = read_json(path) or {}
     rounds = rounds_of(manifest)
-    if request is not None and not rounds:
+    before = rounds
+    if request is not None and rounds:
+        rounds = with_request(rounds, request)
+    elif request is not None:
         num_errors, sizes = ledger.count_errors(report), ledger.sizes()
         rounds = with_round([], request, num_errors, sizes)
+    if rounds != before:
         write_json(path, {**manifest, KEY: rounds})
     ledger.void_before = void_before(rounds)
     return rounds

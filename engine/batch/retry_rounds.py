@@ -1,11 +1,11 @@
 """Retry rounds: which requests for `--retry-errors` a job has had, as its manifest lists them.
 
-A round belongs to one request of a user: it begins once, lasts until the output is complete, and is
-continued by every run until then. A launcher that starts a run again repeats the request; such a
-run must not begin another round where it finds the output complete. So a round holds what the
-launchers started and how often they had restarted it:
+A round begins with a request of a user, lasts until the output is complete, and is continued by
+every run until then, also by other requests. A launcher that starts a run again repeats its
+request; such a run must not begin another round where it finds the output complete. So a round
+lists what the launchers started and how often they had restarted it:
 
-    "retries": [{"round": 1, "records": 4, "request": {"slurm": ["4321.0", 0]}}]
+    "retries": [{"round": 1, "records": 4, "requests": [{"slurm": ["4321.0", 0]}]}]
 
 In the manifest of a ledger, the last round is not finished. Its `void_before` gives a byte offset
 per ledger shard: the error records before it do not count, as their lines are to run again.
@@ -42,11 +42,10 @@ class RetryRequest:
         return cls(starts)
 
     def is_restart_of(self, rounds: list[dict[str, Any]]) -> bool:
-        """Return whether one of the rounds was begun by an earlier start of this very request."""
-        for each in rounds:
-            began = each.get("request")
+        """Return whether an earlier start of this very request had one of the rounds."""
+        for earlier in (request for each in rounds for request in _requests(each)):
             for launcher, (name, restarts) in self.starts.items():
-                match began.get(launcher) if isinstance(began, dict) else None:
+                match earlier.get(launcher):
                     case [str(other), int(before)] if other == name and before < restarts:
                         return True
         return False
@@ -70,8 +69,16 @@ def with_round(
         void: `void_before` of the new one.
     """
     number = 1 + max((_number(each, "round") for each in rounds), default=0)
-    new = {"round": number, "records": num_records, "request": request.starts}
+    new = {"round": number, "records": num_records, "requests": _starts(request)}
     return [*rounds, {**new, "void_before": void}]
+
+
+def with_request(rounds: list[dict[str, Any]], request: RetryRequest) -> list[dict[str, Any]]:
+    """Return the rounds, the last of which is continued by this request too."""
+    *others, last = rounds
+    earlier = _requests(last)
+    more = [starts for starts in _starts(request) if starts not in earlier]
+    return [*others, {**last, "requests": [*earlier, *more]}] if more else rounds
 
 
 def finished(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,12 +89,22 @@ def finished(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def void_before(rounds: list[dict[str, Any]]) -> dict[str, int]:
     """Return `void_before` of the unfinished round of a ledger, {} without one."""
     found = rounds[-1].get("void_before") if rounds else None
-    return dict(found) if isinstance(found, dict) else {}
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {name: offset for name, offset in pairs if isinstance(offset, int)}
 
 
 def num_records(rounds: list[dict[str, Any]]) -> int:
     """Return how many lines the last round runs again, 0 without one."""
     return _number(rounds[-1], "records") if rounds else 0
+
+
+def _starts(request: RetryRequest) -> list[dict[str, list[Any]]]:
+    return [request.starts] if request.starts else []
+
+
+def _requests(round_: dict[str, Any]) -> list[dict[str, Any]]:
+    found = round_.get("requests")
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _number(value: dict[str, Any], key: str) -> int:

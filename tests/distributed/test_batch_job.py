@@ -481,3 +481,34 @@ def test_a_retry_that_contradicts_itself_is_refused_on_all_ranks(job, tmp_path):
         assert (code, other, quiet) == (2, 2, ""), err
         assert err.startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("event", ["kill before", "kill inside", "kill after", "SIGTERM"])
+def test_lines_that_failed_for_a_small_kv_cache_succeed_in_a_retry_that_is_stopped(
+    job, undisturbed, tmp_path, event
+):
+    output = tmp_path / "out.jsonl"
+    small = ("--set", "scheduler.kv_cache_blocks=2")
+    assert run(2, command(job, output, *small))[0][0] == 0
+    first = records(output)
+    failed = [place for place in range(ALL) if "KV cache holds 32" in str(first[place])]
+    kept = {place for place in range(ALL) if first[place]["finish_reason"] != "error"}
+    assert len(failed) > 3 and len(kept) > 3
+    before = output.read_bytes()
+    settings = ["--set", "runtime.drain_s=0"]
+    again = command(job, output, "--retry-errors", *settings)
+    if event == "SIGTERM":
+        assert [code for code, _, _ in run(2, again, (1, 2, event))] == [143, 143]
+    else:
+        with pytest.raises(RanksFailed):
+            run(2, again, (0, 2, event))
+    done = committed(output, 2)
+    assert kept <= done and len(done) < ALL and output.read_bytes() == before
+    assert [item[0] for item in run(2, again)] == [0, 0]
+    assert records(output) == undisturbed
+    assert {output.read_bytes().splitlines()[place] for place in kept} == {
+        before.splitlines()[place] for place in kept
+    }
+    values = report(output)
+    assert (values["requests"], values["resumed"]) == (ALL - len(done), len(done))
+    assert (values["retried"], values["errors"]) == (ALL - len(kept), len(BAD))

@@ -186,7 +186,7 @@ def test_error_records_are_run_again_in_place_and_the_others_are_the_same_bytes(
     assert not shards_dir(output).exists()
     made = job_file(output)
     assert made["output"]["errors"] == 3
-    assert made["retries"] == [{"round": 1, "records": 4, "request": {}}]
+    assert made["retries"] == [{"round": 1, "records": 4, "requests": []}]
     assert json.loads(sibling_path(output, "report.json").read_text())["retried"] == 4
 
 
@@ -226,7 +226,7 @@ def test_the_errors_of_an_unfinished_job_are_run_again_with_the_rest(output):
     assert run(output) == "", "which a run without the flag continues, too"
     assert logged(output, "begun") == {0: 1, 1: 2, 2: 2, 3: 2, 4: 1, 5: 1, 6: 1}
     assert attempts(output)[1:4] == ["attempt 2"] * 3
-    assert job_file(output)["retries"] == [{"round": 1, "records": 3, "request": {}}]
+    assert job_file(output)["retries"] == [{"round": 1, "records": 3, "requests": []}]
     assert run(output, retry=True) == ""
     assert logged(output, "begun") == {0: 1, 1: 2, 2: 3, 3: 3, 4: 1, 5: 2, 6: 1}
 
@@ -236,7 +236,7 @@ def test_a_job_that_begins_with_the_flag_does_not_run_its_own_errors_again(outpu
     run(output, retry=True)
     assert set(logged(output, "begun").values()) == {1}
     assert attempts(output) == ONCE
-    assert job_file(output)["retries"] == [{"round": 1, "records": 0, "request": {}}]
+    assert job_file(output)["retries"] == [{"round": 1, "records": 0, "requests": []}]
 
 
 @pytest.mark.parametrize("with_flag", [True, False])
@@ -392,6 +392,16 @@ def test_a_requeued_job_whose_retry_is_complete_does_not_begin_another(output):
     assert run(output, retry=slurm(3, step="1")) == "", "as is another srun of one allocation"
 
 
+def test_a_request_that_continues_another_ones_round_has_had_it_when_it_is_requeued(output):
+    run(output)
+    run(output, retry=slurm(0), limit=1)
+    assert run(output, retry=slurm(0, job="13")) == ""
+    once = logged(output, "begun")
+    assert "after this request's retry" in run(output, retry=slurm(1, job="13"))
+    assert "after this request's retry" in run(output, retry=slurm(1))
+    assert logged(output, "begun") == once
+
+
 def test_the_same_command_twice_in_one_allocation_is_two_requests(output):
     run(output)
     for _ in range(2):
@@ -410,13 +420,13 @@ def test_a_worker_that_torchrun_starts_again_belongs_to_the_request_of_its_agent
     assert run(output, retry=request(0)) == "", "a first start is a new request"
     rounds = job_file(output)["retries"]
     assert request(1).is_restart_of(rounds)
-    name, restarts = rounds[-1]["request"]["torchrun"]
+    name, restarts = rounds[-1]["requests"][0]["torchrun"]
     assert not RetryRequest({"torchrun": [name + "1", restarts + 1]}).is_restart_of(rounds)
 
 
 def test_a_manifest_with_odd_retries_is_no_reason_to_fail(output):
     run(output)
-    for odd in ({}, "x", [1], [{"round": "x", "request": 3}], [{"request": {"slurm": [1]}}]):
+    for odd in ({}, "x", [1], [{"round": "x", "requests": 3}], [{"requests": [{"slurm": [1]}, 2]}]):
         sibling_path(output, "job.json").write_text(json.dumps(job_file(output) | {"retries": odd}))
         assert run(output, retry=slurm(1)) == ""
 
@@ -438,8 +448,8 @@ def test_a_complete_shard_is_retried_before_the_merge_and_keeps_its_round(output
     assert run(output, shard=SHARDS[0], retry=slurm(1)) == ""
     assert attempts(output) == [*TWICE[:3], *ONCE[3:]]
     made = job_file(output)
-    request = {"slurm": ["12.0", 0]}
-    assert made["retries"] == [{"round": 1, "records": 2, "request": request, "slice": 0}]
+    requests = [{"slurm": ["12.0", restarts]} for restarts in (0, 1)]
+    assert made["retries"] == [{"round": 1, "records": 2, "requests": requests, "slice": 0}]
     assert made["output"]["errors"] == 3 and "output_crc32" in made
     message = run(output, shard=SHARDS[0], retry=slurm(2))
     assert message.startswith("after this request's retry, 3 of the 7 records are errors: ")
