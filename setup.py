@@ -122,6 +122,8 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",  # make test-cluster
             "hypothesis>=6.100,<7",
+            # The CUDA kernels in Triton's interpreter, and compiled for GPUs that are not there.
+            "triton>=3.4,<4; platform_system == 'Linux'",
             "matplotlib>=3.9,<4",  # the figures of tools/capacity_report.py
             "mkdocs-material>=9.5,<10",  # make docs
             "ruff==0.17.6",  # its formatting is checked, and changes between versions

@@ -31,8 +31,9 @@ from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
+from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
-from engine.generation.tokenizer import PromptEncoder, load_tokenizer
+from engine.generation.tokenizer import load_tokenizer
 from engine.models.registry import read_config
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
@@ -40,7 +41,7 @@ from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.reporting.measured_run import MeasuredRun
 from engine.reporting.open_exporters import open_exporters
-from engine.request import Completion, Request, SamplingParams, show, whole_number
+from engine.request import Completion, Request, RequestError, SamplingParams, show, whole_number
 
 _T = TypeVar("_T")
 
@@ -153,8 +154,8 @@ class LLM:
         for index, (prompt, params) in enumerate(zip(each_prompt, each, strict=True)):
             try:
                 ids = self._encoder.encode(f"prompts[{index}]", prompt)
-            except ValueError as error:
-                failed.append(Completion.failure(index, str(index), str(error)))
+            except RequestError as error:
+                failed.append(Completion.failure(index, str(index), error))
             else:
                 request = Request(index=index, id=str(index), prompt_token_ids=ids, params=params)
                 requests.append(request)
@@ -176,7 +177,7 @@ class LLM:
 
     @property
     def _encoder(self) -> PromptEncoder:
-        return PromptEncoder(tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        return PromptEncoder(self.tokenizer, self.vocab_size, self.max_model_len)
 
     def run(
         self,

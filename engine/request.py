@@ -20,6 +20,39 @@ from engine.config import SamplingConfig
 from engine.config.validation import field_problems, rule
 
 FinishReason = Literal["stop", "length", "error"]
+# Why a request cannot run; docs/batch.md has the cause of each. A code that was given keeps its
+# meaning: users' scripts select records by it.
+ErrorCode = Literal[
+    "chat_template_failed",
+    "conflicting_settings",
+    "context_length_exceeded",
+    "decoding_failed",
+    "duplicate_id",
+    "invalid_id",
+    "invalid_json",
+    "invalid_messages",
+    "invalid_prompt",
+    "invalid_request",
+    "invalid_value",
+    "kv_cache_exceeded",
+    "no_chat_template",
+    "no_tokenizer",
+    "non_finite_logits",
+    "token_out_of_range",
+    "tokenizer_failed",
+    "unknown_setting",
+    "unreadable_line",
+    "unsupported_setting",
+]
+
+
+class RequestError(ValueError):
+    """A request that cannot run; its error record has the message and the code."""
+
+    def __init__(self, code: ErrorCode, message: str, prompt_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.code: ErrorCode = code
+        self.prompt_tokens = prompt_tokens  # length of the prompt, 0 where unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,16 +151,17 @@ def check_token_ids(
         kind: what a value that is no sequence must be instead.
 
     Raises:
-        ValueError: it is none of these, is empty, or an item is no token id.
+        RequestError: it is none of these, is empty, or an item is no token id.
     """
     ids = value
     if hasattr(value, "tolist"):  # of numpy, torch, pandas, ...
         with suppress(Exception):  # a tensor without values: not a sequence either
             ids = value.tolist()
     if isinstance(ids, str | bytes | bytearray | memoryview) or not isinstance(ids, Sequence):
-        raise ValueError(f"{key} = {show(value)}: must be {kind}")
+        raise RequestError("invalid_prompt", f"{key} = {show(value)}: must be {kind}")
     if not ids:
-        raise ValueError(f"{key}: is empty and has no tokens; give at least one token")
+        message = f"{key}: is empty and has no tokens; give at least one token"
+        raise RequestError("invalid_prompt", message)
     limit = math.inf if vocab_size is None else vocab_size
     if all(type(token) is int and 0 <= token < limit for token in ids):
         return ids
@@ -136,13 +170,15 @@ def check_token_ids(
         number = whole_number(token)
         if number is None:
             several = ", one prompt at a time" if isinstance(token, str | Sequence) else ""
-            raise ValueError(
-                f"{key}[{place}] = {show(token)}: must be a whole number (a token id){several}"
+            raise RequestError(
+                "invalid_prompt",
+                f"{key}[{place}] = {show(token)}: must be a whole number (a token id){several}",
             )
         if not 0 <= number < limit:
             bounds = f"from 0 to {limit - 1}, the model's vocabulary"
             rule = "a whole number from 0" if vocab_size is None else bounds
-            raise ValueError(f"{key}[{place}] = {number}: must be {rule}")
+            message = f"{key}[{place}] = {number}: must be {rule}"
+            raise RequestError("token_out_of_range", message)
         numbers.append(number)
     return numbers
 
@@ -152,7 +188,8 @@ class Request:
     """One prompt to complete. Token ids of numpy or torch become whole numbers of Python.
 
     Raises:
-        ValueError: the prompt is empty or holds what is no token id.
+        ValueError: a wrong index.
+        RequestError: the prompt is empty or holds what is no token id.
     """
 
     index: int  # its number in the whole job, from 0, equal on every rank: it seeds sampling and
@@ -166,8 +203,8 @@ class Request:
             raise ValueError(f"index = {self.index!r}: must be a whole number from 0")
         try:
             ids = check_token_ids("prompt_token_ids", self.prompt_token_ids)
-        except ValueError as error:
-            raise ValueError(f"request {self.id!r}: {error}") from error
+        except RequestError as error:
+            raise RequestError(error.code, f"request {self.id!r}: {error}") from error
         object.__setattr__(self, "prompt_token_ids", ids)
 
 
@@ -206,6 +243,11 @@ class Timing:
     finished: float | None = None
 
 
+def error_record(error: RequestError, line: int | None = None) -> dict[str, Any]:
+    """Return what the output has under `error`; `line` is the number of the line in the input."""
+    return {"code": error.code, "message": str(error), "line": line}
+
+
 @dataclass(slots=True)
 class Completion:
     """The outcome of one request. Logprobs are natural logarithms."""
@@ -220,7 +262,7 @@ class Completion:
     logprobs: list[float] | None = None
     prompt_logprobs: list[float | None] | None = None  # [0] is None: nothing precedes it
     capacity: CapacityUse = field(default_factory=CapacityUse)
-    error: dict[str, Any] | None = None  # {"message": str, "line": int | None}
+    error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
 
     @classmethod
@@ -228,10 +270,9 @@ class Completion:
         cls,
         index: int,
         id: str | int | None,
-        message: str,
+        error: RequestError,
         *,
         line: int | None = None,
-        prompt_tokens: int = 0,
     ) -> Completion:
         """Return the completion of a request that could not be run: no tokens, and the reason."""
         return cls(
@@ -240,9 +281,9 @@ class Completion:
             text="",
             token_ids=[],
             finish_reason="error",
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=error.prompt_tokens,
             completion_tokens=0,
-            error={"message": message, "line": line},
+            error=error_record(error, line),
         )
 
     def record(self) -> dict[str, Any]:

@@ -78,8 +78,7 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
     offset = number = 0
     with naming(path), path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
-        for lines in _line_blocks(file, digest.update):
-            report()
+        for lines in _line_blocks(file, digest.update, report):
             for raw in lines:
                 number += 1
                 skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
@@ -126,16 +125,20 @@ def _hash(name: str | int | None) -> int:
     return hash(name)
 
 
-def _line_blocks(file: IO[bytes], update: Callable[[bytes], object]) -> Iterator[list[bytes]]:
+def _line_blocks(
+    file: IO[bytes], update: Callable[[bytes], object], report: OnProgress = ignore_progress
+) -> Iterator[list[bytes]]:
     """Yield the lines of a file without their line ends, thousands at a time.
 
     Args:
         file: opened for reading; text after the last line end counts as a line.
         update: called with every block that was read, such as a digest's `update`.
+        report: called after every block.
     """
     begun: list[bytes] = []  # pieces of a line whose end has not been read
     while block := file.read(_CHUNK):
         update(block)
+        report()
         first, *rest = block.split(b"\n")
         begun.append(first)
         if rest:

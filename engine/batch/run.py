@@ -19,9 +19,10 @@ import json
 import signal
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.batch.atomic_files import write_text
@@ -70,6 +71,7 @@ class _Counts:
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    user_keys: Counter[str] = field(default_factory=Counter)  # lines per key that is no setting
 
     def add(self, completions: list[Completion]) -> None:
         self.requests += len(completions)
@@ -170,7 +172,7 @@ def _run(
         reporter.begin("closing its ledger shard")
         job.close()
         reporter.wait()
-        all_counts = gather_objects(astuple(counts), topology.world)  # every rank has closed
+        all_counts = gather_objects(counts, topology.world)  # every rank has closed
         summary, done = None, ""
 
         def finish() -> int:
@@ -181,9 +183,10 @@ def _run(
                 resumed=job.num_resumed,
                 retried=job.num_retried,
                 errors=errors,
-                requests=sum(each[0] for each in all_counts),
-                prompt_tokens=sum(each[1] for each in all_counts),
-                generated_tokens=sum(each[2] for each in all_counts),
+                requests=sum(each.requests for each in all_counts),
+                prompt_tokens=sum(each.prompt_tokens for each in all_counts),
+                generated_tokens=sum(each.generated_tokens for each in all_counts),
+                user_keys=dict(sum((each.user_keys for each in all_counts), Counter())),
                 run=run,
                 capacity=config.moe.capacity,
             )
@@ -269,6 +272,7 @@ def _generate(
         try:
             report = llm.run(queue, write, on_step, stop, on_end)
             interrupts.finished()
+            counts.user_keys = parse.user_keys.lines
             return report
         except ValueError as error:
             # User errors were found before: this one is a defect and needs its traceback.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from engine.generation.tokenizer import tokenizer_failure
-from engine.request import SamplingParams
+from engine.request import RequestError, SamplingParams
 
 _REPLACEMENT = "\ufffd"  # what decoders return for bytes that are not, or not yet, a character
 _CONTEXT_TOKENS = 5  # of the prompt, as the context of the first new token
@@ -91,12 +91,12 @@ class Detokenizer:
         return "".join(self._pieces)
 
     def _decode(self, ids: list[int]) -> str:
-        """Return the text of token ids. Raises ValueError for whatever the tokenizer raises."""
+        """Return the text of token ids. Raises RequestError for whatever the tokenizer raises."""
         try:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
         except BaseException as error:
             what = "the tokenizer cannot decode the new tokens"
-            raise tokenizer_failure(what, error) from error
+            raise tokenizer_failure("decoding_failed", what, error) from error
 
     def _chars_known(self) -> int:
         """Return how many characters of the window are released."""
@@ -145,7 +145,7 @@ class StopChecker:
     the token's id; one that contains a special token is searched in the text with special tokens.
 
     Raises:
-        ValueError: for stop strings without a tokenizer.
+        RequestError: for stop strings without a tokenizer.
     """
 
     def __init__(
@@ -157,9 +157,10 @@ class StopChecker:
         context: Sequence[int] = (),
     ) -> None:
         if params.stop and tokenizer is None:
-            raise ValueError(
+            raise RequestError(
+                "no_tokenizer",
                 f"stop = {list(params.stop)!r}: stop strings need the model's tokenizer, and there "
-                "is none; use stop_token_ids"
+                "is none; use stop_token_ids",
             )
         self._stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -187,7 +188,7 @@ class StopChecker:
             full: it is the last that the request may have.
 
         Raises:
-            ValueError: the tokenizer cannot decode it.
+            RequestError: the tokenizer cannot decode it.
         """
         if token_id in self._stop_ids:
             return "stop"
@@ -199,7 +200,7 @@ class StopChecker:
 
     @property
     def text(self) -> str:
-        """The text so far, without the stop string. Raises ValueError as `check` does."""
+        """The text so far, without the stop string. Raises RequestError as `check` does."""
         return "" if self._detokenizer is None else self._detokenizer.text[: self._text_end]
 
     @property
@@ -227,7 +228,7 @@ def _special_tokens(tokenizer: Any) -> dict[int, str]:
     """Return the special tokens, which decoding leaves out: id -> how the tokenizer writes it.
 
     Raises:
-        ValueError: for whatever the tokenizer raises.
+        RequestError: for whatever the tokenizer raises.
     """
     try:
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
@@ -237,7 +238,8 @@ def _special_tokens(tokenizer: Any) -> dict[int, str]:
         texts = getattr(tokenizer, "all_special_tokens", ())  # of one that is written in Python
         return {tokenizer.convert_tokens_to_ids(text): text for text in texts}
     except BaseException as error:
-        raise tokenizer_failure("stop: the tokenizer does not list its tokens", error) from error
+        what = "stop: the tokenizer does not list its tokens"
+        raise tokenizer_failure("tokenizer_failed", what, error) from error
 
 
 def load_eos_token_ids(model_path: str | Path, tokenizer: Any = None) -> frozenset[int]:

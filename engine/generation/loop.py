@@ -41,7 +41,7 @@ from engine.models.decoder import GroupTokens
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
-from engine.request import CapacityUse, Completion, Request, check_token_ids
+from engine.request import CapacityUse, Completion, Request, RequestError, check_token_ids
 
 # Rows whose prompt logprobs are computed at once: the logits of a whole chunk over a large
 # vocabulary take gigabytes.
@@ -50,6 +50,10 @@ _PROMPT_ROWS = 256
 # Collectives of a step outside of the model: the control message; in a tensor group the requests,
 # the outcomes and, under a capacity policy, the dropped assignments.
 NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 3
+
+# What a rank takes from its source before one step: the others wait for it meanwhile, and what
+# fails is passed on only then. A line may fail at once, or take a slow tokenizer a while.
+_MAX_TAKEN, _MAX_TAKING_S = 1024, 0.1
 
 OnStep = Callable[[StepReport], None]
 
@@ -138,7 +142,8 @@ class GenerationLoop:
                 break
             if any(message.stop_now for message in messages) or (stop_signal and not has_work):
                 raise Stopped(stop_signal)
-            self._deliver(self._run_step(step, messages), sink)
+            if has_work:  # else the lines taken have all failed
+                self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
             report = _report(self.totals.steps, messages, loads.reset_step(), started_at)
@@ -150,20 +155,22 @@ class GenerationLoop:
         self._step_profiler.finish()
 
     def _admit(self, source: RequestSource, sink: Sink, closed: bool) -> bool:
-        """Admit requests while the scheduler has room, none if closed; return whether the source is
-        exhausted.
+        """Admit requests while the scheduler has room, none if closed, for a limited time; return
+        whether the source is exhausted.
         """
         arrivals: list[Request] = []
         failed: list[Completion] = []
         exhausted = False
         scheduler = self._scheduler
+        num_left, until = _MAX_TAKEN, time.monotonic() + _MAX_TAKING_S
         if self._is_leader and closed:
             exhausted = source.is_exhausted()
         elif self._is_leader:
             in_flight = len(scheduler.running) + len(scheduler.waiting)
             # One at a time: a request that cannot start at once is left to the other ranks.
-            while in_flight < source.limit and scheduler.room() > 0:
+            while in_flight < source.limit and scheduler.room() > 0 and num_left:
                 item = source.take()
+                num_left = num_left - 1 if time.monotonic() < until else 0
                 if item is None:
                     exhausted = True
                     break
@@ -195,10 +202,9 @@ class GenerationLoop:
             self._scheduler.add(
                 Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
             )
-        except ValueError as error:
-            return Completion.failure(
-                request.index, request.id, str(error), prompt_tokens=len(request.prompt_token_ids)
-            )
+        except RequestError as error:
+            error.prompt_tokens = len(request.prompt_token_ids)
+            return Completion.failure(request.index, request.id, error)
         return None
 
     def _exchange_control(
@@ -254,7 +260,7 @@ class GenerationLoop:
                 piece.seq.capacity.add(use)
         failed = [step.slices[index].seq for index in errors]
         for sequence, message in zip(failed, errors.values(), strict=True):
-            self._scheduler.abort(sequence, message)
+            self._scheduler.abort(sequence, RequestError("non_finite_logits", message))
         return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
 
     def _broadcast(self, value: Any) -> Any:

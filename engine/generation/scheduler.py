@@ -24,6 +24,7 @@ from engine.config import SchedulerConfig
 from engine.generation.block_pool import BlockPool
 from engine.generation.sequence import Sequence, Status
 from engine.generation.step import Slice, Step
+from engine.request import RequestError
 
 
 class Scheduler:
@@ -50,26 +51,30 @@ class Scheduler:
         """Append a sequence to the waiting queue; its length is capped at `max_model_len`.
 
         Raises:
-            ValueError: with both lengths, when it can never run: the prompt leaves no room in the
+            RequestError: with both lengths, when it can never run: the prompt leaves no room in the
                 model's context, or the KV cache is too small for its longest outcome.
         """
         request, prompt = seq.request, seq.num_prompt
         new = request.params.max_new_tokens
         if prompt + min(new, 1) > self.max_model_len:
-            raise ValueError(
+            raise RequestError(
+                "context_length_exceeded",
                 f"request {request.id!r}: the prompt has {prompt} tokens and the context "
                 f"(model.max_model_len) holds {self.max_model_len}, new ones included; shorten "
-                "the prompt"
+                "the prompt",
+                prompt,
             )
         seq.max_length = min(prompt + new, self.max_model_len)
         # The last token is never run, so it needs no slot in the cache.
         needed = self.pool.blocks_for(max(prompt, seq.max_length - 1))
         if needed > self.pool.num_blocks:
-            raise ValueError(
+            raise RequestError(
+                "kv_cache_exceeded",
                 f"request {request.id!r}: its {prompt} prompt tokens and max_new_tokens = {new} "
                 f"reach {seq.max_length} tokens and the KV cache holds "
                 f"{self.pool.num_blocks * self.pool.block_size}; lower max_new_tokens or raise "
-                "scheduler.kv_cache_gib (kv_cache_blocks)"
+                "scheduler.kv_cache_gib (kv_cache_blocks)",
+                prompt,
             )
         self.waiting.append(seq)
 
@@ -171,10 +176,10 @@ class Scheduler:
                 self._release(seq)
         return finished
 
-    def abort(self, seq: Sequence, message: str) -> None:
+    def abort(self, seq: Sequence, error: RequestError) -> None:
         """End a running or waiting sequence with an error, also between `schedule` and `commit`."""
         (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
-        seq.finish("error", message)
+        seq.finish("error", error)
         self._release(seq)
 
     def _grow(self, seq: Sequence) -> bool:

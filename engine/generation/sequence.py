@@ -14,7 +14,15 @@ from collections.abc import Collection
 from enum import Enum
 
 from engine.generation.detokenizer import StopChecker, TokenDecoder
-from engine.request import CapacityUse, Completion, FinishReason, Request, Timing
+from engine.request import (
+    CapacityUse,
+    Completion,
+    FinishReason,
+    Request,
+    RequestError,
+    Timing,
+    error_record,
+)
 
 
 class Status(Enum):
@@ -33,7 +41,7 @@ class Sequence:
     loop. Everything else is written by this class alone.
 
     Raises:
-        ValueError: for stop strings without a tokenizer.
+        RequestError: for stop strings without a tokenizer.
     """
 
     __slots__ = (
@@ -59,7 +67,7 @@ class Sequence:
         self.block_ids: list[int] = []  # block i holds tokens [i * block_size, (i+1) * block_size)
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
-        self.error: str | None = None
+        self.error: RequestError | None = None
         self.logprobs: list[float] | None = [] if params.logprobs else None
         self.prompt_logprobs: list[float | None] | None = [None] if params.prompt_logprobs else None
         self.capacity = CapacityUse()
@@ -97,13 +105,13 @@ class Sequence:
             self.timing.first_token = time.monotonic()
         try:
             reason = self.stopper.check(token_id, full=len(self.token_ids) >= self.max_length)
-        except ValueError as problem:
-            self.finish("error", str(problem))
+        except RequestError as problem:
+            self.finish("error", problem)
             return
         if reason is not None:
             self.finish(reason)
 
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+    def finish(self, reason: FinishReason, error: RequestError | None = None) -> None:
         """End the sequence; does not free its blocks."""
         assert self.finish_reason is None, f"request {self.request.id!r} finishes twice"
         self.finish_reason = reason
@@ -116,9 +124,9 @@ class Sequence:
         assert self.finish_reason is not None, f"request {self.request.id!r} is not finished"
         try:
             text = self.text
-        except ValueError as problem:
+        except RequestError as problem:
             text = self.stopper.decoded_text
-            self.finish_reason, self.error = "error", self.error or str(problem)
+            self.finish_reason, self.error = "error", self.error or problem
         return Completion(
             index=self.request.index,
             id=self.request.id,
@@ -130,6 +138,6 @@ class Sequence:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             capacity=self.capacity,
-            error=None if self.error is None else {"message": self.error, "line": None},
+            error=None if self.error is None else error_record(self.error),
             timing=self.timing,
         )

@@ -19,6 +19,7 @@ from engine.reporting.straggler_table import print_stragglers
 from engine.reporting.table import new_table
 
 _WIDTH = 100
+_MAX_KEYS = 8  # shown of the users' own
 # Fields of the report dataclasses -> their keys in the JSON file, whose format is fixed.
 _JSON_KEYS = {
     "relative_compute_time": "slowness",
@@ -64,6 +65,8 @@ class Summary:
     run: RunReport | None  # None where nothing was left to run
     retried: int = 0  # requests run again because their record was an error
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # of this run
+    user_keys: dict[str, int] = field(default_factory=dict)  # lines of this run per key of the
+    # user's own, which had no effect
 
     def to_json(self) -> str:
         """Return everything as JSON, latencies as percentiles."""
@@ -113,6 +116,15 @@ def print_summary(console: Console, summary: Summary) -> None:
     if summary.errors:
         counts.append(f"{summary.errors} with an error record")
     console.print(", ".join(counts) + ".", highlight=False)
+    if summary.user_keys:
+        console.print(_user_keys(summary.user_keys), highlight=False, soft_wrap=True, markup=False)
+
+
+def _user_keys(lines: dict[str, int]) -> str:
+    names = sorted(lines, key=lambda name: (-lines[name], name))
+    shown = [f"{name!r} ({lines[name]:,} lines)" for name in names[:_MAX_KEYS]]
+    more = f" and {len(names) - _MAX_KEYS} more" if len(names) > _MAX_KEYS else ""
+    return f"Keys that are no settings had no effect: {', '.join(shown)}{more}."
 
 
 def _throughput(summary: Summary, run: RunReport) -> Table:

@@ -24,8 +24,10 @@ from tests.helpers.batch_case import (
     CONTEXT,
     GOOD,
     IDS,
+    NUM_GOOD,
     command,
     committed,
+    infer,
     infer_each,
     records,
     report,
@@ -88,12 +90,54 @@ def test_the_job_leaves_its_config_and_report_next_to_the_output_and_no_ledger(j
     assert values["run"]["ranks"][0]["tokens_prefill"] > 0
 
 
+def infer_slowly(rank: int, argv: list[str]) -> tuple[int, str, str]:
+    """Run infer.py with a tokenizer that takes a quarter of a second for a text."""
+    from engine.generation.prompt_encoder import PromptEncoder
+
+    encode = PromptEncoder.encode_text
+
+    def slow(self, key, text, **options):
+        time.sleep(0.25)
+        return encode(self, key, text, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptEncoder, "encode_text", slow)
+        return infer(rank, argv)
+
+
+@pytest.mark.slow
+def test_many_documents_longer_than_the_context_do_not_look_like_a_hang(job, tmp_path):
+    """One rank has all it may run and waits; refusing them takes the other longer than it may."""
+    good = [{"id": "first", "prompt": "a"}, {"id": "last", "prompt": "b"}]
+    long = [{"id": number, "prompt": "x" * 200} for number in range(32)]
+    lines = [good[0], *long, good[1]]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    output = tmp_path / "out.jsonl"
+    argv = ["--config", str(job / "config.yaml"), "--input", str(tmp_path / "in.jsonl")]
+    argv += [
+        "--output",
+        str(output),
+        "--set",
+        "runtime.timeout_s=3",
+        "--set",
+        "scheduler.max_sequences=1",
+    ]
+    for code, _, err in run_ranks(infer_slowly, 2, argv, timeout=60.0):
+        assert code == 0, err
+    done = records(output)
+    assert [record["id"] for record in done] == [line["id"] for line in lines]
+    codes = [record.get("error", {}).get("code") for record in done]
+    assert codes == [None, *["context_length_exceeded"] * 32, None]
+
+
 def test_two_ranks_give_the_records_of_one_and_share_the_work(job, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     (code, out, err), (other_code, other_out, other_err) = run(2, command(job, output))
     assert (code, other_code) == (0, 0), err + other_err
     assert records(output) == undisturbed
     assert f"{ALL} requests, {len(BAD)} with an error record." in out
+    assert f"had no effect: 'answer' ({NUM_GOOD - 3} lines)." in out
+    assert report(output)["user_keys"] == {"answer": NUM_GOOD - 3}
     assert other_out == "" and other_err == "", "only rank 0 prints"
     assert all(rank["tokens_prefill"] > 0 for rank in report(output)["run"]["ranks"])
 
@@ -437,8 +481,8 @@ def test_error_records_are_run_again_in_place_also_by_a_run_that_is_killed(
     assert code == 0 and f"{errors} of its {ALL} records are errors: --retry-errors runs" in out
     again = command(job, output, "--retry-errors")
     with pytest.raises(RanksFailed):
-        run(2, again, (0, 1, "kill after"))
-    done = committed(output, 2)
+        run(1, again, (0, 1, "kill after"))
+    done = committed(output, 1)
     assert ALL - errors < len(done) <= ALL and output.read_bytes() == first
     outcomes = run(2, again)
     assert [item[0] for item in outcomes] == [0, 0], outcomes

@@ -6,6 +6,7 @@ Run: pytest tests/distributed/test_llm.py
 import os
 import random
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, Sc
 from engine.generation.request_source import ListSource
 from engine.llm import LLM
 from engine.ops import lane
-from engine.request import Completion, Request, SamplingParams
+from engine.request import Completion, Request, RequestError, SamplingParams
 from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
@@ -401,6 +402,62 @@ def sample_with(rank: int, path: Path, sampling: Any) -> str:
 def test_sampling_that_is_no_sampling_params_is_refused_in_words(checkpoint, sampling):
     (text,) = run_ranks(sample_with, 1, checkpoint, sampling)
     assert text.startswith("sampling") and "must be SamplingParams" in text
+
+
+class Failing:
+    """A source whose requests fail at once, for rank 0; the last one runs. Rank 1 has one too."""
+
+    limit = 1 << 30
+
+    def __init__(self, num_failing: int, taking_s: float, rank: int) -> None:
+        self.left = num_failing if rank == 0 else 0
+        self.last: Request | None = Request(index=10**6 + rank, id="last", prompt_token_ids=[5])
+        self.taking_s = taking_s
+
+    def take(self) -> Request | Completion | None:
+        if self.left:
+            self.left -= 1
+            time.sleep(self.taking_s)
+            problem = RequestError("invalid_json", "bad line")
+            return Completion.failure(self.left, str(self.left), problem)
+        last, self.last = self.last, None
+        return last
+
+    def is_exhausted(self) -> bool:
+        return not self.left and self.last is None
+
+
+def run_failing(
+    rank: int, path: Path, parallel: dict[str, Any], num_failing: int, taking_s: float
+) -> tuple[list[tuple[int, int]], list[str], int]:
+    llm = LLM(config_of(path, {}, parallel))
+    source = Failing(num_failing, taking_s, llm.topology.data_rank)
+    batches: list[tuple[int, int]] = []  # how many completions, how many failing ones were left
+    reasons: list[str] = []
+
+    def sink(done: list[Completion]) -> None:
+        batches.append((len(done), source.left))
+        reasons.extend(each.finish_reason for each in done)
+
+    steps: list[Any] = []
+    llm.run(source, sink, steps.append)
+    llm.close()
+    return batches, reasons, len(steps)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}])
+@pytest.mark.parametrize(("num_failing", "taking_s"), [(5000, 0.0), (5, 0.15)])
+def test_what_fails_is_passed_on_step_by_step_however_many_fail_in_a_row(
+    checkpoint, parallel, num_failing, taking_s
+):
+    """One step that takes them all would make the others wait without end."""
+    batches, reasons, num_steps = run_ranks(
+        run_failing, 2, checkpoint, parallel, num_failing, taking_s
+    )[0]
+    assert reasons.count("error") == num_failing and reasons.count("length") == 1
+    assert max(size for size, _ in batches) <= (1024 if not taking_s else 1)
+    assert batches[0][1] > 0, "the first are passed on before the last is taken"
+    assert num_steps >= 5
 
 
 class Undecodable:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.config import SamplingConfig
-from engine.request import CapacityUse, Completion, Request, SamplingParams
+from engine.request import CapacityUse, Completion, Request, RequestError, SamplingParams
 
 
 def test_sampling_params_have_exactly_the_fields_and_defaults_of_the_config():
@@ -124,9 +124,11 @@ def test_a_record_has_optional_keys_only_when_present():
 
 
 def test_a_failure_has_message_and_line():
-    record = Completion.failure(2, "b", "bad line", line=7, prompt_tokens=9).record()
+    record = Completion.failure(
+        2, "b", RequestError("invalid_json", "bad line", 9), line=7
+    ).record()
     assert record["finish_reason"] == "error"
-    assert record["error"] == {"message": "bad line", "line": 7}
+    assert record["error"] == {"code": "invalid_json", "message": "bad line", "line": 7}
     assert record["usage"] == {"prompt_tokens": 9, "completion_tokens": 0}
     assert (record["text"], record["token_ids"]) == ("", [])
 

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.batch.input_index import Line, PendingLines, WorkQueue, line_id, scan_input
-from engine.request import Completion, Request
+from engine.request import Completion, Request, RequestError
+
+BAD_LINE = RequestError("invalid_json", "bad line")
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -169,7 +171,7 @@ class Numbers:
 
 def parse(line: Line) -> Request | Completion:
     if line.index % 5 == 4:
-        return Completion.failure(line.index, "bad", "bad line", line=line.number)
+        return Completion.failure(line.index, "bad", BAD_LINE, line=line.number)
     return Request(index=line.index, id="x", prompt_token_ids=[1])
 
 

@@ -19,7 +19,9 @@ from engine.batch import atomic_files, input_shards
 from engine.batch.input_shards import InputShard, is_merged, merge_if_complete
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import JobError, decide_start_or_resume, finalize
-from engine.request import Completion
+from engine.request import Completion, RequestError
+
+BAD_LINE = RequestError("invalid_json", "bad line")
 
 MANIFEST = {
     "version": 1,
@@ -38,7 +40,7 @@ class Died(BaseException):
 
 
 def completion(index: int) -> Completion:
-    return Completion.failure(index, f"r{index}", "none", prompt_tokens=0)
+    return Completion.failure(index, f"r{index}", BAD_LINE)
 
 
 def finish(output: Path, shard: InputShard, manifest: dict[str, Any] = MANIFEST) -> None:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from engine.batch import ledger as ledger_module
 from engine.batch.atomic_files import Busy
 from engine.batch.ledger import Ledger, ShardWriter, encode, scan_shard, shard_path, shards_dir
-from engine.request import Completion
+from engine.request import Completion, RequestError
+
+BAD_LINE = RequestError("invalid_json", "bad line")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +41,7 @@ def completion(index: int, text: str = "", name: str | int | None = None) -> Com
 
 
 def failure(index: int) -> Completion:
-    return Completion.failure(index, f"r{index}", "bad", line=index + 1)
+    return Completion.failure(index, f"r{index}", BAD_LINE, line=index + 1)
 
 
 def indices(content: bytes) -> list[int]:

@@ -17,7 +17,9 @@ from engine.batch.manifest import (
     sibling_path,
 )
 from engine.config.loader import config_from_tree
-from engine.request import Completion
+from engine.request import Completion, RequestError
+
+BAD_LINE = RequestError("invalid_json", "bad line")
 
 
 def config(**sections):
@@ -44,7 +46,7 @@ def run(output: Path, job: dict, *, records: int = 2, overwrite: bool = False) -
         ledger.create_shards(1)
         writer = ShardWriter(ledger.directory, 0)
         todo = [index for index, done in enumerate(ledger.done(2)) if not done]
-        writer.append(Completion.failure(index, str(index), "x") for index in todo[:records])
+        writer.append(Completion.failure(index, str(index), BAD_LINE) for index in todo[:records])
         writer.close()
         if ledger.done(2).all():
             finalize(ledger, job, ledger.merge(range(2)))
@@ -102,7 +104,7 @@ def test_a_kill_between_merging_and_finalizing_resumes_with_nothing_to_run(outpu
     decide_start_or_resume(ledger, manifest(output), overwrite=False)
     ledger.create_shards(1)
     writer = ShardWriter(ledger.directory, 0)
-    writer.append(Completion.failure(index, str(index), "x") for index in range(2))
+    writer.append(Completion.failure(index, str(index), BAD_LINE) for index in range(2))
     writer.close()
     ledger.merge(range(2))
     ledger.close()

@@ -27,7 +27,7 @@ from engine.batch.manifest import JobError, sibling_path
 from engine.batch.retry_rounds import RetryRequest
 from engine.config.loader import config_from_tree
 from engine.distributed.groups import Group, Topology
-from engine.request import Completion
+from engine.request import Completion, RequestError
 
 # Ids of the lines: one is given twice, one is null. A line fails until it has run that often.
 IDS = ["a", "b", "a", None, "c", 7, "d"]
@@ -72,7 +72,8 @@ def complete(output: Path, index: int) -> Completion:
     log(output, "begun", index)
     number = logged(output, "begun")[index]
     if number < NEEDS[index]:
-        return Completion.failure(index, IDS[index], f"attempt {number}")
+        error = RequestError("invalid_value", f"attempt {number}")
+        return Completion.failure(index, IDS[index], error)
     text = f"attempt {number}"
     return Completion(index, IDS[index], text, [1], "stop", prompt_tokens=1, completion_tokens=1)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.generation.latency import MAX_VALUES, Sample, pooled, timed
-from engine.request import Completion, Timing
+from engine.request import Completion, RequestError, Timing
 
 
 def sample_of(values, max_values: int = MAX_VALUES) -> Sample:
@@ -77,7 +77,13 @@ def test_a_completion_is_recorded_with_its_first_token_and_the_mean_of_the_later
     passed: list[Completion] = []
     deliver = timed(passed.extend, latencies)
     done = [completion(1, Timing(1.0, 1.5, 1.5)), completion(3, Timing(1.0, 2.0, 4.0))]
-    deliver([*done, Completion.failure(2, "2", "none"), completion(2, Timing(1.0, None, None))])
+    deliver(
+        [
+            *done,
+            Completion.failure(2, "2", RequestError("invalid_json", "none")),
+            completion(2, Timing(1.0, None, None)),
+        ]
+    )
     assert latencies["ttft"].sampled()[1].tolist() == [0.5, 1.0]
     assert latencies["tpot"].sampled()[1].tolist() == [1.0]
     assert len(passed) == 4

@@ -20,7 +20,9 @@ from engine.generation.block_pool import BlockPool
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import Sequence, Status
 from engine.generation.step import Slice, Step
-from engine.request import Completion, Request, SamplingParams
+from engine.request import Completion, Request, RequestError, SamplingParams, error_record
+
+NOT_FINITE = RequestError("non_finite_logits", "logits are not finite")
 
 VOCAB = 50
 EOS = 7
@@ -352,15 +354,15 @@ def test_aborting_between_schedule_and_commit_ends_one_request_and_no_other():
     for seq in seqs:
         scheduler.add(seq)
     step = scheduler.schedule()
-    scheduler.abort(seqs[1], "logits are not finite")
+    scheduler.abort(seqs[1], NOT_FINITE)
     assert scheduler.commit(step, [20, 21, 22]) == []
     assert [seq.token_ids[3:] for seq in seqs] == [[20], [], [22]]
-    assert seqs[1].completion().error == {"message": "logits are not finite", "line": None}
+    assert seqs[1].completion().error == error_record(NOT_FINITE)
     assert commit(scheduler, scheduler.schedule()) == [0, 2]
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     waiting = make(3, 3)
     scheduler.add(waiting)
-    scheduler.abort(waiting, "cancelled")
+    scheduler.abort(waiting, NOT_FINITE)
     assert not scheduler.has_work
 
 

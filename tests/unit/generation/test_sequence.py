@@ -6,7 +6,7 @@ Run: pytest tests/unit/generation/test_sequence.py
 import pytest
 
 from engine.generation.sequence import Sequence, Status
-from engine.request import Request, SamplingParams
+from engine.request import Request, RequestError, SamplingParams
 
 
 def make(*, eos=(), **params) -> Sequence:
@@ -62,9 +62,13 @@ def test_timing_is_ordered_and_complete_once_finished():
 def test_an_error_keeps_the_tokens_and_carries_its_message():
     seq = make()
     seq.append(1)
-    seq.finish("error", "logits are not finite")
+    seq.finish("error", RequestError("non_finite_logits", "logits are not finite"))
     done = seq.completion()
-    assert done.error == {"message": "logits are not finite", "line": None}
+    assert done.error == {
+        "code": "non_finite_logits",
+        "message": "logits are not finite",
+        "line": None,
+    }
     assert (done.finish_reason, done.token_ids) == ("error", [1])
     with pytest.raises(AssertionError, match="finishes twice"):
         seq.finish("length")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from engine.config import ModelConfig
-from engine.generation.tokenizer import PromptEncoder, has_tokenizer, load_tokenizer
+from engine.generation.prompt_encoder import PromptEncoder
+from engine.generation.tokenizer import has_tokenizer, load_tokenizer
 
 
 def refusal(folder) -> str:
@@ -37,7 +38,7 @@ class Letters:
         return chr(token)
 
 
-ENCODER = PromptEncoder(tokenizer=Letters(), vocab_size=128)
+ENCODER = PromptEncoder(Letters(), 128, 32)
 
 
 def test_a_text_and_its_token_ids_are_the_same_prompt():
@@ -68,7 +69,7 @@ def test_a_token_that_the_model_has_not_is_named_as_the_tokenizer_writes_it():
 
 
 def test_text_without_a_tokenizer_is_refused_and_token_ids_are_not():
-    encoder = PromptEncoder(tokenizer=None, vocab_size=128)
+    encoder = PromptEncoder(None, 128, 32)
     assert list(encoder.encode("p", [5])) == [5]
     with pytest.raises(ValueError, match="^p: needs a tokenizer .* model.tokenizer"):
         encoder.encode("p", "ab")

@@ -1,0 +1,120 @@
+"""Jobs of the real engine on one rank, on the CPU and on an emulated GPU: for `run_ranks`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.loader import config_from_tree
+from engine.llm import LLM
+from engine.moe.dispatch import chunk_layout, layout_policy
+from engine.request import SamplingParams
+from tests.gpu.emulated.cuda import emulated_cuda
+from tests.gpu.emulated.device import DEVICE
+
+PROMPTS = [
+    [random.Random(seed).randrange(90) for _ in range(length)]
+    for seed, length in enumerate([5, 17, 1, 30, 8, 12, 3, 21])
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: `PROMPTS` with a small random model."""
+
+    family: str
+    settings: dict[str, Any] = field(default_factory=dict)  # sections of the config
+    sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
+    # Methods that the job has to call on every rank, or it does not test what it says.
+    uses: tuple[tuple[type, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a rank saw of a job."""
+
+    done: list[dict[str, Any]]  # the completions: tokens, logprobs, drops, errors
+    preemptions: int
+    chunks: int  # of the last layer
+    dispatched: int  # collectives of the MoE layers
+    kernels: int  # on the emulated GPU
+    syncs: dict[str, int]  # by kind and line
+
+
+def on_both(rank: int, guard: Path, path: Path, job: Job) -> tuple[Result, Result]:
+    """Run one job on the CPU and on an emulated GPU."""
+    return run(rank, None, path, job), run(rank, guard, path, job)
+
+
+def run(
+    rank: int,
+    guard: Path | None,
+    path: Path,
+    job: Job,
+    plant: Callable[[pytest.MonkeyPatch], None] | None = None,
+) -> Result:
+    """Run one job. No step is too small for chunks, deduplication and the like.
+
+    Args:
+        guard: of the emulated GPU to run on; None: the CPU.
+        path: of the checkpoint.
+        job: what to run.
+        plant: plants a fault.
+    """
+    os.environ["LOCKSTEP_NATIVE"] = "0"  # both devices run the same torch ops, to the same bits
+    calls: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(chunk_layout, "MIN_CHUNK_ROWS", 1)
+        patch.setattr(layout_policy, "COLLECTIVE_BYTES", 1)
+        for owner, name in job.uses:
+            patch.setattr(owner, name, _counted(getattr(owner, name), calls))
+        if guard is not None:
+            stack.enter_context(emulated_cuda(guard))
+        if plant is not None:
+            plant(patch)
+        result = _generate(rank, path, job, "cpu" if guard is None else "cuda")
+    unused = [name for owner, name in job.uses if not calls[getattr(owner, name).__qualname__]]
+    assert not unused, f"the job did not use {unused}"
+    return result
+
+
+def _counted(method: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        calls[method.__qualname__] += 1
+        return method(*args, **options)
+
+    return call
+
+
+def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
+    tree: dict[str, Any] = {
+        "model": {"path": str(path), "max_model_len": 64, "dtype": "float32"},
+        "scheduler": {"kv_cache_blocks": 64, "block_size": 4, "max_batch_tokens": 24},
+        "runtime": {"device": device, "shared_memory": False, "timeout_s": 60.0},
+    }
+    for section, values in job.settings.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    llm = LLM(config_from_tree(tree))
+    DEVICE.reset_counts()
+    options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True, **job.sampling}
+    done = llm.generate(PROMPTS, SamplingParams(**options))
+    assert llm.report is not None
+    layers = llm.model.moe_layers
+    result = Result(
+        done=[{**each.record(), "timing": None} for each in done],
+        preemptions=llm.report.ranks[rank].preemptions,
+        chunks=layers[-1].num_chunks,
+        dispatched=sum(layer.num_collectives for layer in layers),
+        kernels=sum(DEVICE.kernels.values()),
+        syncs=dict(DEVICE.syncs),
+    )
+    llm.close()
+    return result

@@ -1,0 +1,99 @@
+"""The real engine on emulated CUDA: the CPU's completions, and nothing that CUDA would refuse.
+
+Run: pytest tests/gpu/emulated/test_engine.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.layers.parallel import TensorSum
+from engine.models.decoder import CausalLM
+from engine.moe.capacity.consensus_global import GatherConsensus, RadixConsensus
+from engine.moe.capacity.consensus_quota import QuotaConsensus
+from engine.moe.dispatch.dedup import Deduplicator
+from engine.moe.dispatch.row_format import RowFormat
+from engine.moe.experts import GroupedMMExperts
+from tests.gpu.emulated.guard import obstacle
+from tests.gpu.emulated.runs import Job, Result, on_both
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
+
+GATHER, RADIX = ((GatherConsensus, "begin"),), ((RadixConsensus, "begin"),)
+DEDUPLICATED, PACKED = ((Deduplicator, "unique"),), ((RowFormat, "encode"),)
+TENSOR_SUM, TWO_BATCH = ((TensorSum, "__call__"),), ((CausalLM, "forward_two_batch"),)
+
+
+def moe(**sections: Any) -> dict[str, Any]:
+    return {"moe": sections}
+
+
+def drop(policy: str, selection: str, **capacity: Any) -> dict[str, Any]:
+    chosen = {"policy": policy, "factor": "1", "selection": selection, **capacity}
+    return moe(capacity=chosen)
+
+
+JOBS = {
+    "mixtral": Job("mixtral"),
+    "qwen3 dedup chunks": Job("qwen3_moe", moe(overlap={"chunks": 2}), uses=DEDUPLICATED),
+    "olmoe chunks by tokens": Job("olmoe", moe(overlap={"chunks": 3, "by": "tokens"})),
+    "qwen2 chunks auto": Job("qwen2_moe", moe(overlap={"chunks": "auto"})),
+    "deepseek-v2 tensor": Job("deepseek_v2", {"parallel": {"tensor": 2}}, uses=TENSOR_SUM),
+    "deepseek-v3": Job("deepseek_v3"),
+    "token_drop gather": Job("mixtral", drop("token_drop", "gather"), uses=GATHER),
+    "token_drop radix": Job("mixtral", drop("token_drop", "radix"), uses=RADIX),
+    "expanded_drop gather": Job("olmoe", drop("expanded_drop", "gather"), uses=GATHER),
+    "expanded_drop radix": Job("olmoe", drop("expanded_drop", "radix", scope="rank"), uses=RADIX),
+    "quota": Job(
+        "olmoe", drop("token_drop", "auto", consensus="quota"), uses=((QuotaConsensus, "begin"),)
+    ),
+    "two_batch": Job("olmoe", moe(overlap={"two_batch": True}), uses=TWO_BATCH),
+    "fp8 rows": Job("olmoe", moe(dispatch={"dtype": "fp8", "deduplicate": False}), uses=PACKED),
+    "partial sums": Job("qwen3_moe", moe(dispatch={"partial_sums": True}), uses=DEDUPLICATED),
+    "bfloat16 grouped_mm": Job(
+        "qwen3_moe",
+        {"model": {"dtype": "bfloat16"}, **moe(experts={"backend": "grouped_mm"})},
+        uses=((GroupedMMExperts, "_run"),),
+    ),
+    "sampling": Job("mixtral", sampling={"temperature": 0.9, "top_p": 0.8, "top_k": 20}),
+    "prompt logprobs": Job("mixtral", sampling={"prompt_logprobs": True}),
+    "preemption": Job(
+        "mixtral", {"scheduler": {"kv_cache_blocks": 13}}, sampling={"max_new_tokens": 20}
+    ),
+}
+
+
+@pytest.fixture
+def on_both_devices(guard: Path, checkpoint: Callable[[str], Path]):
+    def run(job: Job, world: int = 2) -> list[tuple[Result, Result]]:
+        """Run a job on the CPU and on emulated CUDA; return what each rank saw."""
+        results = run_ranks(on_both, world, guard, checkpoint(job.family), job, timeout=120)
+        for cpu, cuda in results:
+            assert cuda.kernels > 0 == cpu.kernels
+            assert cuda.done == cpu.done
+            assert not any("error" in record for record in cuda.done)
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_completions_equal_the_cpus_to_the_bit(name: str, on_both_devices) -> None:
+    job = JOBS[name]
+    results, settings = on_both_devices(job), job.settings.get("moe", {})
+    for cpu, cuda in results:
+        assert cuda.dispatched == cpu.dispatched > 0
+        assert "chunks" not in settings.get("overlap", {}) or cuda.chunks > 1
+        uses = [record["capacity"] for record in cuda.done]
+        assert any(use["dropped"] for use in uses) == ("capacity" in settings)
+        assert any(use["added"] for use in uses) == name.startswith("expanded_drop")
+    assert any(cuda.preemptions for _, cuda in results) == (name == "preemption")
+
+
+def test_two_replicas_of_two_expert_parallel_ranks(on_both_devices) -> None:
+    on_both_devices(Job("mixtral", {"parallel": {"expert": 2}}), world=4)
