@@ -34,6 +34,7 @@ from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import describe, on_rank_0
 from engine.batch.progress import ProgressBar
 from engine.batch.prompt_job import PromptJob
+from engine.batch.retry_rounds import RetryRequest
 from engine.config import Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
@@ -85,6 +86,7 @@ def run_batch(
     output: Path | None = None,
     *,
     overwrite: bool = False,
+    retry_errors: bool = False,
     shard: InputShard | None = None,
 ) -> None:
     """Run a job to its end. Collective over all ranks.
@@ -95,6 +97,7 @@ def run_batch(
         input_path: JSONL requests; None: the built-in prompts.
         output: JSONL records; None, without an input: they are only printed.
         overwrite: replace what exists at the output.
+        retry_errors: run the lines of its error records again; not with `overwrite`.
         shard: the shard of the input to run; the last one to finish merges all.
 
     Raises:
@@ -104,7 +107,13 @@ def run_batch(
         EveryLineFailed: every record of the output, which is complete, is an error.
     """
     num_errors, num_total = _run(
-        config, topology, input_path, output, overwrite=overwrite, shard=shard
+        config,
+        topology,
+        input_path,
+        output,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        shard=shard,
     )
     if num_errors and num_errors == num_total:
         where = "" if output is None else f"; their messages are in {output}"
@@ -120,6 +129,7 @@ def _run(
     output: Path | None,
     *,
     overwrite: bool,
+    retry_errors: bool,
     shard: InputShard | None,
 ) -> tuple[int, int]:
     """Run the job of `run_batch`; return how many records are errors and how many there are."""
@@ -130,7 +140,10 @@ def _run(
     console = make_console(quiet=topology.world.rank != 0)
     reporter = ProgressReporter()
     if input_path is not None and output is not None:
-        job: FileJob | PromptJob = FileJob(config, topology, input_path, output, shard, reporter)
+        retry = RetryRequest.of_process() if retry_errors else None
+        job: FileJob | PromptJob = FileJob(
+            config, topology, input_path, output, shard, reporter, retry
+        )
     else:
         job = PromptJob(topology, console, output, reporter)
     # A store can outlive a run: the keys of an earlier one must not be taken for this one's.
@@ -168,6 +181,7 @@ def _run(
             summary = Summary(
                 total=job.num_total,
                 resumed=job.num_resumed,
+                retried=job.num_retried,
                 errors=errors,
                 requests=sum(each.requests for each in all_counts),
                 prompt_tokens=sum(each.prompt_tokens for each in all_counts),

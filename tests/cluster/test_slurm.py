@@ -223,6 +223,28 @@ def test_a_job_whose_every_line_failed_is_not_tried_again(slurm, tmp_path):
     assert len(output.read_text().splitlines()) == 2
 
 
+def test_a_requeued_retry_is_continued_and_not_begun_once_more(slurm, tmp_path):
+    output, log, lines = tmp_path / "out.jsonl", tmp_path / "log", tmp_path / "in.jsonl"
+    lines.write_text('{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": 7}\n')
+    argv = arguments(lines, output, 1)
+    first = submit(slurm, "infer.sbatch", [], argv, log)
+    slurm.wait(lambda: slurm.ended(first), JOB_S, "the job's end")
+    assert "2 requests, 1 with an error record." in log.read_text()
+    for script in ("infer.sbatch", "infer_srun.sbatch"):
+        job = submit(slurm, script, [], [*argv, "--retry-errors"], log)
+        slurm.wait(lambda job=job: slurm.ended(job), JOB_S, "the job's end")
+        made = json.loads(output.with_name("out.jsonl.job.json").read_text())
+        assert log.read_text().count("1 run again after an error") == len(made["retries"])
+        slurm.run("scontrol", "requeue", job)  # as after a node that was lost in its last second
+        slurm.wait(lambda job=job: slurm.job(job)["Restarts"] == "1", JOB_S, "the restart")
+        slurm.restart_now(job)
+        slurm.wait(lambda job=job: slurm.ended(job), JOB_S, "the job's end")
+        assert slurm.state(job) == "COMPLETED", log.read_text()
+        assert "after this request's retry, 1 of its 2 records are errors" in log.read_text()
+        assert made == json.loads(output.with_name("out.jsonl.job.json").read_text())
+    assert [each["round"] for each in made["retries"]] == [1, 2]
+
+
 def test_an_array_merges_its_slices_once_though_one_of_them_was_requeued(
     slurm, requests, undisturbed, tmp_path
 ):
