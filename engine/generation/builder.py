@@ -139,7 +139,8 @@ def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype
 
 
 def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
-    """Allocate the MoE row buffers where a capacity policy bounds their size.
+    """Limit the rows that a rank receives at once, and allocate the MoE row buffers: on CUDA, and
+    where a capacity policy bounds their size.
 
     Returns the bytes that the layers' activations may still take.
     """
@@ -150,15 +151,18 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,
         num_experts=layer.spec.router.num_experts,
-        num_local_experts=layer.num_local_experts,
+        num_local_experts=layer.layout_policy.most_local_experts,
         hidden=layer.spec.hidden,
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler
     bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
     dtype = model.embedding_VD.dtype
-    needed = bound.activation_bytes(shape, dtype)
-    if capacity.policy == "none":
+    is_cuda = topology.device.type == "cuda"
+    needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
+    for each in model.moe_layers:
+        each.row_limit = bound.received if bound.has_rounds else None
+    if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
         return needed
     layer.reserve(bound.sent, bound.received)
     return needed - model.row_buffers.num_bytes

@@ -267,7 +267,7 @@ class MoELayer(nn.Module):
         )
         pipeline = self._pipelines[micro_batch or 0]
         on_order = None
-        if layout.sends_plain_rows:
+        if layout.sends_plain_rows and not self._agreement.adds_extras:
             on_order = lambda order: pipeline.pack(x_tD, order, clock)  # noqa: E731
         decision, plans = self.agree(routing, step, overlap, layout, micro_batch, on_order)
         with trial:
