@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.config import Config
+from engine.config.host_devices import gpu_problem
 from engine.config.loader import PROJECT_ROOT
 from engine.config.validation import ConfigError
 
@@ -20,15 +21,6 @@ TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.
 _BUNDLED = "configs/checkpoints"
 # Names of the number of experts in the model families' config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Environment variables with the number of ranks on this host: of torchrun, DeepSpeed's launcher,
-# Open MPI, MPICH and Slurm.
-_LOCAL_RANKS = (
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MPI_LOCALNRANKS",
-    "SLURM_NTASKS_PER_NODE",
-)
 
 
 def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
@@ -97,22 +89,5 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
 def _device_problems(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     if config.runtime.device != "cuda":
         return
-    import torch  # here, so that a config can be checked without it
-
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_devices == 0:
-        build = "is built without CUDA" if torch.version.cuda is None else "sees no GPU"
-        yield (
-            f"runtime.device = 'cuda': torch {torch.__version__} {build}; run where there are "
-            "GPUs, or pass --set runtime.device=cpu"
-        )
-    elif (num_ranks := _ranks_on_this_host(environ)) > num_devices:
-        yield (
-            f"runtime.device = 'cuda': {num_ranks} ranks on this host but {num_devices} visible "
-            "GPUs; each rank needs its own, so start fewer ranks or use more hosts"
-        )
-
-
-def _ranks_on_this_host(environ: Mapping[str, str]) -> int:
-    counts = (environ.get(name, "") for name in _LOCAL_RANKS)
-    return next((int(count) for count in counts if count.isdigit()), 1)
+    if problem := gpu_problem(environ):
+        yield f"runtime.device = 'cuda': {problem}, or pass --set runtime.device=cpu"
