@@ -22,6 +22,9 @@ _BUNDLED = "configs/checkpoints"
 # Names of the number of experts in the model families' config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
+# More threads than this per core may not start at all: a container limits their number.
+_THREADS_PER_CORE = 16
+
 
 def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
     """Raise `ConfigError` unless the checkpoint is on disk and this host has the devices.
@@ -33,6 +36,13 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
         environ: the launcher's environment, with the number of ranks on this host.
     """
     problems = [*_checkpoint_problems(config), *_device_problems(config, environ)]
+    cores = os.cpu_count() or 1
+    if (threads := config.runtime.threads) is not None and threads > _THREADS_PER_CORE * cores:
+        problems.append(
+            f"runtime.threads = {threads}: this host has {cores} CPU cores, and more than "
+            f"{_THREADS_PER_CORE} threads per core cannot be meant; pass --set "
+            "runtime.threads=null for this rank's share of the cores"
+        )
     if not problems:
         return
     lines = ["this config cannot run here:", *(f"  - {problem}" for problem in problems)]

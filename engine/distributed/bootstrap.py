@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -210,12 +211,14 @@ def _num_threads(
 ) -> int:
     """Return `runtime.threads`, else OMP_NUM_THREADS, else this rank's share of its host's cores.
 
-    torchrun sets OMP_NUM_THREADS=1 by itself, so under torchrun a 1 counts as not set.
+    torchrun sets OMP_NUM_THREADS=1 by itself, so under torchrun a 1 counts as not set; so does a
+    value that is no number of threads.
     """
     if config.runtime.threads is not None:
         return config.runtime.threads
     omp = environ.get("OMP_NUM_THREADS", "")
-    if omp.isdigit() and int(omp) > 0 and not (launch.source == "torchrun" and omp == "1"):
+    usable = re.fullmatch("[0-9]{1,4}", omp) is not None and 0 < int(omp) <= 1024
+    if usable and not (launch.source == "torchrun" and omp == "1"):
         return int(omp)
     return share_of_cores(launch.rank, infos)
 

@@ -1,6 +1,8 @@
 """engine/config/preflight.py: a config that cannot run here is refused with what to do about it."""
 
+import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +94,14 @@ def test_a_bundled_checkpoint_that_is_missing_is_not_replaced_by_itself(tmp_path
     monkeypatch.chdir(tmp_path)
     text = refusal(config_of("configs/checkpoints/tiny_gone"))
     assert "git checkout -- configs" in text and TINY_COMMAND not in text
+
+
+def test_more_threads_than_a_host_of_this_size_runs_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    config = config_of(checkpoint)
+    check_runnable(replace(config, runtime=RuntimeConfig(device="cpu", threads=64)), {})
+    text = refusal(replace(config, runtime=RuntimeConfig(device="cpu", threads=65)))
+    assert "runtime.threads = 65: this host has 4 CPU cores" in text
 
 
 def torchrun(local_rank: int, num_ranks: int) -> dict[str, str]:

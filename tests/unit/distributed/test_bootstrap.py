@@ -220,6 +220,16 @@ def test_more_ranks_than_cores_still_get_a_thread():
     assert share_of_cores(0, [rank_info(rank, cores=[0, 1]) for rank in range(4)]) == 1
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "1000000", "9" * 5000, "\u00b2", "4,2", ""])
+def test_an_omp_num_threads_that_is_no_number_of_threads_counts_as_not_set(text):
+    launch = Launch(0, 1, 0, 1, "localhost", 0, "single")
+    config = Config(model=ModelConfig(path="x"))
+    infos = [rank_info(0, cores=range(6))]
+    environ = {"OMP_NUM_THREADS": text}
+    assert bootstrap._num_threads(config, launch, environ, infos) == 6
+    assert bootstrap._num_threads(config, launch, {"OMP_NUM_THREADS": "3"}, infos) == 3
+
+
 def test_auto_takes_cuda_only_when_every_rank_has_a_gpu_of_its_own():
     own = [rank_info(0, "a", "gpu0"), rank_info(1, "a", "gpu1"), rank_info(2, "b", "gpu0")]
     assert choose_device("auto", own) == choose_device("cuda", own) == "cuda"
