@@ -53,19 +53,28 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
 
 def read_num_experts(folder: Path) -> int:
     """Return the number of experts per layer from config.json. Raises `ConfigError`."""
+    where = f"model.path = {str(folder)!r}"
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = [values[name] for name in _NUM_EXPERTS if values.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(values, dict):
+            raise ValueError("it must hold one JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: cannot read config.json: {error}") from None
+    found = {name: values[name] for name in _NUM_EXPERTS if name in values}
+    if not found:
         raise ConfigError(
-            f"model.path = {str(folder)!r}: cannot read config.json: {error}"
-        ) from None
-    if not found or not isinstance(found[0], int):
-        raise ConfigError(
-            f"model.path = {str(folder)!r}: config.json has no number of experts "
+            f"{where}: config.json has no number of experts "
             f"({', '.join(_NUM_EXPERTS)}), which parallel.expert = auto needs; give a number"
         )
-    return found[0]
+    # Some models' files keep the names of others, with null or 0 in them.
+    usable = [value for value in found.values() if type(value) is int and value > 0]
+    if not usable:
+        name, value = next(iter(found.items()))
+        raise ConfigError(
+            f"{where}: {name} = {value!r} in config.json: must be a whole number from 1, which "
+            "parallel.expert = auto needs; compare it with the published config.json"
+        )
+    return usable[0]
 
 
 def _checkpoint_problems(config: Config) -> Iterator[str]:

@@ -61,9 +61,9 @@ _COUNT = _at_least(1, _MOST)
 _COUNT_OR_0 = _at_least(0, _MOST)
 _GIB, _MIB = _positive(2**20), _positive(2**30)
 _SEED = rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
-_NUMBER_OR_AUTO = rule(
-    f"at least 1, or auto, and at most {_MOST}",
-    lambda value: value == "auto" or 1 <= value <= _MOST,
+_NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
+_CHUNKS = rule(
+    "at least 1, or auto; at most 256", lambda value: value == "auto" or 1 <= value <= 256
 )
 _PHASES = rule(
     "a list of phases, not empty and without repeats",
@@ -168,7 +168,7 @@ class DispatchConfig:
 class OverlapConfig:
     """How communication overlaps with the experts' computation."""
 
-    chunks: int | Literal["auto"] = field(default=1, metadata=_NUMBER_OR_AUTO)  # parts of a step's
+    chunks: int | Literal["auto"] = field(default=1, metadata=_CHUNKS)  # parts of a step's
     # rows: one is sent while experts compute another; 1: no overlap; auto: 1, 2 or 4, measured as
     # the job runs
     by: Literal["auto", "experts", "tokens"] = "auto"  # what chunks divide: a rank's experts or

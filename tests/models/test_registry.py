@@ -179,6 +179,32 @@ def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
     assert read_config(tmp_path).to_dict() == expected.to_dict()
 
 
+# The name of the number of experts in each family's config.json.
+NUM_EXPERTS = {
+    "mixtral": "num_local_experts",
+    "olmoe": "num_experts",
+    "qwen2-moe": "num_experts",
+    "qwen3-moe": "num_experts",
+    "deepseek-v2-lite": "n_routed_experts",
+    "deepseek-v3": "n_routed_experts",
+}
+
+
+@pytest.mark.parametrize("case", NUM_EXPERTS)
+@pytest.mark.parametrize("value", [0, -1, True, None, "8", 8.0, [8], 10**30])
+def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, value):
+    for field in (NUM_EXPERTS[case], "num_experts_per_tok"):
+        text = refusal(tmp_path, altered(case, **{field: value}))
+        assert f"{field} = {value!r} in config.json: must be a whole number from 1" in text
+
+
+@pytest.mark.parametrize("case", NUM_EXPERTS)
+def test_more_experts_per_token_than_experts_are_refused_by_field(tmp_path, case):
+    text = refusal(tmp_path, altered(case, num_experts_per_tok=1000))
+    assert "num_experts_per_tok: 1000 must be between 1 and the number of experts" in text
+    assert "config.json" in text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -222,7 +222,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, message)
         ("moe.capacity.factor=1e-999999", "at most 100 digits on each side of the point"),
         ("moe.capacity.factor=-inf", "must be a number above 0, or inf"),
         ("moe.capacity.factor=sNaN", "must be a number above 0, or inf"),
-        (f"moe.overlap.chunks={10**30}", "must be at least 1, or auto, and at most 2147483647"),
+        (f"moe.overlap.chunks={10**30}", "must be at least 1, or auto; at most 256"),
         (f"model.max_model_len={10**30}", "must be at least 1 and at most 2147483647"),
         (f"scheduler.max_batch_tokens={10**30}", "at least 1 and at most 2147483647"),
         (f"scheduler.max_sequences={10**30}", "at least 1 and at most 2147483647"),

@@ -1,5 +1,6 @@
 """engine/config/preflight.py: a config that cannot run here is refused with what to do about it."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from engine.config import Config, ModelConfig, RuntimeConfig
 from engine.config.host_devices import LocalRank, local_rank_of
 from engine.config.loader import load_config
-from engine.config.preflight import TINY_COMMAND, check_runnable
+from engine.config.preflight import TINY_COMMAND, check_runnable, read_num_experts
 from engine.config.validation import ConfigError
 
 
@@ -94,6 +95,36 @@ def test_a_bundled_checkpoint_that_is_missing_is_not_replaced_by_itself(tmp_path
     monkeypatch.chdir(tmp_path)
     text = refusal(config_of("configs/checkpoints/tiny_gone"))
     assert "git checkout -- configs" in text and TINY_COMMAND not in text
+
+
+@pytest.mark.parametrize("value", [0, -1, True, None, "8", 8.0, [8]])
+def test_a_number_of_experts_that_is_none_is_named_by_field(checkpoint, value):
+    (checkpoint / "config.json").write_text(json.dumps({"num_experts": value}))
+    with pytest.raises(ConfigError) as caught:
+        read_num_experts(checkpoint)
+    assert f"num_experts = {value!r} in config.json: must be a whole number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "cannot read config.json"),
+        ("[]", "must hold one JSON object"),
+        ("3", "must hold one JSON object"),
+        ("null", "must hold one JSON object"),
+        ("{}", "has no number of experts"),
+    ],
+)
+def test_a_config_json_without_a_number_of_experts_is_refused_in_words(checkpoint, text, message):
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_num_experts(checkpoint)
+
+
+def test_the_number_of_experts_is_found_beside_another_models_name(checkpoint):
+    values = {"num_local_experts": None, "num_experts": 0, "n_routed_experts": 64}
+    (checkpoint / "config.json").write_text(json.dumps(values))
+    assert read_num_experts(checkpoint) == 64
 
 
 def test_more_threads_than_a_host_of_this_size_runs_are_refused(checkpoint, monkeypatch):
