@@ -13,6 +13,7 @@ import torch
 
 from engine.config import Config
 from engine.config.world_rules import validate_world
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
@@ -142,6 +143,9 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     """Allocate the MoE row buffers where a capacity policy bounds their size.
 
     Returns the bytes that the layers' activations may still take.
+
+    Raises:
+        ValueError: they do not fit into memory; the text names the setting.
     """
     if not model.moe_layers:
         return 0
@@ -160,5 +164,10 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     needed = bound.activation_bytes(shape, dtype)
     if capacity.policy == "none":
         return needed
-    layer.reserve(bound.sent, bound.received)
+    with memory_in_words(
+        f"scheduler.max_batch_tokens = {limits.max_batch_tokens}: the rows that a rank may have in "
+        "one step do not fit into memory; lower it, use more ranks, or "
+        "moe.capacity.policy = none, which reserves nothing"
+    ):
+        layer.reserve(bound.sent, bound.received)
     return needed - model.row_buffers.num_bytes

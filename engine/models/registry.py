@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from engine.config import Config
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -173,9 +174,14 @@ def build_model(
     """
     spec = read_spec(hf_config)
     length = model_length(hf_config, config.model.max_model_len)
+    with memory_in_words(
+        f"model.max_model_len = {length}: a table of that many positions does not fit into memory; "
+        "lower it"
+    ):
+        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, dtype)
     return CausalLM(
         spec,
-        RotaryTable(hf_config, spec.rotary_dim, length, device, dtype),
+        rotary,
         max_model_len=length,
         topology=topology,
         config=config.moe,

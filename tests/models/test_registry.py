@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoConfig, GPT2Config
 
+from engine.config import Config, ModelConfig
 from engine.layers.attention import AttentionSpec
 from engine.layers.mla import MLASpec
+from engine.models import registry
 from engine.models.registry import model_length, read_config, read_spec, supported_model_types
 from engine.models.spec import DenseSpec, SparseSpec
 from tests.helpers.model_cases import CASES
@@ -151,6 +154,17 @@ def test_the_context_is_the_limit_unless_scaling_is_dynamic():
     with pytest.raises(ValueError, match=r"model\.max_model_len: 65 .* at most 64"):
         model_length(plain, 65)
     assert model_length(CASES["mixtral-dynamic-rope"].config(), 65) == 65
+
+
+def test_a_table_of_positions_that_does_not_fit_names_max_model_len(monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(registry, "RotaryTable", fail)
+    config = Config(model=ModelConfig(path="x", max_model_len=2**31 - 1))
+    hf_config, topology = CASES["mixtral-dynamic-rope"].config(), cast(Any, None)
+    with pytest.raises(ValueError, match=r"^model\.max_model_len = 2147483647: a table of"):
+        registry.build_model(hf_config, config, topology, torch.device("cpu"), torch.float32)
 
 
 # --- config.json as it lies in the checkpoint -----------------------------------------------------
