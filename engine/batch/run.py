@@ -39,6 +39,7 @@ from engine.config import Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.error_file import record_error
+from engine.distributed.errors import RankError
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
@@ -274,8 +275,10 @@ def _generate(
             interrupts.finished()
             counts.user_keys = parse.user_keys.lines
             return report
+        except RankError:  # an address or a folder that could be opened before the model was loaded
+            raise
         except ValueError as error:
-            # User errors were found before: this one is a defect and needs its traceback.
+            # Other user errors were found before: this one is a defect and needs its traceback.
             raise RuntimeError("the engine failed") from error
 
 

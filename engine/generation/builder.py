@@ -13,6 +13,7 @@ import torch
 
 from engine.config import Config
 from engine.config.world_rules import validate_world
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
@@ -143,6 +144,9 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     where a capacity policy bounds their size.
 
     Returns the bytes that the layers' activations may still take.
+
+    Raises:
+        ValueError: they do not fit into memory; the text names the setting.
     """
     if not model.moe_layers:
         return 0
@@ -164,5 +168,10 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         each.row_limit = bound.received if bound.has_rounds else None
     if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
         return needed
-    layer.reserve(bound.sent, bound.received)
+    with memory_in_words(
+        f"scheduler.max_batch_tokens = {limits.max_batch_tokens}: the rows that a rank may have in "
+        "one step do not fit into memory; lower it, use more ranks, or "
+        "moe.capacity.policy = none, which reserves nothing"
+    ):
+        layer.reserve(bound.sent, bound.received)
     return needed - model.row_buffers.num_bytes

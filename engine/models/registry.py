@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from engine.config import Config
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -42,6 +43,7 @@ _AT_LEAST_1 = (
     "num_key_value_heads",
     "vocab_size",
 )
+_MOST = 2**31 - 1  # experts are counted in 32 bits
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -101,12 +103,30 @@ def _problem(values: Any) -> str | None:
         value = values.get(name)
         if value is not None and (type(value) is not int or value < 1):
             return f"{name} = {value!r} in config.json: must be a whole number from 1"
+    if problem := _experts_problem(values):
+        return problem
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         return (
             f"num_key_value_heads = {kv_heads} in config.json: must divide num_attention_heads = "
             f"{heads}"
         )
+    return None
+
+
+def _experts_problem(values: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the numbers of experts in the text of a config.json, or None."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = values["model_type"]
+    other = CONFIG_MAPPING[model_type].attribute_map  # names that mean another field
+    num_experts = "n_routed_experts" if model_type.startswith("deepseek") else "num_experts"
+    num_experts = other.get(num_experts, num_experts)
+    names = [name for name in values if other.get(name, name) == num_experts]
+    for name in (*names, "num_experts_per_tok"):
+        # What is missing is transformers' default.
+        if name in values and (type(value := values[name]) is not int or not 1 <= value <= _MOST):
+            return f"{name} = {value!r} in config.json: must be a whole number from 1 to {_MOST}"
     return None
 
 
@@ -154,9 +174,14 @@ def build_model(
     """
     spec = read_spec(hf_config)
     length = model_length(hf_config, config.model.max_model_len)
+    with memory_in_words(
+        f"model.max_model_len = {length}: a table of that many positions does not fit into memory; "
+        "lower it"
+    ):
+        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, dtype)
     return CausalLM(
         spec,
-        RotaryTable(hf_config, spec.rotary_dim, length, device, dtype),
+        rotary,
         max_model_len=length,
         topology=topology,
         config=config.moe,

@@ -134,6 +134,24 @@ def test_without_the_script_a_task_finds_the_head_through_scontrol(slurm):
     assert len(set(shown[2::3])) == 1, "all ranks use one port"
 
 
+def test_tasks_of_srun_count_their_node_and_a_process_under_salloc_counts_itself(slurm):
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); "
+        "from engine.config.host_devices import launcher_of, local_rank_of; "
+        "own = local_rank_of(os.environ); "
+        "print(launcher_of(os.environ), own.index, own.num_ranks, "
+        "os.environ['SLURM_NTASKS_PER_NODE'])"
+    )
+    process = [sys.executable, "-c", code, str(ROOT)]
+    nodes = ["--nodes=2", "--ntasks-per-node=2", "--exclusive"]
+    tasks = slurm.run("srun", *nodes, *process).splitlines()
+    assert sorted(tasks) == ["slurm 0 2 2", "slurm 0 2 2", "slurm 1 2 2", "slurm 1 2 2"]
+    alone = slurm.run("salloc", *nodes, *process).splitlines()
+    assert alone == ["single 0 1 2"]
+    within = slurm.run("salloc", *nodes, "srun", "--ntasks=1", "--nodes=1", *process).splitlines()
+    assert within == ["slurm 0 1 2"]
+
+
 def test_a_cancelled_job_stays_cancelled_and_the_same_command_finishes_it(
     slurm, requests, undisturbed, tmp_path
 ):

@@ -430,6 +430,40 @@ def test_text_without_a_tokenizer_is_refused_before_the_model_is_loaded(own_mode
     assert code == 0, err
 
 
+def test_settings_that_cannot_be_honoured_are_refused_before_the_model_is_loaded(job, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    listening = socket.create_server(("127.0.0.1", 0))
+    taken = listening.getsockname()[1]
+    cases = [
+        ("profiler.spans=/proc/none", "profiler.spans = '/proc/none': cannot be written on "),
+        (f"profiler.spans={file}", f"profiler.spans = '{file}': cannot be written on "),
+        (f"profiler.metrics_port={taken}", f"rank 0: profiler.metrics_port = {taken}: cannot "),
+        ("profiler.metrics_host=no.such.invalid", "rank 0: profiler.metrics_host = 'no.such"),
+        ("profiler.spans_mib=1e308", "profiler.spans_mib = 1e+308: must be finite and above 0"),
+        ("scheduler.kv_cache_gib=1e300", "scheduler.kv_cache_gib = 1e+300: must be finite"),
+        (f"scheduler.kv_cache_blocks={10**30}", "scheduler.kv_cache_blocks = 1000000000000"),
+        ("runtime.threads=1000000", "runtime.threads = 1000000: must be at least 1 and"),
+        ("runtime.threads=0", "runtime.threads = 0: must be at least 1 and at most 1024"),
+        ("runtime.timeout_s=1e12", "runtime.timeout_s = 1000000000000.0: must be finite and"),
+        ("runtime.drain_s=-1", "runtime.drain_s = -1.0: must be finite and at least 0"),
+        ("moe.capacity.factor=1e-999999999", "moe.capacity.factor = '1e-999999999': must be"),
+    ]
+    argvs = []
+    for number, (setting, _) in enumerate(cases):
+        port = ["--set", "profiler.metrics_port=0"] if "metrics_host" in setting else []
+        output = tmp_path / f"out-{number}.jsonl"
+        argvs.append(command(job, output, *port, "--set", setting))
+    outcomes, others = run_ranks(infer_each, 2, argvs, timeout=120.0)
+    listening.close()
+    for (_, message), (code, _, err), (other, _, quiet) in zip(
+        cases, outcomes, others, strict=True
+    ):
+        assert (code, other, quiet) == (2, 2, ""), err
+        assert err.startswith(f"error: {message}") and "Traceback" not in err, err
+    assert not list(tmp_path.glob("out-*.jsonl"))
+
+
 def test_a_job_whose_every_line_failed_exits_with_3_on_every_rank(job, tmp_path):
     bad, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bad.write_text("\n".join([BAD[1], BAD[2], BAD[3]]))

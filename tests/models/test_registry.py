@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoConfig, GPT2Config
 
+from engine.config import Config, ModelConfig
 from engine.layers.attention import AttentionSpec
 from engine.layers.mla import MLASpec
+from engine.models import registry
 from engine.models.registry import model_length, read_config, read_spec, supported_model_types
 from engine.models.spec import DenseSpec, SparseSpec
 from tests.helpers.model_cases import CASES
@@ -153,6 +156,17 @@ def test_the_context_is_the_limit_unless_scaling_is_dynamic():
     assert model_length(CASES["mixtral-dynamic-rope"].config(), 65) == 65
 
 
+def test_a_table_of_positions_that_does_not_fit_names_max_model_len(monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(registry, "RotaryTable", fail)
+    config = Config(model=ModelConfig(path="x", max_model_len=2**31 - 1))
+    hf_config, topology = CASES["mixtral-dynamic-rope"].config(), cast(Any, None)
+    with pytest.raises(ValueError, match=r"^model\.max_model_len = 2147483647: a table of"):
+        registry.build_model(hf_config, config, topology, torch.device("cpu"), torch.float32)
+
+
 # --- config.json as it lies in the checkpoint -----------------------------------------------------
 
 
@@ -177,6 +191,32 @@ def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
     (tmp_path / "config.json").write_text(altered(case))
     expected = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert read_config(tmp_path).to_dict() == expected.to_dict()
+
+
+# The name of the number of experts in each family's config.json.
+NUM_EXPERTS = {
+    "mixtral": "num_local_experts",
+    "olmoe": "num_experts",
+    "qwen2-moe": "num_experts",
+    "qwen3-moe": "num_experts",
+    "deepseek-v2-lite": "n_routed_experts",
+    "deepseek-v3": "n_routed_experts",
+}
+
+
+@pytest.mark.parametrize("case", NUM_EXPERTS)
+@pytest.mark.parametrize("value", [0, -1, True, None, "8", 8.0, [8], 10**30])
+def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, value):
+    for field in (NUM_EXPERTS[case], "num_experts_per_tok"):
+        text = refusal(tmp_path, altered(case, **{field: value}))
+        assert f"{field} = {value!r} in config.json: must be a whole number from 1" in text
+
+
+@pytest.mark.parametrize("case", NUM_EXPERTS)
+def test_more_experts_per_token_than_experts_are_refused_by_field(tmp_path, case):
+    text = refusal(tmp_path, altered(case, num_experts_per_tok=1000))
+    assert "num_experts_per_tok: 1000 must be between 1 and the number of experts" in text
+    assert "config.json" in text
 
 
 @pytest.mark.parametrize(
