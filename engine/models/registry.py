@@ -19,6 +19,7 @@ from engine.config import Config
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
@@ -31,17 +32,6 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
 }
-_AT_LEAST_1 = (
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "vocab_size",
-)
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -67,18 +57,13 @@ def read_config(folder: Path) -> Any:
     if problem := _problem(values):
         raise _refused(folder, problem)
     try:
+        check_fields(values)
         hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        rope_frequencies(hf_config, read_spec(hf_config).rotary_dim, 1)
+        rotary_dim = read_spec(hf_config).rotary_dim
+        check_rope(hf_config, rotary_dim)
+        rope_frequencies(hf_config, rotary_dim, 1)
     except Exception as error:  # transformers computes with the values before it checks them
-        why = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
-            why = f"{type(error).__name__}: {why}"
-        if "config.json" not in why:
-            why = (
-                f"config.json describes no {values['model_type']} model ({why[:300]}); compare it "
-                "with the published one"
-            )
-        raise _refused(folder, why) from error
+        raise _refused(folder, explain(error, values)) from error
     return hf_config
 
 
@@ -96,16 +81,6 @@ def _problem(values: Any) -> str | None:
         return (
             f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
             f"{', '.join(_FAMILIES)}"
-        )
-    for name in _AT_LEAST_1:
-        value = values.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            return f"{name} = {value!r} in config.json: must be a whole number from 1"
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        return (
-            f"num_key_value_heads = {kv_heads} in config.json: must divide num_attention_heads = "
-            f"{heads}"
         )
     return None
 
@@ -132,7 +107,7 @@ def model_length(hf_config: Any, max_model_len: int | None) -> int:
     Raises:
         ValueError: when it exceeds what the checkpoint's rotary embedding supports.
     """
-    context = hf_config.max_position_embeddings
+    context = read(hf_config, "max_position_embeddings")
     if max_model_len is None:
         return context
     # Only dynamic scaling is defined past the context length.
