@@ -12,6 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.config import Config
+from engine.config.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    describe_missing_weights,
+    is_there,
+    why_unreadable,
+)
 from engine.config.loader import PROJECT_ROOT
 from engine.config.validation import ConfigError
 
@@ -77,16 +84,19 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
                 "tokenizer), or name its folder with --set model.path=DIR"
             )
         yield f"model.path = {model.path!r}: no such directory; {remedy}"
+    elif is_there(folder / "config.json") and (why := why_unreadable(folder / "config.json")):
+        yield f"model.path = {model.path!r}: config.json {why}"
     elif not os.path.isfile(folder / "config.json"):
         yield (
             f"model.path = {model.path!r}: holds no config.json, so it is no checkpoint; name the "
             "folder that has it, or download the checkpoint again"
         )
-    elif model.load_format == "safetensors" and not any(folder.glob("*.safetensors")):
-        yield (
-            f"model.path = {model.path!r}: holds no *.safetensors, the only weights that are read; "
-            "convert the checkpoint, or pass --set model.load_format=dummy for random weights"
-        )
+    elif model.load_format == "safetensors":
+        found = next((name for name in (SINGLE, INDEX) if is_there(folder / name)), None)
+        if found is None:
+            yield f"model.path = {model.path!r}: {describe_missing_weights(folder)}"
+        elif why := why_unreadable(folder / found):
+            yield f"model.path = {model.path!r}: {found} {why}"
     if model.tokenizer is not None and not os.path.isdir(model.tokenizer):
         yield (
             f"model.tokenizer = {model.tokenizer!r}: no such directory; name a Hugging Face "

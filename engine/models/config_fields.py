@@ -257,8 +257,8 @@ def explain(error: Exception, values: Mapping[str, Any]) -> str:
         if name in _FIELDS:
             return str(_wrong(name, values.get(name), _FIELDS[name]))
         types = dict.fromkeys(re.findall(r"expected (\w+), got", why))
-        what = " or ".join(_WORDS.get(each, each) for each in types) or "of another type"
-        return str(_wrong(name, values.get(name), _Rule(what, bool)))
+        what = " or ".join(_WORDS.get(str(each), str(each)) for each in types)
+        return str(_wrong(name, values.get(name), _Rule(what or "of another type", bool)))
     if "config.json" in why:
         return why
     kind = type(error).__name__
@@ -267,8 +267,8 @@ def explain(error: Exception, values: Mapping[str, Any]) -> str:
     nulls = [name for name in _FIELDS if name in values and values[name] is None]
     hint = f" ({', '.join(nulls)} in it is null)" if nulls and "NoneType" in why else ""
     return (
-        f"config.json describes no {values['model_type']} model{hint}{_COMPARE}; transformers says: "
-        f"{why[:300]}"
+        f"config.json describes no {values['model_type']} model{hint}{_COMPARE}; transformers "
+        f"says: {why[:300]}"
     )
 
 

@@ -8,7 +8,6 @@ Every rank builds its own share:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.config import Config
+from engine.config.checkpoint_files import read_json_object
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -50,10 +50,9 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        what = "cannot be read" if isinstance(error, OSError) else "is not valid JSON"
-        raise _refused(folder, f"config.json {what} ({error}); download it again") from error
+        values = read_json_object(folder / "config.json")
+    except ValueError as error:
+        raise _refused(folder, str(error)) from error
     if problem := _problem(values):
         raise _refused(folder, problem)
     try:
@@ -71,10 +70,8 @@ def _refused(folder: Path, why: str) -> ValueError:
     return ValueError(f"model.path = {str(folder)!r}: {why}")
 
 
-def _problem(values: Any) -> str | None:
+def _problem(values: Mapping[str, Any]) -> str | None:
     """Return what is wrong in the text of a config.json, or None; transformers checks the rest."""
-    if not isinstance(values, Mapping):
-        return "config.json must hold one JSON object; download it again"
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         has = "no model_type" if model_type is None else f"model_type = {model_type!r}"

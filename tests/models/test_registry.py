@@ -201,7 +201,9 @@ def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, 
 
 def test_a_config_json_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(ValueError, match=r"model\.path = .*config\.json is not valid JSON"):
+    with pytest.raises(
+        ValueError, match=r"model\.path = .*config\.json is not UTF-8 .byte 0 is 0xff"
+    ):
         read_config(tmp_path)
 
 

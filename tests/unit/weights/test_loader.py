@@ -281,7 +281,7 @@ def test_folders_without_a_checkpoint_are_refused_with_what_to_do(tmp_path):
     assert "model.load_format=dummy" in error_of(tmp_path, slot("w", torch.zeros(1)))
     save(tmp_path, {"w": torch.ones(1)}, "consolidated.safetensors")
     text = error_of(tmp_path, slot("w", torch.zeros(1)))
-    assert "consolidated.safetensors is there: add an index" in text
+    assert "though consolidated.safetensors: weights in the format of" in text
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 40, -1])
@@ -304,7 +304,7 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     text = error_of(tmp_path, slot("w", torch.zeros(1)))
-    assert "model.safetensors cannot be read" in text
+    assert "model.safetensors is a folder and must be a file" in text
 
 
 def test_a_git_lfs_pointer_is_recognised(tmp_path):
@@ -320,7 +320,12 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     for weight_map, match in (
         ({"w": "b.safetensors"}, "1 files that are not there: b.safetensors"),
         ({"w": "a.safetensors"}, "places 'w' in a.safetensors, which does not hold it"),
-        ({"w": "../a.safetensors"}, "without a folder"),
+        ({"w": "../a.safetensors"}, "outside of the folder: weight_map must have names of files"),
+        ({"w": "sub/a.safetensors"}, "places tensor 'w' in 'sub/a.safetensors', in a subfolder"),
+        ({"w": "/a/a.safetensors"}, "'/a/a.safetensors', an absolute path"),
+        ({"w": "sub/"}, "in a subfolder"),
+        ({"w": ".."}, "no file name"),
+        ({"w": ""}, "no file name"),
         ({"w": 3}, "must map tensor names"),
         ([], "must map tensor names"),
     ):
