@@ -154,9 +154,20 @@ class LineParser:
             text = self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
+        except TemplateSyntaxError as error:
+            raise _LineError(
+                f"messages: the tokenizer's chat template does not compile (line {error.lineno}: "
+                f"{error.message}); correct chat_template.jinja, or chat_template in "
+                "tokenizer_config.json, or use prompt"
+            ) from error
         except Exception as error:  # the template is a program: any error
             why = str(error) or type(error).__name__
             raise _LineError(f"messages: the chat template refuses them: {why}") from error
+        if text == "":
+            raise _LineError(
+                "messages: the tokenizer's chat template makes no text of them; check their roles "
+                "and the template, or use prompt"
+            )
         if not isinstance(text, str):
             raise _LineError(f"messages: the chat template gives {show(text)}, which is no text")
         return text
