@@ -56,6 +56,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
 }
 _PARAMETERS = _OURS | _ALIASES.keys() | _NEUTRAL.keys()
+_NOT_COMPILED = ("TemplateSyntaxError", "TemplateAssertionError")  # of jinja2
 _HARMLESS = frozenset({"model", "user", "metadata", "store", "service_tier", "parallel_tool_calls"})
 _URLS = {"/v1/completions": ("prompt",), "/v1/chat/completions": ("messages",)}
 _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
@@ -154,14 +155,14 @@ class LineParser:
             text = self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
-        except TemplateSyntaxError as error:
-            raise _LineError(
-                f"messages: the tokenizer's chat template does not compile (line {error.lineno}: "
-                f"{error.message}); correct chat_template.jinja, or chat_template in "
-                "tokenizer_config.json, or use prompt"
-            ) from error
         except Exception as error:  # the template is a program: any error
             why = str(error) or type(error).__name__
+            if type(error).__name__ in _NOT_COMPILED:
+                raise _LineError(
+                    "messages: the tokenizer's chat template does not compile (line "
+                    f"{getattr(error, 'lineno', '?')}: {why}); correct chat_template.jinja, or "
+                    "chat_template in tokenizer_config.json, or use prompt"
+                ) from error
             raise _LineError(f"messages: the chat template refuses them: {why}") from error
         if text == "":
             raise _LineError(

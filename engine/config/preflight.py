@@ -83,7 +83,7 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
                 "put the Hugging Face checkpoint there (config.json, *.safetensors and the "
                 "tokenizer), or name its folder with --set model.path=DIR"
             )
-        yield f"model.path = {model.path!r}: no such directory; {remedy}"
+        yield f"model.path = {model.path!r}: no such directory{_literal(model.path)}; {remedy}"
     elif is_there(folder / "config.json") and (why := why_unreadable(folder / "config.json")):
         yield f"model.path = {model.path!r}: config.json {why}"
     elif not os.path.isfile(folder / "config.json"):
@@ -99,9 +99,15 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
             yield f"model.path = {model.path!r}: {found} {why}"
     if model.tokenizer is not None and not os.path.isdir(model.tokenizer):
         yield (
-            f"model.tokenizer = {model.tokenizer!r}: no such directory; name a Hugging Face "
-            "tokenizer's, or pass --set model.tokenizer=null to use the one in model.path"
+            f"model.tokenizer = {model.tokenizer!r}: no such directory{_literal(model.tokenizer)}; "
+            "name a Hugging Face tokenizer's, or pass --set model.tokenizer=null to use the one in "
+            "model.path"
         )
+
+
+def _literal(path: str) -> str:
+    """Return what to add where a path that is missing has an environment variable in it."""
+    return " (environment variables are not expanded)" if "$" in path else ""
 
 
 def _device_problems(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
