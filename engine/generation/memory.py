@@ -123,7 +123,7 @@ def num_kv_blocks(
         _check_fits(setting, config.kv_cache_blocks, bytes_per_block, device, local_world_size)
         return config.kv_cache_blocks
     if config.kv_cache_gib is not None:
-        blocks = int(config.kv_cache_gib * _GIB) // bytes_per_block
+        blocks = int(Fraction(config.kv_cache_gib) * _GIB) // bytes_per_block
         setting = f"kv_cache_gib: {config.kv_cache_gib}"
         _check_fits(setting, blocks, bytes_per_block, device, local_world_size)
         if blocks < 1:
@@ -166,10 +166,15 @@ def _check_fits(
     fits = total // sharers // bytes_per_block
     most = fits if "blocks" in setting else f"{fits * bytes_per_block / _GIB:.2f}"
     raise ValueError(
-        f"scheduler.{setting} does not fit: the KV cache would take {needed / _GIB:.2f} GiB and "
+        f"scheduler.{setting} does not fit: the KV cache would take {_gib(needed)} GiB and "
         f"{total / sharers / _GIB:.2f} GiB are free on {device}{each}{by}; give at most {most}, or "
         "null to use what is free"
     )
+
+
+def _gib(num_bytes: int) -> str:
+    gib = min(num_bytes, 10**300) / _GIB  # a setting may have 300 digits
+    return f"{gib:.2f}" if gib < 1e6 else f"{gib:.2e}"
 
 
 def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, str]:

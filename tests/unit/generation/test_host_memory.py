@@ -164,10 +164,11 @@ def test_the_kv_cache_fits_the_cgroup_and_the_refusal_names_its_limit(monkeypatc
         (
             {"kv_cache_gib": 5.0},
             "scheduler.kv_cache_gib: 5.0 does not fit: the KV cache would take 5.00 GiB and 4.00 "
-            "GiB are free on cpu for each of the 2 ranks here (limited by /box/memory.max); give at "
-            "most 4.00, or null",
+            "GiB are free on cpu for each of the 2 ranks here (limited by /box/memory.max); give "
+            "at most 4.00, or null",
         ),
-        ({"kv_cache_gib": 1e300}, "scheduler.kv_cache_gib: 1e+300 does not fit"),
+        ({"kv_cache_gib": 1.7e308}, "scheduler.kv_cache_gib: 1.7e+308 does not fit"),
+        ({"kv_cache_blocks": 10**299}, "would take 9.31e+290 GiB and 4.00 GiB are free"),
         (
             {"kv_cache_blocks": 4097},
             "scheduler.kv_cache_blocks: 4097 does not fit: the KV cache would take 4.00 GiB and "
