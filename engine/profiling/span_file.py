@@ -17,6 +17,8 @@ waited_ns is -1 where the other ranks' arrivals are not known.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -87,6 +89,9 @@ class SpanWriter:
             arrivals_WC: as in `wait_time.py`; None where unknown.
             offset: nanoseconds to add to this rank's stamps to get rank 0's.
             tokens: prefill and decode.
+
+        Raises:
+            OSError: naming the file.
         """
         if not len(spans.starts):
             return
@@ -107,12 +112,24 @@ class SpanWriter:
             "after": {layer: after for layer, (_, after) in loads.items()},
         }
         text = json.dumps(line, separators=(",", ":")) + "\n"
-        if self._make_room(len(text)):
-            self._written += self._file.write(text)
+        with self._naming():
+            if self._make_room(len(text)):
+                self._written += self._file.write(text)
 
     def close(self) -> None:
         """Write what is buffered and close the file. Safe to call twice."""
-        self._file.close()
+        with self._naming():
+            self._file.close()
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Name the file in an OSError that names none, such as that of a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None:
+                error.filename = str(self._path)
+            raise
 
     def _make_room(self, size: int) -> bool:
         """Delete the oldest steps until another `size` bytes fit; False if they never do."""
