@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _MOST = 2**31 - 1
+_MOST_PARTS = 100_000  # layers, experts: a part of the model is built for each
 _COMPARE = "; compare it with the published config.json"
 
 
@@ -27,8 +28,9 @@ class _Rule:
     holds: Callable[[Any], bool]
 
 
-def _whole(low: int) -> _Rule:
-    return _Rule(f"a whole number from {low}", lambda v: type(v) is int and low <= v <= _MOST)
+def _whole(low: int, high: int = _MOST) -> _Rule:
+    text = f"a whole number from {low}" + (f" to {high}" if high < _MOST else "")
+    return _Rule(text, lambda v: type(v) is int and low <= v <= high)
 
 
 def _is_number(value: Any) -> bool:
@@ -72,12 +74,9 @@ _FIELDS = {
             "moe_intermediate_size",
             "vocab_size",
             "max_position_embeddings",
-            "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
-            "num_local_experts",
             "num_experts_per_tok",
-            "n_routed_experts",
             "n_group",
             "topk_group",
             "decoder_sparse_step",
@@ -90,7 +89,6 @@ _FIELDS = {
     ),
     **dict.fromkeys(
         (
-            "num_experts",  # 0 in Qwen: every layer is dense
             "n_shared_experts",
             "shared_expert_intermediate_size",
             "first_k_dense_replace",
@@ -98,6 +96,9 @@ _FIELDS = {
         ),
         _whole(0),
     ),
+    "num_hidden_layers": _whole(1, _MOST_PARTS),
+    **dict.fromkeys(("num_local_experts", "n_routed_experts"), _whole(1, _MOST_PARTS)),
+    "num_experts": _whole(0, _MOST_PARTS),  # 0 in Qwen: every layer is dense
     **dict.fromkeys(("head_dim", "qk_rope_head_dim"), _EVEN),
     "sliding_window": _Rule("a whole number", _is_whole),
     "rms_norm_eps": _POSITIVE,

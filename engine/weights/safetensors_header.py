@@ -28,6 +28,7 @@ from engine.config.checkpoint_files import (
     SINGLE,
     describe_missing_weights,
     is_there,
+    read_text,
     why_unreadable,
 )
 
@@ -150,7 +151,7 @@ def _read(file: Any, length: int) -> bytes:
     return data
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
+def _parse(path: Path, data: bytes, what: str = "the header") -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) != len(pairs):
@@ -160,11 +161,9 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the header is not valid JSON ({error}): {_DAMAGED}"
-        ) from error
+        raise CheckpointError(f"{path}: {what} is not valid JSON ({error}): {_DAMAGED}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object: {_DAMAGED}")
+        raise CheckpointError(f"{path}: {what} is not a JSON object: {_DAMAGED}")
     return value
 
 
@@ -227,13 +226,11 @@ def _bad_length(path: Path, size: int, length: int) -> str:
 
 def _read_index(path: Path) -> tuple[dict[str, str], int]:
     """Return the index's weight_map (tensor -> file name in its folder) and its size in bytes."""
-    if why := why_unreadable(path):
-        raise CheckpointError(f"{path} {why}")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    weight_map = _parse(path, data).get("weight_map")
+        data = read_text(path).encode()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    weight_map = _parse(path, data, "the index").get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map

@@ -36,6 +36,8 @@ def outcome(folder: Path, case: str, **settings: Any) -> str:
         ("mixtral", "hidden_size", None, "hidden_size = null in config.json: must be a whole"),
         ("mixtral", "hidden_size", "64", "hidden_size = '64' in config.json: must be a whole"),
         ("mixtral", "num_hidden_layers", -2, "num_hidden_layers = -2 in config.json: must be a"),
+        ("mixtral", "num_hidden_layers", 10**9, "must be a whole number from 1 to 100000"),
+        ("deepseek-v3", "n_routed_experts", 10**9, "must be a whole number from 1 to 100000"),
         ("mixtral", "vocab_size", 0, "vocab_size = 0 in config.json: must be a whole number from"),
         ("mixtral", "sliding_window", "4", "sliding_window = '4' in config.json: must be a whole"),
         ("mixtral", "rms_norm_eps", None, "rms_norm_eps = null in config.json: must be a finite"),

@@ -391,7 +391,11 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert match in error_of(tmp_path, w)
     index.write_text("{")
-    assert "not valid JSON" in error_of(tmp_path, w)
+    assert "the index is not valid JSON" in error_of(tmp_path, w)
+    index.write_bytes(b"\xff")
+    assert f"{index} is not UTF-8 (byte 0 is 0xff)" in error_of(tmp_path, w)
+    index.write_text("")
+    assert f"{index} is empty" in error_of(tmp_path, w)
     index.write_text("[]")
     assert "not a JSON object" in error_of(tmp_path, w)
 
