@@ -47,7 +47,7 @@ def why_unreadable(path: Path) -> str:
     return ""
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, may_be_empty: bool = False) -> str:
     """Return the text of a file. Raises ValueError, which names the file and the reason."""
     if why := why_unreadable(path):
         raise ValueError(f"{path} {why}")
@@ -55,7 +55,7 @@ def read_text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; {_AGAIN}") from error
-    if not data.strip():
+    if not data.strip() and not may_be_empty:
         raise ValueError(f"{path} is empty; {_AGAIN}")
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer: run `git lfs pull` in its folder")

@@ -21,6 +21,7 @@ _JSON = (
     *("vocab.json", "chat_template.json"),
 )
 _TEXT = ("merges.txt", "vocab.txt", "chat_template.jinja")
+_MAY_BE_EMPTY = ("merges.txt", "chat_template.jinja")
 _SENTENCEPIECE = "tokenizer.model"
 _PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 
@@ -108,7 +109,7 @@ def check_tokenizer_files(folder: Path) -> None:
         if name in _JSON:
             _check_keys(path, read_json_object(path))
         elif name in _TEXT:
-            read_text(path)
+            read_text(path, may_be_empty=name in _MAY_BE_EMPTY)
         else:
             _check_sentencepiece(path, is_used=not is_there(folder / "tokenizer.json"))
 
