@@ -25,6 +25,7 @@ from engine.config.validation import ConfigError
 _INFER = "launch/infer.py" if (PROJECT_ROOT / "launch").is_dir() else "-m lockstep infer"
 TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.yaml"
 _BUNDLED = "configs/checkpoints"
+_CLOSED = "the folder cannot be read: Permission denied; make it readable for this user (chmod +rx)"
 # Names of the number of experts in the model families' config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # Environment variables with the number of ranks on this host: of torchrun, DeepSpeed's launcher,
@@ -84,6 +85,8 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
                 "tokenizer), or name its folder with --set model.path=DIR"
             )
         yield f"model.path = {model.path!r}: no such directory{_literal(model.path)}; {remedy}"
+    elif not os.access(folder, os.R_OK | os.X_OK):
+        yield f"model.path = {model.path!r}: {_CLOSED}"
     elif is_there(folder / "config.json") and (why := why_unreadable(folder / "config.json")):
         yield f"model.path = {model.path!r}: config.json {why}"
     elif not os.path.isfile(folder / "config.json"):
@@ -103,6 +106,8 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
             "name a Hugging Face tokenizer's, or pass --set model.tokenizer=null to use the one in "
             "model.path"
         )
+    elif model.tokenizer is not None and not os.access(model.tokenizer, os.R_OK | os.X_OK):
+        yield f"model.tokenizer = {model.tokenizer!r}: {_CLOSED}"
 
 
 def _literal(path: str) -> str:

@@ -65,6 +65,13 @@ def test_a_link_to_a_blob_that_is_missing_is_found_before_anything_is_loaded(tmp
     assert "cp -rL" in text
 
 
+def test_a_folder_without_permission_is_not_said_to_lack_files(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert f"model.path = {str(tmp_path)!r}: the folder cannot be read: Perm" in refusal(tmp_path)
+
+
 def test_every_reason_is_said_in_words(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     assert why_unreadable(path) == "does not exist; download it"
