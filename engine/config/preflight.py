@@ -12,6 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.config import Config
+from engine.config.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    describe_missing_weights,
+    is_there,
+    why_unreadable,
+)
 from engine.config.host_devices import gpu_problem
 from engine.config.loader import PROJECT_ROOT
 from engine.config.validation import ConfigError
@@ -19,6 +26,7 @@ from engine.config.validation import ConfigError
 _INFER = "launch/infer.py" if (PROJECT_ROOT / "launch").is_dir() else "-m lockstep infer"
 TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.yaml"
 _BUNDLED = "configs/checkpoints"
+_CLOSED = "the folder cannot be read: Permission denied; make it readable for this user (chmod +rx)"
 # Names of the number of experts in the model families' config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -87,22 +95,35 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
                 "put the Hugging Face checkpoint there (config.json, *.safetensors and the "
                 "tokenizer), or name its folder with --set model.path=DIR"
             )
-        yield f"model.path = {model.path!r}: no such directory; {remedy}"
+        yield f"model.path = {model.path!r}: no such directory{_literal(model.path)}; {remedy}"
+    elif not os.access(folder, os.R_OK | os.X_OK):
+        yield f"model.path = {model.path!r}: {_CLOSED}"
+    elif is_there(folder / "config.json") and (why := why_unreadable(folder / "config.json")):
+        yield f"model.path = {model.path!r}: config.json {why}"
     elif not os.path.isfile(folder / "config.json"):
         yield (
             f"model.path = {model.path!r}: holds no config.json, so it is no checkpoint; name the "
             "folder that has it, or download the checkpoint again"
         )
-    elif model.load_format == "safetensors" and not any(folder.glob("*.safetensors")):
-        yield (
-            f"model.path = {model.path!r}: holds no *.safetensors, the only weights that are read; "
-            "convert the checkpoint, or pass --set model.load_format=dummy for random weights"
-        )
+    elif model.load_format == "safetensors":
+        found = next((name for name in (SINGLE, INDEX) if is_there(folder / name)), None)
+        if found is None:
+            yield f"model.path = {model.path!r}: {describe_missing_weights(folder)}"
+        elif why := why_unreadable(folder / found):
+            yield f"model.path = {model.path!r}: {found} {why}"
     if model.tokenizer is not None and not os.path.isdir(model.tokenizer):
         yield (
-            f"model.tokenizer = {model.tokenizer!r}: no such directory; name a Hugging Face "
-            "tokenizer's, or pass --set model.tokenizer=null to use the one in model.path"
+            f"model.tokenizer = {model.tokenizer!r}: no such directory{_literal(model.tokenizer)}; "
+            "name a Hugging Face tokenizer's, or pass --set model.tokenizer=null to use the one in "
+            "model.path"
         )
+    elif model.tokenizer is not None and not os.access(model.tokenizer, os.R_OK | os.X_OK):
+        yield f"model.tokenizer = {model.tokenizer!r}: {_CLOSED}"
+
+
+def _literal(path: str) -> str:
+    """Return what to add where a path that is missing has an environment variable in it."""
+    return " (environment variables are not expanded)" if "$" in path else ""
 
 
 def _device_problems(config: Config, environ: Mapping[str, str]) -> Iterator[str]:

@@ -31,6 +31,7 @@ from engine.config.host_devices import LocalRank, VisibleGpus, find_gpus
 from engine.config.loader import digest
 from engine.config.preflight import read_num_experts
 from engine.config.world_rules import expert_ranks, validate_world
+from engine.distributed.address import check_address
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnreportedError
 from engine.distributed.groups import Group, Topology, layout
@@ -67,7 +68,7 @@ def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator
             join(store, own, launch.world_size, timeout)  # raises the error
         except RankError as shared:
             raise shared from error
-        except RendezvousError as cause:
+        except (RendezvousError, UnreportedError) as cause:
             raise UnreportedError(f"{error}\nThe other ranks do not know of it: {cause}") from error
 
 
@@ -170,10 +171,19 @@ def _fit_world(config: Config, launch: Launch) -> tuple[Config, str | None]:
 
 
 def _open_store(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) -> dist.Store:
-    """Open the store that all ranks share; rank 0 holds it unless torchrun's agent does."""
+    """Open the store that all ranks share; rank 0 holds it unless torchrun's agent does.
+
+    Raises:
+        UnreportedError: the rendezvous address is wrong; the other ranks may not know of it.
+        RendezvousError: the store cannot be opened.
+    """
     if launch.source == "single":
         return dist.HashStore()
     holds = launch.rank == 0 and not _launcher_holds_store(environ)
+    if not _launcher_holds_store(environ):
+        seconds = timeout.total_seconds()
+        limit = min(seconds, RENDEZVOUS_TIMEOUT_S) if launch.rank == 0 else seconds
+        check_address(launch.addr, launch.port, listens=holds, timeout_s=limit)
     try:
         return dist.TCPStore(launch.addr, launch.port, None, holds, timeout, wait_for_workers=False)
     except RuntimeError as error:  # the store's network and timeout errors

@@ -27,6 +27,8 @@ from engine.models.registry import build_model
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
     """Build this rank's part of the model, its weights uninitialised.
@@ -136,7 +138,7 @@ def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype
     if name != "auto":
         return getattr(torch, name)
     own = getattr(hf_config, "dtype", None)
-    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+    return own if device.type == "cuda" and own in _DTYPES else torch.float32
 
 
 def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:

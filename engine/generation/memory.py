@@ -133,12 +133,16 @@ def num_kv_blocks(
     `reserve_bytes`.
 
     Raises:
-        ValueError: when not even one block fits.
+        ValueError: when not even one block fits, or fewer than the settings ask for.
     """
     if config.kv_cache_blocks is not None:
+        setting = f"kv_cache_blocks: {config.kv_cache_blocks}"
+        _check_fits(setting, config.kv_cache_blocks, bytes_per_block, device, local_world_size)
         return config.kv_cache_blocks
     if config.kv_cache_gib is not None:
-        blocks = int(config.kv_cache_gib * _GIB) // bytes_per_block
+        blocks = int(Fraction(config.kv_cache_gib) * _GIB) // bytes_per_block
+        setting = f"kv_cache_gib: {config.kv_cache_gib}"
+        _check_fits(setting, blocks, bytes_per_block, device, local_world_size)
         if blocks < 1:
             raise ValueError(
                 f"scheduler.kv_cache_gib: {config.kv_cache_gib} is less than one block of "
@@ -157,6 +161,37 @@ def num_kv_blocks(
             "scheduler.kv_cache_gib"
         )
     return min(wanted, fits)
+
+
+def _check_fits(
+    setting: str, blocks: int, bytes_per_block: int, device: torch.device, local_world_size: int
+) -> None:
+    """Raise ValueError where a number of blocks that a setting asks for exceeds what is free.
+
+    The memory of the host is shared by its ranks: no rank has touched its cache yet.
+    """
+    if device.type == "cuda":
+        total, sharers, limit = torch.cuda.mem_get_info(device)[0], 1, ""
+    else:
+        free = free_memory()
+        total, sharers, limit = free.num_bytes, local_world_size, free.limit
+    needed = blocks * bytes_per_block
+    if needed <= total // sharers:
+        return
+    each = f" for each of the {sharers} ranks here" if sharers > 1 else ""
+    by = f" (limited by {limit})" if limit else ""
+    fits = total // sharers // bytes_per_block
+    most = fits if "blocks" in setting else f"{fits * bytes_per_block / _GIB:.2f}"
+    raise ValueError(
+        f"scheduler.{setting} does not fit: the KV cache would take {_gib(needed)} GiB and "
+        f"{total / sharers / _GIB:.2f} GiB are free on {device}{each}{by}; give at most {most}, or "
+        "null to use what is free"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    gib = min(num_bytes, 10**300) / _GIB  # a setting may have 300 digits
+    return f"{gib:.2f}" if gib < 1e6 else f"{gib:.2e}"
 
 
 def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, str]:

@@ -8,7 +8,6 @@ Every rank builds its own share:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 
 from engine.config import Config
+from engine.config.checkpoint_files import read_json_object
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
@@ -32,18 +33,6 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
 }
-_AT_LEAST_1 = (
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "vocab_size",
-)
-_MOST = 2**31 - 1  # experts are counted in 32 bits
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -62,25 +51,19 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        what = "cannot be read" if isinstance(error, OSError) else "is not valid JSON"
-        raise _refused(folder, f"config.json {what} ({error}); download it again") from error
+        values = read_json_object(folder / "config.json")
+    except ValueError as error:
+        raise _refused(folder, str(error)) from error
     if problem := _problem(values):
         raise _refused(folder, problem)
     try:
+        check_fields(values)
         hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        rope_frequencies(hf_config, read_spec(hf_config).rotary_dim, 1)
+        rotary_dim = read_spec(hf_config).rotary_dim
+        check_rope(hf_config, rotary_dim)
+        rope_frequencies(hf_config, rotary_dim, 1)
     except Exception as error:  # transformers computes with the values before it checks them
-        why = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
-            why = f"{type(error).__name__}: {why}"
-        if "config.json" not in why:
-            why = (
-                f"config.json describes no {values['model_type']} model ({why[:300]}); compare it "
-                "with the published one"
-            )
-        raise _refused(folder, why) from error
+        raise _refused(folder, explain(error, values)) from error
     return hf_config
 
 
@@ -88,10 +71,8 @@ def _refused(folder: Path, why: str) -> ValueError:
     return ValueError(f"model.path = {str(folder)!r}: {why}")
 
 
-def _problem(values: Any) -> str | None:
+def _problem(values: Mapping[str, Any]) -> str | None:
     """Return what is wrong in the text of a config.json, or None; transformers checks the rest."""
-    if not isinstance(values, Mapping):
-        return "config.json must hold one JSON object; download it again"
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
@@ -99,34 +80,6 @@ def _problem(values: Any) -> str | None:
             f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
             f"{', '.join(_FAMILIES)}"
         )
-    for name in _AT_LEAST_1:
-        value = values.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            return f"{name} = {value!r} in config.json: must be a whole number from 1"
-    if problem := _experts_problem(values):
-        return problem
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        return (
-            f"num_key_value_heads = {kv_heads} in config.json: must divide num_attention_heads = "
-            f"{heads}"
-        )
-    return None
-
-
-def _experts_problem(values: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the numbers of experts in the text of a config.json, or None."""
-    from transformers import CONFIG_MAPPING
-
-    model_type = values["model_type"]
-    other = CONFIG_MAPPING[model_type].attribute_map  # names that mean another field
-    num_experts = "n_routed_experts" if model_type.startswith("deepseek") else "num_experts"
-    num_experts = other.get(num_experts, num_experts)
-    names = [name for name in values if other.get(name, name) == num_experts]
-    for name in (*names, "num_experts_per_tok"):
-        # What is missing is transformers' default.
-        if name in values and (type(value := values[name]) is not int or not 1 <= value <= _MOST):
-            return f"{name} = {value!r} in config.json: must be a whole number from 1 to {_MOST}"
     return None
 
 
@@ -152,7 +105,7 @@ def model_length(hf_config: Any, max_model_len: int | None) -> int:
     Raises:
         ValueError: when it exceeds what the checkpoint's rotary embedding supports.
     """
-    context = hf_config.max_position_embeddings
+    context = read(hf_config, "max_position_embeddings")
     if max_model_len is None:
         return context
     # Only dynamic scaling is defined past the context length.

@@ -143,6 +143,9 @@ class SpanWriter:
             arrivals_WC: as in `wait_time.py`; None where unknown.
             offset: nanoseconds to add to this rank's stamps to get rank 0's.
             tokens: prefill and decode.
+
+        Raises:
+            OSError: naming the file.
         """
         if self._is_broken or not len(spans.starts):
             return

@@ -41,8 +41,8 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help=_OVERRIDE
     )
-    parser.add_argument("--input", type=Path, metavar="JSONL", help="requests, one per line")
-    parser.add_argument("--output", type=Path, metavar="JSONL", help="completions, in input order")
+    parser.add_argument("--input", type=_path, metavar="JSONL", help="requests, one per line")
+    parser.add_argument("--output", type=_path, metavar="JSONL", help="completions, in input order")
     parser.add_argument("--slice", metavar="I/N", help="run only this part; the last one merges")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     parser.add_argument("--retry-errors", action="store_true", help=_RETRY_ERRORS)
@@ -50,6 +50,11 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.set_defaults(prepare=partial(prepare, parser))
     return parser
+
+
+def _path(text: str) -> Path:
+    """Return a path with `~` expanded: no shell does it inside of --input=~/FILE."""
+    return Path(os.path.expanduser(text))
 
 
 def prepare(

@@ -115,6 +115,47 @@ def test_set_values_are_yaml_and_the_last_one_wins():
     assert config.runtime.timeout_s == 5.0 and isinstance(config.runtime.timeout_s, float)
 
 
+@pytest.mark.parametrize(
+    ("override", "comment"),
+    [
+        ("sampling.stop=###", "###"),
+        ("sampling.stop= # off", "# off"),
+        ("sampling.stop=a #b", "#b"),
+        ("sampling.stop=[a, b] # two", "# two"),
+        ("sampling.stop='a' #", "#"),
+        ("model.tokenizer=#dir", "#dir"),
+        ("moe.capacity.factor=1.5 #x", "#x"),
+    ],
+)
+def test_a_value_that_yaml_would_cut_at_a_comment_is_refused_with_how_to_quote_it(
+    override, comment
+):
+    (problem,) = problems_of(override)
+    assert f"--set {override}: {comment} is a comment in YAML and would be left out" in problem
+    key, _, value = override.partition("=")
+    assert problem.endswith(f"""quote the value: --set '{key}="{value.strip()}"'""")
+
+
+def test_a_quoted_or_inner_number_sign_is_text():
+    config = load("""sampling.stop=["###", 'a #b', c#d]""", "model.path=/a#b")
+    assert config.sampling.stop == ("###", "a #b", "c#d")
+    assert config.model.path == "/a#b"
+    assert load('sampling.stop="###"').sampling.stop == ("###",)
+
+
+def test_the_home_folder_is_expanded_in_paths_and_variables_are_not(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: {path: ~/m, tokenizer: ~/t}\nprofiler: {spans: ~/s}"
+    config = load_config(write(text))
+    assert (config.model.path, config.model.tokenizer) == ("/home/me/m", "/home/me/t")
+    assert config.profiler.spans == "/home/me/s"
+    config = load("model.path=~/a", "model.tokenizer=$HOME/t", "profiler.spans=~/b")
+    assert (config.model.path, config.model.tokenizer) == ("/home/me/a", "$HOME/t")
+    assert config.profiler.spans == "/home/me/b"
+    assert load_config(write(to_yaml(config))) == config
+    assert load("model.path=~nobody-here/x").model.path == "~nobody-here/x"
+
+
 def test_a_single_value_is_accepted_as_a_list_of_one():
     config = load("sampling.stop=END", "sampling.stop_token_ids=7", "moe.capacity.phases=decode")
     assert config.sampling.stop == ("END",)

@@ -86,6 +86,11 @@ def test_a_tokenizer_that_is_not_there_is_refused(checkpoint):
     assert "--set model.tokenizer=null" in text
 
 
+def test_an_environment_variable_in_a_path_that_is_missing_is_said_to_be_literal():
+    text = refusal(config_of("$SCRATCH/model", tokenizer="${HOME}/tokenizer"))
+    assert text.count("no such directory (environment variables are not expanded)") == 2
+
+
 def test_paths_that_the_file_system_refuses_are_refused_like_missing_ones():
     text = refusal(config_of("x" * 5000, tokenizer="y" * 5000))
     assert text.count("no such directory") == 2
