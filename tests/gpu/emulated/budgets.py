@@ -64,7 +64,6 @@ def _drop(policy: str, selection: str, **more: Any) -> dict[str, Any]:
 
 ROWS = (
     Row("mixtral decode, one expert per rank", "mixtral", model={"num_local_experts": 2}),
-    Row("mixtral decode, deduplicated", "mixtral"),
     Row("olmoe decode", "olmoe", _PLAIN),
     Row("qwen2_moe decode", "qwen2_moe", _PLAIN),
     Row("qwen3_moe decode", "qwen3_moe", _PLAIN),
