@@ -219,7 +219,8 @@ def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, val
 
 @pytest.mark.parametrize("case", ["qwen2-moe", "qwen3-moe"])
 def test_a_qwen_model_of_0_experts_is_dense_as_in_transformers(tmp_path, case):
-    (tmp_path / "config.json").write_text(altered(case, num_experts=0))
+    zero = {"num_local_experts": 0} if case == "qwen3-moe" else {"num_experts": 0}
+    (tmp_path / "config.json").write_text(altered(case, **zero))
     layers = read_spec(read_config(tmp_path)).layers
     assert layers and all(isinstance(layer.mlp, DenseSpec) for layer in layers)
 
