@@ -72,6 +72,31 @@ def test_a_latent_cache_with_values_as_a_strided_prefix_matches_the_reference(dt
 
 
 @kernel
+def test_decodes_have_tiles_of_their_own_beside_a_prefill(monkeypatch):
+    from engine.ops.gpu import paged_attention
+
+    launches, run = [], paged_attention._paged_attention_kernel
+
+    class Noting:
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                launches.append((*args[7:9], constants["BLOCK_M"]))
+                run[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(paged_attention, "_paged_attention_kernel", Noting())
+    lens = [(1, 20), (3, 40), (1, 7), (50, 60), (1, 30)]
+    case = paged_case(lens, heads=8, kv_heads=2, key_dim=16, value_dim=16)
+    compare(case, dtype=torch.float16)
+    # First sequence, how many, rows of a tile. A decode behind a prefill stays with it.
+    assert launches == [(0, 3, 16), (3, 2, 64)]
+    alone = paged_case([(1, 20)], heads=8, kv_heads=2, key_dim=576)
+    compare(alone, dtype=torch.float16)
+    assert launches[2:] == [(0, 1, 16)]
+
+
+@kernel
 def test_an_empty_step_returns_an_empty_result():
     case = paged_case([], heads=2, kv_heads=1, key_dim=16, value_dim=16)
     assert run_attention(case, scale=1.0, window=None).shape == (0, 2, 16)
