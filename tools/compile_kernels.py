@@ -112,11 +112,17 @@ def failures(record: dict[str, Any]) -> list[str]:
     return wrong or [*table.too_large(table.table_of(record["kernels"]))]
 
 
+def table_version() -> str:
+    """Return the version of triton that the table is of."""
+    return table.read(TABLE.read_text())[1]
+
+
 def comparison(record: dict[str, Any]) -> list[str]:
     """Return a sentence per kernel that grew since the table was written."""
     before, version = table.read(TABLE.read_text())
     if version != record["triton"]:
         return [f"{TABLE.name} is of triton {version}, installed is {record['triton']}: --write"]
+    assert all(entry["registers"] >= 0 for entry in record["kernels"]), "ptxas reported nothing"
     return [*table.regressions(before, table.table_of(record["kernels"]))]
 
 

@@ -232,20 +232,22 @@ def variants() -> Iterator[Variant]:
     """Yield the calls to compile: decode and prefill with the usual heads, a latent cache, both."""
 
     def variant(
-        label: str, dtype: str, queries: int, heads: int, kv_heads: int, dim: int
+        label: str, dtype: str, queries: list[int], heads: int, kv_heads: int, dim: int
     ) -> Variant:
-        def call(sequences: int) -> None:
-            kind, context = DTYPES[dtype], 16 * sequences + queries
+        def call(num: int) -> None:
+            query_lens = queries[:1] * num + queries[1:]
+            sequences, context = len(query_lens), 16 * num + max(queries)
+            kind = DTYPES[dtype]
             cache = meta(256, kv_heads, 16, dim, dtype=kind)
             latent = dim == 576
             paged_attention_triton(
-                meta(sequences * queries, heads, dim, dtype=kind),
+                meta(sum(query_lens), heads, dim, dtype=kind),
                 cache,
                 cache[..., :512] if latent else meta(256, kv_heads, 16, dim, dtype=kind),
                 meta(sequences + 1, dtype=torch.int32),
                 meta(sequences, dtype=torch.int32),
                 meta(sequences, -(-context // 16), dtype=torch.int32),
-                query_lens=[queries] * sequences,
+                query_lens=query_lens,
                 context_lens=[context] * sequences,
                 scale=dim**-0.5,
                 window=None,
@@ -254,12 +256,11 @@ def variants() -> Iterator[Variant]:
         return Variant(f"{dtype} {label}", call)
 
     for dtype in DTYPES:
-        yield variant("decode, group 4, head 128", dtype, 1, 32, 8, 128)
-        yield variant("prefill, group 4, head 128", dtype, 300, 32, 8, 128)
-        yield variant("latent 576, 16 heads", dtype, 1, 16, 1, 576)
-    yield variant("decode, group 8, head 128", "bf16", 1, 32, 4, 128)
-    yield variant("prefill, group 8, head 128", "bf16", 300, 32, 4, 128)
-    yield variant("decode, group 20, head 128", "bf16", 1, 20, 1, 128)
-    yield variant("latent 576, 128 heads", "bf16", 1, 128, 1, 576)
+        yield variant("decode, group 4, head 128", dtype, [1], 32, 8, 128)
+        yield variant("prefill, group 4, head 128", dtype, [300], 32, 8, 128)
+        yield variant("latent 576, 16 heads", dtype, [1], 16, 1, 576)
+    yield variant("decode and prefill, group 8, head 128", "bf16", [1, 300], 32, 4, 128)
+    yield variant("decode, group 20, head 128", "bf16", [1], 20, 1, 128)
+    yield variant("latent 576, 128 heads", "bf16", [1], 128, 1, 576)
     for head in (64, 80, 256):
-        yield variant(f"prefill, group 1, head {head}", "bf16", 300, 16, 16, head)
+        yield variant(f"prefill, group 1, head {head}", "bf16", [300], 16, 16, head)

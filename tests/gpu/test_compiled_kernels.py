@@ -24,6 +24,9 @@ def test_no_number_of_tokens_compiles_a_kernel_again_and_each_kernel_has_a_decla
 def test_every_kernel_compiles_and_none_spills_more_or_is_a_fifth_larger_than_in_the_table():
     record = compile_kernels.compile_all()
     assert compile_kernels.failures(record) == []
+    version = compile_kernels.table_version()
+    if record["triton"] != version:  # Python 3.10 resolves a version of its own
+        pytest.skip(f"the table is of triton {version}, installed is {record['triton']}")
     assert compile_kernels.comparison(record) == [], (
         "meant? python tools/compile_kernels.py --write"
     )

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # before triton is imported: it has the register counts
+# Before triton is imported. The log of ptxas has the registers; a kernel from a cache has no log.
+os.environ["TRITON_DUMP_PTXAS_LOG"] = os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import triton
 from triton import knobs
@@ -57,6 +58,7 @@ def _compiling_only(arch: int, compiled: Callable[[JITFunction, Any], None]) -> 
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        self.device_caches.clear()
         compiled(self, run(self, *args, **{**kwargs, "warmup": True}))
 
     triton.runtime.driver.set_active(_Device(arch))  # type: ignore[arg-type]

@@ -42,11 +42,11 @@ def write(table: Table, version: str) -> str:
         "# registers per thread, bytes spilled per thread, bytes of shared memory per block.",
         "# Written by `python tools/compile_kernels.py --write`.",
         f"# triton {version}",
-        f"# {'kernel':<22}{'variant':<40}{heads}",
+        f"# {'kernel':<22}{'variant':<48}{heads}",
     ]
     for (kernel, variant), per_arch in sorted(table.items()):
         numbers = "".join("{:>8}{:>5}{:>7}".format(*per_arch[arch]) for arch in ARCHS)
-        lines.append(f"{kernel:<24}{variant:<40}{numbers}")
+        lines.append(f"{kernel:<24}{variant:<48}{numbers}")
     return "\n".join(lines) + "\n"
 
 
