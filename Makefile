@@ -64,7 +64,9 @@ test: lint
 	@echo 'make test: lint, types and tests passed'
 
 # One at a time: what is measured has the machine to itself.
+# First the oldest and the newest triton, which compile the GPU kernels, into folders of their own.
 test-long: setup
+	$(BIN)/python tools/compile_kernels.py --install
 	$(call PYTEST,$(LONG_LIMIT_S)) -m 'alone or long' $(SUITE) $(ARGS)
 	@echo 'make test-long: passed'
 

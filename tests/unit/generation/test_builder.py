@@ -19,11 +19,11 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
     router = SimpleNamespace(top_k=2, num_experts=8)
     layer = SimpleNamespace(
         spec=SimpleNamespace(router=router, hidden=16, ffn=32),
-        num_local_experts=4,
+        layout_policy=SimpleNamespace(most_local_experts=4),
         reserve=reserve,
     )
     model: Any = SimpleNamespace(moe_layers=[layer], embedding_VD=torch.zeros(1))
-    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=2))
+    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=2), device=torch.device("cpu"))
     moe = MoEConfig(capacity=CapacityConfig(policy="token_drop"))
     config = Config(model=ModelConfig(path="x"), moe=moe)
     with pytest.raises(ValueError, match=r"^scheduler\.max_batch_tokens = 2048: the rows .*lower"):
