@@ -224,7 +224,7 @@ class LLM:
             )
             loop.run(source, measured.timed(sink), on_step, stop)
         on_end()
-        clock_error = self._clock_offset.error * 1e-9
+        clock_error = (self._clock_offset.error + self._telemetry.clock.error_ns) * 1e-9
         self.report = measured.report(loop.totals, self.resolved_settings, clock_error)
         return self.report
 

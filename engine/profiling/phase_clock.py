@@ -149,6 +149,11 @@ class PhaseClock:
         """
         return None
 
+    @property
+    def error_ns(self) -> int:
+        """Uncertainty of the stamps against the host's monotonic clock, nanoseconds."""
+        return 0
+
     def position(self) -> Position:
         """Return how far this rank's host has come; any thread may call it."""
         phase, layer, *_ = self._last
