@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Generic, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 from engine.profiling.phase_clock import (
     NO_LAYER,
     NONE,
+    WARM_UP,
     Mark,
     Phase,
     PhaseClock,
@@ -37,18 +39,35 @@ class NoClock(PhaseClock):
     """Keeps its position and nothing else (`profiler.enabled: false`)."""
 
 
+@dataclass(slots=True)
+class _Step(Generic[_Stamp]):
+    """The marks of one step."""
+
+    complete: bool = True  # all marks are stamped
+    marks: list[Mark] = field(default_factory=list)
+    stamps: list[_Stamp | None] = field(default_factory=list)  # one per mark, and the step's end
+    sent: list[Sent] = field(default_factory=list)
+    arrivals: list[_Stamp | None] = field(default_factory=list)  # None: skipped
+
+
 class _StampClock(PhaseClock, ABC, Generic[_Stamp]):
-    """Marks of the current step and of closed steps that were not read yet, each with a stamp of
-    the device's kind.
+    """Marks of the current step and of closed steps that were not read yet, with stamps of the
+    device's kind.
+
+    Args:
+        every: steps from one complete one to the next; see `phase_clock.py`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int = 1) -> None:
         super().__init__()
-        self._marks: list[Mark] = []
-        self._stamps: list[_Stamp] = []
-        self._sent: list[Sent] = []
-        self._arrivals: list[_Stamp | None] = []  # None: skipped
-        self._closed: list[tuple[list[Mark], list[_Stamp], list[Sent], list[_Stamp | None]]] = []
+        self.every = every
+        self._closed: list[_Step[_Stamp]] = []
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Number the steps from 0 again: their numbers decide which are complete."""
+        self._step_of_run = 0
+        self._step: _Step[_Stamp] = _Step()
 
     @abstractmethod
     def _stamp(self) -> _Stamp:
@@ -56,49 +75,54 @@ class _StampClock(PhaseClock, ABC, Generic[_Stamp]):
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
         """End the current span and start one of `phase` that processes `tokens`."""
-        self._mark((phase, layer, tokens, NONE), self._stamp())
+        step = self._step
+        stamps = step.complete or layer != self._last[1] or not step.marks
+        self._mark((phase, layer, tokens, NONE), self._stamp() if stamps else None)
 
     def record_arrival(self) -> int:
         """Note that this rank starts a collective and waits for it later; return its number."""
         self._collectives += 1
-        self._arrivals.append(self._stamp())
-        return len(self._arrivals) - 1
+        arrivals = self._step.arrivals
+        arrivals.append(self._stamp())
+        return len(arrivals) - 1
 
     def enter_collective(
         self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0, collective: int | None = None
     ) -> None:
         """End the current span and start one that waits for a collective; as in `PhaseClock`."""
-        stamp = self._stamp()
+        stamp, arrivals = self._stamp(), self._step.arrivals
         if collective is None:
             self._collectives += 1
-            collective = len(self._arrivals)
-            self._arrivals.append(stamp)
+            collective = len(arrivals)
+            arrivals.append(stamp)
         self._mark((phase, layer, tokens, collective), stamp)
 
     def skip_collective(self, phase: Phase, layer: int = NO_LAYER) -> None:
         """Enter a collective that this rank leaves out; as in `PhaseClock`."""
         self._collectives += 1
-        self._mark((phase, layer, 0, len(self._arrivals)), self._stamp())
-        self._arrivals.append(None)
+        self._mark((phase, layer, 0, len(self._step.arrivals)), self._stamp())
+        self._step.arrivals.append(None)
 
     def sent(self, num_bytes: int) -> None:
         """Count bytes that the current span sends to other ranks."""
-        if self._marks:
-            self._sent.append((len(self._marks) - 1, num_bytes))
+        if self._step.marks:
+            self._step.sent.append((len(self._step.marks) - 1, num_bytes))
 
     def close_step(self) -> None:
         """End the step's last span; later marks belong to the next step."""
-        if not self._marks:
+        if not self._step.marks:
             return
         self._steps += 1
-        self._stamps.append(self._stamp())
-        self._closed.append((self._marks, self._stamps, self._sent, self._arrivals))
-        self._marks, self._stamps, self._sent, self._arrivals = [], [], [], []
+        self._step.stamps.append(self._stamp())
+        self._closed.append(self._step)
+        self._step_of_run += 1
+        number = self._step_of_run
+        self._step = _Step(complete=number <= WARM_UP or number % self.every == 0)
 
-    def _mark(self, mark: Mark, stamp: _Stamp) -> None:
+    def _mark(self, mark: Mark, stamp: _Stamp | None) -> None:
         self._last = mark
-        self._marks.append(mark)
-        self._stamps.append(stamp)
+        self._step.marks.append(mark)
+        self._step.stamps.append(stamp)
 
 
 class HostClock(_StampClock[int]):
@@ -111,10 +135,8 @@ class HostClock(_StampClock[int]):
         """Return the spans of the oldest closed step that was not read yet, or None."""
         if not self._closed:
             return None
-        marks, stamps, sent, arrivals = self._closed.pop(0)
-        columns = np.array(marks, dtype=np.int64).T
-        started = [NONE if stamp is None else stamp for stamp in arrivals]
-        return spans_of(columns, sent, np.array(stamps), np.array(started, dtype=np.int64))
+        step = self._closed.pop(0)
+        return spans_of(step.marks, step.sent, step.stamps, step.arrivals, step.complete)
 
 
 class HostOffset:
@@ -194,8 +216,8 @@ class CudaClock(_StampClock[_Recorded]):
     milliseconds, which resolves microseconds over seconds but not over an hour.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device, every: int = 1) -> None:
+        super().__init__(every)
         self._device = device
         self._pool: list[torch.cuda.Event] = []
         self._base = torch.cuda.Event(enable_timing=True)
@@ -222,23 +244,25 @@ class CudaClock(_StampClock[_Recorded]):
         """
         if len(self._closed) < (1 if ended else 2):
             return None
-        marks, stamps, sent, arrivals = self._closed.pop(0)
+        step = self._closed.pop(0)
+        assert (end := step.stamps[-1]) is not None
         # SYNC: of a step with another one queued behind it; already completed, unless neither of
         # the two sampled. Polling instead would let ranks drift apart by a step, and stamps of
         # different steps cannot be compared.
-        last, _ = stamps[-1]
-        last.synchronize()
+        end[0].synchronize()
         # An arrival may also be the stamp of a span; each event is read and reused once.
-        recorded = {id(each[0]): each for each in (*stamps, *arrivals) if each is not None}
+        both = (*step.stamps, *step.arrivals)
+        recorded = {id(each): each for each in both if each is not None}
         elapsed = [self._base.elapsed_time(event) * 1e6 for event, _ in recorded.values()]
         at = dict(zip(recorded, self._host_times(np.array(elapsed), recorded), strict=True))
-        columns = np.array(marks, dtype=np.int64).T
-        ends = np.array([at[id(event)] for event, _ in stamps], dtype=np.int64)
-        arrived = [NONE if each is None else at[id(each[0])] for each in arrivals]
-        del recorded[id(last)]
+        stamps, arrivals = (
+            [None if each is None else at[id(each)] for each in part]
+            for part in (step.stamps, step.arrivals)
+        )
+        del recorded[id(end)]
         self._pool += [self._base, *(event for event, _ in recorded.values())]
-        self._base = last
-        return spans_of(columns, sent, ends, np.array(arrived, dtype=np.int64))
+        self._base = end[0]
+        return spans_of(step.marks, step.sent, stamps, arrivals, step.complete)
 
     def _host_times(self, elapsed_N: np.ndarray, recorded: dict[int, _Recorded]) -> list[int]:
         """Return the host's time of a step's events, and move the base to the last one.
@@ -264,8 +288,11 @@ class CudaClock(_StampClock[_Recorded]):
         return event, before_ns
 
 
-def make_clock(device: torch.device, enabled: bool = True) -> PhaseClock:
-    """Return the clock for a device; a `NoClock` if not enabled."""
+def make_clock(device: torch.device, enabled: bool = True, every: int = 1) -> PhaseClock:
+    """Return the clock for a device; a `NoClock` if not enabled.
+
+    every: steps from one complete one to the next.
+    """
     if not enabled:
         return NoClock()
-    return CudaClock(device) if device.type == "cuda" else HostClock()
+    return CudaClock(device, every) if device.type == "cuda" else HostClock(every)

@@ -57,14 +57,16 @@ class Event:
         return float(np.float32((later._at_device - self._at_device) * 1e-6))
 
 
-def cuda_clock(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None = None) -> CudaClock:
+def cuda_clock(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None = None, every: int = 1
+) -> CudaClock:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     time = SimpleNamespace(monotonic_ns=lambda: Event.gpu.now_ns)
     monkeypatch.setattr(device_clocks, "time", time)
     Event.gpu = gpu or Gpu()
-    clock = CudaClock(torch.device("cuda", 0))
+    clock = CudaClock(torch.device("cuda", 0), every)
     Event.gpu.waited_for.clear()
     Event.gpu.num_records = 0
     return clock
@@ -209,3 +211,54 @@ def test_the_error_says_how_long_events_usually_waited_for_the_device(monkeypatc
         gpu.now_ns += 10 * MS
         clock.read(ended=True)
     assert clock.error_ns == pytest.approx(200 * US, abs=5 * US)
+
+
+def run_layers(clock: CudaClock, layers: int) -> None:
+    """Mark a step as the model does: the control message, then layers with three collectives."""
+    clock.enter(Phase.OTHER)
+    clock.enter_collective(Phase.CONTROL)
+    clock.enter(Phase.OTHER)
+    for layer in range(layers):
+        clock.enter(Phase.ATTENTION, layer, 8)
+        clock.enter(Phase.OTHER, layer)
+        clock.enter(Phase.GATE, layer, 8)
+        clock.enter(Phase.PLAN, layer)
+        clock.enter_collective(Phase.CONSENSUS, layer)
+        clock.enter(Phase.PLAN, layer)
+        clock.enter(Phase.PLAN, layer)
+        clock.enter_collective(Phase.DISPATCH, layer)
+        clock.enter(Phase.EXPERTS, layer, 8)
+        clock.enter_collective(Phase.COMBINE, layer)
+        clock.enter(Phase.PLAN, layer)
+        clock.enter(Phase.OTHER, layer)
+        Event.gpu.now_ns += MS
+    clock.close_step()
+
+
+def test_an_ordinary_step_records_an_event_per_collective_and_layer(monkeypatch):
+    clock = cuda_clock(monkeypatch, every=16)
+    layers, counts, complete = 32, [], []
+    for _ in range(34):
+        Event.gpu.num_records = 0
+        run_layers(clock, layers)
+        counts.append(Event.gpu.num_records)
+        step = clock.read(ended=True)
+        assert step is not None and (step.arrivals >= 0).all()
+        assert len(step.arrivals) == 1 + 3 * layers
+        complete.append(step.complete)
+    whole, ordinary = 12 * layers + 4, 4 * layers + 3
+    assert complete == [step in (0, 1, 2, 16, 32) for step in range(34)]
+    assert counts == [whole if each else ordinary for each in complete]
+
+
+def test_each_run_begins_with_complete_steps(monkeypatch):
+    clock = cuda_clock(monkeypatch, every=16)
+    for _ in range(2):
+        clock.begin_run()
+        found = []
+        for _ in range(5):
+            run_layers(clock, 1)
+            step = clock.read(ended=True)
+            assert step is not None
+            found.append(step.complete)
+        assert found == [True, True, True, False, False]
