@@ -1,4 +1,4 @@
-"""engine/generation/builder.py: what does not fit into memory is said by setting."""
+"""engine/generation/builder.py: what it chooses, and what does not fit into memory by setting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig
-from engine.generation.builder import reserve_rows
+from engine.config.loader import config_from_tree
+from engine.generation.builder import profiler_every, reserve_rows
 
 
 def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
@@ -28,3 +29,29 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
     config = Config(model=ModelConfig(path="x"), moe=moe)
     with pytest.raises(ValueError, match=r"^scheduler\.max_batch_tokens = 2048: the rows .*lower"):
         reserve_rows(model, config, topology)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def every(device: torch.device, tree: dict[str, Any]) -> int:
+    return profiler_every(config_from_tree({"model": {"path": "models/none"}, **tree}), device)
+
+
+def test_every_step_is_timed_whole_on_the_cpu_and_each_16th_on_cuda():
+    assert every(CPU, {}) == 1 and every(CUDA, {}) == 16
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"profiler": {"spans": "spans"}},
+        {"profiler": {"deepspeed_comms": True}},
+        {"moe": {"capacity": {"policy": "token_drop", "speed_aware": True}}},
+    ],
+    ids=str,
+)
+def test_every_step_is_timed_whole_on_cuda_where_something_reads_all_of_them(tree):
+    assert every(CUDA, tree) == 1
+    tree = {**tree, "profiler": {**tree.get("profiler", {}), "every": 8}}
+    assert every(CUDA, tree) == every(CPU, tree) == 8, "what the user sets holds"
