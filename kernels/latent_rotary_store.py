@@ -85,7 +85,7 @@ def latent_rotary_store_reference(
         q_rope_THR = q_rope_THR.index_select(0, rows_Q)
     latent_T1C = rms_norm(latent_TC, norm_C, eps).unsqueeze(1)
     key_T1L = torch.cat((latent_T1C, k_rope_T1R), dim=2)
-    store_kv(key_T1L, latent_T1C, cache, cache[..., : latent_TC.shape[1]], slots_T)
+    store_kv(key_T1L, latent_T1C, cache, cache.narrow(3, 0, latent_TC.shape[1]), slots_T)
     return torch.cat((absorbed_QHC, q_rope_THR), dim=2)
 
 
