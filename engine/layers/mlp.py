@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from engine.layers.parallel import empty_parameter
-from engine.ops.gate_output import gate_output
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
-from engine.ops.silu_and_mul import silu_and_mul
+from engine.ops.silu_and_mul import gate_output, silu_and_mul
 from engine.weights.slot import WeightSlot
 
 

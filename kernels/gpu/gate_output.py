@@ -1,6 +1,6 @@
 """gate_output on CUDA: one Triton program a row, the projection in float32.
 
-`gate_output` imports this file only where Triton and a CUDA tensor are at hand.
+`silu_and_mul` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
 import torch

@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from engine.ops.gate_output import gate_output_reference
+from engine.ops.silu_and_mul import gate_output_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 
 from engine.ops import (
-    gate_output,
     grouped_ffn,
     linear,
     permute,
@@ -156,8 +155,8 @@ def _cases() -> Iterator[Case]:
     )
     yield (
         "gate_output",
-        gate_output.gate_output,
-        gate_output.gate_output_reference,
+        silu_and_mul.gate_output,
+        silu_and_mul.gate_output_reference,
         [random(9, 256), random(9, 256), random(1, 256) / 16],
     )
     yield from cache_cases()
