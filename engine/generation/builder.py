@@ -13,6 +13,7 @@ import torch
 
 from engine.config import Config
 from engine.config.world_rules import validate_world
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
@@ -25,6 +26,10 @@ from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where profiler.every is auto: a stamp on CUDA takes the host some microseconds.
+_CUDA_EVERY = 16
 
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
@@ -105,6 +110,16 @@ def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Ru
     return Runner(model, cache, topology.device), Scheduler(settings, pool, model.max_model_len)
 
 
+def profiler_every(config: Config, device: torch.device) -> int:
+    """Resolve profiler.every: steps from one in which every phase is timed to the next."""
+    profiler = config.profiler
+    if profiler.every != "auto":
+        return profiler.every
+    reads_all = profiler.spans is not None or profiler.deepspeed_comms
+    reads_all = reads_all or config.moe.capacity.speed_aware
+    return _CUDA_EVERY if device.type == "cuda" and not reads_all else 1
+
+
 def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:
     """Return the values that the engine chose for settings left to it: setting -> value.
 
@@ -135,13 +150,17 @@ def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype
     if name != "auto":
         return getattr(torch, name)
     own = getattr(hf_config, "dtype", None)
-    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+    return own if device.type == "cuda" and own in _DTYPES else torch.float32
 
 
 def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
-    """Allocate the MoE row buffers where a capacity policy bounds their size.
+    """Limit the rows that a rank receives at once, and allocate the MoE row buffers: on CUDA, and
+    where a capacity policy bounds their size.
 
     Returns the bytes that the layers' activations may still take.
+
+    Raises:
+        ValueError: they do not fit into memory; the text names the setting.
     """
     if not model.moe_layers:
         return 0
@@ -150,15 +169,23 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,
         num_experts=layer.spec.router.num_experts,
-        num_local_experts=layer.num_local_experts,
+        num_local_experts=layer.layout_policy.most_local_experts,
         hidden=layer.spec.hidden,
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler
     bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
     dtype = model.embedding_VD.dtype
-    needed = bound.activation_bytes(shape, dtype)
-    if capacity.policy == "none":
+    is_cuda = topology.device.type == "cuda"
+    needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
+    for each in model.moe_layers:
+        each.row_limit = bound.received if bound.has_rounds else None
+    if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
         return needed
-    layer.reserve(bound.sent, bound.received)
+    with memory_in_words(
+        f"scheduler.max_batch_tokens = {limits.max_batch_tokens}: the rows that a rank may have in "
+        "one step do not fit into memory; lower it, use more ranks, or "
+        "moe.capacity.policy = none, which reserves nothing"
+    ):
+        layer.reserve(bound.sent, bound.received)
     return needed - model.row_buffers.num_bytes
