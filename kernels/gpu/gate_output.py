@@ -3,9 +3,13 @@
 `silu_and_mul` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -50,3 +54,18 @@ def _tile(dim: int) -> tuple[int, int]:
     """Returns the columns of a program and its warps: 8 columns a thread, 16 bytes in bfloat16."""
     block = triton.next_power_of_2(dim)
     return block, min(16, max(1, block // 256))
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: the widths of Qwen1.5-MoE and Qwen2-57B-A14B."""
+
+    def variant(name: str, dtype: torch.dtype, dim: int) -> Variant:
+        def call(rows: int) -> None:
+            out_TD, x_TD = meta(rows, dim, dtype=dtype), meta(rows, dim, dtype=dtype)
+            gate_output_triton(out_TD, x_TD, meta(1, dim, dtype=dtype))
+
+        return Variant(f"{name} dim {dim}", call)
+
+    for name, dtype in DTYPES.items():
+        yield variant(name, dtype, 2048)
+    yield variant("bf16", torch.bfloat16, 3584)

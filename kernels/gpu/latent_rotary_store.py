@@ -3,9 +3,13 @@
 `latent_rotary_store` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -160,3 +164,37 @@ def _tile(latent: int, rotary: int) -> tuple[int, int, int]:
     """Returns the padded dims and the warps: 8 numbers of a latent a thread, 16 bytes in bf16."""
     latent_pad, rotary_pad = triton.next_power_of_2(latent), triton.next_power_of_2(rotary)
     return latent_pad, rotary_pad, max(1, latent_pad // 256)
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: DeepSeek's latent of 512 + 64, all tokens or a few attending."""
+
+    def variant(name: str, heads: int, reads: bool) -> Variant:
+        dtype = DTYPES[name]
+
+        def call(tokens: int) -> None:
+            queries = tokens // 2 + 1 if reads else tokens
+            q_THD = meta(tokens, heads, 192, dtype=dtype)
+            down_TO = meta(tokens, 1536 + 576, dtype=dtype)
+            angles = meta(tokens, 64, dtype=dtype)
+            latent_rotary_store_triton(
+                meta(heads, queries, 512, dtype=dtype).transpose(0, 1),
+                q_THD[..., 128:],
+                down_TO[:, 1536:2048],
+                down_TO[:, 2048:],
+                meta(512, dtype=dtype),
+                1e-6,
+                angles,
+                angles,
+                meta(256, 1, 16, 576, dtype=dtype),
+                meta(tokens, dtype=torch.int64),
+                interleaved=True,
+                rows_Q=meta(queries, dtype=torch.int64) if reads else None,
+            )
+
+        return Variant(f"{name} {heads} heads{', rows read' if reads else ''}", call)
+
+    for name in DTYPES:
+        yield variant(name, 16, reads=False)
+    yield variant("bf16", 128, reads=False)
+    yield variant("bf16", 16, reads=True)

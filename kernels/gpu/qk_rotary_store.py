@@ -4,10 +4,13 @@ Nothing but the cache is overwritten: a program that normalises a whole projecti
 of all others. `qk_rotary_store` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 from engine.ops.qk_rotary_store import QKRule
 
 
@@ -220,3 +223,32 @@ def _tile(dim: int, heads: int) -> tuple[int, int, int]:
     pad = triton.next_power_of_2(dim)
     block_h = min(triton.next_power_of_2(heads), max(1, 1024 // pad))
     return pad, block_h, max(1, block_h * pad // 256)
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: heads and norms of Mixtral, Qwen3, OLMoE, and one of dim 80."""
+
+    def variant(name: str, rule: QKRule, heads: int, kv_heads: int, dim: int = 128) -> Variant:
+        dtype = DTYPES[name]
+
+        def call(tokens: int) -> None:
+            widths = (heads * dim, kv_heads * dim)
+            qkv_TO = meta(tokens, widths[0] + 2 * widths[1], dtype=dtype)
+            q_TO, k_TO, v_TO = qkv_TO.split_with_sizes((*widths, widths[1]), dim=1)
+            norms: list[torch.Tensor | None] = [None, None]
+            if rule.norm != "none":
+                sizes = (dim, dim) if rule.norm == "head" else widths
+                norms = [meta(size, dtype=dtype) for size in sizes]
+            angles, slots = meta(tokens, dim, dtype=dtype), meta(tokens, dtype=torch.int64)
+            cache = meta(256, kv_heads, 16, dim, dtype=dtype)
+            qk_rotary_store_triton(
+                q_TO, k_TO, v_TO, *norms, angles, angles, cache, cache, slots, rule
+            )
+
+        return Variant(f"{name} norm {rule.norm}, {heads} and {kv_heads} heads of {dim}", call)
+
+    for name in DTYPES:
+        yield variant(name, QKRule("none"), 32, 8)
+        yield variant(name, QKRule("head"), 32, 4)
+    yield variant("bf16", QKRule("projection", clip=8.0), 16, 16)
+    yield variant("bf16", QKRule("none"), 5, 1, 80)

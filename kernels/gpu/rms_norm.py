@@ -3,9 +3,13 @@
 `rms_norm` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -70,3 +74,21 @@ def _tile(dim: int) -> tuple[int, int]:
     """Returns the columns of a program and its warps: 8 columns a thread, 16 bytes in bfloat16."""
     block = triton.next_power_of_2(dim)
     return block, min(16, max(1, block // 256))
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: widths of models and of a latent, alone and with a residual."""
+
+    def variant(name: str, dtype: torch.dtype, dim: int, add: bool) -> Variant:
+        def call(rows: int) -> None:
+            x_TD = meta(rows, dim + 576, dtype=dtype)[:, :dim]  # a view of a joint projection
+            residual_TD = meta(rows, dim, dtype=dtype) if add else None
+            rms_norm_triton(x_TD, meta(dim, dtype=dtype), 1e-6, residual_TD)
+
+        return Variant(f"{name} dim {dim}{', residual' if add else ''}", call)
+
+    yield variant("bf16", torch.bfloat16, 1536, add=False)
+    yield variant("bf16", torch.bfloat16, 2048, add=True)
+    yield variant("bf16", torch.bfloat16, 7168, add=True)
+    for name, dtype in DTYPES.items():
+        yield variant(name, dtype, 4096, add=True)

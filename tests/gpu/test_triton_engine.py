@@ -1,15 +1,11 @@
 """The engine on the Triton kernels in Triton's interpreter: the tokens of the torch references.
 
-CPU tensors are taken for CUDA ones, so every launcher is called as a job on a GPU calls it:
-
-    TRITON_INTERPRET=1 python -m pytest tests/gpu/test_triton_engine.py
+CPU tensors are taken for CUDA ones, so every launcher is called as a job on a GPU calls it.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +17,10 @@ from engine.config.loader import config_from_tree
 from engine.llm import LLM
 from engine.ops import native, triton_support
 from engine.request import Completion, SamplingParams
+from tests.helpers.triton_cases import INTERPRETED, kernel
 from tools.make_random_checkpoint import make_checkpoint
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs triton and TRITON_INTERPRET=1",
-)
+pytestmark = [kernel, pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")]
 
 PROMPTS = [[5, 60, 7, 90, 12], [3, 1, 4, 1, 5, 9, 2, 6, 53], [71]]
 # Launchers of the layers, and the families that need them beside those that all need.

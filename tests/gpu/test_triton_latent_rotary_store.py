@@ -1,28 +1,18 @@
 """latent_rotary_store in Triton against the torch reference.
 
-On a CUDA device, or in Triton's interpreter:
-
-    TRITON_INTERPRET=1 python -m pytest tests/gpu/test_triton_latent_rotary_store.py
+On a CUDA device, else in Triton's interpreter.
 """
-
-import importlib.util
-import os
 
 import pytest
 import torch
 
 from engine.ops.latent_rotary_store import latent_rotary_store_reference
+from tests.helpers.triton_cases import DEVICE, DTYPES, kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 BOUNDS = {torch.float32: 5e-6, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 EPS = 1e-6
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (DEVICE == "cpu" and not INTERPRETED),
-    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1",
-)
+pytestmark = kernel
 
 
 def case(tokens: int, heads: int, latent: int, rotary: int, rows: list[int] | None = None) -> dict:

@@ -1,8 +1,6 @@
 """Attention and the dense MLP on the Triton kernels: the torch references' results, few launches.
 
-On a CUDA device, or in Triton's interpreter, where CPU tensors are taken for CUDA ones:
-
-    TRITON_INTERPRET=1 python -m pytest tests/gpu/test_triton_layers.py
+On a CUDA device, else in Triton's interpreter, where CPU tensors are taken for CUDA ones.
 
 Launches are counted by a rule, not measured: a Triton kernel and an op of torch are one each, views
 and memory none.
@@ -11,8 +9,6 @@ and memory none.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections import Counter
 from typing import Any, cast
 
@@ -26,16 +22,12 @@ from engine.layers.mla import LatentAttention, MLASpec
 from engine.layers.mlp import DenseMLP
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.ops import native, triton_support
+from tests.helpers.triton_cases import DEVICE, kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 ALONE = Group(0, 1, (0,), cast(Any, None))
 BLOCK, NUM_BLOCKS = 4, 12
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (DEVICE == "cpu" and not INTERPRETED),
-    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1",
-)
+pytestmark = kernel
 
 
 class Launches(TorchDispatchMode):

@@ -1,28 +1,18 @@
 """rms_norm and add_rms_norm in Triton against the torch reference.
 
-On a CUDA device, or in Triton's interpreter:
-
-    TRITON_INTERPRET=1 python -m pytest tests/gpu/test_triton_rms_norm.py
+On a CUDA device, else in Triton's interpreter.
 """
-
-import importlib.util
-import os
 
 import pytest
 import torch
 
 from engine.ops.rms_norm import add_rms_norm_reference, rms_norm_reference
+from tests.helpers.triton_cases import DEVICE, DTYPES, kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 # One rounding more or less of the largest results, which are below 8.
 BOUNDS = {torch.float32: 4e-6, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (DEVICE == "cpu" and not INTERPRETED),
-    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1",
-)
+pytestmark = kernel
 
 
 def normed(x, weight, eps=1e-5, residual=None):
