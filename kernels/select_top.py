@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.ops import native
+from engine.ops import native, triton_support
+from engine.ops.sort_by_expert import sort_by_expert
 
 DIGITS = 256
 _SHIFTS = (24, 16, 8, 0)
@@ -30,9 +31,40 @@ def select_top(
     """
     if pool_N.is_cpu and native.available():
         return torch.ops.lockstep_cpu.select_top(list(words), pool_N, need_P)
+    if triton_support.serves(pool_N):
+        order_N, _, load_P = sort_by_expert(pool_N[:, None], need_P.numel())
+        return select_grouped(order_N, load_P, need_P, words)
     if pool_N.is_cuda:
         return select_top_sorted(words, pool_N, need_P)
     return select_top_reference(words, pool_N, need_P)
+
+
+def select_grouped(
+    order_N: torch.Tensor, load_P: torch.Tensor, need_P: torch.Tensor, words: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_top` of claims that are grouped by pool.
+
+    order_N: int64, the claims of pool 0, of pool 1, ...; behind those of the last pool the entries
+    mean nothing. load_P: int64, claims of each pool.
+    """
+    if triton_support.serves(order_N):
+        from engine.ops.gpu.select_grouped import select_grouped_triton
+
+        return select_grouped_triton(order_N, load_P, need_P, words)
+    return select_grouped_reference(order_N, load_P, need_P, words)
+
+
+def select_grouped_reference(
+    order_N: torch.Tensor, load_P: torch.Tensor, need_P: torch.Tensor, words: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch form of `select_grouped`."""
+    num_claims, num_pools = order_N.numel(), load_P.numel()
+    place_N = torch.arange(num_claims, device=order_N.device)
+    pool_N = torch.searchsorted(load_P.cumsum(0), place_N, right=True)
+    # One entry more takes the claims of no pool.
+    pool_N1 = order_N.new_full((num_claims + 1,), -1)
+    pool_N1.scatter_(0, order_N.where(pool_N < num_pools, num_claims), pool_N)
+    return select_top_reference(words, pool_N1[:-1], need_P)
 
 
 def select_top_sorted(

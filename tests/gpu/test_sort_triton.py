@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python -m pytest tests/gpu/test_sort_triton.py
 import pytest
 import torch
 
+from engine.ops.select_top import select_top_reference
 from engine.ops.sort_by_expert import sort_by_expert_reference
 from tests.gpu.test_ops_triton import DEVICE, kernel
 
@@ -40,3 +41,40 @@ def test_all_assignments_of_one_expert_keep_their_order(tokens, expert):
         slot.cpu()[:, 0], torch.arange(tokens) if expert >= 0 else -torch.ones(tokens).long()
     )
     assert load.tolist() == [tokens if each == expert else 0 for each in range(3)]
+
+
+def select_both(words, pool, need) -> None:
+    from engine.ops.gpu.select_grouped import select_grouped_triton
+    from engine.ops.gpu.sort_by_expert import sort_by_expert_triton
+
+    order, _, load = sort_by_expert_triton(pool[:, None].to(DEVICE), need.numel())
+    given = [word.to(DEVICE) for word in words]
+    keep, tied = select_grouped_triton(order, load, need.to(DEVICE), given)
+    expected, expected_tied = select_top_reference(words, pool, need)
+    assert keep.dtype == torch.bool and torch.equal(keep.cpu(), expected)
+    assert bool(tied) == bool(expected_tied)
+
+
+@kernel
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize(("claims", "pools"), [(0, 2), (1, 1), (40, 3), (900, 2), (2500, 2)])
+def test_the_radix_selection_equals_the_reference(claims, pools, depth):
+    generator = torch.Generator().manual_seed(claims + depth)
+    # Few leading words, so that the cut is tied in all but the last; extremes of both signs.
+    words = [torch.randint(-2, 2, (claims,), generator=generator) for _ in range(depth - 1)]
+    low, high = -(2**31), 2**31 - 1
+    words.append(torch.randint(low, high, (claims,), generator=generator))
+    words = [word.int() for word in words]
+    words[-1][: claims // 8] = low
+    words[0][claims // 2 : claims * 5 // 8] = high
+    pool = torch.randint(-1, pools, (claims,), generator=generator)
+    for share in (0, 0.03, 0.4, 2):
+        select_both(words, pool, torch.full((pools,), int(share * claims / pools)))
+
+
+@kernel
+def test_a_tie_at_the_cut_keeps_none_of_its_claims_in_that_pool_alone():
+    words = [torch.tensor([7, 7, 7, 9, 1, 2, 3, -5], dtype=torch.int32)]
+    pool = torch.tensor([0, 0, 0, 0, 1, 1, 1, -1])
+    for need in ([2, 2], [1, 2], [4, 0], [5, 3], [3, 1]):
+        select_both(words, pool, torch.tensor(need))
