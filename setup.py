@@ -95,6 +95,9 @@ setup(
         # (engine/weights/safetensors_header.py says why); transformers needs the package too.
         "safetensors>=0.5,<1",
         "transformers>=5.20,<6",  # config.json and tokenizers; the reference in tests/models
+        # A tokenizer.model without a tokenizer.json is converted with these two.
+        "sentencepiece>=0.2,<1",
+        "protobuf>=5,<8",
         "PyYAML>=6.0.1,<7",
         "rich>=13.7,<16",
         "prometheus-client>=0.20,<1",

@@ -40,7 +40,7 @@ from engine.profiling.device_clocks import make_clock
 from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.reporting.measured_run import MeasuredRun
-from engine.reporting.open_exporters import open_exporters
+from engine.reporting.open_exporters import check_exporters, open_exporters
 from engine.request import Completion, Request, RequestError, SamplingParams, show, whole_number
 
 _T = TypeVar("_T")
@@ -74,6 +74,7 @@ class LLM:
         self.topology = topology
         if not self._owns_topology:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
+        self._on_all_ranks(lambda: check_exporters(config, topology))
         hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
         self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled))
         # The checkpoint's tokenizer, None where it has none.

@@ -22,9 +22,9 @@ INTRODUCTION = f"""\
 
 # Compatibility
 
-What was tried: inputs, checkpoints, launch environments, file systems and terminals. Each row is the claim of one test, with the
-file that checks it; a test may have many cases. What is not here was not tried. Random inputs are tried beside these:
-`python -m tests.fuzz --minutes 30`.
+What was tried: inputs, checkpoints, launch environments, file systems and terminals. Each row is
+the claim of one test, with the file that checks it; a test may have many cases. What is not here
+was not tried. Random inputs are tried beside these: `python -m tests.fuzz --minutes 30`.
 
 Nothing here ran on a GPU, except where [Benchmarks](benchmarks.md) names one.
 """

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,11 +102,13 @@ class DurableWriter:
         """
         self._file, self._report, self._every = file, report, every
         self._unsynced = 0
+        self.crc32 = 0  # of all that was written
 
     def write(self, data: bytes) -> None:
         """Append. Raises OSError."""
         with naming(self._file.name):
             self._file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
         self._unsynced += len(data)
         if self._unsynced >= self._every:
             self.sync()

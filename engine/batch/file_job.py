@@ -13,6 +13,7 @@ shards complete.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ import torch
 import torch.distributed as dist
 
 from engine.batch.input_format import check_is_jsonl, count_text_lines
-from engine.batch.input_index import PendingLines, scan_input
-from engine.batch.input_shards import InputShard, is_merged, merge_if_complete
+from engine.batch.input_index import InputIndex, PendingLines, scan_input
+from engine.batch.input_shards import (
+    InputShard,
+    is_merged,
+    merge_if_complete,
+    merge_lock,
+    refuse_retry_of_shards,
+)
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import (
     JobError,
@@ -30,8 +37,11 @@ from engine.batch.manifest import (
     finalize,
     finished_errors,
     make_manifest,
+    output_rounds,
 )
 from engine.batch.on_rank_0 import describe, on_rank_0
+from engine.batch.retry import ShardIsMerged, begin_from_output, continue_or_begin
+from engine.batch.retry_rounds import RetryRequest, num_records
 from engine.config import Config
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
@@ -45,6 +55,7 @@ class FileJob:
 
     num_total = 0  # requests of the job
     num_resumed = 0  # of these, done by earlier runs
+    num_retried = 0  # run again because their record was an error, also by earlier runs
     num_errors = 0  # error records of a job that `open` found complete
     lines: PendingLines  # set by `open`
 
@@ -56,6 +67,7 @@ class FileJob:
         output: Path,
         shard: InputShard | None = None,
         reporter: ProgressReporter | None = None,
+        retry: RetryRequest | None = None,
     ) -> None:
         """Describe the job; nothing is read yet.
 
@@ -66,12 +78,14 @@ class FileJob:
             output: the whole output.
             shard: the shard of the input to run; None: all of it.
             reporter: reports the progress of work on files.
+            retry: runs the lines of error records again; None: they stay.
         """
         self._reporter = reporter or ProgressReporter()
         self.input_path = input_path
         self.output = output if shard is None else shard.output(output)
         self._whole_output = output
         self._shard = shard
+        self._retry = retry
         self._own_lines = range(0)
         self._config = config
         self._topology = topology
@@ -101,7 +115,12 @@ class FileJob:
             if isinstance(found, str):
                 return {"done": found, "total": self.num_total, "errors": self.num_errors}
             table = found
-            return {"pending": len(table), "total": self.num_total, "size": self._size}
+            return {
+                "pending": len(table),
+                "total": self.num_total,
+                "retried": self.num_retried,
+                "size": self._size,
+            }
 
         reporter = self._reporter
         reporter.begin("reading the input and the ledger")
@@ -112,6 +131,7 @@ class FileJob:
             self.num_errors = opened["errors"]
             return opened["done"]
         self.num_resumed = opened["total"] - opened["pending"]
+        self.num_retried = opened["retried"]
         table = _broadcast_table(table, opened["pending"], topology)
         problem = None
         try:
@@ -194,6 +214,8 @@ class FileJob:
                 f"remove {self._whole_output} and {self._whole_output.name}.slice-*, or use "
                 "another --output"
             )
+        if self._shard is None and self._retry is not None:
+            refuse_retry_of_shards(self._whole_output)
         check_is_jsonl(self.input_path)
         self._check_tokenizer()
         index = scan_input(self.input_path, self._reporter.advance)
@@ -205,23 +227,81 @@ class FileJob:
             if is_merged(self._whole_output, self._shard, self._manifest):
                 self.num_total = len(index)
                 self.num_errors = finished_errors(self._whole_output)
-                return f"{self._whole_output} is already complete"
+                return self._merged_already()
         self.num_total = len(self._own_lines)
         ledger = Ledger(self.output)
         try:
-            action = decide_start_or_resume(ledger, self._manifest, overwrite=overwrite)
+            action = decide_start_or_resume(
+                ledger, self._manifest, overwrite=overwrite, retry=self._retry
+            )
             if action == "complete":
                 ledger.close()
                 self.num_errors = finished_errors(self.output)
-                again = "already complete; --overwrite runs the job again"
-                return self._merge_shards() or f"{self.output} is {again}"
+                return self._complete_already()
+            if action == "retry":
+                self._begin_retry(ledger, index)
             ledger.create_shards(self._topology.num_data)
+            rounds = continue_or_begin(ledger, self._retry, self._reporter.advance)
+            self.num_retried = num_records(rounds)
             done_n = ledger.done(len(index), self._reporter.advance)
         except BaseException:
             ledger.close()
             raise
         self._ledger = ledger
         return PendingLines.select(index, done_n, self._own_lines)
+
+    def _begin_retry(self, ledger: Ledger, index: InputIndex) -> None:
+        """Turn the finished output into an unfinished job without its error records."""
+        assert self._retry is not None, "decided only for a request to retry"
+        lines, report, shard = self._own_lines, self._reporter.advance, self._shard
+        # Another shard that ends now would merge this one with its errors.
+        lock = nullcontext() if shard is None else merge_lock(self._whole_output, report)
+        try:
+            begin_from_output(ledger, self._manifest, self._retry, index, lines, lock, report)
+        except ShardIsMerged as error:
+            raise JobError(self._merged_refusal()) from error
+
+    def _complete_already(self) -> str:
+        """Return what to print where the job, or its shard, is complete; merge the shards."""
+        rounds, shard = output_rounds(self.output), self._shard
+        if shard is None:
+            found = self._errors_left(rounds, "--retry-errors", "its")
+            again = "--overwrite runs the job again"
+            join = ", " if self.num_errors else "; "
+            return f"{self.output} is already complete{found and '; '}{found}{join}{again}"
+        found = self._errors_left(rounds, f"--slice {shard} --retry-errors", "the slice's")
+        outcome = self._merge_shards()
+        # Merged, the errors are counted where the output is found complete.
+        return f"{outcome}; {found}" if found and self.output.exists() else outcome
+
+    def _merged_already(self) -> str:
+        """Return what to print where the shards are merged. Raises JobError for errors to retry."""
+        rounds = output_rounds(self._whole_output)
+        if self._retry is not None and self.num_errors and not self._retry.is_restart_of(rounds):
+            raise JobError(self._merged_refusal())
+        found = self._errors_left(rounds, "--retry-errors without --slice", "the")
+        return f"{found}{found and '; '}{self._whole_output} is already complete"
+
+    def _merged_refusal(self) -> str:
+        return (
+            f"--slice {self._shard} --retry-errors: the slices are merged into "
+            f"{self._whole_output}; give --retry-errors without --slice"
+        )
+
+    def _errors_left(self, rounds: list[dict[str, Any]], flags: str, whose: str) -> str:
+        """Return what to print about the error records of a complete output, "" for nothing.
+
+        Args:
+            rounds: that the output has had.
+            flags: run the lines again.
+            whose: records these are.
+        """
+        if not self.num_errors:
+            return "" if self._retry is None else "no error records to run again"
+        done = self._retry is not None and self._retry.is_restart_of(rounds)
+        before = "after this request's retry, " if done else ""
+        are = f"{self.num_errors} of {whose} {self.num_total} records are errors"
+        return f"{before}{are}: {flags} runs their lines again"
 
     def _check_tokenizer(self) -> None:
         """Raise JobError where the first lines are all text and there is no tokenizer for it."""

@@ -41,7 +41,13 @@ from engine.batch.atomic_files import (
     write_text,
 )
 from engine.batch.ledger import Ledger, shards_dir
-from engine.batch.manifest import JobError, finalize, output_differences, sibling_path
+from engine.batch.manifest import (
+    JobError,
+    finalize,
+    output_differences,
+    output_rounds,
+    sibling_path,
+)
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
 _COPY_BYTES = 4 << 20
@@ -100,8 +106,7 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
     if differences == []:
         _remove_shards(output)
         return True
-    # Of all shards next to the output, unfinished or complete.
-    counts = {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
+    counts = _counts(output)
     _refuse_unsharded_run(output)
     if differences is not None and not counts:
         raise JobError(
@@ -114,6 +119,15 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
             f"--slice I/{others[0]}, remove {output.name}.slice-*, or use another --output"
         )
     return False
+
+
+def refuse_retry_of_shards(output: Path) -> None:
+    """Raise JobError where a retry without a shard would begin a job that has shards already."""
+    if not output.exists() and not _has_unsharded_run(output) and (counts := _counts(output)):
+        raise JobError(
+            f"--retry-errors: next to {output} are slices of {min(counts)}, not merged yet; give "
+            f"--slice I/{min(counts)} too, or first finish the slices with --slice alone"
+        )
 
 
 def merge_if_complete(
@@ -131,7 +145,7 @@ def merge_if_complete(
         OSError: a file cannot be read or written.
         JobError: a shard is another job's.
     """
-    with _locked_ledger(output, report) as ledger:
+    with merge_lock(output, report) as ledger:
         _refuse_unsharded_run(output)
         if output_differences(output, manifest) == []:
             _remove_shards(output)
@@ -158,7 +172,12 @@ def _merge(
     size = sum(path.stat().st_size for path in shards)
     total = _total([read_json(sibling_path(path, "report.json")) for path in shards])
     config = sibling_path(shards[0], "config.yaml").read_text(encoding="utf-8")
-    _copy(shards, output, report)
+    rounds = [
+        {**each, "slice": index}
+        for index, path in enumerate(shards)
+        for each in output_rounds(path)
+    ]
+    ledger.output_crc32 = _copy(shards, output, report)
     write_text(sibling_path(output, "config.yaml"), config)
     write_text(sibling_path(output, "report.json"), json.dumps(total, indent=2) + "\n")
     if (copied := output.stat().st_size) != size:
@@ -166,12 +185,15 @@ def _merge(
             f"{output} is {copied} bytes, its slices are {size}: something else has written to one "
             "of them. The slices are kept; run any of them again to repeat the merge"
         )
-    finalize(ledger, manifest, total["errors"])
+    finalize(ledger, manifest, total["errors"], rounds)
 
 
 @contextmanager
-def _locked_ledger(output: Path, report: OnProgress) -> Iterator[Ledger]:
-    """Hold the whole output's ledger, which serves as a lock only. Raises OSError and Busy."""
+def merge_lock(output: Path, report: OnProgress) -> Iterator[Ledger]:
+    """Keep other runs from merging the shards: hold the whole output's ledger, a lock only here.
+
+    Raises OSError and Busy.
+    """
     deadline = time.monotonic() + _MERGE_LOCK_TIMEOUT_S
     while True:
         try:
@@ -188,6 +210,11 @@ def _locked_ledger(output: Path, report: OnProgress) -> Iterator[Ledger]:
         if ledger.directory.exists() and not _has_unsharded_run(output):
             ledger.remove()
         ledger.close()
+
+
+def _counts(output: Path) -> set[int]:
+    """Return into how many shards those next to the output, unfinished or complete, divide it."""
+    return {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
 
 
 def _has_unsharded_run(output: Path) -> bool:
@@ -215,7 +242,8 @@ def _is_complete(shard: InputShard, output: Path, manifest: dict[str, Any]) -> b
     return differences == []
 
 
-def _copy(sources: list[Path], output: Path, report: OnProgress) -> None:
+def _copy(sources: list[Path], output: Path, report: OnProgress) -> int:
+    """Copy the sources, in order, to the output; return its checksum."""
     host = socket.gethostname()
     for path, match in _files_like(_COPY_SUFFIX, output):
         if match[1] == host and not _is_alive(int(match[2])):
@@ -235,6 +263,7 @@ def _copy(sources: list[Path], output: Path, report: OnProgress) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(output.parent)
+    return out.crc32
 
 
 def _is_alive(pid: int) -> bool:
@@ -251,6 +280,8 @@ def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
     """Return one report of all shards: their sums, then the report of each."""
     present = [report or {} for report in reports]
     sums = {key: sum(report.get(key, 0) for report in present) for key in _SUMS}
+    if retried := sum(report.get("retried", 0) for report in present):
+        sums["retried"] = retried
     return {**sums, "capacity": present[0].get("capacity"), "slices": present}
 
 

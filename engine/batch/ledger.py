@@ -56,8 +56,18 @@ def encode(completion: Completion) -> bytes:
         body = json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half of a surrogate pair in an id: only an escape can write it
         body = json.dumps(record).encode()
+    return encode_record(index, body)
+
+
+def encode_record(index: int, body: bytes) -> bytes:
+    """Return the line of a ledger shard that holds a record as the output has it."""
     head = b'{"index": %d, "crc32": %d, "record": ' % (index, _checksum(index, body))
     return head + body + _TAIL
+
+
+def is_error(body: bytes) -> bool:
+    """Return whether a record, as JSON of the output, is an error record."""
+    return _ERROR_MARK in body
 
 
 def _checksum(index: int, body: bytes) -> int:
@@ -131,6 +141,9 @@ class Ledger:
         """Create `<output>.parts` where it is missing and lock it. Raises OSError and Busy."""
         self.output = output
         self.directory = shards_dir(output)
+        self.void_before: dict[str, int] = {}  # ledger shard -> byte offset; error records before
+        # it do not count, as their lines are to run again (`retry_rounds.py`)
+        self.output_crc32: int | None = None  # of what `merge` has written
         self._lock_fd = _lock_directory(self.directory)
 
     def close(self) -> None:
@@ -146,6 +159,33 @@ class Ledger:
             with naming(path), path.open("rb", buffering=_CHUNK) as file:
                 num_records += sum(1 for _ in scan_shard(file))
         return num_records
+
+    def count_errors(self, report: OnProgress = ignore_progress) -> int:
+        """Return how many lines have an error record.
+
+        Args:
+            report: called once per 4096 records.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        errors: set[int] = set()
+        for path in self._shard_files():
+            with naming(path), path.open("rb", buffering=_CHUNK) as file:
+                for index, offset, length in scan_shard(file, report):
+                    if is_error(_read(file.fileno(), path, length, offset)):
+                        errors.add(index)
+        return len(errors)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each ledger shard, by the name of its file. Raises OSError."""
+        return {path.name: path.stat().st_size for path in self._shard_files()}
+
+    def discard(self) -> None:
+        """Remove records and manifest; the lock stays. Raises OSError."""
+        for path in [*self._shard_files(), *self.directory.glob("manifest.json*")]:
+            path.unlink()
+        fsync_directory(self.directory)
 
     def start_over(self, manifest: dict[str, Any]) -> None:
         """Discard every record, then begin the job of `manifest`: never two jobs' records at once.
@@ -176,9 +216,8 @@ class Ledger:
         """
         done_n = np.zeros(num_lines, dtype=bool)
         for path in self._shard_files():
-            with naming(path), path.open("rb", buffering=_CHUNK) as file:
-                records = scan_shard(file, report)
-                indices = np.fromiter((index for index, _, _ in records), dtype=np.int64)
+            records = self._records(path, report)
+            indices = np.fromiter((index for index, _, _ in records), dtype=np.int64)
             done_n[indices] = True
         return done_n
 
@@ -203,10 +242,9 @@ class Ledger:
         offset_n = np.zeros(num_lines, dtype=np.int64)
         length_n = np.zeros(num_lines, dtype=np.int64)
         for number, path in enumerate(paths):
-            with naming(path), path.open("rb", buffering=_CHUNK) as file:
-                for index, offset, length in scan_shard(file, report):
-                    row = index - lines.start
-                    shard_n[row], offset_n[row], length_n[row] = number, offset, length
+            for index, offset, length in self._records(path, report):
+                row = index - lines.start
+                shard_n[row], offset_n[row], length_n[row] = number, offset, length
         if (missing := np.flatnonzero(shard_n < 0)).size:
             raise ValueError(
                 f"{self.directory}: {missing.size} of {num_lines} records are missing, first that "
@@ -223,9 +261,10 @@ class Ledger:
                         report()
                     number = shard_n[row]
                     body = _read(shards[number], paths[number], length_n[row], offset_n[row])
-                    num_errors += _ERROR_MARK in body
+                    num_errors += is_error(body)
                     out.write(body + b"\n")
                 out.sync()
+            self.output_crc32 = out.crc32
             os.replace(temporary, self.output)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -242,6 +281,18 @@ class Ledger:
         for path in [*self._shard_files(), *manifests, self.directory / "lock"]:
             path.unlink()
         _remove_empty(self.directory)
+
+    def _records(self, path: Path, report: OnProgress) -> Iterator[tuple[int, int, int]]:
+        """Yield what `scan_shard` does of the records of a ledger shard that count."""
+        void_before = self.void_before.get(path.name, 0)
+        with naming(path), path.open("rb", buffering=_CHUNK) as file:
+            if not void_before:  # of a million records: no call more for each
+                yield from scan_shard(file, report)
+                return
+            for index, offset, length in scan_shard(file, report):
+                is_old = offset < void_before
+                if not (is_old and is_error(_read(file.fileno(), path, length, offset))):
+                    yield index, offset, length
 
     def _shard_files(self) -> list[Path]:
         return sorted(self.directory.glob("part-*.jsonl"))

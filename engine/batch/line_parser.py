@@ -40,6 +40,7 @@ _Parts = tuple[dict[str, Any], dict[str, Any], list[str]]
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OF_PLAIN = frozenset({*_PROMPTS, "id"})
 _OF_OPENAI = frozenset({"custom_id", "method", "url", "body"})
+_NOT_COMPILED = ("TemplateSyntaxError", "TemplateAssertionError")  # of jinja2
 _URLS = {"/v1/completions": ("prompt",), "/v1/chat/completions": ("messages",)}
 _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
 
@@ -133,7 +134,19 @@ class LineParser:
         except Exception as error:  # the template is a program: any error
             why = str(error) or type(error).__name__
             message = f"messages: the chat template refuses them: {why}"
+            if type(error).__name__ in _NOT_COMPILED:
+                message = (
+                    "messages: the tokenizer's chat template does not compile (line "
+                    f"{getattr(error, 'lineno', '?')}: {why}); correct chat_template.jinja, or "
+                    "chat_template in tokenizer_config.json, or use prompt"
+                )
             raise RequestError("chat_template_failed", message) from error
+        if text == "":
+            message = (
+                "messages: the tokenizer's chat template makes no text of them; check their roles "
+                "and the template, or use prompt"
+            )
+            raise RequestError("chat_template_failed", message)
         if not isinstance(text, str):
             message = f"messages: the chat template gives {show(text)}, which is no text"
             raise RequestError("chat_template_failed", message)

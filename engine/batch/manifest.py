@@ -19,6 +19,7 @@ from engine.batch.atomic_files import read_json, write_json
 from engine.batch.fingerprint import changed_files, fingerprint
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
+from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
 from engine.config import Config, DispatchConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
@@ -131,8 +132,12 @@ def _has_files(manifest: dict[str, Any]) -> bool:
 
 
 def decide_start_or_resume(
-    ledger: Ledger, manifest: dict[str, Any], *, overwrite: bool
-) -> Literal["complete", "resume", "fresh"]:
+    ledger: Ledger,
+    manifest: dict[str, Any],
+    *,
+    overwrite: bool,
+    retry: RetryRequest | None = None,
+) -> Literal["complete", "retry", "resume", "fresh"]:
     """Compare a job with what exists at its output, and prepare the ledger.
 
     Args:
@@ -140,10 +145,12 @@ def decide_start_or_resume(
         manifest: of the job to run.
         overwrite: replace a finished output and another job's records; never the unfinished records
             of this very job, so the same command always resumes.
+        retry: runs the error records of a finished output again.
 
     Returns:
-        complete: nothing is left to run, the ledger is removed. resume: the ledger holds records of
-        this job. fresh: the ledger is empty.
+        complete: nothing is left to run, the ledger is removed. retry: the output is finished and
+        has error records to run again; nothing has been changed. resume: the ledger holds records
+        of this job. fresh: the ledger is empty.
 
     Raises:
         JobError: `overwrite` is needed to discard what exists.
@@ -151,14 +158,16 @@ def decide_start_or_resume(
     """
     of_ledger = _manifest(ledger.directory / "manifest.json")
     of_output = _manifest(_job_file(ledger.output))
-    finished = ledger.output.exists()
+    exists = ledger.output.exists()
     obstacle = None
     if (
-        finished
+        exists
         and isinstance(of_output, dict)
         and not (changes := _changes(ledger.output, of_output, manifest))
     ):
         if not overwrite:
+            if retry is not None and _is_due(retry, of_output, of_ledger):
+                return "retry"
             ledger.remove()
             return "complete"
     elif isinstance(of_ledger, dict) and not (found := differences(of_ledger, manifest)):
@@ -167,15 +176,12 @@ def decide_start_or_resume(
             write_json(
                 ledger.directory / "manifest.json", {**of_ledger, "files": manifest["files"]}
             )
-            logger.warning(
-                f"warning: {ledger.directory}: this job was begun by a version that did not record "
-                "the model's files, so they may have changed since; a change from now on is noticed"
-            )
+        warn_without_files(ledger, of_ledger, manifest)
         return "resume"
     elif of_ledger is not None and (num_records := ledger.count()):
         why = of_ledger if isinstance(of_ledger, str) else "; ".join(found)
         obstacle = f"{ledger.directory} holds {num_records} finished records of another job: {why}"
-    elif finished:
+    elif exists:
         why = "no manifest records which job made it" if of_output is None else of_output
         why = why if isinstance(why, str) else "; ".join(changes)
         obstacle = f"--output {ledger.output} exists and is not this job's: {why}"
@@ -186,6 +192,15 @@ def decide_start_or_resume(
     ledger.start_over(manifest)
     _job_file(ledger.output).unlink(missing_ok=True)
     return "fresh"
+
+
+def warn_without_files(ledger: Ledger, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn where only the newer of a job's manifests has the files of the checkpoint."""
+    if _has_files(now) and not _has_files(before):
+        logger.warning(
+            f"warning: {ledger.directory}: this job was begun by a version that did not record "
+            "the model's files, so they may have changed since; a change from now on is noticed"
+        )
 
 
 def output_differences(output: Path, manifest: dict[str, Any]) -> list[str] | None:
@@ -207,14 +222,50 @@ def finished_errors(output: Path) -> int:
     return int(result.get("errors", 0)) if isinstance(result, dict) else 0
 
 
-def finalize(ledger: Ledger, manifest: dict[str, Any], num_errors: int) -> None:
+def output_rounds(output: Path) -> list[dict[str, Any]]:
+    """Return the retry rounds that a finished output has had."""
+    return rounds_of(_manifest(_job_file(output)))
+
+
+def finalize(
+    ledger: Ledger,
+    manifest: dict[str, Any],
+    num_errors: int,
+    rounds: list[dict[str, Any]] | None = None,
+) -> None:
     """Write the manifest of a merged output, which marks it complete, and remove the ledger.
 
-    Raises OSError.
+    Args:
+        ledger: of the output.
+        manifest: of the job.
+        num_errors: error records in the output.
+        rounds: retry rounds of the job; None: those of the ledger.
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
-    result = {"size": ledger.output.stat().st_size, "errors": num_errors}
-    write_json(_job_file(ledger.output), {**manifest, "output": result})
+    value = {
+        **manifest,
+        "output": {"size": ledger.output.stat().st_size, "errors": num_errors},
+    }
+    if ledger.output_crc32 is not None:
+        value["output_crc32"] = ledger.output_crc32
+    if rounds is None:
+        rounds = rounds_of(_manifest(ledger.directory / "manifest.json"))
+    if rounds:
+        value[KEY] = finished(rounds)
+    write_json(_job_file(ledger.output), value)
     ledger.remove()
+
+
+def _is_due(retry: RetryRequest, of_output: dict[str, Any], of_ledger: Any) -> bool:
+    """Return whether a finished output has errors that this request has not run again yet."""
+    rounds, rounds_left = rounds_of(of_output), rounds_of(of_ledger)
+    # A ledger with the same rounds is that of a run that was killed before it could remove it; one
+    # with more is that of a request that was killed before it began its round.
+    was_killed = bool(rounds) and len(rounds) == len(rounds_left)
+    has_errors = bool(of_output["output"].get("errors"))
+    return has_errors and not was_killed and not retry.is_restart_of(rounds)
 
 
 def _changes(output: Path, of_output: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 
 _POLL_S = 0.02
+_REMEDIES = {errno.ENOSPC: "free space there", errno.EDQUOT: "free space or raise the quota there"}
 _TIMEOUT_S = 10.0  # for all ranks to receive an outcome
 
 
@@ -72,5 +74,6 @@ def _publish(
 def describe(error: Exception) -> str:
     """Return an error in one sentence; for an OSError, the file and the system's message."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{what}; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else what
     return str(error)

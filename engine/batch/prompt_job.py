@@ -50,6 +50,7 @@ class PromptJob:
 
     num_total = len(PROMPTS)
     num_resumed = 0
+    num_retried = 0
     num_errors = 0  # before it has run
 
     def __init__(

@@ -34,10 +34,12 @@ from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import describe, on_rank_0
 from engine.batch.progress import ProgressBar
 from engine.batch.prompt_job import PromptJob
+from engine.batch.retry_rounds import RetryRequest
 from engine.config import Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.error_file import record_error
+from engine.distributed.errors import RankError
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
@@ -85,6 +87,7 @@ def run_batch(
     output: Path | None = None,
     *,
     overwrite: bool = False,
+    retry_errors: bool = False,
     shard: InputShard | None = None,
 ) -> None:
     """Run a job to its end. Collective over all ranks.
@@ -95,6 +98,7 @@ def run_batch(
         input_path: JSONL requests; None: the built-in prompts.
         output: JSONL records; None, without an input: they are only printed.
         overwrite: replace what exists at the output.
+        retry_errors: run the lines of its error records again; not with `overwrite`.
         shard: the shard of the input to run; the last one to finish merges all.
 
     Raises:
@@ -104,7 +108,13 @@ def run_batch(
         EveryLineFailed: every record of the output, which is complete, is an error.
     """
     num_errors, num_total = _run(
-        config, topology, input_path, output, overwrite=overwrite, shard=shard
+        config,
+        topology,
+        input_path,
+        output,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+        shard=shard,
     )
     if num_errors and num_errors == num_total:
         where = "" if output is None else f"; their messages are in {output}"
@@ -120,6 +130,7 @@ def _run(
     output: Path | None,
     *,
     overwrite: bool,
+    retry_errors: bool,
     shard: InputShard | None,
 ) -> tuple[int, int]:
     """Run the job of `run_batch`; return how many records are errors and how many there are."""
@@ -130,7 +141,10 @@ def _run(
     console = make_console(quiet=topology.world.rank != 0)
     reporter = ProgressReporter()
     if input_path is not None and output is not None:
-        job: FileJob | PromptJob = FileJob(config, topology, input_path, output, shard, reporter)
+        retry = RetryRequest.of_process() if retry_errors else None
+        job: FileJob | PromptJob = FileJob(
+            config, topology, input_path, output, shard, reporter, retry
+        )
     else:
         job = PromptJob(topology, console, output, reporter)
     # A store can outlive a run: the keys of an earlier one must not be taken for this one's.
@@ -168,6 +182,7 @@ def _run(
             summary = Summary(
                 total=job.num_total,
                 resumed=job.num_resumed,
+                retried=job.num_retried,
                 errors=errors,
                 requests=sum(each.requests for each in all_counts),
                 prompt_tokens=sum(each.prompt_tokens for each in all_counts),
@@ -260,8 +275,10 @@ def _generate(
             interrupts.finished()
             counts.user_keys = parse.user_keys.lines
             return report
+        except RankError:  # an address or a folder that could be opened before the model was loaded
+            raise
         except ValueError as error:
-            # User errors were found before: this one is a defect and needs its traceback.
+            # Other user errors were found before: this one is a defect and needs its traceback.
             raise RuntimeError("the engine failed") from error
 
 

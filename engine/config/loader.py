@@ -5,7 +5,8 @@ key given twice is an error. A number keeps its written form, so `factor: 1.1` i
 
 Paths: a relative `--config` is looked up as it is written, then in configs/ (the suffix .yaml may
 be left out). A relative `model.path` or `model.tokenizer` is looked up from the working directory,
-then from the project's root; one that exists in neither is kept as written.
+then from the project's root; one that exists in neither is kept as written. `~` is expanded in
+these and in `profiler.spans`, environment variables are not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 
-from engine.config import Config, ModelConfig
+from engine.config import Config, ModelConfig, ProfilerConfig
 from engine.config.validation import ConfigError, alternatives, type_hints
 
 _INSTALLED = Path(__file__).resolve().parents[2]
@@ -216,6 +217,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {'.'.join(keys[:depth])} holds no keys")
         tree = below
     tree[keys[-1]] = _parse(text, f"--set {override}")
+    if comment := _comment(text):
+        raise ConfigError(
+            f"--set {override}: {comment} is a comment in YAML and would be left out; quote the "
+            f"""value: --set '{name}="{text.strip()}"'"""
+        )
+
+
+def _comment(text: str) -> str:
+    """Return the comment at the end of a YAML text, "" without one."""
+    end = max((token.end_mark.index for token in list(yaml.scan(text))[:-1]), default=0)
+    rest = text[end:].strip()
+    return rest if rest.startswith("#") else ""
 
 
 def _section_values(
@@ -259,6 +272,8 @@ def _construct(section: type, values: Mapping[str, Any]) -> Any:
     }
     if section is ModelConfig:
         built.update({key: _resolve(built[key]) for key in ("path", "tokenizer") if key in built})
+    if section is ProfilerConfig and isinstance(built.get("spans"), str):
+        built["spans"] = os.path.expanduser(built["spans"])
     return section(**built)
 
 
@@ -283,6 +298,8 @@ def _is_written(hint: Any) -> bool:
 
 
 def _resolve(path: Any) -> Any:
+    if isinstance(path, str):
+        path = os.path.expanduser(path)
     # os.path: Path.exists raises for a name that is too long or in a folder that may not be read.
     if not isinstance(path, str) or not path or os.path.exists(path):
         return path

@@ -12,23 +12,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.config import Config
+from engine.config.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    describe_missing_weights,
+    is_there,
+    why_unreadable,
+)
+from engine.config.host_devices import gpu_problem
 from engine.config.loader import PROJECT_ROOT
 from engine.config.validation import ConfigError
 
 _INFER = "launch/infer.py" if (PROJECT_ROOT / "launch").is_dir() else "-m lockstep infer"
 TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.yaml"
 _BUNDLED = "configs/checkpoints"
+_CLOSED = "the folder cannot be read: Permission denied; make it readable for this user (chmod +rx)"
 # Names of the number of experts in the model families' config.json.
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# Environment variables with the number of ranks on this host: of torchrun, DeepSpeed's launcher,
-# Open MPI, MPICH and Slurm.
-_LOCAL_RANKS = (
-    "LOCAL_WORLD_SIZE",
-    "LOCAL_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "MPI_LOCALNRANKS",
-    "SLURM_NTASKS_PER_NODE",
-)
+
+# More threads than this per core may not start at all: a container limits their number.
+_THREADS_PER_CORE = 16
 
 
 def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
@@ -41,6 +44,13 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
         environ: the launcher's environment, with the number of ranks on this host.
     """
     problems = [*_checkpoint_problems(config), *_device_problems(config, environ)]
+    cores = os.cpu_count() or 1
+    if (threads := config.runtime.threads) is not None and threads > _THREADS_PER_CORE * cores:
+        problems.append(
+            f"runtime.threads = {threads}: this host has {cores} CPU cores, and more than "
+            f"{_THREADS_PER_CORE} threads per core cannot be meant; pass --set "
+            "runtime.threads=null for this rank's share of the cores"
+        )
     if not problems:
         return
     lines = ["this config cannot run here:", *(f"  - {problem}" for problem in problems)]
@@ -51,19 +61,28 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
 
 def read_num_experts(folder: Path) -> int:
     """Return the number of experts per layer from config.json. Raises `ConfigError`."""
+    where = f"model.path = {str(folder)!r}"
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = [values[name] for name in _NUM_EXPERTS if values.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(values, dict):
+            raise ValueError("it must hold one JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: cannot read config.json: {error}") from None
+    found = {name: values[name] for name in _NUM_EXPERTS if name in values}
+    if not found:
         raise ConfigError(
-            f"model.path = {str(folder)!r}: cannot read config.json: {error}"
-        ) from None
-    if not found or not isinstance(found[0], int):
-        raise ConfigError(
-            f"model.path = {str(folder)!r}: config.json has no number of experts "
+            f"{where}: config.json has no number of experts "
             f"({', '.join(_NUM_EXPERTS)}), which parallel.expert = auto needs; give a number"
         )
-    return found[0]
+    # Some models' files keep the names of others, with null or 0 in them.
+    usable = [value for value in found.values() if type(value) is int and value > 0]
+    if not usable:
+        name, value = next(iter(found.items()))
+        raise ConfigError(
+            f"{where}: {name} = {value!r} in config.json: must be a whole number from 1, which "
+            "parallel.expert = auto needs; compare it with the published config.json"
+        )
+    return usable[0]
 
 
 def _checkpoint_problems(config: Config) -> Iterator[str]:
@@ -76,43 +95,39 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
                 "put the Hugging Face checkpoint there (config.json, *.safetensors and the "
                 "tokenizer), or name its folder with --set model.path=DIR"
             )
-        yield f"model.path = {model.path!r}: no such directory; {remedy}"
+        yield f"model.path = {model.path!r}: no such directory{_literal(model.path)}; {remedy}"
+    elif not os.access(folder, os.R_OK | os.X_OK):
+        yield f"model.path = {model.path!r}: {_CLOSED}"
+    elif is_there(folder / "config.json") and (why := why_unreadable(folder / "config.json")):
+        yield f"model.path = {model.path!r}: config.json {why}"
     elif not os.path.isfile(folder / "config.json"):
         yield (
             f"model.path = {model.path!r}: holds no config.json, so it is no checkpoint; name the "
             "folder that has it, or download the checkpoint again"
         )
-    elif model.load_format == "safetensors" and not any(folder.glob("*.safetensors")):
-        yield (
-            f"model.path = {model.path!r}: holds no *.safetensors, the only weights that are read; "
-            "convert the checkpoint, or pass --set model.load_format=dummy for random weights"
-        )
+    elif model.load_format == "safetensors":
+        found = next((name for name in (SINGLE, INDEX) if is_there(folder / name)), None)
+        if found is None:
+            yield f"model.path = {model.path!r}: {describe_missing_weights(folder)}"
+        elif why := why_unreadable(folder / found):
+            yield f"model.path = {model.path!r}: {found} {why}"
     if model.tokenizer is not None and not os.path.isdir(model.tokenizer):
         yield (
-            f"model.tokenizer = {model.tokenizer!r}: no such directory; name a Hugging Face "
-            "tokenizer's, or pass --set model.tokenizer=null to use the one in model.path"
+            f"model.tokenizer = {model.tokenizer!r}: no such directory{_literal(model.tokenizer)}; "
+            "name a Hugging Face tokenizer's, or pass --set model.tokenizer=null to use the one in "
+            "model.path"
         )
+    elif model.tokenizer is not None and not os.access(model.tokenizer, os.R_OK | os.X_OK):
+        yield f"model.tokenizer = {model.tokenizer!r}: {_CLOSED}"
+
+
+def _literal(path: str) -> str:
+    """Return what to add where a path that is missing has an environment variable in it."""
+    return " (environment variables are not expanded)" if "$" in path else ""
 
 
 def _device_problems(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     if config.runtime.device != "cuda":
         return
-    import torch  # here, so that a config can be checked without it
-
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_devices == 0:
-        build = "is built without CUDA" if torch.version.cuda is None else "sees no GPU"
-        yield (
-            f"runtime.device = 'cuda': torch {torch.__version__} {build}; run where there are "
-            "GPUs, or pass --set runtime.device=cpu"
-        )
-    elif (num_ranks := _ranks_on_this_host(environ)) > num_devices:
-        yield (
-            f"runtime.device = 'cuda': {num_ranks} ranks on this host but {num_devices} visible "
-            "GPUs; each rank needs its own, so start fewer ranks or use more hosts"
-        )
-
-
-def _ranks_on_this_host(environ: Mapping[str, str]) -> int:
-    counts = (environ.get(name, "") for name in _LOCAL_RANKS)
-    return next((int(count) for count in counts if count.isdigit()), 1)
+    if problem := gpu_problem(environ):
+        yield f"runtime.device = 'cuda': {problem}, or pass --set runtime.device=cpu"

@@ -10,7 +10,8 @@ The comment behind a field is its line in docs/configuration.md (`tools/config_d
 
 from __future__ import annotations
 
-import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -18,26 +19,58 @@ from typing import Literal
 
 from engine.config.validation import ConfigError, Rule, field_problems, rule
 
+_MOST = 2**31 - 1  # of what is counted or indexed in 32 bits
+_MOST_DIGITS = 100  # of a capacity factor, before and behind the point
+# Longer waits overflow the milliseconds that torch's store and gloo count in 32 bits.
+_WEEK_S = 7 * 24 * 3600
 
-def _at_least(low: int) -> dict[str, Rule]:
-    return rule(f"at least {low}", lambda value: value >= low)
+
+def _at_least(low: int, high: int | None = None) -> dict[str, Rule]:
+    text = f"at least {low}" + ("" if high is None else f" and at most {high}")
+    return rule(text, lambda value: value >= low and (high is None or value <= high))
 
 
-def _positive_factor(value: str | float) -> bool:
+def _is_factor(value: str | float) -> bool:
     try:
-        return Decimal(str(value)) > 0
-    except InvalidOperation:  # not a number, or NaN, which Decimal refuses to compare
+        number = Decimal(str(value))
+    except InvalidOperation:  # not a number
+        return False
+    if not number.is_finite():
+        return number.is_infinite() and not number.is_signed()
+    # Exact arithmetic with 1e999999 would take for ever.
+    exponent = int(number.as_tuple().exponent)
+    return number > 0 and exponent >= -_MOST_DIGITS and number.adjusted() < _MOST_DIGITS
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
 
 
-_POSITIVE = rule("finite and above 0", lambda value: 0 < value < float("inf"))
+def _is_address(value: str) -> bool:
+    return value != "" and value.isprintable() and not set(value) & set(" /")
+
+
+def _positive(high: int) -> dict[str, Rule]:
+    return rule(f"finite and above 0, at most {high}", lambda value: 0 < value <= high)
+
+
+_COUNT = _at_least(1, _MOST)
+_COUNT_OR_0 = _at_least(0, _MOST)
+_GIB, _MIB = _positive(2**20), _positive(2**30)
 _SEED = rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 _NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
+_CHUNKS = rule(
+    "at least 1, or auto; at most 256", lambda value: value == "auto" or 1 <= value <= 256
+)
 _PHASES = rule(
     "a list of phases, not empty and without repeats",
     lambda value: 0 < len(value) == len(set(value)),
 )
 _TEXT = rule("non-empty text", lambda value: value != "")
+_PATH = rule("non-empty text that can be a path", _is_path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +84,7 @@ class ModelConfig:
     # auto: float32 on the CPU, the checkpoint's own on CUDA
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
     # dummy: seeded random numbers
-    max_model_len: int | None = field(default=None, metadata=_at_least(1))  # prompt and new tokens
+    max_model_len: int | None = field(default=None, metadata=_COUNT)  # prompt and new tokens
     # of one sequence; null: the checkpoint's context length
 
 
@@ -62,7 +95,7 @@ class ParallelConfig:
     expert: int | Literal["auto"] | None = field(default=None, metadata=_NUMBER_OR_AUTO)  # ranks
     # per copy of the experts; null: all ranks; auto: as many as the number of ranks allows, also
     # after an elastic restart
-    tensor: int = field(default=1, metadata=_at_least(1))  # ranks per attention layer
+    tensor: int = field(default=1, metadata=_COUNT)  # ranks per attention layer
 
 
 RequestPhase = Literal["prefill", "decode"]
@@ -78,7 +111,10 @@ class CapacityConfig:
     factor: str | float = field(  # capacity over mean load (gamma), exactly as written; inf: no
         # limit
         default="1.5",
-        metadata=rule("a number above 0, or inf", _positive_factor),
+        metadata=rule(
+            f"a number above 0, or inf; at most {_MOST_DIGITS} digits on each side of the point",
+            _is_factor,
+        ),
     )
     scope: Literal["expert", "rank"] = "expert"  # expert: one limit per expert; rank: the experts
     # of a rank share one limit
@@ -87,7 +123,7 @@ class CapacityConfig:
     # for its own tokens
     order: Literal["score", "first", "last", "random"] = "score"  # which assignments are
     # kept first: highest score, first or last position, random
-    expand: int | None = field(default=None, metadata=_at_least(0))  # of expanded_drop: extra
+    expand: int | None = field(default=None, metadata=_COUNT_OR_0)  # of expanded_drop: extra
     # experts of its own rank that a token may add; null: all of them
     tiers: Literal["two", "one"] = "two"  # of expanded_drop: two: extras only fill slots that top-k
     # leaves free; one: top-k and extras are ranked together by score
@@ -132,7 +168,7 @@ class DispatchConfig:
 class OverlapConfig:
     """How communication overlaps with the experts' computation."""
 
-    chunks: int | Literal["auto"] = field(default=1, metadata=_NUMBER_OR_AUTO)  # parts of a step's
+    chunks: int | Literal["auto"] = field(default=1, metadata=_CHUNKS)  # parts of a step's
     # rows: one is sent while experts compute another; 1: no overlap; auto: 1, 2 or 4, measured as
     # the job runs
     by: Literal["auto", "experts", "tokens"] = "auto"  # what chunks divide: a rank's experts or
@@ -155,14 +191,17 @@ class MoEConfig:
 class SchedulerConfig:
     """How much runs at once on one data rank."""
 
-    max_batch_tokens: int = field(default=2048, metadata=_at_least(1))  # most tokens of one step
-    max_sequences: int = field(default=64, metadata=_at_least(1))  # most sequences of one step
+    max_batch_tokens: int = field(default=2048, metadata=_COUNT)  # most tokens of one step
+    max_sequences: int = field(default=64, metadata=_COUNT)  # most sequences of one step
     block_size: int = field(  # tokens of one KV cache block
-        default=16, metadata=rule("a power of two", lambda v: v > 0 and v & (v - 1) == 0)
+        default=16,
+        metadata=rule(
+            "a power of two, at most 2**20", lambda v: 0 < v <= 2**20 and v & (v - 1) == 0
+        ),
     )
-    kv_cache_gib: float | None = field(default=None, metadata=_POSITIVE)  # size of one rank's
+    kv_cache_gib: float | None = field(default=None, metadata=_GIB)  # size of one rank's
     # KV cache; null: what max_sequences needs, within the memory that is free
-    kv_cache_blocks: int | None = field(default=None, metadata=_at_least(1))  # size of one rank's
+    kv_cache_blocks: int | None = field(default=None, metadata=_COUNT)  # size of one rank's
     # KV cache in blocks, instead of kv_cache_gib
 
 
@@ -177,7 +216,7 @@ class SamplingConfig:
     max_new_tokens: int = field(default=128, metadata=_at_least(1))  # most tokens to generate
     temperature: float = field(  # divides the logits; 0: greedy
         default=0.0,
-        metadata=rule("finite and at least 0 (0: greedy)", lambda v: math.isfinite(v) and v >= 0),
+        metadata=rule("finite and at least 0 (0: greedy)", lambda v: 0 <= v <= sys.float_info.max),
     )
     top_p: float = field(  # sample from the smallest set of tokens with this much probability
         default=1.0, metadata=rule("above 0 and at most 1 (1: off)", lambda v: 0 < v <= 1)
@@ -203,14 +242,15 @@ class ProfilerConfig:
     """What the profiler measures, and where it writes it."""
 
     enabled: bool = True  # time every phase of every layer on every rank
-    spans: str | None = None  # a folder: every rank writes the spans of every step there
-    spans_mib: float = field(default=64.0, metadata=_POSITIVE)  # most of one rank's span files; the
+    spans: str | None = field(default=None, metadata=_PATH)  # a folder: every rank writes the spans
+    # of every step there
+    spans_mib: float = field(default=64.0, metadata=_MIB)  # most of one rank's span files; the
     # newest steps are kept
     metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics at it; null: off
         default=None, metadata=rule("a port, 0 to 65535; 0: any free one", lambda v: 0 <= v < 65536)
     )
     metrics_host: str = field(  # the address that serves metrics_port
-        default="127.0.0.1", metadata=rule("an address", bool)
+        default="127.0.0.1", metadata=rule("an address or a host name", _is_address)
     )
     deepspeed_comms: bool = False  # add the table of DeepSpeed's comms logger to the report
 
@@ -220,15 +260,22 @@ class RuntimeConfig:
     """Where the engine runs and how long it waits."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    timeout_s: float = field(default=120.0, metadata=_POSITIVE)  # time in which a collective must
-    # end, and all ranks after one has failed
+    timeout_s: float = field(  # time in which a collective must end, and all ranks after one has
+        # failed
+        default=120.0,
+        metadata=rule(
+            f"finite and above 0: from 0.1 to {_WEEK_S}, a week", lambda v: 0.1 <= v <= _WEEK_S
+        ),
+    )
     drain_s: float = field(  # time after SIGTERM for running requests to finish; torchrun kills
         # after 30 s
         default=20.0,
-        metadata=rule("finite and at least 0", lambda v: 0 <= v < float("inf")),
+        metadata=rule(
+            f"finite and at least 0, at most {_WEEK_S}, a week", lambda v: 0 <= v <= _WEEK_S
+        ),
     )
     seed: int = field(default=0, metadata=_SEED)  # of dummy weights
-    threads: int | None = field(default=None, metadata=_at_least(1))  # CPU threads per rank;
+    threads: int | None = field(default=None, metadata=_at_least(1, 1024))  # CPU threads per rank;
     # null: the host's cores / its ranks
     shared_memory: bool = True  # on the CPU, ranks of one host exchange data in shared memory and
     # not over gloo

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -26,14 +27,16 @@ import torch
 import torch.distributed as dist
 
 from engine.config import Config
+from engine.config.host_devices import LocalRank, VisibleGpus, find_gpus
 from engine.config.loader import digest
 from engine.config.preflight import read_num_experts
 from engine.config.world_rules import expert_ranks, validate_world
+from engine.distributed.address import check_address
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnreportedError
 from engine.distributed.groups import Group, Topology, layout
 from engine.distributed.launch_agent import die_with_agent, kill_stopped_workers
-from engine.distributed.rendezvous import RankInfo, choose_device, join, share_of_cores
+from engine.distributed.rendezvous import RankInfo, assign_gpus, choose_device, join, share_of_cores
 from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
 from engine.distributed.shared_memory import open_channel
 
@@ -65,7 +68,7 @@ def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator
             join(store, own, launch.world_size, timeout)  # raises the error
         except RankError as shared:
             raise shared from error
-        except RendezvousError as cause:
+        except (RendezvousError, UnreportedError) as cause:
             raise UnreportedError(f"{error}\nThe other ranks do not know of it: {cause}") from error
 
 
@@ -87,11 +90,18 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
     die_with_agent(environ)
     timeout = timedelta(seconds=config.runtime.timeout_s)
     store = dist.PrefixStore("lockstep", _open_store(launch, timeout, environ))
-    gpu_index, gpu, no_gpu = _find_gpu(config, launch)
+    gpus = _visible_gpus(config, launch, environ)
     config, problem = _fit_world(config, launch)
-    own = _rank_info(launch, digest=digest(config), gpu=gpu, no_gpu=no_gpu, error=problem)
+    own = _rank_info(
+        launch,
+        digest=digest(config),
+        gpu=None if gpus.index is None else gpus.ids[gpus.index],
+        no_gpu=gpus.why_none,
+        gpus=list(gpus.ids),
+        error=problem,
+    )
     try:
-        return _join_run(config, launch, environ, store, own, gpu_index)
+        return _join_run(config, launch, environ, store, own)
     except RuntimeError:  # a rank has not joined, or has exited again
         kill_stopped_workers(environ)
         raise
@@ -109,17 +119,18 @@ def _join_run(
     environ: Mapping[str, str],
     store: dist.Store,
     own: RankInfo,
-    gpu_index: int,
 ) -> Topology:
     """Pass the rendezvous, agree on the device, create the groups."""
     timeout = timedelta(seconds=config.runtime.timeout_s)
     infos, run = join(store, own, launch.world_size, timeout)
     store = dist.PrefixStore(run, store)  # it may outlive this run and hold another's keys
+    infos = assign_gpus(infos)
     kind = choose_device(config.runtime.device, infos)
     if launch.rank == 0 and kind == "cpu" != config.runtime.device and any(i.gpu for i in infos):
         logger.warning("runtime.device = auto: running on CPU, not every rank has a GPU of its own")
-    device = torch.device("cuda", gpu_index) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
     if kind == "cuda":
+        device = torch.device("cuda", own.gpus.index(infos[launch.rank].gpu or ""))
         torch.cuda.set_device(device)
     torch.set_num_threads(_num_threads(config, launch, environ, infos))
     atexit.register(_let_gloo_finish)
@@ -160,10 +171,19 @@ def _fit_world(config: Config, launch: Launch) -> tuple[Config, str | None]:
 
 
 def _open_store(launch: Launch, timeout: timedelta, environ: Mapping[str, str]) -> dist.Store:
-    """Open the store that all ranks share; rank 0 holds it unless torchrun's agent does."""
+    """Open the store that all ranks share; rank 0 holds it unless torchrun's agent does.
+
+    Raises:
+        UnreportedError: the rendezvous address is wrong; the other ranks may not know of it.
+        RendezvousError: the store cannot be opened.
+    """
     if launch.source == "single":
         return dist.HashStore()
     holds = launch.rank == 0 and not _launcher_holds_store(environ)
+    if not _launcher_holds_store(environ):
+        seconds = timeout.total_seconds()
+        limit = min(seconds, RENDEZVOUS_TIMEOUT_S) if launch.rank == 0 else seconds
+        check_address(launch.addr, launch.port, listens=holds, timeout_s=limit)
     try:
         return dist.TCPStore(launch.addr, launch.port, None, holds, timeout, wait_for_workers=False)
     except RuntimeError as error:  # the store's network and timeout errors
@@ -189,19 +209,11 @@ def _launcher_holds_store(environ: Mapping[str, str]) -> bool:
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _find_gpu(config: Config, launch: Launch) -> tuple[int, str | None, str]:
-    """Return this rank's device index, the device's unique id or None, and why there is none."""
+def _visible_gpus(config: Config, launch: Launch, environ: Mapping[str, str]) -> VisibleGpus:
+    """Return the GPUs that this rank sees; none where the config has it run on the CPU."""
     if config.runtime.device == "cpu":
-        return 0, None, "none"
-    if not torch.cuda.is_available():
-        return 0, None, f"no CUDA device (torch {torch.__version__} sees none)"
-    count = torch.cuda.device_count()
-    # One visible device and several local ranks: the launcher gave each rank its own GPU (Slurm's
-    # --gpus-per-task), or all share the only one. `choose_device` compares the unique ids.
-    index = launch.local_rank if count > 1 else 0
-    if index >= count:
-        return 0, None, f"local rank {index}, but only {count} CUDA devices"
-    return index, str(torch.cuda.get_device_properties(index).uuid), ""
+        return VisibleGpus(why_none="none")
+    return find_gpus(LocalRank(launch.local_rank, launch.local_world_size), environ)
 
 
 def _num_threads(
@@ -209,12 +221,14 @@ def _num_threads(
 ) -> int:
     """Return `runtime.threads`, else OMP_NUM_THREADS, else this rank's share of its host's cores.
 
-    torchrun sets OMP_NUM_THREADS=1 by itself, so under torchrun a 1 counts as not set.
+    torchrun sets OMP_NUM_THREADS=1 by itself, so under torchrun a 1 counts as not set; so does a
+    value that is no number of threads.
     """
     if config.runtime.threads is not None:
         return config.runtime.threads
     omp = environ.get("OMP_NUM_THREADS", "")
-    if omp.isdigit() and int(omp) > 0 and not (launch.source == "torchrun" and omp == "1"):
+    usable = re.fullmatch("[0-9]{1,4}", omp) is not None and 0 < int(omp) <= 1024
+    if usable and not (launch.source == "torchrun" and omp == "1"):
         return int(omp)
     return share_of_cores(launch.rank, infos)
 

@@ -7,9 +7,11 @@ First step of `bootstrap.py`. The launchers, in order of precedence:
                `slurm` runners set none of them: there the rank is one of mpirun or srun.
     mpi        mpirun or mpiexec started this process (even when Slurm started mpirun).
     slurm      a task of an `srun` step. A script under sbatch or a shell under salloc is no task,
-               though SLURM_NTASKS and even SLURM_PROCID are set there.
+               though SLURM_NTASKS and even SLURM_PROCID are set there; nor is the step that such a
+               shell can be, which Slurm numbers above all others.
     single     none of these: one process, one rank.
 
+Which of them it is, and the ranks on this host, is read by `engine/config/host_devices.py`.
 MASTER_ADDR and MASTER_PORT, where set, override the rendezvous address of any of them.
 """
 
@@ -22,8 +24,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+
+from engine.config.host_devices import (
+    Launcher,
+    expand_tasks_per_node,
+    first_set,
+    launcher_of,
+    local_rank_of,
+)
+from engine.config.host_devices import whole_number as _integer
+
+__all__ = ["Launch", "choose_library", "discover", "expand_tasks_per_node", "first_node"]
 
 _LOCAL_SIZE = "LOCAL_SIZE"  # DeepSpeed's name of LOCAL_WORLD_SIZE
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -41,7 +53,7 @@ class Launch:
     local_world_size: int
     addr: str  # where rank 0 or the launcher listens
     port: int
-    source: Literal["torchrun", "deepspeed", "slurm", "mpi", "single"]
+    source: Launcher
 
 
 def discover(environ: Mapping[str, str]) -> Launch:
@@ -53,16 +65,16 @@ def discover(environ: Mapping[str, str]) -> Launch:
     Raises:
         ValueError: a variable is missing or wrong; the text names it.
     """
-    if "RANK" in environ:
-        return _checked(_torchrun(environ), environ)
-    in_step = "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
-    # srun's PMI sets PMI_RANK too; MPI_LOCALRANKID comes from Hydra (MPICH, Intel MPI) alone.
-    pmi = "PMI_RANK" in environ and ("MPI_LOCALRANKID" in environ or not in_step)
-    if "OMPI_COMM_WORLD_RANK" in environ or pmi:
+    launcher = launcher_of(environ)
+    if launcher in ("torchrun", "deepspeed"):
+        return _checked(_torchrun(environ, launcher), environ)
+    if launcher == "mpi":
         family = "openmpi" if "OMPI_COMM_WORLD_RANK" in environ else "mpich"
-        addr, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-        return _checked(_mpi(family, addr, port), environ)
-    if in_step:
+        launch = _mpi(family, environ.get("MASTER_ADDR"), environ.get("MASTER_PORT"))
+        if local := local_rank_of(environ):
+            launch = replace(launch, local_rank=local.index, local_world_size=local.num_ranks)
+        return _checked(launch, environ)
+    if launcher == "slurm":
         return _checked(_slurm(environ), environ)
     if "WORLD_SIZE" in environ:
         raise ValueError(
@@ -72,36 +84,33 @@ def discover(environ: Mapping[str, str]) -> Launch:
     return Launch(0, 1, 0, 1, "localhost", 0, "single")
 
 
-def _torchrun(environ: Mapping[str, str]) -> Launch:
+def _torchrun(environ: Mapping[str, str], launcher: Launcher) -> Launch:
     """Return the launch that torchrun or DeepSpeed's launcher describes."""
-    deepspeed = "LOCAL_WORLD_SIZE" not in environ and _LOCAL_SIZE in environ
-    names = [_LOCAL_SIZE if deepspeed and n == "LOCAL_WORLD_SIZE" else n for n in _VARIABLES]
+    size = _LOCAL_SIZE if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
+    names = [size if name == "LOCAL_WORLD_SIZE" else name for name in _VARIABLES]
     if missing := [name for name in names if name not in environ]:
         raise ValueError(
             f"RANK is set but {', '.join(missing)} is not: start with torchrun, which sets all of "
             f"{', '.join(_VARIABLES)}, or unset RANK to run on one rank"
         )
-    rank, world_size, local_rank, local_world_size = (_integer(environ, name) for name in names[:4])
-    port = _integer(environ, "MASTER_PORT")
-    source = "deepspeed" if deepspeed else "torchrun"
-    addr = environ["MASTER_ADDR"]
-    return Launch(rank, world_size, local_rank, local_world_size, addr, port, source)
+    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    local = local_rank_of(environ)
+    assert local is not None
+    addr, port = environ["MASTER_ADDR"], _integer(environ, "MASTER_PORT")
+    return Launch(rank, world_size, local.index, local.num_ranks, addr, port, launcher)
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch:
     # The step's own counts first: SLURM_NTASKS may still be the allocation's.
-    world = _first(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-    nodes = _first(environ, "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
-    tasks = _first(environ, "SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
-    per_node = expand_tasks_per_node(environ[tasks])
-    node = _integer(environ, "SLURM_NODEID")
-    if node >= len(per_node):
-        raise ValueError(f"SLURM_NODEID={node} is outside {tasks}={environ[tasks]}")
+    world = first_set(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    nodes = first_set(environ, "SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+    local = local_rank_of(environ)
+    assert local is not None
     return Launch(
         rank=_integer(environ, "SLURM_PROCID"),
         world_size=_integer(environ, world),
-        local_rank=_integer(environ, "SLURM_LOCALID"),
-        local_world_size=per_node[node],
+        local_rank=local.index,
+        local_world_size=local.num_ranks,
         addr=environ.get("MASTER_ADDR") or _node_address(first_node(environ[nodes])),
         port=_integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _job_port(environ),
         source="slurm",
@@ -113,16 +122,6 @@ def first_node(nodelist: str) -> str:
     prefix = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     assert prefix is not None
     return re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", prefix.group())
-
-
-def expand_tasks_per_node(text: str) -> list[int]:
-    """Return the tasks per node from Slurm's short form: [2, 2, 2, 1] for `2(x3),1`."""
-    counts = []
-    for part in text.split(","):
-        if not (match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)):
-            raise ValueError(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 2(x3),1")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
 
 
 def _node_address(node: str) -> str:
@@ -216,23 +215,6 @@ def _own_address() -> str:
             return probe.getsockname()[0]
         except OSError:  # no route at all
             return socket.gethostname()
-
-
-def _first(environ: Mapping[str, str], *names: str) -> str:
-    for name in names:
-        if name in environ:
-            return name
-    raise ValueError(
-        f"this is a task of a Slurm step, but none of {', '.join(names)} is set: start with srun "
-        "or torchrun"
-    )
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    text = environ.get(name, "")
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"{name}={text!r} in the environment must be a whole number from 0")
-    return int(text)
 
 
 def _checked(launch: Launch, environ: Mapping[str, str]) -> Launch:

@@ -6,10 +6,20 @@ collective, which the others would enter without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Group
+
+# What torch says of an allocation that fails.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "invalid storage size",
+    "Storage size calculation overflowed",
+)
 
 
 class RankError(ValueError):
@@ -24,6 +34,27 @@ class RendezvousError(RuntimeError):
     """Ranks are missing at the rendezvous: raised by those that joined, each for itself."""
 
     exit_code = 1
+
+
+@contextmanager
+def memory_in_words(problem: str) -> Iterator[None]:
+    """Turn an allocation that fails inside into a ValueError that begins with `problem`.
+
+    For what a setting sizes: the text names the setting and what to do. Other errors are kept.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OverflowError, OSError) as error:
+        text = str(error)
+        # torch has a type of its own on CUDA alone; on the CPU it is a RuntimeError.
+        if not (
+            isinstance(error, MemoryError | OverflowError)
+            or getattr(error, "errno", None) == errno.ENOMEM
+            or any(words in text for words in _OUT_OF_MEMORY)
+        ):
+            raise
+        why = text.splitlines()[0] if text else "out of memory"
+        raise ValueError(f"{problem} ({why})") from error
 
 
 def raise_on_any_rank(

@@ -26,7 +26,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -45,8 +45,9 @@ class RankInfo:
     host: str
     cores: list[int]  # CPU numbers this process may run on
     digest: str = ""  # of the config
-    gpu: str | None = None  # the device's unique id
+    gpu: str | None = None  # the unique id of the device that its local rank chooses
     no_gpu: str = ""  # why `gpu` is None
+    gpus: list[str] = field(default_factory=list)  # the unique ids of all devices that it sees
     error: str | None = None  # what this rank already knows to be wrong
 
 
@@ -175,6 +176,30 @@ def _wait_for_readers(store: dist.Store, rank: int, world_size: int) -> None:
             time.sleep(0.02)
 
 
+def assign_gpus(infos: Sequence[RankInfo]) -> list[RankInfo]:
+    """Return the infos with a GPU of its own for every rank, on each host where that is possible.
+
+    What the local rank chooses is kept where the choices of a host differ. They need not where a
+    launcher shows each rank other GPUs (srun --gpus-per-task 2): there every rank, in their order,
+    takes the first GPU it sees that no other has. Where that leaves a rank without, nothing changes
+    on the host.
+    """
+    assigned = {info.rank: info for info in infos}
+    for host in dict.fromkeys(info.host for info in infos):
+        ranks = [info for info in infos if info.host == host]
+        chosen = {info.gpu for info in ranks}
+        if None not in chosen and len(chosen) == len(ranks):
+            continue
+        taken: dict[str, RankInfo] = {}
+        for info in ranks:
+            free = next((gpu for gpu in info.gpus if gpu not in taken), None)
+            if free is not None:
+                taken[free] = replace(info, gpu=free, no_gpu="")
+        if len(taken) == len(ranks):
+            assigned.update((info.rank, info) for info in taken.values())
+    return [assigned[info.rank] for info in infos]
+
+
 def choose_device(requested: str, infos: Sequence[RankInfo]) -> str:
     """Return `cuda` or `cpu` for the whole run, from `runtime.device` and the infos of all ranks.
 
@@ -194,8 +219,8 @@ def choose_device(requested: str, infos: Sequence[RankInfo]) -> str:
             owners[rank.host, rank.gpu].append(rank.rank)
     problems = [f"{name_ranks(ranks)} on {host}: {why}" for (host, why), ranks in without.items()]
     problems += [
-        f"{name_ranks(ranks)} on {host}: share one GPU"
-        for (host, _), ranks in owners.items()
+        f"{name_ranks(ranks)} on {host}: share one GPU, {gpu}"
+        for (host, gpu), ranks in owners.items()
         if len(ranks) > 1
     ]
     if not problems:
@@ -204,7 +229,8 @@ def choose_device(requested: str, infos: Sequence[RankInfo]) -> str:
         return "cpu"
     raise RankError(
         f"runtime.device = 'cuda' needs a GPU of its own for every rank ({'; '.join(problems)}): "
-        "start at most one rank per GPU (torchrun --nproc-per-node), or set runtime.device=cpu"
+        "start at most one rank per GPU (torchrun --nproc-per-node, srun --gpus-per-task 1), or "
+        "set runtime.device=cpu"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from engine.config import Config
 from engine.config.world_rules import validate_world
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
@@ -25,6 +26,8 @@ from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
@@ -135,13 +138,17 @@ def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype
     if name != "auto":
         return getattr(torch, name)
     own = getattr(hf_config, "dtype", None)
-    return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+    return own if device.type == "cuda" and own in _DTYPES else torch.float32
 
 
 def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
-    """Allocate the MoE row buffers where a capacity policy bounds their size.
+    """Limit the rows that a rank receives at once, and allocate the MoE row buffers: on CUDA, and
+    where a capacity policy bounds their size.
 
     Returns the bytes that the layers' activations may still take.
+
+    Raises:
+        ValueError: they do not fit into memory; the text names the setting.
     """
     if not model.moe_layers:
         return 0
@@ -150,15 +157,23 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,
         num_experts=layer.spec.router.num_experts,
-        num_local_experts=layer.num_local_experts,
+        num_local_experts=layer.layout_policy.most_local_experts,
         hidden=layer.spec.hidden,
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler
     bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
     dtype = model.embedding_VD.dtype
-    needed = bound.activation_bytes(shape, dtype)
-    if capacity.policy == "none":
+    is_cuda = topology.device.type == "cuda"
+    needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
+    for each in model.moe_layers:
+        each.row_limit = bound.received if bound.has_rounds else None
+    if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
         return needed
-    layer.reserve(bound.sent, bound.received)
+    with memory_in_words(
+        f"scheduler.max_batch_tokens = {limits.max_batch_tokens}: the rows that a rank may have in "
+        "one step do not fit into memory; lower it, use more ranks, or "
+        "moe.capacity.policy = none, which reserves nothing"
+    ):
+        layer.reserve(bound.sent, bound.received)
     return needed - model.row_buffers.num_bytes

@@ -8,11 +8,11 @@ strings, else once at the end.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from engine.config.checkpoint_files import is_there, read_json_object
 from engine.generation.tokenizer import tokenizer_failure
 from engine.request import RequestError, SamplingParams
 
@@ -248,17 +248,15 @@ def load_eos_token_ids(model_path: str | Path, tokenizer: Any = None) -> frozens
     Empty when none of them names one.
 
     Raises:
-        ValueError: when a file has no JSON object, or eos_token_id is no id or list of ids.
+        ValueError: when a file cannot be read or has no JSON object, or eos_token_id is no id or
+            list of ids.
     """
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = Path(model_path) / name
-        if not file.exists():
+        if not is_there(file):
             continue
-        try:
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{file}: must hold one JSON object ({error})") from error
+        value = read_json_object(file).get("eos_token_id")
         found = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(item) is int for item in found):
             raise ValueError(

@@ -1,22 +1,30 @@
 """Memory plan: the most rows an MoE layer may have to hold, and how many KV cache blocks fit.
 
-Computed after the weights are loaded, from the memory that is free then. A dropless MoE layer must
-have room for the worst case, all tokens of the group choosing experts of one rank:
+Computed after the weights are loaded, from the memory that is free then. In the worst case all
+tokens of the group choose experts of one rank, which then receives
 
-    received = W * T * min(K, e)
+    W * T * min(K, e)
+
+rows. That hardly ever happens, and room for it would be taken from the KV cache for ever: so a rank
+has room for twice what the mean rank receives, and more come in rounds (`moe/dispatch/rounds.py`):
+
+    received = min(W * T * min(K, e), max(2 * T * K, 4 * W))
 
 With a capacity factor gamma and all tokens subject to it, a rank receives at most what its experts
 may keep, whatever the router does:
 
     received = e * C,  C = max(1, ceil(gamma * W * T * K / E))
 
-8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows against 24,576 at gamma = 1.5.
+8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows in the worst case, 32,768 at
+once, and 24,576 at gamma = 1.5.
 `local` consensus rounds up once per rank: e * (W - 1) rows more. With moe.capacity.speed_aware a
 fast rank gets up to twice that. Tokens of a phase without capacity add min(K, e) rows each. A rank
 sends K rows per token and, with Expanded Drop, the extras of its own experts. From the rows:
 
     bytes = (sent + 2 * received) * D      the buffers of engine/moe/dispatch/buffers.py
           + received * 3 * F               gate, up and their product, where the backend stores them
+          + received * D                   on CUDA, where the experts return a tensor of their own
+          + sent * D                       where there may be rounds, whose results are collected
 
 Legend: T tokens per step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
 rank, D model dim, F expert dim.
@@ -57,17 +65,18 @@ class RowBound:
 
     sent: int
     received: int
+    has_rounds: bool = False  # whether more rows come, in rounds of `received`
 
-    def activation_bytes(self, shape: MoEShape, dtype: torch.dtype) -> int:
+    def activation_bytes(self, shape: MoEShape, dtype: torch.dtype, *, is_cuda: bool) -> int:
         """Return the bytes of the row buffers and of the experts' inner activations."""
-        numbers = (self.sent + 2 * self.received) * shape.hidden + self.received * 3 * shape.ffn
-        return numbers * dtype.itemsize
+        rows = self.sent * (2 if self.has_rounds else 1) + self.received * (3 if is_cuda else 2)
+        return (rows * shape.hidden + self.received * 3 * shape.ffn) * dtype.itemsize
 
 
 def row_bound(
     shape: MoEShape, capacity: CapacityConfig, max_tokens: int, max_sequences: int
 ) -> RowBound:
-    """Return the bound that the module's formulas give.
+    """Return the bound that the module's formulas give, the same on every rank of equal experts.
 
     Args:
         max_tokens: T.
@@ -76,7 +85,7 @@ def row_bound(
     """
     num_ranks, most = shape.num_ranks, min(shape.top_k, shape.num_local_experts)
     tokens = num_ranks * max_tokens
-    dropless = RowBound(max_tokens * shape.top_k, tokens * most)
+    dropless = _in_rounds(RowBound(max_tokens * shape.top_k, tokens * most), shape, max_tokens)
     factor = capacity.exact_factor
     if capacity.policy == "none" or not factor.is_finite():
         return dropless
@@ -93,11 +102,19 @@ def row_bound(
         passing = tokens
     elif "decode" not in capacity.phases:
         passing = num_ranks * min(max_sequences, max_tokens)
-    sent, limit = max_tokens * shape.top_k, dropless.received
+    sent, limit = max_tokens * shape.top_k, tokens * most
     if capacity.policy == "expanded_drop":
         limit = tokens * shape.num_local_experts  # extras are of any token
         sent += min(slots, max_tokens * shape.num_local_experts)
-    return RowBound(sent, min(limit, slots + passing * most))
+    bound = RowBound(sent, min(limit, slots + passing * most))
+    # Of the extras that a rank adds for its own experts the others do not know.
+    return bound if capacity.policy == "expanded_drop" else _in_rounds(bound, shape, max_tokens)
+
+
+def _in_rounds(bound: RowBound, shape: MoEShape, max_tokens: int) -> RowBound:
+    """Return the bound with no more rows at once than twice those of the mean rank."""
+    limit = max(2 * max_tokens * shape.top_k, 4 * shape.num_ranks)
+    return bound if bound.received <= limit else RowBound(bound.sent, limit, has_rounds=True)
 
 
 def num_kv_blocks(
@@ -116,12 +133,16 @@ def num_kv_blocks(
     `reserve_bytes`.
 
     Raises:
-        ValueError: when not even one block fits.
+        ValueError: when not even one block fits, or fewer than the settings ask for.
     """
     if config.kv_cache_blocks is not None:
+        setting = f"kv_cache_blocks: {config.kv_cache_blocks}"
+        _check_fits(setting, config.kv_cache_blocks, bytes_per_block, device, local_world_size)
         return config.kv_cache_blocks
     if config.kv_cache_gib is not None:
-        blocks = int(config.kv_cache_gib * _GIB) // bytes_per_block
+        blocks = int(Fraction(config.kv_cache_gib) * _GIB) // bytes_per_block
+        setting = f"kv_cache_gib: {config.kv_cache_gib}"
+        _check_fits(setting, blocks, bytes_per_block, device, local_world_size)
         if blocks < 1:
             raise ValueError(
                 f"scheduler.kv_cache_gib: {config.kv_cache_gib} is less than one block of "
@@ -140,6 +161,37 @@ def num_kv_blocks(
             "scheduler.kv_cache_gib"
         )
     return min(wanted, fits)
+
+
+def _check_fits(
+    setting: str, blocks: int, bytes_per_block: int, device: torch.device, local_world_size: int
+) -> None:
+    """Raise ValueError where a number of blocks that a setting asks for exceeds what is free.
+
+    The memory of the host is shared by its ranks: no rank has touched its cache yet.
+    """
+    if device.type == "cuda":
+        total, sharers, limit = torch.cuda.mem_get_info(device)[0], 1, ""
+    else:
+        free = free_memory()
+        total, sharers, limit = free.num_bytes, local_world_size, free.limit
+    needed = blocks * bytes_per_block
+    if needed <= total // sharers:
+        return
+    each = f" for each of the {sharers} ranks here" if sharers > 1 else ""
+    by = f" (limited by {limit})" if limit else ""
+    fits = total // sharers // bytes_per_block
+    most = fits if "blocks" in setting else f"{fits * bytes_per_block / _GIB:.2f}"
+    raise ValueError(
+        f"scheduler.{setting} does not fit: the KV cache would take {_gib(needed)} GiB and "
+        f"{total / sharers / _GIB:.2f} GiB are free on {device}{each}{by}; give at most {most}, or "
+        "null to use what is free"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    gib = min(num_bytes, 10**300) / _GIB  # a setting may have 300 digits
+    return f"{gib:.2f}" if gib < 1e6 else f"{gib:.2e}"
 
 
 def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, str]:

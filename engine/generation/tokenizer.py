@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
+from engine.config.checkpoint_files import is_there
+from engine.config.tokenizer_files import FILES, check_tokenizer_files
 from engine.request import ErrorCode, RequestError
-
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def has_tokenizer(config: ModelConfig) -> bool:
     """Return whether there are tokenizer files to load, or model.tokenizer names where."""
-    return config.tokenizer is not None or any(
-        os.path.exists(os.path.join(config.path, name)) for name in _FILES
-    )
+    return config.tokenizer is not None or any(is_there(Path(config.path, name)) for name in FILES)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -25,30 +22,50 @@ def load_tokenizer(config: ModelConfig) -> Any:
     None when model.path has no tokenizer files and model.tokenizer is not set.
 
     Raises:
-        ValueError: when model.tokenizer has no tokenizer files, or files cannot be read; names the
-            directory.
+        ValueError: when model.tokenizer has no tokenizer files, or one cannot be read; names the
+            file.
     """
     path = Path(config.tokenizer or config.path)
-    if not any((path / name).exists() for name in _FILES):
+    if not any(is_there(path / name) for name in FILES):
         if config.tokenizer is None:
             return None
         raise ValueError(
-            f"model.tokenizer: {config.tokenizer!r} holds none of {', '.join(_FILES)}; name a "
+            f"model.tokenizer: {config.tokenizer!r} holds none of {', '.join(FILES)}; name a "
             "Hugging Face tokenizer directory"
         )
+    try:
+        check_tokenizer_files(path)
+    except ValueError as error:
+        raise ValueError(f"model.tokenizer: {error}") from error
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except BaseException as error:  # tokenizers raises a bare Exception, and panics of Rust
         if "trust_remote_code" in str(error):  # transformers' advice to run it
             raise ValueError(
                 f"model.tokenizer: the tokenizer in {path} is code of its own, which is never run; "
                 "name one with a tokenizer.json"
             ) from error
-        raise ValueError(
-            f"model.tokenizer: cannot read the tokenizer in {path}: {error}; check its files"
-        ) from error
+        what = f"model.tokenizer: cannot read {_file_at_fault(path)}"
+        failure = tokenizer_failure("tokenizer_failed", what, error)
+        raise ValueError(f"{failure}; download its files again") from error
+
+
+def _file_at_fault(path: Path) -> str:
+    """Return the file that cannot be made a tokenizer, else their folder in words."""
+    file = path / "tokenizer.json"
+    if is_there(file):
+        import tokenizers
+
+        try:
+            tokenizers.Tokenizer.from_file(str(file))
+        except BaseException as error:
+            tokenizer_failure(
+                "tokenizer_failed", "", error
+            )  # raises it again where it asks the process to stop
+            return str(file)
+    return f"the tokenizer in {path}"
 
 
 def tokenizer_failure(code: ErrorCode, what: str, error: BaseException) -> RequestError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.deepseek_v2 import deepseek_spec
-from engine.models.hf_config import require
 from engine.models.spec import ModelSpec
 from engine.moe.router import RouterSpec
 
@@ -13,16 +13,18 @@ from engine.moe.router import RouterSpec
 def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers DeepseekV3Config into a `ModelSpec`."""
     router = RouterSpec(
-        num_experts=hf_config.n_routed_experts,
-        top_k=require(hf_config, "num_experts_per_tok"),
+        num_experts=read(hf_config, "n_routed_experts"),
+        top_k=read(hf_config, "num_experts_per_tok"),
         score="sigmoid",
-        normalize=bool(hf_config.norm_topk_prob),
+        normalize=read(hf_config, "norm_topk_prob"),
         normalize_eps=1e-20,
-        scale=hf_config.routed_scaling_factor,
-        num_groups=hf_config.n_group or 1,
-        top_groups=hf_config.topk_group or 1,
+        scale=read(hf_config, "routed_scaling_factor"),
+        num_groups=read_optional(hf_config, "n_group") or 1,
+        top_groups=read_optional(hf_config, "topk_group") or 1,
         group_score="top2",
         correction_bias=True,
         float32_logits=True,
     )
-    return deepseek_spec(hf_config, router, interleaved=bool(hf_config.rope_interleave))
+    return deepseek_spec(
+        hf_config, router, interleaved=read_flag(hf_config, "rope_interleave", False)
+    )

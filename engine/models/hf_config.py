@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.layers.attention import AttentionSpec
+from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.spec import LayerSpec, ModelSpec
 from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
@@ -19,13 +20,13 @@ def attention_spec(hf_config: Any, **family: Any) -> AttentionSpec:
 
     family: the other fields of `AttentionSpec`.
     """
-    heads = hf_config.num_attention_heads
+    heads, hidden = read(hf_config, "num_attention_heads"), read(hf_config, "hidden_size")
     return AttentionSpec(
-        hidden=hf_config.hidden_size,
+        hidden=hidden,
         num_heads=heads,
-        num_kv_heads=hf_config.num_key_value_heads,
-        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
-        norm_eps=hf_config.rms_norm_eps,
+        num_kv_heads=read(hf_config, "num_key_value_heads"),
+        head_dim=read_optional(hf_config, "head_dim") or hidden // heads,
+        norm_eps=read(hf_config, "rms_norm_eps"),
         **family,
     )
 
@@ -36,18 +37,18 @@ def window_of(hf_config: Any) -> int | None:
     That is null, but also 0 and negative numbers, which transformers' own configurations and other
     exporters write for it: a window without keys is none.
     """
-    window = hf_config.sliding_window
+    window = read_optional(hf_config, "sliding_window")
     return window if window is not None and window > 0 else None
 
 
 def moe_spec(hf_config: Any, ffn: int) -> MoESpec:
     """Return the routed experts of OLMoE and Qwen: softmax scores, normalised if norm_topk_prob."""
     router = RouterSpec(
-        num_experts=hf_config.num_experts,
-        top_k=hf_config.num_experts_per_tok,
-        normalize=hf_config.norm_topk_prob,
+        num_experts=read(hf_config, "num_experts"),
+        top_k=read(hf_config, "num_experts_per_tok"),
+        normalize=read(hf_config, "norm_topk_prob"),
     )
-    return MoESpec(router=router, hidden=hf_config.hidden_size, ffn=ffn)
+    return MoESpec(router=router, hidden=read(hf_config, "hidden_size"), ffn=ffn)
 
 
 def model_spec(
@@ -58,10 +59,10 @@ def model_spec(
     family: the other fields of `ModelSpec`.
     """
     return ModelSpec(
-        vocab_size=hf_config.vocab_size,
-        hidden=hf_config.hidden_size,
-        norm_eps=hf_config.rms_norm_eps,
-        tied_embeddings=hf_config.tie_word_embeddings,
+        vocab_size=read(hf_config, "vocab_size"),
+        hidden=read(hf_config, "hidden_size"),
+        norm_eps=read(hf_config, "rms_norm_eps"),
+        tied_embeddings=read_flag(hf_config, "tie_word_embeddings", False),
         rotary_dim=rotary_dim,
         layers=tuple(layers),
         **family,
@@ -74,7 +75,7 @@ def check_config(hf_config: Any) -> None:
     Raises:
         ValueError: naming the field of config.json, its value and the rule.
     """
-    if hf_config.hidden_act not in ("silu", "swish"):
+    if read(hf_config, "hidden_act") not in ("silu", "swish"):
         raise ValueError(
             f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only 'silu': "
             "the experts' kernels compute silu(gate) * up"
@@ -89,15 +90,3 @@ def check_config(hf_config: Any) -> None:
             "quantization_config in config.json: quantized checkpoints are not supported; use one "
             "in float32, bfloat16 or float16"
         )
-
-
-def require(hf_config: Any, field: str) -> Any:
-    """Return a field that may be null in a configuration but that this model needs.
-
-    Raises:
-        ValueError: when it is null.
-    """
-    value = getattr(hf_config, field, None)
-    if value is None:
-        raise ValueError(f"{field} in config.json is null; this model type needs a number there")
-    return value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.models.config_fields import read
 from engine.models.hf_config import attention_spec, model_spec, moe_spec, window_of
-from engine.models.qwen2_moe import is_routed
+from engine.models.qwen2_moe import dense_spec, routed_layers
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
 
 
@@ -13,15 +14,18 @@ def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers Qwen3MoeConfig into a `ModelSpec`."""
     attention = attention_spec(
         hf_config,
-        qkv_bias=hf_config.attention_bias,
-        out_bias=hf_config.attention_bias,
+        qkv_bias=read(hf_config, "attention_bias"),
+        out_bias=read(hf_config, "attention_bias"),
         qk_norm="head",
         window=window_of(hf_config),
     )
-    sparse = SparseSpec(moe=moe_spec(hf_config, ffn=hf_config.moe_intermediate_size))
-    dense = DenseSpec(ffn=hf_config.intermediate_size)
+
+    def mlp(routed: bool) -> DenseSpec | SparseSpec:
+        if not routed:
+            return dense_spec(hf_config)
+        return SparseSpec(moe=moe_spec(hf_config, ffn=read(hf_config, "moe_intermediate_size")))
+
     layers = [
-        LayerSpec(attention=attention, mlp=sparse if is_routed(hf_config, index) else dense)
-        for index in range(hf_config.num_hidden_layers)
+        LayerSpec(attention=attention, mlp=mlp(routed)) for routed in routed_layers(hf_config)
     ]
     return model_spec(hf_config, layers, rotary_dim=attention.head_dim)

@@ -8,7 +8,6 @@ Every rank builds its own share:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from typing import Any
 import torch
 
 from engine.config import Config
+from engine.config.checkpoint_files import read_json_object
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
@@ -31,17 +33,6 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
 }
-_AT_LEAST_1 = (
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "moe_intermediate_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "vocab_size",
-)
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -60,25 +51,19 @@ def read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        what = "cannot be read" if isinstance(error, OSError) else "is not valid JSON"
-        raise _refused(folder, f"config.json {what} ({error}); download it again") from error
+        values = read_json_object(folder / "config.json")
+    except ValueError as error:
+        raise _refused(folder, str(error)) from error
     if problem := _problem(values):
         raise _refused(folder, problem)
     try:
+        check_fields(values)
         hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        rope_frequencies(hf_config, read_spec(hf_config).rotary_dim, 1)
+        rotary_dim = read_spec(hf_config).rotary_dim
+        check_rope(hf_config, rotary_dim)
+        rope_frequencies(hf_config, rotary_dim, 1)
     except Exception as error:  # transformers computes with the values before it checks them
-        why = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
-            why = f"{type(error).__name__}: {why}"
-        if "config.json" not in why:
-            why = (
-                f"config.json describes no {values['model_type']} model ({why[:300]}); compare it "
-                "with the published one"
-            )
-        raise _refused(folder, why) from error
+        raise _refused(folder, explain(error, values)) from error
     return hf_config
 
 
@@ -86,26 +71,14 @@ def _refused(folder: Path, why: str) -> ValueError:
     return ValueError(f"model.path = {str(folder)!r}: {why}")
 
 
-def _problem(values: Any) -> str | None:
+def _problem(values: Mapping[str, Any]) -> str | None:
     """Return what is wrong in the text of a config.json, or None; transformers checks the rest."""
-    if not isinstance(values, Mapping):
-        return "config.json must hold one JSON object; download it again"
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
         return (
             f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
             f"{', '.join(_FAMILIES)}"
-        )
-    for name in _AT_LEAST_1:
-        value = values.get(name)
-        if value is not None and (type(value) is not int or value < 1):
-            return f"{name} = {value!r} in config.json: must be a whole number from 1"
-    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        return (
-            f"num_key_value_heads = {kv_heads} in config.json: must divide num_attention_heads = "
-            f"{heads}"
         )
     return None
 
@@ -132,7 +105,7 @@ def model_length(hf_config: Any, max_model_len: int | None) -> int:
     Raises:
         ValueError: when it exceeds what the checkpoint's rotary embedding supports.
     """
-    context = hf_config.max_position_embeddings
+    context = read(hf_config, "max_position_embeddings")
     if max_model_len is None:
         return context
     # Only dynamic scaling is defined past the context length.
@@ -154,9 +127,14 @@ def build_model(
     """
     spec = read_spec(hf_config)
     length = model_length(hf_config, config.model.max_model_len)
+    with memory_in_words(
+        f"model.max_model_len = {length}: a table of that many positions does not fit into memory; "
+        "lower it"
+    ):
+        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, dtype)
     return CausalLM(
         spec,
-        RotaryTable(hf_config, spec.rotary_dim, length, device, dtype),
+        rotary,
         max_model_len=length,
         topology=topology,
         config=config.moe,

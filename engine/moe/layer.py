@@ -40,7 +40,7 @@ from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology, expert_range
 from engine.layers.mlp import DenseMLP
-from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.capacity.agreement import CapacityAgreement, Decision, OnOrder
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.chunk_tuner import ChunkTuner, Trial
@@ -48,6 +48,7 @@ from engine.moe.dispatch.exchange import Exchange
 from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.plan import DispatchPlan
+from engine.moe.dispatch.rounds import Round, plan_rounds
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.two_batch import Steps, run_to_end
 from engine.moe.experts import ExpertWeights, choose_backend, make_backend
@@ -93,6 +94,8 @@ class MoELayer(nn.Module):
     gate_weight_ED: nn.Parameter  # model dtype
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
     experts: ExpertWeights  # of this rank's experts
+    row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
+    # come in rounds (`rounds.py`); None: no limit
 
     def __init__(
         self,
@@ -262,18 +265,50 @@ class MoELayer(nn.Module):
         layout = self.layout_policy.choose(
             group_tokens, trial.chunks, costs_exchange=self._agreement.costs_exchange(step)
         )
-        decision, plans = self.agree(routing, step, overlap, layout, micro_batch)
+        pipeline = self._pipelines[micro_batch or 0]
+        on_order = None
+        if layout.sends_plain_rows and not self._agreement.adds_extras:
+            on_order = lambda order: pipeline.pack(x_tD, order, clock)  # noqa: E731
+        decision, plans = self.agree(routing, step, overlap, layout, micro_batch, on_order)
         with trial:
-            rows_SD = yield from self._pipelines[micro_batch or 0].steps(
-                x_tD, decision.weights_TM, plans, clock, yields=micro_batch is not None
-            )
+            terms = plans[0].terms(decision.weights_TM)
+            if rounds := self._plan_rounds(decision, layout, group_tokens, micro_batch):
+                terms = decision.order.slot_TK, decision.weights_TM
+                rows_SD = pipeline.rounds(x_tD, decision.weights_TM, rounds, clock)
+            else:
+                rows_SD = yield from pipeline.steps(
+                    x_tD,
+                    decision.weights_TM,
+                    plans,
+                    clock,
+                    yields=micro_batch is not None,
+                    packed=on_order is not None,
+                )
             clock.enter(Phase.PLAN, self.layer)
-            out_tD = combine_rows(rows_SD, *plans[0].terms(decision.weights_TM))
+            out_tD = combine_rows(rows_SD, *terms)
         if shared_out:
             out_tD = out_tD + shared_out[0]
         out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
+
+    def _plan_rounds(
+        self,
+        decision: Decision,
+        layout: ExpertLayout,
+        group_tokens: int | None,
+        micro_batch: int | None,
+    ) -> list[Round]:
+        """Return the rounds of a call in which some rank would receive more rows than its limit."""
+        limit = self.row_limit
+        if limit is None or self._agreement.adds_extras:  # the others do not know of the extras
+            return []
+        limit = limit if micro_batch is None else limit // 2
+        most = min(self.spec.router.top_k, self.layout_policy.most_local_experts)
+        if group_tokens is not None and group_tokens * most <= limit:
+            return []
+        exchanged_Wn = decision.exchanged_Wn
+        return plan_rounds(layout, decision.order, exchanged_Wn, self._group.rank, limit)
 
     def route(self, x_tD: torch.Tensor) -> Routing:
         """Step 2: return the scores, experts and combine weights of this rank's tokens."""
@@ -287,6 +322,7 @@ class MoELayer(nn.Module):
         overlap: Callable[[], None] | None = None,
         layout: ExpertLayout | None = None,
         micro_batch: int | None = None,
+        on_order: OnOrder | None = None,
     ) -> tuple[Decision, list[DispatchPlan]]:
         """Steps 3 and 4: return the decision, and one plan per chunk.
 
@@ -298,15 +334,20 @@ class MoELayer(nn.Module):
             overlap: work to do once while the ranks agree.
             layout: the chunks of this call; None: as configured.
             micro_batch: of a step of two.
+            on_order: called with this rank's order before the counts of all are read.
         """
         if layout is None:
             costs_exchange = self._agreement.costs_exchange(step)
             layout = self.layout_policy.choose(None, costs_exchange=costs_exchange)
         clock, agreement = self.telemetry.clock, self._agreement
         if step is not None and agreement.applies(step):
-            decision = agreement.decide(routing, step, clock=clock, overlap=overlap, layout=layout)
+            decision = agreement.decide(
+                routing, step, clock=clock, overlap=overlap, layout=layout, on_order=on_order
+            )
         else:
-            decision = agreement.keep_all(routing, clock=clock, overlap=overlap, layout=layout)
+            decision = agreement.keep_all(
+                routing, clock=clock, overlap=overlap, layout=layout, on_order=on_order
+            )
         plans = layout.plans(decision.order, decision.exchanged_Wn, self._group.rank)
         self._stats.add(self.telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans

@@ -6,6 +6,7 @@ a run does not depend on them, except for DeepSpeed's table.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,22 @@ from engine.profiling.span_file import SpanWriter
 
 if TYPE_CHECKING:  # its HTTP server is imported only where it is used
     from engine.profiling.metrics import Metrics
+
+
+def check_listen(host: str, port: int) -> None:
+    """Check that the metrics can be served at an address, which is closed again.
+
+    Raises:
+        OSError: the name is unknown, or the address cannot be opened.
+        UnicodeError: it cannot be a name.
+    """
+    flags = socket.AI_PASSIVE
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        probe.bind(address)
+        probe.listen(1)
 
 
 @dataclass(slots=True)

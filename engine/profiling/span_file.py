@@ -16,7 +16,11 @@ waited_ns is -1 where the other ranks' arrivals are not known.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -27,7 +31,11 @@ from engine.profiling.loads import StepLoads
 from engine.profiling.phase_clock import Phase, Spans
 from engine.profiling.wait_time import waiting_ns
 
+logger = logging.getLogger(__name__)
+
 FORMAT, VERSION = "lockstep-spans", 1
+_PROBE_BYTES = 2**16
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +58,53 @@ class SpanFileHeader:
     version: int = VERSION
 
 
+def check_folder(folder: Path, rank: int) -> None:
+    """Check that a rank's span files can be written into a folder, which is made if it is missing.
+
+    Changes no span file that is there.
+
+    Raises:
+        OSError: they cannot be, or the disk is full; it names the folder or the file.
+        ValueError: the folder's name is none that the system takes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # which is said of a file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    path = span_path(folder, rank)
+    for file in (path, old_path(path)):
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if path.exists():
+        path.open("ab").close()
+    probe = path.with_suffix(f".probe{os.getpid()}")
+    try:
+        with probe.open("wb") as file:
+            file.write(b"\0" * _PROBE_BYTES)  # a full disk may take an empty file
+            file.flush()
+            try:
+                os.fsync(file.fileno())  # some file systems notice only here
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise
+    except OSError as error:
+        error.filename = str(folder)  # not a file of this rank alone: all ranks have one error
+        raise
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def span_path(folder: Path, rank: int) -> Path:
+    """Return a rank's span file."""
+    return folder / f"spans.rank{rank:05d}.jsonl"
+
+
+def old_path(path: Path) -> Path:
+    """Return the file with the older half of a span file's steps."""
+    return path.with_suffix(".old.jsonl")
+
+
 class SpanWriter:
     """Writes one rank's span files into an existing folder.
 
@@ -65,10 +120,11 @@ class SpanWriter:
         self, folder: Path, header: SpanFileHeader, max_bytes: int, tensor_ranks: range = range(1)
     ) -> None:
         self._tensor_ranks = tensor_ranks
-        self._path = folder / f"spans.rank{header.rank:05d}.jsonl"
-        self._old = self._path.with_suffix(".old.jsonl")
+        self._path = span_path(folder, header.rank)
+        self._old = old_path(self._path)
         self._header = json.dumps(asdict(header)) + "\n"
         self._max_bytes, self._old_bytes = max_bytes, 0
+        self._is_broken = False  # a write has failed
         self._old.unlink(missing_ok=True)
         self._file = self._open()
 
@@ -81,14 +137,17 @@ class SpanWriter:
         tokens: tuple[int, int],
         loads: StepLoads,
     ) -> None:
-        """Write one step.
+        """Write one step. The first error is logged, and nothing is written after it.
 
         Args:
             arrivals_WC: as in `wait_time.py`; None where unknown.
             offset: nanoseconds to add to this rank's stamps to get rank 0's.
             tokens: prefill and decode.
+
+        Raises:
+            OSError: naming the file.
         """
-        if not len(spans.starts):
+        if self._is_broken or not len(spans.starts):
             return
         start = int(spans.starts[0])
         offsets, durations = spans.starts - start, spans.ends - spans.starts
@@ -107,12 +166,30 @@ class SpanWriter:
             "after": {layer: after for layer, (_, after) in loads.items()},
         }
         text = json.dumps(line, separators=(",", ":")) + "\n"
-        if self._make_room(len(text)):
-            self._written += self._file.write(text)
+        try:
+            if self._make_room(len(text)):
+                self._written += self._file.write(text)
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Write what is buffered and close the file. Safe to call twice."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Write no more: a measurement that cannot be kept must not end the job."""
+        if not self._is_broken:
+            logger.warning(
+                "profiler.spans: %s: %s; the job goes on, later steps are missing there",
+                error.filename or self._path,
+                error.strerror or error,
+            )
+        self._is_broken = True
+        with suppress(OSError):
+            self._file.close()
 
     def _make_room(self, size: int) -> bool:
         """Delete the oldest steps until another `size` bytes fit; False if they never do."""

@@ -63,6 +63,7 @@ class Summary:
     prompt_tokens: int  # of this run
     generated_tokens: int  # of this run
     run: RunReport | None  # None where nothing was left to run
+    retried: int = 0  # requests run again because their record was an error
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # of this run
     user_keys: dict[str, int] = field(default_factory=dict)  # lines of this run per key of the
     # user's own, which had no effect
@@ -72,8 +73,10 @@ class Summary:
         values: dict[str, Any] = {
             key: getattr(self, key)
             for key in self.__dataclass_fields__
-            if key not in ("run", "capacity")
+            if key not in ("run", "capacity", "retried")
         }
+        if self.retried:
+            values["retried"] = self.retried
         values["capacity"] = asdict(self.capacity)
         if self.run is not None:
             run = asdict(self.run, dict_factory=_rename_keys)
@@ -108,6 +111,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     counts = [f"{summary.total} requests"]
     if summary.resumed:
         counts.append(f"{summary.resumed} of them by earlier runs")
+    if summary.retried:
+        counts.append(f"{summary.retried} run again after an error")
     if summary.errors:
         counts.append(f"{summary.errors} with an error record")
     console.print(", ".join(counts) + ".", highlight=False)

@@ -52,7 +52,8 @@ def mismatches(
     path: Path, wanted: Mapping[str, Want], catalog: Catalog, ignored: Iterable[str]
 ) -> Iterator[str]:
     """Yield a sentence for each kind of difference between the model's tensors and the files'."""
-    missing, lost, misshapen, refused = [], [], [], []
+    missing, lost, misshapen = [], [], []
+    refused: dict[str, list[str]] = {}
     for name, want in wanted.items():
         if want.tied_to is not None and not holds_values(catalog, name):
             continue
@@ -66,13 +67,15 @@ def mismatches(
                 f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(want.shape)}"
             )
         if entry.dtype not in DTYPES:
-            refused.append(f"{found} in {entry.file.name} is {entry.dtype}")
+            refused.setdefault(_why_refused(entry.dtype), []).append(
+                f"{found} in {entry.file.name} is {entry.dtype}"
+            )
     unknown = unknown_tensors(wanted, catalog, ignored)
     extra = [
         name for name in unknown if catalog.entries[name].is_listed and _may_matter(catalog, name)
     ]
     yield from _listed(
-        "tensors are missing; is config.json of this checkpoint?",
+        f"tensors are missing; is config.json of this checkpoint?{_tied_hint(missing, catalog)}",
         [_with_nearest(name, unknown) for name in missing[:_MAX_SHOWN]] + missing[_MAX_SHOWN:],
     )
     if lost:
@@ -87,11 +90,8 @@ def mismatches(
         [f"{name} in {catalog.entries[name].file.name}" for name in extra],
     )
     yield from _listed("tensors have the wrong shape; is config.json theirs?", misshapen)
-    yield from _listed(
-        "tensors are not F32, BF16 or F16; quantised weights need scales that this engine "
-        "does not apply: convert the checkpoint to bfloat16",
-        refused,
-    )
+    for why, tensors in refused.items():
+        yield from _listed(why, tensors)
 
 
 def unknown_tensors(
@@ -131,6 +131,37 @@ def log_unlisted(path: Path, unknown: Sequence[str], catalog: Catalog) -> None:
             path / INDEX,
             shorten(found),
         )
+
+
+def _tied_hint(missing: Sequence[str], catalog: Catalog) -> str:
+    """Return what to do where the files hold one of embedding and head, "" otherwise."""
+    pair = ("lm_head.weight", "model.embed_tokens.weight")
+    lacking = [name for name in pair if name in missing]
+    if len(lacking) != 1 or not any(name in catalog.entries for name in pair):
+        return ""
+    return (
+        f" For {lacking[0]}: if head and embedding are the same tensor, set tie_word_embeddings to "
+        "true there; if not, the files are incomplete"
+    )
+
+
+def _why_refused(dtype: str) -> str:
+    """Return what to say of tensors that have a dtype that is not read."""
+    if dtype.startswith(("F8", "F6", "F4")):
+        kind = f"quantised to {dtype[1]} bits, which needs scales that this engine does not apply"
+        remedy = "convert the checkpoint to bfloat16"
+    elif dtype in ("I8", "U8", "I32"):
+        kind = "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes, whose scales "
+        kind += "this engine does not apply"
+        remedy = "convert the checkpoint to bfloat16, or use the one it was made from"
+    elif dtype in _NO_FLOATS:
+        kind = "true or false" if dtype == "BOOL" else "integers"
+        kind += ", which no weights are"
+        remedy = "use the files that the checkpoint was published with"
+    else:
+        kind = "complex numbers" if dtype == "C64" else f"of the unknown dtype {dtype}"
+        remedy = "convert the checkpoint to bfloat16"
+    return f"tensors are {kind} (read are F32, BF16, F16 and F64): {remedy}"
 
 
 def _listed(what: str, items: Sequence[str]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from engine.distributed.groups import Group
 from engine.distributed.health.progress import OnProgress, ProgressReporter
 from engine.weights.safetensors_header import CheckpointError, TensorEntry
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 _CHUNK_BYTES = 4 << 20  # one read: large for a file system, and still in cache when it is checked
 _CHECK_ITEMS = 1 << 16
@@ -36,12 +36,16 @@ _NUM_THREADS = 4  # one thread does not saturate a network or parallel file syst
 _STATUS_INTERVAL_S = 5.0  # between two exchanges of the ranks' status
 
 # Smallest bits of |x|, as an unsigned integer, of a value that is infinite or NaN in its dtype ...
-_NOT_FINITE = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
+_NOT_FINITE = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00, "F64": 0x7FF0000000000000}
 # ... and of a value that rounds to infinity in a narrower dtype.
 _OVERFLOW = {
     ("F32", torch.float16): 0x477FF000,  # 65520
     ("BF16", torch.float16): 0x4780,  # 65536, the next bfloat16 after 65280
     ("F32", torch.bfloat16): 0x7F7F8000,
+    ("F64", torch.float32): 0x47EFFFFFF0000000,  # 2**128 - 2**103
+    # Half a float32 step below the limit of F32: torch rounds to float32 first.
+    ("F64", torch.float16): 0x40EFFDFFF0000000,
+    ("F64", torch.bfloat16): 0x47EFEFFFF0000000,
 }
 
 
@@ -224,8 +228,8 @@ class _Run:
 
 def _largest_bits(memory: np.ndarray, itemsize: int) -> int:
     """Return the largest |x| in `memory` as bits, which order as the IEEE floats do, NaN last."""
-    values = memory.view(np.uint32 if itemsize == 4 else np.uint16)
-    without_sign = values.dtype.type(0x7FFFFFFF if itemsize == 4 else 0x7FFF)
+    values = memory.view({2: np.uint16, 4: np.uint32, 8: np.uint64}[itemsize])
+    without_sign = values.dtype.type((1 << 8 * itemsize - 1) - 1)
     return max(
         int((values[low : low + _CHECK_ITEMS] & without_sign).max())
         for low in range(0, len(values), _CHECK_ITEMS)

@@ -23,8 +23,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from engine.config.checkpoint_files import (
+    INDEX,
+    SINGLE,
+    describe_missing_weights,
+    is_there,
+    read_text,
+    why_unreadable,
+)
+
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -36,7 +44,6 @@ _BITS = {
 }
 _DAMAGED = "the file is damaged; download or copy it again"
 _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class CheckpointError(ValueError):
@@ -79,11 +86,11 @@ def read_catalog(folder: Path) -> Catalog:
             f"model.path = {str(folder)!r}: no such folder; it must be a local Hugging Face model "
             "folder with config.json and safetensors files"
         )
-    if (folder / SINGLE).exists():
+    if is_there(folder / SINGLE):
         entries, num_bytes = read_header(folder / SINGLE)
         return _with_prefix(Catalog(entries, num_bytes))
-    if not (folder / INDEX).exists():
-        raise CheckpointError(_nothing_to_load(folder))
+    if not is_there(folder / INDEX):
+        raise CheckpointError(f"{folder} {describe_missing_weights(folder)}")
     weight_map, total = _read_index(folder / INDEX)
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(weight_map.values())):
@@ -116,6 +123,8 @@ def _with_prefix(catalog: Catalog) -> Catalog:
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
     """Return the tensors of one file and the bytes read for them. Raises CheckpointError."""
+    if why := why_unreadable(path):
+        raise CheckpointError(f"{path} {why}")
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -142,7 +151,7 @@ def _read(file: Any, length: int) -> bytes:
     return data
 
 
-def _parse(path: Path, data: bytes) -> dict[str, Any]:
+def _parse(path: Path, data: bytes, what: str = "the header") -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) != len(pairs):
@@ -152,11 +161,9 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the header is not valid JSON ({error}): {_DAMAGED}"
-        ) from error
+        raise CheckpointError(f"{path}: {what} is not valid JSON ({error}): {_DAMAGED}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object: {_DAMAGED}")
+        raise CheckpointError(f"{path}: {what} is not a JSON object: {_DAMAGED}")
     return value
 
 
@@ -220,10 +227,10 @@ def _bad_length(path: Path, size: int, length: int) -> str:
 def _read_index(path: Path) -> tuple[dict[str, str], int]:
     """Return the index's weight_map (tensor -> file name in its folder) and its size in bytes."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    weight_map = _parse(path, data).get("weight_map")
+        data = read_text(path).encode()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    weight_map = _parse(path, data, "the index").get("weight_map")
     if (
         not isinstance(weight_map, dict)
         or not weight_map
@@ -233,12 +240,12 @@ def _read_index(path: Path) -> tuple[dict[str, str], int]:
             f"{path}: weight_map must map tensor names to file names; download the index again"
         )
     files = set(weight_map.values())
-    if outside := sorted(file for file in files if Path(file).name != file or "\0" in file):
-        raise CheckpointError(
-            f"{path} names {outside[0]!r}: files must be next to the index, without a folder; "
-            "move them there and correct the index"
-        )
-    if missing := sorted(file for file in files if not (path.parent / file).exists()):
+    no_names = ("", ".", "..")
+    if outside := sorted(
+        file for file in files if Path(file).name != file or "\0" in file or file in no_names
+    ):
+        raise CheckpointError(_outside(path, weight_map, outside))
+    if missing := sorted(file for file in files if not is_there(path.parent / file)):
         raise CheckpointError(
             f"{path} names {len(missing)} files that are not there: {', '.join(missing[:10])}"
             f"{', ...' if len(missing) > 10 else ''}; download the rest of the checkpoint"
@@ -246,17 +253,20 @@ def _read_index(path: Path) -> tuple[dict[str, str], int]:
     return weight_map, len(data)
 
 
-def _nothing_to_load(folder: Path) -> str:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code "
-            "when loaded and are refused. Convert them if you trust their origin: "
-            "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(new_folder)"
-        )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = f", though {', '.join(others[:3])} is there: add an index" if others else ""
+def _outside(path: Path, weight_map: Mapping[str, str], files: list[str]) -> str:
+    """Return what is wrong with file names that are no names of files next to the index."""
+    file = files[0]
+    tensor = next(name for name, place in weight_map.items() if place == file)
+    if "\0" in file or not file.strip("./"):
+        what, remedy = "which is no file name", "download the index again"
+    elif Path(file).is_absolute():
+        what, remedy = "an absolute path", "put the files there and leave out the folders"
+    elif ".." in Path(file).parts:
+        what, remedy = "outside of the folder", "put the files there and leave out the folders"
+    else:
+        what, remedy = "in a subfolder", "move the files up and leave out the folder"
+    more = f" ({len(files)} such files)" if len(files) > 1 else ""
     return (
-        f"{folder} holds neither {SINGLE} nor {INDEX}{found}; point model.path at a model folder, "
-        "or set model.load_format=dummy to run on random weights"
+        f"{path} places tensor {tensor!r} in {file!r}{more}, {what}: weight_map must have names of "
+        f"files next to the index, without a folder; {remedy} in the index"
     )

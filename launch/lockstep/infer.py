@@ -26,6 +26,10 @@ _OVERRIDE = (
     "YAML. May be repeated; the last one wins. docs/configuration.md explains every key"
 )
 
+_RETRY_ERRORS = (
+    "run the lines of error records again, once, and keep every other record of --output"
+)
+
 
 def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the command's arguments to a parser of its own; return the parser."""
@@ -37,14 +41,20 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help=_OVERRIDE
     )
-    parser.add_argument("--input", type=Path, metavar="JSONL", help="requests, one per line")
-    parser.add_argument("--output", type=Path, metavar="JSONL", help="completions, in input order")
+    parser.add_argument("--input", type=_path, metavar="JSONL", help="requests, one per line")
+    parser.add_argument("--output", type=_path, metavar="JSONL", help="completions, in input order")
     parser.add_argument("--slice", metavar="I/N", help="run only this part; the last one merges")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    parser.add_argument("--retry-errors", action="store_true", help=_RETRY_ERRORS)
     parser.add_argument("--print-config", action="store_true", help="show every setting and exit")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.set_defaults(prepare=partial(prepare, parser))
     return parser
+
+
+def _path(text: str) -> Path:
+    """Return a path with `~` expanded: no shell does it inside of --input=~/FILE."""
+    return Path(os.path.expanduser(text))
 
 
 def prepare(
@@ -63,6 +73,13 @@ def prepare(
     config = load_config(args.config, args.overrides)
     if args.print_config:
         return lambda: _print_config(config) if rank == 0 else None
+    if args.retry_errors and args.overwrite:
+        raise ValueError(
+            "--retry-errors --overwrite: the first keeps the records that succeeded, the second "
+            "discards them; give one of the two"
+        )
+    if args.retry_errors and args.input is None:
+        raise ValueError("--retry-errors needs --input: name the JSONL file of the job")
     shard = None if args.slice is None else InputShard.parse(args.slice)
     check_runnable(config, os.environ)
     return lambda: _run(config, args, shard)
@@ -78,5 +95,13 @@ def _run(config: Config, args: argparse.Namespace, shard: InputShard | None) -> 
     from engine.distributed import bootstrap
 
     topology = bootstrap.start(config)
-    run_batch(config, topology, args.input, args.output, overwrite=args.overwrite, shard=shard)
+    run_batch(
+        config,
+        topology,
+        args.input,
+        args.output,
+        overwrite=args.overwrite,
+        retry_errors=args.retry_errors,
+        shard=shard,
+    )
     bootstrap.stop(topology)

@@ -134,6 +134,24 @@ def test_without_the_script_a_task_finds_the_head_through_scontrol(slurm):
     assert len(set(shown[2::3])) == 1, "all ranks use one port"
 
 
+def test_tasks_of_srun_count_their_node_and_a_process_under_salloc_counts_itself(slurm):
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); "
+        "from engine.config.host_devices import launcher_of, local_rank_of; "
+        "own = local_rank_of(os.environ); "
+        "print(launcher_of(os.environ), own.index, own.num_ranks, "
+        "os.environ['SLURM_NTASKS_PER_NODE'])"
+    )
+    process = [sys.executable, "-c", code, str(ROOT)]
+    nodes = ["--nodes=2", "--ntasks-per-node=2", "--exclusive"]
+    tasks = slurm.run("srun", *nodes, *process).splitlines()
+    assert sorted(tasks) == ["slurm 0 2 2", "slurm 0 2 2", "slurm 1 2 2", "slurm 1 2 2"]
+    alone = slurm.run("salloc", *nodes, *process).splitlines()
+    assert alone == ["single 0 1 2"]
+    within = slurm.run("salloc", *nodes, "srun", "--ntasks=1", "--nodes=1", *process).splitlines()
+    assert within == ["slurm 0 1 2"]
+
+
 def test_a_cancelled_job_stays_cancelled_and_the_same_command_finishes_it(
     slurm, requests, undisturbed, tmp_path
 ):
@@ -221,6 +239,28 @@ def test_a_job_whose_every_line_failed_is_not_tried_again(slurm, tmp_path):
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "0")
     assert "error: every line failed: 2 of 2 records are errors" in log.read_text()
     assert len(output.read_text().splitlines()) == 2
+
+
+def test_a_requeued_retry_is_continued_and_not_begun_once_more(slurm, tmp_path):
+    output, log, lines = tmp_path / "out.jsonl", tmp_path / "log", tmp_path / "in.jsonl"
+    lines.write_text('{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": 7}\n')
+    argv = arguments(lines, output, 1)
+    first = submit(slurm, "infer.sbatch", [], argv, log)
+    slurm.wait(lambda: slurm.ended(first), JOB_S, "the job's end")
+    assert "2 requests, 1 with an error record." in log.read_text()
+    for script in ("infer.sbatch", "infer_srun.sbatch"):
+        job = submit(slurm, script, [], [*argv, "--retry-errors"], log)
+        slurm.wait(lambda job=job: slurm.ended(job), JOB_S, "the job's end")
+        made = json.loads(output.with_name("out.jsonl.job.json").read_text())
+        assert log.read_text().count("1 run again after an error") == len(made["retries"])
+        slurm.run("scontrol", "requeue", job)  # as after a node that was lost in its last second
+        slurm.wait(lambda job=job: slurm.job(job)["Restarts"] == "1", JOB_S, "the restart")
+        slurm.restart_now(job)
+        slurm.wait(lambda job=job: slurm.ended(job), JOB_S, "the job's end")
+        assert slurm.state(job) == "COMPLETED", log.read_text()
+        assert "after this request's retry, 1 of its 2 records are errors" in log.read_text()
+        assert made == json.loads(output.with_name("out.jsonl.job.json").read_text())
+    assert [each["round"] for each in made["retries"]] == [1, 2]
 
 
 def test_an_array_merges_its_slices_once_though_one_of_them_was_requeued(

@@ -430,6 +430,40 @@ def test_text_without_a_tokenizer_is_refused_before_the_model_is_loaded(own_mode
     assert code == 0, err
 
 
+def test_settings_that_cannot_be_honoured_are_refused_before_the_model_is_loaded(job, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    listening = socket.create_server(("127.0.0.1", 0))
+    taken = listening.getsockname()[1]
+    cases = [
+        ("profiler.spans=/proc/none", "profiler.spans = '/proc/none': cannot be written on "),
+        (f"profiler.spans={file}", f"profiler.spans = '{file}': cannot be written on "),
+        (f"profiler.metrics_port={taken}", f"rank 0: profiler.metrics_port = {taken}: cannot "),
+        ("profiler.metrics_host=no.such.invalid", "rank 0: profiler.metrics_host = 'no.such"),
+        ("profiler.spans_mib=1e308", "profiler.spans_mib = 1e+308: must be finite and above 0"),
+        ("scheduler.kv_cache_gib=1e300", "scheduler.kv_cache_gib = 1e+300: must be finite"),
+        (f"scheduler.kv_cache_blocks={10**30}", "scheduler.kv_cache_blocks = 1000000000000"),
+        ("runtime.threads=1000000", "runtime.threads = 1000000: must be at least 1 and"),
+        ("runtime.threads=0", "runtime.threads = 0: must be at least 1 and at most 1024"),
+        ("runtime.timeout_s=1e12", "runtime.timeout_s = 1000000000000.0: must be finite and"),
+        ("runtime.drain_s=-1", "runtime.drain_s = -1.0: must be finite and at least 0"),
+        ("moe.capacity.factor=1e-999999999", "moe.capacity.factor = '1e-999999999': must be"),
+    ]
+    argvs = []
+    for number, (setting, _) in enumerate(cases):
+        port = ["--set", "profiler.metrics_port=0"] if "metrics_host" in setting else []
+        output = tmp_path / f"out-{number}.jsonl"
+        argvs.append(command(job, output, *port, "--set", setting))
+    outcomes, others = run_ranks(infer_each, 2, argvs, timeout=120.0)
+    listening.close()
+    for (_, message), (code, _, err), (other, _, quiet) in zip(
+        cases, outcomes, others, strict=True
+    ):
+        assert (code, other, quiet) == (2, 2, ""), err
+        assert err.startswith(f"error: {message}") and "Traceback" not in err, err
+    assert not list(tmp_path.glob("out-*.jsonl"))
+
+
 def test_a_job_whose_every_line_failed_exits_with_3_on_every_rank(job, tmp_path):
     bad, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     bad.write_text("\n".join([BAD[1], BAD[2], BAD[3]]))
@@ -469,3 +503,90 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         (tmp_path, "sync directories"),
     ):
         assert done.stderr.count(f"{folder}: this file system does not {what} (Invalid arg") == 1
+
+
+def test_error_records_are_run_again_in_place_also_by_a_run_that_is_killed(
+    job, undisturbed, tmp_path
+):
+    output = tmp_path / "out.jsonl"
+    assert run(1, command(job, output))[0][0] == 0
+    first, errors = output.read_bytes(), len(BAD)
+    ((code, out, _),) = run(1, command(job, output))
+    assert code == 0 and f"{errors} of its {ALL} records are errors: --retry-errors runs" in out
+    again = command(job, output, "--retry-errors")
+    with pytest.raises(RanksFailed):
+        run(1, again, (0, 1, "kill after"))
+    done = committed(output, 1)
+    assert ALL - errors < len(done) <= ALL and output.read_bytes() == first
+    outcomes = run(2, again)
+    assert [item[0] for item in outcomes] == [0, 0], outcomes
+    printed = " ".join(outcomes[0][1].split())
+    counts = (
+        f"{len(done)} of them by earlier runs, {errors} run again after an error, {errors} with"
+    )
+    assert f"{ALL} requests, {counts} an error record." in printed
+    assert output.read_bytes() == first and records(output) == undisturbed
+    values = report(output)
+    assert (values["retried"], values["requests"]) == (errors, ALL - len(done))
+    rounds = json.loads(output.with_name("out.jsonl.job.json").read_text())["retries"]
+    assert [each["records"] for each in rounds] == [errors], "killed, it was one round"
+    assert [item[0] for item in run(2, again)] == [0, 0]
+    assert report(output)["requests"] == errors, "another request is another round"
+
+
+def test_a_retry_of_which_every_line_fails_again_exits_with_3(job, tmp_path):
+    bad, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad.write_text("\n".join(BAD[1:]))
+    files = ["--input", str(bad), "--output", str(output)]
+    argv = ["--config", str(job / "config.yaml"), *files]
+    assert run(1, argv)[0][0] == 3
+    ((code, _, err),) = run(1, [*argv, "--retry-errors"])
+    assert code == 3 and "every line failed: 3 of 3" in err
+    assert report(output)["retried"] == 3
+
+
+def test_a_retry_that_contradicts_itself_is_refused_on_all_ranks(job, tmp_path):
+    output = tmp_path / "out.jsonl"
+    config = ["--config", str(job / "config.yaml"), "--retry-errors"]
+    cases = {
+        "error: --retry-errors --overwrite: the first keeps": command(
+            job, output, "--retry-errors", "--overwrite"
+        ),
+        "error: --retry-errors needs --input": config,
+    }
+    outcomes, others = run_ranks(infer_each, 2, list(cases.values()), timeout=120.0)
+    for message, (code, _, err), (other, _, quiet) in zip(cases, outcomes, others, strict=True):
+        assert (code, other, quiet) == (2, 2, ""), err
+        assert err.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("event", ["kill before", "kill inside", "kill after", "SIGTERM"])
+def test_lines_that_failed_for_a_small_kv_cache_succeed_in_a_retry_that_is_stopped(
+    job, undisturbed, tmp_path, event
+):
+    output = tmp_path / "out.jsonl"
+    small = ("--set", "scheduler.kv_cache_blocks=2")
+    assert run(2, command(job, output, *small))[0][0] == 0
+    first = records(output)
+    failed = [place for place in range(ALL) if "KV cache holds 32" in str(first[place])]
+    kept = {place for place in range(ALL) if first[place]["finish_reason"] != "error"}
+    assert len(failed) > 3 and len(kept) > 3
+    before = output.read_bytes()
+    settings = ["--set", "runtime.drain_s=0"]
+    again = command(job, output, "--retry-errors", *settings)
+    if event == "SIGTERM":
+        assert [code for code, _, _ in run(2, again, (1, 2, event))] == [143, 143]
+    else:
+        with pytest.raises(RanksFailed):
+            run(2, again, (0, 2, event))
+    done = committed(output, 2)
+    assert kept <= done and len(done) < ALL and output.read_bytes() == before
+    assert [item[0] for item in run(2, again)] == [0, 0]
+    assert records(output) == undisturbed
+    assert {output.read_bytes().splitlines()[place] for place in kept} == {
+        before.splitlines()[place] for place in kept
+    }
+    values = report(output)
+    assert (values["requests"], values["resumed"]) == (ALL - len(done), len(done))
+    assert (values["retried"], values["errors"]) == (ALL - len(kept), len(BAD))

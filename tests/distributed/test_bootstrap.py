@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,38 @@ def test_cuda_without_a_gpu_is_one_error_on_all_ranks():
     errors = run_ranks(error_of, 2, make_config(device="cuda"))
     assert len(set(errors)) == 1
     assert "runtime.device = 'cuda'" in errors[0] and "ranks 0, 1 on" in errors[0]
+
+
+def error_on_gpus(rank: int, gpus_of_ranks: list[list[str]]) -> str:
+    """Join with these GPUs visible, which torch is made to see."""
+    gpus = [SimpleNamespace(uuid=uuid) for uuid in gpus_of_ranks[rank]]
+    patch = pytest.MonkeyPatch()
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    patch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+
+    def choose(device: torch.device) -> None:
+        raise ValueError(f"{device} {gpus[device.index].uuid}")  # there is none to go on with
+
+    patch.setattr(torch.cuda, "set_device", choose)
+    try:
+        return error_of(rank, make_config(device="cuda"))
+    except ValueError as error:
+        return str(error)
+
+
+def test_real_ranks_on_one_gpu_are_refused_with_one_text():
+    errors = run_ranks(error_on_gpus, 2, [["GPU-a"], ["GPU-a"]])
+    assert len(set(errors)) == 1
+    assert f"ranks 0, 1 on {socket.gethostname()}: share one GPU, GPU-a" in errors[0]
+
+
+def test_real_ranks_take_the_gpus_that_they_see_alone():
+    assert run_ranks(error_on_gpus, 2, [["GPU-a"], ["GPU-b"]]) == ["cuda:0 GPU-a", "cuda:0 GPU-b"]
+    both = ["GPU-a", "GPU-b"]
+    assert run_ranks(error_on_gpus, 2, [both, both]) == ["cuda:0 GPU-a", "cuda:1 GPU-b"]
+    own = [["GPU-a", "GPU-b"], ["GPU-c"], ["GPU-d", "GPU-e"]]
+    assert run_ranks(error_on_gpus, 3, own) == ["cuda:0 GPU-a", "cuda:0 GPU-c", "cuda:0 GPU-d"]
 
 
 def error_of_one_host(rank: int) -> str:
@@ -385,3 +418,17 @@ def test_slurm_tasks_join_at_the_steps_own_port(tmp_path):
     for rank, (code, out, err) in enumerate([finish(task) for task in tasks]):
         assert code == 0, err
         assert out.startswith(f"slurm {rank} of 2")
+
+
+def test_a_process_inside_an_allocation_is_a_world_of_one(tmp_path):
+    allocation = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_TASKS_PER_NODE": "8(x2)",
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_ID": "4294967290",  # of the shell that salloc can start as a step
+    }
+    code, out, err = finish(launch(tmp_path, [sys.executable], **allocation))
+    assert code == 0, err
+    assert out.startswith("single 0 of 1")

@@ -331,9 +331,13 @@ def test_a_bounded_rank_needs_less_than_a_dropless_one():
     )
     capped = row_bound(shape, CapacityConfig(policy="token_drop", factor="1.5"), 8192, 0)
     dropless = row_bound(shape, CapacityConfig(), 8192, 0)
-    assert (capped.received, dropless.received) == (24576, 65536)
-    rows = (8192 * 2 + 2 * 24576) * 4096 + 24576 * 3 * 14336
-    assert capped.activation_bytes(shape, torch.bfloat16) == rows * 2
+    assert (capped.received, dropless.received) == (24576, 32768)
+    assert dropless.has_rounds and not capped.has_rounds
+    inner = 3 * 14336
+    rows = (8192 * 2 + 2 * 24576) * 4096 + 24576 * inner
+    assert capped.activation_bytes(shape, torch.bfloat16, is_cuda=False) == rows * 2
+    rows = (2 * 8192 * 2 + 3 * 32768) * 4096 + 32768 * inner
+    assert dropless.activation_bytes(shape, torch.bfloat16, is_cuda=True) == rows * 2
     local = CapacityConfig(policy="token_drop", factor="1.5", consensus="local")
     assert row_bound(shape, local, 8192, 0).received == 24576 + 7
     # Decode tokens pass: at most one row each here, where each rank has one expert.

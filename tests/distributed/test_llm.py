@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from engine.config import (
+    CapacityConfig,
+    Config,
+    DispatchConfig,
+    ModelConfig,
+    MoEConfig,
+    OverlapConfig,
+    ParallelConfig,
+    RuntimeConfig,
+    SchedulerConfig,
+)
 from engine.generation.request_source import ListSource
 from engine.llm import LLM
+from engine.moe.dispatch import chunk_layout, layout_policy
+from engine.moe.dispatch.pipeline import Pipeline
 from engine.ops import lane
 from engine.request import Completion, Request, RequestError, SamplingParams
 from tests.helpers.ranks import run_ranks
@@ -185,6 +198,45 @@ def test_a_prompt_that_cannot_run_fails_alone(checkpoint):
     assert [item.finish_reason for item in done] == ["length", "error", "length"]
     assert done[1].error is not None
     assert "80" in done[1].error["message"] and "64" in done[1].error["message"]
+
+
+def generate_in_rounds(rank: int, path: Path, moe: MoEConfig, parallel: dict[str, Any]) -> Any:
+    """Completions without and with a limit of the rows that a rank receives at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_layout, "MIN_CHUNK_ROWS", 1)
+        patch.setattr(layout_policy, "COLLECTIVE_BYTES", 1)
+        llm = LLM(replace(config_of(path, {"max_batch_tokens": 32}, parallel), moe=moe))
+        params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
+        whole = llm.generate(PROMPTS, params)
+        for layer in llm.model.moe_layers:
+            assert layer.row_limit is None, "two ranks have room for every row"
+            layer.row_limit = 24
+        called = []
+        rounds = Pipeline.rounds
+        patch.setattr(
+            Pipeline, "rounds", lambda *each: called.append(len(each[3])) or rounds(*each)
+        )
+        parts = llm.generate(PROMPTS, params)
+        llm.close()
+    return whole, parts, called
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(),
+        MoEConfig(overlap=OverlapConfig(chunks=2), dispatch=DispatchConfig(deduplicate=False)),
+        MoEConfig(overlap=OverlapConfig(two_batch=True)),
+        MoEConfig(capacity=CapacityConfig(policy="token_drop")),
+    ],
+    ids=["dedup", "chunks", "two_batch", "token_drop"],
+)
+def test_more_rows_than_a_rank_has_room_for_come_in_rounds(checkpoint, moe, parallel):
+    for whole, parts, called in run_ranks(generate_in_rounds, 2, checkpoint, moe, parallel):
+        assert max(called) >= 2
+        assert [item.token_ids for item in parts] == [item.token_ids for item in whole]
+        assert [item.logprobs for item in parts] == [item.logprobs for item in whole]
 
 
 def report_of(rank: int, path: Path) -> Any:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from transformers import AutoConfig, GPT2Config
 
+from engine.config import Config, ModelConfig
 from engine.layers.attention import AttentionSpec
 from engine.layers.mla import MLASpec
+from engine.models import registry
 from engine.models.registry import model_length, read_config, read_spec, supported_model_types
 from engine.models.spec import DenseSpec, SparseSpec
 from tests.helpers.model_cases import CASES
@@ -153,6 +156,17 @@ def test_the_context_is_the_limit_unless_scaling_is_dynamic():
     assert model_length(CASES["mixtral-dynamic-rope"].config(), 65) == 65
 
 
+def test_a_table_of_positions_that_does_not_fit_names_max_model_len(monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(registry, "RotaryTable", fail)
+    config = Config(model=ModelConfig(path="x", max_model_len=2**31 - 1))
+    hf_config, topology = CASES["mixtral-dynamic-rope"].config(), cast(Any, None)
+    with pytest.raises(ValueError, match=r"^model\.max_model_len = 2147483647: a table of"):
+        registry.build_model(hf_config, config, topology, torch.device("cpu"), torch.float32)
+
+
 # --- config.json as it lies in the checkpoint -----------------------------------------------------
 
 
@@ -179,6 +193,45 @@ def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
     assert read_config(tmp_path).to_dict() == expected.to_dict()
 
 
+# The name of the number of experts in each family's config.json.
+NUM_EXPERTS = {
+    "mixtral": "num_local_experts",
+    "olmoe": "num_experts",
+    "qwen2-moe": "num_experts",
+    "qwen3-moe": "num_experts",
+    "deepseek-v2-lite": "n_routed_experts",
+    "deepseek-v3": "n_routed_experts",
+}
+
+
+@pytest.mark.parametrize("case", NUM_EXPERTS)
+@pytest.mark.parametrize("value", [0, -1, True, None, "8", 8.0, [8], 10**30])
+def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, value):
+    for field in (NUM_EXPERTS[case], "num_experts_per_tok"):
+        if value == 0 and field == "num_experts" and case.startswith("qwen"):
+            continue  # the next test
+        text = refusal(tmp_path, altered(case, **{field: value}))
+        if value == 0 and value is not False and case in ("olmoe", "mixtral"):
+            assert "num_experts_per_tok" in text and "must be" in text
+            continue
+        assert f"{field} = " in text and "in config.json: must be a whole number from" in text
+
+
+@pytest.mark.parametrize("case", ["qwen2-moe", "qwen3-moe"])
+def test_a_qwen_model_of_0_experts_is_dense_as_in_transformers(tmp_path, case):
+    zero = {"num_local_experts": 0} if case == "qwen3-moe" else {"num_experts": 0}
+    (tmp_path / "config.json").write_text(altered(case, **zero))
+    layers = read_spec(read_config(tmp_path)).layers
+    assert layers and all(isinstance(layer.mlp, DenseSpec) for layer in layers)
+
+
+@pytest.mark.parametrize("case", NUM_EXPERTS)
+def test_more_experts_per_token_than_experts_are_refused_by_field(tmp_path, case):
+    text = refusal(tmp_path, altered(case, num_experts_per_tok=1000))
+    assert "num_experts_per_tok: 1000 must be between 1 and the number of experts" in text
+    assert "config.json" in text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -201,7 +254,9 @@ def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, 
 
 def test_a_config_json_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
-    with pytest.raises(ValueError, match=r"model\.path = .*config\.json is not valid JSON"):
+    with pytest.raises(
+        ValueError, match=r"model\.path = .*config\.json is not UTF-8 .byte 0 is 0xff"
+    ):
         read_config(tmp_path)
 
 

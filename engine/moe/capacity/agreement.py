@@ -41,6 +41,8 @@ from engine.ops.claims import ExtraRule, apply_selection
 from engine.profiling.device_clocks import NoClock
 from engine.profiling.phase_clock import Phase, PhaseClock
 
+OnOrder = Callable[[ExpertOrder], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -105,6 +107,11 @@ class CapacityAgreement:
             config.consensus, config.selection, self._claims.pools, collectives
         )
 
+    @property
+    def adds_extras(self) -> bool:
+        """Whether ranks may add rows for their own experts, of which the others do not know."""
+        return self._expands
+
     def applies(self, step: MoEStep | None) -> bool:
         """Return whether anything may be dropped or added in this step, the same on every rank."""
         if step is None or not self._binds or not step.num_eligible:
@@ -127,6 +134,7 @@ class CapacityAgreement:
         clock: PhaseClock | None = None,
         overlap: Callable[[], None] | None = None,
         layout: ExpertLayout | None = None,
+        on_order: OnOrder | None = None,
     ) -> Decision:
         """Agree on this layer's drops and extras. Collective over EP: every rank must call.
 
@@ -136,6 +144,8 @@ class CapacityAgreement:
             clock: enters PLAN and, exactly once, CONSENSUS.
             overlap: work to do while the first collective is in flight.
             layout: the send order of this call, the same on every rank.
+            on_order: called with this rank's order before the counts are read, and again where
+                equal claims change it.
 
         Raises:
             ValueError: a router score is NaN or infinite on some rank; on every rank.
@@ -173,6 +183,8 @@ class CapacityAgreement:
             )
             order = layout.sort(ids_TM)
             rows_Wn2 = self._rows(selection, claims, order, layout, step, clock)
+            if on_order is not None:
+                on_order(order)
             # SYNC: all_to_all takes its splits as host integers; the layer's only copy. The flags
             # for ties and non-finite scores are part of it.
             host = rows_Wn2.cpu().numpy()
@@ -199,6 +211,7 @@ class CapacityAgreement:
         clock: PhaseClock,
         overlap: Callable[[], None] | None,
         layout: ExpertLayout,
+        on_order: OnOrder | None = None,
     ) -> Decision:
         """Keep every assignment and exchange the loads; for steps in which `applies` is false.
 
@@ -209,9 +222,16 @@ class CapacityAgreement:
         assert order.counts_to_exchange is not None
         counts, collectives = order.counts_to_exchange, self.collectives
         sent = collectives.bytes_sent
+
+        def work() -> None:
+            if overlap is not None:
+                overlap()
+            if on_order is not None:
+                on_order(order)
+
         pending = run_overlapped(
             lambda: collectives.all_gather(counts),
-            overlap,
+            None if overlap is on_order is None else work,
             clock,
             self._layer,
             phase=Phase.CONSENSUS,

@@ -1,8 +1,8 @@
 """Row buffers of the MoE layers: one set, used by every layer of a model.
 
-Layers run one after the other, so one set serves all. Under a capacity policy a rank receives at
-most what its experts may keep, so `reserve` allocates the buffers before the first step (their size
-is `engine.generation.memory.row_bound`); without one they grow to the largest step seen.
+Layers run one after the other, so one set serves all. On CUDA, and under a capacity policy, where a
+rank receives at most what its experts may keep, `reserve` allocates the buffers before the first
+step (their size is `engine.generation.memory.row_bound`); else they grow to the largest step seen.
 
 Legend: D model dim.
 """

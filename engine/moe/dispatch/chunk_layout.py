@@ -145,6 +145,11 @@ class ExpertLayout:
         """Whether ranks exchange more than their loads by expert."""
         return self.by_tokens or self.deduplicates
 
+    @property
+    def sends_plain_rows(self) -> bool:
+        """Whether rows are sent in the model's dtype, once per assignment, whatever the counts."""
+        return self._format is None and not self.deduplicates
+
     def is_worthwhile(self, group_tokens: int, top_k: int) -> bool:
         """Return whether a step of so many tokens over all ranks is worth cutting."""
         return fills_chunks(group_tokens * top_k, self._num_ranks, self.num_chunks)
@@ -196,25 +201,46 @@ class ExpertLayout:
 
     def plans(self, order: ExpertOrder, exchanged_Wn: np.ndarray, rank: int) -> list[DispatchPlan]:
         """Return one plan per chunk from every rank's counts; pure. A plan's `order` is its own."""
-        counts_WP = exchanged_Wn[:, : len(self._experts)]
-        if self.num_chunks > 1 and not self.by_tokens:
-            counts_WP = counts_WP[:, self._experts]
-        num_local = self.first_experts[rank + 1] - self.first_experts[rank]
+        counts_WP = self.by_position(exchanged_Wn)
         found: list[DispatchPlan] = []
         sent = 0
         for chunk in self.chunks:
-            rest = ExpertOrder(order.token_N[sent:], order.slot_TK, order.load_E)
-            plan = make_plan(rest, counts_WP[:, chunk.columns], rank, chunk.bounds)
-            before = chunk.local_starts[rank]
-            after = num_local - before - len(plan.expert_counts)
-            if before or after or self._format is not None:
-                expert_counts = [0] * before + plan.expert_counts + [0] * after
-                plan = replace(plan, expert_counts=expert_counts, row_format=self._format)
+            plan = self.chunk_plan(order, order.token_N[sent:], counts_WP, chunk, rank)
             found.append(plan)
             sent += sum(plan.send_splits)
         if self._groups is None or order.unique is None:
             return found
         return self._deduplicate(found, order.unique, exchanged_Wn, counts_WP, rank)
+
+    def by_position(self, exchanged_Wn: np.ndarray) -> np.ndarray:
+        """Return the rows of each rank for each position, int64 [W, P], from the counts."""
+        counts_WP = exchanged_Wn[:, : len(self._experts)]
+        return counts_WP if self.num_chunks == 1 or self.by_tokens else counts_WP[:, self._experts]
+
+    def chunk_plan(
+        self,
+        order: ExpertOrder,
+        token_N: torch.Tensor,
+        counts_WP: np.ndarray,
+        chunk: Chunk,
+        rank: int,
+    ) -> DispatchPlan:
+        """Return the plan of one chunk, its rows sent once per assignment; pure.
+
+        Args:
+            order: of the whole call.
+            token_N: int64, the tokens of the chunk's rows, and perhaps others behind them.
+            counts_WP: as `by_position` returns them.
+        """
+        rest = ExpertOrder(token_N, order.slot_TK, order.load_E)
+        plan = make_plan(rest, counts_WP[:, chunk.columns], rank, chunk.bounds)
+        num_local = self.first_experts[rank + 1] - self.first_experts[rank]
+        before = chunk.local_starts[rank]
+        after = num_local - before - len(plan.expert_counts)
+        if before or after or self._format is not None:
+            expert_counts = [0] * before + plan.expert_counts + [0] * after
+            plan = replace(plan, expert_counts=expert_counts, row_format=self._format)
+        return plan
 
     def _deduplicate(
         self,

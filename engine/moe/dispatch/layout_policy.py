@@ -86,6 +86,11 @@ class LayoutPolicy:
             self.tuner, self._layer, self._control = tuner, layer, control
 
     @property
+    def most_local_experts(self) -> int:
+        """The experts of the rank that has most."""
+        return max(self._sizes)
+
+    @property
     def num_chunks(self) -> int:
         """The largest number of chunks of any call."""
         if self._tunes:

@@ -66,6 +66,7 @@ class RowPayload:
         plans: one per chunk.
         buffers: where rows are sent from and received.
         single_rank: nothing is exchanged, so the experts read the send buffer.
+        packed: the send buffer holds the rows already.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class RowPayload:
         buffers: RowBuffers,
         *,
         single_rank: bool,
+        packed: bool = False,
     ) -> None:
-        self._x_TD, self._plans = x_TD, plans
+        self._x_TD, self._plans, self._packed = x_TD, plans, packed
         sent = [plan.order.token_N.numel() for plan in plans]
         received = [plan.num_received for plan in plans]
         self.combined_SD = buffers.rows(Slot.SEND, sum(sent), x_TD)
@@ -93,7 +95,8 @@ class RowPayload:
     def pack_dispatch(self, chunk: int) -> AllToAll:
         """Gather the tokens' rows by rank and expert."""
         plan, send = self._plans[chunk], self._send[chunk]
-        gather_rows(self._x_TD, plan.order.token_N, send)
+        if not self._packed:
+            gather_rows(self._x_TD, plan.order.token_N, send)
         return AllToAll(send, self._recv[chunk], plan.send_splits, plan.recv_splits)
 
     def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
@@ -209,10 +212,11 @@ def make_payload(
     buffers: RowBuffers,
     *,
     single_rank: bool,
+    packed: bool = False,
 ) -> Payload:
     """Build the payload that the plans ask for; see `RowPayload` and `PackedPayload`."""
     if plans[0].row_format is None:
-        return RowPayload(x_TD, plans, buffers, single_rank=single_rank)
+        return RowPayload(x_TD, plans, buffers, single_rank=single_rank, packed=packed)
     return PackedPayload(x_TD, weights_TM, plans, buffers)
 
 

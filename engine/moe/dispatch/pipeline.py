@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 
 from engine.distributed.collectives import Pending
-from engine.moe.dispatch.buffers import RowBuffers
+from engine.moe.dispatch.buffers import RowBuffers, Slot
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.dispatch.payload import make_payload
-from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.dispatch.two_batch import Steps
+from engine.moe.dispatch.plan import DispatchPlan, ExpertOrder
+from engine.moe.dispatch.rounds import Round
+from engine.moe.dispatch.two_batch import Steps, run_to_end
 from engine.moe.experts import ExpertsBackend
+from engine.ops.permute import gather_rows
 from engine.profiling.phase_clock import Phase, PhaseClock
 
 
@@ -46,6 +48,31 @@ class Pipeline:
         self._exchange, self._experts = exchange, experts
         self._buffers, self._layer = buffers, layer
 
+    def pack(self, x_TD: torch.Tensor, order: ExpertOrder, clock: PhaseClock) -> None:
+        """Fill the send buffer before it is known how many rows go where, for rows in the model's
+        dtype that are sent once per assignment: a GPU packs while the counts travel.
+        """
+        clock.enter(Phase.PLAN, self._layer)
+        send_ND = self._buffers.rows(Slot.SEND, order.token_N.numel(), x_TD)
+        gather_rows(x_TD, order.token_N, send_ND)
+
+    def rounds(
+        self,
+        x_TD: torch.Tensor,
+        weights_TM: torch.Tensor,
+        rounds: list[Round],
+        clock: PhaseClock,
+    ) -> torch.Tensor:
+        """Run the rounds of a call one after the other; return the combined rows [S, D] in the
+        order of the call. Collective over EP: every rank must call, with as many rounds.
+        """
+        num_rows = sum(each.places_S.numel() for each in rounds)
+        rows_SD = x_TD.new_empty((num_rows, x_TD.shape[1]))
+        for each in rounds:
+            part = run_to_end(self.steps(x_TD, weights_TM, [each.plan], clock))
+            rows_SD.index_copy_(0, each.places_S, part)
+        return rows_SD
+
     def steps(
         self,
         x_TD: torch.Tensor,
@@ -54,6 +81,7 @@ class Pipeline:
         clock: PhaseClock,
         *,
         yields: bool = False,
+        packed: bool = False,
     ) -> Steps[torch.Tensor]:
         """Return the combined rows [S, D], in the order of the plans; `DispatchPlan.terms` maps
         them to tokens. Collective over EP: every rank must call, with as many plans.
@@ -67,10 +95,16 @@ class Pipeline:
             plans: one per chunk.
             clock: enters DISPATCH and COMBINE once per chunk, for the time that this rank waits.
             yields: yield where there is nothing left to do but wait.
+            packed: `pack` has filled the send buffer.
         """
         serial, layer, exchange = len(plans) == 1 and not yields, self._layer, self._exchange
         payload = make_payload(
-            x_TD, weights_TM, plans, self._buffers, single_rank=exchange.is_single_rank
+            x_TD,
+            weights_TM,
+            plans,
+            self._buffers,
+            single_rank=exchange.is_single_rank,
+            packed=packed,
         )
         in_flight: list[_InFlight] = []
 

@@ -2,7 +2,7 @@
 
     with emulated_cuda(guard): ...      in a process of its own: tests/helpers/ranks.py
 
-Triton kernels are left out, so their torch references run in their place, on the numbers.
+In place of Triton kernels their torch references run, on the numbers (`fused.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from engine.generation.loop import GenerationLoop
-from engine.ops import triton_support
 from tests.gpu.emulated import nccl
 from tests.gpu.emulated.device import DEVICE, DeviceError
+from tests.gpu.emulated.fused import patch_triton
 from tests.gpu.emulated.tensors import CudaMode, pin
 
 _TOTAL_BYTES = 80 << 30
@@ -93,7 +93,7 @@ def emulated_cuda(guard: Path) -> Iterator[None]:
         _patch_cuda(patch, local_rank)
         _patch_groups(patch)
         patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pin(self))
-        patch.setattr(triton_support, "_installed", lambda: False)
+        patch_triton(patch)
         # A mode belongs to one thread; threads read the weights.
         run_thread = threading.Thread.run
 

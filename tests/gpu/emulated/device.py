@@ -12,13 +12,15 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 _OWN = os.path.dirname(__file__)
-_EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in ("cuda", "device", "nccl", "tensors")}
+_MODULES = ("cuda", "device", "fused", "nccl", "tensors")
+_EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in _MODULES}
 _TORCH = os.path.dirname(torch.__file__)
 # Functions of the engine that wait for the device in a line that lacks the comment.
 _UNMARKED = {
@@ -66,6 +68,7 @@ class Device:
     completed: int = 0  # of it, as far as the host knows
     claims: list[Claim] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    is_in_kernel: bool = False  # what runs is part of one kernel
     is_strict: bool = False  # the host waits only where the source says so
     kernels: Counter[str] = field(default_factory=Counter)  # by op
     lines: Counter[str] = field(default_factory=Counter)  # kernels by line of the source
@@ -76,6 +79,8 @@ class Device:
 
     def launch(self, name: str, kernels: int = 1) -> None:
         """Put work of so many kernels on the stream."""
+        if self.is_in_kernel:
+            return
         self.issued += 1
         if kernels:
             self.kernels[name] += kernels
@@ -87,6 +92,8 @@ class Device:
         Raises:
             HostSyncError: the line that waits has no `# SYNC:` comment.
         """
+        if self.is_in_kernel:
+            return
         caller = _caller()
         self.syncs[f"{what} @ {caller}"] += 1
         if self.is_strict and not caller.may_wait():
@@ -97,6 +104,15 @@ class Device:
             self.copies = [copy for copy in self.copies if copy.number > self.completed]
             for copy in due:
                 copy.finish()
+
+    @contextmanager
+    def one_kernel(self) -> Iterator[None]:
+        """Count nothing: what runs within is one kernel, which its caller launches."""
+        self.is_in_kernel = True
+        try:
+            yield
+        finally:
+            self.is_in_kernel = False
 
     def check(self, tensor: torch.Tensor, writes: bool, what: str) -> None:
         """Raise `RaceError` where a collective in flight uses this memory."""

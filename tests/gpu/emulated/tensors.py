@@ -5,7 +5,8 @@ the mode, which also sees those that make one. It refuses what CUDA would refuse
 would do later, and runs the op on the numbers.
 
 Kernels are counted by a rule, not measured: `KERNELS` has the ops that launch more than one, a view
-launches none, and neither does an op without elements.
+launches none, and neither does an op without elements. A copy to the device counts as one, a copy
+to the host as a sync.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ KERNELS = {
     "cumsum": 2,
     "index_put": 2,
     "repeat_interleave": 3,
+    "_grouped_mm": 2,  # the second works out its groups
 }
 _NO_KERNEL = {"_unsafe_view", "resize_", "set_", "_local_scalar_dense"}
 # The size of their result depends on values, which the host has to read.
@@ -264,7 +266,7 @@ def _to_host(to: torch.Tensor, value: torch.Tensor, non_blocking: bool) -> None:
 
 def _to_device(host: torch.Tensor, non_blocking: bool) -> None:
     """Note a copy from the host, which waits, or leaves pinned memory as it is until it ran."""
-    DEVICE.launch("copy to the device", 0)
+    DEVICE.launch("copy to the device", int(host.numel() > 0))
     if not host.numel():
         return
     if not (non_blocking and host.untyped_storage() in _pinned):

@@ -34,10 +34,16 @@ def infer_on_the_cpu(rank: int, argv: list[str]) -> tuple[int, str]:
     return code, err
 
 
-def without_times(records_of_job: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: each[key] for key in each if key != "timing"} for each in records_of_job]
+def split(record: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """Return what is equal on both devices, and the logprobs: which requests share a step depends
+    on how fast the ranks are, and so does the rounding.
+    """
+    record = {**record, "timing": None}
+    logprobs = [*(record.pop("logprobs", None) or []), *(record.pop("prompt_logprobs", None) or [])]
+    return record, [each for each in logprobs if each is not None]
 
 
+@pytest.mark.slow
 def test_records_equal_the_cpus(guard: Path, tmp_path: Path) -> None:
     make_batch_job(tmp_path)
     cpu, gpu = tmp_path / "cpu.jsonl", tmp_path / "gpu.jsonl"
@@ -47,4 +53,7 @@ def test_records_equal_the_cpus(guard: Path, tmp_path: Path) -> None:
     for code, err, kernels in run_ranks(infer_on_a_gpu, 2, guard, argv, timeout=120):
         assert code == 0, err
         assert kernels > 0
-    assert without_times(records(gpu)) == without_times(records(cpu))
+    for found, expected in zip(records(gpu), records(cpu), strict=True):
+        (found, logprobs), (expected, expected_logprobs) = split(found), split(expected)
+        assert found == expected
+        assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)

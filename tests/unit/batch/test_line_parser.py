@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,7 +182,7 @@ def test_a_misspelt_setting_is_an_error_with_the_nearest_name(key, meant):
         ),
         ({"id": 1, "messages": [{"role": "martian", "content": ""}]}, "refuses them: no martians"),
         ({"id": 1, "prompt": "a", "temperature": -1}, "temperature = -1: must be"),
-        ({"id": 1, "prompt": "a", "temperature": 10**400}, "too large"),
+        ({"id": 1, "prompt": "a", "temperature": 10**400}, "must be finite"),
         ({"id": 1, "prompt": "a", "top_p": "x"}, "top_p = 'x': must be"),
         ({"id": 1, "prompt": "a", "max_tokens": 1.5}, "max_new_tokens = 1.5: must be"),
         ({"id": 1, "prompt": "a", "max_tokens": 1, "max_new_tokens": 2}, "give one of them"),
@@ -371,6 +372,27 @@ def test_whatever_is_raised_anywhere_is_the_record_of_the_line():
 class NoText(Letters):
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         return None
+
+
+def test_a_template_that_renders_nothing_is_the_record_of_the_line():
+    class Silent(Letters):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return ""
+
+    line = {"id": 1, "messages": [{"role": "user", "content": "a"}]}
+    text = message(line, tokenizer=Silent())
+    assert text.startswith("messages: the tokenizer's chat template makes no text of them")
+
+
+def test_a_template_that_does_not_compile_is_said_with_its_line():
+    class Broken(Letters):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            jinja2.Environment().from_string("{{ a }}\n{% for m in messages %}")
+
+    line = {"id": 1, "messages": [{"role": "user", "content": "a"}]}
+    text = message(line, tokenizer=Broken())
+    assert text.startswith("messages: the tokenizer's chat template does not compile (line 2: Unex")
+    assert "correct chat_template.jinja, or chat_template in tokenizer_config.json" in text
 
 
 def test_a_template_that_gives_no_text_is_the_record_of_the_line():

@@ -17,6 +17,8 @@ from engine.config import (
     ModelConfig,
     MoEConfig,
     ParallelConfig,
+    ProfilerConfig,
+    RuntimeConfig,
     SamplingConfig,
     SchedulerConfig,
 )
@@ -111,6 +113,47 @@ def test_set_values_are_yaml_and_the_last_one_wins():
     assert config.moe.overlap.chunks == "auto"
     assert config.parallel.expert is None
     assert config.runtime.timeout_s == 5.0 and isinstance(config.runtime.timeout_s, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "comment"),
+    [
+        ("sampling.stop=###", "###"),
+        ("sampling.stop= # off", "# off"),
+        ("sampling.stop=a #b", "#b"),
+        ("sampling.stop=[a, b] # two", "# two"),
+        ("sampling.stop='a' #", "#"),
+        ("model.tokenizer=#dir", "#dir"),
+        ("moe.capacity.factor=1.5 #x", "#x"),
+    ],
+)
+def test_a_value_that_yaml_would_cut_at_a_comment_is_refused_with_how_to_quote_it(
+    override, comment
+):
+    (problem,) = problems_of(override)
+    assert f"--set {override}: {comment} is a comment in YAML and would be left out" in problem
+    key, _, value = override.partition("=")
+    assert problem.endswith(f"""quote the value: --set '{key}="{value.strip()}"'""")
+
+
+def test_a_quoted_or_inner_number_sign_is_text():
+    config = load("""sampling.stop=["###", 'a #b', c#d]""", "model.path=/a#b")
+    assert config.sampling.stop == ("###", "a #b", "c#d")
+    assert config.model.path == "/a#b"
+    assert load('sampling.stop="###"').sampling.stop == ("###",)
+
+
+def test_the_home_folder_is_expanded_in_paths_and_variables_are_not(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "model: {path: ~/m, tokenizer: ~/t}\nprofiler: {spans: ~/s}"
+    config = load_config(write(text))
+    assert (config.model.path, config.model.tokenizer) == ("/home/me/m", "/home/me/t")
+    assert config.profiler.spans == "/home/me/s"
+    config = load("model.path=~/a", "model.tokenizer=$HOME/t", "profiler.spans=~/b")
+    assert (config.model.path, config.model.tokenizer) == ("/home/me/a", "$HOME/t")
+    assert config.profiler.spans == "/home/me/b"
+    assert load_config(write(to_yaml(config))) == config
+    assert load("model.path=~nobody-here/x").model.path == "~nobody-here/x"
 
 
 def test_a_single_value_is_accepted_as_a_list_of_one():
@@ -216,6 +259,35 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, message)
         ("moe.capacity.phases=[decode, decode]", "not empty and without repeats"),
         ("moe.capacity.phases=[train]", "each item one of prefill, decode"),
         ("moe.capacity.phases=[decode, prefil]", "prefill, decode; did you mean prefill?"),
+        ("moe.capacity.factor=1e999999", "at most 100 digits on each side of the point"),
+        ("moe.capacity.factor=1e-999999", "at most 100 digits on each side of the point"),
+        ("moe.capacity.factor=-inf", "must be a number above 0, or inf"),
+        ("moe.capacity.factor=sNaN", "must be a number above 0, or inf"),
+        (f"moe.overlap.chunks={10**30}", "must be at least 1, or auto; at most 256"),
+        (f"model.max_model_len={10**30}", "must be at least 1 and at most 2147483647"),
+        (f"scheduler.max_batch_tokens={10**30}", "at least 1 and at most 2147483647"),
+        (f"scheduler.max_sequences={10**30}", "at least 1 and at most 2147483647"),
+        (f"scheduler.kv_cache_blocks={10**30}", "at least 1 and at most 2147483647"),
+        ("scheduler.kv_cache_gib=1e300", "must be finite and above 0, at most 1048576"),
+        ("scheduler.block_size=1099511627776", "must be a power of two, at most 2**20"),
+        ("profiler.spans=''", "profiler.spans = '': must be non-empty text that can be a path"),
+        ('profiler.spans="a\\0b"', "must be non-empty text that can be a path"),
+        ('profiler.spans="\\ud800"', "must be non-empty text that can be a path"),
+        ("profiler.spans_mib=1e308", "must be finite and above 0, at most 1073741824"),
+        ("profiler.metrics_host=http://x", "must be an address or a host name"),
+        ("profiler.metrics_host=''", "must be an address or a host name"),
+        ('profiler.metrics_host="a\\0b"', "must be an address or a host name"),
+        ("profiler.metrics_port=65536", "must be a port, 0 to 65535"),
+        ("profiler.metrics_port=-1", "must be a port, 0 to 65535"),
+        ("runtime.threads=0", "must be at least 1 and at most 1024"),
+        ("runtime.threads=-1", "must be at least 1 and at most 1024"),
+        ("runtime.threads=1000000", "must be at least 1 and at most 1024"),
+        ("runtime.timeout_s=-1", "must be finite and above 0: from 0.1 to 604800, a week"),
+        ("runtime.timeout_s=1e-9", "must be finite and above 0: from 0.1 to 604800, a week"),
+        ("runtime.timeout_s=1000000000000", "must be finite and above 0: from 0.1 to 604800"),
+        ("runtime.timeout_s=inf", "must be finite and above 0: from 0.1 to 604800, a week"),
+        ("runtime.timeout_s=nan", "runtime.timeout_s = 'nan': must be a number"),
+        ("runtime.drain_s=1000000000000", "must be finite and at least 0, at most 604800"),
         ("scheduler.block_size=24", "scheduler.block_size = 24: must be a power of two"),
         ("scheduler.kv_cache_gib=0", "must be finite and above 0"),
         ("runtime.timeout_s=0", "must be finite and above 0"),
@@ -234,6 +306,24 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, message)
 def test_a_wrong_value_is_refused_by_field_value_and_rule(override, message):
     (problem,) = problems_of(override)
     assert message in problem and problem.startswith(override.partition("=")[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, 0, -1])
+def test_absurd_numbers_of_python_are_refused_in_words(value):
+    with pytest.raises(ConfigError) as caught:
+        Config(
+            model=ModelConfig(path="x"),
+            scheduler=SchedulerConfig(kv_cache_gib=value),
+            runtime=RuntimeConfig(timeout_s=value),
+            profiler=ProfilerConfig(spans_mib=value),
+        )
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400])
+def test_a_temperature_that_no_float_holds_is_refused_in_words(value):
+    with pytest.raises(ConfigError, match=r"sampling\.temperature = .*must be finite"):
+        Config(model=ModelConfig(path="x"), sampling=SamplingConfig(temperature=value))
 
 
 def test_all_problems_are_listed_at_once(write):

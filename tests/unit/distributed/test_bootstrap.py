@@ -7,17 +7,30 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import Config, ModelConfig, RuntimeConfig
+from engine.config.host_devices import LocalRank, find_gpus
+from engine.distributed import bootstrap
 from engine.distributed.bootstrap import Launch, discover
 from engine.distributed.discovery import choose_library, expand_tasks_per_node, first_node
 from engine.distributed.errors import RankError, merge_errors
-from engine.distributed.rendezvous import RankInfo, choose_device, share_of_cores
+from engine.distributed.rendezvous import (
+    RankInfo,
+    assign_gpus,
+    choose_device,
+    share_of_cores,
+)
 
 LAUNCH = Path(__file__).parents[3] / "launch"
 
@@ -88,7 +101,15 @@ def test_a_plain_process_is_one_rank():
     assert discover({}) == Launch(0, 1, 0, 1, "localhost", 0, "single")
 
 
-@pytest.mark.parametrize("environ", [SBATCH, {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}])
+@pytest.mark.parametrize(
+    "environ",
+    [
+        SBATCH,
+        {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "4"},
+        SBATCH | {"SLURM_STEP_ID": "4294967290"},  # salloc's shell as an interactive step
+        SBATCH | {"SLURM_STEP_ID": "4294967291"},
+    ],
+)
 def test_a_script_under_sbatch_or_a_shell_under_salloc_is_one_rank(environ):
     assert discover(environ).source == "single"
 
@@ -199,6 +220,16 @@ def test_more_ranks_than_cores_still_get_a_thread():
     assert share_of_cores(0, [rank_info(rank, cores=[0, 1]) for rank in range(4)]) == 1
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "1000000", "9" * 5000, "\u00b2", "4,2", ""])
+def test_an_omp_num_threads_that_is_no_number_of_threads_counts_as_not_set(text):
+    launch = Launch(0, 1, 0, 1, "localhost", 0, "single")
+    config = Config(model=ModelConfig(path="x"))
+    infos = [rank_info(0, cores=range(6))]
+    environ = {"OMP_NUM_THREADS": text}
+    assert bootstrap._num_threads(config, launch, environ, infos) == 6
+    assert bootstrap._num_threads(config, launch, {"OMP_NUM_THREADS": "3"}, infos) == 3
+
+
 def test_auto_takes_cuda_only_when_every_rank_has_a_gpu_of_its_own():
     own = [rank_info(0, "a", "gpu0"), rank_info(1, "a", "gpu1"), rank_info(2, "b", "gpu0")]
     assert choose_device("auto", own) == choose_device("cuda", own) == "cuda"
@@ -219,6 +250,125 @@ def test_cuda_names_the_ranks_without_a_gpu_and_those_that_share_one():
     text = str(caught.value)
     assert "ranks 0, 1 on a: share one GPU" in text
     assert "ranks 2, 3 on b: no CUDA device" in text and "runtime.device=cpu" in text
+
+
+def seen(rank: int, *gpus: str, host: str = "a") -> RankInfo:
+    """A rank that sees these GPUs and would take the one of its number."""
+    own = gpus[rank % 8] if len(gpus) > rank % 8 else None
+    own = gpus[0] if len(gpus) == 1 else own
+    info = rank_info(rank, host, own)
+    return replace(info, gpus=list(gpus))
+
+
+def assigned(*infos: RankInfo) -> list[str | None]:
+    return [info.gpu for info in assign_gpus(infos)]
+
+
+def test_ranks_that_see_all_gpus_take_the_one_of_their_local_rank():
+    gpus = [f"gpu{index}" for index in range(8)]
+    assert assigned(*(seen(rank, *gpus) for rank in range(8))) == gpus
+    assert assigned(*(seen(rank, *gpus) for rank in (5, 2))) == ["gpu5", "gpu2"]
+
+
+def test_ranks_that_see_one_gpu_each_take_it():
+    infos = [seen(rank, f"gpu{rank}") for rank in range(8)]
+    assert assigned(*infos) == [f"gpu{rank}" for rank in range(8)]
+    assert choose_device("cuda", assign_gpus(infos)) == "cuda"
+
+
+def test_ranks_that_see_several_gpus_of_their_own_take_one_of_them():
+    infos = [seen(rank, f"gpu{2 * rank}", f"gpu{2 * rank + 1}") for rank in range(4)]
+    assert infos[2].gpu is None
+    assert assigned(*infos) == ["gpu0", "gpu2", "gpu4", "gpu6"]
+
+
+def test_ranks_of_one_host_on_the_same_gpu_are_refused_in_words():
+    infos = [seen(0, "gpu0"), seen(1, "gpu0"), seen(2, "gpu0", host="b")]
+    with pytest.raises(RankError, match="ranks 0, 1 on a: share one GPU, gpu0"):
+        choose_device("cuda", assign_gpus(infos))
+    assert choose_device("auto", assign_gpus(infos)) == "cpu"
+
+
+def test_a_host_that_lacks_gpus_keeps_what_its_ranks_say():
+    infos = [seen(rank, "gpu0", "gpu1") for rank in range(3)]
+    assert assigned(*infos) == ["gpu0", "gpu1", None]
+
+
+def device_of(monkeypatch, infos: list[tuple[int, list[str]]], rank: int) -> torch.device:
+    """The device that `start` sets for one rank of a host, by each rank's number and its GPUs."""
+    gpus = infos[rank][1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    properties = [SimpleNamespace(uuid=gpu) for gpu in gpus]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(bootstrap, "_create_groups", lambda *arguments: None)
+    host = socket.gethostname()
+    others = [seen(number, *visible, host=host) for number, visible in infos]
+
+    def join(store, own, world_size, timeout):
+        return [own if other.rank == rank else other for other in others], "run"
+
+    monkeypatch.setattr(bootstrap, "join", join)
+    monkeypatch.setattr(bootstrap, "_open_store", lambda *arguments: dist.HashStore())
+    config = Config(model=ModelConfig(path="x"), runtime=RuntimeConfig(device="cuda"))
+    size = len(infos)
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(size),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": str(size),
+    }
+    bootstrap.start(config, step)
+    return chosen[0]
+
+
+def test_a_task_that_sees_one_gpu_runs_on_device_0_whatever_its_local_rank(monkeypatch):
+    infos = [(rank, [f"GPU-{rank}"]) for rank in range(8)]
+    assert device_of(monkeypatch, infos, 7) == torch.device("cuda", 0)
+
+
+def test_a_task_that_sees_all_gpus_runs_on_the_device_of_its_local_rank(monkeypatch):
+    infos = [(rank, ["GPU-0", "GPU-1", "GPU-2"]) for rank in range(3)]
+    assert device_of(monkeypatch, infos, 2) == torch.device("cuda", 2)
+
+
+def test_a_task_runs_on_the_first_of_two_gpus_of_its_own(monkeypatch):
+    infos = [(rank, [f"GPU-{rank}a", f"GPU-{rank}b"]) for rank in range(4)]
+    assert device_of(monkeypatch, infos, 1) == torch.device("cuda", 0)
+    assert device_of(monkeypatch, infos, 3) == torch.device("cuda", 0)
+
+
+def test_tasks_that_are_bound_to_the_same_gpu_are_refused(monkeypatch):
+    infos = [(rank, ["GPU-0"]) for rank in range(2)]
+    with pytest.raises(RankError, match="ranks 0, 1 on .*share one GPU, GPU-0"):
+        device_of(monkeypatch, infos, 1)
+
+
+def test_a_device_without_uuid_is_known_by_its_place_on_the_bus(monkeypatch):
+    places = [SimpleNamespace(pci_domain_id=0, pci_bus_id=n, pci_device_id=0) for n in (7, 8)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", places.__getitem__)
+    gpus = find_gpus(LocalRank(1, 2), {})
+    assert len(set(gpus.ids)) == 2 and gpus.index == 1
+
+
+def test_a_driver_that_does_not_answer_is_a_reason_not_an_exception(monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA-capable device(s) is/are busy\nmore")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    gpus = find_gpus(LocalRank(1, 2), {})
+    assert gpus.index is None and gpus.why_none.endswith("CUDA-capable device(s) is/are busy")
 
 
 def test_merged_errors_hold_each_text_once_with_its_ranks():

@@ -311,8 +311,19 @@ def test_eos_ids_come_from_generation_config_then_config_and_from_the_tokenizer(
     assert load_eos_token_ids(tmp_path) == {1}
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"eos_token_id": "</s>"}'])
-def test_a_bad_generation_config_is_named(tmp_path, content):
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"generation_config.json: .*must"):
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"[]", "must hold one JSON object, and holds a list"),
+        (b"{", "is not valid JSON .*, as if cut off; download or copy it again"),
+        (b'{"a": "\xff"}', "is not UTF-8 .byte 7 is 0xff"),
+        (b"", "is empty; download"),
+        (b'{"eos_token_id": "</s>"}', ": eos_token_id = '</s>': must be a token id"),
+        (b'{"eos_token_id": [2, null]}', ": eos_token_id = .2, None.: must be a token id"),
+        (b'{"eos_token_id": true}', ": eos_token_id = True: must be a token id"),
+    ],
+)
+def test_a_bad_generation_config_is_named(tmp_path, content, text):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"generation_config.json ?{text}"):
         load_eos_token_ids(tmp_path)

@@ -158,6 +158,45 @@ def test_the_kv_cache_fits_the_cgroup_and_the_refusal_names_its_limit(monkeypatc
         blocks(FreeMemory(1 << 20, "/sys/box/memory.max"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"kv_cache_gib": 5.0},
+            "scheduler.kv_cache_gib: 5.0 does not fit: the KV cache would take 5.00 GiB and 4.00 "
+            "GiB are free on cpu for each of the 2 ranks here (limited by /box/memory.max); give "
+            "at most 4.00, or null",
+        ),
+        ({"kv_cache_gib": 1.7e308}, "scheduler.kv_cache_gib: 1.7e+308 does not fit"),
+        ({"kv_cache_blocks": 10**299}, "would take 9.31e+290 GiB and 4.00 GiB are free"),
+        (
+            {"kv_cache_blocks": 4097},
+            "scheduler.kv_cache_blocks: 4097 does not fit: the KV cache would take 4.00 GiB and "
+            "4.00 GiB are free on cpu for each of the 2 ranks here (limited by /box/memory.max); "
+            "give at most 4096",
+        ),
+    ],
+)
+def test_a_kv_cache_larger_than_what_is_free_is_refused_with_what_is(monkeypatch, settings, text):
+    free = FreeMemory(8 * GIB, "/box/memory.max")
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+
+    def blocks(**settings) -> int:
+        return memory.num_kv_blocks(
+            SchedulerConfig(**settings),
+            bytes_per_block=1 << 20,
+            max_model_len=4096,
+            reserve_bytes=0,
+            device=torch.device("cpu"),
+            local_world_size=2,
+        )
+
+    with pytest.raises(ValueError) as caught:
+        blocks(**settings)
+    assert text in str(caught.value)
+    assert (blocks(kv_cache_gib=4.0), blocks(kv_cache_blocks=4096)) == (4096, 4096)
+
+
 def test_a_real_limit_of_this_machine_is_seen(tmp_path):
     tree = Path("/sys/fs/cgroup/memory")
     if not tree.is_dir():

@@ -3,16 +3,20 @@
 Run: pytest tests/unit/profiling/test_span_file.py
 """
 
+import errno
 import json
+import logging
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.profiling.phase_clock import Phase, Spans
-from engine.profiling.span_file import SpanFileHeader, SpanWriter
+from engine.profiling.span_file import SpanFileHeader, SpanWriter, check_folder
 from tests.helpers.profiles import MS, make_spans
 
 OFFSET = 5_000_000_000
@@ -156,3 +160,61 @@ def test_a_new_run_leaves_nothing_of_the_last_one(tmp_path):
         writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["spans.rank00003.jsonl"]
     assert len(read(tmp_path / "spans.rank00003.jsonl")) == 2
+
+
+def test_a_folder_is_checked_and_what_is_in_it_stays(tmp_path):
+    folder = tmp_path / "a" / "b"
+    check_folder(folder, 3)
+    assert list(folder.iterdir()) == []
+    earlier = folder / "spans.rank00003.jsonl"
+    earlier.write_text("earlier")
+    check_folder(folder, 3)
+    assert [path.name for path in folder.iterdir()] == [earlier.name]
+    assert earlier.read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name", ["spans.rank00003.jsonl", "spans.rank00003.old.jsonl"])
+def test_a_folder_in_a_span_files_place_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=name):
+        check_folder(tmp_path, 3)
+
+
+def test_a_file_in_the_folders_place_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError):
+            check_folder(folder, 3)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_an_error_also_where_it_shows_at_the_sync(tmp_path, monkeypatch, code):
+    def full(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        check_folder(tmp_path, 3)
+    assert caught.value.filename == str(tmp_path), "the same on all ranks"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_syncs_is_no_error(tmp_path, monkeypatch):
+    def unknown(descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", unknown)
+    check_folder(tmp_path, 3)
+
+
+def test_a_disk_that_fills_up_is_logged_once_and_ends_nothing(tmp_path, caplog):
+    writer = SpanWriter(tmp_path, header(), 1 << 20)
+    writer._file.close()
+    writer._file = open("/dev/full", "w")
+    with caplog.at_level(logging.WARNING):
+        for step in range(1000):
+            writer.write(step, step_spans(), None, OFFSET, (0, 2), {})
+        writer.close()
+        writer.close()
+    (record,) = caplog.records
+    assert "No space left on device; the job goes on" in record.getMessage()

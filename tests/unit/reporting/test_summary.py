@@ -167,6 +167,15 @@ def test_the_summary_as_json_has_percentiles_in_place_of_latencies():
     assert "run" not in json.loads(summary(None).to_json())
 
 
+def test_requests_that_were_run_again_are_counted_where_there_are_any():
+    out = console()
+    retried = summary(None, retried=2)
+    print_summary(out, retried)
+    assert "2 of them by earlier runs, 2 run again after an error, 1 with" in printed(out)
+    assert json.loads(retried.to_json())["retried"] == 2
+    assert "retried" not in json.loads(summary(None).to_json())
+
+
 def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
     first = replace(
         rank(0),
@@ -178,7 +187,8 @@ def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
     values = json.loads(summary(run_report(first, layers=layers, findings=found)).to_json())
     run = values["run"]
     assert list(values) == (
-        "total resumed errors requests prompt_tokens generated_tokens capacity run".split()
+        "total resumed errors requests prompt_tokens generated_tokens user_keys "
+        "capacity run".split()
     )
     assert list(run) == (
         "seconds steps ranks layers max_over_mean max_over_mean_after speed_bound totals latencies "

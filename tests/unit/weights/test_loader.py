@@ -270,6 +270,65 @@ def test_the_largest_finite_values_of_each_dtype_are_fine(tmp_path):
         assert torch.equal(target, edge)
 
 
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
+def test_float64_is_read_as_torch_converts_it_and_too_large_values_are_errors(tmp_path, target):
+    source = torch.randn(37, 19, dtype=torch.float64)
+    save(tmp_path, {"w": source})
+    into = slot("w", torch.zeros(37, 5, dtype=target), (37, 19), (slice(None), slice(3, 8)))
+    load_weights(tmp_path, [into])
+    assert torch.equal(into.target, source[:, 3:8].to(target))
+    into = slot("w", torch.zeros(2, dtype=target))
+    largest = torch.finfo(target).max
+    step = largest * torch.finfo(target).eps / 4  # to half way between it and infinity
+    for value in (largest, largest + 0.99 * step, largest + step, largest + 1.01 * step, 1e300):
+        values = torch.tensor([0.0, -value], dtype=torch.float64)
+        save(tmp_path, {"w": values})
+        if values.to(target).isfinite().all():
+            load_weights(tmp_path, [into])
+        else:
+            assert f"values too large for {target}" in error_of(tmp_path, into)
+    save(tmp_path, {"w": torch.tensor([0.0, float("nan")], dtype=torch.float64)})
+    assert "NaN or infinity" in error_of(tmp_path, into)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        ("F8_E4M3", "quantised to 8 bits, which needs scales that this engine does not apply"),
+        ("F8_E5M2", "quantised to 8 bits"),
+        ("F4", "quantised to 4 bits"),
+        ("I8", "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes"),
+        ("U8", "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes"),
+        ("I32", "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes"),
+        ("I64", "integers, which no weights are"),
+        ("U16", "integers, which no weights are"),
+        ("BOOL", "true or false, which no weights are"),
+        ("C64", "complex numbers"),
+        ("X9", "of the unknown dtype X9"),
+    ],
+)
+def test_a_dtype_that_is_not_read_is_said_for_what_it_is(tmp_path, dtype, text):
+    bits = {"I64": 64, "C64": 64, "I32": 32, "U16": 16, "F4": 4}.get(dtype, 8)
+    num_bytes = 4 * bits // 8
+    header = {"w": {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, num_bytes]}}
+    write_raw(tmp_path / "model.safetensors", header, bytes(num_bytes))
+    message = error_of(tmp_path, slot("w", torch.zeros(2, 2)))
+    assert f"1 tensors are {text}" in message
+    assert f"w in model.safetensors is {dtype}" in message
+    assert "quantised" in message or dtype in ("I64", "U16", "BOOL", "C64", "X9")
+
+
+def test_a_head_or_embedding_that_is_missing_alone_names_the_setting(tmp_path):
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    slots = [slot(name, torch.zeros(2, 2)) for name in (head, embedding)]
+    for lacking, there in ((head, embedding), (embedding, head)):
+        save(tmp_path, {there: torch.ones(2, 2)})
+        text = error_of(tmp_path, *slots)
+        assert f"For {lacking}: if head and embedding are the same tensor, set tie_word" in text
+    save(tmp_path, {"w": torch.ones(1)})
+    assert "tie_word_embeddings" not in error_of(tmp_path, *slots)
+
+
 def test_pickled_checkpoints_are_refused_with_the_way_to_convert(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     text = error_of(tmp_path, slot("w", torch.zeros(1)))
@@ -281,7 +340,7 @@ def test_folders_without_a_checkpoint_are_refused_with_what_to_do(tmp_path):
     assert "model.load_format=dummy" in error_of(tmp_path, slot("w", torch.zeros(1)))
     save(tmp_path, {"w": torch.ones(1)}, "consolidated.safetensors")
     text = error_of(tmp_path, slot("w", torch.zeros(1)))
-    assert "consolidated.safetensors is there: add an index" in text
+    assert "though consolidated.safetensors: weights in the format of" in text
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 40, -1])
@@ -304,7 +363,7 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     text = error_of(tmp_path, slot("w", torch.zeros(1)))
-    assert "model.safetensors cannot be read" in text
+    assert "model.safetensors is a folder and must be a file" in text
 
 
 def test_a_git_lfs_pointer_is_recognised(tmp_path):
@@ -320,14 +379,23 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     for weight_map, match in (
         ({"w": "b.safetensors"}, "1 files that are not there: b.safetensors"),
         ({"w": "a.safetensors"}, "places 'w' in a.safetensors, which does not hold it"),
-        ({"w": "../a.safetensors"}, "without a folder"),
+        ({"w": "../a.safetensors"}, "outside of the folder: weight_map must have names of files"),
+        ({"w": "sub/a.safetensors"}, "places tensor 'w' in 'sub/a.safetensors', in a subfolder"),
+        ({"w": "/a/a.safetensors"}, "'/a/a.safetensors', an absolute path"),
+        ({"w": "sub/"}, "in a subfolder"),
+        ({"w": ".."}, "no file name"),
+        ({"w": ""}, "no file name"),
         ({"w": 3}, "must map tensor names"),
         ([], "must map tensor names"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert match in error_of(tmp_path, w)
     index.write_text("{")
-    assert "not valid JSON" in error_of(tmp_path, w)
+    assert "the index is not valid JSON" in error_of(tmp_path, w)
+    index.write_bytes(b"\xff")
+    assert f"{index} is not UTF-8 (byte 0 is 0xff)" in error_of(tmp_path, w)
+    index.write_text("")
+    assert f"{index} is empty" in error_of(tmp_path, w)
     index.write_text("[]")
     assert "not a JSON object" in error_of(tmp_path, w)
 

@@ -1,0 +1,71 @@
+"""No step launches, records, waits or communicates more than budgets.txt says.
+
+Run: pytest tests/gpu/emulated/test_budgets.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.emulated.budgets import (
+    COLUMNS,
+    ROWS,
+    Step,
+    cells,
+    count_all,
+    per_layer,
+    read_table,
+    table_lines,
+)
+from tests.gpu.emulated.guard import obstacle
+
+pytestmark = [
+    pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}"),
+    pytest.mark.slow,
+]
+
+
+def exceeding(counted: dict[str, tuple[Step, Step]], budgets: dict[str, list[float]]) -> list[str]:
+    """Return what exceeds its budget, each row with the lines of the source."""
+    names = [f"{column} per {each}" for each in ("layer", "step") for column in COLUMNS]
+    found = []
+    for row in ROWS:
+        numbers = zip(names, cells(counted[row.name]), budgets[row.name], strict=True)
+        over = [f"{what} {now:g}, budget {most:g}" for what, now, most in numbers if now > most]
+        if over:
+            found += [f"{row.name}: {'; '.join(over)}; of a layer:", *per_layer(counted[row.name])]
+    return found
+
+
+def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
+    """One test, so that the steps are counted once however many processes run tests."""
+    counted = count_all(tmp_path, guard)
+    layers = {
+        name: dict(zip(COLUMNS, cells(steps), strict=False)) for name, steps in counted.items()
+    }
+    for name, layer in layers.items():
+        assert layer["syncs"] == 1, name
+        # A half would mean that a rank had no rows in some layer, and left its work out.
+        assert layer["kernels"] == int(layer["kernels"]), name
+
+    first, budgets = read_table()
+    if table_lines(counted)[0] != first:
+        pytest.skip(f"counted with another torch than the table: {first}")
+    raised = exceeding(counted, budgets)
+    assert not raised, "\n".join(raised)
+
+    # By hand: norms with residuals 18, sort by expert 18, rotary 12, attention and KV store 2, its
+    # projections 2, gate, its cast and choice 3, counts, dispatch and combine 3, rows gathered and
+    # combined 2, two grouped_mm 4, SwiGLU 1, the ends of the experts' rows 1.
+    plain = layers["mixtral decode, one expert per rank"]["kernels"]
+    assert plain <= 18 + 18 + 12 + 2 + 2 + 3 + 3 + 2 + 4 + 1 + 1
+
+    # What exceeds its budget is named with the lines of the source.
+    kernels = layers["olmoe decode"]["kernels"]
+    budgets["olmoe decode"][0] = kernels - 1
+    head, *lines = exceeding(counted, budgets)
+    assert head.startswith(f"olmoe decode: kernels per layer {kernels:g}, budget {kernels - 1:g};")
+    assert any("rotary.py:" in line for line in lines)
+    assert any("a copy to the host @" in line for line in lines)

@@ -1,0 +1,77 @@
+"""engine/reporting/open_exporters.py: what cannot be opened is said by setting, before a model."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.config import Config, ModelConfig, ProfilerConfig
+from engine.reporting.open_exporters import check_exporters
+
+
+def check(rank: int = 0, **profiler: Any) -> None:
+    config = Config(model=ModelConfig(path="x"), profiler=ProfilerConfig(**profiler))
+    topology: Any = SimpleNamespace(world=SimpleNamespace(rank=rank), host="h1")
+    check_exporters(config, topology)
+
+
+def test_nothing_is_checked_that_is_off(tmp_path):
+    check()
+    check(metrics_host="no.such.invalid")
+    check(enabled=False, spans="/proc/none")
+    check(enabled=False, spans=str(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_be_opened_is_closed_again(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for _ in range(2):
+        check(spans=str(tmp_path / "new"), metrics_port=port)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_addresses_of_this_host_are_accepted(host):
+    check(metrics_port=0, metrics_host=host)
+
+
+@pytest.mark.parametrize("host", ["no.such.invalid", "192.0.2.1", "a" * 80, "256.0.0.1", "::zz"])
+def test_a_host_that_is_not_this_one_is_refused_on_rank_0_alone(host):
+    with pytest.raises(ValueError) as caught:
+        check(metrics_port=0, metrics_host=host)
+    text = str(caught.value)
+    assert text.startswith(f"profiler.metrics_host = {host!r}: is no address of h1: ")
+    assert "127.0.0.1 for this host alone" in text
+    check(rank=1, metrics_port=0, metrics_host=host)
+
+
+def test_a_port_in_use_is_refused_by_number():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"profiler.metrics_port = {port}: cannot listen at"):
+            check(metrics_port=port)
+
+
+@pytest.mark.parametrize("below", ["file", "file/below", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_refused_with_one_text_on_all_ranks(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / below)
+    texts = set()
+    for rank in range(2):
+        with pytest.raises(ValueError) as caught:
+            check(rank, spans=folder)
+        texts.add(str(caught.value))
+    (text,) = texts
+    assert text.startswith(f"profiler.spans = {folder!r}: cannot be written on h1: ")
+    assert "name a folder with room that every rank may write to" in text
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+    from engine.reporting import open_exporters
+
+    monkeypatch.setattr(open_exporters, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"deepspeed_comms = True.*pip install deepspeed"):
+        check(deepspeed_comms=True)
