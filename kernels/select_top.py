@@ -67,6 +67,23 @@ def select_grouped_reference(
     return select_top_reference(words, pool_N1[:-1], need_P)
 
 
+def select_reduced(
+    words: Sequence[torch.Tensor],
+    pool_N: torch.Tensor,
+    need_P: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_top` over the claims of all ranks: each marks its own, `tied` is the same on all.
+
+    reduce: adds int32 histograms [P * 256] up over ranks; called four times a word, on every rank.
+    """
+    if triton_support.serves(pool_N):
+        from engine.ops.gpu.select_reduced import select_reduced_triton
+
+        return select_reduced_triton(words, pool_N, need_P, reduce)
+    return select_top_reference(words, pool_N, need_P, reduce)
+
+
 def select_top_sorted(
     words: Sequence[torch.Tensor], pool_N: torch.Tensor, need_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,3 +78,21 @@ def test_a_tie_at_the_cut_keeps_none_of_its_claims_in_that_pool_alone():
     pool = torch.tensor([0, 0, 0, 0, 1, 1, 1, -1])
     for need in ([2, 2], [1, 2], [4, 0], [5, 3], [3, 1]):
         select_both(words, pool, torch.tensor(need))
+
+
+@kernel
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_the_radix_selection_with_reduced_counts_equals_the_reference(depth):
+    # Over several ranks: the decisions by radix in test_claims_triton.py.
+    from engine.ops.gpu.select_reduced import select_reduced_triton
+
+    generator = torch.Generator().manual_seed(depth)
+    words = [torch.randint(-2, 2, (1300,), generator=generator).int() for _ in range(depth)]
+    words = [word * 2**20 for word in words]
+    pool = torch.randint(-1, 3, (1300,), generator=generator)
+    for need in ([0, 1, 5000], [50, 200, 0], [100, 100, 100]):
+        need_P = torch.tensor(need)
+        expected, expected_tied = select_top_reference(words, pool, need_P)
+        given = [word.to(DEVICE) for word in words]
+        keep, tied = select_reduced_triton(given, pool.to(DEVICE), need_P.to(DEVICE), torch.clone)
+        assert torch.equal(keep.cpu(), expected) and bool(tied) == bool(expected_tied)

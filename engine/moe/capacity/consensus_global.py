@@ -16,7 +16,7 @@ import torch
 from engine.distributed.collectives import COLLECTIVE_BYTES, Collectives, Done, Pending
 from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
 from engine.ops.claims import count_claims
-from engine.ops.select_top import DIGITS, PASSES_A_WORD, select_top, select_top_reference
+from engine.ops.select_top import DIGITS, PASSES_A_WORD, select_reduced, select_top
 
 
 def gather_bytes(claims: Claims, num_ranks: int) -> int:
@@ -155,7 +155,7 @@ class _PendingRadix:
         def reduce(histogram: torch.Tensor) -> torch.Tensor:
             return self._collectives.all_reduce(histogram).wait()
 
-        keep_N, tied = select_top_reference(keys, claims.pool_N, claims.limit_P, reduce)
+        keep_N, tied = select_reduced(keys, claims.pool_N, claims.limit_P, reduce)
         kept_P = claims.by_pool(self._pending.wait()).minimum(claims.limit_P)
         return Selection(keep_N, kept_P, tied, None)
 
