@@ -15,9 +15,11 @@ def gather_rows(
 
     out_ND: where to write it; a new tensor by default.
     """
-    if out_ND is None:
-        return gather_rows_reference(x_TD, index_N)
-    return torch.index_select(x_TD, 0, index_N, out=out_ND)
+    if triton_support.serves(x_TD):
+        from engine.ops.gpu.gather_rows import gather_rows_triton
+
+        return gather_rows_triton(x_TD, index_N, out_ND)
+    return gather_rows_reference(x_TD, index_N, out_ND)
 
 
 def combine_rows(
@@ -37,9 +39,13 @@ def combine_rows(
     return combine_rows_reference(rows_ND, slot_TK, weights_TK)
 
 
-def gather_rows_reference(x_TD: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+def gather_rows_reference(
+    x_TD: torch.Tensor, index_N: torch.Tensor, out_ND: torch.Tensor | None = None
+) -> torch.Tensor:
     """Plain torch form of `gather_rows`."""
-    return x_TD.index_select(0, index_N)
+    if out_ND is None:
+        return x_TD.index_select(0, index_N)
+    return torch.index_select(x_TD, 0, index_N, out=out_ND)
 
 
 def combine_rows_reference(

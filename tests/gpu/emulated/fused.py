@@ -30,6 +30,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "combine_rows": permute.combine_rows_reference,
     "count_claims": claims.count_claims_reference,
     "extra_claims": claims.extra_claims_reference,
+    "gather_rows": permute.gather_rows_reference,
     "make_claims": claims.make_claims_reference,
     "paged_attention": paged_attention.paged_attention_reference,
     "select_experts": select_experts.select_experts_reference,
