@@ -32,6 +32,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "extra_claims": claims.extra_claims_reference,
     "gather_rows": permute.gather_rows_reference,
     "make_claims": claims.make_claims_reference,
+    "pack_rows": permute.pack_rows_reference,
     "paged_attention": paged_attention.paged_attention_reference,
     "select_experts": select_experts.select_experts_reference,
     "select_grouped": select_top.select_grouped_reference,
@@ -39,6 +40,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "silu_and_mul": silu_and_mul.silu_and_mul_reference,
     "sort_by_expert": sort_by_expert.sort_by_expert_reference,
     "store_kv": store_kv.store_kv_reference,
+    "unpack_rows": permute.unpack_rows_reference,
 }
 # Launches of those that set memory to zero first, or that have steps; of all others it is one.
 _LAUNCHES: dict[str, Callable[..., int]] = {
