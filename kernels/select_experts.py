@@ -1,6 +1,8 @@
-"""The choice of experts: from gate logits to scores, top-k and combine weights, in one pass.
+"""The choice of experts: from gate logits to scores, top-k and combine weights, in one pass; and
+what a capacity policy leaves of it.
 
-Legend: T tokens, E experts, K top-k, X columns of scores.
+Legend: T tokens, E experts, e experts on this rank, K top-k, X columns of scores, M columns of the
+result (K or K + e).
 """
 
 from typing import Literal, NamedTuple
@@ -96,3 +98,69 @@ def weigh_scores(
     if rule.normalize:
         weights_TX = weights_TX / (topk_scores_TK.sum(-1, keepdim=True) + rule.normalize_eps)
     return weights_TX if rule.scale == 1.0 else weights_TX * rule.scale
+
+
+def apply_selection(
+    keep_TK: torch.Tensor,
+    scores_TE: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    rule: SelectionRule,
+    first_expert: int,
+    renormalize: bool,
+    extra_Te: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is computed: ids, int64 [T, M], the top-k kept, then extras in the order of the
+    local experts, -1 for none; and their combine weights, float32 [T, M], 0 for none.
+
+    Args:
+        keep_TK: bool.
+        scores_TE: float32; read for extras alone.
+        topk_ids_TK: int64.
+        topk_weights_TK: float32.
+        rule: the router's.
+        first_expert: the first of this rank's experts.
+        renormalize: scale the weights of a token that has changed to their former sum.
+        extra_Te: bool; None: without extras.
+    """
+    given = (keep_TK, scores_TE, topk_ids_TK, topk_weights_TK, rule, first_expert, renormalize)
+    if triton_support.serves(keep_TK):
+        from engine.ops.gpu.apply_selection import apply_selection_triton
+
+        return apply_selection_triton(*given, extra_Te)
+    return apply_selection_reference(*given, extra_Te)
+
+
+def apply_selection_reference(
+    keep_TK: torch.Tensor,
+    scores_TE: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    rule: SelectionRule,
+    first_expert: int,
+    renormalize: bool,
+    extra_Te: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch form of `apply_selection`."""
+    ids_TM = topk_ids_TK.where(keep_TK, -1)
+    kept_TM = topk_weights_TK.where(keep_TK, 0.0)
+    if extra_Te is not None:
+        num_local = extra_Te.shape[1]
+        local_e = torch.arange(num_local, device=keep_TK.device) + first_expert
+        ids_TM = torch.cat((ids_TM, local_e.expand_as(extra_Te).where(extra_Te, -1)), dim=1)
+        weights_Te = weigh_scores(
+            scores_TE[:, first_expert : first_expert + num_local],
+            scores_TE.gather(1, topk_ids_TK),
+            rule,
+        )
+        kept_TM = torch.cat((kept_TM, weights_Te.where(extra_Te, 0.0)), dim=1)
+    if not renormalize:
+        return ids_TM, kept_TM
+    changed_T1 = (~keep_TK).any(1, keepdim=True)
+    if extra_Te is not None:
+        changed_T1 = changed_T1 | extra_Te.any(1, keepdim=True)
+    kept_T1 = kept_TM.sum(1, keepdim=True)
+    changed_T1 = changed_T1 & (kept_T1 > 0)
+    # Divide first: the old sum over a tiny new one would overflow.
+    rescaled_TM = kept_TM / kept_T1 * topk_weights_TK.sum(1, keepdim=True)
+    return ids_TM, rescaled_TM.where(changed_T1, kept_TM)

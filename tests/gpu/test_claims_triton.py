@@ -8,7 +8,7 @@ import torch
 
 from engine.ops import claims, native, triton_support
 from engine.ops.claims import ClaimRule, ExtraRule
-from engine.ops.select_experts import SelectionRule
+from engine.ops.select_experts import SelectionRule, apply_selection_reference
 from tests.gpu.test_ops_triton import DEVICE, kernel
 from tests.helpers.capacity_cases import Case, make_tokens, run_engine
 
@@ -107,7 +107,7 @@ def test_what_is_left_of_the_assignments_equals_the_reference(tokens, extras, re
     weights = scores.gather(1, ids)
     arguments = [keep[:, :TOP_K], scores, ids, weights, rule, LOCAL.start, renormalize, extra]
     got_ids, got_weights = apply_selection_triton(*on_device(arguments))
-    left, left_weights = claims.apply_selection_reference(*arguments)
+    left, left_weights = apply_selection_reference(*arguments)
     assert torch.equal(got_ids.cpu(), left)
     torch.testing.assert_close(got_weights.cpu(), left_weights, rtol=1e-6, atol=0)
 

@@ -6,6 +6,8 @@ TRITON_INTERPRET=1 python -m pytest tests/gpu/test_rows_triton.py
 import pytest
 import torch
 
+from engine.moe.dispatch.row_format import RowFormat
+from engine.ops import triton_support
 from engine.ops.permute import pack_rows_reference, unpack_rows_reference
 from tests.gpu.test_ops_triton import DEVICE, kernel
 
@@ -111,3 +113,21 @@ def test_a_row_that_is_not_finite_comes_back_as_nan_and_spoils_no_other(bad):
     out = torch.empty_like(x)
     unpack_rows_triton(packed, None, out, FP8, scale_at)
     assert out[1].isnan().all() and out[0].isfinite().all() and out[2].isfinite().all()
+
+
+@kernel
+def test_rows_of_any_number_are_unpacked_by_one_launch(monkeypatch):
+    from engine.ops.gpu import unpack_rows
+
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *_args, **_options: launches.append(grid)
+
+    monkeypatch.setattr(unpack_rows, "_unpack_rows_kernel", Counted())
+    monkeypatch.setattr(triton_support, "serves", lambda _: True)
+    packed = torch.zeros(2500, 16, dtype=torch.uint8, device=DEVICE)
+    unpack = RowFormat(4, torch.float32, FP8).unpack
+    unpack(packed, torch.arange(2500, device=DEVICE), torch.empty(2500, 4, device=DEVICE))
+    assert launches == [(2500, 1)]

@@ -37,7 +37,8 @@ from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.plan import ExpertOrder
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
-from engine.ops.claims import ExtraRule, apply_selection
+from engine.ops.claims import ExtraRule
+from engine.ops.select_experts import apply_selection
 from engine.profiling.device_clocks import NoClock
 from engine.profiling.phase_clock import Phase, PhaseClock
 

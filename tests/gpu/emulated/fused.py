@@ -26,7 +26,7 @@ from tests.gpu.emulated.tensors import CudaTensor
 
 # By the module of engine/ops/gpu whose kernel it replaces.
 _REFERENCES: dict[str, Callable[..., Any]] = {
-    "apply_selection": claims.apply_selection_reference,
+    "apply_selection": select_experts.apply_selection_reference,
     "combine_rows": permute.combine_rows_reference,
     "count_claims": claims.count_claims_reference,
     "extra_claims": claims.extra_claims_reference,
