@@ -5,7 +5,7 @@ pass counts the claims of each pool by their next eight bits, finds the digit at
 full, keeps what lies above it and goes on with the claims that share it. The same passes serve one
 rank alone and, with the histograms added up over ranks (`reduce`), a selection over all of them.
 
-Legend: N claims, P pools.
+Legend: N claims, P pools, W ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -160,3 +160,31 @@ def select_top_reference(
     tied_P = (last_P > need_P) & (need_P > 0)
     fits_P = (need_P > 0) & ~tied_P
     return keep_N | (alive_N & fits_P[row_N]), tied_P.any()
+
+
+def quotas(claims_WP: torch.Tensor, limit_P: torch.Tensor) -> torch.Tensor:
+    """Partition min(claims, limit) slots of each pool in proportion to the ranks' claims; return
+    int64 [W, P].
+
+    claims_WP, limit_P: int64. Largest remainder, ties to the lower rank; exact integers.
+    """
+    if triton_support.serves(claims_WP):
+        from engine.ops.gpu.quotas import quotas_triton
+
+        return quotas_triton(claims_WP, limit_P)
+    return quotas_reference(claims_WP, limit_P)
+
+
+def quotas_reference(claims_WP: torch.Tensor, limit_P: torch.Tensor) -> torch.Tensor:
+    """Plain torch form of `quotas`."""
+    total_P = claims_WP.sum(0)
+    slots_P = total_P.minimum(limit_P)
+    scaled_WP = claims_WP * slots_P
+    divisor_P = total_P.clamp(min=1)
+    quota_WP = scaled_WP.div(divisor_P, rounding_mode="floor")
+    # One more slot each for the ranks with the largest remainders, until none is left.
+    left_P = slots_P - quota_WP.sum(0)
+    order_WP = (scaled_WP % divisor_P).argsort(dim=0, descending=True, stable=True)
+    ranks_WP = torch.arange(len(claims_WP), device=claims_WP.device)[:, None].expand_as(order_WP)
+    rank_order_WP = torch.empty_like(order_WP).scatter_(0, order_WP, ranks_WP)
+    return quota_WP + (rank_order_WP < left_P)

@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 python -m pytest tests/gpu/test_sort_triton.py
 import pytest
 import torch
 
-from engine.ops.select_top import select_top_reference
+from engine.ops.select_top import quotas_reference, select_top_reference
 from engine.ops.sort_by_expert import sort_by_expert_reference
 from tests.gpu.test_ops_triton import DEVICE, kernel
 
@@ -96,3 +96,17 @@ def test_the_radix_selection_with_reduced_counts_equals_the_reference(depth):
         given = [word.to(DEVICE) for word in words]
         keep, tied = select_reduced_triton(given, pool.to(DEVICE), need_P.to(DEVICE), torch.clone)
         assert torch.equal(keep.cpu(), expected) and bool(tied) == bool(expected_tied)
+
+
+@kernel
+@pytest.mark.parametrize(("ranks", "pools"), [(1, 1), (3, 5), (8, 4), (12, 2)])
+def test_quotas_equal_the_reference(ranks, pools):
+    from engine.ops.gpu.quotas import quotas_triton
+
+    generator = torch.Generator().manual_seed(ranks)
+    for most in (1, 4, 100_000):
+        claims = torch.randint(0, most, (ranks, pools), generator=generator)
+        for limit in (0, 1, ranks * most // 3, 2**40 // ranks):
+            limit_P = torch.full((pools,), limit)
+            got = quotas_triton(claims.to(DEVICE), limit_P.to(DEVICE))
+            assert torch.equal(got.cpu(), quotas_reference(claims, limit_P))

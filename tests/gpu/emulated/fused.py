@@ -34,6 +34,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "make_claims": claims.make_claims_reference,
     "pack_rows": permute.pack_rows_reference,
     "paged_attention": paged_attention.paged_attention_reference,
+    "quotas": select_top.quotas_reference,
     "select_experts": select_experts.select_experts_reference,
     "select_grouped": select_top.select_grouped_reference,
     "select_reduced": select_top.select_top_reference,

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from engine.config import CapacityConfig
 from engine.moe.capacity.agreement import CapacityAgreement, Decision
-from engine.moe.capacity.consensus_quota import quotas
 from engine.moe.capacity.expansion import choose_extras
 from engine.moe.capacity.limits import Pools, cannot_bind
 from engine.moe.dispatch.chunk_layout import ExpertLayout
@@ -22,6 +21,7 @@ from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
 from engine.ops.claim_keys import random_key, sort_keys, sortable
 from engine.ops.claims import ExtraRule, candidates
+from engine.ops.select_top import quotas
 from tests.helpers.reference import hash_key
 from tests.helpers.threads import run_threads
 
