@@ -118,6 +118,25 @@ def _cases() -> Iterator[Case]:
         lambda ids: sort_by_expert.sort_by_expert_reference(ids, 8),
         [torch.rand(17, 8).argsort(1)[:, :3]],
     )
+    yield (
+        "sort_by_expert, several blocks",
+        lambda ids: sort_by_expert.sort_by_expert(ids, 60),
+        lambda ids: sort_by_expert.sort_by_expert_reference(ids, 60),
+        [torch.randint(60, (3000, 4))],
+    )
+    yield (
+        "quotas",
+        select_top.quotas,
+        select_top.quotas_reference,
+        [torch.randint(1000, (8, 5)), torch.tensor([0, 1, 999, 2000, 9000])],
+    )
+    groups = select_experts.SelectionRule(6, "sigmoid", True, 0.0, 1.0, 8, 4, "top2")
+    yield (
+        "select_experts in groups",
+        lambda x: select_experts.select_experts(x.float(), None, groups),
+        lambda x: select_experts.select_experts_reference(x, None, groups),
+        [random(65, 64).argsort(1) / 4 - 7.5],
+    )
     for score in ("softmax", "sigmoid"):
         rule = select_experts.SelectionRule(4, score, normalize=True)
         yield (
