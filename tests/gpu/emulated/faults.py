@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.distributed.collectives import GroupCollectives, Started
-from engine.generation import loop
+from engine.generation import loop, runner
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.layer import MoELayer
 from engine.moe.router import Routing
@@ -81,7 +81,9 @@ def reused_pinned_buffer(patch: pytest.MonkeyPatch) -> None:
         part.copy_(host)
         return part.to(device, non_blocking=True)
 
-    patch.setattr(to_device, "to_device", upload)
+    patch.setattr(
+        runner, "all_to_device", lambda hosts, device: [upload(host, device) for host in hosts]
+    )
 
 
 def pageable_copy(patch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,8 @@ def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
     assert not raised, "\n".join(raised)
 
     # By hand: norms with residuals 2, projections of attention 2, rotary with the KV store 1,
-    # attention 1, gate and choice 2, sort by expert 1, counts, dispatch and combine 3, rows gathered
-    # and combined 2, two grouped_mm 4, SwiGLU 1, the ends of the experts' rows 1.
+    # attention 1, gate and choice 2, sort by expert 1, counts, dispatch and combine 3, rows
+    # gathered and combined 2, two grouped_mm 4, SwiGLU 1, the ends of the experts' rows 1.
     plain = layers["mixtral decode, one expert per rank"]["kernels"]
     assert plain <= 2 + 2 + 1 + 1 + 2 + 1 + 3 + 2 + 4 + 1 + 1
     # What a decode step may launch per layer, and a prefill under a capacity policy.
