@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -268,7 +269,7 @@ class MoELayer(nn.Module):
         pipeline = self._pipelines[micro_batch or 0]
         on_order = None
         if layout.sends_plain_rows and not self._agreement.adds_extras:
-            on_order = lambda order: pipeline.pack(x_tD, order, clock)  # noqa: E731
+            on_order = partial(pipeline.pack, x_tD, clock)
         decision, plans = self.agree(routing, step, overlap, layout, micro_batch, on_order)
         with trial:
             terms = plans[0].terms(decision.weights_TM)

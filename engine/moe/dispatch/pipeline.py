@@ -48,7 +48,7 @@ class Pipeline:
         self._exchange, self._experts = exchange, experts
         self._buffers, self._layer = buffers, layer
 
-    def pack(self, x_TD: torch.Tensor, order: ExpertOrder, clock: PhaseClock) -> None:
+    def pack(self, x_TD: torch.Tensor, clock: PhaseClock, order: ExpertOrder) -> None:
         """Fill the send buffer before it is known how many rows go where, for rows in the model's
         dtype that are sent once per assignment: a GPU packs while the counts travel.
         """
