@@ -11,8 +11,9 @@ loads and every assignment is kept. Otherwise, in order:
                layout needs more than loads, from the claims of all ranks (`global` by gather), by
                one more exchange (`quota` with scope `expert`), else in the exchange of the rows
 
-Equal claims at a cut are the exception that costs a second selection; all ranks see the same flag
-and repeat it together.
+Equal claims at a cut cost a second selection; all ranks see the same flag and repeat it together.
+Where requests share a prefix they are no exception, so for some calls after one, all keys are used
+at once.
 
 Legend: T tokens on this rank, K top-k, M columns of the result (K, or K + e), N columns subject to
 capacity, E experts, e experts on this rank, P pools, W expert-parallel ranks, n counts per rank.
@@ -21,7 +22,7 @@ capacity, E experts, e experts on this rank, P pools, W expert-parallel ranks, n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ from engine.ops.claims import ExtraRule
 from engine.ops.select_experts import apply_selection
 from engine.profiling.device_clocks import NoClock
 from engine.profiling.phase_clock import Phase, PhaseClock
+
+# Calls after one with equal claims at a cut in which the claims are compared by all keys at once: a
+# second selection is the exception again, and a job whose prefixes no longer repeat sends less.
+_CALLS_WITH_ALL_KEYS = 64
 
 OnOrder = Callable[[ExpertOrder], None]
 
@@ -104,6 +109,7 @@ class CapacityAgreement:
             config.exact_factor, router.top_k, router.num_experts
         )
         self._expands = config.policy == "expanded_drop" and config.expand != 0
+        self._calls_with_all_keys = 0  # that are left, the same on every rank
         self._consensus: Consensus = make_consensus(
             config.consensus, config.selection, self._claims.pools, collectives
         )
@@ -156,6 +162,9 @@ class CapacityAgreement:
         sent = self.collectives.bytes_sent
         clock.enter(Phase.PLAN, layer)
         claims = self._claims.make(routing, step)
+        if self._calls_with_all_keys:
+            self._calls_with_all_keys -= 1
+            claims = replace(claims, num_primary=len(claims.keys))
         pending = run_overlapped(
             lambda: consensus.begin(claims),
             overlap,
@@ -192,7 +201,7 @@ class CapacityAgreement:
             self._check_finite(host[:, -2])
             if exact or not host[:, -1].any():
                 break
-            exact = True
+            exact, self._calls_with_all_keys = True, _CALLS_WITH_ALL_KEYS
         exchanged_Wn = host[:, : -self._router.num_experts - 2]
         return Decision(
             ids_TM=ids_TM,

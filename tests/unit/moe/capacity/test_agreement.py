@@ -214,3 +214,24 @@ def test_the_order_is_known_before_the_counts_of_all_are_read(binds):
     else:
         agreement.keep_all(routing, clock=NoClock(), overlap=None, layout=layout, on_order=on_order)
         assert events == ["start", "order", "wait"]
+
+
+@pytest.mark.parametrize("selection", ["gather", "radix"])
+def test_after_equal_claims_the_next_calls_need_no_second_selection(selection):
+    """As of requests that share a prefix: all scores are equal."""
+    events: list[str] = []
+    config = CapacityConfig(policy="token_drop", factor="0.5", selection=selection)
+    layout = ExpertLayout([0, 4], 1)
+    router = RouterSpec(num_experts=4, top_k=2)
+    watched: Any = Watched(events)
+    agreement = CapacityAgreement(router, config, layer=0, layout=layout, collectives=watched)
+    routing = route(torch.zeros(6, 4), router)
+    step = MoEStep.whole(torch.zeros(6), torch.arange(6), (6,))
+    decisions, selections = [], []
+    for _ in range(70):
+        orders: list[ExpertOrder] = []
+        decisions.append(agreement.decide(routing, step, layout=layout, on_order=orders.append))
+        selections.append(len(orders))
+    assert selections[:2] == [2, 1] and selections.count(2) == 2, "again after 64 calls"
+    for decision in decisions[1:]:
+        assert torch.equal(decision.ids_TM, decisions[0].ids_TM)
