@@ -23,7 +23,8 @@ from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
 from engine.models.decoder import CausalLM
-from engine.models.registry import build_model
+from engine.models.measured_choices import measured_at_start
+from engine.models.registry import build_model, read_spec
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
@@ -36,10 +37,13 @@ def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
     Args:
         hf_config: the checkpoint's transformers configuration.
 
+    Collective over EP on CUDA: every rank must call.
+
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
     dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
+    config = measured_at_start(config, read_spec(hf_config), topology, dtype)
     model = build_model(hf_config, config, topology, topology.device, dtype)
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
