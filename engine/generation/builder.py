@@ -42,7 +42,7 @@ def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
-    dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
+    dtype = model_dtype(config.model.dtype, hf_config, topology.device)
     config = measured_at_start(config, read_spec(hf_config), topology, dtype)
     model = build_model(hf_config, config, topology, topology.device, dtype)
     for layer in model.moe_layers[:1]:
@@ -137,7 +137,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
     return found
 
 
-def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
+def model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
     """Resolve model.dtype: `auto` is the checkpoint's dtype on CUDA and float32 on CPU."""
     if name != "auto":
         return getattr(torch, name)
