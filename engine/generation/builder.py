@@ -43,7 +43,7 @@ def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
     dtype = model_dtype(config.model.dtype, hf_config, topology.device)
-    config = measured_at_start(config, read_spec(hf_config), topology, dtype)
+    config, topology = measured_at_start(config, read_spec(hf_config), topology, dtype)
     model = build_model(hf_config, config, topology, topology.device, dtype)
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)

@@ -132,7 +132,9 @@ class MoELayer(nn.Module):
         exchange = exchange or Exchange(group, GroupCollectives(group))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
-        self.layout_policy = LayoutPolicy(first_experts, spec.router.top_k, rows, config)
+        self.layout_policy = LayoutPolicy(
+            first_experts, spec.router.top_k, rows, config, group.link
+        )
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
