@@ -25,6 +25,7 @@ from engine.layers.kv_cache import KVCache
 from engine.models.decoder import CausalLM
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
+from engine.models.warm_up import warm_up
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
@@ -94,10 +95,13 @@ def load_weights(
 def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Runner, Scheduler]:
     """Build the KV cache in the memory that is left, and the runner and scheduler that use it.
 
+    Collective over EP and TP on CUDA: every rank must call.
+
     Raises:
         ValueError: when the memory does not suffice.
     """
     dtype, settings = model.embedding_VD.dtype, config.scheduler
+    warm_up(model, topology, settings.block_size)
     reserve = reserve_rows(model, config, topology)
     num_blocks = num_kv_blocks(
         settings,

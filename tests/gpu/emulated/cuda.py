@@ -127,6 +127,7 @@ def strict() -> Iterator[None]:
 def _patch_cuda(patch: pytest.MonkeyPatch, index: int) -> None:
     answers: dict[str, Any] = {
         "_lazy_init": None,
+        "empty_cache": None,
         "is_available": True,
         "is_initialized": True,
         "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
