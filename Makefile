@@ -8,16 +8,29 @@
 # ARGS="-k capacity -x"        more arguments for pytest, in every target that runs it
 # PYTHON=python3.12            which Python makes the environment (3.10 or newer)
 # LOCKSTEP_TORCH=torch==2.12.0 which torch: any pip requirement; it is installed first
-# LOCKSTEP_EXTRAS=dev,cuda13   which extras of setup.py
+# LOCKSTEP_EXTRAS=dev,cuda13   which extras of setup.py; te and te13 compile Transformer Engine
 PYTHON ?= python3
 VENV ?= .venv
-LOCKSTEP_TORCH ?= torch==2.13.0
+PINNED_TORCH := torch==2.13.0
+LOCKSTEP_TORCH ?= $(PINNED_TORCH)
 LOCKSTEP_EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.lockstep-installed
 NATIVE := $(wildcard kernels/build.py kernels/csrc/*)
+comma := ,
+# Another torch for CUDA requires a triton of its own: that pin is for the pinned torch alone.
+UNPINNED := $(if $(filter $(PINNED_TORCH),$(LOCKSTEP_TORCH)),,triton)
+CONSTRAINTS := $(if $(UNPINNED),$(VENV)/constraints.txt,.ci/constraints.txt)
+# What compiling the torch extension of Transformer Engine needs: headers of a toolkit, where there is
+# one, and of the nvidia wheels that came with torch.
+TE_HEADERS = /usr/local/cuda/include /usr/local/cuda/include/cccl \
+    $(abspath $(wildcard $(VENV)/lib/python3*/site-packages/nvidia/*/include \
+    $(VENV)/lib/python3*/site-packages/nvidia/*/include/cccl))
+TE_BUILD = NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE
+BUILD_ENV = $(if $(filter te te13,$(subst $(comma), ,$(LOCKSTEP_EXTRAS))),$(TE_BUILD) \
+    CPLUS_INCLUDE_PATH="$$(printf '%s:' $(TE_HEADERS))$$CPLUS_INCLUDE_PATH")
 # A limit ends a hung run. One thread per process: the distributed tests start up to eight ranks.
 QUICK_LIMIT_S ?= 600
 TEST_LIMIT_S ?= 1200
@@ -27,7 +40,7 @@ PYTEST = OMP_NUM_THREADS=1 timeout --kill-after=30 $(1) $(BIN)/python -m pytest
 SUITE := tests/unit tests/tools tests/models tests/distributed tests/gpu tests/fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-long test-cluster docs lint format clean distclean
+.PHONY: help setup install-package demo quick test test-long test-cluster docs lint format clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -38,9 +51,14 @@ $(STAMP): setup.py pyproject.toml .ci/constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'Lockstep needs Python 3.10 or newer: make setup PYTHON=python3.12' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install '$(LOCKSTEP_TORCH)' setuptools wheel -c .ci/constraints.txt
-	$(PIP) install -e '.[$(LOCKSTEP_EXTRAS)]' --no-build-isolation -c .ci/constraints.txt
+	$(if $(UNPINNED),grep -v '^$(UNPINNED)==' .ci/constraints.txt >$(CONSTRAINTS))
+	$(PIP) install '$(LOCKSTEP_TORCH)' setuptools wheel -c $(CONSTRAINTS)
+	$(MAKE) --no-print-directory install-package
 	touch $@
+
+# In a make of its own: the headers of torch's wheels are there only now.
+install-package:
+	$(BUILD_ENV) $(PIP) install -e '.[$(LOCKSTEP_EXTRAS)]' --no-build-isolation -c $(CONSTRAINTS)
 
 demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 \

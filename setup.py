@@ -108,18 +108,14 @@ setup(
         "mpi4py>=4.0,<5",  # ranks started by mpirun: engine/distributed/discovery.py
     ],
     extras_require={
-        # CUDA 12 and CUDA 13 are two sets: their NCCL packages overwrite each other's files.
-        "cuda": [
-            "torch>=2.8,<2.11",
-            "transformer-engine[pytorch,core_cu12]>=2.9,<2.20",
-            "nvidia-nccl-cu12",
-            "triton>=3.4,<3.10",  # each torch of this range names one version of it
-        ],
-        "cuda13": [
-            "torch>=2.11,<2.16",
-            "transformer-engine[pytorch,core_cu13]>=2.18,<2.21",
-            "nvidia-nccl-cu13",
-        ],
+        # CUDA 12 and CUDA 13 are two sets: their NCCL packages overwrite each other's files. Wheels
+        # alone: neither compiles anything.
+        "cuda": ["torch>=2.8,<2.11", "nvidia-nccl-cu12", "triton>=3.4,<3.10"],
+        "cuda13": ["torch>=2.11,<2.16", "nvidia-nccl-cu13", "triton>=3.4,<3.10"],
+        # Transformer Engine beside them; its torch extension is compiled at install, against the
+        # installed torch and CUDA headers (the Makefile sets what that needs).
+        "te": ["torch>=2.8,<2.11", "transformer-engine[pytorch,core_cu12]>=2.9,<2.20"],
+        "te13": ["torch>=2.11,<2.16", "transformer-engine[pytorch,core_cu13]>=2.18,<2.21"],
         "dev": [
             "setuptools>=77",
             "pytest>=8,<10",

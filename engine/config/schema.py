@@ -152,8 +152,8 @@ class ExpertsConfig:
     """What computes the experts."""
 
     backend: Literal["auto", "torch", "grouped_mm", "te"] = "auto"  # torch: the native kernel on
-    # the CPU, else a loop; grouped_mm: torch's grouped GEMM; te: Transformer Engine; auto: torch on
-    # the CPU and in float32, else te where it is installed, else grouped_mm in bfloat16
+    # the CPU, else a loop; grouped_mm: torch's grouped GEMM; te: Transformer Engine; auto: on CUDA
+    # in bfloat16 grouped_mm, te where a measurement at start finds it faster; else torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

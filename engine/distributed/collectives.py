@@ -21,6 +21,10 @@ _all_gather: Callable[..., Any] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
 
+# The cost of one more small collective, as bytes that could be sent in the same time: 20
+# microseconds at 12.5 GB/s, a node's share of a 100 Gbit/s link. Where the link is not measured.
+COLLECTIVE_BYTES = 256 * 1024
+
 
 def all_gather_rows(part: torch.Tensor, group: Group) -> torch.Tensor:
     """Return the rows of all ranks in rank order: [W * n, ...].
@@ -79,6 +83,7 @@ class Collectives(Protocol):
     size: int
     bytes_sent: int  # by this rank to others; all_reduce counted as a ring
     num_collectives: int  # calls so far
+    collective_bytes: float  # what could be sent in the time of one more small collective
 
     def all_gather(self, part: torch.Tensor) -> Pending:
         """Start gathering parts of equal shape; the result is [W, *part.shape]."""
@@ -124,6 +129,7 @@ class GroupCollectives:
         self.rank, self.size = group.rank, group.size
         self.bytes_sent = 0
         self.num_collectives = 0
+        self.collective_bytes = group.link.collective_bytes if group.link else COLLECTIVE_BYTES
         self._group = group
 
     def all_gather(self, part: torch.Tensor) -> Pending:
@@ -147,12 +153,6 @@ class GroupCollectives:
     def _count(self, part: torch.Tensor, times: float) -> None:
         self.bytes_sent += round(part.numel() * part.element_size() * times)
         self.num_collectives += 1
-
-
-# The cost of one more small collective, as bytes that could be sent in the same time: 20
-# microseconds at 12.5 GB/s, a node's share of a 100 Gbit/s link. Within a node both are faster by
-# about the same factor.
-COLLECTIVE_BYTES = 256 * 1024
 
 
 class Waitable(Protocol):

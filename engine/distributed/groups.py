@@ -17,6 +17,20 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """What communication of a group costs, as measured at start (`link.py`)."""
+
+    latency_s: float  # of a small all-to-all
+    bytes_per_s: float  # that a rank sends in a large one
+    launch_s: float  # of a small kernel, host and device
+
+    @property
+    def collective_bytes(self) -> float:
+        """Bytes that could be sent in the time of one more small collective."""
+        return self.latency_s * self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """A process group, as seen by one of its ranks."""
 
@@ -24,6 +38,7 @@ class Group:
     size: int
     ranks: tuple[int, ...]  # global ranks of the members
     handle: dist.ProcessGroup
+    link: Link | None = None  # None: not measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
 from engine.models.decoder import CausalLM
-from engine.models.registry import build_model
+from engine.models.measured_choices import measured_at_start
+from engine.models.registry import build_model, read_spec
+from engine.models.warm_up import warm_up
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
@@ -38,10 +40,13 @@ def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
     Args:
         hf_config: the checkpoint's transformers configuration.
 
+    Collective over EP on CUDA: every rank must call.
+
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
-    dtype = _model_dtype(config.model.dtype, hf_config, topology.device)
+    dtype = model_dtype(config.model.dtype, hf_config, topology.device)
+    config, topology = measured_at_start(config, read_spec(hf_config), topology, dtype)
     model = build_model(hf_config, config, topology, topology.device, dtype)
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
@@ -92,10 +97,13 @@ def load_weights(
 def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Runner, Scheduler]:
     """Build the KV cache in the memory that is left, and the runner and scheduler that use it.
 
+    Collective over EP and TP on CUDA: every rank must call.
+
     Raises:
         ValueError: when the memory does not suffice.
     """
     dtype, settings = model.embedding_VD.dtype, config.scheduler
+    warm_up(model, topology, settings.block_size)
     reserve = reserve_rows(model, config, topology)
     num_blocks = num_kv_blocks(
         settings,
@@ -145,7 +153,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
     return found
 
 
-def _model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
+def model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
     """Resolve model.dtype: `auto` is the checkpoint's dtype on CUDA and float32 on CPU."""
     if name != "auto":
         return getattr(torch, name)

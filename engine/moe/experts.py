@@ -9,33 +9,27 @@ second copy. Once they are loaded, `finalize_weights` lets the backend change th
 | grouped_mm | CPU, CUDA | torch's grouped matrix product, expert boundaries stay on the device   |
 | te         | CUDA      | Transformer Engine's GroupedLinear over views of the stacked weights   |
 
+`backend_choice.py` says which one a setting means on a device.
+
 Legend: R rows, D model dim, F expert hidden dim, e experts on this rank.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import inspect
-import logging
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from engine.moe.backend_choice import find_grouped_mm, import_transformer_engine
 from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.huge_pages import prefer_huge_pages
 from engine.ops.panels import to_panels
 from engine.ops.permute import gather_rows
 from engine.ops.silu_and_mul import silu_and_mul
 from engine.ops.to_device import to_device
-
-logger = logging.getLogger(__name__)
-
-_GROUPED_MM_ALIGNMENT = 16  # bytes: torch checks the strides of its operands
 
 
 class ExpertWeights(nn.Module):
@@ -134,19 +128,22 @@ class _GroupedExperts(ExpertsBackend):
 
 
 class GroupedMMExperts(_GroupedExperts):
-    """torch.nn.functional.grouped_mm: one call per projection for any number of experts."""
+    """torch's grouped_mm: one call per projection for any number of experts."""
 
     name = "grouped_mm"
 
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
+        grouped_mm = find_grouped_mm()
+        assert grouped_mm is not None, "choose_backend refuses it"
+        self._grouped_mm = grouped_mm
 
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         counts = torch.tensor(expert_counts, dtype=torch.int32)
         ends = to_device(counts.cumsum(0, dtype=torch.int32), rows_RD.device)
         w13 = self._weights.w13_e2FD.transpose(1, 2)
-        hidden = silu_and_mul(F.grouped_mm(rows_RD, w13, offs=ends))
-        return F.grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
+        hidden = silu_and_mul(self._grouped_mm(rows_RD, w13, offs=ends))
+        return self._grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
 
 
 class TransformerEngineExperts(_GroupedExperts):
@@ -165,99 +162,6 @@ class TransformerEngineExperts(_GroupedExperts):
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         splits: Any = torch.tensor(expert_counts) if self._splits_as_tensor else expert_counts
         return self._down(silu_and_mul(self._up(rows_RD, splits)), splits)
-
-
-def import_transformer_engine() -> Any:
-    """Import Transformer Engine's torch module.
-
-    Raises:
-        ValueError: it is not installed, or its import fails; the text names what to do.
-    """
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ValueError(
-            "moe.experts.backend: 'te' needs Transformer Engine, which is not installed; install "
-            "lockstep-moe[cuda] or lockstep-moe[cuda13], or choose 'grouped_mm' or 'torch'"
-        )
-    try:
-        import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
-    except Exception as error:  # a release for another torch or CUDA fails in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"moe.experts.backend: 'te' needs Transformer Engine, whose import fails: {reason}; "
-            "install the release that fits this torch and CUDA, or choose 'grouped_mm' or 'torch'"
-        ) from error
-    return te
-
-
-def choose_backend(
-    name: str, device: torch.device, dtype: torch.dtype, widths: Sequence[int] = ()
-) -> str:
-    """Return the backend that moe.experts.backend selects on this device.
-
-    `auto` is `torch` on CPU and for float32, which Transformer Engine multiplies in TF32; on CUDA
-    `te` where it can be imported, else `grouped_mm` for bfloat16 and widths that it takes, else
-    `torch`.
-
-    Args:
-        name: moe.experts.backend.
-        device, dtype: of the weights.
-        widths: the experts' input and hidden dim.
-
-    Raises:
-        ValueError: naming the backend and what it needs.
-    """
-    if name == "auto":
-        if device.type != "cuda" or dtype == torch.float32:
-            return "torch"
-        if importlib.util.find_spec("transformer_engine") is not None:
-            try:
-                import_transformer_engine()
-                return "te"
-            except ValueError as error:
-                logger.warning("%s; going on without it", error)
-        if dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
-            return "torch"
-        if unaligned := _unaligned(widths, dtype):
-            _warn_once(f"{_alignment(unaligned, dtype)}; going on with the backend 'torch'")
-            return "torch"
-        return "grouped_mm"
-    if name == "te":
-        if device.type != "cuda":
-            raise ValueError(
-                f"moe.experts.backend: 'te' runs on CUDA only and the device is {device.type}; "
-                "choose 'auto', 'torch' or 'grouped_mm'"
-            )
-        import_transformer_engine()
-    if name == "grouped_mm" and not hasattr(F, "grouped_mm"):
-        raise ValueError(
-            "moe.experts.backend: 'grouped_mm' needs torch >= 2.10 and this is "
-            f"{torch.__version__}; choose 'auto' or 'torch'"
-        )
-    if name == "grouped_mm" and (unaligned := _unaligned(widths, dtype)):
-        raise ValueError(
-            f"moe.experts.backend: {_alignment(unaligned, dtype)}; choose 'auto' or 'torch'"
-        )
-    return name
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    """Log a warning that every layer would repeat."""
-    logger.warning("%s", text)
-
-
-def _unaligned(widths: Sequence[int], dtype: torch.dtype) -> int | None:
-    """Return the first width whose rows grouped_mm cannot take."""
-    return next((n for n in widths if n * dtype.itemsize % _GROUPED_MM_ALIGNMENT), None)
-
-
-def _alignment(width: int, dtype: torch.dtype) -> str:
-    multiple = _GROUPED_MM_ALIGNMENT // dtype.itemsize
-    return (
-        f"'grouped_mm' needs experts whose input and hidden dim are multiples of {multiple} in "
-        f"{str(dtype).removeprefix('torch.')}, and one of this checkpoint is {width} (hidden_size "
-        "and moe_intermediate_size or intermediate_size in config.json)"
-    )
 
 
 def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:

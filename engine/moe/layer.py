@@ -41,6 +41,7 @@ from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology, expert_range
 from engine.layers.mlp import DenseMLP
+from engine.moe.backend_choice import choose_backend
 from engine.moe.capacity.agreement import CapacityAgreement, Decision, OnOrder
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_layout import ExpertLayout
@@ -52,7 +53,7 @@ from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.dispatch.rounds import Round, plan_rounds
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.two_batch import Steps, run_to_end
-from engine.moe.experts import ExpertWeights, choose_backend, make_backend
+from engine.moe.experts import ExpertWeights, make_backend
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
 from engine.moe.stats import DropStats, LayerStats
 from engine.moe.step import MoEStep
@@ -132,7 +133,9 @@ class MoELayer(nn.Module):
         exchange = exchange or Exchange(group, GroupCollectives(group))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
-        self.layout_policy = LayoutPolicy(first_experts, spec.router.top_k, rows, config)
+        self.layout_policy = LayoutPolicy(
+            first_experts, spec.router.top_k, rows, config, group.link
+        )
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)

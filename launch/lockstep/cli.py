@@ -19,7 +19,7 @@ from typing import NoReturn
 from engine.distributed.error_file import record_error
 from engine.distributed.launch_agent import die_with_agent
 from engine.distributed.standard_streams import make_streams_safe, safe_streams
-from lockstep import infer
+from lockstep import doctor, infer
 
 _REPORTED = "another rank reports the error"
 
@@ -41,6 +41,7 @@ def command_parser() -> CommandParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     infer.add_to(commands.add_parser("infer", help=infer.SUMMARY, allow_abbrev=False))
+    doctor.add_to(commands.add_parser("doctor", help=doctor.SUMMARY, allow_abbrev=False))
     return parser
 
 
@@ -75,7 +76,7 @@ def _main(argv: list[str] | None, parser: CommandParser | None) -> int:
             if isinstance(args, ValueError):
                 raise args
             run = args.prepare(args, rank)
-        run()
+        code = run()
     except ValueError as error:  # the user's to mend, and the same on every rank that knows of it
         record_error(f"error: {error}" if local_rank == 0 else _REPORTED, follows=rank > 0)
         if rank == 0 or (isinstance(error, UnreportedError) and local_rank == 0):
@@ -101,7 +102,7 @@ def _main(argv: list[str] | None, parser: CommandParser | None) -> int:
         record_error(traceback.format_exc())
         traceback.print_exc()
         return 1
-    return 0
+    return code or 0
 
 
 def run_and_exit(argv: list[str] | None = None, parser: CommandParser | None = None) -> NoReturn:

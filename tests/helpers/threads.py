@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.distributed.collectives import Done, Pending
+from engine.distributed.collectives import COLLECTIVE_BYTES, Done, Pending
 
 
 class ThreadCollectives:
@@ -30,6 +30,7 @@ class ThreadCollectives:
     ) -> None:
         self.rank, self.size = rank, size
         self.bytes_sent = self.num_collectives = 0
+        self.collective_bytes: float = COLLECTIVE_BYTES
         # The calls in order, with their shapes: the same on every rank.
         self.log: list[tuple[str, torch.Size]] = []
         self._barrier, self._box = barrier, box

@@ -228,20 +228,58 @@ def test_the_constraints_pin_exact_versions_within_the_ranges_of_setup(declared)
 
 def test_the_cuda_extras_never_mix_two_versions_of_nccl(declared):
     extras = {name: requirements(lines) for name, lines in declared["extras_require"].items()}
-    assert set(extras) >= {"cuda", "cuda13", "dev"}
+    assert set(extras) >= {"cuda", "cuda13", "te", "te13", "dev"}
     assert "nvidia-nccl-cu12" in extras["cuda"] and "nvidia-nccl-cu13" not in extras["cuda"]
     assert "nvidia-nccl-cu13" in extras["cuda13"] and "nvidia-nccl-cu12" not in extras["cuda13"]
-    assert extras["cuda"]["transformer-engine"].extras == {"pytorch", "core_cu12"}
-    assert extras["cuda13"]["transformer-engine"].extras == {"pytorch", "core_cu13"}
+    assert extras["te"]["transformer-engine"].extras == {"pytorch", "core_cu12"}
+    assert extras["te13"]["transformer-engine"].extras == {"pytorch", "core_cu13"}
     core = requirements(declared["install_requires"])["torch"].specifier
     for extra, torch_version in (("cuda", "2.10.0"), ("cuda13", "2.13.0")):
         both = core & extras[extra]["torch"].specifier
         assert both.contains(torch_version), f"{extra} and the core agree on no torch"
+    for extra, beside in (("te", "cuda"), ("te13", "cuda13")):
+        assert extras[extra]["torch"].specifier == extras[beside]["torch"].specifier
+
+
+def test_the_cuda_extras_compile_nothing(declared):
+    for extra in ("cuda", "cuda13"):
+        assert set(requirements(declared["extras_require"][extra])) <= {
+            "torch", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13",
+        }  # fmt: skip
+
+
+def commands_of_make(*settings: str, target: str = "setup") -> str:
+    """What make would run to set up, with an environment in a folder that is not there."""
+    command = ["make", "--always-make", "--dry-run", target, "VENV=/nowhere/venv", *settings]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_another_torch_is_installed_without_the_pin_of_triton():
+    pinned = commands_of_make()
+    assert "-c .ci/constraints.txt" in pinned and "/nowhere/venv/constraints.txt" not in pinned
+    other = commands_of_make("LOCKSTEP_TORCH=torch>=2.8,<2.11", "LOCKSTEP_EXTRAS=dev,cuda")
+    assert "grep -v '^triton==' .ci/constraints.txt >/nowhere/venv/constraints.txt" in other
+    assert other.count("-c /nowhere/venv/constraints.txt") == 2
+
+
+def test_make_sets_what_compiling_transformer_engine_needs_only_where_it_is_asked_for(tmp_path):
+    headers = tmp_path / "lib/python3.12/site-packages/nvidia/cudnn/include"
+    headers.mkdir(parents=True)
+    for extras, compiles in (("dev,cuda,te", True), ("te13", True), ("dev,cuda13", False)):
+        shown = commands_of_make(
+            f"LOCKSTEP_EXTRAS={extras}", f"VENV={tmp_path}", target="install-package"
+        )
+        for setting in (
+            "NVTE_BUILD_USE_NVIDIA_WHEELS=1", "NVTE_PYTORCH_FORCE_BUILD=TRUE", str(headers),
+        ):  # fmt: skip
+            assert (setting in shown) == compiles, extras
 
 
 def test_make_installs_a_torch_that_setup_allows(declared):
     makefile = (ROOT / "Makefile").read_text()
-    (chosen,) = re.findall(r"^LOCKSTEP_TORCH \?= torch==(\S+)$", makefile, re.MULTILINE)
+    (chosen,) = re.findall(r"^PINNED_TORCH := torch==(\S+)$", makefile, re.MULTILINE)
     assert requirements(declared["install_requires"])["torch"].specifier.contains(chosen)
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from bench.moe_case import MoEShape, MoEWeights
 from bench.transfers import Kind
 from engine.config import DispatchConfig, MoEConfig
-from engine.distributed.collectives import Done, Pending
+from engine.distributed.collectives import COLLECTIVE_BYTES, Done, Pending
 from engine.distributed.groups import Group, Topology
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.exchange import AllToAll, Exchange
@@ -48,6 +48,7 @@ class AnsweredCollectives:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.bytes_sent = self.num_collectives = 0
+        self.collective_bytes: float = COLLECTIVE_BYTES
         self._ready: list[torch.Tensor] = []
 
     def rewind(self, answers: list[torch.Tensor]) -> None:

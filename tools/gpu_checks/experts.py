@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.moe.experts import ExpertWeights, choose_backend, make_backend
+from engine.moe.backend_choice import choose_backend
+from engine.moe.experts import ExpertWeights, make_backend
 from engine.ops.grouped_ffn import grouped_ffn_reference
 from gpu_checks.check import Check, at_most, guarded, relative_error
 

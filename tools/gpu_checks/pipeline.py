@@ -16,8 +16,8 @@ import torch
 
 from engine.config import ExpertsConfig, MoEConfig, OverlapConfig
 from engine.distributed.groups import Group
+from engine.moe.backend_choice import choose_backend
 from engine.moe.dispatch.two_batch import run_to_end
-from engine.moe.experts import choose_backend
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.ops.permute import combine_rows

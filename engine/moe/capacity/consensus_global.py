@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.distributed.collectives import COLLECTIVE_BYTES, Collectives, Done, Pending
+from engine.distributed.collectives import Collectives, Done, Pending
 from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
 from engine.ops.claims import count_claims
 from engine.ops.select_top import DIGITS, PASSES_A_WORD, select_reduced, select_top
@@ -62,7 +62,7 @@ class SelectionByTraffic:
     """Gather or radix, by bytes and collectives.
 
     The rule: gather where what a rank receives is at most the histograms' bytes plus
-    `COLLECTIVE_BYTES` for each collective that radix needs beyond gather's one. All terms are equal
+    `collective_bytes` for each collective that radix needs beyond gather's one. All terms are equal
     on all ranks, so all choose alike.
     """
 
@@ -76,7 +76,8 @@ class SelectionByTraffic:
         """Choose and start. Collective over the group."""
         size = self._collectives.size
         more = claims.num_primary * PASSES_A_WORD + 1  # loads, histograms and counts, against one
-        gather = gather_bytes(claims, size) <= radix_bytes(claims, size) + more * COLLECTIVE_BYTES
+        extra = more * self._collectives.collective_bytes
+        gather = gather_bytes(claims, size) <= radix_bytes(claims, size) + extra
         kind = GatherConsensus if gather else RadixConsensus
         return kind(self._collectives).begin(claims)
 

@@ -58,11 +58,11 @@ Granularity = Literal["experts", "tokens"]  # what is cut into chunks
 MIN_CHUNK_ROWS = 256
 
 
-def fills_chunks(group_rows: int, num_ranks: int, num_chunks: int) -> bool:
+def fills_chunks(group_rows: int, num_ranks: int, num_chunks: int, least_rows: float = 0.0) -> bool:
     """Return whether `group_rows` rows over all ranks give each chunk of the mean rank at least
-    MIN_CHUNK_ROWS.
+    MIN_CHUNK_ROWS, and `least_rows`, from which it pays on a link that was measured.
     """
-    return group_rows >= MIN_CHUNK_ROWS * num_chunks * num_ranks
+    return group_rows >= max(MIN_CHUNK_ROWS, least_rows) * num_chunks * num_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +150,9 @@ class ExpertLayout:
         """Whether rows are sent in the model's dtype, once per assignment, whatever the counts."""
         return self._format is None and not self.deduplicates
 
-    def is_worthwhile(self, group_tokens: int, top_k: int) -> bool:
+    def is_worthwhile(self, group_tokens: int, top_k: int, least_rows: float = 0.0) -> bool:
         """Return whether a step of so many tokens over all ranks is worth cutting."""
-        return fills_chunks(group_tokens * top_k, self._num_ranks, self.num_chunks)
+        return fills_chunks(group_tokens * top_k, self._num_ranks, self.num_chunks, least_rows)
 
     def sort(self, ids_TM: torch.Tensor) -> ExpertOrder:
         """Sort this rank's assignments into the send order; `load_E` stays by expert.

@@ -5,11 +5,15 @@ once per assignment (`dedup.py`). What follows from a call's counts is decided b
 must be fixed before the counts are exchanged is decided here: whether to cut, and whether to count
 unique rows. Both follow from the settings and from the step's tokens over all ranks.
 
-Counting unique rows costs a dozen small operations, and under `quota` consensus with scope `expert`
-one more all-gather, because quotas determine how many rows a rank keeps and not of which tokens. So
-a step counts them only where the expected saving, with every choice of experts equally likely, is
-larger than that. Under every other consensus the counts cost no collective: they are sent with the
-loads, and under `global` by gather every rank computes them from the claims of all ranks.
+Counting unique rows costs a few dozen small operations, and under `quota` consensus with scope
+`expert` one more all-gather, because quotas determine how many rows a rank keeps and not of which
+tokens. So a step counts them only where the expected saving, with every choice of experts equally
+likely, is larger than that: than `COLLECTIVE_BYTES`, or on CUDA, where the link was measured
+(`link.py`), than what it carries in the time of the launches. Within a node that is most of a
+hundred megabytes, so only large steps are deduplicated there. Under every other consensus the
+counts cost no collective: they are sent with the loads, and under `global` by gather every rank
+computes them from the claims of all ranks. A chunk, too, needs rows that take as long as the
+all-to-alls and launches that it adds.
 
 Worked example, top-8 of 64 experts on 8 ranks: a token touches 5.4 ranks, so 32% of the dispatched
 rows are saved; 4,096 tokens over all ranks with D = 2048 in bfloat16 save 512 * 7/8 * (8 - 5.4) *
@@ -27,11 +31,16 @@ import torch
 
 from engine.config import MoEConfig
 from engine.distributed.collectives import COLLECTIVE_BYTES, Collectives
+from engine.distributed.groups import Link
 from engine.moe.dispatch.buffers import Slot
 from engine.moe.dispatch.chunk_layout import ExpertLayout, Granularity, fills_chunks
 from engine.moe.dispatch.chunk_tuner import CANDIDATES, ChunkTuner, Trial
 from engine.moe.dispatch.dedup import expected_unique
 from engine.moe.dispatch.row_format import RowFormats
+
+# Launches that a deduplicated call has more than another, and a chunk: the rows of the table in
+# tests/gpu/emulated/budgets.txt, which a test compares.
+DEDUP_LAUNCHES, CHUNK_LAUNCHES = 60, 14
 
 
 class LayoutPolicy:
@@ -44,6 +53,7 @@ class LayoutPolicy:
         top_k: K.
         rows: the formats that rows may be sent in.
         config: moe.overlap and moe.dispatch are read.
+        link: of the ranks, where it was measured.
     """
 
     def __init__(
@@ -52,7 +62,9 @@ class LayoutPolicy:
         top_k: int,
         rows: RowFormats,
         config: MoEConfig,
+        link: Link | None = None,
     ) -> None:
+        self._link = link
         overlap, dispatch = config.overlap, config.dispatch
         self._first_experts, self._top_k, self._rows = first_experts, top_k, rows
         pairs = zip(first_experts, first_experts[1:], strict=False)
@@ -70,7 +82,8 @@ class LayoutPolicy:
         """Return whether a step of so many tokens over all ranks is run as two micro-batches: where
         each has as many rows as pay for a chunk.
         """
-        return self.two_batch and fills_chunks(group_tokens * self._top_k, len(self._sizes), 2)
+        group_rows = group_tokens * self._top_k
+        return self.two_batch and fills_chunks(group_rows, len(self._sizes), 2, self._least_rows())
 
     def tune(self, layer: int, tuner: ChunkTuner, control: Collectives) -> None:
         """Let the tuner choose the number of chunks, where the settings leave it open and there is
@@ -125,7 +138,7 @@ class LayoutPolicy:
             and (
                 number == 1
                 or group_tokens is None
-                or layout.is_worthwhile(group_tokens, self._top_k)
+                or layout.is_worthwhile(group_tokens, self._top_k, self._least_rows())
             )
         ]
 
@@ -177,9 +190,10 @@ class LayoutPolicy:
             return self.layout(self._chunks, self._deduplicates and not costs_exchange)
         if chunks is None:
             chunks = self._chunks
-            if not self.layout(chunks).is_worthwhile(group_tokens, self._top_k):
+            layout = self.layout(chunks)
+            if not layout.is_worthwhile(group_tokens, self._top_k, self._least_rows()):
                 chunks = 1
-        least = COLLECTIVE_BYTES * (2 if costs_exchange else 1)
+        least = self._dedup_bytes(costs_exchange)
         return self.layout(chunks, self.saved_bytes(group_tokens, chunks) >= least)
 
     def begin_trial(self, group_tokens: int | None, tunes: bool = True) -> Trial:
@@ -215,6 +229,22 @@ class LayoutPolicy:
         saved += (top_k - combined) * rows.combine_bytes
         num_ranks = len(self._sizes)
         return max(0.0, group_tokens / num_ranks * (num_ranks - 1) / num_ranks * saved)
+
+    def _dedup_bytes(self, costs_exchange: bool) -> float:
+        """Return the bytes that deduplication has to save: what it costs."""
+        link = self._link
+        if link is None:
+            return COLLECTIVE_BYTES * (2 if costs_exchange else 1)
+        seconds = DEDUP_LAUNCHES * link.launch_s + (link.latency_s if costs_exchange else 0.0)
+        return seconds * link.bytes_per_s
+
+    def _least_rows(self) -> float:
+        """Return the rows of a chunk from which their transfer takes as long as what it adds."""
+        link = self._link
+        if link is None:
+            return 0.0
+        seconds = 2 * link.latency_s + CHUNK_LAUNCHES * link.launch_s
+        return seconds * link.bytes_per_s / (self._rows.dispatch_bytes + self._rows.combine_bytes)
 
     def _could_save(self) -> bool:
         return len(self._sizes) > 1 and max(self._sizes) > 1 and self._top_k > 1

@@ -103,16 +103,17 @@ def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
     for section, values in job.settings.items():
         tree[section] = {**tree.get(section, {}), **values}
     llm = LLM(config_from_tree(tree))
+    layers = llm.model.moe_layers
+    before = sum(layer.num_collectives for layer in layers)  # of the warm-up
     DEVICE.reset_counts()
     options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True, **job.sampling}
     done = llm.generate(PROMPTS, SamplingParams(**options))
     assert llm.report is not None
-    layers = llm.model.moe_layers
     result = Result(
         done=[{**each.record(), "timing": None} for each in done],
         preemptions=llm.report.ranks[rank].preemptions,
         chunks=layers[-1].num_chunks,
-        dispatched=sum(layer.num_collectives for layer in layers),
+        dispatched=sum(layer.num_collectives for layer in layers) - before,
         kernels=sum(DEVICE.kernels.values()),
         syncs=dict(DEVICE.syncs),
     )

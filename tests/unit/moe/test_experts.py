@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from engine.moe.experts import ExpertWeights, choose_backend, make_backend
+from engine.moe.backend_choice import choose_backend
+from engine.moe.experts import ExpertWeights, make_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -35,42 +36,74 @@ class BrokenImport:
             raise OSError("libtorch.so: undefined symbol: _ZN2at4_ops5zerosE\nmore")
 
 
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """A GPU that torch's grouped_mm has a kernel for."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+@pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize(
-    ("device", "dtype", "installed", "expected"),
+    ("device", "dtype", "expected"),
     [
-        (CPU, torch.float32, True, "torch"),
-        (CPU, torch.bfloat16, True, "torch"),
-        (CUDA, torch.float32, True, "torch"),
-        (CUDA, torch.bfloat16, True, "te"),
-        (CUDA, torch.float16, True, "te"),
-        (CUDA, torch.bfloat16, False, "grouped_mm"),
-        (CUDA, torch.float16, False, "torch"),
+        (CPU, torch.float32, "torch"),
+        (CPU, torch.bfloat16, "torch"),
+        (CUDA, torch.float32, "torch"),
+        (CUDA, torch.bfloat16, "grouped_mm"),
+        (CUDA, torch.float16, "torch"),
     ],
 )
-def test_auto_takes_the_best_backend_that_keeps_the_dtype(
+def test_auto_takes_grouped_mm_in_bfloat16_on_cuda_whether_te_is_installed_or_not(
     monkeypatch, device, dtype, installed, expected
 ):
     pretend_installed(monkeypatch, installed)
     assert choose_backend("auto", device, dtype) == expected
 
 
+def test_auto_takes_torch_where_grouped_mm_would_copy_its_offsets_to_the_host(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert choose_backend("auto", CUDA, torch.bfloat16) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_grouped_mm_that_copies_its_offsets_to_the_host_is_warned_of(caplog, dtype):
+    assert choose_backend("grouped_mm", CUDA, dtype) == "grouped_mm"
+    assert "copies its offsets to the host" in caplog.text
+
+
+def test_grouped_mm_of_torch_2_8_and_2_9_runs_in_bfloat16_on_cuda_alone(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    assert choose_backend("auto", CUDA, torch.bfloat16) == "grouped_mm"
+    assert choose_backend("grouped_mm", CUDA, torch.bfloat16) == "grouped_mm"
+    for device, dtype in ((CUDA, torch.float16), (CPU, torch.bfloat16)):
+        with pytest.raises(
+            ValueError, match=r"'grouped_mm' needs torch >= 2\.10, or torch >= 2\.8"
+        ):
+            choose_backend("grouped_mm", device, dtype)
+    weights = ExpertWeights(2, 16, 24, CPU, torch.bfloat16)
+    for weight in weights.parameters():
+        weight.data.normal_()
+    old = make_backend("grouped_mm", weights)(torch.ones(5, 16, dtype=torch.bfloat16), [2, 3])
+    monkeypatch.undo()
+    new = make_backend("grouped_mm", weights)(torch.ones(5, 16, dtype=torch.bfloat16), [2, 3])
+    assert torch.equal(old, new)
+
+
 def test_te_is_refused_where_it_cannot_run(monkeypatch):
     pretend_installed(monkeypatch, False)
     with pytest.raises(ValueError, match=r"moe\.experts\.backend: 'te' runs on CUDA only"):
         choose_backend("te", CPU, torch.float32)
-    with pytest.raises(ValueError, match=r"'te' needs Transformer Engine.*lockstep-moe\[cuda\]"):
+    with pytest.raises(ValueError, match=r"'te' needs Transformer Engine.*lockstep-moe\[te\]"):
         choose_backend("te", CUDA, torch.bfloat16)
 
 
-def test_a_transformer_engine_that_fails_to_import_is_logged_and_auto_goes_on(monkeypatch, caplog):
+def test_a_transformer_engine_that_fails_to_import_is_refused_with_why(monkeypatch):
     pretend_installed(monkeypatch, True)
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [BrokenImport(), *sys.meta_path])
     with pytest.raises(ValueError, match=r"'te' needs.*fails: libtorch.so: undefined.*; install"):
         choose_backend("te", CUDA, torch.bfloat16)
-    assert choose_backend("auto", CUDA, torch.bfloat16) == "grouped_mm"
-    assert "undefined symbol" in caplog.text and "going on without it" in caplog.text
 
 
 @pytest.mark.parametrize("widths", [(16, 20), (28, 16), (2048, 1407)])

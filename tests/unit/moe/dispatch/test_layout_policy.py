@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from engine.config import DispatchConfig, MoEConfig, OverlapConfig
 from engine.distributed.collectives import COLLECTIVE_BYTES
+from engine.distributed.groups import Link
 from engine.moe.dispatch.chunk_layout import MIN_CHUNK_ROWS, ExpertLayout
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
-from engine.moe.dispatch.layout_policy import LayoutPolicy
+from engine.moe.dispatch.layout_policy import CHUNK_LAUNCHES, DEDUP_LAUNCHES, LayoutPolicy
 from engine.moe.dispatch.row_format import RowFormats
 from tests.helpers.capacity_cases import cases, make_tokens, run_engine
 from tests.helpers.in_process_ranks import call
@@ -33,13 +34,13 @@ SOME = settings(
 
 
 def layouts(
-    sizes: list[int], top_k: int = 2, width: int = 2048, dispatch=None, **overlap
+    sizes: list[int], top_k: int = 2, width: int = 2048, dispatch=None, link=None, **overlap
 ) -> LayoutPolicy:
     config = MoEConfig(
         overlap=OverlapConfig(**overlap), dispatch=DispatchConfig(**(dispatch or {}))
     )
     rows = RowFormats.of(width, torch.float32, config.dispatch)
-    return LayoutPolicy([0, *np.cumsum(sizes).tolist()], top_k, rows, config)
+    return LayoutPolicy([0, *np.cumsum(sizes).tolist()], top_k, rows, config, link)
 
 
 # What is cut
@@ -129,6 +130,39 @@ def test_unique_rows_are_counted_where_the_expected_saving_is_worth_the_work():
     assert found.choose(least).deduplicates and not found.choose(least - 1).deduplicates
     assert not found.choose(least, costs_exchange=True).deduplicates, "one collective more"
     assert found.choose(2 * least, costs_exchange=True).deduplicates
+
+
+# 25 us and 250 GB/s within a node, 40 us and 12.5 GB/s between nodes.
+FAST, SLOW = Link(25e-6, 250e9, 5e-6), Link(40e-6, 12.5e9, 5e-6)
+
+
+def test_deduplication_has_to_save_what_its_launches_take_on_the_measured_link():
+    """256 KiB, a 100 Gbit/s link's bytes in 20 us, was the threshold within a node too."""
+    shape = {"sizes": [16] * 8, "top_k": 8, "width": 2048}
+    fast, slow = layouts(**shape, link=FAST), layouts(**shape, link=SLOW)
+    assert layouts(**shape).choose(256).deduplicates, "not measured: as on the CPU"
+    assert not fast.choose(256).deduplicates and not fast.choose(8192).deduplicates
+    assert not slow.choose(256).deduplicates and slow.choose(8192).deduplicates
+    least = int(DEDUP_LAUNCHES * 5e-6 * 250e9 / fast.saved_bytes(1)) + 1
+    assert fast.choose(least).deduplicates and not fast.choose(least - 1).deduplicates
+    assert not fast.choose(least, costs_exchange=True).deduplicates
+
+
+def test_a_chunk_has_to_take_as_long_as_its_calls_on_the_measured_link():
+    sizes = [4, 4]
+    for link in (None, FAST, SLOW):
+        found = layouts(sizes, chunks=2, link=link)
+        rows = MIN_CHUNK_ROWS
+        if link is not None:
+            seconds = 2 * link.latency_s + CHUNK_LAUNCHES * link.launch_s
+            rows = max(rows, seconds * link.bytes_per_s / (2 * 2048 * 4))
+        least = int(np.ceil(rows * 2 * len(sizes) / 2))  # top-2
+        assert found.choose(least).num_chunks == 2
+        assert found.choose(least - 1).num_chunks == 1
+    assert layouts(sizes, chunks="auto", link=FAST).candidates(2048) == [1]
+    assert layouts(sizes, chunks="auto").candidates(2048) == [1, 2, 4]
+    pairs = layouts(sizes, two_batch=True, link=FAST), layouts(sizes, two_batch=True)
+    assert [each.splits_batch(2048) for each in pairs] == [False, True]
 
 
 def test_partial_sums_save_on_the_way_home_too():

@@ -1,0 +1,91 @@
+"""Warm-up: two small steps through the whole model on CUDA, before the KV cache takes what is left.
+
+They compile Triton's kernels, and let cuBLAS and NCCL allocate the workspaces and channels that
+they make at their first call. Otherwise the cache would take that memory first, and ranks would
+stop for a compilation while the others wait for them. On the CPU nothing runs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.distributed.groups import Topology
+from engine.layers.kv_cache import KVCache
+from engine.layers.step_inputs import Queries, ReadRows, StepTensors
+from engine.models.decoder import CausalLM, GroupTokens
+from engine.ops.to_device import to_device
+from engine.profiling.telemetry import Telemetry
+
+_SEQUENCES = 2
+_PROMPT = 128  # tokens: prefill attention takes larger tiles than decode
+
+
+@torch.inference_mode()
+def warm_up(model: CausalLM, topology: Topology, block_size: int) -> None:
+    """Run a prefill and a decode step of a few tokens; leave nothing of them in the measurements.
+
+    Collective over EP and TP on CUDA: every rank must call.
+
+    Args:
+        model: with its weights loaded.
+        topology: of this rank.
+        block_size: of the KV cache to come.
+    """
+    device = topology.device
+    if device.type != "cuda":
+        return
+    prompt = max(1, min(_PROMPT, model.max_model_len - 1))
+    blocks = -(-(prompt + 1) // block_size)
+    dtype = model.embedding_VD.dtype
+    cache = KVCache(model.kv_spec, _SEQUENCES * blocks, block_size, device, dtype)
+    num_data = topology.expert.size // topology.tensor.size
+    telemetry = model.telemetry
+    model.set_telemetry(Telemetry())
+    for start, end in ((0, prompt), (prompt, min(prompt + 1, model.max_model_len))):
+        if start == end:  # a model of one position
+            continue
+        step = _step(start, end, block_size, blocks, model.vocab_size, device)
+        tokens = _SEQUENCES * (end - start) * num_data
+        hidden_RD = model(step, cache, None, GroupTokens(tokens, _SEQUENCES * num_data))
+        model.logits(hidden_RD)
+    torch.cuda.synchronize(device)  # SYNC: before the first step; the memory is measured next
+    del cache, step, hidden_RD
+    torch.cuda.empty_cache()  # what torch keeps for itself would count as taken
+    model.set_telemetry(telemetry)
+    for layer in model.moe_layers:
+        layer.layout_policy.reset()  # the tuner's times are of a compilation
+
+
+def _step(
+    start: int, end: int, block_size: int, blocks: int, vocab_size: int, device: torch.device
+) -> StepTensors:
+    """Return the step that runs the positions from `start` to `end` of every sequence."""
+    length = end - start
+    # Spread over the vocabulary: the same token everywhere would leave most experts without rows.
+    ids_T = torch.arange(_SEQUENCES * length) * 7919 + 31 * start
+    positions = torch.arange(start, end)
+    table_SB = torch.arange(_SEQUENCES * blocks, dtype=torch.int32).view(_SEQUENCES, blocks)
+    slots = torch.cat([each * blocks * block_size + positions for each in range(_SEQUENCES)])
+
+    def queries(query_lens: list[int]) -> Queries:
+        starts = torch.tensor([0, *query_lens]).cumsum(0, dtype=torch.int32)
+        contexts = [end] * _SEQUENCES
+        return Queries(
+            query_start_S1=to_device(starts, device),
+            query_lens=query_lens,
+            context_lens=contexts,
+            context_lens_S=to_device(torch.tensor(contexts, dtype=torch.int32), device),
+            block_table_SB=to_device(table_SB, device),
+        )
+
+    read = None
+    if length > 1:
+        last = torch.arange(1, _SEQUENCES + 1) * length - 1
+        read = ReadRows(rows_R=to_device(last, device), queries=queries([1] * _SEQUENCES))
+    return StepTensors(
+        token_ids_T=to_device(ids_T % vocab_size, device),
+        positions_T=to_device(positions.repeat(_SEQUENCES), device),
+        slots_T=to_device(slots, device),
+        queries=queries([length] * _SEQUENCES),
+        read=read,
+    )

@@ -1,0 +1,59 @@
+"""What runs at start on emulated CUDA, before the KV cache is sized.
+
+Run: pytest tests/gpu/emulated/test_warm_up.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config.loader import config_from_tree
+from engine.generation import builder
+from engine.llm import LLM
+from tests.gpu.emulated.cuda import emulated_cuda
+from tests.gpu.emulated.device import DEVICE
+from tests.helpers.ranks import run_ranks
+
+
+def started(rank: int, guard: Path, path: Path, parallel: dict[str, int]) -> dict[str, Any]:
+    """What has run on the device when the memory for the cache is measured, and what it left."""
+    seen: dict[str, Any] = {}
+    num_kv_blocks = builder.num_kv_blocks
+
+    def measure(*args: Any, **options: Any) -> int:
+        seen["kernels"] = set(DEVICE.kernels)
+        seen["collectives"] = sum(DEVICE.collectives.values())
+        return num_kv_blocks(*args, **options)
+
+    tree = {
+        "model": {"path": str(path), "max_model_len": 64, "dtype": "bfloat16"},
+        "scheduler": {"kv_cache_blocks": 64, "block_size": 4, "max_batch_tokens": 24},
+        "moe": {"overlap": {"chunks": "auto"}, "capacity": {"policy": "token_drop"}},
+        "parallel": parallel,
+        "runtime": {"device": "cuda", "timeout_s": 60.0},
+    }
+    with pytest.MonkeyPatch.context() as patch, emulated_cuda(guard):
+        patch.setattr(builder, "num_kv_blocks", measure)
+        llm = LLM(config_from_tree(tree))
+        seen["position"] = llm._telemetry.clock.position()
+        seen["choices"] = [layer.layout_policy.choices for layer in llm.model.moe_layers]
+        seen["is_own"] = all(layer.telemetry is llm._telemetry for layer in llm.model.moe_layers)
+        llm.close()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("family", "parallel"), [("qwen3_moe", {}), ("deepseek_v2", {"tensor": 2})]
+)
+def test_every_kernel_and_collective_runs_once_before_the_cache_is_sized(
+    guard, checkpoint, family, parallel
+):
+    for seen in run_ranks(started, 2, guard, checkpoint(family), parallel):
+        for kernel in ("paged_attention", "store_kv", "silu_and_mul", "combine_rows"):
+            assert any(kernel in each for each in seen["kernels"]), (kernel, seen["kernels"])
+        assert seen["collectives"] >= 3 * 2, "counts and rows, in two steps"
+        assert seen["position"].step == 0 and seen["is_own"]
+        assert not any(seen["choices"])
