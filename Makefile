@@ -24,7 +24,7 @@ TEST_LIMIT_S ?= 1200
 LONG_LIMIT_S ?= 2400
 CLUSTER_LIMIT_S ?= 900
 PYTEST = OMP_NUM_THREADS=1 timeout --kill-after=30 $(1) $(BIN)/python -m pytest
-SUITE := tests/unit tests/tools tests/models tests/distributed tests/gpu
+SUITE := tests/unit tests/tools tests/models tests/distributed tests/gpu tests/fuzz
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test test-long test-cluster docs lint format clean distclean
@@ -64,7 +64,9 @@ test: lint
 	@echo 'make test: lint, types and tests passed'
 
 # One at a time: what is measured has the machine to itself.
+# First the oldest and the newest triton, which compile the GPU kernels, into folders of their own.
 test-long: setup
+	$(BIN)/python tools/compile_kernels.py --install
 	$(call PYTEST,$(LONG_LIMIT_S)) -m 'alone or long' $(SUITE) $(ARGS)
 	@echo 'make test-long: passed'
 

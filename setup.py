@@ -113,7 +113,7 @@ setup(
             "torch>=2.8,<2.11",
             "transformer-engine[pytorch,core_cu12]>=2.9,<2.20",
             "nvidia-nccl-cu12",
-            "triton",
+            "triton>=3.4,<3.10",  # each torch of this range names one version of it
         ],
         "cuda13": [
             "torch>=2.11,<2.16",
@@ -126,7 +126,7 @@ setup(
             "pytest-xdist>=3.6,<4",  # make test-cluster
             "hypothesis>=6.100,<7",
             # The CUDA kernels in Triton's interpreter, and compiled for GPUs that are not there.
-            "triton>=3.4,<4; platform_system == 'Linux'",
+            "triton>=3.4,<3.10; platform_system == 'Linux'",
             "matplotlib>=3.9,<4",  # the figures of tools/capacity_report.py
             "mkdocs-material>=9.5,<10",  # make docs
             "ruff==0.17.6",  # its formatting is checked, and changes between versions

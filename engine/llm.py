@@ -76,7 +76,8 @@ class LLM:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
         self._on_all_ranks(lambda: check_exporters(config, topology))
         hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
-        self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled))
+        every = builder.profiler_every(config, topology.device)
+        self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled, every))
         # The checkpoint's tokenizer, None where it has none.
         self.tokenizer: Any = self._on_all_ranks(lambda: load_tokenizer(config.model))
         self.eos_token_ids = self._on_all_ranks(
@@ -110,7 +111,11 @@ class LLM:
 
         With moe.overlap.chunks = auto its value is a mapping: tokens of a step, from -> chunks.
         """
-        return builder.resolved_settings(self.model, self.topology, self._runner.cache.num_blocks)
+        num_blocks = self._runner.cache.num_blocks
+        found = builder.resolved_settings(self.model, self.topology, num_blocks)
+        if self.config.profiler.enabled:
+            found["profiler.every"] = self._telemetry.clock.every
+        return found
 
     def progress(self) -> Progress:
         """Return how far this rank has come; any thread may call it."""
@@ -224,7 +229,7 @@ class LLM:
             )
             loop.run(source, measured.timed(sink), on_step, stop)
         on_end()
-        clock_error = self._clock_offset.error * 1e-9
+        clock_error = (self._clock_offset.error + self._telemetry.clock.error_ns) * 1e-9
         self.report = measured.report(loop.totals, self.resolved_settings, clock_error)
         return self.report
 

@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread per process, gpu tests only on a GPU."""
+"""What all tests share: no network, one thread, gpu tests on a GPU, else Triton's interpreter."""
 
 import os
 
@@ -9,7 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
 from hypothesis import settings
+
+# Before anything imports triton, which decides it for each kernel when the kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in each run, however slow the machine: a failure here is a failure everywhere.
 settings.register_profile("lockstep", deadline=None, derandomize=True, database=None)
@@ -17,11 +22,8 @@ settings.load_profile("lockstep")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_tests:
+    if torch.cuda.is_available():
         return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in gpu_tests:
+    for item in items:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

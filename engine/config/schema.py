@@ -62,6 +62,9 @@ _COUNT_OR_0 = _at_least(0, _MOST)
 _GIB, _MIB = _positive(2**20), _positive(2**30)
 _SEED = rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 _NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
+_EVERY = rule(
+    "at least 1, or auto; at most 65536", lambda value: value == "auto" or 1 <= value <= 65536
+)
 _CHUNKS = rule(
     "at least 1, or auto; at most 256", lambda value: value == "auto" or 1 <= value <= 256
 )
@@ -242,8 +245,11 @@ class ProfilerConfig:
     """What the profiler measures, and where it writes it."""
 
     enabled: bool = True  # time every phase of every layer on every rank
+    every: int | Literal["auto"] = field(default="auto", metadata=_EVERY)  # time every phase
+    # in one of so many steps, and in all others only layers and what waits for ranks; auto: 16 on
+    # CUDA, 1 on the CPU and with spans, deepspeed_comms or moe.capacity.speed_aware
     spans: str | None = field(default=None, metadata=_PATH)  # a folder: every rank writes the spans
-    # of every step there
+    # of every step in which all phases are timed there
     spans_mib: float = field(default=64.0, metadata=_MIB)  # most of one rank's span files; the
     # newest steps are kept
     metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics at it; null: off

@@ -28,6 +28,8 @@ from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where profiler.every is auto: a stamp on CUDA takes the host some microseconds.
+_CUDA_EVERY = 16
 
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
@@ -106,6 +108,16 @@ def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Ru
     cache = KVCache(model.kv_spec, num_blocks, settings.block_size, topology.device, dtype)
     pool = BlockPool(num_blocks, settings.block_size)
     return Runner(model, cache, topology.device), Scheduler(settings, pool, model.max_model_len)
+
+
+def profiler_every(config: Config, device: torch.device) -> int:
+    """Resolve profiler.every: steps from one in which every phase is timed to the next."""
+    profiler = config.profiler
+    if profiler.every != "auto":
+        return profiler.every
+    reads_all = profiler.spans is not None or profiler.deepspeed_comms
+    reads_all = reads_all or config.moe.capacity.speed_aware
+    return _CUDA_EVERY if device.type == "cuda" and not reads_all else 1
 
 
 def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class StepProfiler:
         self._unread: deque[tuple[tuple[int, int], StepLoads]] = deque()
         self._offset = 0
         self._exporters.start(telemetry.loads)
+        telemetry.clock.begin_run()
 
     @property
     def weights_W(self) -> tuple[int, ...] | None:

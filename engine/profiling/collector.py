@@ -6,6 +6,11 @@ waited (`wait_attribution.py`), and what its calls cost (`cost_model.py`). The a
 on the exchanged arrivals alone, so every rank of the group has the same numbers; the length of a
 step is measured by each rank's own clock.
 
+In a step that is not complete (`phase_clock.py`) waiting, tokens, bytes and calls are exact, and
+the seconds of each phase an estimate: what is left of the time between two stamps without the
+waiting is split as between the same two in the last complete step. So all seconds still add up to
+the length of the steps. Calls of such steps are not in the cost curves.
+
 Steps are processed in batches, which costs microseconds per step.
 
 Worked example, 3 ranks that arrive at a COMBINE of layer 4 at 0, 2 and 8 ms: 8 - (0 + 2 + 8) / 3 =
@@ -22,12 +27,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.profiling.cost_model import CostCurve
-from engine.profiling.phase_clock import Phase, Spans
+from engine.profiling.phase_clock import WARM_UP, Phase, Spans
 from engine.profiling.wait_attribution import attribute_wait
 
 _BATCH = 16
-# The first steps are not attributed: kernels are compiled and connections made in them.
-_WARM_UP = 2
 _NUM_PHASES = len(Phase)
 # Waits that a rank caused in one step, by size: bucket b holds [2^b, 2^(b+1)) microseconds.
 NUM_BUCKETS = 32
@@ -63,6 +66,66 @@ class WaitAttribution:
     step_seconds: float  # length of all those steps, by this rank's clock
 
 
+class _Split:
+    """How the last complete step's work was spread over the spans from one stamp to the next.
+
+    The stamps are those of a step that is not complete. A span between two of them is known by its
+    cell (layer and phase) and its head, the cell of the span at the first of the two.
+    """
+
+    def __init__(self) -> None:
+        self._head_N = self._cell_N = np.zeros(0, dtype=np.int64)
+        self._work_N = np.zeros(0)
+
+    def move(
+        self,
+        steps: list[Spans],
+        complete_S: np.ndarray,
+        step: np.ndarray,
+        cell: np.ndarray,
+        work: np.ndarray,
+        cells: int,
+    ) -> np.ndarray:
+        """Return what to add to each cell's nanoseconds, float64 [cells]; they sum to 0.
+
+        Args:
+            complete_S: bool, which steps are complete.
+            step: int64 [n], which of the steps each span is of.
+            cell, work: int64 [n], the spans' cells, and nanoseconds without waiting.
+        """
+        added = np.zeros(cells)
+        # A complete step, and those after it which are not: they are split as it was.
+        of_S = complete_S.cumsum()
+        for number in np.unique(of_S).tolist():
+            if (known := np.flatnonzero(complete_S & (of_S == number))).size:
+                index = int(known[0])
+                chosen = step == index
+                self._learn(steps[index], cell[chosen], work[chosen])
+            chosen = ((of_S == number) & ~complete_S)[step]
+            if chosen.any():
+                head_work = np.bincount(cell[chosen], weights=work[chosen], minlength=cells)
+                added += self._spread(head_work)
+        return added
+
+    def _learn(self, spans: Spans, cell_N: np.ndarray, work_N: np.ndarray) -> None:
+        """Take a complete step; keep what is known of heads that it does not have."""
+        span_N = np.arange(len(cell_N))
+        head_N = cell_N[np.maximum.accumulate(np.where(spans.stamped(), span_N, 0))]
+        kept = ~np.isin(self._head_N, head_N)
+        self._head_N = np.concatenate((self._head_N[kept], head_N))
+        self._cell_N = np.concatenate((self._cell_N[kept], cell_N))
+        self._work_N = np.concatenate((self._work_N[kept], work_N))
+
+    def _spread(self, head_work: np.ndarray) -> np.ndarray:
+        """Return the change of every cell if the heads' work is spread, float64 [cells]."""
+        cells = len(head_work)
+        total = np.bincount(self._head_N, weights=self._work_N, minlength=cells)
+        moved = np.where(total > 0, head_work, 0.0)
+        share_N = self._work_N / np.maximum(total, 1.0)[self._head_N]
+        given = np.bincount(self._cell_N, weights=share_N * moved[self._head_N], minlength=cells)
+        return given - moved
+
+
 class Collector:
     """Sums of one run on one rank.
 
@@ -71,10 +134,14 @@ class Collector:
         num_ranks: of the lockstep group.
         tensor_ranks: rank offsets of this rank's tensor group in the lockstep group; all tensor
             groups have the same size and are consecutive ranks.
+        every: steps from one complete one to the next.
     """
 
-    def __init__(self, num_layers: int, num_ranks: int, tensor_ranks: range = range(1)) -> None:
+    def __init__(
+        self, num_layers: int, num_ranks: int, tensor_ranks: range = range(1), every: int = 1
+    ) -> None:
         self._tensor_ranks = tensor_ranks
+        self._split = _Split() if every > 1 else None
         self._rows = num_layers + 1
         cells = self._rows * _NUM_PHASES
         self._sums = np.zeros((4, cells))  # ns, waiting ns, tokens, bytes
@@ -156,16 +223,24 @@ class Collector:
                 cell_SC = np.zeros((len(chosen), size), dtype=np.int64)
                 cell_SC[at] = cell[of_spans]
                 lengths = np.array([steps[i].ends[-1] - steps[i].starts[0] for i in chosen])
-                counts = self._num_added + chosen >= _WARM_UP
+                counts = self._num_added + chosen >= WARM_UP
                 self._attribute(arrivals_SWC[counts], cell_SC[counts], lengths[counts])
-        self._num_added += len(steps)
         cells = len(self._calls)
         for sums, values in zip(self._sums, (durations, waits, tokens, num_bytes), strict=True):
             sums += np.bincount(cell, weights=values, minlength=cells)
         self._calls += np.bincount(cell, minlength=cells)
+        is_call = tokens > 0
+        if self._split is not None:
+            complete_S = np.array([spans.complete for spans in steps])
+            work = durations - waits
+            self._sums[0] += self._split.move(steps, complete_S, step, cell, work, cells)
+            # Few steps count, so those that compile kernels would weigh too much.
+            complete_S &= self._num_added + np.arange(len(steps)) >= WARM_UP
+            is_call &= complete_S[step]
         for curve, phase in ((self.experts, Phase.EXPERTS), (self.attention, Phase.ATTENTION)):
-            of_phase = np.flatnonzero((phases == phase) & (tokens > 0))
+            of_phase = np.flatnonzero((phases == phase) & is_call)
             curve.add(tokens[of_phase], durations[of_phase])
+        self._num_added += len(steps)
         self._pending.clear()
 
     def _attribute(

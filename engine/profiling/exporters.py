@@ -50,8 +50,8 @@ class Exporters:
         loads.step = {} if self.spans is not None else None
 
     def count(self, spans: Spans) -> None:
-        """Log one step's collectives with DeepSpeed."""
-        if self.comms is not None:
+        """Log one step's collectives with DeepSpeed, if the step is complete."""
+        if self.comms is not None and spans.complete:
             self.comms.add(spans)
 
     def comms_table(self) -> CommsTable:

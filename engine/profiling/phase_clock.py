@@ -5,6 +5,12 @@ for a collective is begun with `clock.enter_collective(phase)` instead. The rank
 collective is when it started it: the same moment, or an earlier one that `clock.record_arrival()`
 has noted, where other work was done in between. `wait_time.py` compares arrivals across ranks.
 
+On CUDA a stamp costs microseconds of the host. So only every nth step is *complete*, n being
+`profiler.every`; in the others a stamp is taken where a collective starts and where the layer
+changes. Waiting is exact all the same; time between two stamps counts in the span after the first
+of them, and `collector.py` splits it as it was split in the last complete step. The number of the
+step decides, so all ranks stamp alike.
+
 The clocks themselves are in `device_clocks.py`. The last mark is also this rank's progress, which
 the watchdog publishes: see `Position`.
 """
@@ -35,6 +41,8 @@ class Phase(IntEnum):
 # TENSOR is a collective of one tensor group: its ranks wait for each other only.
 COLLECTIVE_PHASES = (Phase.CONSENSUS, Phase.DISPATCH, Phase.COMBINE, Phase.CONTROL, Phase.TENSOR)
 NO_LAYER = -1
+# The first steps of a run compile kernels and make connections; they are always complete.
+WARM_UP = 2
 # The collective of a span that waits for none; the stamp of a collective that was skipped.
 NONE = -1
 
@@ -66,11 +74,19 @@ class Spans:
     # int64 [C], when this rank started each collective of the step. C is the same on every rank of
     # the group; NONE where this rank's tensor group skipped one that others may have called.
     arrivals: np.ndarray
+    complete: bool = True  # False: only the spans of `stamped` have a length, up to the next stamp
 
     @property
     def seconds(self) -> np.ndarray:
         """Return the length of every span, float64 [n]."""
         return (self.ends - self.starts) * 1e-9
+
+    def stamped(self) -> np.ndarray:
+        """Return the spans whose start is stamped in a step that is not complete, bool [n]."""
+        stamped = self.collectives >= 0
+        stamped[:1] = True
+        stamped[1:] |= self.layers[1:] != self.layers[:-1]
+        return stamped
 
     def seconds_by_phase(self) -> np.ndarray:
         """Return the seconds in each phase, float64 [len(Phase)]."""
@@ -82,30 +98,57 @@ Sent = tuple[int, int]  # span, bytes
 
 
 def spans_of(
-    columns: np.ndarray, sent: list[Sent], stamps: np.ndarray, arrivals: np.ndarray
+    marks: list[Mark],
+    sent: list[Sent],
+    stamps: list[int | None],
+    arrivals: list[int | None],
+    complete: bool,
 ) -> Spans:
     """Build one step's spans.
 
     Args:
-        columns: int64 [4, n], the marks.
+        marks: n of them.
         sent: bytes sent to other ranks; a span may have several entries.
-        stamps: int64 [n + 1], each span's start and the last one's end.
-        arrivals: int64 [C].
+        stamps: n + 1, each span's start, where it was stamped, and the last one's end.
+        arrivals: C; None: skipped.
+        complete: whether all marks are stamped.
     """
-    phases, layers, tokens, collectives = columns
+    phases, layers, tokens, collectives = np.array(marks, dtype=np.int64).T
+    if complete:
+        times = np.array(stamps, dtype=np.int64)
+    else:  # a span without a stamp lies at the next one, with no length
+        at = [index for index, stamp in enumerate(stamps) if stamp is not None]
+        known = np.array([stamps[index] for index in at], dtype=np.int64)
+        times = known[np.searchsorted(at, np.arange(len(stamps)))]
+    arrived = [NONE if stamp is None else stamp for stamp in arrivals]
     num_bytes = np.zeros(len(phases), dtype=np.int64)
     for span, amount in sent:
         num_bytes[span] += amount
-    return Spans(phases, layers, tokens, num_bytes, collectives, stamps[:-1], stamps[1:], arrivals)
+    return Spans(
+        phases,
+        layers,
+        tokens,
+        num_bytes,
+        collectives,
+        starts=times[:-1],
+        ends=times[1:],
+        arrivals=np.array(arrived, dtype=np.int64),
+        complete=complete,
+    )
 
 
 class PhaseClock:
     """One rank's clock. This base keeps the rank's position and records no spans."""
 
+    every = 1  # steps from one complete one to the next
+
     def __init__(self) -> None:
         self._steps = 0
         self._collectives = 0
         self._last: Mark = (Phase.OTHER, NO_LAYER, 0, NONE)
+
+    def begin_run(self) -> None:
+        """Number the steps from 0 again: their numbers decide which are complete."""
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
         """End the current span and start one of `phase` that processes `tokens`."""
@@ -148,6 +191,11 @@ class PhaseClock:
         ended: no step follows.
         """
         return None
+
+    @property
+    def error_ns(self) -> int:
+        """Uncertainty of the stamps against the host's monotonic clock, nanoseconds."""
+        return 0
 
     def position(self) -> Position:
         """Return how far this rank's host has come; any thread may call it."""

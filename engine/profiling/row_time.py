@@ -23,9 +23,9 @@ class RowTime:
         self._rows = 0.0
 
     def add(self, spans: Spans) -> None:
-        """Add a step."""
+        """Add a step; one that is not complete has no lengths of calls, and is left out."""
         calls = (spans.phases == Phase.EXPERTS) & (spans.tokens >= _ENOUGH_ROWS)
-        if not calls.any():
+        if not spans.complete or not calls.any():
             return
         nanoseconds = float((spans.ends - spans.starts)[calls].sum())
         self._nanoseconds = _KEEP * self._nanoseconds + nanoseconds

@@ -1,10 +1,11 @@
 """Span files: all spans of a rank, one JSON line per step, one file per rank, of bounded size.
 
-Written if `profiler.spans` names a folder; `tools/straggler_report.py` reads them. The first line
-of a file is a header. All stamps are on rank 0's clock. A file that would exceed half of the bound
-with the next step replaces `.old`, so the newest steps are always there and both files together
-never exceed the bound. A step larger than half of the bound deletes the steps that do not fit into
-it together; one larger than the whole bound is not written.
+Written if `profiler.spans` names a folder, for each complete step (`phase_clock.py`);
+`tools/straggler_report.py` reads them. The first line of a file is a header. All stamps are on rank
+0's clock. A file that would exceed half of the bound with the next step replaces `.old`, so the
+newest steps are always there and both files together never exceed the bound. A step larger than
+half of the bound deletes the steps that do not fit into it together; one larger than the whole
+bound is not written.
 
     {"format": "lockstep-spans", "version": 1, "rank": 0, ...}
     {"step": 17, "start_ns": 123, "prefill": 512, "decode": 3,
@@ -137,7 +138,8 @@ class SpanWriter:
         tokens: tuple[int, int],
         loads: StepLoads,
     ) -> None:
-        """Write one step. The first error is logged, and nothing is written after it.
+        """Write one step, if it is complete. Nothing is written after the first error, which is
+        logged.
 
         Args:
             arrivals_WC: as in `wait_time.py`; None where unknown.
@@ -147,7 +149,7 @@ class SpanWriter:
         Raises:
             OSError: naming the file.
         """
-        if self._is_broken or not len(spans.starts):
+        if self._is_broken or not spans.complete or not len(spans.starts):
             return
         start = int(spans.starts[0])
         offsets, durations = spans.starts - start, spans.ends - spans.starts

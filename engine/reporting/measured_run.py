@@ -45,9 +45,10 @@ class MeasuredRun:
 
     def __enter__(self) -> MeasuredRun:
         topology, tensor_ranks = self.topology, self.topology.tensor_rank_offsets
+        every = self.telemetry.clock.every
         self.step_profiler = StepProfiler(
             self.telemetry,
-            Collector(self.model.num_layers, topology.expert.size, tensor_ranks),
+            Collector(self.model.num_layers, topology.expert.size, tensor_ranks, every),
             self.exporters,
             speed_aware=self.config.moe.capacity.speed_aware,
             logs=topology.world.rank == 0,

@@ -122,9 +122,13 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 def _user_keys(lines: dict[str, int]) -> str:
     names = sorted(lines, key=lambda name: (-lines[name], name))
-    shown = [f"{name!r} ({lines[name]:,} lines)" for name in names[:_MAX_KEYS]]
+    shown = [f"{name!r} ({_count(lines[name])})" for name in names[:_MAX_KEYS]]
     more = f" and {len(names) - _MAX_KEYS} more" if len(names) > _MAX_KEYS else ""
     return f"Keys that are no settings had no effect: {', '.join(shown)}{more}."
+
+
+def _count(lines: int) -> str:
+    return "1 line" if lines == 1 else f"{lines:,} lines"
 
 
 def _throughput(summary: Summary, run: RunReport) -> Table:

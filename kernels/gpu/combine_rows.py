@@ -3,9 +3,13 @@
 `combine_rows` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -56,3 +60,21 @@ def combine_rows_triton(
         BLOCK=block,
     )
     return out_TD
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: 2 and 8 experts per token."""
+
+    def variant(name: str, dtype: torch.dtype, top_k: int, dim: int) -> Variant:
+        def call(tokens: int) -> None:
+            combine_rows_triton(
+                meta(tokens * top_k, dim, dtype=dtype),
+                meta(tokens, top_k, dtype=torch.int64),
+                meta(tokens, top_k, dtype=torch.float32),
+            )
+
+        return Variant(name, call)
+
+    for name, dtype in DTYPES.items():
+        yield variant(f"{name} top 2, dim 4096", dtype, 2, 4096)
+    yield variant("bf16 top 8, dim 2048", torch.bfloat16, 8, 2048)

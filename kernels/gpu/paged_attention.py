@@ -1,4 +1,4 @@
-"""paged_attention on CUDA: one Triton kernel for decode, prefill and any mixture of both.
+"""paged_attention on CUDA: one Triton kernel, launched for a step's decodes and for its prefills.
 
 A program takes BLOCK_M rows of one sequence and one kv head, a row being a (query, head of the
 group) pair, and walks the keys that those rows see with an online softmax. `paged_attention`
@@ -7,26 +7,38 @@ imports this file only where Triton and a CUDA tensor are at hand.
 Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.variants import DTYPES, Variant, meta
+
 
 @triton.jit
-def _sequence_of(query_start_S1, num_sequences, block, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def _sequence_of(
+    query_start_S1, base, num_sequences, block, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
+):
     # Blocks of sequence s start at (rows before s) // BLOCK_M + s: room for every partial block
-    # without a table from the host. Finds the last sequence that starts at or before `block`.
+    # without a table from the host. Finds the last sequence that starts at or before `block`; the
+    # first one starts at token `base`.
     low, high = 0, num_sequences
     while low < high:
         middle = (low + high) // 2
-        if tl.load(query_start_S1 + middle) * GROUP // BLOCK_M + middle <= block:
+        rows_before = (tl.load(query_start_S1 + middle) - base) * GROUP
+        if rows_before // BLOCK_M + middle <= block:
             low = middle + 1
         else:
             high = middle
     return low - 1
 
 
-@triton.jit
+# What changes from step to step must not choose a kernel: compiling one stops every rank.
+@triton.jit(
+    do_not_specialize=["first_sequence", "num_sequences", "window", "table_row"],
+    do_not_specialize_on_alignment=["query_start_S1", "context_lens_S", "block_table_SB"],
+)
 def _paged_attention_kernel(
     q,
     k_cache,
@@ -35,6 +47,7 @@ def _paged_attention_kernel(
     query_start_S1,
     context_lens_S,
     block_table_SB,
+    first_sequence,
     num_sequences,
     scale_log2,
     window,
@@ -61,13 +74,16 @@ def _paged_attention_kernel(
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = _sequence_of(query_start_S1, num_sequences, block, GROUP, BLOCK_M)
+    query_start_S1 += first_sequence
+    base = tl.load(query_start_S1)
+    sequence = _sequence_of(query_start_S1, base, num_sequences, block, GROUP, BLOCK_M)
     start = tl.load(query_start_S1 + sequence)
     queries = tl.load(query_start_S1 + sequence + 1) - start
-    first_row = (block - (start * GROUP // BLOCK_M + sequence)) * BLOCK_M
+    first_row = (block - ((start - base) * GROUP // BLOCK_M + sequence)) * BLOCK_M
     rows = queries * GROUP
     if first_row >= rows:
         return
+    sequence += first_sequence
     computed = tl.load(context_lens_S + sequence) - queries
 
     row_M = first_row + tl.arange(0, BLOCK_M)
@@ -156,44 +172,95 @@ def paged_attention_triton(
     group = num_heads // num_kv_heads
     # tl.dot wants at least 16 of everything; wide heads and float32 leave room for fewer.
     wide, single = max(key_dim, value_dim) > 256, q_THD.dtype == torch.float32
-    decode = max(query_lens) * group <= 16
-    block_m = 16 if wide or decode else 32 if single else 64
+    prefill_m = 16 if wide else 32 if single else 64
     block_n = 32 if wide or single else 64
     main = max(16, 1 << (key_dim.bit_length() - 1))
     rest = max(16, triton.next_power_of_2(key_dim - main)) if key_dim > main else 0
-    grid = (num_tokens * group // block_m + len(query_lens), num_kv_heads)
-    _paged_attention_kernel[grid](
-        q_THD,
-        k_cache,
-        v_cache,
-        out_THD,
-        query_start_S1,
-        context_lens_S,
-        block_table_SB,
-        len(query_lens),
-        scale * 1.4426950408889634,
-        window if window is not None else 2**30,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        v_cache.stride(0),
-        v_cache.stride(1),
-        v_cache.stride(2),
-        out_THD.stride(0),
-        out_THD.stride(1),
-        block_table_SB.stride(0),
-        GROUP=group,
-        BLOCK_SIZE=block_size,
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        KEY_MAIN=main,
-        KEY_REST=rest,
-        VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=8 if wide else 4,
-        num_stages=1 if wide else 2,
-    )
+    # Decodes come first in a step. With the tiles of a prefill few of their programs fit on a GPU.
+    decodes = len(query_lens) if prefill_m == 16 else _leading_decodes(query_lens, 16 // group)
+    for first, last, block_m in ((0, decodes, 16), (decodes, len(query_lens), prefill_m)):
+        if first == last:
+            continue
+        rows = sum(query_lens[first:last]) * group
+        _paged_attention_kernel[rows // block_m + last - first, num_kv_heads](
+            q_THD,
+            k_cache,
+            v_cache,
+            out_THD,
+            query_start_S1,
+            context_lens_S,
+            block_table_SB,
+            first,
+            last - first,
+            scale * 1.4426950408889634,
+            window if window is not None else 2**30,
+            q_THD.stride(0),
+            q_THD.stride(1),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            k_cache.stride(2),
+            v_cache.stride(0),
+            v_cache.stride(1),
+            v_cache.stride(2),
+            out_THD.stride(0),
+            out_THD.stride(1),
+            block_table_SB.stride(0),
+            GROUP=group,
+            BLOCK_SIZE=block_size,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            KEY_MAIN=main,
+            KEY_REST=rest,
+            VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=8 if wide else 4,
+            num_stages=1 if wide else 2,
+        )
     return out_THD
+
+
+def _leading_decodes(query_lens: list[int], most: int) -> int:
+    """Return how many of the first sequences have at most `most` queries each."""
+    for index, queries in enumerate(query_lens):
+        if queries > most:
+            return index
+    return len(query_lens)
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: decode and prefill with the usual heads, a latent cache, both."""
+
+    def variant(
+        label: str, dtype: str, queries: list[int], heads: int, kv_heads: int, dim: int
+    ) -> Variant:
+        def call(num: int) -> None:
+            query_lens = queries[:1] * num + queries[1:]
+            sequences, context = len(query_lens), 16 * num + max(queries)
+            kind = DTYPES[dtype]
+            cache = meta(256, kv_heads, 16, dim, dtype=kind)
+            latent = dim == 576
+            paged_attention_triton(
+                meta(sum(query_lens), heads, dim, dtype=kind),
+                cache,
+                cache[..., :512] if latent else meta(256, kv_heads, 16, dim, dtype=kind),
+                meta(sequences + 1, dtype=torch.int32),
+                meta(sequences, dtype=torch.int32),
+                meta(sequences, -(-context // 16), dtype=torch.int32),
+                query_lens=query_lens,
+                context_lens=[context] * sequences,
+                scale=dim**-0.5,
+                window=None,
+            )
+
+        return Variant(f"{dtype} {label}", call)
+
+    for dtype in DTYPES:
+        yield variant("decode, group 4, head 128", dtype, [1], 32, 8, 128)
+        yield variant("prefill, group 4, head 128", dtype, [300], 32, 8, 128)
+        yield variant("latent 576, 16 heads", dtype, [1], 16, 1, 576)
+    yield variant("decode and prefill, group 8, head 128", "bf16", [1, 300], 32, 4, 128)
+    yield variant("decode, group 20, head 128", "bf16", [1], 20, 1, 128)
+    yield variant("latent 576, 128 heads", "bf16", [1], 128, 1, 576)
+    for head in (64, 80, 256):
+        yield variant(f"prefill, group 1, head {head}", "bf16", [300], 16, 16, head)

@@ -3,10 +3,13 @@
 `select_experts` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.variants import Variant, meta
 from engine.ops.select_experts import SelectionRule
 
 
@@ -93,3 +96,20 @@ def select_experts_triton(
         BLOCK_K=triton.next_power_of_2(top_k),
     )
     return scores_TE, topk_ids_TK, weights_TK
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile; scores are float32 in every model."""
+
+    def variant(name: str, experts: int, rule: SelectionRule, *, bias: bool = False) -> Variant:
+        def call(tokens: int) -> None:
+            bias_E = meta(experts, dtype=torch.float32) if bias else None
+            select_experts_triton(meta(tokens, experts, dtype=torch.float32), bias_E, rule)
+
+        return Variant(name, call)
+
+    for experts, top_k in ((8, 2), (60, 4), (128, 8)):
+        rule = SelectionRule(top_k, "softmax", normalize=True)
+        yield variant(f"fp32 softmax, {experts} experts", experts, rule)
+    sigmoid = SelectionRule(8, "sigmoid", normalize=True, normalize_eps=1e-20, scale=2.5)
+    yield variant("fp32 sigmoid, 256 experts", 256, sigmoid, bias=True)

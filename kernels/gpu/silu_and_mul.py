@@ -3,9 +3,13 @@
 `silu_and_mul` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -32,3 +36,14 @@ def silu_and_mul_triton(gate_up_R2F: torch.Tensor) -> torch.Tensor:
     grid = (rows.shape[0], triton.cdiv(width, block))
     _silu_and_mul_kernel[grid](rows, out, rows.stride(0), width, BLOCK=block)
     return out
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: the width of Mixtral-8x7B, and one that is no multiple of 16."""
+
+    def variant(name: str, dtype: torch.dtype, width: int) -> Variant:
+        return Variant(name, lambda rows: silu_and_mul_triton(meta(rows, 2 * width, dtype=dtype)))
+
+    for name, dtype in DTYPES.items():
+        yield variant(f"{name} width 14336", dtype, 14336)
+    yield variant("bf16 width 1407", torch.bfloat16, 1407)

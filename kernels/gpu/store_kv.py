@@ -3,9 +3,13 @@
 `store_kv` imports this file only where Triton and a CUDA tensor are at hand.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -80,3 +84,23 @@ def store_kv_triton(
         KEY_PAD=triton.next_power_of_2(key_dim),
         VALUE_PAD=triton.next_power_of_2(v_TGD.shape[2]),
     )
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: heads of 128, and a latent cache."""
+
+    def heads(tokens: int, dtype: torch.dtype) -> None:
+        # Of one projection with 32 query, 8 key and 8 value heads: strided views.
+        qkv_TGD = meta(tokens, 48, 128, dtype=dtype)
+        k_cache, v_cache = meta(256, 8, 16, 128, dtype=dtype), meta(256, 8, 16, 128, dtype=dtype)
+        slots_T = meta(tokens, dtype=torch.int64)
+        store_kv_triton(qkv_TGD[:, 32:40], qkv_TGD[:, 40:], k_cache, v_cache, slots_T)
+
+    def latent(tokens: int) -> None:
+        key_T1L, cache = meta(tokens, 1, 576), meta(256, 1, 16, 576)
+        slots_T = meta(tokens, dtype=torch.int64)
+        store_kv_triton(key_T1L, meta(tokens, 1, 512), cache, cache[..., :512], slots_T)
+
+    for name, dtype in DTYPES.items():
+        yield Variant(f"{name} head 128", lambda tokens, dtype=dtype: heads(tokens, dtype))
+    yield Variant("bf16 latent 576", latent)

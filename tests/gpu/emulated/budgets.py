@@ -28,6 +28,7 @@ from engine.config.loader import config_from_tree
 from engine.generation.request_source import ListSource
 from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout, layout_policy
+from engine.profiling import device_clocks
 from engine.request import Request, SamplingParams
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
@@ -159,6 +160,8 @@ def _count(rank: int, guard: Path, path: Path, row: Row) -> Step:
     with pytest.MonkeyPatch.context() as patch, emulated_cuda(guard):
         patch.setattr(chunk_layout, "MIN_CHUNK_ROWS", 1)
         patch.setattr(layout_policy, "COLLECTIVE_BYTES", 1)
+        # From the second step on as in the middle of a job, where most steps are not complete.
+        patch.setattr(device_clocks, "WARM_UP", 0)
         steps: list[tuple[Step, Any]] = []
 
         def on_step(report: Any) -> None:

@@ -1,4 +1,4 @@
-"""engine/generation/builder.py: what does not fit into memory is said by setting."""
+"""engine/generation/builder.py: what it chooses, and what does not fit into memory by setting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig
-from engine.generation.builder import reserve_rows
+from engine.config.loader import config_from_tree
+from engine.generation.builder import profiler_every, reserve_rows
 
 
 def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
@@ -19,12 +20,38 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
     router = SimpleNamespace(top_k=2, num_experts=8)
     layer = SimpleNamespace(
         spec=SimpleNamespace(router=router, hidden=16, ffn=32),
-        num_local_experts=4,
+        layout_policy=SimpleNamespace(most_local_experts=4),
         reserve=reserve,
     )
     model: Any = SimpleNamespace(moe_layers=[layer], embedding_VD=torch.zeros(1))
-    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=2))
+    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=2), device=torch.device("cpu"))
     moe = MoEConfig(capacity=CapacityConfig(policy="token_drop"))
     config = Config(model=ModelConfig(path="x"), moe=moe)
     with pytest.raises(ValueError, match=r"^scheduler\.max_batch_tokens = 2048: the rows .*lower"):
         reserve_rows(model, config, topology)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def every(device: torch.device, tree: dict[str, Any]) -> int:
+    return profiler_every(config_from_tree({"model": {"path": "models/none"}, **tree}), device)
+
+
+def test_every_step_is_timed_whole_on_the_cpu_and_each_16th_on_cuda():
+    assert every(CPU, {}) == 1 and every(CUDA, {}) == 16
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"profiler": {"spans": "spans"}},
+        {"profiler": {"deepspeed_comms": True}},
+        {"moe": {"capacity": {"policy": "token_drop", "speed_aware": True}}},
+    ],
+    ids=str,
+)
+def test_every_step_is_timed_whole_on_cuda_where_something_reads_all_of_them(tree):
+    assert every(CUDA, tree) == 1
+    tree = {**tree, "profiler": {**tree.get("profiler", {}), "every": 8}}
+    assert every(CUDA, tree) == every(CPU, tree) == 8, "what the user sets holds"

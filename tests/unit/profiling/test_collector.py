@@ -9,7 +9,7 @@ import pytest
 from engine.profiling.collector import Collector
 from engine.profiling.cost_model import CostCurve, price
 from engine.profiling.device_clocks import HostClock
-from engine.profiling.phase_clock import Phase
+from engine.profiling.phase_clock import COLLECTIVE_PHASES, NONE, Phase, Spans, spans_of
 from tests.helpers.profiles import MS, Simulation, make_spans
 
 
@@ -189,3 +189,126 @@ def test_every_rank_has_the_same_attribution():
         assert (other.seconds == first.seconds).all()
         assert (other.straggler_steps == first.straggler_steps).all()
     assert first.straggler_steps.tolist() == [0, 18, 0]
+
+
+def sampled(begin: int, *pieces: tuple[Phase, int, int, int | None], end: int) -> Spans:
+    """A step that is not complete: (phase, layer, tokens, milliseconds where it is stamped)."""
+    marks, stamps, arrivals = [], [], []
+    for phase, layer, tokens, at in pieces:
+        stamp = None if at is None else (begin + at) * MS
+        waits = phase in COLLECTIVE_PHASES
+        marks.append((phase, layer, tokens, len(arrivals) if waits else NONE))
+        stamps.append(stamp)
+        arrivals += [stamp] if waits else []
+    return spans_of(marks, [(1, 64)], [*stamps, (begin + end) * MS], arrivals, complete=False)
+
+
+COMPLETE = (
+    (Phase.OTHER, -1, 0, 1),
+    (Phase.CONTROL, -1, 1, 2),
+    (Phase.OTHER, -1, 2, 3),
+    (Phase.ATTENTION, 0, 3, 6, 5),
+    (Phase.GATE, 0, 6, 7),
+    (Phase.CONSENSUS, 0, 7, 9),
+    (Phase.PLAN, 0, 9, 10),
+    (Phase.DISPATCH, 0, 10, 12),
+    (Phase.EXPERTS, 0, 12, 18, 8),
+    (Phase.COMBINE, 0, 18, 20),
+)
+SAMPLED = (
+    (Phase.OTHER, -1, 0, 0),
+    (Phase.CONTROL, -1, 0, 1),
+    (Phase.OTHER, -1, 0, None),
+    (Phase.ATTENTION, 0, 5, 3),
+    (Phase.GATE, 0, 0, None),
+    (Phase.CONSENSUS, 0, 0, 11),
+    (Phase.PLAN, 0, 0, None),
+    (Phase.DISPATCH, 0, 0, 17),
+    (Phase.EXPERTS, 0, 8, None),
+    (Phase.COMBINE, 0, 0, 33),
+)
+
+
+def test_a_sampled_step_is_split_as_the_last_complete_one_and_its_waits_are_exact():
+    collector = Collector(1, 2, every=16)
+    whole = make_spans(*COMPLETE)
+    collector.add(whole, np.stack((whole.arrivals, whole.arrivals)))
+    before = collector.totals()
+    ordinary = sampled(100, *SAMPLED, end=40)
+    late = ordinary.arrivals.copy()
+    late[1] += 3 * MS  # rank 1 reaches the consensus 3 ms after this one
+    collector.add(ordinary, np.stack((ordinary.arrivals, late)))
+    totals = collector.totals()
+    seconds = totals.seconds - before.seconds
+    assert seconds.sum() == pytest.approx(0.040), "as long as the step"
+    in_layer = {phase: round(1e3 * seconds[1, phase], 6) for phase in Phase if seconds[1, phase]}
+    assert in_layer == {
+        Phase.ATTENTION: 6,  # 8 ms from the layer's start to the consensus, 3 to 1
+        Phase.GATE: 2,
+        Phase.CONSENSUS: 5,  # 6 ms, of which 3 were waiting and 3 are split 2 to 1
+        Phase.PLAN: 1,
+        Phase.DISPATCH: 4,  # 16 ms to the combine, 2 to 6
+        Phase.EXPERTS: 12,
+        Phase.COMBINE: 7,
+    }
+    assert (totals.waiting - before.waiting)[1, Phase.CONSENSUS] == pytest.approx(3e-3)
+    assert totals.waiting.sum() == pytest.approx(3e-3)
+    assert totals.calls[1, Phase.GATE] == 2 and totals.num_bytes[0, Phase.CONTROL] == 1064
+    assert totals.tokens[1, Phase.EXPERTS] == 16
+
+
+def test_a_sampled_step_before_any_complete_one_keeps_its_time_at_the_stamps():
+    collector = Collector(1, 2, every=16)
+    collector.add(sampled(0, *SAMPLED, end=40), None)
+    seconds = collector.totals().seconds
+    assert seconds[1, Phase.DISPATCH] == pytest.approx(0.016) and not seconds[1, Phase.EXPERTS]
+    assert seconds.sum() == pytest.approx(0.040)
+
+
+def test_only_complete_steps_after_the_warm_up_count_in_sampled_cost_curves():
+    collector = Collector(1, 2, every=16)
+    for _ in range(4):
+        collector.add(make_spans(*COMPLETE), None)
+    for _ in range(13):
+        collector.add(sampled(0, *SAMPLED, end=40), None)
+    collector.totals()
+    assert collector.experts.table[:, :].sum(1).tolist() == pytest.approx([2, 16, 0.012])
+
+
+def test_the_same_work_is_attributed_alike_whether_its_steps_are_sampled_or_not():
+    found = []
+    for every in (1, 4):
+        clock = HostClock(every)
+        Stamps.now_ns = 0
+        collector = Collector(1, 2, every=every)
+        clock._stamp = Stamps.take  # pyright: ignore[reportAttributeAccessIssue]
+        for step in range(33):
+            for phase, layer, start, end, *_ in COMPLETE:
+                if phase in COLLECTIVE_PHASES:
+                    clock.enter_collective(phase, layer)
+                else:
+                    clock.enter(phase, layer)
+                Stamps.now_ns += (end - start) * MS
+            clock.close_step()
+            spans = clock.read()
+            assert spans is not None
+            assert spans.complete == (step <= 2 or step % every == 0)
+            peers = spans.arrivals + MS // 4
+            collector.add(spans, np.stack((spans.arrivals, peers)))
+        found.append((collector.totals(), collector.wait_attribution()))
+    (whole, waits), (sampled_, sampled_waits) = found
+    np.testing.assert_allclose(sampled_.seconds, whole.seconds)
+    np.testing.assert_array_equal(sampled_.waiting, whole.waiting)
+    np.testing.assert_array_equal(sampled_.calls, whole.calls)
+    np.testing.assert_array_equal(sampled_waits.seconds, waits.seconds)
+    assert sampled_waits.step_seconds == waits.step_seconds
+
+
+class Stamps:
+    """A clock that the test moves."""
+
+    now_ns = 0
+
+    @staticmethod
+    def take() -> int:
+        return Stamps.now_ns

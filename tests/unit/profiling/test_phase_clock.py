@@ -3,13 +3,11 @@
 Run: pytest tests/unit/profiling/test_phase_clock.py
 """
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 
-from engine.profiling.device_clocks import CudaClock, HostClock, NoClock, make_clock
+from engine.profiling.device_clocks import HostClock, NoClock, make_clock
 from engine.profiling.loads import LoadCounter
 from engine.profiling.phase_clock import COLLECTIVE_PHASES, Phase, Spans
 from engine.profiling.wait_time import breakdown, waiting_ns
@@ -179,88 +177,7 @@ def test_load_counter_weighs_layers_by_their_rows():
     assert loads.max_over_mean() == 1.0 and not loads.layers
 
 
-class Events:
-    """In place of torch.cuda.Event: what was recorded when, and float32 milliseconds in between."""
-
-    now_ns = 0
-    waited_for: list[int] = []
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.at = -1
-
-    def record(self, stream: object = None) -> None:
-        self.at = Events.now_ns
-
-    def synchronize(self) -> None:
-        assert self.at >= 0
-        Events.waited_for.append(self.at)
-
-    def elapsed_time(self, later: "Events") -> float:
-        return float(np.float32((later.at - self.at) * 1e-6))
-
-
 def test_the_wait_in_a_tensor_collective_is_for_the_tensor_group():
     own = spans((Phase.TENSOR, 0, 9), (Phase.COMBINE, 9, 20))
     arrivals = np.array([[0, 9], [4, 11], [8, 12], [8, 12]]) * MS
     assert waiting_ns(own, arrivals, range(2)).tolist() == [4 * MS, 3 * MS]
-
-
-def cuda_clock(monkeypatch: pytest.MonkeyPatch) -> CudaClock:
-    monkeypatch.setattr(torch.cuda, "Event", Events)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    Events.now_ns, Events.waited_for = 0, []
-    return CudaClock(torch.device("cuda", 0))
-
-
-def test_a_cuda_clock_never_waits_for_a_step_with_nothing_queued_behind_it(monkeypatch):
-    clock = cuda_clock(monkeypatch)
-    Events.waited_for.clear()
-    ends, tokens = [], []
-    for step in range(5):
-        clock.enter(Phase.EXPERTS, 0, step)
-        Events.now_ns += 1_000
-        clock.close_step()
-        ends.append(Events.now_ns)
-        spans = clock.read()
-        assert (spans is None) == (step == 0)
-        assert clock.read() is None
-        assert Events.waited_for == ends[:step], "the last step may still run"
-        tokens += [] if spans is None else spans.tokens.tolist()
-    rest = clock.read(ended=True)
-    assert rest is not None and tokens + rest.tokens.tolist() == [0, 1, 2, 3, 4]
-    assert clock.read(ended=True) is None
-
-
-def test_a_skipped_collective_has_no_stamp_on_a_cuda_clock(monkeypatch):
-    clock = cuda_clock(monkeypatch)
-    Events.now_ns += 5_000
-    clock.skip_collective(Phase.TENSOR, 0)
-    clock.enter_collective(Phase.DISPATCH, 0)
-    clock.close_step()
-    step = clock.read(ended=True)
-    assert step is not None and step.collectives.tolist() == [0, 1]
-    assert step.arrivals.tolist() == [-1, step.starts[1]]
-    assert clock.position().collective == 2
-
-
-def test_a_cuda_clock_resolves_microseconds_after_hours(monkeypatch):
-    clock = cuda_clock(monkeypatch)
-    start = None
-    for _ in range(4000):  # four hours
-        Events.now_ns += 3_600_000_000
-        clock.enter(Phase.EXPERTS, 0, 1)
-        Events.now_ns += 7_000
-        clock.enter(Phase.OTHER)
-        Events.now_ns += 1_000
-        clock.close_step()
-        spans = clock.read(ended=True)
-        assert spans is not None
-        start = spans.starts[0] if start is None else start
-    assert (spans.ends - spans.starts).tolist() == [
-        pytest.approx(7_000, abs=300),
-        pytest.approx(1_000, abs=300),
-    ]
-    whole = 3999 * (3_600_000_000 + 8_000)
-    assert spans.starts[0] - start == pytest.approx(whole, abs=1_000_000)
-    assert len(clock._pool) <= 4, "events are reused"

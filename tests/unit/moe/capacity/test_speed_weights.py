@@ -5,6 +5,8 @@ Run: pytest tests/unit/moe/capacity/test_speed_weights.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -135,3 +137,10 @@ def test_pace_is_time_a_row_of_calls_with_enough_rows():
     for _ in range(30):
         pace.add(make_spans((Phase.EXPERTS, 0, 0, 10, 100)))
     assert pace.picoseconds_per_row == pytest.approx(100_000_000, rel=0.02)
+
+
+def test_pace_is_learnt_from_complete_steps_alone():
+    pace = RowTime()
+    pace.add(make_spans((Phase.EXPERTS, 0, 0, 5, 100)))
+    pace.add(replace(make_spans((Phase.EXPERTS, 0, 0, 0, 100)), complete=False))
+    assert pace.picoseconds_per_row == 50_000_000
