@@ -37,7 +37,6 @@ from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.step import MoEStep, TokenCounts
 
 
-
 @dataclass(frozen=True, slots=True)
 class Agreed:
     """The agreement of all ranks under one policy."""

@@ -27,7 +27,11 @@ class Part:
 
 def _of(module: str, function: str) -> _Run:
     """Return a part that imports its module only in its own process."""
-    return lambda settings: getattr(import_module(f"gpu_checks.{module}"), function)(settings)
+
+    def run(settings: Settings) -> Iterable[Check]:
+        return getattr(import_module(f"gpu_checks.{module}"), function)(settings)
+
+    return run
 
 
 def _on_device(module: str, function: str) -> _Run:
@@ -47,14 +51,14 @@ def _engine(settings: Settings) -> Iterable[Check]:
 PARTS = {
     "nccl": Part(115, _of("nccl", "check_nccl")),
     "speed": Part(115, _of("speed", "check_speed")),
-    "step": Part(30, _of("step", "check_step")),
+    "step": Part(40, _of("step", "check_step")),
     "experts": Part(20, _on_device("experts", "check_experts")),
     "pipeline": Part(20, _on_device("pipeline", "check_pipeline")),
     "capacity": Part(25, _on_device("capacity", "check_capacity")),
     "kernels": Part(45, _on_device("kernels", "check_kernels")),
     "attention": Part(30, _of("attention", "check_attention")),
-    "engine": Part(75, _engine),
+    "engine": Part(70, _engine),
     "memory": Part(35, _of("memory", "check_memory")),
-    "clocks": Part(80, _of("clocks", "check_clocks")),
+    "clocks": Part(75, _of("clocks", "check_clocks")),
 }
 LIMIT_S = 595.0  # of all parts together, their starts included

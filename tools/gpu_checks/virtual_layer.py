@@ -28,9 +28,7 @@ PAPER = {"2": 1.44, "1.5": 1.89, "1": 2.55}
 def check_virtual_layer(settings: Settings) -> Iterator[Check]:
     """Time the layer without a policy and with token_drop at every gamma."""
     shape = tiny(MIXTRAL) if settings.is_tiny else MIXTRAL
-    layer = MoEShape(
-        hidden=shape.hidden, ffn=shape.ffn, experts=shape.experts, top_k=shape.top_k
-    )
+    layer = MoEShape(hidden=shape.hidden, ffn=shape.ffn, experts=shape.experts, top_k=shape.top_k)
     tokens = RANKS * (32 if settings.is_tiny else 2048)
     loads_E = overloaded_rank_loads(tokens, layer.experts, layer.top_k, RATIO, RANKS)
     ranks = SimulatedRanks(layer, _weights(layer, settings.device), RANKS, loads_E)

@@ -28,7 +28,7 @@ from chaos.processes import send, wait_until_gone
 
 from gpu_checks.check import Check, Settings
 
-_MARK = "LOCKSTEP_GPU_SUITE"
+MARK = "LOCKSTEP_GPU_SUITE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,20 @@ class Outcome:
     is_whole: bool  # it came to its end
 
 
-def run_part(name: str, settings: Settings, limit_s: float, log: Path | None = None) -> Outcome:
+def run_part(
+    name: str,
+    settings: Settings,
+    limit_s: float,
+    log: Path | None = None,
+    mark: str | None = None,
+) -> Outcome:
     """Run a part; stop it, and whatever it has started, after `limit_s`.
 
-    log: file for its output; None: that of this process's errors.
+    Args:
+        log: file for its output; None: that of this process's errors.
+        mark: of its processes; None: a new one.
     """
-    mark, began = uuid.uuid4().hex, time.monotonic()
+    mark, began = mark or uuid.uuid4().hex, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-suite-") as folder:
         file = Path(folder, "checks")
         file.touch()
@@ -53,7 +61,7 @@ def run_part(name: str, settings: Settings, limit_s: float, log: Path | None = N
         command += [settings.device.type, ",".join(settings.families)]
         command += ["tiny"] if settings.is_tiny else []
         roots = [str(TOOLS), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, _MARK: mark, "PYTHONPATH": os.pathsep.join(roots)}
+        environment = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(roots)}
         environment["TMPDIR"] = folder  # what a stopped part leaves ends with the folder
         with log.open("ab") if log is not None else open(os.devnull, "wb") as out:
             process = subprocess.Popen(
@@ -68,7 +76,7 @@ def run_part(name: str, settings: Settings, limit_s: float, log: Path | None = N
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                end_marked(_MARK, mark)
+                end_marked(MARK, mark)
                 process.wait()
         checks = list(_read(file))
     seconds = time.monotonic() - began
