@@ -118,6 +118,8 @@ class SimulatedRank(MoELayer):
             self.gate_weight_ED.copy_(weights.gate_ED)
             self.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
             self.experts.w2_eDF.copy_(weights.w2_EDF[own])
+        if device.type == "cuda":
+            self.finalize_weights()
         self.x_TD = x_TD
 
     def ask(self, answers: list[torch.Tensor], step: MoEStep | None) -> DispatchPlan | Unanswered:

@@ -55,7 +55,7 @@ class ModelShape:
         layer = self.other_values + self.experts * self.expert_values
         return BYTES * (self.layers * layer + 2 * self.vocab * self.hidden)
 
-    def decode_bytes(self, sequences: int, context: int) -> float:
+    def decode_bytes(self, sequences: int, context: float) -> float:
         """Return the bytes that a decode step must read: weights in use, and keys and values.
 
         Experts count as far as evenly routed tokens would choose them.
