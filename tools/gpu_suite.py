@@ -34,6 +34,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -222,4 +223,6 @@ def _some_of(known: Sequence[str]) -> Any:
 
 
 if __name__ == "__main__":
+    # As an exception, so that a part that runs ends with all that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bfloat16 operations and bytes of memory per second, as the makers publish them. The first
-# name that the device's name contains: longer ones stand first.
+# Dense bfloat16 operations and bytes of memory per second, as the makers publish them, by words
+# of the device's name; the longest that it has counts.
 PUBLISHED = (
     ("H100 PCIe", 756e12, 2.0e12),
     ("H100 NVL", 835e12, 3.9e12),
@@ -61,7 +62,7 @@ def measure_peaks(device: torch.device, is_tiny: bool) -> Peaks:
 def published(name: str) -> tuple[float | None, float | None]:
     """Return operations and bytes per second of a device, by its name."""
     for known, flops, memory in sorted(PUBLISHED, key=lambda row: -len(row[0])):
-        if known in name:
+        if re.search(rf"\b{known}\b", name):  # an L40 is no L4
             return flops, memory
     return None, None
 
