@@ -6,7 +6,7 @@ Normalization, 2019.
 
 import torch
 
-from engine.ops import native
+from engine.ops import native, triton_support
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -16,15 +16,26 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     """
     if native.serves(x_TD, weight_D):
         return torch.ops.lockstep_cpu.rms_norm(x_TD, weight_D, eps)
+    if triton_support.serves(x_TD):
+        from engine.ops.gpu.rms_norm import rms_norm_triton
+
+        return rms_norm_triton(x_TD, weight_D, eps)
     return rms_norm_reference(x_TD, weight_D, eps)
 
 
 def add_rms_norm(
     x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (rms_norm(x + residual), x + residual), both new tensors in x's dtype."""
+) -> torch.Tensor:
+    """Adds x to the residual IN PLACE and returns rms_norm of the sum, a new tensor in x's dtype.
+
+    residual_TD is contiguous and has x's shape; it must not share memory with x.
+    """
     if native.serves(x_TD, residual_TD, weight_D):
         return torch.ops.lockstep_cpu.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    if triton_support.serves(x_TD):
+        from engine.ops.gpu.rms_norm import rms_norm_triton
+
+        return rms_norm_triton(x_TD, weight_D, eps, residual_TD)
     return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
 
 
@@ -37,7 +48,6 @@ def rms_norm_reference(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -
 
 def add_rms_norm_reference(
     x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Plain torch form of `add_rms_norm`."""
-    residual_TD = x_TD + residual_TD
-    return rms_norm_reference(residual_TD, weight_D, eps), residual_TD
+    return rms_norm_reference(residual_TD.add_(x_TD), weight_D, eps)

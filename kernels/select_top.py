@@ -5,14 +5,15 @@ pass counts the claims of each pool by their next eight bits, finds the digit at
 full, keeps what lies above it and goes on with the claims that share it. The same passes serve one
 rank alone and, with the histograms added up over ranks (`reduce`), a selection over all of them.
 
-Legend: N claims, P pools.
+Legend: N claims, P pools, W ranks.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.ops import native
+from engine.ops import native, triton_support
+from engine.ops.sort_by_expert import sort_by_expert
 
 DIGITS = 256
 _SHIFTS = (24, 16, 8, 0)
@@ -30,9 +31,57 @@ def select_top(
     """
     if pool_N.is_cpu and native.available():
         return torch.ops.lockstep_cpu.select_top(list(words), pool_N, need_P)
+    if triton_support.serves(pool_N):
+        order_N, _, load_P = sort_by_expert(pool_N[:, None], need_P.numel())
+        return select_grouped(order_N, load_P, need_P, words)
     if pool_N.is_cuda:
         return select_top_sorted(words, pool_N, need_P)
     return select_top_reference(words, pool_N, need_P)
+
+
+def select_grouped(
+    order_N: torch.Tensor, load_P: torch.Tensor, need_P: torch.Tensor, words: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_top` of claims that are grouped by pool.
+
+    order_N: int64, the claims of pool 0, of pool 1, ...; behind those of the last pool the entries
+    mean nothing. load_P: int64, claims of each pool.
+    """
+    if triton_support.serves(order_N):
+        from engine.ops.gpu.select_grouped import select_grouped_triton
+
+        return select_grouped_triton(order_N, load_P, need_P, words)
+    return select_grouped_reference(order_N, load_P, need_P, words)
+
+
+def select_grouped_reference(
+    order_N: torch.Tensor, load_P: torch.Tensor, need_P: torch.Tensor, words: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain torch form of `select_grouped`."""
+    num_claims, num_pools = order_N.numel(), load_P.numel()
+    place_N = torch.arange(num_claims, device=order_N.device)
+    pool_N = torch.searchsorted(load_P.cumsum(0), place_N, right=True)
+    # One entry more takes the claims of no pool.
+    pool_N1 = order_N.new_full((num_claims + 1,), -1)
+    pool_N1.scatter_(0, order_N.where(pool_N < num_pools, num_claims), pool_N)
+    return select_top_reference(words, pool_N1[:-1], need_P)
+
+
+def select_reduced(
+    words: Sequence[torch.Tensor],
+    pool_N: torch.Tensor,
+    need_P: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_top` over the claims of all ranks: each marks its own, `tied` is the same on all.
+
+    reduce: adds int32 histograms [P * 256] up over ranks; called four times a word, on every rank.
+    """
+    if triton_support.serves(pool_N):
+        from engine.ops.gpu.select_reduced import select_reduced_triton
+
+        return select_reduced_triton(words, pool_N, need_P, reduce)
+    return select_top_reference(words, pool_N, need_P, reduce)
 
 
 def select_top_sorted(
@@ -111,3 +160,31 @@ def select_top_reference(
     tied_P = (last_P > need_P) & (need_P > 0)
     fits_P = (need_P > 0) & ~tied_P
     return keep_N | (alive_N & fits_P[row_N]), tied_P.any()
+
+
+def quotas(claims_WP: torch.Tensor, limit_P: torch.Tensor) -> torch.Tensor:
+    """Partition min(claims, limit) slots of each pool in proportion to the ranks' claims; return
+    int64 [W, P].
+
+    claims_WP, limit_P: int64. Largest remainder, ties to the lower rank; exact integers.
+    """
+    if triton_support.serves(claims_WP):
+        from engine.ops.gpu.quotas import quotas_triton
+
+        return quotas_triton(claims_WP, limit_P)
+    return quotas_reference(claims_WP, limit_P)
+
+
+def quotas_reference(claims_WP: torch.Tensor, limit_P: torch.Tensor) -> torch.Tensor:
+    """Plain torch form of `quotas`."""
+    total_P = claims_WP.sum(0)
+    slots_P = total_P.minimum(limit_P)
+    scaled_WP = claims_WP * slots_P
+    divisor_P = total_P.clamp(min=1)
+    quota_WP = scaled_WP.div(divisor_P, rounding_mode="floor")
+    # One more slot each for the ranks with the largest remainders, until none is left.
+    left_P = slots_P - quota_WP.sum(0)
+    order_WP = (scaled_WP % divisor_P).argsort(dim=0, descending=True, stable=True)
+    ranks_WP = torch.arange(len(claims_WP), device=claims_WP.device)[:, None].expand_as(order_WP)
+    rank_order_WP = torch.empty_like(order_WP).scatter_(0, order_WP, ranks_WP)
+    return quota_WP + (rank_order_WP < left_P)

@@ -1,12 +1,13 @@
-"""silu(gate) * up, the activation between the two matrices of a gated FFN.
+"""The gates of an FFN: silu(gate) * up between its two matrices, and one on its output.
 
-Legend: R rows, F hidden dim of the FFN.
+Legend: R rows, F hidden dim of the FFN, T tokens, D model dim.
 """
 
 import torch
 import torch.nn.functional as F
 
 from engine.ops import native, triton_support
+from engine.ops.linear import linear
 
 
 def silu_and_mul(gate_up_R2F: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,23 @@ def silu_and_mul(gate_up_R2F: torch.Tensor) -> torch.Tensor:
     return silu_and_mul_reference(gate_up_R2F)
 
 
+def gate_output(out_TD: torch.Tensor, x_TD: torch.Tensor, gate_1D: torch.Tensor) -> torch.Tensor:
+    """Returns out_TD * sigmoid(x_TD @ gate_1D^T): [T, D] in out's dtype, each row by one number."""
+    if triton_support.serves(out_TD):
+        from engine.ops.gpu.gate_output import gate_output_triton
+
+        return gate_output_triton(out_TD, x_TD, gate_1D)
+    return gate_output_reference(out_TD, x_TD, gate_1D)
+
+
 def silu_and_mul_reference(gate_up_R2F: torch.Tensor) -> torch.Tensor:
     """Plain torch form of `silu_and_mul`."""
     gate_RF, up_RF = gate_up_R2F.chunk(2, dim=-1)
     return F.silu(gate_RF) * up_RF
+
+
+def gate_output_reference(
+    out_TD: torch.Tensor, x_TD: torch.Tensor, gate_1D: torch.Tensor
+) -> torch.Tensor:
+    """`gate_output` as single ops, on CPU with the compiled projection where there is one."""
+    return out_TD * linear(x_TD, gate_1D).sigmoid()

@@ -5,7 +5,7 @@ Legend: T tokens, K top-k, N assignments (T * K), E experts.
 
 import torch
 
-from engine.ops import native
+from engine.ops import native, triton_support
 
 
 def sort_by_expert(
@@ -20,6 +20,10 @@ def sort_by_expert(
     """
     if topk_ids_TK.is_cpu and native.available():
         return torch.ops.lockstep_cpu.sort_by_expert(topk_ids_TK, num_experts)
+    if triton_support.serves(topk_ids_TK):
+        from engine.ops.gpu.sort_by_expert import sort_by_expert_triton
+
+        return sort_by_expert_triton(topk_ids_TK, num_experts)
     return sort_by_expert_reference(topk_ids_TK, num_experts)
 
 

@@ -7,7 +7,12 @@ like a kernel. Every host-to-device copy of a step goes through here; a test kee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
+
+_ALIGNED = 16  # bytes, at a multiple of which each of several tensors begins
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -18,3 +23,20 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
         return host
     # torch's pinned memory is not used again before the copy has passed.
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def all_to_device(hosts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Return contiguous CPU tensors on `device`, as `to_device` does, by one copy for all."""
+    if device.type == "cpu":
+        return list(hosts)
+    ends = list(accumulate(-(-host.nbytes // _ALIGNED) * _ALIGNED for host in hosts))
+    places = list(zip([0, *ends], hosts, strict=False))
+    packed = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8)
+    for start, host in places:
+        if host.nbytes:  # an empty tensor may have strides of 0, which no view takes
+            packed[start : start + host.nbytes] = host.flatten().view(torch.uint8)
+    sent = to_device(packed, device)
+    return [
+        sent[start : start + host.nbytes].view(host.dtype).view(host.shape)
+        for start, host in places
+    ]

@@ -21,7 +21,7 @@ from engine.generation.control import ControlMessage
 from engine.generation.step import Slice, Step
 from engine.moe.step import MoEStep, TokenCounts
 from engine.moe.token_shard import TokenShard, part_bounds
-from engine.ops.to_device import to_device
+from engine.ops.to_device import all_to_device
 from engine.profiling.phase_clock import PhaseClock
 from engine.request import CapacityUse
 
@@ -59,13 +59,14 @@ def build_moe_step(
     ]
     start, end = part_bounds(step.num_tokens, tensor, topology.tensor.rank)
     request_T, position_T, eligible_T = _identify(step, phases)
-    own_eligible_t = eligible_T[start:end]
-    num_own = int(own_eligible_t.sum())
+    num_own = int(eligible_T[start:end].sum())
     device = topology.device
+    own = [torch.from_numpy(each[start:end]) for each in (request_T, position_T, eligible_T)]
+    request_t, position_t, eligible_t = all_to_device(own, device)
     return MoEStep(
-        request_T=_upload(request_T[start:end], device),
-        position_T=_upload(position_T[start:end], device),
-        eligible_T=None if num_own == end - start else _upload(own_eligible_t, device),
+        request_T=request_t,
+        position_T=position_t,
+        eligible_T=None if num_own == end - start else eligible_t,
         num_own_eligible=num_own,
         num_tokens_W=tuple(last - first for first, last in sizes_W),
         num_eligible=num_eligible,
@@ -123,7 +124,3 @@ def _identify(
         eligible_T[rows] = (in_prompt & ("prefill" in phases)) | (~in_prompt & ("decode" in phases))
         row += piece.length
     return request_T, position_T, eligible_T
-
-
-def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)

@@ -23,7 +23,7 @@ from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM, GroupTokens
 from engine.moe.dispatch.two_batch import run_to_end
 from engine.moe.step import MoEStep
-from engine.ops.to_device import to_device
+from engine.ops.to_device import all_to_device, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,40 +108,55 @@ class Runner:
         positions_T = _spans(starts_S, lens_S)
         sequence_T = np.repeat(np.arange(len(slices)), lens_S)
         block_T = table_SB[sequence_T, positions_T // block_size].astype(np.int64)
-        return StepTensors(
-            token_ids_T=self._upload(np.array(list(chain(*tokens)), dtype=np.int64)),
-            positions_T=self._upload(positions_T),
-            slots_T=self._upload(block_T * block_size + positions_T % block_size),
-            queries=self._queries(lens_S, ends_S, table_SB),
-            read=self._read(slices, ends_S, table_SB),
-        )
-
-    def _read(
-        self, slices: Sequence[Slice], contexts_S: np.ndarray, table_SB: np.ndarray
-    ) -> ReadRows | None:
-        """Return the rows that are read, as queries of their own; None where all are."""
+        token_ids_T = np.array(list(chain(*tokens)), dtype=np.int64)
+        slots_T = block_T * block_size + positions_T % block_size
+        arrays = [token_ids_T, positions_T, slots_T, *_query_arrays(lens_S, ends_S, table_SB)]
+        # The rows that are read are queries of their own, unless all are.
         rows_R = _read_rows(slices)
-        if rows_R is None:
-            return None
-        read_S = np.array([piece.num_read for piece in slices])
+        read_S = np.array([piece.num_read for piece in slices], dtype=np.int64)
         some = read_S > 0
-        return ReadRows(
-            rows_R=self._upload(rows_R),
-            queries=self._queries(read_S[some], contexts_S[some], table_SB[some]),
-        )
-
-    def _queries(self, lens_S: np.ndarray, contexts_S: np.ndarray, table_SB: np.ndarray) -> Queries:
-        start_S1 = np.concatenate(([0], np.cumsum(lens_S))).astype(np.int32)
-        return Queries(
-            query_start_S1=self._upload(start_S1),
-            query_lens=lens_S.tolist(),
-            context_lens=contexts_S.tolist(),
-            context_lens_S=self._upload(contexts_S.astype(np.int32)),
-            block_table_SB=self._upload(table_SB),
+        if rows_R is not None:
+            arrays += [rows_R, *_query_arrays(read_S[some], ends_S[some], table_SB[some])]
+        # One copy to the device for all of them.
+        sent = all_to_device([torch.from_numpy(array) for array in arrays], self.device)
+        read = None
+        if rows_R is not None:
+            read = ReadRows(rows_R=sent[6], queries=_queries(read_S[some], ends_S[some], *sent[7:]))
+        return StepTensors(
+            token_ids_T=sent[0],
+            positions_T=sent[1],
+            slots_T=sent[2],
+            queries=_queries(lens_S, ends_S, *sent[3:6]),
+            read=read,
         )
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(array), self.device)
+
+
+def _query_arrays(
+    lens_S: np.ndarray, contexts_S: np.ndarray, table_SB: np.ndarray
+) -> list[np.ndarray]:
+    """Return the arrays of `Queries` that go to the device."""
+    start_S1 = np.concatenate(([0], np.cumsum(lens_S))).astype(np.int32)
+    return [start_S1, contexts_S.astype(np.int32), table_SB]
+
+
+def _queries(
+    lens_S: np.ndarray,
+    contexts_S: np.ndarray,
+    start_S1: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    table_SB: torch.Tensor,
+) -> Queries:
+    """Return the queries of a step, with the tensors of `_query_arrays`."""
+    return Queries(
+        query_start_S1=start_S1,
+        query_lens=lens_S.tolist(),
+        context_lens=contexts_S.tolist(),
+        context_lens_S=context_lens_S,
+        block_table_SB=table_SB,
+    )
 
 
 def _read_rows(slices: Sequence[Slice]) -> np.ndarray | None:

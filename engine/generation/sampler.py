@@ -159,7 +159,8 @@ def _sample_rows(
             [
                 (row, draw, params[row].temperature, top_k[row], params[row].top_p)
                 for row, draw in zip(numbers, random, strict=True)
-            ]
+            ],
+            dtype=np.float64,  # a temperature may be an integer of any size
         )
         row_R, *columns = to_device(torch.from_numpy(table), logits_SV.device).unbind(1)
         row_R = row_R.long()

@@ -23,9 +23,7 @@ from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
-from engine.ops.rms_norm import rms_norm
-from engine.ops.rotary import apply_rotary
-from engine.ops.store_kv import store_kv
+from engine.ops.qk_rotary_store import QKRule, qk_rotary_store
 from engine.weights.slot import WeightSlot
 
 
@@ -61,6 +59,10 @@ class Attention(nn.Module):
         self.spec, self.share = spec, share
         self.sums = TensorSum(tensor, calls=2 if spec.qk_norm == "projection" else 1)
         self.scale = spec.head_dim**-0.5
+        # The norm of a projection that tensor ranks share needs a sum over them.
+        self.splits_norm = spec.qk_norm == "projection" and tensor.size > 1
+        norm = "none" if self.splits_norm else spec.qk_norm
+        self.qk_rule = QKRule(norm, spec.norm_eps, spec.clip_qkv)
         self.q_width = share.num_heads * spec.head_dim
         self.kv_width = share.num_kv_heads * spec.head_dim
         rows = self.q_width + 2 * self.kv_width
@@ -105,20 +107,21 @@ class Attention(nn.Module):
         qkv_TO = linear(x_TD, self.qkv_OD, self.qkv_bias_O)
         widths = (self.q_width, self.kv_width, self.kv_width)
         q, k, v = qkv_TO.split_with_sizes(widths, dim=1)  # a third of what `split` costs
-        if spec.qk_norm == "projection":
+        if self.splits_norm:
             q, k = self._norm_projections(q, k)
-        if spec.clip_qkv is not None:
-            bound = spec.clip_qkv
-            q, k, v = q.clamp(-bound, bound), k.clamp(-bound, bound), v.clamp(-bound, bound)
-        q_THD = q.unflatten(1, (-1, spec.head_dim))
-        k_TGD = k.unflatten(1, (-1, spec.head_dim))
-        v_TGD = v.unflatten(1, (-1, spec.head_dim))
-        if spec.qk_norm == "head":
-            assert self.q_norm is not None and self.k_norm is not None
-            q_THD = rms_norm(q_THD, self.q_norm, spec.norm_eps)
-            k_TGD = rms_norm(k_TGD, self.k_norm, spec.norm_eps)
-        q_THD, k_TGD = apply_rotary(q_THD, k_TGD, cos_TR, sin_TR)
-        store_kv(k_TGD, v_TGD, k_cache, v_cache, step.slots_T)
+        q_THD = qk_rotary_store(
+            q,
+            k,
+            v,
+            self.q_norm,
+            self.k_norm,
+            cos_TR,
+            sin_TR,
+            k_cache,
+            v_cache,
+            step.slots_T,
+            self.qk_rule,
+        )
         if read is not None:
             q_THD = q_THD.index_select(0, read.rows_R)
         out_THD = paged_attention(
@@ -151,8 +154,6 @@ class Attention(nn.Module):
         """
         assert self.q_norm is not None and self.k_norm is not None
         spec, share = self.spec, self.share
-        if self.sums.group.size == 1:
-            return rms_norm(q, self.q_norm, spec.norm_eps), rms_norm(k, self.k_norm, spec.norm_eps)
         wide_q, wide_k = q.float(), k.float()
         squares_T2 = torch.stack((wide_q.square().sum(1), wide_k.square().sum(1)), dim=1)
         self.sums(squares_T2)

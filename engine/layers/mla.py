@@ -28,12 +28,11 @@ from engine.distributed.groups import Group
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
 from engine.layers.step_inputs import ReadRows, StepTensors
+from engine.ops.latent_rotary_store import latent_rotary_store
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
 from engine.ops.rms_norm import rms_norm
-from engine.ops.rotary import apply_rotary
-from engine.ops.store_kv import store_kv
 from engine.weights.slot import WeightSlot
 
 # Every published DeepSeek model uses this for the norms of the two latents, not rms_norm_eps.
@@ -126,21 +125,26 @@ class LatentAttention(nn.Module):
         q_nope_THN, q_rope_THR = q.unflatten(1, (-1, self.head_dim)).split(
             (spec.nope_dim, spec.rope_dim), dim=2
         )
-        k_rope_T1R = k_rope.unsqueeze(1)
-        if spec.interleaved:
-            q_rope_THR, k_rope_T1R = split_pairs(q_rope_THR), split_pairs(k_rope_T1R)
-        apply_rotary(q_rope_THR, k_rope_T1R, cos_TR, sin_TR)
         if read is not None:
             q_nope_THN = q_nope_THN.index_select(0, read.rows_R)
-            q_rope_THR = q_rope_THR.index_select(0, read.rows_R)
 
         # Absorb the keys' up-projection into the queries; the values' follows after attention.
         key_up_HNC, value_up_HVC = self.kv_up_HOC.split((spec.nope_dim, spec.value_dim), dim=1)
         absorbed_HTC = torch.bmm(q_nope_THN.transpose(0, 1), key_up_HNC)
-        q_THL = torch.cat((absorbed_HTC.transpose(0, 1), q_rope_THR), dim=2)
-        latent_T1C = rms_norm(latent, self.kv_norm_C, LATENT_NORM_EPS).unsqueeze(1)
-        key_T1L = torch.cat((latent_T1C, k_rope_T1R), dim=2)
-        store_kv(key_T1L, latent_T1C, k_cache, v_cache, step.slots_T)
+        q_THL = latent_rotary_store(
+            absorbed_HTC.transpose(0, 1),
+            q_rope_THR,
+            latent,
+            k_rope,
+            self.kv_norm_C,
+            LATENT_NORM_EPS,
+            cos_TR,
+            sin_TR,
+            k_cache,
+            step.slots_T,
+            interleaved=spec.interleaved,
+            rows_Q=None if read is None else read.rows_R,
+        )
         mixed_THC = paged_attention(
             q_THL,
             k_cache,
@@ -207,12 +211,3 @@ class LatentAttention(nn.Module):
         yield WeightSlot(name, self.kv_up_HOC.flatten(0, 1), full, (rows_of(width),))
         columns, full_width = rows_of(spec.value_dim), spec.num_heads * spec.value_dim
         yield from out_slots(prefix, self.out_DO, self.out_bias_D, columns, full_width)
-
-
-def split_pairs(x: torch.Tensor) -> torch.Tensor:
-    """Return x [.., R] with rotary pairs (2i, 2i + 1) moved to (i, i + R / 2).
-
-    Queries and keys are both rotated in this order, so their products are those of the interleaved
-    rotation.
-    """
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

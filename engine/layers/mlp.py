@@ -13,7 +13,7 @@ from torch import nn
 from engine.layers.parallel import empty_parameter
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
-from engine.ops.silu_and_mul import silu_and_mul
+from engine.ops.silu_and_mul import gate_output, silu_and_mul
 from engine.weights.slot import WeightSlot
 
 
@@ -55,7 +55,7 @@ class DenseMLP(nn.Module):
         hidden_TF = silu_and_mul(linear(x_TD, self.gate_up_2FD, self.gate_up_bias_2F))
         out_TD = linear(hidden_TF, self.down_DF, self.down_bias_D)
         if self.output_gate_1D is not None:
-            out_TD = out_TD * linear(x_TD, self.output_gate_1D).sigmoid()
+            out_TD = gate_output(out_TD, x_TD, self.output_gate_1D)
         return out_TD
 
     def finalize_weights(self) -> None:

@@ -271,12 +271,12 @@ class CausalLM(nn.Module):
             clock.enter(Phase.OTHER, index)
             if read is not None:
                 residual_TD = residual_TD.index_select(0, read.rows_R)
-            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
+            x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
                 x_TD = yield from layer.mlp.steps(x_TD, moe_step, group_tokens, micro_batch, tunes)
             else:
                 x_TD = layer.mlp(x_TD)
-            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
+            x_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
         if read is None and step.read is not None:
             x_TD = x_TD.index_select(0, step.read.rows_R)
         return x_TD

@@ -21,13 +21,7 @@ from typing import Literal
 import torch
 
 from engine.ops.linear import linear
-from engine.ops.select_experts import (
-    SelectionRule,
-    choose,
-    score_logits,
-    select_experts,
-    weigh_scores,
-)
+from engine.ops.select_experts import SelectionRule, select_experts, weigh_scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +71,17 @@ class RouterSpec:
 
     @property
     def rule(self) -> SelectionRule:
-        """The rule by which experts are chosen among all."""
-        return SelectionRule(self.top_k, self.score, self.normalize, self.normalize_eps, self.scale)
+        """The rule by which experts are chosen."""
+        return SelectionRule(
+            self.top_k,
+            self.score,
+            self.normalize,
+            self.normalize_eps,
+            self.scale,
+            self.num_groups,
+            self.top_groups,
+            self.group_score,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +94,19 @@ class Routing:
 
 
 def gate_logits(x_TD: torch.Tensor, gate_weight_ED: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Return gate logits [T, E], float32; computed in float32 where the family does so."""
+    """Return gate logits [T, E], in float32 where the family does so, else in the dtype of x."""
     if spec.float32_logits and x_TD.dtype != torch.float32:
         return linear(x_TD.float(), gate_weight_ED.float())
-    return linear(x_TD, gate_weight_ED).float()
+    return linear(x_TD, gate_weight_ED)
 
 
 def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None) -> Routing:
-    """Return scores, chosen experts and combine weights of float32 gate logits [T, E].
+    """Return scores, chosen experts and combine weights of gate logits [T, E].
 
     bias_E: float32, the correction bias, if and only if the spec has one.
     """
     assert (bias_E is not None) == spec.correction_bias, "correction bias and spec disagree"
-    rule = spec.rule
-    if spec.num_groups == 1:
-        return Routing(*select_experts(logits_TE, bias_E, rule))
-    scores_TE = score_logits(logits_TE, spec.score)
-    choice_TE = _mask_groups(scores_TE if bias_E is None else scores_TE + bias_E, spec)
-    return Routing(scores_TE, *choose(scores_TE, choice_TE, rule))
+    return Routing(*select_experts(logits_TE, bias_E, spec.rule))
 
 
 def score_weights(
@@ -119,17 +117,3 @@ def score_weights(
     scores_TX, topk_scores_TK: float32; the latter are the tokens' original top-k scores.
     """
     return weigh_scores(scores_TX, topk_scores_TK, spec.rule)
-
-
-def _mask_groups(choice_TE: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Return the scores with experts outside each token's best groups set to -inf (DeepSeek-V2,
-    arXiv 2405.04434, section 2.1.2).
-    """
-    grouped = choice_TE.unflatten(1, (spec.num_groups, -1))  # [T, groups, experts per group]
-    if spec.group_score == "max":
-        group_scores = grouped.amax(-1)
-    else:
-        group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-    best = group_scores.topk(spec.top_groups, dim=-1).indices
-    keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-    return grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(1)

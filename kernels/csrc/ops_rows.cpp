@@ -66,24 +66,22 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::Tensor& residual,
-                                                const at::Tensor& weight, double eps) {
+at::Tensor add_rms_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight,
+                        double eps) {
   check_norm(x, weight);
-  TORCH_CHECK(x.sizes() == residual.sizes(), "add_rms_norm: x ", x.sizes(), ", residual ",
-              residual.sizes());
-  const at::Tensor left = dense(x), right = dense(residual);
-  const at::Tensor sum = at::empty_like(left), out = at::empty_like(left);
-  const int64_t dim = left.size(-1);
-  const float *a = left.const_data_ptr<float>(), *b = right.const_data_ptr<float>();
-  const float* scale = weight.const_data_ptr<float>();
-  float *sums = sum.mutable_data_ptr<float>(), *to = out.mutable_data_ptr<float>();
-  for_each_row(leading(left), dim, [&](int64_t first, int64_t last) {
+  TORCH_CHECK(x.sizes() == residual.sizes() && residual.is_contiguous(), "add_rms_norm: x ",
+              x.sizes(), ", residual ", residual.sizes(), " with strides ", residual.strides());
+  const at::Tensor in = dense(x), out = at::empty_like(in);
+  const int64_t dim = in.size(-1);
+  const float *data = in.const_data_ptr<float>(), *scale = weight.const_data_ptr<float>();
+  float *sums = residual.mutable_data_ptr<float>(), *to = out.mutable_data_ptr<float>();
+  for_each_row(leading(in), dim, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      kernels().add(a + r * dim, b + r * dim, dim, sums + r * dim);
+      kernels().add(data + r * dim, sums + r * dim, dim, sums + r * dim);
       kernels().rms_norm(sums + r * dim, scale, static_cast<float>(eps), dim, to + r * dim);
     }
   });
-  return {out, sum};
+  return out;
 }
 
 void apply_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos_in,

@@ -28,13 +28,18 @@ def _select_experts_kernel(
     SOFTMAX: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP2: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     exists = expert < num_experts
     x = tl.load(logits + token * logits_stride + expert, mask=exists, other=-float("inf"))
+    x = x.to(tl.float32)
     if SOFTMAX:
         e = tl.exp(x - tl.max(x, axis=0))
         score = e / tl.sum(tl.where(exists, e, 0.0), axis=0)
@@ -46,6 +51,27 @@ def _select_experts_kernel(
         choice += tl.load(bias + expert, mask=exists, other=0.0)
     choice = tl.where(choice == choice, choice, float("inf"))  # NaN is the largest, as in torch
     choice = tl.where(exists, choice, -float("inf"))
+
+    if NUM_GROUPS > 1:
+        group = expert // (num_experts // NUM_GROUPS)
+        each_G = tl.arange(0, BLOCK_G)
+        group_scores = tl.full([BLOCK_G], -float("inf"), tl.float32)
+        for g in range(NUM_GROUPS):
+            inside = exists & (group == g)
+            best = tl.max(tl.where(inside, choice, -float("inf")), axis=0)
+            if TOP2:
+                winner = tl.min(tl.where(inside & (choice == best), expert, BLOCK_E), axis=0)
+                inside &= expert != winner
+                best += tl.max(tl.where(inside, choice, -float("inf")), axis=0)
+            group_scores = tl.where(each_G == g, best, group_scores)
+        allowed = expert < 0
+        left_G = each_G < NUM_GROUPS
+        for _ in range(TOP_GROUPS):
+            best = tl.max(tl.where(left_G, group_scores, -float("inf")), axis=0)
+            winner = tl.min(tl.where(left_G & (group_scores == best), each_G, BLOCK_G), axis=0)
+            left_G &= each_G != winner
+            allowed |= group == winner
+        choice = tl.where(allowed, choice, -float("inf"))
 
     place = tl.arange(0, BLOCK_K)
     chosen = tl.zeros([BLOCK_K], tl.int64)
@@ -72,9 +98,9 @@ def select_experts_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of `select_experts`: same arguments and results."""
     (num_tokens, num_experts), top_k = logits_TE.shape, rule.top_k
-    scores_TE = logits_TE.new_empty(num_tokens, num_experts)
+    scores_TE = logits_TE.new_empty(num_tokens, num_experts, dtype=torch.float32)
     topk_ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
-    weights_TK = logits_TE.new_empty(num_tokens, top_k)
+    weights_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.float32)
     if num_tokens == 0:
         return scores_TE, topk_ids_TK, weights_TK
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
@@ -92,8 +118,13 @@ def select_experts_triton(
         SOFTMAX=rule.score == "softmax",
         HAS_BIAS=bias_E is not None,
         NORMALIZE=rule.normalize,
+        NUM_GROUPS=rule.num_groups,
+        TOP_GROUPS=rule.top_groups,
+        # A group of one expert has no second one.
+        TOP2=rule.group_score == "top2" and num_experts > rule.num_groups,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_G=triton.next_power_of_2(rule.num_groups),
     )
     return scores_TE, topk_ids_TK, weights_TK
 

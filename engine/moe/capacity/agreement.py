@@ -31,12 +31,14 @@ from engine.distributed.collectives import Collectives, run_overlapped
 from engine.moe.capacity.claim_maker import ClaimMaker
 from engine.moe.capacity.consensus import Claims, Consensus, Selection
 from engine.moe.capacity.consensus_registry import make_consensus
-from engine.moe.capacity.expansion import candidates, choose_extras
+from engine.moe.capacity.expansion import choose_extras
 from engine.moe.capacity.limits import cannot_bind
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.plan import ExpertOrder
-from engine.moe.router import RouterSpec, Routing, score_weights
+from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
+from engine.ops.claims import ExtraRule
+from engine.ops.select_experts import apply_selection
 from engine.profiling.device_clocks import NoClock
 from engine.profiling.phase_clock import Phase, PhaseClock
 
@@ -170,7 +172,16 @@ class CapacityAgreement:
         while True:
             selection = pending.select(exact=exact)
             keep_TK, extra_Te = self._apply(selection, routing, step, claims)
-            ids_TM = _merge(routing.topk_ids_TK, keep_TK, extra_Te, self._own.start)
+            ids_TM, weights_TM = apply_selection(
+                keep_TK,
+                routing.scores_TE,
+                routing.topk_ids_TK,
+                routing.topk_weights_TK,
+                self._router.rule,
+                self._own.start,
+                self.config.renormalize,
+                extra_Te,
+            )
             order = layout.sort(ids_TM)
             rows_Wn2 = self._rows(selection, claims, order, layout, step, clock)
             if on_order is not None:
@@ -185,7 +196,7 @@ class CapacityAgreement:
         exchanged_Wn = host[:, : -self._router.num_experts - 2]
         return Decision(
             ids_TM=ids_TM,
-            weights_TM=self._weights(routing, keep_TK, extra_Te),
+            weights_TM=weights_TM,
             order=order,
             exchanged_Wn=exchanged_Wn,
             before_WE=host[:, exchanged_Wn.shape[1] : -2],
@@ -262,15 +273,10 @@ class CapacityAgreement:
         # The slots that are left, for this rank's own tokens and experts.
         free_P = claims.limit_P - selection.pool_kept_P
         pool_e = claims.pool_of_code[self._own]
-        allowed_Te = self._claims.outside_topk(routing, step) & (free_P[pool_e] > 0)
-        budget: torch.Tensor | int = num_local if self.config.expand is None else self.config.expand
-        if self.config.extras == "dropped":
-            budget = (~keep_TK).sum(1, keepdim=True).clamp(max=budget)
-        scores_Te = routing.scores_TE[:, self._own]
-        wanted_Te = candidates(scores_Te, allowed_Te, budget)
-        return keep_TK, choose_extras(
-            scores_Te, wanted_Te, pool_e, free_P, step.request_T, step.position_T
-        )
+        budget = num_local if self.config.expand is None else self.config.expand
+        rule = ExtraRule(self._own.start, budget)
+        lost = keep_TK if self.config.extras == "dropped" else None
+        return keep_TK, choose_extras(routing, step, pool_e, free_P, rule, lost)
 
     def _rows(
         self,
@@ -320,41 +326,3 @@ class CapacityAgreement:
                 "and model.dtype (float16 overflows where bfloat16 does not), or set "
                 "moe.capacity.policy=none, under which only the request concerned fails"
             )
-
-    def _weights(
-        self, routing: Routing, keep_TK: torch.Tensor, extra_Te: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the combine weights [T, M] of what is kept and added."""
-        weights_TK = routing.topk_weights_TK
-        kept_TM = weights_TK.where(keep_TK, 0.0)
-        if extra_Te is not None:
-            extra_weights_Te = score_weights(
-                routing.scores_TE[:, self._own],
-                routing.scores_TE.gather(1, routing.topk_ids_TK),
-                self._router,
-            )
-            kept_TM = torch.cat((kept_TM, extra_weights_Te.where(extra_Te, 0.0)), dim=1)
-        if not self.config.renormalize:
-            return kept_TM
-        changed_T1 = (~keep_TK).any(1, keepdim=True)
-        if extra_Te is not None:
-            changed_T1 = changed_T1 | extra_Te.any(1, keepdim=True)
-        kept_T1 = kept_TM.sum(1, keepdim=True)
-        changed_T1 = changed_T1 & (kept_T1 > 0)
-        # Divide first: the old sum over a tiny new one would overflow.
-        rescaled_TM = kept_TM / kept_T1 * weights_TK.sum(1, keepdim=True)
-        return rescaled_TM.where(changed_T1, kept_TM)
-
-
-def _merge(
-    topk_ids_TK: torch.Tensor,
-    keep_TK: torch.Tensor,
-    extra_Te: torch.Tensor | None,
-    first_expert: int,
-) -> torch.Tensor:
-    """Return ids_TM: the top-k kept, then extras in the order of the local experts, else -1."""
-    ids_TK = topk_ids_TK.where(keep_TK, -1)
-    if extra_Te is None:
-        return ids_TK
-    local_e = torch.arange(extra_Te.shape[1], device=ids_TK.device) + first_expert
-    return torch.cat((ids_TK, local_e.expand_as(extra_Te).where(extra_Te, -1)), dim=1)

@@ -13,12 +13,12 @@ import torch
 
 from engine.config import CapacityConfig
 from engine.moe.capacity.consensus import Claims
-from engine.moe.capacity.expansion import candidates
 from engine.moe.capacity.limits import Pools, expert_capacity
-from engine.moe.capacity.priority import sort_keys
 from engine.moe.capacity.speed_weights import limits
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
+from engine.ops.claim_keys import num_primary_keys
+from engine.ops.claims import ClaimRule, ExtraRule, extra_claims, make_claims
 from engine.ops.to_device import to_device
 
 _LimitKey = tuple[torch.device, int, tuple[int, ...] | None]
@@ -66,63 +66,54 @@ class ClaimMaker:
 
     def make(self, routing: Routing, step: MoEStep) -> Claims:
         """Return this rank's claims in one call of the layer; no collective, no host sync."""
-        num_experts, config = self._router.num_experts, self._config
-        code_TN, score_TN = routing.topk_ids_TK, routing.scores_TE.gather(1, routing.topk_ids_TK)
-        columns = self._router.top_k
-        if step.eligible_T is not None:
-            code_TN = code_TN + num_experts * (~step.eligible_T[:, None]).long()
+        config, columns, extra_pool_Te = self._config, self._router.top_k, None
+        device = routing.topk_ids_TK.device
         if self._extras_claim:
-            extra_TX, score_TX = self._extra_claims(routing, step)
-            code_TN = torch.cat((code_TN, extra_TX), dim=1)
-            score_TN = torch.cat((score_TN, score_TX), dim=1)
+            extra_pool_Te = self._extra_pools(routing, step)
             columns += self._most_local
-        expert_N = None
-        if any(size > 1 for size in self.pools.sizes):
-            expert_N = code_TN.flatten() % num_experts
-        keys, num_primary = sort_keys(
-            config.order,
-            score_N=score_TN.flatten(),
-            request_N=_each(step.request_T, columns),
-            position_N=_each(step.position_T, columns),
-            expert_N=expert_N,
+        rule = ClaimRule(
+            order=config.order,
             seed=config.seed,
             layer=self._layer,
+            with_expert=any(size > 1 for size in self.pools.sizes),
+            num_extra=self._most_local,
+            first_expert=self.own.start,
         )
-        device = code_TN.device
+        keys, code_N, non_finite = make_claims(
+            routing.scores_TE,
+            routing.topk_ids_TK,
+            step.request_T,
+            step.position_T,
+            rule,
+            step.eligible_T,
+            extra_pool_Te,
+        )
         local = config.consensus == "local"
         return Claims(
             keys=keys,
-            num_primary=num_primary,
-            code_N=code_TN.flatten(),
+            num_primary=num_primary_keys(config.order),
+            code_N=code_N,
             pool_of_code=self._table(device),
             limit_P=self._limit(
                 device, step.num_own_eligible if local else step.num_eligible, step.weights_W
             ),
-            non_finite=(~routing.scores_TE.isfinite().all()).long()[None],
+            non_finite=non_finite,
             padded=max(step.num_tokens_W) * columns,
         )
 
-    def _extra_claims(self, routing: Routing, step: MoEStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes [T, X], 3E for none, and scores [T, X] of extras that claim slots."""
-        scores_Te = routing.scores_TE[:, self.own]
-        num_tokens, num_local = scores_Te.shape
-        allowed_Te = self.outside_topk(routing, step)
+    def _extra_pools(self, routing: Routing, step: MoEStep) -> torch.Tensor:
+        """Return the pools of extras that claim slots, int64 [T, e], -1 for none."""
         budget = self._most_local if self._config.expand is None else self._config.expand
-        wanted_Te = candidates(scores_Te, allowed_Te, budget)
-        device, num_experts = scores_Te.device, self._router.num_experts
-        nothing = 3 * num_experts
-        codes_e = torch.arange(self.own.start, self.own.stop, device=device) + 2 * num_experts
-        code_TX = torch.full((num_tokens, self._most_local), nothing, device=device)
-        code_TX[:, :num_local] = codes_e.expand(num_tokens, -1).where(wanted_Te, nothing)
-        score_TX = scores_Te.new_zeros((num_tokens, self._most_local))
-        score_TX[:, :num_local] = scores_Te
-        return code_TX, score_TX
-
-    def outside_topk(self, routing: Routing, step: MoEStep) -> torch.Tensor:
-        """Return which local experts each token subject to capacity has not chosen: bool [T, e]."""
-        chosen_TE = torch.zeros_like(routing.scores_TE, dtype=torch.bool)
-        outside_Te = ~chosen_TE.scatter_(1, routing.topk_ids_TK, True)[:, self.own]
-        return outside_Te if step.eligible_T is None else outside_Te & step.eligible_T[:, None]
+        pool_Te, _ = extra_claims(
+            routing.scores_TE,
+            routing.topk_ids_TK,
+            step.request_T,
+            step.position_T,
+            self._table(routing.topk_ids_TK.device)[self.own],
+            ExtraRule(self.own.start, budget, with_keys=False),
+            step.eligible_T,
+        )
+        return pool_Te
 
     def _table(self, device: torch.device) -> torch.Tensor:
         """Return the pool of every code, int64 [3E + 1]."""
@@ -142,8 +133,3 @@ class ClaimMaker:
             limit_P = torch.tensor(limits(self.pools, capacity, weights_W))
             self._limits = {key: to_device(limit_P, device)}
         return self._limits[key]
-
-
-def _each(numbers_T: torch.Tensor, times: int) -> torch.Tensor:
-    """Return each token's number once per claim: [T * times]."""
-    return numbers_T[:, None].expand(-1, times).flatten()

@@ -15,7 +15,8 @@ import torch
 
 from engine.distributed.collectives import COLLECTIVE_BYTES, Collectives, Done, Pending
 from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
-from engine.ops.select_top import DIGITS, PASSES_A_WORD, select_top, select_top_reference
+from engine.ops.claims import count_claims
+from engine.ops.select_top import DIGITS, PASSES_A_WORD, select_reduced, select_top
 
 
 def gather_bytes(claims: Claims, num_ranks: int) -> int:
@@ -116,19 +117,15 @@ class _PendingGather:
         code_M = self._code_WB.flatten()
         pool_M = claims.pool_of_code[code_M]
         keep_M, tied = select_top(self._keys, pool_M, claims.limit_P)
-        # Claims and kept claims per rank and code, from one histogram over (rank, code).
-        num_codes = 3 * num_experts + 1
-        first_W1 = torch.arange(num_ranks, device=code_M.device)[:, None] * num_codes
-        index_M = (first_W1 + self._code_WB).flatten()
-        counts = torch.zeros((2, num_ranks * num_codes), dtype=torch.int64, device=code_M.device)
-        counts[0].scatter_add_(0, index_M, torch.ones_like(index_M))
-        counts[1].scatter_add_(0, index_M, keep_M.long())
-        claimed_W, kept_W = counts.view(2, num_ranks, num_codes)
-        before_WE, exempt_WE = claimed_W[:, : 2 * num_experts].chunk(2, dim=1)
-        keep_WE = kept_W[:, :num_experts] + kept_W[:, 2 * num_experts : -1]
-        rows = torch.cat((keep_WE + exempt_WE, before_WE + exempt_WE, self._non_finite_W1), dim=1)
+        rows, claims_P = count_claims(
+            self._code_WB,
+            keep_M.view(num_ranks, size),
+            self._non_finite_W1,
+            claims.pool_of_code,
+            claims.limit_P.numel(),
+        )
         own_N = keep_M.view(num_ranks, size)[self._collectives.rank, : claims.code_N.numel()]
-        kept_P = claims.by_pool(before_WE.sum(0)).minimum(claims.limit_P)
+        kept_P = claims_P.minimum(claims.limit_P)
 
         def all_ids() -> torch.Tensor:
             exempt_WB = (self._code_WB >= num_experts) & (self._code_WB < 2 * num_experts)
@@ -158,7 +155,7 @@ class _PendingRadix:
         def reduce(histogram: torch.Tensor) -> torch.Tensor:
             return self._collectives.all_reduce(histogram).wait()
 
-        keep_N, tied = select_top_reference(keys, claims.pool_N, claims.limit_P, reduce)
+        keep_N, tied = select_reduced(keys, claims.pool_N, claims.limit_P, reduce)
         kept_P = claims.by_pool(self._pending.wait()).minimum(claims.limit_P)
         return Selection(keep_N, kept_P, tied, None)
 

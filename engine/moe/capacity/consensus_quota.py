@@ -16,26 +16,7 @@ import torch
 from engine.distributed.collectives import Collectives
 from engine.moe.capacity.consensus import Claims, PendingSelection, Selection
 from engine.moe.capacity.limits import Pools
-from engine.ops.select_top import select_top
-
-
-def quotas(claims_WP: torch.Tensor, limit_P: torch.Tensor) -> torch.Tensor:
-    """Partition min(claims, limit) slots of each pool in proportion to the ranks' claims; return
-    int64 [W, P].
-
-    claims_WP, limit_P: int64. Largest remainder, ties to the lower rank; exact integers.
-    """
-    total_P = claims_WP.sum(0)
-    slots_P = total_P.minimum(limit_P)
-    scaled_WP = claims_WP * slots_P
-    divisor_P = total_P.clamp(min=1)
-    quota_WP = scaled_WP.div(divisor_P, rounding_mode="floor")
-    # One more slot each for the ranks with the largest remainders, until none is left.
-    left_P = slots_P - quota_WP.sum(0)
-    order_WP = (scaled_WP % divisor_P).argsort(dim=0, descending=True, stable=True)
-    ranks_WP = torch.arange(len(claims_WP), device=claims_WP.device)[:, None].expand_as(order_WP)
-    rank_order_WP = torch.empty_like(order_WP).scatter_(0, order_WP, ranks_WP)
-    return quota_WP + (rank_order_WP < left_P)
+from engine.ops.select_top import quotas, select_top
 
 
 class QuotaConsensus:

@@ -15,59 +15,41 @@ from __future__ import annotations
 
 import torch
 
-from engine.moe.capacity.priority import sortable
+from engine.moe.router import Routing
+from engine.moe.step import MoEStep
+from engine.ops.claims import ExtraRule, extra_claims
 from engine.ops.select_top import select_top
 
 
-def candidates(
-    scores_Te: torch.Tensor, allowed_Te: torch.Tensor, budget_T1: torch.Tensor | int
-) -> torch.Tensor:
-    """Return each token's best allowed local experts, at most `budget` of them: bool [T, e].
-
-    Equal scores: the lower expert first.
-
-    Args:
-        scores_Te: float32, of this rank's experts.
-        allowed_Te: bool.
-        budget_T1: int64 [T, 1], or one number for all.
-    """
-    num_local = scores_Te.shape[1]
-    if isinstance(budget_T1, int) and budget_T1 >= num_local:
-        return allowed_Te
-    ranked_Te = scores_Te.masked_fill(~allowed_Te, float("-inf"))
-    order_Te = ranked_Te.argsort(dim=1, descending=True, stable=True)
-    rank_Te = torch.empty_like(order_Te).scatter_(
-        1, order_Te, torch.arange(num_local, device=scores_Te.device).expand_as(order_Te)
-    )
-    return allowed_Te & (rank_Te < budget_T1)
-
-
 def choose_extras(
-    scores_Te: torch.Tensor,
-    candidate_Te: torch.Tensor,
+    routing: Routing,
+    step: MoEStep,
     pool_e: torch.Tensor,
     free_P: torch.Tensor,
-    request_T: torch.Tensor,
-    position_T: torch.Tensor,
+    rule: ExtraRule,
+    keep_TK: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return which candidates get a free slot, best score first: bool [T, e].
+    """Return which local experts get a token in a free slot, best score first: bool [T, e].
 
     Ties go to the lower global token id, then the lower expert.
 
     Args:
-        scores_Te: float32.
-        candidate_Te: bool.
+        routing: of this rank's tokens.
+        step: their ids, and which of them are subject to capacity.
         pool_e: int64, the pool of each local expert.
         free_P: int64, slots left in each pool.
-        request_T, position_T: int32, the global token id.
+        rule: which extras a token may claim.
+        keep_TK: bool, where it may claim as many as it has lost; None: up to the budget.
     """
-    num_tokens, num_local = scores_Te.shape
-    pool_N = pool_e.expand(num_tokens, -1).where(candidate_Te, -1).flatten()
-    expert_N = torch.arange(num_local, dtype=torch.int32, device=scores_Te.device)
-    keys = [
-        sortable(scores_Te.contiguous()).flatten(),
-        (~request_T)[:, None].expand(-1, num_local).flatten(),
-        (~position_T)[:, None].expand(-1, num_local).flatten(),
-        (~expert_N).expand(num_tokens, -1).flatten(),
-    ]
-    return select_top(keys, pool_N, free_P)[0].view(num_tokens, num_local)
+    pool_Te, keys = extra_claims(
+        routing.scores_TE,
+        routing.topk_ids_TK,
+        step.request_T,
+        step.position_T,
+        pool_e,
+        rule,
+        step.eligible_T,
+        free_P,
+        keep_TK,
+    )
+    return select_top(keys, pool_Te.flatten(), free_P)[0].view_as(pool_Te)

@@ -1,7 +1,7 @@
 """Limits: how many assignments each expert, or each rank's experts, may keep. Pure functions.
 
 The rules of "Capacity-Aware Inference" (He et al., ICLR 2026, arXiv 2503.05066), section 3, made
-exact: the limit is a ceiling in exact arithmetic, the order is total (`priority.py`), and padding
+exact: the limit is a ceiling in exact arithmetic, the order is total (`claim_keys.py`), and padding
 tokens do not exist. `agreement.py` applies them, `consensus.py` across ranks; extra local experts
 are in `expansion.py`.
 

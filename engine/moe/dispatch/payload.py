@@ -49,6 +49,10 @@ class Payload(Protocol):
         """Fill the send buffer of `chunk`."""
         ...
 
+    def prepare(self, chunk: int) -> None:
+        """Do what unpacking `chunk` needs and the received rows do not, while they travel."""
+        ...
+
     def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
         """Return the received rows of `chunk` as the experts take them."""
         ...
@@ -98,6 +102,10 @@ class RowPayload:
         if not self._packed:
             gather_rows(self._x_TD, plan.order.token_N, send)
         return AllToAll(send, self._recv[chunk], plan.send_splits, plan.recv_splits)
+
+    def prepare(self, chunk: int) -> None:
+        """Make the receive index."""
+        _ = self._plans[chunk].recv_index_R
 
     def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
         """Return the rows in receive order; the experts read and write them there."""
@@ -179,11 +187,18 @@ class PackedPayload:
             self._format.pack_header(bits_UB, weights_Ue, out_UL)
         return AllToAll(out_UL, self._recv[chunk], *_dispatch_splits(plan))
 
+    def prepare(self, chunk: int) -> None:
+        """Make the receive index, which deduplicated rows need only for the combine."""
+        plan = self._plans[chunk]
+        if not (plan.pre_reduced and plan.unique is not None):
+            _ = plan.recv_index_R
+
     def unpack(self, chunk: int, recv: torch.Tensor) -> ExpertRows:
         """Return the rows grouped by expert, a deduplicated one once per expert that it serves."""
         plan, row_format = self._plans[chunk], self._format
-        index_R = plan.recv_index_R
-        if plan.unique is not None:
+        if plan.unique is None:
+            index_R = plan.recv_index_R
+        else:
             num_experts = plan.unique.num_experts
             flags_eV = read_bits(row_format.bits(recv), num_experts)
             index_R, self._slot_Ve = rows_by_expert(flags_eV, plan.num_received)

@@ -135,6 +135,7 @@ class Pipeline:
             combines: list[_InFlight] = []
             for chunk, plan in enumerate(plans):
                 following = start_dispatch(chunk + 1) if chunk + 1 < len(plans) else None
+                payload.prepare(chunk)
                 recv = wait(dispatch)
                 clock.enter(Phase.EXPERTS, layer, plan.num_received)
                 out_RD = self._experts(*payload.unpack(chunk, recv))

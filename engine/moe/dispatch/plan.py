@@ -57,6 +57,27 @@ class UniquePlan:
     num_experts: int  # local experts of this chunk
 
 
+class ReceiveIndex:
+    """The receive index of each grouped row, made when it is first read: that takes the host longer
+    than the rest of the plan, and the rows can be sent without it.
+
+    Args:
+        local_We: int64 on the host, the rows that each rank sends to each local expert.
+        device: of the index.
+    """
+
+    def __init__(self, local_We: np.ndarray, device: torch.device) -> None:
+        self._local_We, self._device = local_We, device
+        self._index_R: torch.Tensor | None = None
+        self._is_made = False
+
+    def read(self) -> torch.Tensor | None:
+        """Return the index, int64 [R]; None: rows are received grouped."""
+        if not self._is_made:
+            self._index_R, self._is_made = _recv_index(self._local_We, self._device), True
+        return self._index_R
+
+
 @dataclass(frozen=True, slots=True)
 class DispatchPlan:
     """Everything dispatch and combine need."""
@@ -65,9 +86,14 @@ class DispatchPlan:
     send_splits: list[int]  # assignments per destination rank
     recv_splits: list[int]  # assignments per source rank
     expert_counts: list[int]  # rows of each local expert
-    recv_index_R: torch.Tensor | None  # int64, receive index of each grouped row; None: grouped
+    receive_index: ReceiveIndex | None  # of one rank None: grouped
     row_format: RowFormat | None = None  # of dispatched rows; None: the model's dtype, unpacked
     unique: UniquePlan | None = None  # rows are deduplicated per rank; None: one per assignment
+
+    @property
+    def recv_index_R(self) -> torch.Tensor | None:
+        """The receive index of each grouped row, int64; None: rows are received grouped."""
+        return None if self.receive_index is None else self.receive_index.read()
 
     @property
     def num_received(self) -> int:
@@ -115,7 +141,7 @@ def make_plan(
         send_splits=to_rank_WW[rank].tolist(),
         recv_splits=to_rank_WW[:, rank].tolist(),
         expert_counts=local_We.sum(0).tolist(),
-        recv_index_R=_recv_index(local_We, order.token_N.device),
+        receive_index=ReceiveIndex(local_We, order.token_N.device),
     )
 
 

@@ -23,20 +23,17 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import DispatchConfig
-from engine.ops.permute import gather_rows
+from engine.ops.permute import encode_rows, pack_rows, unpack_rows
 
 _FP8 = torch.float8_e4m3fn
-_FP8_MAX = 448.0
-# Rows unpacked at a time: intermediates stay small compared to the row buffers.
-_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens in the payload's dtype."""
+    """Tokens as `pack` takes them (`engine.ops.permute.encode_rows`)."""
 
-    rows_TD: torch.Tensor  # payload dtype; float8 as uint8
-    scale_T1: torch.Tensor | None  # float32, with float8
+    rows_TD: torch.Tensor  # payload dtype, float8 as uint8; where `pack` casts, as they were
+    scale_T1: torch.Tensor | None  # float32, with float8 that is cast already
 
 
 class RowFormat:
@@ -69,19 +66,12 @@ class RowFormat:
 
     def encode(self, x_TD: torch.Tensor) -> Encoded:
         """Return tokens [T, D] in the payload's dtype, each row scaled by itself."""
-        if not self._scaled:
-            return Encoded(x_TD.to(self.payload), None)
-        x_TD = x_TD.float()
-        scale_T1 = x_TD.abs().amax(1, keepdim=True) / _FP8_MAX
-        scale_T1 = scale_T1.clamp(min=torch.finfo(torch.float32).tiny)  # NaN stays NaN
-        return Encoded((x_TD / scale_T1).to(_FP8).view(torch.uint8), scale_T1)
+        return Encoded(*encode_rows(x_TD, self.payload))
 
     def pack(self, encoded: Encoded, token_U: torch.Tensor, out_UL: torch.Tensor) -> None:
         """Write the payload of the tokens token_U (int64), and their scales, into out_UL."""
-        dtype = torch.uint8 if self._scaled else self.payload
-        gather_rows(encoded.rows_TD, token_U, out_UL.view(dtype)[:, : self.width])
-        if encoded.scale_T1 is not None:
-            self._part(out_UL, self._scale, 1).copy_(encoded.scale_T1.index_select(0, token_U))
+        rows = (encoded.rows_TD, encoded.scale_T1)
+        pack_rows(rows, token_U, out_UL, self.payload, self._scale)
 
     def pack_header(
         self, bits_UB: torch.Tensor, weights_Ue: torch.Tensor | None, out_UL: torch.Tensor
@@ -103,24 +93,7 @@ class RowFormat:
         self, recv_VL: torch.Tensor, index_R: torch.Tensor | None, out_RD: torch.Tensor
     ) -> None:
         """Write received rows, those of index_R (int64; None: all in order), into out_RD."""
-        if not self._scaled and self.payload == self.dtype:
-            rows_VD = recv_VL.view(self.dtype)[:, : self.width]
-            if index_R is None:
-                out_RD.copy_(rows_VD)
-            else:
-                gather_rows(rows_VD, index_R, out_RD)
-            return
-        for start in range(0, out_RD.shape[0], _BLOCK):
-            block = slice(start, min(start + _BLOCK, out_RD.shape[0]))
-            if index_R is None:
-                part = recv_VL[block]
-            else:
-                part = recv_VL.index_select(0, index_R[block])
-            rows = part.view(self.payload)[:, : self.width]
-            if self._scaled:
-                out_RD[block] = rows.float() * self._part(part, self._scale, 1)
-            else:
-                out_RD[block] = rows
+        unpack_rows(recv_VL, index_R, out_RD, self.payload, self._scale)
 
     def _part(self, rows_L: torch.Tensor, offset: int, count: int) -> torch.Tensor:
         return rows_L[:, offset : offset + 4 * count].view(torch.float32)

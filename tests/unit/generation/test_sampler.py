@@ -71,6 +71,13 @@ def test_a_vanishing_temperature_is_greedy_and_overflows_nothing():
 # --- the draw ---------------------------------------------------------------------------------
 
 
+def test_an_integer_of_any_size_is_a_temperature():
+    logits = torch.tensor([[0.0, 3.0], [0.0, 3.0]])
+    params = [SamplingParams(temperature=10**30), SamplingParams(temperature=1.0, top_p=0.9)]
+    tokens, _ = sample(logits, params, [0, 0], [0, 1])
+    assert set(tokens) <= {0, 1}
+
+
 def test_uniform_is_reproducible_in_every_release():
     # A change here changes every seeded result users have.
     values = uniform([0, 0, 0, 1, 2**63 - 1], [0, 0, 1, 0, 12345], [0, 1, 0, 0, 678])

@@ -58,7 +58,9 @@ def test_scores_are_float32_for_a_bfloat16_model():
     x, gate = torch.randn(3, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     for float32_logits in (False, True):
         spec = RouterSpec(num_experts=4, top_k=2, float32_logits=float32_logits)
-        assert gate_logits(x, gate, spec).dtype == torch.float32
+        logits = gate_logits(x, gate, spec)
+        assert (logits.dtype == torch.float32) == spec.float32_logits
+        assert route(logits, spec).scores_TE.dtype == torch.float32
 
 
 def test_top_k_equal_to_all_experts_uses_every_score():

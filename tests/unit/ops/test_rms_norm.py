@@ -21,12 +21,12 @@ def test_rows_match_the_definition(isa, shape):
 
 
 @each_isa
-def test_add_rms_norm_returns_the_norm_of_the_sum_and_the_sum(isa):
+def test_add_rms_norm_adds_to_the_residual_in_place_and_returns_the_norm_of_the_sum(isa):
     x, residual, weight = torch.randn(33, 70), torch.randn(33, 70), torch.randn(70)
-    kept = residual.clone()
+    kept, total = x.clone(), x + residual
     with on_isa(isa):
-        normed, total = add_rms_norm(x, residual, weight, 1e-6)
-        assert torch.equal(total, x + kept) and torch.equal(residual, kept)
+        normed = add_rms_norm(x, residual, weight, 1e-6)
+        assert torch.equal(residual, total) and torch.equal(x, kept)
         assert torch.equal(normed, rms_norm(total, weight, 1e-6))
 
 

@@ -8,14 +8,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.ops.select_top import select_top, select_top_reference, select_top_sorted
+from engine.ops.select_top import (
+    select_grouped,
+    select_top,
+    select_top_reference,
+    select_top_sorted,
+)
+from engine.ops.sort_by_expert import sort_by_expert
 
 
 def sort_keys(*columns: list[int]) -> list[torch.Tensor]:
     return [torch.tensor(column, dtype=torch.int32) for column in columns]
 
 
-ALL = [select_top, select_top_reference, select_top_sorted]
+def select_top_grouped(words, pool, need):
+    order, _, load = sort_by_expert(pool[:, None], need.numel())
+    return select_grouped(order, load, need, words)
+
+
+ALL = [select_top, select_top_reference, select_top_sorted, select_top_grouped]
 
 
 @pytest.mark.parametrize("select", ALL)
@@ -61,7 +72,7 @@ def test_the_compiled_and_the_sorting_selection_equal_their_reference(claims, ne
     columns = sort_keys([claim[1] for claim in claims], [claim[2] for claim in claims])
     for depth in (1, 2):
         expected, expected_tied = select_top_reference(columns[:depth], pool, torch.tensor(needs))
-        for select in (select_top, select_top_sorted):
+        for select in (select_top, select_top_sorted, select_top_grouped):
             keep, tied = select(columns[:depth], pool, torch.tensor(needs))
             assert torch.equal(keep, expected) and bool(tied) == bool(expected_tied)
 

@@ -6,7 +6,7 @@ Run: python -m pytest tests/unit/ops/test_silu_and_mul.py
 import pytest
 import torch
 
-from engine.ops.silu_and_mul import silu_and_mul
+from engine.ops.silu_and_mul import gate_output, silu_and_mul
 from tests.helpers.ops_cases import each_isa, on_isa
 
 
@@ -26,3 +26,12 @@ def test_the_exponential_is_accurate_over_its_whole_range(isa):
         got = silu_and_mul(torch.cat((gate, torch.ones_like(gate))))
     expected = (gate.double() * gate.double().sigmoid()).float()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-30)
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_each_row_is_multiplied_by_the_sigmoid_of_its_projection(isa, tokens):
+    out, x, gate = torch.randn(tokens, 20), torch.randn(tokens, 20), torch.randn(1, 20)
+    factor = 1 / (1 + (-(x.double() * gate.double()).sum(1, keepdim=True)).exp())
+    with on_isa(isa):
+        torch.testing.assert_close(gate_output(out, x, gate), (out.double() * factor).float())

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
-from engine.ops.to_device import to_device
+from engine.ops.to_device import all_to_device, to_device
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -41,6 +42,33 @@ def test_a_copy_to_a_gpu_is_pinned_first_and_then_queued():
     host, device = Host(), torch.device("cuda", 1)
     to_device(cast(torch.Tensor, host), device)
     assert host.calls == [("pin_memory",), ("to", device, True)]
+
+
+def test_several_tensors_are_sent_by_one_copy_and_keep_dtype_shape_and_alignment(monkeypatch):
+    hosts = [
+        torch.arange(3, dtype=torch.int32),
+        torch.tensor([True, False, True]),
+        torch.empty(0, 2, dtype=torch.int64),
+        torch.from_numpy(np.zeros((0, 0), dtype=np.int32)),
+        torch.from_numpy(np.arange(0)),
+        torch.arange(6).view(2, 3),
+        torch.arange(5, dtype=torch.float64)[None],
+    ]
+    sent = []
+
+    def copy(host, device):
+        sent.append(host)
+        return host.clone()
+
+    monkeypatch.setattr("engine.ops.to_device.to_device", copy)
+    for one in (hosts, []):
+        copies = all_to_device(one, torch.device("cuda", 0))
+        assert len(copies) == len(one)
+        for host, made in zip(one, copies, strict=True):
+            assert made.dtype == host.dtype and torch.equal(made, host)
+            assert made.data_ptr() % 16 == 0 or not made.numel()
+    assert len(sent) == 2
+    assert all_to_device(hosts, torch.device("cpu"))[0] is hosts[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

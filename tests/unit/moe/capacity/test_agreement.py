@@ -5,6 +5,7 @@ tests/unit/moe/capacity/test_agreement.py
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from engine.config import CapacityConfig
 from engine.distributed.collectives import Pending
 from engine.moe.capacity.agreement import CapacityAgreement
 from engine.moe.dispatch.chunk_layout import ExpertLayout
+from engine.moe.dispatch.plan import ExpertOrder
 from engine.moe.router import RouterSpec, route
 from engine.moe.step import MoEStep
+from engine.profiling.device_clocks import NoClock
 from tests.helpers.capacity_cases import Case, cases, expected, make_tokens, run_engine
 
 MANY = settings(
@@ -162,3 +165,52 @@ def test_overlapped_work_that_fails_leaves_no_collective_in_flight(rules, fails)
     with pytest.raises(MemoryError, match="does not fit"):
         agreement.decide(route(torch.randn(6, 4), spec), step, overlap=work)
     assert collectives.waited == collectives.started
+
+
+class Watched:
+    """Collectives of one rank that record when a gather is waited for."""
+
+    rank, size, bytes_sent = 0, 1, 0
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def all_gather(self, part: torch.Tensor) -> Pending:
+        events = self._events
+        events.append("start")
+
+        class Gather:
+            def wait(self) -> torch.Tensor:
+                events.append("wait")
+                return part[None]
+
+        return Gather()
+
+    def all_reduce(self, part: torch.Tensor) -> Pending:
+        return self.all_gather(part)
+
+
+@pytest.mark.parametrize("binds", [False, True])
+def test_the_order_is_known_before_the_counts_of_all_are_read(binds):
+    """A GPU packs the rows while the counts travel."""
+    events: list[str] = []
+    config = CapacityConfig(policy="token_drop", factor="0.5", consensus="quota")
+    layout = ExpertLayout([0, 4], 1)
+    router = RouterSpec(num_experts=4, top_k=2)
+    watched: Any = Watched(events)
+    agreement = CapacityAgreement(router, config, layer=0, layout=layout, collectives=watched)
+    routing = route(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), router)
+
+    def on_order(order: ExpertOrder) -> None:
+        events.append("order")
+
+    if binds:
+        step = MoEStep.whole(torch.zeros(6), torch.arange(6), (6,))
+        read = torch.Tensor.cpu
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", lambda self: events.append("read") or read(self))
+            agreement.decide(routing, step, layout=layout, on_order=on_order)
+        assert events.index("order") < events.index("read")
+    else:
+        agreement.keep_all(routing, clock=NoClock(), overlap=None, layout=layout, on_order=on_order)
+        assert events == ["start", "order", "wait"]

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from engine.config import CapacityConfig
 from engine.moe.capacity.agreement import CapacityAgreement, Decision
-from engine.moe.capacity.consensus_quota import quotas
-from engine.moe.capacity.expansion import candidates, choose_extras
+from engine.moe.capacity.expansion import choose_extras
 from engine.moe.capacity.limits import Pools, cannot_bind
-from engine.moe.capacity.priority import random_key, sort_keys, sortable
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
+from engine.ops.claim_keys import random_key, sort_keys, sortable
+from engine.ops.claims import ExtraRule, candidates
+from engine.ops.select_top import quotas
 from tests.helpers.reference import hash_key
 from tests.helpers.threads import run_threads
 
@@ -94,14 +95,18 @@ def test_quotas_use_every_slot_and_exceed_no_ranks_claims(claims, limit):
 
 def test_the_worked_example_of_expansion_holds():
     # This rank hosts experts 0 (one free slot) and 1 (none); t2 has expert 0 already.
-    scores_Te = torch.tensor([[0.2, 0.5], [0.3, 0.1], [0.4, 0.1]])
-    outside_Te = torch.tensor([[True, False], [True, True], [False, True]])
-    free_P = torch.tensor([1, 0])
-    pool_e = torch.tensor([0, 1])
-    wanted_Te = candidates(scores_Te, outside_Te & (free_P[pool_e] > 0), 2)
+    scores_TE = torch.zeros(3, 6)
+    scores_TE[:, :2] = torch.tensor([[0.2, 0.5], [0.3, 0.1], [0.4, 0.1]])
+    topk_ids_TK = torch.tensor([[1, 5], [2, 3], [0, 4]])
     position = torch.arange(3, dtype=torch.int32)
+    step = MoEStep.whole(torch.zeros_like(position), position, (3,))
     extra_Te = choose_extras(
-        scores_Te, wanted_Te, pool_e, free_P, torch.zeros_like(position), position
+        Routing(scores_TE, topk_ids_TK, scores_TE.gather(1, topk_ids_TK)),
+        step,
+        torch.tensor([0, 1]),
+        torch.tensor([1, 0]),
+        ExtraRule(0, budget=2),
+        None,
     )
     assert extra_Te.int().tolist() == [[0, 0], [1, 0], [0, 0]]
 

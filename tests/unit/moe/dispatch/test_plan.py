@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.moe.dispatch import plan as plan_module
 from engine.moe.dispatch.plan import ExpertOrder, make_plan
 from engine.ops import sort_by_expert as sort_op
 from tests.helpers.bounds import bounds
@@ -35,6 +36,17 @@ def test_arrival_order_regroups_rows_of_two_sources_by_expert():
     plan = make_plan(order, np.array([[1, 1], [2, 1]]), 0, [0, 2, 2])
     assert plan.recv_index_R is not None and plan.recv_index_R.tolist() == [0, 2, 3, 1, 4]
     assert plan.send_splits == [2, 0]
+
+
+def test_the_receive_index_is_made_when_it_is_first_read_and_once(monkeypatch):
+    made = []
+    make = plan_module._recv_index
+    monkeypatch.setattr(plan_module, "_recv_index", lambda *each: made.append(1) or make(*each))
+    order = sort_by_expert(torch.tensor([[3, 0], [0, 2]]), 4)
+    plan = make_plan(order, np.array([[2, 0, 1, 1], [1, 1, 0, 0]]), 0, [0, 2, 4])
+    assert not made, "rows can be sent without it"
+    first = plan.recv_index_R
+    assert first is not None and plan.recv_index_R is first and made == [1]
 
 
 @given(

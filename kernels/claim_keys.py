@@ -1,4 +1,4 @@
-"""Priority: the sort keys that decide which claims a pool keeps first. Pure functions.
+"""Claim keys: the words by which claims are compared, so which ones a pool keeps first.
 
 A claim has int32 keys, most significant first; of two claims the one with the larger keys is kept.
 The order is total: after the policy's key come the global token id and the expert.
@@ -33,12 +33,15 @@ def random_key(
     h = mix(mix(seed + layer * 0x9E3779B97F4A7C15) ^ (request * 2**32 + position)), the key is its
     upper 32 bits read as a signed number.
     """
-    start = (seed + layer * 0x9E3779B97F4A7C15) & (2**64 - 1)
-    start = _mix_int(start)
-    signed = start - 2**64 if start >= 2**63 else start
     token_N = request_N.long().bitwise_left_shift(32) | position_N.long().bitwise_and(_LOW32)
-    mixed_N = _mix(token_N ^ signed)
+    mixed_N = _mix(token_N ^ random_start(seed, layer))
     return mixed_N.bitwise_right_shift(32).to(torch.int32)  # arithmetic shift: the sign is kept
+
+
+def random_start(seed: int, layer: int) -> int:
+    """Return mix(seed + layer * 0x9E3779B97F4A7C15) as a signed number of 64 bits."""
+    start = _mix_int((seed + layer * 0x9E3779B97F4A7C15) & (2**64 - 1))
+    return start - 2**64 if start >= 2**63 else start
 
 
 def sort_keys(
@@ -53,7 +56,7 @@ def sort_keys(
 ) -> tuple[list[torch.Tensor], int]:
     """Return the keys by which claims are compared, and how many of them are primary.
 
-    Keys are int32 [N], most significant first, larger kept first (`engine.ops.select_top`). The
+    Keys are int32 [N], most significant first, larger kept first (`select_top.py`). The
     primary ones distinguish most claims; the others break ties: lower token id, then lower expert.
 
     Args:
@@ -64,19 +67,24 @@ def sort_keys(
         seed, layer: for random order.
     """
     if order == "last":
-        keys, num_primary = [request_N, position_N], 2
+        keys = [request_N, position_N]
     elif order == "first":
-        keys, num_primary = [~request_N, ~position_N], 2
+        keys = [~request_N, ~position_N]
     else:
         first_N = (
             sortable(score_N)
             if order == "score"
             else random_key(seed, layer, request_N, position_N)
         )
-        keys, num_primary = [first_N, ~request_N, ~position_N], 1
+        keys = [first_N, ~request_N, ~position_N]
     if expert_N is not None:
         keys.append(~expert_N.to(torch.int32))
-    return keys, num_primary
+    return keys, num_primary_keys(order)
+
+
+def num_primary_keys(order: Order) -> int:
+    """Return how many of the keys are primary."""
+    return 2 if order in ("first", "last") else 1
 
 
 def _mix_int(x: int) -> int:

@@ -1,0 +1,49 @@
+"""The Triton kernel of the router with groups of experts and logits of any dtype, against torch.
+
+TRITON_INTERPRET=1 python -m pytest tests/gpu/test_router_triton.py
+"""
+
+import pytest
+import torch
+
+from engine.ops.select_experts import SelectionRule, select_experts_reference
+from tests.gpu.test_ops_triton import DEVICE, kernel
+
+# Experts, groups, groups that may be chosen from, top-k: DeepSeek's ratios, odd ones, single ones.
+GROUPS = [(32, 8, 4, 6), (20, 5, 2, 3), (6, 3, 1, 2), (4, 4, 3, 3), (8, 1, 1, 2)]
+
+
+@kernel
+@pytest.mark.parametrize("group_score", ["max", "top2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("experts", "groups", "top_groups", "top_k"), GROUPS)
+def test_groups_match_the_reference(experts, groups, top_groups, top_k, dtype, group_score):
+    from engine.ops.gpu.select_experts import select_experts_triton
+
+    generator = torch.Generator().manual_seed(experts)
+    # No two scores of a token alike, in any dtype: torch promises no order of equals.
+    logits = (torch.rand(3, experts, generator=generator).argsort(1) / 8 - 2).to(dtype)
+    score = "sigmoid" if group_score == "top2" else "softmax"
+    bias = torch.rand(experts, generator=generator) if score == "sigmoid" else None
+    more = (True, 1e-3, 2.5, groups, top_groups, group_score)
+    rule = SelectionRule(top_k, score, *more)
+    on_device = None if bias is None else bias.to(DEVICE)
+    got = select_experts_triton(logits.to(DEVICE), on_device, rule)
+    expected = select_experts_reference(logits, bias, rule)
+    assert torch.equal(got[1].cpu(), expected[1])
+    for mine, theirs in ((got[0], expected[0]), (got[2], expected[2])):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@kernel
+def test_with_groups_too_the_ids_differ_and_exist_whatever_the_logits():
+    from engine.ops.gpu.select_experts import select_experts_triton
+
+    nan = float("nan")
+    logits = torch.tensor([[nan] * 8, [1.0] * 8, [0, nan, 3, 3, -1e30, 9, 9, 9], [-1e30] * 8])
+    for group_score in ("max", "top2"):
+        rule = SelectionRule(3, "sigmoid", num_groups=4, top_groups=2, group_score=group_score)
+        _, ids, _ = select_experts_triton(logits.to(DEVICE), None, rule)
+        assert all(len(set(row)) == 3 for row in ids.tolist())
+        assert ids.min() >= 0 and ids.max() < 8
