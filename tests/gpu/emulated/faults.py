@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from engine.distributed.collectives import GroupCollectives, Started
-from engine.generation import loop, runner
+from engine.generation import loop
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.layer import MoELayer
 from engine.moe.router import Routing
+from engine.ops import to_device
 
 
 def no_fault(patch: pytest.MonkeyPatch) -> None:
@@ -80,12 +81,12 @@ def reused_pinned_buffer(patch: pytest.MonkeyPatch) -> None:
         part.copy_(host)
         return part.to(device, non_blocking=True)
 
-    patch.setattr(runner, "to_device", upload)
+    patch.setattr(to_device, "to_device", upload)
 
 
 def pageable_copy(patch: pytest.MonkeyPatch) -> None:
     """Upload the arrays of a step out of memory that is not pinned."""
-    patch.setattr(runner, "to_device", lambda host, device: host.to(device, non_blocking=True))
+    patch.setattr(to_device, "to_device", lambda host, device: host.to(device, non_blocking=True))
 
 
 def unread_copy_to_the_host(patch: pytest.MonkeyPatch) -> None:
