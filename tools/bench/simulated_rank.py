@@ -26,10 +26,9 @@ from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep
-from engine.profiling.device_clocks import HostClock, NoClock
+from engine.profiling.device_clocks import NoClock, make_clock
 from engine.profiling.phase_clock import Phase
 
-CPU = torch.device("cpu")
 ALL_TO_ALLS = (Phase.DISPATCH, Phase.COMBINE)
 
 
@@ -86,7 +85,10 @@ class RowlessExchange(Exchange):
 
 
 class SimulatedRank(MoELayer):
-    """One rank's layer and tokens x_TD. Ranks may share `row_buffers`: they run one at a time."""
+    """One rank's layer and tokens x_TD, on their device and in their dtype.
+
+    Ranks may share `row_buffers`: they run one at a time.
+    """
 
     def __init__(
         self,
@@ -97,7 +99,8 @@ class SimulatedRank(MoELayer):
         x_TD: torch.Tensor,
         row_buffers: RowBuffers,
     ) -> None:
-        topology, answered = _topology(rank, size), AnsweredCollectives(rank, size)
+        device = x_TD.device
+        topology, answered = _topology(rank, size, device), AnsweredCollectives(rank, size)
         router = RouterSpec(num_experts=shape.experts, top_k=shape.top_k, normalize=True)
         super().__init__(
             MoESpec(router=router, hidden=shape.hidden, ffn=shape.ffn),
@@ -105,8 +108,8 @@ class SimulatedRank(MoELayer):
             topology=topology,
             # Rows without contents do not encode the experts they are for.
             config=MoEConfig(dispatch=DispatchConfig(deduplicate=False)),
-            device=CPU,
-            dtype=torch.float32,
+            device=device,
+            dtype=x_TD.dtype,
             row_buffers=row_buffers,
             exchange=RowlessExchange(topology.expert, answered),
         )
@@ -116,6 +119,8 @@ class SimulatedRank(MoELayer):
             self.gate_weight_ED.copy_(weights.gate_ED)
             self.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
             self.experts.w2_eDF.copy_(weights.w2_EDF[own])
+        if device.type == "cuda":
+            self.finalize_weights()
         self.x_TD = x_TD
 
     def ask(self, answers: list[torch.Tensor], step: MoEStep | None) -> DispatchPlan | Unanswered:
@@ -130,11 +135,11 @@ class SimulatedRank(MoELayer):
     def timed(self, answers: list[torch.Tensor], step: MoEStep | None) -> tuple[float, float]:
         """Run the layer; return seconds until dispatch and after it, without the all-to-alls."""
         self.answered.rewind(answers)
-        self.telemetry.clock = clock = HostClock()
+        self.telemetry.clock = clock = make_clock(self.x_TD.device)
         self(self.x_TD, step)
         clock.close_step()
         self.telemetry.clock = NoClock()
-        spans = clock.read()
+        spans = clock.read(ended=True)
         assert spans is not None
         seconds = (spans.ends - spans.starts) * 1e-9
         dispatch = int(np.flatnonzero(spans.phases == Phase.DISPATCH)[0])
@@ -142,7 +147,7 @@ class SimulatedRank(MoELayer):
         return float(seconds[:dispatch].sum()), float(work.sum())
 
 
-def _topology(rank: int, size: int) -> Topology:
+def _topology(rank: int, size: int, device: torch.device) -> Topology:
     """Return a topology without process groups: the layer's collectives are replaced."""
     no_group = cast(dist.ProcessGroup, None)
     world = Group(rank, size, tuple(range(size)), no_group)
@@ -155,7 +160,7 @@ def _topology(rank: int, size: int) -> Topology:
         data_rank=rank,
         num_data=size,
         replica=0,
-        device=CPU,
+        device=device,
         store=dist.HashStore(),
         local_world_size=size,
         host="simulated",

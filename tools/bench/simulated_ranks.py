@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from bench.loads import routing_of
 from bench.moe_case import MoEShape, MoEWeights, make_tokens, share, vary_margins
-from bench.simulated_rank import CPU, SimulatedRank, Unanswered
+from bench.simulated_rank import SimulatedRank, Unanswered
 from bench.transfers import Kind, Transfers
 from engine.config import CapacityConfig
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.step import MoEStep, TokenCounts
-
-ROW_BYTES = 4  # float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,10 @@ class PolicyTime:
 
 
 class SimulatedRanks:
-    """W ranks with their experts and tokens in this process. loads_E: of all tokens together."""
+    """W ranks with their experts and tokens in this process, on the device of their weights.
+
+    loads_E: of all tokens together.
+    """
 
     def __init__(
         self,
@@ -88,16 +89,18 @@ class SimulatedRanks:
         seed: int = 0,
     ) -> None:
         num_tokens = int(loads_E.sum()) // shape.top_k
-        x_TD = make_tokens(weights, routing_of(loads_E, num_tokens, seed), seed)
+        on_host = replace(weights, gate_ED=weights.gate_ED.cpu().float())
+        x_TD = make_tokens(on_host, routing_of(loads_E, num_tokens, seed), seed)
         vary_margins(x_TD, seed)
+        x_TD = x_TD.to(weights.w13_E2FD.device, weights.w13_E2FD.dtype)
         parts = [share(num_tokens, num_ranks, rank) for rank in range(num_ranks)]
         sizes = tuple(part.stop - part.start for part in parts)
-        self._shape, buffers = shape, RowBuffers()
+        buffers, self._row_bytes = RowBuffers(), shape.hidden * x_TD.element_size()
         self._ranks = [
             SimulatedRank(shape, weights, rank, num_ranks, x_TD[part].contiguous(), buffers)
             for rank, part in enumerate(parts)
         ]
-        self._steps = [_step(rank, sizes) for rank in range(num_ranks)]
+        self._steps = [_step(rank, sizes, x_TD.device) for rank in range(num_ranks)]
 
     @torch.inference_mode()
     def agree(self, config: CapacityConfig) -> Agreed:
@@ -161,18 +164,18 @@ class SimulatedRanks:
         agreement = sum(
             transfers[kind].of(part_bytes * times[kind]) for kind, part_bytes in agreed.calls
         )
-        row_bytes = agreed.busiest_rows() * self._shape.hidden * ROW_BYTES
+        row_bytes = agreed.busiest_rows() * self._row_bytes
         return agreement + 2 * transfers["all_to_all"].of(row_bytes)
 
 
-def _step(rank: int, sizes: tuple[int, ...]) -> MoEStep:
+def _step(rank: int, sizes: tuple[int, ...], device: torch.device) -> MoEStep:
     num_tokens = sizes[rank]
     return MoEStep(
-        request_T=torch.full((num_tokens,), rank, dtype=torch.int32),
-        position_T=torch.arange(num_tokens, dtype=torch.int32),
+        request_T=torch.full((num_tokens,), rank, dtype=torch.int32, device=device),
+        position_T=torch.arange(num_tokens, dtype=torch.int32, device=device),
         eligible_T=None,
         num_own_eligible=num_tokens,
         num_tokens_W=sizes,
         num_eligible=sum(sizes),
-        counts=TokenCounts.zeros(num_tokens, CPU),
+        counts=TokenCounts.zeros(num_tokens, device),
     )

@@ -1,10 +1,12 @@
-"""One check: the measured value, its bound, and whether it passed."""
+"""One check: the measured value, its bound, and whether it passed; or a figure without a bound."""
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -19,11 +21,48 @@ class Check:
     value: float | None = None
     bound: float | None = None
     note: str = ""
+    is_figure: bool = False  # measured, and not judged
+
+    @property
+    def result(self) -> str:
+        """The word in the table."""
+        if self.is_figure:
+            return "figure"
+        return {True: "ok", False: "FAILED", None: "not here"}[self.passed]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields for JSON, which has no infinity and no NaN: such values are None."""
+        fields = asdict(self)
+        for name in ("value", "bound"):
+            if fields[name] is not None and not math.isfinite(fields[name]):
+                fields[name] = None
+        return fields
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How the parts run."""
+
+    device: torch.device
+    families: tuple[str, ...]
+    is_tiny: bool  # small shapes and few rounds: tries the suite itself
 
 
 def at_most(group: str, name: str, value: float, bound: float, note: str = "") -> Check:
     """Return the check of a value that must not exceed its bound; NaN fails."""
     return Check(group=group, name=name, passed=value <= bound, value=value, bound=bound, note=note)
+
+
+def figure(group: str, name: str, value: float, note: str = "", of: float | None = None) -> Check:
+    """Return a measured value; `of`: what it is to be read against, which it need not reach."""
+    return Check(
+        group=group, name=name, passed=True, value=value, bound=of, note=note, is_figure=True
+    )
+
+
+def not_here(group: str, name: str, why: str) -> Check:
+    """Return a check that cannot run on this machine."""
+    return Check(group=group, name=name, passed=None, note=why)
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:

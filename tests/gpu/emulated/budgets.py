@@ -34,10 +34,9 @@ from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
 from tests.gpu.emulated.guard import compile_guard
 from tests.helpers.ranks import run_ranks
+from tools.gpu_checks.launches import COLUMNS
 from tools.make_random_checkpoint import make_checkpoint
 
-TABLE = Path(__file__).with_name("budgets.txt")
-COLUMNS = ("kernels", "events", "syncs", "collectives")
 DEPTHS = (2, 4)
 # The second step: of other prompts, or of their first new tokens. Later ones are much alike, so
 # that a rank might receive none, and what it does not launch would be missing.
@@ -112,15 +111,6 @@ def table_lines(found: dict[str, tuple[Step, Step]]) -> list[str]:
         halves = (" ".join(numbers[: len(COLUMNS)]), " ".join(numbers[len(COLUMNS) :]))
         lines.append(f"{name:{wide}} | {halves[0]} | {halves[1]}")
     return lines
-
-
-def read_table() -> tuple[str, dict[str, list[float]]]:
-    """Return the table's first line, and the numbers by the row's name."""
-    first, _, *lines = TABLE.read_text(encoding="utf-8").splitlines()
-    rows = (line.split("|") for line in lines)
-    return first, {
-        name.strip(): [float(each) for each in " ".join(numbers).split()] for name, *numbers in rows
-    }
 
 
 def per_layer(steps: tuple[Step, Step]) -> list[str]:

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.emulated.budgets import (
-    COLUMNS,
     ROWS,
     Step,
     cells,
     count_all,
     per_layer,
-    read_table,
     table_lines,
 )
 from tests.gpu.emulated.guard import obstacle
+from tools.gpu_checks.launches import COLUMNS, read_table
 
 pytestmark = [
     pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}"),
