@@ -31,6 +31,7 @@ from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
+from engine.generation.memory import agree_kv_blocks
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
 from engine.generation.tokenizer import load_tokenizer
@@ -90,8 +91,10 @@ class LLM:
         )
         self._reporter.begin("loading the model")
         self.model.finalize_weights(self._reporter.advance)
+        fitting = self._on_all_ranks(lambda: builder.plan_cache(self.model, config, topology))
+        num_blocks = agree_kv_blocks(fitting, topology.world)
         self._runner, self._scheduler = self._on_all_ranks(
-            lambda: builder.build_cache(self.model, config, topology)
+            lambda: builder.build_cache(self.model, config, topology, num_blocks)
         )
         in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives

@@ -1,7 +1,7 @@
 """Builder: the parts that one rank runs, built from the config.
 
 In this order: the model without weights, the weights, then the KV cache in the memory that is
-left, with the runner and the scheduler on top of it.
+left on the rank with the least, with the runner and the scheduler on top of it.
 """
 
 from __future__ import annotations
@@ -87,25 +87,43 @@ def load_weights(
     )
 
 
-def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Runner, Scheduler]:
-    """Build the KV cache in the memory that is left, and the runner and scheduler that use it.
+def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
+    """Return the KV cache blocks that this rank's memory has room for; reserve the row buffers.
 
     Raises:
         ValueError: when the memory does not suffice.
     """
-    dtype, settings = model.embedding_VD.dtype, config.scheduler
+    settings = config.scheduler
     reserve = reserve_rows(model, config, topology)
-    num_blocks = num_kv_blocks(
+    return num_kv_blocks(
         settings,
-        bytes_per_block=model.kv_spec.bytes_per_block(settings.block_size, dtype),
+        bytes_per_block=model.kv_spec.bytes_per_block(settings.block_size, model.dtype),
         max_model_len=model.max_model_len,
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
         device=topology.device,
         local_world_size=topology.local_world_size,
     )
-    cache = KVCache(model.kv_spec, num_blocks, settings.block_size, topology.device, dtype)
+
+
+def build_cache(
+    model: CausalLM, config: Config, topology: Topology, num_blocks: int
+) -> tuple[Runner, Scheduler]:
+    """Build the KV cache, and the runner and scheduler that use it.
+
+    Args:
+        num_blocks: equal on every rank (`agree_kv_blocks`).
+
+    Raises:
+        ValueError: when the memory does not suffice.
+    """
+    settings, device = config.scheduler, topology.device
+    with memory_in_words(
+        f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated; lower it, or "
+        "scheduler.kv_cache_gib"
+    ):
+        cache = KVCache(model.kv_spec, num_blocks, settings.block_size, device, model.dtype)
     pool = BlockPool(num_blocks, settings.block_size)
-    return Runner(model, cache, topology.device), Scheduler(settings, pool, model.max_model_len)
+    return Runner(model, cache, device), Scheduler(settings, pool, model.max_model_len)
 
 
 def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:
