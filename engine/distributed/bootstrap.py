@@ -36,6 +36,7 @@ from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnreportedError
 from engine.distributed.groups import Group, Topology, layout
 from engine.distributed.launch_agent import die_with_agent, kill_stopped_workers
+from engine.distributed.rank_device import bind_to_gpu_cpus, use_gpu
 from engine.distributed.rendezvous import RankInfo, assign_gpus, choose_device, join, share_of_cores
 from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
 from engine.distributed.shared_memory import open_channel
@@ -131,8 +132,12 @@ def _join_run(
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", own.gpus.index(infos[launch.rank].gpu or ""))
-        torch.cuda.set_device(device)
-    torch.set_num_threads(_num_threads(config, launch, environ, infos))
+        use_gpu(device)
+    num_threads = _num_threads(config, launch, environ, infos)
+    if kind == "cuda" and config.runtime.numa == "auto":
+        num_cpus = bind_to_gpu_cpus(device, launch.rank, infos)
+        num_threads = min(num_threads, num_cpus or num_threads)
+    torch.set_num_threads(num_threads)
     atexit.register(_let_gloo_finish)
     store_rank = None if _launcher_holds_store(environ) else 0
     return _create_groups(config, launch, device, store, timeout, store_rank)
