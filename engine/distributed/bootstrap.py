@@ -2,7 +2,7 @@
 
     discover    the launcher's environment -> rank, world size, address     (discovery.py)
     join        host, GPU, config digest and errors of all ranks            (rendezvous.py)
-    create      device, CPU threads, process groups -> Topology             (groups.py)
+    create      device, CPU threads, process groups -> Topology             (process_groups.py)
 
 An error is raised by every rank with the same text before a process group exists. So is one that
 only one host has, such as a missing file (`broadcast_startup_error`).
@@ -34,12 +34,11 @@ from engine.config.world_rules import expert_ranks, validate_world
 from engine.distributed.address import check_address
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnreportedError
-from engine.distributed.groups import Group, Topology, layout
+from engine.distributed.groups import Topology
 from engine.distributed.launch_agent import die_with_agent, kill_stopped_workers
+from engine.distributed.process_groups import create_groups
 from engine.distributed.rank_device import bind_to_gpu_cpus, use_gpu
 from engine.distributed.rendezvous import RankInfo, assign_gpus, choose_device, join, share_of_cores
-from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
-from engine.distributed.shared_memory import open_channel
 
 __all__ = ["RENDEZVOUS_TIMEOUT_S", "Launch", "discover", "start", "stop", "broadcast_startup_error"]
 
@@ -140,7 +139,7 @@ def _join_run(
     torch.set_num_threads(num_threads)
     atexit.register(_let_gloo_finish)
     store_rank = None if _launcher_holds_store(environ) else 0
-    return _create_groups(config, launch, device, store, timeout, store_rank)
+    return create_groups(config, launch, device, store, store_rank)
 
 
 def stop(topology: Topology) -> None:
@@ -148,7 +147,7 @@ def stop(topology: Topology) -> None:
     atexit.unregister(_let_gloo_finish)
     if dist.is_initialized():
         dist.destroy_process_group()
-    for group in (topology.world, topology.expert, topology.tensor, topology.control):
+    for group in topology.groups:
         # Drop the last reference: gloo's destructor joins its threads (see _let_gloo_finish).
         object.__setattr__(group, "handle", None)
 
@@ -236,60 +235,3 @@ def _num_threads(
     if usable and not (launch.source == "torchrun" and omp == "1"):
         return int(omp)
     return share_of_cores(launch.rank, infos)
-
-
-def _create_groups(
-    config: Config,
-    launch: Launch,
-    device: torch.device,
-    store: dist.Store,
-    timeout: timedelta,
-    store_rank: int | None,
-) -> Topology:
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    expert = expert_ranks(config.parallel, launch.world_size)
-    own = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
-
-    use_channel = config.runtime.shared_memory and device.type == "cpu"
-    world = dist.group.WORLD
-    assert world is not None
-
-    def group(name: str, ranks: tuple[int, ...], backend: str | None = None) -> Group:
-        # Every rank creates its own three groups in the same order; only their members take part.
-        rank, channel = ranks.index(launch.rank), None
-        if use_channel and len(ranks) > 1:
-            keys = dist.PrefixStore(f"channel/{name}/{ranks[0]}", store)
-            channel = open_channel(keys, rank, len(ranks))
-        if channel is None and backend is None and len(ranks) == launch.world_size:
-            return Group(rank, len(ranks), ranks, world)
-        handle = dist.new_group(
-            list(ranks),
-            timeout=timeout,
-            backend=backend if channel is None else SHARED_MEMORY,
-            pg_options=channel,
-            use_local_synchronization=True,
-        )
-        assert isinstance(handle, dist.ProcessGroup)
-        return Group(rank, len(ranks), ranks, handle)
-
-    return Topology(
-        world=Group(launch.rank, launch.world_size, tuple(range(launch.world_size)), world),
-        expert=group("expert", own.expert),
-        tensor=group("tensor", own.tensor),
-        control=group("control", own.expert, "gloo"),
-        data_rank=own.data_rank,
-        num_data=own.num_data,
-        replica=own.replica,
-        device=device,
-        store=store,
-        local_world_size=launch.local_world_size,
-        host=socket.gethostname(),
-        store_rank=store_rank,
-    )

@@ -137,7 +137,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
     found: dict[str, Any] = {
         "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "runtime.threads": torch.get_num_threads(),
-        "runtime.shared_memory": isinstance(topology.expert.handle, SharedMemoryGroup),
+        "runtime.shared_memory": isinstance(topology.control.handle, SharedMemoryGroup),
         "model.dtype": str(model.dtype).removeprefix("torch."),
         "model.max_model_len": model.max_model_len,
         "parallel.expert": topology.expert.size,

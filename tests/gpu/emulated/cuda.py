@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,5 +163,7 @@ def _patch_groups(patch: pytest.MonkeyPatch) -> None:
     def new(ranks: Any, backend: str | None = None, **options: Any) -> Any:
         return new_group(ranks, backend=nccl.BACKEND if backend == "nccl" else backend, **options)
 
+    stub = SimpleNamespace(Options=nccl.Options)
+    patch.setattr(dist, "ProcessGroupNCCL", stub, raising=False)
     patch.setattr(dist, "init_process_group", init)
     patch.setattr(dist, "new_group", new)
