@@ -23,7 +23,7 @@ from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
-from engine.distributed.errors import raise_on_any_rank
+from engine.distributed.errors import describe_device_error, raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import Progress, ProgressReporter
 from engine.generation import builder
@@ -89,10 +89,9 @@ class LLM:
         self.weights_report = builder.load_weights(
             self.model, config, topology, names, self._reporter
         )
-        self._reporter.begin("loading the model")
-        self.model.finalize_weights(self._reporter.advance)
+        self._on_all_ranks(lambda: self.model.finalize_weights(self._reporter.advance))
         fitting = self._on_all_ranks(lambda: builder.plan_cache(self.model, config, topology))
-        num_blocks = agree_kv_blocks(fitting, topology.world)
+        num_blocks = agree_kv_blocks(fitting, topology.host_world)
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: builder.build_cache(self.model, config, topology, num_blocks)
         )
@@ -167,7 +166,7 @@ class LLM:
         topology = self.topology
         own = partition(requests, topology.num_data)[topology.data_rank]
         self.run(ListSource([*(failed if topology.data_rank == 0 else ()), *own]), done.extend)
-        shares = gather_objects(done, topology.world)
+        shares = gather_objects(done, topology.host_world)
         return sorted((item for share in shares for item in share), key=lambda item: item.index)
 
     def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
@@ -261,8 +260,12 @@ class LLM:
             made = make()
         except (ValueError, OSError) as problem:
             error = str(problem)
+        except (RuntimeError, MemoryError) as problem:
+            error = describe_device_error(problem, self.topology.host)
+            if error is None:
+                raise
         self._reporter.wait()
-        raise_on_any_rank(self.topology.world, error)
+        raise_on_any_rank(self.topology.host_world, error)
         self._reporter.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]

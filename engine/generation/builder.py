@@ -82,7 +82,7 @@ def load_weights(
         Path(config.model.path),
         model.weight_slots(names),
         ignored=model.ignored_weights(names),
-        group=topology.world,
+        group=topology.host_world,
         reporter=reporter,
     )
 
