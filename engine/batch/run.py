@@ -44,6 +44,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
 from engine.distributed.store_barrier import barrier
+from engine.generation.builder import import_libraries
 from engine.generation.interrupts import Interrupts, Stopped, StopRequest
 from engine.profiling.report import RunReport, StepReport
 from engine.reporting.summary import Summary, make_console, print_summary
@@ -147,6 +148,8 @@ def _run(
         )
     else:
         job = PromptJob(topology, console, output, reporter)
+    # Before the watchdog, and before the ranks wait for each other here.
+    import_libraries(config, topology.device)
     # A store can outlive a run: the keys of an earlier one must not be taken for this one's.
     key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.host_world)
     watchdog = Watchdog(

@@ -72,10 +72,17 @@ def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator
             raise UnreportedError(f"{error}\nThe other ranks do not know of it: {cause}") from error
 
 
-def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
+def start(
+    config: Config, environ: Mapping[str, str] = os.environ, *, is_watched: bool = False
+) -> Topology:
     """Join the run that the launcher's environment describes; return its topology.
 
     Sets the CUDA device and torch's number of CPU threads. Collective over the world.
+
+    Args:
+        config: equal on every rank.
+        environ: the launcher's environment.
+        is_watched: a `Watchdog` ends the process when another rank fails, and NCCL's is not to.
 
     Raises:
         ValueError: with the same text on every rank.
@@ -101,7 +108,7 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
         error=problem,
     )
     try:
-        return _join_run(config, launch, environ, store, own)
+        return _join_run(config, launch, environ, store, own, is_watched)
     except RuntimeError:  # a rank has not joined, or has exited again
         kill_stopped_workers(environ)
         raise
@@ -119,6 +126,7 @@ def _join_run(
     environ: Mapping[str, str],
     store: dist.Store,
     own: RankInfo,
+    is_watched: bool,
 ) -> Topology:
     """Pass the rendezvous, agree on the device, create the groups."""
     timeout = timedelta(seconds=config.runtime.timeout_s)
@@ -139,7 +147,7 @@ def _join_run(
     torch.set_num_threads(num_threads)
     atexit.register(_let_gloo_finish)
     store_rank = None if _launcher_holds_store(environ) else 0
-    return create_groups(config, launch, device, store, store_rank)
+    return create_groups(config, launch, device, store, store_rank, is_watched)
 
 
 def stop(topology: Topology) -> None:

@@ -10,6 +10,7 @@ A group of one rank never communicates and has no NCCL communicator.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +36,26 @@ def create_groups(
     device: torch.device,
     store: dist.Store,
     store_rank: int | None,
+    is_watched: bool = False,
 ) -> Topology:
     """Initialise torch.distributed and create the groups of the run.
 
     Collective over the world.
+
+    Args:
+        config: `parallel`, `runtime.timeout_s` and `runtime.shared_memory` of it.
+        launch: this rank and the number of ranks.
+        device: of this rank.
+        store: of all ranks.
+        store_rank: the rank whose process holds the store; None: the launcher does.
+        is_watched: see `bootstrap.start`.
     """
     is_cuda = device.type == "cuda"
+    if is_cuda:
+        # 0: NCCL's own thread only logs that a collective has failed; 3: it ends the process, which
+        # then leaves without a report. Read when a communicator is made; the user's choice counts.
+        handling = "0" if is_watched and launch.world_size > 1 else "3"
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", handling)
     if is_cuda and launch.world_size == 1:
         # NCCL is used with this store everywhere; with the one in memory hardly anywhere.
         store = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=config.runtime.timeout_s))

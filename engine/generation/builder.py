@@ -6,6 +6,8 @@ left on the rank with the least, with the runner and the scheduler on top of it.
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,22 @@ from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def import_libraries(config: Config, device: torch.device) -> None:
+    """Import what this device's kernels and experts need, wherever it is installed.
+
+    Eight ranks may take long to read these libraries from a shared file system, and hold the GIL
+    meanwhile: no heartbeat leaves the process. What is wrong with one is said where it is used.
+    """
+    names = []
+    if device.type == "cuda":
+        names.append("triton")
+        if config.moe.experts.backend in ("auto", "te"):
+            names.append("transformer_engine.pytorch")
+    for name in names:
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:

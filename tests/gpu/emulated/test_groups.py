@@ -90,3 +90,23 @@ def test_one_rank_on_a_gpu_has_a_store_that_nccl_is_used_with(guard: Path) -> No
     (found,) = run_ranks(groups_of, 1, guard, {}, True)
     assert found["store"] == "TCPStore"
     assert found["communicators"] == 1
+
+
+def handling_of(rank: int, guard: Path, is_watched: bool, own: str | None) -> str:
+    """Start a run; return what NCCL's own thread does once a collective has failed."""
+    if own is not None:
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = own
+    with emulated_cuda(guard):
+        tree = {"model": {"path": "unused"}, "runtime": {"device": "cuda"}}
+        topology = bootstrap.start(config_from_tree(tree), is_watched=is_watched)
+        bootstrap.stop(topology)
+    return os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"]
+
+
+@pytest.mark.parametrize(
+    ("is_watched", "own", "expected"), [(True, None, "0"), (False, None, "3"), (True, "1", "1")]
+)
+def test_nccl_ends_a_process_only_where_no_watchdog_does(
+    guard: Path, is_watched: bool, own: str | None, expected: str
+) -> None:
+    assert run_ranks(handling_of, 2, guard, is_watched, own) == [expected] * 2
