@@ -159,6 +159,8 @@ def _patch_groups(patch: pytest.MonkeyPatch) -> None:
         if (backend == "nccl") != (device_id == DEVICE.device):
             raise DeviceError(f"a {backend} group bound to {device_id}")
         init_process_group(nccl.BACKEND if backend == "nccl" else backend, **options)
+        if device_id is not None and dist.group.WORLD is not None:
+            dist.group.WORLD.bound_device_id = device_id  # of every later group, too
 
     def new(ranks: Any, backend: str | None = None, **options: Any) -> Any:
         return new_group(ranks, backend=nccl.BACKEND if backend == "nccl" else backend, **options)

@@ -74,6 +74,11 @@ class NcclGroup(dist.ProcessGroup):
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cuda")]  # objects of the host are sent from here
 
+    supports_splitting = False
+
+    def _get_backend(self, device: torch.device) -> NcclGroup:
+        return self
+
     def getBackendName(self) -> str:
         """Return the name under which the backend is registered."""
         return BACKEND
