@@ -23,7 +23,7 @@ from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
-from engine.distributed.errors import raise_on_any_rank
+from engine.distributed.errors import describe_device_error, raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import Progress, ProgressReporter
 from engine.generation import builder
@@ -31,6 +31,7 @@ from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
+from engine.generation.memory import agree_kv_blocks
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
 from engine.generation.tokenizer import load_tokenizer
@@ -89,10 +90,11 @@ class LLM:
         self.weights_report = builder.load_weights(
             self.model, config, topology, names, self._reporter
         )
-        self._reporter.begin("loading the model")
-        self.model.finalize_weights(self._reporter.advance)
+        self._on_all_ranks(lambda: self.model.finalize_weights(self._reporter.advance))
+        fitting = self._on_all_ranks(lambda: builder.plan_cache(self.model, config, topology))
+        num_blocks = agree_kv_blocks(fitting, topology.host_world)
         self._runner, self._scheduler = self._on_all_ranks(
-            lambda: builder.build_cache(self.model, config, topology)
+            lambda: builder.build_cache(self.model, config, topology, num_blocks)
         )
         in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
@@ -169,7 +171,7 @@ class LLM:
         topology = self.topology
         own = partition(requests, topology.num_data)[topology.data_rank]
         self.run(ListSource([*(failed if topology.data_rank == 0 else ()), *own]), done.extend)
-        shares = gather_objects(done, topology.world)
+        shares = gather_objects(done, topology.host_world)
         return sorted((item for share in shares for item in share), key=lambda item: item.index)
 
     def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
@@ -263,8 +265,12 @@ class LLM:
             made = make()
         except (ValueError, OSError) as problem:
             error = str(problem)
+        except (RuntimeError, MemoryError) as problem:
+            error = describe_device_error(problem, self.topology.host)
+            if error is None:
+                raise
         self._reporter.wait()
-        raise_on_any_rank(self.topology.world, error)
+        raise_on_any_rank(self.topology.host_world, error)
         self._reporter.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]

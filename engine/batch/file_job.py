@@ -151,7 +151,7 @@ class FileJob:
         except (OSError, ValueError) as error:
             problem = f"on {topology.host}: {describe(error)}"
         reporter.wait()
-        raise_on_any_rank(topology.world, problem, JobError)
+        raise_on_any_rank(topology.host_world, problem, JobError)
         return ""
 
     def write(self, completions: list[Completion]) -> None:

@@ -44,6 +44,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.health.watchdog import Watchdog, is_connection_error
 from engine.distributed.store_barrier import barrier
+from engine.generation.builder import import_libraries
 from engine.generation.interrupts import Interrupts, Stopped, StopRequest
 from engine.profiling.report import RunReport, StepReport
 from engine.reporting.summary import Summary, make_console, print_summary
@@ -147,13 +148,15 @@ def _run(
         )
     else:
         job = PromptJob(topology, console, output, reporter)
+    # Before the watchdog, and before the ranks wait for each other here.
+    import_libraries(config, topology.device)
     # A store can outlive a run: the keys of an earlier one must not be taken for this one's.
-    key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.world)
+    key = broadcast_object(f"batch/{uuid.uuid4().hex}", topology.host_world)
     watchdog = Watchdog(
         topology.store,
         key,
         rank=topology.world.rank,
-        hosts=gather_objects(topology.host, topology.world),
+        hosts=gather_objects(topology.host, topology.host_world),
         timeout_s=config.runtime.timeout_s,
         store_rank=topology.store_rank,
         advice="what has finished is kept; run the same command again to resume",
@@ -173,7 +176,7 @@ def _run(
         reporter.begin("closing its ledger shard")
         job.close()
         reporter.wait()
-        all_counts = gather_objects(counts, topology.world)  # every rank has closed
+        all_counts = gather_objects(counts, topology.host_world)  # every rank has closed
         summary, done = None, ""
 
         def finish() -> int:

@@ -283,8 +283,10 @@ class RuntimeConfig:
     seed: int = field(default=0, metadata=_SEED)  # of dummy weights
     threads: int | None = field(default=None, metadata=_at_least(1, 1024))  # CPU threads per rank;
     # null: the host's cores / its ranks
-    shared_memory: bool = True  # on the CPU, ranks of one host exchange data in shared memory and
-    # not over gloo
+    shared_memory: bool = True  # ranks of one host exchange data of the host in shared memory and
+    # not over gloo: on the CPU all data, on CUDA the control messages
+    numa: Literal["auto", "off"] = "auto"  # auto: on CUDA a rank runs on the CPU cores next to its
+    # GPU, unless the launcher has bound the ranks of its host to different cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
     discover    the launcher's environment -> rank, world size, address     (discovery.py)
     join        host, GPU, config digest and errors of all ranks            (rendezvous.py)
-    create      device, CPU threads, process groups -> Topology             (groups.py)
+    create      device, CPU threads, process groups -> Topology             (process_groups.py)
 
 An error is raised by every rank with the same text before a process group exists. So is one that
 only one host has, such as a missing file (`broadcast_startup_error`).
@@ -34,11 +34,11 @@ from engine.config.world_rules import expert_ranks, validate_world
 from engine.distributed.address import check_address
 from engine.distributed.discovery import Launch, discover
 from engine.distributed.errors import RankError, RendezvousError, UnreportedError
-from engine.distributed.groups import Group, Topology, layout
+from engine.distributed.groups import Topology
 from engine.distributed.launch_agent import die_with_agent, kill_stopped_workers
+from engine.distributed.process_groups import create_groups
+from engine.distributed.rank_device import bind_to_gpu_cpus, use_gpu
 from engine.distributed.rendezvous import RankInfo, assign_gpus, choose_device, join, share_of_cores
-from engine.distributed.shared_memory import BACKEND as SHARED_MEMORY
-from engine.distributed.shared_memory import open_channel
 
 __all__ = ["RENDEZVOUS_TIMEOUT_S", "Launch", "discover", "start", "stop", "broadcast_startup_error"]
 
@@ -72,10 +72,17 @@ def broadcast_startup_error(environ: Mapping[str, str] = os.environ) -> Iterator
             raise UnreportedError(f"{error}\nThe other ranks do not know of it: {cause}") from error
 
 
-def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
+def start(
+    config: Config, environ: Mapping[str, str] = os.environ, *, is_watched: bool = False
+) -> Topology:
     """Join the run that the launcher's environment describes; return its topology.
 
     Sets the CUDA device and torch's number of CPU threads. Collective over the world.
+
+    Args:
+        config: equal on every rank.
+        environ: the launcher's environment.
+        is_watched: a `Watchdog` ends the process when another rank fails, and NCCL's is not to.
 
     Raises:
         ValueError: with the same text on every rank.
@@ -101,7 +108,7 @@ def start(config: Config, environ: Mapping[str, str] = os.environ) -> Topology:
         error=problem,
     )
     try:
-        return _join_run(config, launch, environ, store, own)
+        return _join_run(config, launch, environ, store, own, is_watched)
     except RuntimeError:  # a rank has not joined, or has exited again
         kill_stopped_workers(environ)
         raise
@@ -119,6 +126,7 @@ def _join_run(
     environ: Mapping[str, str],
     store: dist.Store,
     own: RankInfo,
+    is_watched: bool,
 ) -> Topology:
     """Pass the rendezvous, agree on the device, create the groups."""
     timeout = timedelta(seconds=config.runtime.timeout_s)
@@ -131,11 +139,15 @@ def _join_run(
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", own.gpus.index(infos[launch.rank].gpu or ""))
-        torch.cuda.set_device(device)
-    torch.set_num_threads(_num_threads(config, launch, environ, infos))
+        use_gpu(device)
+    num_threads = _num_threads(config, launch, environ, infos)
+    if kind == "cuda" and config.runtime.numa == "auto":
+        num_cpus = bind_to_gpu_cpus(device, launch.rank, infos)
+        num_threads = min(num_threads, num_cpus or num_threads)
+    torch.set_num_threads(num_threads)
     atexit.register(_let_gloo_finish)
     store_rank = None if _launcher_holds_store(environ) else 0
-    return _create_groups(config, launch, device, store, timeout, store_rank)
+    return create_groups(config, launch, device, store, store_rank, is_watched)
 
 
 def stop(topology: Topology) -> None:
@@ -143,7 +155,7 @@ def stop(topology: Topology) -> None:
     atexit.unregister(_let_gloo_finish)
     if dist.is_initialized():
         dist.destroy_process_group()
-    for group in (topology.world, topology.expert, topology.tensor, topology.control):
+    for group in topology.groups:
         # Drop the last reference: gloo's destructor joins its threads (see _let_gloo_finish).
         object.__setattr__(group, "handle", None)
 
@@ -231,60 +243,3 @@ def _num_threads(
     if usable and not (launch.source == "torchrun" and omp == "1"):
         return int(omp)
     return share_of_cores(launch.rank, infos)
-
-
-def _create_groups(
-    config: Config,
-    launch: Launch,
-    device: torch.device,
-    store: dist.Store,
-    timeout: timedelta,
-    store_rank: int | None,
-) -> Topology:
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    expert = expert_ranks(config.parallel, launch.world_size)
-    own = layout(launch.rank, launch.world_size, expert, config.parallel.tensor)
-
-    use_channel = config.runtime.shared_memory and device.type == "cpu"
-    world = dist.group.WORLD
-    assert world is not None
-
-    def group(name: str, ranks: tuple[int, ...], backend: str | None = None) -> Group:
-        # Every rank creates its own three groups in the same order; only their members take part.
-        rank, channel = ranks.index(launch.rank), None
-        if use_channel and len(ranks) > 1:
-            keys = dist.PrefixStore(f"channel/{name}/{ranks[0]}", store)
-            channel = open_channel(keys, rank, len(ranks))
-        if channel is None and backend is None and len(ranks) == launch.world_size:
-            return Group(rank, len(ranks), ranks, world)
-        handle = dist.new_group(
-            list(ranks),
-            timeout=timeout,
-            backend=backend if channel is None else SHARED_MEMORY,
-            pg_options=channel,
-            use_local_synchronization=True,
-        )
-        assert isinstance(handle, dist.ProcessGroup)
-        return Group(rank, len(ranks), ranks, handle)
-
-    return Topology(
-        world=Group(launch.rank, launch.world_size, tuple(range(launch.world_size)), world),
-        expert=group("expert", own.expert),
-        tensor=group("tensor", own.tensor),
-        control=group("control", own.expert, "gloo"),
-        data_rank=own.data_rank,
-        num_data=own.num_data,
-        replica=own.replica,
-        device=device,
-        store=store,
-        local_world_size=launch.local_world_size,
-        host=socket.gethostname(),
-        store_rank=store_rank,
-    )

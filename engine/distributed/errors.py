@@ -21,6 +21,9 @@ _OUT_OF_MEMORY = (
     "Storage size calculation overflowed",
 )
 
+# What torch says of a GPU, a kernel on it or a driver that fails.
+_OF_THE_GPU = ("CUDA error", "CUDA driver", "CUBLAS", "CUDNN", "HIP error")
+
 
 class RankError(ValueError):
     """An error found by some ranks and raised, with the same text, by all."""
@@ -55,6 +58,24 @@ def memory_in_words(problem: str) -> Iterator[None]:
             raise
         why = text.splitlines()[0] if text else "out of memory"
         raise ValueError(f"{problem} ({why})") from error
+
+
+def describe_device_error(error: BaseException, host: str) -> str | None:
+    """Return what to say of an error of memory or of the GPU, with what to do; None: it is another.
+
+    Args:
+        error: what was raised.
+        host: of this rank.
+    """
+    why = (str(error).splitlines() or ["out of memory"])[0]
+    if isinstance(error, MemoryError) or any(words in why for words in _OUT_OF_MEMORY):
+        return (
+            f"{host}: {why}; lower scheduler.max_batch_tokens or scheduler.kv_cache_gib, use more "
+            "ranks, or end what else uses the memory there"
+        )
+    if isinstance(error, RuntimeError) and any(name in why for name in _OF_THE_GPU):
+        return f"{host}: {why}; look at nvidia-smi and the kernel's log there"
+    return None
 
 
 def raise_on_any_rank(

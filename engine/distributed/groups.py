@@ -49,6 +49,9 @@ class Topology:
     expert: Group
     tensor: Group
     control: Group  # the ranks of `expert`, for host data
+    counts: Group  # the ranks of `expert`, for row counts and claims: they do not queue behind rows
+    host_world: Group  # the ranks of `world`, for host data
+    host_tensor: Group  # the ranks of `tensor`, for host data
     data_rank: int  # owns requests; shared by the ranks of one tensor group
     num_data: int
     replica: int
@@ -59,10 +62,21 @@ class Topology:
     store_rank: int | None = None  # its process holds the store; None: the launcher does
 
     @property
+    def groups(self) -> tuple[Group, ...]:
+        """All groups; some may share a process group."""
+        own = (self.world, self.expert, self.tensor, self.control)
+        return (*own, self.counts, self.host_world, self.host_tensor)
+
+    @property
     def tensor_rank_offsets(self) -> range:
         """Positions within `expert` of the ranks of `tensor`."""
         first = self.expert.ranks.index(self.tensor.ranks[0])
         return range(first, first + self.tensor.size)
+
+
+def blocks(world_size: int, size: int) -> list[tuple[int, ...]]:
+    """Return the groups of `size` consecutive ranks that tile the world."""
+    return [tuple(range(first, first + size)) for first in range(0, world_size, size)]
 
 
 @dataclass(frozen=True, slots=True)

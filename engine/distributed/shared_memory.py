@@ -144,6 +144,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._channel, self._timeout_s = channel, timeout.total_seconds()
         self._rank, self._size = channel.rank, channel.size
 
+    # torch asks a group for its backend of the GPU that a run is bound to, and whether that can be
+    # split; a group in Python is its own backend.
+    supports_splitting = False
+
+    def _get_backend(self, device: torch.device) -> SharedMemoryGroup:
+        return self
+
     def getBackendName(self) -> str:
         """Return the name under which the backend is registered."""
         return BACKEND

@@ -1,11 +1,13 @@
 """Builder: the parts that one rank runs, built from the config.
 
 In this order: the model without weights, the weights, then the KV cache in the memory that is
-left, with the runner and the scheduler on top of it.
+left on the rank with the least, with the runner and the scheduler on top of it.
 """
 
 from __future__ import annotations
 
+import importlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,22 @@ from engine.weights.safetensors_header import read_catalog
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where profiler.every is auto: a stamp on CUDA takes the host some microseconds.
 _CUDA_EVERY = 16
+
+
+def import_libraries(config: Config, device: torch.device) -> None:
+    """Import what this device's kernels and experts need, wherever it is installed.
+
+    Eight ranks may take long to read these libraries from a shared file system, and hold the GIL
+    meanwhile: no heartbeat leaves the process. What is wrong with one is said where it is used.
+    """
+    names = []
+    if device.type == "cuda":
+        names.append("triton")
+        if config.moe.experts.backend in ("auto", "te"):
+            names.append("transformer_engine.pytorch")
+    for name in names:
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
@@ -89,33 +107,51 @@ def load_weights(
         Path(config.model.path),
         model.weight_slots(names),
         ignored=model.ignored_weights(names),
-        group=topology.world,
+        group=topology.host_world,
         reporter=reporter,
     )
 
 
-def build_cache(model: CausalLM, config: Config, topology: Topology) -> tuple[Runner, Scheduler]:
-    """Build the KV cache in the memory that is left, and the runner and scheduler that use it.
+def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
+    """Return the KV cache blocks that this rank's memory has room for; reserve the row buffers.
 
     Collective over EP and TP on CUDA: every rank must call.
 
     Raises:
         ValueError: when the memory does not suffice.
     """
-    dtype, settings = model.embedding_VD.dtype, config.scheduler
+    settings = config.scheduler
     warm_up(model, topology, settings.block_size)
     reserve = reserve_rows(model, config, topology)
-    num_blocks = num_kv_blocks(
+    return num_kv_blocks(
         settings,
-        bytes_per_block=model.kv_spec.bytes_per_block(settings.block_size, dtype),
+        bytes_per_block=model.kv_spec.bytes_per_block(settings.block_size, model.dtype),
         max_model_len=model.max_model_len,
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
         device=topology.device,
         local_world_size=topology.local_world_size,
     )
-    cache = KVCache(model.kv_spec, num_blocks, settings.block_size, topology.device, dtype)
+
+
+def build_cache(
+    model: CausalLM, config: Config, topology: Topology, num_blocks: int
+) -> tuple[Runner, Scheduler]:
+    """Build the KV cache, and the runner and scheduler that use it.
+
+    Args:
+        num_blocks: equal on every rank (`agree_kv_blocks`).
+
+    Raises:
+        ValueError: when the memory does not suffice.
+    """
+    settings, device = config.scheduler, topology.device
+    with memory_in_words(
+        f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated; lower it, or "
+        "scheduler.kv_cache_gib"
+    ):
+        cache = KVCache(model.kv_spec, num_blocks, settings.block_size, device, model.dtype)
     pool = BlockPool(num_blocks, settings.block_size)
-    return Runner(model, cache, topology.device), Scheduler(settings, pool, model.max_model_len)
+    return Runner(model, cache, device), Scheduler(settings, pool, model.max_model_len)
 
 
 def profiler_every(config: Config, device: torch.device) -> int:
@@ -139,7 +175,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
     found: dict[str, Any] = {
         "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "runtime.threads": torch.get_num_threads(),
-        "runtime.shared_memory": isinstance(topology.expert.handle, SharedMemoryGroup),
+        "runtime.shared_memory": isinstance(topology.control.handle, SharedMemoryGroup),
         "model.dtype": str(model.dtype).removeprefix("torch."),
         "model.max_model_len": model.max_model_len,
         "parallel.expert": topology.expert.size,

@@ -269,7 +269,7 @@ class GenerationLoop:
         if tensor.size == 1:
             return value
         clock.enter_collective(Phase.TENSOR)
-        value = broadcast_object(value, tensor)
+        value = broadcast_object(value, self._topology.host_tensor)
         clock.enter(Phase.OTHER)
         return value
 
@@ -284,6 +284,7 @@ class GenerationLoop:
         for start in range(0, len(step.prompt_rows), _PROMPT_ROWS):
             part = slice(start, start + _PROMPT_ROWS)
             logits = self._runner.logits(hidden, step.prompt_rows[part])
+            # SYNC: the logprobs of prompts become part of their completions.
             of_prompt += token_logprobs(logits, step.prompt_targets[part]).tolist()
         errors = _prompt_failures(step, of_prompt)
         if not step.sampling:

@@ -39,6 +39,8 @@ from fractions import Fraction
 import torch
 
 from engine.config import CapacityConfig, SchedulerConfig
+from engine.distributed.collectives import gather_objects
+from engine.distributed.groups import Group
 from engine.generation.host_memory import free_memory
 from engine.moe.capacity.speed_weights import MAX_WEIGHT, ONE
 
@@ -161,6 +163,21 @@ def num_kv_blocks(
             "scheduler.kv_cache_gib"
         )
     return min(wanted, fits)
+
+
+def agree_kv_blocks(num_blocks: int, group: Group) -> int:
+    """Return the KV cache blocks of every rank: as many as fit on the rank with the fewest.
+
+    The ranks of a tensor group schedule each for itself and must decide alike, and a request that
+    fits on one data rank must fit on all. Free memory differs from GPU to GPU.
+
+    Args:
+        num_blocks: that fit on this rank.
+        group: all ranks of the run.
+
+    Collective over `group`: every rank must call.
+    """
+    return min(gather_objects(num_blocks, group))
 
 
 def _check_fits(

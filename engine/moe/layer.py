@@ -130,7 +130,7 @@ class MoELayer(nn.Module):
         starts = [expert_range(num_experts, group.size, rank)[0] for rank in range(group.size)]
         first_experts = [*starts, num_experts]
         self._group = group
-        exchange = exchange or Exchange(group, GroupCollectives(group))
+        exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
         self.layout_policy = LayoutPolicy(

@@ -67,10 +67,13 @@ def open_exporters(
     if profiler.enabled and profiler.deepspeed_comms:
         try:
             exporters.comms = open_deepspeed_comms(topology.device.type, topology.expert.size)
-        except ImportError as error:
+        except Exception as error:  # MissingCUDAException of DeepSpeed, which needs its import
+            advice = "pip install deepspeed"
+            if not isinstance(error, ImportError):
+                advice = "install what it asks for, or set profiler.deepspeed_comms=false"
             raise ValueError(
                 f"profiler.deepspeed_comms = True: DeepSpeed cannot be imported on "
-                f"{topology.host}: {error}; pip install deepspeed"
+                f"{topology.host}: {str(error) or type(error).__name__}; {advice}"
             ) from error
     return exporters
 

@@ -72,7 +72,7 @@ def run_report(
     Collective over all ranks: every rank must call.
     """
     own = _share(measured, collector, loads, topology)
-    everyone: list[_Share] = gather_objects(own, topology.world)
+    everyone: list[_Share] = gather_objects(own, topology.host_world)
     groups: dict[int, list[_Share]] = {}
     for share in everyone:
         groups.setdefault(share.replica, []).append(share)

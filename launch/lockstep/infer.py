@@ -94,7 +94,7 @@ def _run(config: Config, args: argparse.Namespace, shard: InputShard | None) -> 
     from engine.batch.run import run_batch
     from engine.distributed import bootstrap
 
-    topology = bootstrap.start(config)
+    topology = bootstrap.start(config, is_watched=True)
     run_batch(
         config,
         topology,

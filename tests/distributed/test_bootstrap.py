@@ -74,6 +74,29 @@ def test_every_group_reduces_over_its_own_ranks_and_tickets_are_unique():
     assert sorted(result[-1] for result in results) == [1, 2, 3, 4]
 
 
+def sums_where_all_ranks_create_groups(rank: int) -> tuple:
+    """As `sums_of_all_groups`, with a torch that refuses groups created by their members alone."""
+    new_group = dist.new_group
+
+    def of_all_ranks(ranks, use_local_synchronization=False, **options):
+        if use_local_synchronization:
+            raise NotImplementedError("new_group cannot ... with use_local_synchronization=True")
+        return new_group(ranks, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", of_all_ranks)
+        return sums_of_all_groups(rank)
+
+
+def test_a_torch_that_wants_all_ranks_to_create_every_group_gets_the_same_groups():
+    assert [result[:-1] for result in run_ranks(sums_where_all_ranks_create_groups, 4)] == [
+        (1111, 11, 11, 11, 0, 0),
+        (1111, 11, 11, 11, 0, 0),
+        (1111, 1100, 1100, 1100, 1, 1),
+        (1111, 1100, 1100, 1100, 1, 1),
+    ]
+
+
 def start_twice(rank: int) -> list[int]:
     sums = []
     for step in (1, 10):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,10 +161,14 @@ def _patch_groups(patch: pytest.MonkeyPatch) -> None:
         if (backend == "nccl") != (device_id == DEVICE.device):
             raise DeviceError(f"a {backend} group bound to {device_id}")
         init_process_group(nccl.BACKEND if backend == "nccl" else backend, **options)
+        if device_id is not None and dist.group.WORLD is not None:
+            dist.group.WORLD.bound_device_id = device_id  # of every later group, too
 
     def new(ranks: Any, backend: str | None = None, **options: Any) -> Any:
         return new_group(ranks, backend=nccl.BACKEND if backend == "nccl" else backend, **options)
 
+    stub = SimpleNamespace(Options=nccl.Options)
+    patch.setattr(dist, "ProcessGroupNCCL", stub, raising=False)
     patch.setattr(dist, "init_process_group", init)
     patch.setattr(dist, "new_group", new)
     # Thresholds by the emulation's times would differ from run to run.

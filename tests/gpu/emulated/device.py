@@ -22,10 +22,6 @@ _OWN = os.path.dirname(__file__)
 _MODULES = ("cuda", "device", "fused", "nccl", "tensors")
 _EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in _MODULES}
 _TORCH = os.path.dirname(torch.__file__)
-# Functions of the engine that wait for the device in a line that lacks the comment.
-_UNMARKED = {
-    ("engine/generation/loop.py", "_sample"),  # reads the logprobs of prompts
-}
 # A `# SYNC:` comment stands on the line that waits or so many lines above its end.
 _COMMENT_LINES = 4
 
@@ -152,8 +148,6 @@ class _Caller:
 
     path: str
     line: int
-    function: str
-    sends_objects: bool  # of the host, for which torch has to wait
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}"
@@ -161,8 +155,7 @@ class _Caller:
     def may_wait(self) -> bool:
         """Return whether the source says that the host waits here."""
         lines = range(self.line - _COMMENT_LINES, self.line + 1)
-        marked = any("# SYNC:" in linecache.getline(self.path, number) for number in lines)
-        return marked or self.sends_objects or (self.path, self.function) in _UNMARKED
+        return any("# SYNC:" in linecache.getline(self.path, number) for number in lines)
 
 
 def place() -> str:
@@ -171,14 +164,13 @@ def place() -> str:
 
 
 def _caller() -> _Caller:
-    frame, sends_objects = sys._getframe(1), False
+    frame = sys._getframe(1)
     while frame is not None:
-        path, function = frame.f_code.co_filename, frame.f_code.co_name
+        path = frame.f_code.co_filename
         if path not in _EMULATOR and not path.startswith((_TORCH, "<")):
-            return _Caller(os.path.relpath(path), frame.f_lineno, function, sends_objects)
-        sends_objects |= path.endswith("distributed_c10d.py") and "object" in function
+            return _Caller(os.path.relpath(path), frame.f_lineno)
         frame = frame.f_back
-    return _Caller("?", 0, "?", sends_objects)
+    return _Caller("?", 0)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

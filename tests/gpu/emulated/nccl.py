@@ -46,14 +46,24 @@ class _Work(dist.Work):
         return True
 
 
+class Options:
+    """In place of `ProcessGroupNCCL.Options`."""
+
+    def __init__(self, is_high_priority_stream: bool = False) -> None:
+        self.is_high_priority_stream = is_high_priority_stream
+
+
 class NcclGroup(dist.ProcessGroup):
     """The collectives that torch.distributed calls, for emulated tensors.
 
     Its methods have the names and arguments of torch's own process groups.
     """
 
-    def __init__(self, opts: Any) -> None:
+    def __init__(self, opts: Any, options: Options | None) -> None:
         super().__init__(opts.group_rank, opts.group_size)  # pyright: ignore[reportCallIssue]: no stub
+        if opts.group_size == 1 and dist.is_initialized():
+            raise DeviceError("an NCCL communicator for a group of one rank")
+        self.is_high_priority = options is not None and options.is_high_priority_stream
         # Any: torch's stubs lack its methods.
         self._gloo: Any = dist.ProcessGroupGloo(
             opts.store, opts.group_rank, opts.group_size, timeout=opts.timeout
@@ -63,6 +73,11 @@ class NcclGroup(dist.ProcessGroup):
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cuda")]  # objects of the host are sent from here
+
+    supports_splitting = False
+
+    def _get_backend(self, device: torch.device) -> NcclGroup:
+        return self
 
     def getBackendName(self) -> str:
         """Return the name under which the backend is registered."""
@@ -175,6 +190,4 @@ def _check(name: str, tensor: torch.Tensor) -> None:
 def register() -> None:
     """Make the backend known to torch.distributed, once per process."""
     if BACKEND not in dist.Backend.backend_list:
-        dist.Backend.register_backend(
-            BACKEND, lambda opts, _: NcclGroup(opts), extended_api=True, devices=["cuda"]
-        )
+        dist.Backend.register_backend(BACKEND, NcclGroup, extended_api=True, devices=["cuda"])

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine.distributed.health.watchdog import Watchdog
+from engine.generation import builder
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
 from tests.gpu.emulated.guard import obstacle
@@ -20,12 +23,24 @@ from tests.helpers.ranks import run_ranks
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
 
 
-def infer_on_a_gpu(rank: int, guard: Path, argv: list[str]) -> tuple[int, str, int]:
-    """Run infer.py on an emulated GPU; return its exit code, errors and number of kernels."""
+def infer_on_a_gpu(rank: int, guard: Path, argv: list[str]) -> tuple[int, str, int, list[str]]:
+    """Run infer.py on an emulated GPU; return its exit code, errors, number of kernels, and what it
+    did in which order: "import NAME", "watch HANDLING".
+    """
     os.environ["LOCKSTEP_NATIVE"] = "0"
-    with emulated_cuda(guard):
+    order: list[str] = []
+    watch = Watchdog.__enter__
+
+    def enter(self: Watchdog) -> Watchdog:
+        order.append(f"watch {os.environ['TORCH_NCCL_ASYNC_ERROR_HANDLING']}")
+        return watch(self)
+
+    with pytest.MonkeyPatch.context() as patch, emulated_cuda(guard):
+        patch.setattr(Watchdog, "__enter__", enter)
+        library = SimpleNamespace(import_module=lambda name: order.append(f"import {name}"))
+        patch.setattr(builder, "importlib", library)
         code, _, err = infer(rank, argv)
-        return code, err, sum(DEVICE.kernels.values())
+        return code, err, sum(DEVICE.kernels.values()), order
 
 
 def infer_on_the_cpu(rank: int, argv: list[str]) -> tuple[int, str]:
@@ -50,9 +65,11 @@ def test_records_equal_the_cpus(guard: Path, tmp_path: Path) -> None:
     for code, err in run_ranks(infer_on_the_cpu, 2, command(tmp_path, cpu)):
         assert code == 0, err
     argv = command(tmp_path, gpu, "--set", "runtime.device=cuda", "--set", "model.dtype=float32")
-    for code, err, kernels in run_ranks(infer_on_a_gpu, 2, guard, argv, timeout=120):
+    for code, err, kernels, order in run_ranks(infer_on_a_gpu, 2, guard, argv, timeout=120):
         assert code == 0, err
         assert kernels > 0
+        # Libraries that take long to import are there before heartbeats count.
+        assert order == ["import triton", "import transformer_engine.pytorch", "watch 0"]
     for found, expected in zip(records(gpu), records(cpu), strict=True):
         (found, logprobs), (expected, expected_logprobs) = split(found), split(expected)
         assert found == expected

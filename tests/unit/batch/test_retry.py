@@ -39,7 +39,7 @@ KILLED = 9
 def topology() -> Topology:
     one = Group(0, 1, (0,), None)  # type: ignore[arg-type]
     cpu, store = torch.device("cpu"), dist.HashStore()
-    return Topology(one, one, one, one, 0, 1, 0, cpu, store, 1, "host")
+    return Topology(*[one] * 7, 0, 1, 0, cpu, store, 1, "host")
 
 
 @pytest.fixture

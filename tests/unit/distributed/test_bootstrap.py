@@ -304,7 +304,7 @@ def device_of(monkeypatch, infos: list[tuple[int, list[str]]], rank: int) -> tor
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    monkeypatch.setattr(bootstrap, "_create_groups", lambda *arguments: None)
+    monkeypatch.setattr(bootstrap, "create_groups", lambda *arguments: None)
     host = socket.gethostname()
     others = [seen(number, *visible, host=host) for number, visible in infos]
 

@@ -75,3 +75,37 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(open_exporters, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"deepspeed_comms = True.*pip install deepspeed"):
         check(deepspeed_comms=True)
+
+
+class MissingCUDAException(Exception):
+    """As DeepSpeed's, which some of its ops raise at import without a CUDA toolkit."""
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ImportError("No module named x"), "No module named x; pip install deepspeed"),
+        (
+            MissingCUDAException("CUDA_HOME does not exist"),
+            "CUDA_HOME does not exist; install what it asks for, or set profiler.deepspeed_comms",
+        ),
+        (MissingCUDAException(), "MissingCUDAException; install what it asks for"),
+    ],
+)
+def test_a_deepspeed_that_fails_at_import_is_refused_with_why(monkeypatch, error, text):
+    from engine.reporting import open_exporters
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(open_exporters, "open_deepspeed_comms", fail)
+    topology: Any = SimpleNamespace(
+        world=SimpleNamespace(rank=0),
+        expert=SimpleNamespace(size=2),
+        device=SimpleNamespace(type="cuda"),
+        host="h1",
+    )
+    config = Config(model=ModelConfig(path="x"), profiler=ProfilerConfig(deepspeed_comms=True))
+    unused: Any = None
+    with pytest.raises(ValueError, match=f"DeepSpeed cannot be imported on h1: {text}"):
+        open_exporters.open_exporters(config, topology, unused, unused)
