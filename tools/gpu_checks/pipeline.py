@@ -79,7 +79,7 @@ def _run(device: torch.device, backend: str, chunks: int) -> torch.Tensor:
 
 def _layer(device: torch.device, backend: str, chunks: int) -> MoELayer:
     single = Group(0, 1, (0,), None)  # pyright: ignore[reportArgumentType]
-    topology: Any = SimpleNamespace(expert=single, tensor=single, control=single)
+    topology: Any = SimpleNamespace(expert=single, counts=single, tensor=single, control=single)
     router = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, normalize=True)
     config = MoEConfig(
         experts=ExpertsConfig(backend=backend),  # pyright: ignore[reportArgumentType]

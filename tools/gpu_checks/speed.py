@@ -19,7 +19,8 @@ import torch
 
 from engine.generation.request_source import ListSource
 from engine.llm import LLM
-from engine.moe.experts import ExpertWeights, choose_backend, make_backend
+from engine.moe.backend_choice import choose_backend
+from engine.moe.experts import ExpertWeights, make_backend
 from engine.request import Request, SamplingParams
 from gpu_checks import virtual_layer
 from gpu_checks.check import Check, Settings, at_most, figure, guarded, not_here

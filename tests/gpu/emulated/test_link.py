@@ -12,9 +12,9 @@ from engine.distributed import bootstrap
 from engine.distributed.groups import Link
 from engine.distributed.link import measure_link
 from engine.moe.dispatch.layout_policy import CHUNK_LAUNCHES, DEDUP_LAUNCHES
-from tests.gpu.emulated.budgets import COLUMNS, read_table
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.helpers.ranks import run_ranks
+from tools.gpu_checks.launches import COLUMNS, read_table
 
 
 def measured(rank: int, guard: Path) -> Link | None:

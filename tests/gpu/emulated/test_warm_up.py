@@ -52,7 +52,7 @@ def test_every_kernel_and_collective_runs_once_before_the_cache_is_sized(
     guard, checkpoint, family, parallel
 ):
     for seen in run_ranks(started, 2, guard, checkpoint(family), parallel):
-        for kernel in ("paged_attention", "store_kv", "silu_and_mul", "combine_rows"):
+        for kernel in ("paged_attention", "rotary_store", "silu_and_mul", "combine_rows"):
             assert any(kernel in each for each in seen["kernels"]), (kernel, seen["kernels"])
         assert seen["collectives"] >= 3 * 2, "counts and rows, in two steps"
         assert seen["position"].step == 0 and seen["is_own"]
