@@ -73,6 +73,7 @@ class Rank:
     def report(self) -> RunReport:
         topology: Any = SimpleNamespace(
             world=SimpleNamespace(rank=self.rank),
+            host_world=SimpleNamespace(rank=self.rank),
             expert=SimpleNamespace(rank=self.rank % 2),
             replica=self.replica,
             host=f"host{self.rank}",
