@@ -42,7 +42,7 @@ class Base:
             return f"does not end within {HANG_S:g} s:\n{text[-1500:]}"
         if "Traceback" in text or code not in ALLOWED:
             return f"exit code {code} after {seconds:.1f} s:\n{text[-3000:]}"
-        if code == 2 and not text.startswith("error: "):
+        if code == 2 and "\nerror: " not in f"\n{text}":  # libraries may warn before it
             return f"exit code 2 without a message:\n{text[-1500:]}"
         if code != 2 and case.num_lines:
             return _check_records(folder / "out.jsonl", case.num_lines)
