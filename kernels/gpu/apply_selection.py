@@ -5,14 +5,18 @@
 Legend: T tokens, K top-k, E experts, e experts on this rank, M columns of the result.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.variants import Variant, meta
 from engine.ops.select_experts import SelectionRule
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+# What is kept may be a part of what all ranks keep.
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["keep", "extra"])
 def _apply_selection_kernel(
     keep,
     scores,
@@ -118,3 +122,29 @@ def apply_selection_triton(
         PAD_C=pad,
     )
     return ids_TM, weights_TM
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: dropped alone, and with the extras of a rank's 4 experts."""
+
+    def variant(name: str, num_experts: int, top_k: int, extras: int, *, again: bool) -> Variant:
+        rule = SelectionRule(top_k, "softmax", normalize=True)
+
+        def call(tokens: int) -> None:
+            apply_selection_triton(
+                meta(2, tokens, top_k, dtype=torch.bool)[1],
+                meta(tokens, num_experts, dtype=torch.float32),
+                meta(tokens, top_k, dtype=torch.int64),
+                meta(tokens, top_k, dtype=torch.float32),
+                rule,
+                0,
+                again,
+                meta(tokens, extras, dtype=torch.bool) if extras else None,
+            )
+
+        return Variant(name, call)
+
+    yield variant("top 2 of 8", 8, 2, 0, again=False)
+    yield variant("top 2 of 8, renormalized", 8, 2, 0, again=True)
+    yield variant("top 2 of 8, extras", 8, 2, 4, again=True)
+    yield variant("top 8 of 128, extras", 128, 8, 16, again=True)

@@ -7,12 +7,20 @@ The counts are integers, so the order in which programs add them does not matter
 Legend: E experts, B claims of a rank after padding, P pools, W ranks.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.variants import Variant, meta
 
-@triton.jit(do_not_specialize=["size"])
+
+# Strides and addresses of claims depend on how many there are.
+@triton.jit(
+    do_not_specialize=["size", "codes_stride", "keep_stride", "non_finite_stride"],
+    do_not_specialize_on_alignment=["codes", "keep", "non_finite"],
+)
 def _count_claims_kernel(
     codes,
     keep,
@@ -91,3 +99,20 @@ def count_claims_triton(
         PAD_P=triton.next_power_of_2(num_pools + 1),
     )
     return rows, claims_P
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: 8 experts on 2 ranks, 128 on 8; claims lie between other data."""
+
+    def variant(num_ranks: int, num_experts: int) -> Variant:
+        def call(claims: int) -> None:
+            code_WB = meta(num_ranks, claims + 3, dtype=torch.int64)[:, 1 : 1 + claims]
+            keep_WB = meta(num_ranks, claims, dtype=torch.bool)
+            non_finite_W1 = meta(num_ranks, claims + 3, dtype=torch.int64)[:, claims : claims + 1]
+            pool_of_code = meta(3 * num_experts + 1, dtype=torch.int64)
+            count_claims_triton(code_WB, keep_WB, non_finite_W1, pool_of_code, num_experts)
+
+        return Variant(f"{num_experts} experts, {num_ranks} ranks", call)
+
+    yield variant(2, 8)
+    yield variant(8, 128)

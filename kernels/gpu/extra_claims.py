@@ -5,14 +5,18 @@
 Legend: T tokens, K top-k, E experts, e experts on this rank, P pools.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
 from engine.ops.claims import ExtraRule
+from engine.ops.gpu.variants import Variant, meta
 
 
-@triton.jit(do_not_specialize=["num_claims"])
+# What is kept may be a part of what all ranks keep.
+@triton.jit(do_not_specialize=["num_claims"], do_not_specialize_on_alignment=["keep"])
 def _extra_claims_kernel(
     scores,
     topk_ids,
@@ -122,3 +126,27 @@ def extra_claims_triton(
         num_warps=1,
     )
     return pool_Te, list(keys)
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: all experts of a rank or some, with keys and without."""
+
+    def variant(name: str, rule: ExtraRule, *, is_second: bool) -> Variant:
+        def call(tokens: int) -> None:
+            extra_claims_triton(
+                meta(tokens, 8, dtype=torch.float32),
+                meta(tokens, 2, dtype=torch.int64),
+                meta(tokens, dtype=torch.int32),
+                meta(tokens, dtype=torch.int32),
+                meta(4, dtype=torch.int64),
+                rule,
+                meta(tokens, dtype=torch.bool),
+                meta(8, dtype=torch.int64) if is_second else None,
+                meta(2, tokens, 2, dtype=torch.bool)[1] if is_second else None,
+            )
+
+        return Variant(name, call)
+
+    yield variant("all of 4 experts", ExtraRule(4, 4), is_second=False)
+    yield variant("2 of 4 experts", ExtraRule(4, 2), is_second=False)
+    yield variant("2 of 4, free slots", ExtraRule(4, 2, with_keys=False), is_second=True)

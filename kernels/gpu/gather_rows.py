@@ -5,15 +5,19 @@
 Legend: T tokens, N rows, D model dim.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 # Integers that a row is copied as, the widest that divides its length, strides and addresses.
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["index"])
 def _gather_rows_kernel(
     x, index, out, num_rows, width, x_stride, out_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -68,3 +72,19 @@ def as_words(*tensors: torch.Tensor) -> list[torch.Tensor]:
         bits |= each.shape[1] * item | each.stride(0) * item | each.storage_offset() * item
     dtype = next(dtype for size, dtype in _WORDS if bits % size == 0)
     return [each.view(dtype) for each in tensors]
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: dim 4096 and 2048, and a row that is copied by 2 bytes."""
+
+    def variant(name: str, dtype: torch.dtype, width: int) -> Variant:
+        def call(rows: int) -> None:
+            index_N = meta(3 * rows, dtype=torch.int64)[rows:]  # of a second chunk
+            gather_rows_triton(meta(rows, width, dtype=dtype), index_N)
+
+        return Variant(name, call)
+
+    for name, dtype in DTYPES.items():
+        yield variant(f"{name} dim 4096", dtype, 4096)
+    yield variant("bf16 dim 2048", torch.bfloat16, 2048)
+    yield variant("bf16 dim 2047", torch.bfloat16, 2047)

@@ -5,12 +5,15 @@
 Legend: T tokens, K top-k, E experts, e experts on this rank, X extra columns, C columns (K + X).
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 
 from engine.ops.claim_keys import random_start
 from engine.ops.claims import ClaimRule
+from engine.ops.gpu.variants import Variant, meta
 
 _ORDERS = {"score": 0, "first": 1, "last": 2, "random": 3}
 
@@ -162,3 +165,29 @@ def make_claims_triton(
         PAD_E=triton.next_power_of_2(num_experts),
     )
     return list(keys), code_N, non_finite
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: every order, with and without extras."""
+
+    def variant(name: str, num_experts: int, top_k: int, rule: ClaimRule) -> Variant:
+        def call(tokens: int) -> None:
+            extras = rule.num_extra
+            make_claims_triton(
+                meta(tokens, num_experts, dtype=torch.float32),
+                meta(tokens, top_k, dtype=torch.int64),
+                meta(tokens, dtype=torch.int32),
+                meta(tokens, dtype=torch.int32),
+                rule,
+                meta(tokens, dtype=torch.bool) if extras else None,
+                meta(tokens, extras, dtype=torch.int64) if extras else None,
+            )
+
+        return Variant(name, call)
+
+    for order in _ORDERS:
+        rule = ClaimRule(order, 1, 1, with_expert=False)
+        yield variant(f"{order}, top 2 of 8", 8, 2, rule)
+    rule = ClaimRule("score", 1, 1, with_expert=True, num_extra=4, first_expert=4)
+    yield variant("score, extras, top 2 of 8", 8, 2, rule)
+    yield variant("score, extras, top 8 of 128", 128, 8, rule)

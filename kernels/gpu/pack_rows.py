@@ -7,9 +7,13 @@ The cast to float8_e4m3fn is made of integer operations: bit for bit torch's, on
 Legend: T tokens, U rows sent, D model dim, L bytes of a packed row.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -27,7 +31,7 @@ def _to_float8(x):
     return (code | sign).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["token_U"])
 def _pack_rows_kernel(
     x,
     token_U,
@@ -98,3 +102,21 @@ def pack_rows_triton(
         BLOCK=block,
         num_warps=warps,
     )
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: to float8 from every dtype, and float32 to bfloat16."""
+
+    def variant(name: str, dtype: torch.dtype, payload: torch.dtype, width: int) -> Variant:
+        def call(rows: int) -> None:
+            scale_at = width * payload.itemsize
+            out_UL = meta(2 * rows, scale_at + 16, dtype=torch.uint8)
+            token_U = meta(3 * rows, dtype=torch.int64)[rows:]  # of a second chunk
+            pack_rows_triton(meta(rows, width, dtype=dtype), token_U, out_UL, payload, scale_at)
+
+        return Variant(name, call)
+
+    for name, dtype in DTYPES.items():
+        yield variant(f"{name} to fp8, dim 4096", dtype, torch.float8_e4m3fn, 4096)
+    yield variant("bf16 to fp8, dim 2048", torch.bfloat16, torch.float8_e4m3fn, 2048)
+    yield variant("fp32 to bf16, dim 4096", torch.float32, torch.bfloat16, 4096)

@@ -5,9 +5,13 @@
 Legend: W ranks, P pools.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import Variant, meta
 
 
 @triton.jit
@@ -47,3 +51,17 @@ def quotas_triton(claims_WP: torch.Tensor, limit_P: torch.Tensor) -> torch.Tenso
         PAD_W=triton.next_power_of_2(num_ranks),
     )
     return quota_WP
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: 8 and 64 ranks; nothing depends on the tokens."""
+
+    def variant(num_ranks: int, num_pools: int) -> Variant:
+        def call(_tokens: int) -> None:
+            claims_WP = meta(num_ranks, num_pools, dtype=torch.int64)
+            quotas_triton(claims_WP, meta(num_pools, dtype=torch.int64))
+
+        return Variant(f"{num_ranks} ranks, {num_pools} pools", call)
+
+    yield variant(8, 8)
+    yield variant(64, 128)

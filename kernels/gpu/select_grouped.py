@@ -8,13 +8,17 @@ share the digits so far by their next one. It stops where the claims that are le
 Legend: N claims, P pools.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.variants import Variant, meta
+
 MOST_WORDS = 4
+# Words are rows of one tensor, and `tied` follows the marks: where depends on how many there are.
+UNALIGNED = [*(f"words_{index}" for index in range(MOST_WORDS)), "tied"]
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def _cut_of_word(
     return cut, alive, left
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _select_grouped_kernel(
     words_0,
     words_1,
@@ -211,3 +215,21 @@ def select_grouped_triton(
         num_warps=warps,
     )
     return keep_N, tied
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: 2 to 4 words, 8 and 128 pools, with few claims and with many."""
+
+    def variant(name: str, least: int, num_words: int, num_pools: int) -> Variant:
+        def call(tokens: int) -> None:
+            num_claims = least + tokens
+            words = [*meta(num_words, num_claims, dtype=torch.int32)]
+            load_P, need_P = (meta(num_pools, dtype=torch.int64) for _ in range(2))
+            select_grouped_triton(meta(num_claims, dtype=torch.int64), load_P, need_P, words)
+
+        return Variant(name, call)
+
+    for num_words in (2, 3, 4):
+        yield variant(f"{num_words} words, 8 pools", 0, num_words, 8)
+    yield variant("3 words, 8 pools, many claims", 8 * 4096, 3, 8)
+    yield variant("4 words, 128 pools", 0, 4, 128)

@@ -9,13 +9,14 @@ what lies above. Counts are integers, so the order of atomic additions does not 
 Legend: N claims of this rank, P pools.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from engine.ops.gpu.select_grouped import MOST_WORDS
+from engine.ops.gpu.select_grouped import MOST_WORDS, UNALIGNED
+from engine.ops.gpu.variants import Variant, meta
 
 _BLOCK = 1024
 
@@ -26,7 +27,9 @@ def _word(words, n, exists):
     return tl.load(words + n, mask=exists, other=0).to(tl.int64) + 2147483648
 
 
-@triton.jit(do_not_specialize=["num_claims", "shift"])
+@triton.jit(
+    do_not_specialize=["num_claims", "shift"], do_not_specialize_on_alignment=UNALIGNED[:-1]
+)
 def _count_kernel(
     words_0,
     words_1,
@@ -102,7 +105,7 @@ def _cut_kernel(
     tl.store(alive_P + pool, alive.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_claims"])
+@triton.jit(do_not_specialize=["num_claims"], do_not_specialize_on_alignment=UNALIGNED)
 def _mark_kernel(
     words_0,
     words_1,
@@ -202,3 +205,18 @@ def select_reduced_triton(
         PAD_P=triton.next_power_of_2(num_pools),
     )
     return marks[:-1], marks[-1]
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: 3 and 4 words."""
+
+    def variant(num_words: int, num_pools: int) -> Variant:
+        def call(claims: int) -> None:
+            words = [*meta(num_words, claims, dtype=torch.int32)]
+            pool_N, need_P = meta(claims, dtype=torch.int64), meta(num_pools, dtype=torch.int64)
+            select_reduced_triton(words, pool_N, need_P, lambda counts: counts)
+
+        return Variant(f"{num_words} words, {num_pools} pools", call)
+
+    yield variant(3, 8)
+    yield variant(4, 128)

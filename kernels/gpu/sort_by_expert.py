@@ -10,11 +10,14 @@ atomics: a place depends on the ids alone.
 Legend: T tokens, K top-k, N assignments (T * K), E experts.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import Variant, meta
 
 
 @triton.jit
@@ -138,3 +141,22 @@ def sort_by_expert_triton(
         num_warps=tiles.warps,
     )
     return token_N, slot_TK, load_E
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: few assignments, one block of many, and several blocks."""
+
+    def variant(name: str, least: int, top_k: int, num_experts: int) -> Variant:
+        def call(tokens: int) -> None:
+            # At most 128 tokens: fewer than 512 assignments of few.
+            ids_TK = meta(least + tokens, top_k, dtype=torch.int64)
+            sort_by_expert_triton(ids_TK, num_experts)
+
+        return Variant(name, call)
+
+    for top_k, num_experts in ((2, 8), (8, 128)):
+        place = f"top {top_k} of {num_experts}"
+        if top_k == 2:
+            yield variant(f"{place}, 512 assignments", 0, top_k, num_experts)
+        yield variant(f"{place}, 4096 assignments", 512 // top_k, top_k, num_experts)
+        yield variant(f"{place}, more", 4096 // top_k, top_k, num_experts)

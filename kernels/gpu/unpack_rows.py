@@ -5,9 +5,13 @@
 Legend: V rows received, R assignments received, D model dim, L bytes of a packed row.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
+
+from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
@@ -81,3 +85,22 @@ def unpack_rows_triton(
         BLOCK=block,
         num_warps=warps,
     )
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the calls to compile: from float8 to every dtype, and bfloat16 to float32."""
+
+    def variant(name: str, dtype: torch.dtype, payload: torch.dtype, *, indexed: bool) -> Variant:
+        def call(rows: int) -> None:
+            scale_at = 4096 * payload.itemsize
+            recv_VL = meta(rows, scale_at + 16, dtype=torch.uint8)
+            index_R = meta(2 * rows, dtype=torch.int64) if indexed else None
+            out_RD = meta(2 * rows if indexed else rows, 4096, dtype=dtype)
+            unpack_rows_triton(recv_VL, index_R, out_RD, payload, scale_at)
+
+        return Variant(name, call)
+
+    for name, dtype in DTYPES.items():
+        yield variant(f"fp8 to {name}, dim 4096", dtype, torch.float8_e4m3fn, indexed=True)
+    yield variant("fp8 to bf16, in order", torch.bfloat16, torch.float8_e4m3fn, indexed=False)
+    yield variant("bf16 to fp32, dim 4096", torch.float32, torch.bfloat16, indexed=True)

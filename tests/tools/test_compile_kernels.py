@@ -52,6 +52,15 @@ def test_a_kernel_that_is_launched_twice_is_two_rows_only_if_the_two_differ():
     }
 
 
+def test_launches_that_differ_on_one_gpu_are_two_rows_of_every_gpu():
+    numbers = {80: (40, 40), 90: (30, 50)}
+    entries = [entry(arch=arch, registers=each) for arch in numbers for each in numbers[arch]]
+    assert table.table_of(entries) == {
+        ("add", "bf16"): {80: (40, 0, 0), 90: (30, 0, 0)},
+        ("add", "bf16 (2)"): {80: (40, 0, 0), 90: (50, 0, 0)},
+    }
+
+
 def test_the_table_is_read_as_it_was_written():
     numbers = {80: (255, 136, 106496), 90: (40, 0, 0), 100: (1, 2, 3)}
     rows = {("attention", "bf16 group 4, head 128"): numbers, ("a", "fp32 256 wide"): numbers}

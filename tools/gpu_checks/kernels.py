@@ -8,6 +8,7 @@ Legend: T tokens, D width, R rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from engine.ops import (
     select_top,
     silu_and_mul,
     sort_by_expert,
+    unique_rows,
 )
 from gpu_checks.cache_cases import Case, Op, cache_cases
 from gpu_checks.check import Check, at_most, guarded, relative_error
@@ -178,4 +180,60 @@ def _cases() -> Iterator[Case]:
         silu_and_mul.gate_output_reference,
         [random(9, 256), random(9, 256), random(1, 256) / 16],
     )
+    yield from _unique_row_cases()
     yield from cache_cases()
+
+
+def _unique_row_cases() -> Iterator[Case]:
+    # Of 3 groups of 4 experts: group, byte, bit and the weight's place by position, then of none.
+    expert = torch.arange(12)
+    by_position = torch.stack((expert // 4, expert // 4, 1 << expert % 4, expert))
+    table_4P = torch.cat((by_position, torch.tensor([[3], [3], [0], [12]])), dim=1)
+    position_TM = torch.rand(70, 12).argsort(1)[:, :5]
+    position_TM[torch.rand(70, 5) < 0.3] = -1
+    yield (
+        "mark_groups",
+        lambda position, table: unique_rows.mark_groups(position, table, 3, 1),
+        lambda position, table: unique_rows.mark_groups_reference(position, table, 3, 1),
+        [position_TM, table_4P],
+    )
+    yield (
+        "count_groups",
+        lambda position, table: unique_rows.count_groups(position, table, 3),
+        lambda position, table: unique_rows.count_groups_reference(position, table, 3),
+        [position_TM.view(2, 35, 5), table_4P],
+    )
+    yield (
+        "spread_weights",
+        lambda place, weights: unique_rows.spread_weights(place, weights, 12),
+        lambda place, weights: unique_rows.spread_weights_reference(place, weights, 12),
+        [table_4P[3][position_TM], torch.rand(70, 5)],
+    )
+    yield (
+        "cells_of_rows",
+        unique_rows.cells_of_rows,
+        unique_rows.cells_of_rows_reference,
+        [torch.randint(70, (90,)), torch.tensor([40, 0, 50])],
+    )
+    for received in (70, 3000):  # one block and several
+        yield (
+            f"rows_by_expert, {received} rows",
+            lambda bits: unique_rows.rows_by_expert(bits, 11, 9000, with_slots=True),
+            lambda bits: unique_rows.rows_by_expert_reference(bits, 11, 9000, with_slots=True),
+            [torch.randint(256, (received, 2), dtype=torch.uint8)],
+        )
+
+    def packed(pack: Op) -> Op:
+        def run(cell_U: torch.Tensor, bits_CB: torch.Tensor, weights_Ce: torch.Tensor) -> Any:
+            out_UL = bits_CB.new_zeros(cell_U.numel(), 48)
+            pack(cell_U, bits_CB, weights_Ce.float(), out_UL, 40, 8)
+            return out_UL
+
+        return run
+
+    yield (
+        "pack_headers",
+        packed(unique_rows.pack_headers),
+        packed(unique_rows.pack_headers_reference),
+        [torch.randint(9, (21,)), torch.randint(256, (9, 2), dtype=torch.uint8), torch.rand(9, 8)],
+    )

@@ -22,15 +22,24 @@ Table = dict[tuple[str, str], dict[int, Numbers]]  # (kernel, variant) -> GPU ->
 
 
 def table_of(kernels: list[dict[str, Any]]) -> Table:
-    """Return the entries of `measure.py` as a table; the same kernel twice in a call is one row."""
-    table: Table = {}
+    """Return the entries of `measure.py` as a table; what a call launches twice is one row, unless
+    the two differ on one of the GPUs.
+    """
+    launches: dict[tuple[str, str], dict[int, list[Numbers]]] = {}
     for entry in kernels:
-        numbers = (entry["registers"], entry["spills"], entry["shared"])
         name = entry["kernel"].strip("_").removesuffix("_kernel")
-        variant, number = entry["variant"], 1
-        while table.setdefault((name, variant), {}).setdefault(entry["arch"], numbers) != numbers:
-            number += 1
-            variant = f"{entry['variant']} ({number})"
+        per_arch = launches.setdefault((name, entry["variant"]), {})
+        numbers = (entry["registers"], entry["spills"], entry["shared"])
+        per_arch.setdefault(entry["arch"], []).append(numbers)
+    table: Table = {}
+    for (name, variant), per_arch in launches.items():
+        rows: list[dict[int, Numbers]] = []
+        # Launches of a call come in one order, whatever the GPU.
+        for each in zip(*per_arch.values(), strict=True):
+            row = dict(zip(per_arch, each, strict=True))
+            if row not in rows:
+                rows.append(row)
+                table[name, variant if len(rows) == 1 else f"{variant} ({len(rows)})"] = row
     return table
 
 

@@ -41,15 +41,11 @@ import numpy as np
 import torch
 
 from engine.moe.dispatch.dedup import Deduplicator, UniqueRows
-from engine.moe.dispatch.plan import (
-    DispatchPlan,
-    ExpertOrder,
-    UniquePlan,
-    make_plan,
-)
+from engine.moe.dispatch.plan import DispatchPlan, ExpertOrder, UniquePlan, make_plan
 from engine.moe.dispatch.row_format import RowFormat, RowFormats
 from engine.ops import sort_by_expert as sort_op
 from engine.ops.to_device import to_device
+from engine.ops.unique_rows import cells_of_rows
 
 Granularity = Literal["experts", "tokens"]  # what is cut into chunks
 
@@ -94,8 +90,7 @@ class ExpertLayout:
         *,
         deduplicate: bool = False,
     ) -> None:
-        sizes = np.diff(first_experts)
-        self.first_experts = first_experts
+        self.first_experts, sizes = first_experts, np.diff(first_experts)
         self._num_ranks, self._num_experts = len(sizes), first_experts[-1]
         limit = num_chunks if by == "tokens" else int(sizes.max())
         self.num_chunks = 1 if self._num_ranks == 1 else max(1, min(num_chunks, limit))
@@ -177,9 +172,7 @@ class ExpertLayout:
     ) -> torch.Tensor:
         """Return what `sort` would have every rank exchange, int64 [W, n], from all ranks' ids.
 
-        Args:
-            ids_WTM: int64, -1 where there is no assignment.
-            num_tokens_W: the rows of ids_WTM that are tokens, per rank.
+        ids_WTM: int64, -1 where there is none; num_tokens_W: how many rows are tokens, per rank.
         """
         position_WTM = self._positions(ids_WTM, num_tokens_W)
         position_WN = position_WTM.flatten(1)
@@ -255,9 +248,7 @@ class ExpertLayout:
         assert groups is not None and rows is not None and row_format is not None
         num_ranks = self._num_ranks
         unique_WCW = exchanged_Wn[:, -groups.num_groups :].reshape(num_ranks, -1, num_ranks)
-        bounds = [
-            chunk.columns.start + bound for chunk in self.chunks for bound in chunk.bounds[:-1]
-        ]
+        bounds = [part.columns.start + bound for part in self.chunks for bound in part.bounds[:-1]]
         upto_WP = np.concatenate((np.zeros((num_ranks, 1), np.int64), counts_WP.cumsum(1)), axis=1)
         assigned_WCW = np.diff(upto_WP[:, [*bounds, -1]]).reshape(unique_WCW.shape)
         # Only rows for other ranks count: a rank's own are not sent, and others may not know of its
@@ -269,11 +260,8 @@ class ExpertLayout:
         unique_bytes = num_unique * row_format.row_bytes + num_combined * rows.combine_bytes
         if unique_bytes >= num_assigned * (rows.dispatch_bytes + rows.combine_bytes):
             return plans
-        total = int(unique_WCW[rank].sum())
-        token_U = unique.token_U[:total]
-        group_G = torch.arange(groups.num_groups, device=token_U.device)
-        group_U = group_G.repeat_interleave(unique.load_G, output_size=total)
-        cell_U = token_U * groups.num_groups + group_U
+        token_U = unique.token_U[: int(unique_WCW[rank].sum())]
+        cell_U = cells_of_rows(token_U, unique.load_G)
         found, sent = [], 0
         for index, (plan, chunk) in enumerate(zip(plans, self.chunks, strict=True)):
             send_splits = unique_WCW[rank, index].tolist()

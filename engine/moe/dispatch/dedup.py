@@ -17,8 +17,8 @@ Where a token's experts share no rank (one expert per rank, top-1, one rank) the
 save. `layout_policy.py` decides in advance whether a step has rows enough for counting them to pay,
 and `chunk_layout.py` from the exchanged counts whether a call's rows are sent deduplicated.
 
-Legend: T tokens on this rank, M columns of the ids, P positions, G groups, U unique rows sent, V
-unique rows received, R assignments received, e experts of the group, B bytes of a bitmap.
+Legend: T tokens on this rank, M columns of the ids, P positions, G groups, U unique rows sent, R
+assignments received, e experts of the group, B bytes of a bitmap.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.ops import sort_by_expert as sort_op
+from engine.ops import unique_rows
 from engine.ops.to_device import to_device
 
 
@@ -71,23 +72,11 @@ class Deduplicator:
 
     def unique(self, position_TM: torch.Tensor) -> UniqueRows:
         """Return this rank's unique rows. position_TM: int64, -1 where there is no assignment."""
-        num_tokens, columns = position_TM.shape
-        num_groups = self.num_groups
-        group_TM, byte_TM, bit_TM, weight_TM = self._table(position_TM.device)[:, position_TM]
-        # A token's first column in a group represents its unique row there.
-        column_TM = torch.arange(columns, device=position_TM.device).expand(num_tokens, -1)
-        first_TG = column_TM.new_full((num_tokens, num_groups + 1), columns)
-        first_TG.scatter_reduce_(1, group_TM, column_TM, "amin")
-        is_first_TM = (first_TG.gather(1, group_TM) == column_TM) & (group_TM < num_groups)
-        first_group_TM = group_TM.where(is_first_TM, -1)
-        token_U, slot_TM, load_G = sort_op.sort_by_expert(first_group_TM, num_groups)
-        bits = torch.zeros(
-            (num_tokens, num_groups * self.num_bytes + 1),
-            dtype=torch.int32,
-            device=position_TM.device,
+        num_groups, table = self.num_groups, self._table(position_TM.device)
+        first_group_TM, bits_TGB, weight_TM = unique_rows.mark_groups(
+            position_TM, table, num_groups, self.num_bytes
         )
-        bits.scatter_add_(1, byte_TM, bit_TM.int())  # a token has an expert once, so or is plus
-        bits_TGB = bits[:, :-1].to(torch.uint8).view(num_tokens, num_groups, self.num_bytes)
+        token_U, slot_TM, load_G = sort_op.sort_by_expert(first_group_TM, num_groups)
         return UniqueRows(token_U, slot_TM, load_G, bits_TGB, weight_TM)
 
     def count(self, position_WTM: torch.Tensor) -> torch.Tensor:
@@ -95,56 +84,21 @@ class Deduplicator:
 
         position_WTM: int64, -1 where there is no assignment.
         """
-        num_ranks = position_WTM.shape[0]
-        # Sorted, so that a group's repetitions within a token are neighbours.
-        group_WTM = self._table(position_WTM.device)[0][position_WTM].sort(dim=-1).values
-        again_WTM = torch.zeros_like(group_WTM, dtype=torch.bool)
-        again_WTM[..., 1:] = group_WTM[..., 1:] == group_WTM[..., :-1]
-        group_WN = group_WTM.masked_fill(again_WTM, self.num_groups).flatten(1)
-        count_WG = group_WN.new_zeros((num_ranks, self.num_groups + 1))
-        return count_WG.scatter_add_(1, group_WN, torch.ones_like(group_WN))[:, :-1]
+        table = self._table(position_WTM.device)
+        return unique_rows.count_groups(position_WTM, table, self.num_groups)
 
     def weights(self, unique: UniqueRows, weights_TM: torch.Tensor) -> torch.Tensor:
         """Return the combine weights by group and its experts, float32 [T, G, e], 0 elsewhere."""
         num_tokens = weights_TM.shape[0]
         size = self.num_groups * self.most_experts
-        flat = torch.zeros((num_tokens, size + 1), device=weights_TM.device)
-        flat.scatter_(1, unique.weight_TM, weights_TM.float())
-        return flat[:, :-1].view(num_tokens, self.num_groups, self.most_experts)
+        flat = unique_rows.spread_weights(unique.weight_TM, weights_TM, size)
+        return flat.view(num_tokens, self.num_groups, self.most_experts)
 
     def _table(self, device: torch.device) -> torch.Tensor:
         """Return the group, byte, bit and weight of every position, int64 [4, P + 1]."""
         if device not in self._tables:
             self._tables[device] = to_device(torch.tensor(self._host), device)
         return self._tables[device]
-
-
-def read_bits(bits_VB: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return received bitmaps by expert, bool [e, V]. bits_VB: uint8, any strides."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits_VB.device)
-    flags_VB8 = (bits_VB[:, :, None] >> shifts) & 1
-    return flags_VB8.flatten(1)[:, :num_experts].t().contiguous().bool()
-
-
-def rows_by_expert(flags_eV: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where each expert's rows are among the received ones.
-
-    Returns index_R, int64 [R], the received row of each assignment by expert, and slot_Ve, int64,
-    the position of each received row in that order for each expert, -1 where it serves none.
-
-    Args:
-        flags_eV: which experts each received row serves.
-        num_rows: R, known from the exchanged counts.
-    """
-    num_experts, num_received = flags_eV.shape
-    flags = flags_eV.flatten()
-    position = flags.cumsum(0) - 1
-    source = torch.arange(num_received, device=flags.device).repeat(num_experts)
-    # One entry more takes what is no assignment. Zeros, so that no index is out of bounds.
-    index = position.new_zeros(num_rows + 1)
-    index.scatter_(0, position.where(flags, num_rows).clamp(max=num_rows), source)
-    slot_eV = position.where(flags, -1).view(num_experts, num_received)
-    return index[:num_rows], slot_eV.t().contiguous()
 
 
 def expected_unique(sizes: Sequence[int], top_k: int) -> float:

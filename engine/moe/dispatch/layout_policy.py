@@ -40,7 +40,7 @@ from engine.moe.dispatch.row_format import RowFormats
 
 # Launches that a deduplicated call has more than another, and a chunk: the rows of the table in
 # tests/gpu/emulated/budgets.txt, which a test compares.
-DEDUP_LAUNCHES, CHUNK_LAUNCHES = 43, 13
+DEDUP_LAUNCHES, CHUNK_LAUNCHES = 6, 13
 
 
 class LayoutPolicy:

@@ -13,7 +13,7 @@ unpacked rows, or after those of chunk c - 1 where these reach further: they ove
 own and later chunks alone, which are written when the packed rows of both have been read.
 
 Legend: T tokens, M columns of the decision, D model dim, S rows sent, R rows received, U unique
-rows sent, V unique rows received, L bytes of a packed row, e experts of the chunk.
+rows sent, V unique rows received, L bytes of a packed row, e experts of the chunk, C cells.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import NamedTuple, Protocol
 import torch
 
 from engine.moe.dispatch.buffers import RowBuffers, Slot
-from engine.moe.dispatch.dedup import read_bits, rows_by_expert
 from engine.moe.dispatch.exchange import AllToAll
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.dispatch.row_format import RowFormat
 from engine.ops.permute import combine_rows, gather_rows
+from engine.ops.unique_rows import rows_by_expert
 
 
 class ExpertRows(NamedTuple):
@@ -141,14 +141,14 @@ class PackedPayload:
         self._encoded = row_format.encode(x_TD)
         combined = [plan.order.token_N.numel() for plan in plans]
         received = [plan.num_received for plan in plans]
-        self._weights_CE: torch.Tensor | None = None
+        self._weights_Ce: torch.Tensor | None = None
         self._bits_CB: torch.Tensor | None = None
         if (unique := plans[0].unique) is not None:
             self._bits_CB = unique.rows.bits_TGB.flatten(0, 1)
             if plans[0].pre_reduced:
                 combined = [sum(_dispatch_splits(plan)[0]) for plan in plans]
                 weights = unique.groups.weights(unique.rows, weights_TM)
-                self._weights_CE = weights.flatten(0, 1)
+                self._weights_Ce = weights.flatten(0, 1)
         # Packed rows of each chunk, sent and received.
         num_send, num_recv = zip(
             *([sum(splits) for splits in _dispatch_splits(plan)] for plan in plans), strict=True
@@ -180,11 +180,7 @@ class PackedPayload:
         token_U = plan.order.token_N if unique is None else unique.token_U
         self._format.pack(self._encoded, token_U, out_UL)
         if unique is not None and self._bits_CB is not None:
-            weights_Ue = self._weights_CE
-            if weights_Ue is not None:
-                weights_Ue = weights_Ue.index_select(0, unique.cell_U)
-            bits_UB = self._bits_CB.index_select(0, unique.cell_U)
-            self._format.pack_header(bits_UB, weights_Ue, out_UL)
+            self._format.pack_header(unique.cell_U, self._bits_CB, self._weights_Ce, out_UL)
         return AllToAll(out_UL, self._recv[chunk], *_dispatch_splits(plan))
 
     def prepare(self, chunk: int) -> None:
@@ -200,8 +196,12 @@ class PackedPayload:
             index_R = plan.recv_index_R
         else:
             num_experts = plan.unique.num_experts
-            flags_eV = read_bits(row_format.bits(recv), num_experts)
-            index_R, self._slot_Ve = rows_by_expert(flags_eV, plan.num_received)
+            index_R, self._slot_Ve = rows_by_expert(
+                row_format.bits(recv),
+                num_experts,
+                plan.num_received,
+                with_slots=plan.pre_reduced,
+            )
             if plan.pre_reduced:  # a copy: the outputs will overwrite the received rows
                 self._weights_Ve = row_format.weights(recv)[:, :num_experts].clone()
         grouped_RD = self._grouped[chunk]

@@ -13,7 +13,7 @@ float8 keeps 3 bits of mantissa: an element differs by at most 1/16 of itself, o
 scale where it is smaller than scale / 64. A row that holds NaN or infinity is received as NaN.
 
 Legend: T tokens, U rows sent, V rows received, R assignments received, D model dim, L bytes of a
-packed row.
+packed row, C cells of unique rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from engine.config import DispatchConfig
 from engine.ops.permute import encode_rows, pack_rows, unpack_rows
+from engine.ops.unique_rows import pack_headers
 
 _FP8 = torch.float8_e4m3fn
 
@@ -74,12 +75,14 @@ class RowFormat:
         pack_rows(rows, token_U, out_UL, self.payload, self._scale)
 
     def pack_header(
-        self, bits_UB: torch.Tensor, weights_Ue: torch.Tensor | None, out_UL: torch.Tensor
+        self,
+        cell_U: torch.Tensor,
+        bits_CB: torch.Tensor,
+        weights_Ce: torch.Tensor | None,
+        out_UL: torch.Tensor,
     ) -> None:
-        """Write bitmaps (uint8) and combine weights (float32) into out_UL."""
-        out_UL[:, self._bits : self._bits + self.bitmap_bytes].copy_(bits_UB)
-        if weights_Ue is not None:
-            self.weights(out_UL).copy_(weights_Ue)
+        """Write the bitmaps (uint8) and combine weights (float32) of the cells cell_U (int64)."""
+        pack_headers(cell_U, bits_CB, weights_Ce, out_UL, self._bits, self._weights)
 
     def bits(self, recv_VL: torch.Tensor) -> torch.Tensor:
         """Return the bitmaps of received rows, uint8 [V, B], a view."""

@@ -23,6 +23,7 @@ from engine.ops import (
     sort_by_expert,
     store_kv,
     triton_support,
+    unique_rows,
 )
 from tests.gpu.emulated.device import DEVICE, DeviceError, place
 from tests.gpu.emulated.tensors import CudaTensor
@@ -36,46 +37,65 @@ def _rms_norm(
     return rms_norm.add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
 
 
-# By the module of engine/ops/gpu whose kernel it replaces.
+# By the kernel that it replaces; in a module of engine/ops/gpu of that name unless _MODULES has it.
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "apply_selection": select_experts.apply_selection_reference,
+    "cells_of_rows": unique_rows.cells_of_rows_reference,
     "combine_rows": permute.combine_rows_reference,
     "count_claims": claims.count_claims_reference,
+    "count_groups": unique_rows.count_groups_reference,
     "extra_claims": claims.extra_claims_reference,
     "gate_output": silu_and_mul.gate_output_reference,
     "gather_rows": permute.gather_rows_reference,
     "latent_rotary_store": latent_rotary_store.latent_rotary_store_reference,
     "make_claims": claims.make_claims_reference,
+    "mark_groups": unique_rows.mark_groups_reference,
+    "pack_headers": unique_rows.pack_headers_reference,
     "pack_rows": permute.pack_rows_reference,
     "paged_attention": paged_attention.paged_attention_reference,
     "qk_rotary_store": qk_rotary_store.qk_rotary_store_reference,
     "quotas": select_top.quotas_reference,
     "rms_norm": _rms_norm,
+    "rows_by_expert": unique_rows.rows_by_expert_reference,
     "select_experts": select_experts.select_experts_reference,
     "select_grouped": select_top.select_grouped_reference,
     "select_reduced": select_top.select_top_reference,
     "silu_and_mul": silu_and_mul.silu_and_mul_reference,
     "sort_by_expert": sort_by_expert.sort_by_expert_reference,
+    "spread_weights": unique_rows.spread_weights_reference,
     "store_kv": store_kv.store_kv_reference,
     "unpack_rows": permute.unpack_rows_reference,
+}
+_MODULES = {
+    "cells_of_rows": "row_headers",
+    "count_groups": "unique_rows",
+    "mark_groups": "unique_rows",
+    "pack_headers": "row_headers",
+    "spread_weights": "row_headers",
 }
 # Launches of those that set memory to zero first, or that have steps; of all others it is one.
 _LAUNCHES: dict[str, Callable[..., int]] = {
     "count_claims": lambda *_: 2,
+    "count_groups": lambda *_: 2,
     "make_claims": lambda *_: 2,
+    # Of more than one block also a count.
+    "rows_by_expert": lambda bits, *_: 2 if bits.shape[0] > 1024 else 1,
     "select_grouped": lambda *_: 2,
     # Per digit of each word a count, its sum over ranks and the cut; then the marks.
     "select_reduced": lambda words, *_: 2 + 3 * 4 * len(words),
+    "sort_by_expert": lambda ids, *_: 2 if ids.numel() > 4096 else 1,
 }
 
 
 def patch_triton(patch: pytest.MonkeyPatch) -> None:
     """Let ops on the emulated device take the branch of the Triton kernels."""
     patch.setattr(triton_support, "_installed", lambda: True)
+    modules: dict[str, ModuleType] = {}
     for name, reference in _REFERENCES.items():
-        module = ModuleType(f"engine.ops.gpu.{name}")
+        path = f"engine.ops.gpu.{_MODULES.get(name, name)}"
+        module = modules.setdefault(path, ModuleType(path))
         setattr(module, f"{name}_triton", _one_kernel(name, reference))
-        patch.setitem(sys.modules, module.__name__, module)
+        patch.setitem(sys.modules, path, module)
 
 
 def _one_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,6 +62,7 @@ def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
     assert plain <= 2 + 2 + 1 + 1 + 2 + 1 + 3 + 2 + 4 + 1 + 1
     # What a decode step may launch per layer, and a prefill under a capacity policy.
     assert plain <= 30 and layers["qwen3_moe decode"]["kernels"] <= 34
+    assert layers["qwen3_moe decode, deduplicated"]["kernels"] <= 40
     assert layers["mixtral prefill, token_drop gather"]["kernels"] <= 90
 
     # What exceeds its budget is named with the lines of the source.

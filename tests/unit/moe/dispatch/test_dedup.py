@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.moe.dispatch.dedup import Deduplicator, expected_unique, read_bits, rows_by_expert
+from engine.moe.dispatch.dedup import Deduplicator, expected_unique
+from engine.ops.unique_rows import read_bits, rows_by_expert
 
 
 def test_the_worked_example_of_the_module_holds():
@@ -26,10 +27,10 @@ def test_the_worked_example_of_the_module_holds():
         [[0.0, 2.0, 0.0], [0.0, 1.0, 0.0]],
         [[0.0, 0.0, 0.0], [0.0, 4.0, 0.0]],
     ]
-    flags = read_bits(torch.tensor([[0b101], [0b010]], dtype=torch.uint8), 3)
-    index, slot = rows_by_expert(flags, 3)
+    bits = torch.tensor([[0b101], [0b010]], dtype=torch.uint8)
+    index, slot = rows_by_expert(bits, 3, 3, with_slots=True)
     assert index.tolist() == [0, 1, 0]
-    assert slot.tolist() == [[0, -1, 2], [-1, 1, -1]]
+    assert slot is not None and slot.tolist() == [[0, -1, 2], [-1, 1, -1]]
 
 
 def test_bitmaps_of_more_than_eight_experts_take_more_bytes():
@@ -72,10 +73,10 @@ def test_unique_rows_are_the_distinct_pairs_of_token_and_group(sizes, tokens, co
 
 
 def test_an_index_stays_inside_the_rows_when_bitmaps_and_counts_disagree():
-    flags = torch.tensor([[True, True, True]])
-    index, _ = rows_by_expert(flags, 2)
+    served = torch.tensor([[0b1], [0b1], [0b1]], dtype=torch.uint8)
+    index, _ = rows_by_expert(served, 1, 2, with_slots=False)
     assert index.tolist() == [0, 1]
-    index, _ = rows_by_expert(~flags, 2)
+    index, _ = rows_by_expert(torch.zeros_like(served), 1, 2, with_slots=False)
     assert index.tolist() == [0, 0]
 
 
