@@ -141,11 +141,12 @@ def test_deduplication_has_to_save_what_its_launches_take_on_the_measured_link()
     shape = {"sizes": [16] * 8, "top_k": 8, "width": 2048}
     fast, slow = layouts(**shape, link=FAST), layouts(**shape, link=SLOW)
     assert layouts(**shape).choose(256).deduplicates, "not measured: as on the CPU"
-    assert not fast.choose(256).deduplicates and not fast.choose(8192).deduplicates
-    assert not slow.choose(256).deduplicates and slow.choose(8192).deduplicates
-    least = int(DEDUP_LAUNCHES * 5e-6 * 250e9 / fast.saved_bytes(1)) + 1
-    assert fast.choose(least).deduplicates and not fast.choose(least - 1).deduplicates
-    assert not fast.choose(least, costs_exchange=True).deduplicates
+    assert not fast.choose(256).deduplicates and slow.choose(256).deduplicates
+    for found, link in ((fast, FAST), (slow, SLOW)):
+        saved = DEDUP_LAUNCHES * link.launch_s * link.bytes_per_s
+        least = int(saved / found.saved_bytes(1)) + 1
+        assert found.choose(least).deduplicates and not found.choose(least - 1).deduplicates
+        assert not found.choose(least, costs_exchange=True).deduplicates
 
 
 def test_a_chunk_has_to_take_as_long_as_its_calls_on_the_measured_link():
