@@ -52,5 +52,5 @@ def check_one(part: str, name: str, check: Callable[[], str], is_needed: bool = 
         return Finding(part, name, str(error), None, is_needed)
     except Exception as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-        text = "; ".join(lines[:3]) or type(error).__name__
+        text = "; ".join(lines[:3]).replace(":; ", ": ") or type(error).__name__
         return Finding(part, name, text, False, is_needed)
