@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def _in_child(folder: Path, case: Case) -> None:
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        # pytest has put streams of its own in place of the process's.
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         os.chdir(folder)
         from launch import infer
@@ -100,8 +103,6 @@ def _in_child(folder: Path, case: Case) -> None:
         code = infer.main(argv)
     finally:
         with contextlib.suppress(Exception):
-            import sys
-
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
