@@ -8,11 +8,12 @@ A test's name is its claim, so the page says what was tried and cannot say more 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from generated_page import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -86,16 +87,7 @@ def claims(file: Path) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page, or with --check compare it; return the exit code."""
-    parser = argparse.ArgumentParser(description="Write docs/compatibility.md from the tests.")
-    parser.add_argument("--check", action="store_true", help="only say whether it is current")
-    check = parser.parse_args(argv).check
-    text = page()
-    if check and (not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text):
-        print(f"{PAGE.relative_to(ROOT)} is not current: run `{COMMAND}`", file=sys.stderr)
-        return 1
-    if not check:
-        PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return run(argv, page, PAGE, ROOT, COMMAND)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ A table per section: key, default, allowed values, and the comment behind the fi
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -23,6 +22,8 @@ from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from generated_page import run  # noqa: E402
+
 from engine.config import Config  # noqa: E402
 from engine.config.validation import alternatives, describe, type_hints  # noqa: E402
 
@@ -122,16 +123,7 @@ def _allowed(item: dataclasses.Field[Any], hint: Any) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page, or with --check compare it; return the exit code."""
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from the schema.")
-    parser.add_argument("--check", action="store_true", help="only say whether it is current")
-    check = parser.parse_args(argv).check
-    text = page()
-    if check and (not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text):
-        print(f"{PAGE.relative_to(ROOT)} is not current: run `{COMMAND}`", file=sys.stderr)
-        return 1
-    if not check:
-        PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return run(argv, page, PAGE, ROOT, COMMAND)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ Input are the lines of `input_index.py`, in four forms:
                                                    or /v1/chat/completions
 
 The first three also take sampling parameters next to the prompt, by our names (`max_new_tokens`,
-...) or OpenAI's (`max_tokens`, ...); `line_settings.py` tells them from the user's own keys. What a
-line leaves out, or gives as null, comes from the config's `sampling`, not from OpenAI's defaults.
+...) or OpenAI's (`max_tokens`, ...); `line_settings.py` separates them from the user's own keys.
+What a line leaves out, or gives as null, comes from the config's `sampling`, not from OpenAI's
+defaults.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from engine.batch.input_index import Line, line_id
 from engine.batch.line_settings import (
     UserKeys,
-    check_beside_body,
+    check_outside_body,
     split_body,
     split_plain,
     to_sampling_names,
@@ -178,7 +179,7 @@ def _openai(record: dict[str, Any]) -> _Parts:
     if url is not None and (not isinstance(url, str) or url not in _URLS):
         message = f"url = {show(url)}: must be one of {', '.join(_URLS)}"
         raise RequestError("invalid_request", message)
-    own = check_beside_body(record, _OF_OPENAI)
+    own = check_outside_body(record, _OF_OPENAI)
     settings = split_body(body, _PROMPTS if url is None else _URLS[url], url)
     return body, to_sampling_names(settings, chat="messages" in body), own
 

@@ -106,16 +106,16 @@ def split_body(
     return settings
 
 
-def check_beside_body(record: Mapping[str, Any], not_settings: frozenset[str]) -> list[str]:
-    """Return the user's own keys beside the body of an OpenAI line.
+def check_outside_body(record: Mapping[str, Any], not_settings: frozenset[str]) -> list[str]:
+    """Return the user's own keys of an OpenAI line, outside of its body.
 
     Raises:
-        RequestError: a key belongs into the body.
+        RequestError: a key is a setting, which belongs in the body.
     """
     own = [key for key in record if key not in not_settings]
     for key in own[:_MAX_COMPARED]:
         if record[key] is not None and (key in _PARAMETERS or _meant(key)):
-            message = f"{key} = {show(record[key])}: is beside the body; write it in the body"
+            message = f"{key} = {show(record[key])}: is outside of body; write it in the body"
             raise RequestError("unknown_setting", message)
     return own
 

@@ -1,6 +1,6 @@
 """Names that other engines give to settings, and what to write here instead.
 
-A line whose setting has another engine's name would run without it, and nobody would notice. Names
+A line whose setting has another engine's name would run without it, silently. Names
 are compared by `letters`: maxOutputTokens is max_output_tokens. Left out are names that are as
 likely a column of the user's data (documents, details, priority, grammar).
 

@@ -39,8 +39,9 @@ _CUDA_EVERY = 16
 def import_libraries(config: Config, device: torch.device) -> None:
     """Import what this device's kernels and experts need, wherever it is installed.
 
-    Eight ranks may take long to read these libraries from a shared file system, and hold the GIL
-    meanwhile: no heartbeat leaves the process. What is wrong with one is said where it is used.
+    Called before the watchdog starts: eight ranks may take long to read these libraries from a
+    shared file system, and an import holds the GIL, so no heartbeat is published. A library that
+    cannot be imported is reported where it is used.
     """
     names = []
     if device.type == "cuda":

@@ -51,8 +51,8 @@ _PROMPT_ROWS = 256
 # the outcomes and, under a capacity policy, the dropped assignments.
 NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 3
 
-# What a rank takes from its source before one step: the others wait for it meanwhile, and what
-# fails is passed on only then. A line may fail at once, or take a slow tokenizer a while.
+# Most requests that a rank takes from its source before one step, and for how long: the other ranks
+# wait for it, and errors reach the sink only afterwards. One line may take a slow tokenizer long.
 _MAX_TAKEN, _MAX_TAKING_S = 1024, 0.1
 
 OnStep = Callable[[StepReport], None]
