@@ -1,0 +1,1 @@
+"""Placement: which ranks hold which experts, their homes and copies, and how rows are split."""

@@ -1,0 +1,140 @@
+"""Instances: the numbers of what a layer's ranks hold, homes and copies alike.
+
+An *instance* is an expert's weights on one rank. Instances are numbered rank by rank, in a rank the
+homes by expert and then the copies by expert, so that the dispatch has one contiguous range per
+rank. Experts in *home order* are numbered by the rank of their home, then by expert, so that the
+capacity policies have contiguous ranges too. Both are the experts' own numbers where homes are
+contiguous and there are no copies.
+
+Worked example, 4 experts on 2 ranks, homes 0 1 0 1, a copy of expert 3 on rank 0:
+    home order   experts 0 2 | 1 3
+    instances    rank 0: experts 0 2, copy of 3 | rank 1: experts 1 3
+    first_instances [0, 3, 5], first_homes [0, 2, 4]
+
+Legend: E experts, I instances, H most hosts of an expert, W expert-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from engine.moe.placement.placement import LayerPlacement
+from engine.ops.to_device import to_device
+
+
+class Instances:
+    """The instances of one layer.
+
+    Args:
+        placement: of the layer.
+        num_ranks: W.
+    """
+
+    expert_I: np.ndarray  # int64, the expert of each instance
+    rank_I: np.ndarray  # int64, its rank
+    is_home_I: np.ndarray  # bool
+    first_instances: list[int]  # W + 1 boundaries of the ranks' instances
+    first_homes: list[int]  # W + 1 boundaries of the ranks' homes in home order
+    expert_of_home_E: np.ndarray  # int64, the experts in home order
+    home_order_E: np.ndarray  # int64, the place of each expert in home order
+    home_instance_E: np.ndarray  # int64, by home order: the instance of the expert's home
+    hosts_EH: np.ndarray  # int64, by home order: instances of the home, then of the copies by rank;
+    # -1 where there are fewer
+
+    def __init__(self, placement: LayerPlacement, num_ranks: int) -> None:
+        self.placement = placement
+        self.num_ranks, self.num_experts = num_ranks, len(placement.home_E)
+        homes: list[list[int]] = [[] for _ in range(num_ranks)]
+        copies: list[list[int]] = [[] for _ in range(num_ranks)]
+        for expert, home in enumerate(placement.home_E):
+            homes[home].append(expert)
+            for rank in placement.copies_E[expert]:
+                copies[rank].append(expert)
+        held = [own + further for own, further in zip(homes, copies, strict=True)]
+        self.expert_I = np.array([expert for each in held for expert in each], dtype=np.int64)
+        self.rank_I = np.repeat(np.arange(num_ranks), list(map(len, held)))
+        self.is_home_I = np.array(
+            [
+                index < len(own)
+                for own, each in zip(homes, held, strict=True)
+                for index in range(len(each))
+            ],
+            dtype=bool,
+        )
+        self.first_instances = list(accumulate(map(len, held), initial=0))
+        self.first_homes = list(accumulate(map(len, homes), initial=0))
+        self.expert_of_home_E = np.array([e for own in homes for e in own], dtype=np.int64)
+        self.home_order_E = np.empty(self.num_experts, dtype=np.int64)
+        self.home_order_E[self.expert_of_home_E] = np.arange(self.num_experts)
+        self.home_instance_E = np.flatnonzero(self.is_home_I)
+        self.num_instances = len(self.expert_I)
+        self.has_copies = self.num_instances > self.num_experts
+        self.is_identity = not self.has_copies and bool(
+            (self.expert_of_home_E == np.arange(self.num_experts)).all()
+        )
+        most = 1 + max((len(each) for each in placement.copies_E), default=0)
+        self.hosts_EH = np.full((self.num_experts, most), -1, dtype=np.int64)
+        self.hosts_EH[:, 0] = self.home_instance_E
+        found = [1] * self.num_experts
+        for instance in np.flatnonzero(~self.is_home_I).tolist():
+            place = int(self.home_order_E[self.expert_I[instance]])
+            self.hosts_EH[place, found[place]] = instance
+            found[place] += 1
+        self._tables: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+
+    def num_homes(self, rank: int) -> int:
+        """Return the experts whose home is a rank."""
+        return self.first_homes[rank + 1] - self.first_homes[rank]
+
+    def num_local(self, rank: int) -> int:
+        """Return the instances of a rank."""
+        return self.first_instances[rank + 1] - self.first_instances[rank]
+
+    def local_experts(self, rank: int) -> list[int]:
+        """Return the experts of a rank's instances: the homes, then the copies."""
+        own = slice(self.first_instances[rank], self.first_instances[rank + 1])
+        return self.expert_I[own].tolist()
+
+    @property
+    def most_local(self) -> int:
+        """Instances of the rank that has most."""
+        return int(np.diff(self.first_instances).max())
+
+    @property
+    def most_homes(self) -> int:
+        """Homes of the rank that has most."""
+        return int(np.diff(self.first_homes).max())
+
+    def to_home_order(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return experts' numbers as places in home order; -1 stays."""
+        return ids_TK if self.is_identity else self._table(ids_TK.device)[0][ids_TK]
+
+    def experts_in_home_order(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """Return columns by expert as columns in home order."""
+        return x_TE if self.is_identity else x_TE[:, self._table(x_TE.device)[1]]
+
+    def homes(self, places_TK: torch.Tensor) -> torch.Tensor:
+        """Return the instances of the homes of experts given by their places; -1 stays."""
+        return self._table(places_TK.device)[2][places_TK] if self.has_copies else places_TK
+
+    def by_expert(self, x_E: np.ndarray) -> np.ndarray:
+        """Return numbers in home order (the last dimension) as numbers by expert."""
+        return x_E if self.is_identity else x_E[..., self.home_order_E]
+
+    def _table(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return the place of every expert and -1 at the end, the experts in home order, and the
+        instance of every home and -1 at the end.
+        """
+        if device not in self._tables:
+            tables = (
+                np.append(self.home_order_E, -1),
+                self.expert_of_home_E,
+                np.append(self.home_instance_E, -1),
+            )
+            self._tables[device] = tuple(
+                to_device(torch.from_numpy(np.ascontiguousarray(each)), device) for each in tables
+            )
+        return self._tables[device]
