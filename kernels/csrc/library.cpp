@@ -91,6 +91,12 @@ TORCH_LIBRARY(lockstep_cpu, m) {
       "select_experts(Tensor logits, Tensor? bias, int top_k, bool softmax, bool normalize, "
       "float eps, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
+  m.def(
+      "split_rows(Tensor hosts, Tensor load, Tensor? speeds, Tensor? limit, bool fewest_moved) -> "
+      "Tensor");
+  m.def("split_optimum(Tensor hosts, Tensor loads) -> Tensor");
+  m.def("cut(Tensor hosts, Tensor expert, Tensor limit) -> Tensor");
+  m.def("order_claims(Tensor[] words) -> Tensor");
   m.def("lane_segment_bytes(int size, int ring) -> int", &lockstep::Lane::segment_bytes);
   m.def("lane_open(int rank, int ring, int spin_ns, int[] segments, int[] processes) -> int",
         &lockstep::lane_open);
@@ -116,4 +122,8 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("select_top", &lockstep::select_top);
   m.impl("select_experts", &lockstep::select_experts);
   m.impl("combine_rows", &lockstep::combine_rows);
+  m.impl("split_rows", &lockstep::split_rows);
+  m.impl("split_optimum", &lockstep::split_optimum);
+  m.impl("cut", &lockstep::cut);
+  m.impl("order_claims", &lockstep::order_claims);
 }

@@ -78,6 +78,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
     const at::Tensor& logits, const std::optional<at::Tensor>& bias, int64_t top_k, bool softmax,
     bool normalize, double eps, double scale);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
+at::Tensor split_rows(const at::Tensor& packed, const at::Tensor& load,
+                      const std::optional<at::Tensor>& speeds,
+                      const std::optional<at::Tensor>& limit, bool fewest_moved);
+at::Tensor split_optimum(const at::Tensor& packed, const at::Tensor& loads);
+at::Tensor cut(const at::Tensor& packed, const at::Tensor& expert, const at::Tensor& limit);
+at::Tensor order_claims(at::TensorList words);
 
 // The rank's end of a group in shared memory (lane.h), by its address.
 int64_t lane_open(int64_t rank, int64_t ring, int64_t spin_ns, std::vector<int64_t> segments,
