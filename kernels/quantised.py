@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.ops import native
+
 PANEL = 16  # outputs of a panel, as in csrc/kernels.h
 # An int4 group's largest weight in steps of its scale: quantise takes the best for each group.
 _STEPS = (7.0, 7.5, 8.0, 8.5, 9.0)
@@ -182,6 +184,10 @@ def grouped_ffn_quantised(
     index_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`grouped_ffn` with quantised weights: the same arguments, the same order of rows."""
+    if native.serves(x_RD, w13_e2FD.scale_ePGN):
+        return torch.ops.lockstep_cpu.grouped_ffn_quantised(
+            x_RD, *_native(w13_e2FD), *_native(w2_eDF), counts_e, out_RD, index_R
+        )
     return grouped_ffn_quantised_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
 
 
@@ -207,6 +213,12 @@ def grouped_ffn_quantised_reference(
         y_RD[rows] = F.linear(F.silu(gate_CF) * up_CF, dequantise(w2_eDF, expert, x_RD.dtype))
         start += count
     return y_RD
+
+
+def _native(weights: QuantisedWeights) -> tuple[torch.Tensor | list[int] | None, ...]:
+    """Weights as the compiled kernel takes them."""
+    sizes = [weights.bits, weights.group, weights.outputs, weights.inputs]
+    return weights.packed_ePCN, weights.scale_ePGN, weights.zero_ePGN, sizes
 
 
 def _checked_group(bits: int, group: int, inputs: int) -> int:

@@ -3,10 +3,14 @@
 Run: python -m pytest tests/unit/ops/test_quantised.py
 """
 
+import dataclasses
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.ops.grouped_ffn import grouped_ffn_reference
+from engine.ops.grouped_ffn import grouped_ffn, grouped_ffn_reference
 from engine.ops.quantised import (
     QuantisedWeights,
     dequantise,
@@ -16,6 +20,7 @@ from engine.ops.quantised import (
     pack,
     quantise,
 )
+from tests.helpers.ops_cases import ISAS_HERE, each_isa, needs_native, on_isa
 
 SIZES = [(64, 96), (50, 21), (17, 130), (1, 1), (33, 40), (128, 16)]
 
@@ -170,3 +175,113 @@ def test_results_go_where_they_are_asked_to_and_where_the_rows_lie(run):
     assert got.data_ptr() == buffer.data_ptr() and (buffer[3:] == 9.0).all()
     expected = grouped_ffn_quantised_reference(x[index], w13, w2, [1, 2])
     torch.testing.assert_close(got[index], expected)
+
+
+def packed_experts(dim: int, width: int, bits: int, zeros: bool) -> tuple[QuantisedWeights, ...]:
+    """Three experts' w13 and w2, of integers and scales that no rounding made."""
+    sizes = [(2 * width, dim), (dim, width)]
+    return tuple(
+        pack(*random_packed(3, outputs, inputs, bits, min(32, inputs), zeros), bits, 32)
+        for outputs, inputs in sizes
+    )
+
+
+@each_isa
+@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize(("dim", "width"), [(64, 96), (50, 21), (17, 130), (1, 1), (128, 16)])
+@pytest.mark.parametrize(
+    "counts", [[1, 2, 8], [0, 5, 0], [9, 17, 33], [48, 49, 0], [200, 0, 3], [0, 0, 0]]
+)
+def test_ragged_counts_match_the_reference(isa, bits, zeros, dim, width, counts):
+    w13, w2 = packed_experts(dim, width, bits, zeros)
+    x = torch.randn(sum(counts), dim)
+    with on_isa(isa):
+        got = grouped_ffn_quantised(x, w13, w2, counts)
+    expected = grouped_ffn_quantised_reference(x, w13, w2, counts)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=5e-6)
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("counts", [[1, 3, 8], [9, 16, 100]])
+@pytest.mark.parametrize(("dim", "width"), [(64, 96), (50, 21)])
+def test_results_are_the_bits_of_the_product_with_dequantised_weights(
+    isa, bits, zeros, counts, dim, width
+):
+    w13, w2 = packed_experts(dim, width, bits, zeros)
+    x = torch.randn(sum(counts), dim)
+    with on_isa(isa):
+        expected = grouped_ffn(x, dequantise(w13), dequantise(w2), counts)
+        assert torch.equal(grouped_ffn_quantised(x, w13, w2, counts), expected)
+
+
+@needs_native
+@pytest.mark.parametrize(("dim", "width"), [(33, 20), (40, 32)])
+@given(counts=st.lists(st.integers(0, 70), min_size=3, max_size=3), seed=st.integers(0, 9))
+def test_a_row_gives_the_same_bits_whatever_else_is_in_the_batch(dim, width, counts, seed):
+    w13, w2 = packed_experts(dim, width, 4, False)
+    x = torch.randn(sum(counts), dim, generator=torch.Generator().manual_seed(seed))
+    with on_isa(ISAS_HERE[0]):
+        whole = grouped_ffn_quantised(x, w13, w2, counts)
+        row = 0
+        for expert, count in enumerate(counts):
+            for at in {row, row + count - 1} if count else ():
+                alone = [int(e == expert) for e in range(3)]
+                got = grouped_ffn_quantised(x[at : at + 1], w13, w2, alone)
+                assert torch.equal(whole[at : at + 1], got)
+            row += count
+
+
+@each_isa
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_number_of_threads_does_not_change_a_bit(isa, threads):
+    w13, w2 = packed_experts(100, 300, 4, False)
+    counts = [1, 150, 20]
+    x = torch.randn(sum(counts), 100)
+    before = torch.get_num_threads()
+    with on_isa(isa):
+        expected = grouped_ffn_quantised(x, w13, w2, counts)
+        torch.set_num_threads(threads)
+        try:
+            got = grouped_ffn_quantised(x, w13, w2, counts)
+        finally:
+            torch.set_num_threads(before)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(
+    not {"avx2", "avx512"} <= set(ISAS_HERE), reason="the processor lacks AVX2 or AVX-512"
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_avx2_and_avx512_give_the_same_bits(bits):
+    w13, w2 = packed_experts(50, 32, bits, True)
+    x = torch.randn(37, 50)
+    with on_isa("avx512"):
+        wide = grouped_ffn_quantised(x, w13, w2, [30, 0, 7])
+    with on_isa("avx2"):
+        assert torch.equal(wide, grouped_ffn_quantised(x, w13, w2, [30, 0, 7]))
+
+
+@each_isa
+@pytest.mark.parametrize("counts", [[1, 1, 0], [7, 60, 130]])
+def test_rows_that_lie_anywhere_give_the_same_bits_in_their_places(isa, counts):
+    w13, w2 = packed_experts(50, 21, 4, False)
+    x = torch.randn(sum(counts), 50)
+    index = torch.randperm(sum(counts))
+    with on_isa(isa):
+        expected = grouped_ffn_quantised(x[index], w13, w2, counts)
+        got = grouped_ffn_quantised(x, w13, w2, counts, index_R=index)
+    assert torch.equal(got[index], expected)
+
+
+@needs_native
+def test_matrices_and_counts_that_do_not_fit_are_refused():
+    w13, w2 = packed_experts(40, 16, 4, False)
+    with pytest.raises(RuntimeError, match="counts sum to 3, x has 4 rows"):
+        grouped_ffn_quantised(torch.randn(4, 40), w13, w2, [1, 2, 0])
+    with pytest.raises(RuntimeError, match="grouped_ffn_quantised: x"):
+        grouped_ffn_quantised(torch.randn(4, 40), w13, w13, [4, 0, 0])
+    with pytest.raises(RuntimeError, match="grouped_ffn_quantised: words of w2"):
+        short = dataclasses.replace(w2, packed_ePCN=w2.packed_ePCN[:, :, :-1].contiguous())
+        grouped_ffn_quantised(torch.randn(4, 40), w13, short, [4, 0, 0])
