@@ -9,6 +9,7 @@ namespace {
 #include "narrow.h"
 #include "matmul.h"
 #include "panels.h"
+#include "quantised.h"
 #include "attention_state.h"
 #include "attention_narrow.h"
 #include "attention_wide.h"
@@ -29,6 +30,8 @@ const Kernels table = {
     gate_up,
     linear_panels,
     gate_up_panels,
+    linear_quantised,
+    gate_up_quantised,
     CHUNK,
     attention_state,
     attention_scratch,

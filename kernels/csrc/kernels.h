@@ -1,6 +1,6 @@
 // What the compiled kernels offer to library.cpp: plain functions on raw float pointers, one table
-// an instruction set. The same sources (simd.h, matmul.h, panels.h, attention.h, elementwise.h) are compiled
-// once a set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built
+// an instruction set. The same sources (simd.h, matmul.h, panels.h, quantised.h, attention.h, elementwise.h)
+// are compiled once a set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built
 // on one host of a cluster runs on every other.
 //
 // Rows travel packed: a block of up to `block_rows` rows of x lies transposed, [depth][rows of the
@@ -27,6 +27,14 @@ struct Rows {
   Rows from(int64_t row) const {
     return index ? Rows{base, stride, index + row} : Rows{base + row * stride, stride, nullptr};
   }
+};
+
+// Quantised weights of one matrix in panels (kernels/quantised.py): words [panel][word][PANEL], scales
+// and zero points [panel][group][PANEL]; zero is null where it is the middle of the range.
+struct Quantised {
+  const int32_t* words;
+  const float *scale, *zero;
+  int64_t bits, group, outputs, inputs;  // group: a multiple of 8, or all inputs
 };
 
 // One call of paged attention. Strides count floats; the last dimension of q, k and v is
@@ -76,6 +84,12 @@ struct Kernels {
   void (*gate_up_panels)(const float* packed, int64_t rows, int64_t depth, const float* w1,
                          const float* w3, int64_t first, int64_t count, float* hidden,
                          int64_t width);
+
+  // The same for quantised weights (quantised.h). `scratch` holds three panels of floats.
+  void (*linear_quantised)(const float* packed, int64_t rows, const Quantised& w, int64_t first,
+                           int64_t count, Rows<float> out, float* scratch);
+  void (*gate_up_quantised)(const float* packed, int64_t rows, const Quantised& w13, int64_t first,
+                            int64_t count, float* hidden, float* scratch);
 
   int64_t chunk;  // keys of one chunk of a context
   int64_t (*attention_state)(const Attention&);    // floats of one state

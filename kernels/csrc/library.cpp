@@ -77,6 +77,10 @@ TORCH_LIBRARY(lockstep_cpu, m) {
       "grouped_ffn(Tensor x, Tensor w13, Tensor w2, int[] counts, Tensor(a!)? into=None, bool "
       "panels=False, Tensor? index=None) -> Tensor(a!)");
   m.def(
+      "grouped_ffn_quantised(Tensor x, Tensor packed13, Tensor scale13, Tensor? zero13, "
+      "int[] sizes13, Tensor packed2, Tensor scale2, Tensor? zero2, int[] sizes2, int[] counts, "
+      "Tensor(a!)? into=None, Tensor? index=None) -> Tensor(a!)");
+  m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "int[] query_lens, int[] context_lens, float scale, int window) -> Tensor");
   m.def(
@@ -112,6 +116,7 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("to_panels", &lockstep::to_panels);
   m.impl("linear", &lockstep::linear);
   m.impl("grouped_ffn", &lockstep::grouped_ffn);
+  m.impl("grouped_ffn_quantised", &lockstep::grouped_ffn_quantised);
   m.impl("paged_attention", &lockstep::paged_attention);
   m.impl("store_kv", &lockstep::store_kv);
   m.impl("silu_and_mul", &lockstep::silu_and_mul);

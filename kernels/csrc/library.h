@@ -59,6 +59,13 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight,
 at::Tensor grouped_ffn(const at::Tensor& x, const at::Tensor& w13, const at::Tensor& w2,
                        at::IntArrayRef counts, const std::optional<at::Tensor>& into, bool panels,
                        const std::optional<at::Tensor>& index);
+at::Tensor grouped_ffn_quantised(const at::Tensor& x, const at::Tensor& packed13,
+                                 const at::Tensor& scale13, const std::optional<at::Tensor>& zero13,
+                                 at::IntArrayRef sizes13, const at::Tensor& packed2,
+                                 const at::Tensor& scale2, const std::optional<at::Tensor>& zero2,
+                                 at::IntArrayRef sizes2, at::IntArrayRef counts,
+                                 const std::optional<at::Tensor>& into,
+                                 const std::optional<at::Tensor>& index);
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, at::IntArrayRef query_lens,
                            at::IntArrayRef context_lens, double scale, int64_t window);

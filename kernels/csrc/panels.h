@@ -52,13 +52,14 @@ INLINE void panel_tile(const float* const (&panel)[P], const float* x, int64_t s
   }
 }
 
-// to[i * step + r] <- silu(gate) * up of output i of a panel and row r.
+// to[i * step + r] <- silu(gate) * up of output i of a panel, of the first `outputs`, and row r.
 template <int R>
-INLINE void store_hidden(const vf (&gate)[PV][R], const vf (&up)[PV][R], float* to, int64_t step) {
+INLINE void store_hidden(const vf (&gate)[PV][R], const vf (&up)[PV][R], float* to, int64_t step,
+                         int64_t outputs = PANEL) {
   float result[R][PANEL];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < PV; ++v) store(result[r] + v * W, silu(gate[v][r]) * up[v][r]);
-  for (int i = 0; i < PANEL; ++i)
+  for (int64_t i = 0; i < outputs; ++i)
     for (int r = 0; r < R; ++r) to[i * step + r] = result[r][i];
 }
 
