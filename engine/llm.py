@@ -30,11 +30,18 @@ from engine.generation import builder
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import StopRequest
-from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop, OnStep
+from engine.generation.loop import (
+    NUM_COLLECTIVES,
+    NUM_TENSOR_COLLECTIVES,
+    CopiesUse,
+    GenerationLoop,
+    OnStep,
+)
 from engine.generation.memory import agree_kv_blocks
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
 from engine.generation.tokenizer import load_tokenizer
+from engine.models.placement import resolve_placement
 from engine.models.registry import read_config
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
@@ -84,7 +91,10 @@ class LLM:
         self.eos_token_ids = self._on_all_ranks(
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
         )
-        self.model = self._on_all_ranks(lambda: builder.build(config, hf_config, topology))
+        placement = self._on_all_ranks(lambda: resolve_placement(config, hf_config, topology))
+        self.model = self._on_all_ranks(
+            lambda: builder.build(config, hf_config, topology, placement)
+        )
         self.model.set_telemetry(self._telemetry)
         names = self._on_all_ranks(lambda: builder.checkpoint_names(config))
         self.weights_report = builder.load_weights(
@@ -228,12 +238,20 @@ class LLM:
                 eos_token_ids=self.eos_token_ids,
                 top_k=self.model.top_k,
                 capacity_phases=() if capacity.policy == "none" else capacity.phases,
+                copies=self._copies_use(),
             )
             loop.run(source, measured.timed(sink), on_step, stop)
         on_end()
         clock_error = (self._clock_offset.error + self._telemetry.clock.error_ns) * 1e-9
         self.report = measured.report(loop.totals, self.resolved_settings, clock_error)
         return self.report
+
+    def _copies_use(self) -> CopiesUse | None:
+        """Return when copies of experts take rows; None where there are none."""
+        placement = self.model.placement
+        if placement is None or not placement.num_copies:
+            return None
+        return CopiesUse(self.config.moe.copies.phases, placement.precision != "model")
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
         """Change moe.capacity between runs; every rank must pass the same settings.

@@ -219,6 +219,7 @@ class CapacityUse:
     mass: float = 0.0  # combine weights of the assignments that were subject to capacity, extras
     # not counted
     mass_kept: float = 0.0  # combine weights of those that were kept
+    copied: int | None = None  # computed by low-bit copies of experts; None: there are none
 
     @property
     def gate_mass_kept(self) -> float:
@@ -232,6 +233,8 @@ class CapacityUse:
         self.added += other.added
         self.mass += other.mass
         self.mass_kept += other.mass_kept
+        if other.copied is not None:
+            self.copied = (self.copied or 0) + other.copied
 
 
 @dataclass(slots=True)
@@ -307,6 +310,7 @@ class Completion:
             "dropped": self.capacity.dropped,
             "added": self.capacity.added,
             "gate_mass_kept": self.capacity.gate_mass_kept,
+            **({} if self.capacity.copied is None else {"copied": self.capacity.copied}),
         }
         if self.error is not None:
             out["error"] = self.error

@@ -1,8 +1,10 @@
 """Settings: schema, validation, YAML loading."""
 
 from engine.config.schema import (
+    CONTIGUOUS,
     CapacityConfig,
     Config,
+    CopiesConfig,
     DispatchConfig,
     ExpertsConfig,
     ModelConfig,

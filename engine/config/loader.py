@@ -4,9 +4,9 @@ The YAML read here is the 1.2 core schema: only true and false are booleans, 1e-
 key given twice is an error. A number keeps its written form, so `factor: 1.1` is exactly 11/10.
 
 Paths: a relative `--config` is looked up as it is written, then in configs/ (the suffix .yaml may
-be left out). A relative `model.path` or `model.tokenizer` is looked up from the working directory,
-then from the project's root; one that exists in neither is kept as written. `~` is expanded in
-these and in `profiler.spans`, environment variables are not.
+be left out). A relative `model.path`, `model.tokenizer` or `moe.placement` is looked up from the
+working directory, then from the project's root; one that exists in neither is kept as written. `~`
+is expanded in these and in `profiler.spans`, environment variables are not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 
-from engine.config import Config, ModelConfig, ProfilerConfig
+from engine.config import CONTIGUOUS, Config, ModelConfig, MoEConfig, ProfilerConfig
 from engine.config.validation import ConfigError, alternatives, type_hints
 
 _INSTALLED = Path(__file__).resolve().parents[2]
@@ -272,6 +272,8 @@ def _construct(section: type, values: Mapping[str, Any]) -> Any:
     }
     if section is ModelConfig:
         built.update({key: _resolve(built[key]) for key in ("path", "tokenizer") if key in built})
+    if section is MoEConfig and built.get("placement", CONTIGUOUS) != CONTIGUOUS:
+        built["placement"] = _resolve(built["placement"])
     if section is ProfilerConfig and isinstance(built.get("spans"), str):
         built["spans"] = os.path.expanduser(built["spans"])
     return section(**built)

@@ -19,6 +19,8 @@ from typing import Literal
 
 from engine.config.validation import ConfigError, Rule, field_problems, rule
 
+CONTIGUOUS = "contiguous"  # of moe.placement: no file
+
 _MOST = 2**31 - 1  # of what is counted or indexed in 32 bits
 _MOST_DIGITS = 100  # of a capacity factor, before and behind the point
 # Longer waits overflow the milliseconds that torch's store and gloo count in 32 bits.
@@ -181,13 +183,37 @@ class OverlapConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CopiesConfig:
+    """Copies of experts, where moe.placement has some: when and how far they take rows."""
+
+    phases: tuple[RequestPhase, ...] = field(default=("prefill", "decode"), metadata=_PHASES)
+    # phases whose tokens may be computed by copies: prefill, decode; `both` is short for the two.
+    # Under a capacity policy moe.capacity.phases counts, in steps where it has tokens
+    target: float = field(  # of low-bit copies without a capacity policy: they take rows only until
+        # the mean rank has this share of the most loaded rank's rows
+        default=0.95,
+        metadata=rule("above 0 and at most 1", lambda value: 0 < value <= 1),
+    )
+    min_rows: int = field(default=0, metadata=_COUNT_OR_0)  # fewest rows that a copy takes of its
+    # expert in a step; with fewer to take they stay at the home
+    replan: int | Literal["off"] = field(  # steps from one change of the copies by the loads seen
+        # to the next; off: the placement stays
+        default="off",
+        metadata=rule("at least 1, or off", lambda value: value == "off" or value >= 1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoEConfig:
     """The mixture-of-experts layers."""
 
+    placement: str = field(default=CONTIGUOUS, metadata=_PATH)  # which ranks hold which experts:
+    # contiguous, or a file that tools/plan_placement.py has written
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    copies: CopiesConfig = field(default_factory=CopiesConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,8 @@ checkpoint are known. Every rank gets the same answer without communication.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from engine.config import CapacityConfig, Config, ParallelConfig
 from engine.config.validation import ConfigError
 
@@ -62,16 +64,29 @@ def validate_world(config: Config, world_size: int, num_experts: int | None = No
 
 
 def validate_capacity(
-    config: CapacityConfig, *, num_experts: int, top_k: int, expert_ranks: int
+    config: CapacityConfig,
+    *,
+    num_experts: int,
+    top_k: int,
+    expert_ranks: int,
+    most_local: int | None = None,
+    has_copies: bool = False,
 ) -> None:
     """Check the capacity settings that depend on the model and how its experts are distributed.
 
+    Args:
+        most_local: experts and copies of the rank that has most; None: without a placement.
+        has_copies: whether ranks hold copies of other ranks' experts.
+
     Raises `ConfigError`. Pure.
     """
+    problems = list(_copies_problems(config)) if has_copies else []
     if config.policy != "expanded_drop":
+        if problems:
+            raise ConfigError(*problems)
         return
-    most_local = -(-num_experts // expert_ranks)
-    problems = []
+    if most_local is None:
+        most_local = -(-num_experts // expert_ranks)
     if config.expand is not None and config.expand > most_local:
         problems.append(
             f"moe.capacity.expand = {config.expand}: must be at most {most_local}, the experts "
@@ -84,3 +99,29 @@ def validate_capacity(
         )
     if problems:
         raise ConfigError(*problems)
+
+
+def _copies_problems(config: CapacityConfig) -> Iterator[str]:
+    """Yield what a capacity policy cannot do where experts have copies."""
+    if config.policy == "none":
+        return
+    if config.consensus != "global":
+        yield (
+            f"moe.capacity.consensus = {config.consensus!r}: must be global where moe.placement "
+            "has copies, because only all ranks' claims together say which rows a copy takes"
+        )
+    if config.selection == "radix":
+        yield (
+            "moe.capacity.selection = 'radix': must be auto or gather where moe.placement has "
+            "copies, because histograms do not say which rows a copy takes"
+        )
+    if config.policy == "expanded_drop" and config.tiers == "one":
+        yield (
+            "moe.capacity.tiers = 'one': must be two where moe.placement has copies: extras fill "
+            "the slots that are free after the rows are split"
+        )
+    if config.policy == "expanded_drop" and config.scope == "expert":
+        yield (
+            "moe.capacity.scope = 'expert': must be rank for expanded_drop where moe.placement has "
+            "copies: free slots are those of a rank"
+        )

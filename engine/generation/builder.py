@@ -28,6 +28,7 @@ from engine.models.decoder import CausalLM
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
+from engine.moe.placement.placement import Placement
 from engine.weights import loader
 from engine.weights.safetensors_header import read_catalog
 
@@ -53,11 +54,14 @@ def import_libraries(config: Config, device: torch.device) -> None:
             importlib.import_module(name)
 
 
-def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
+def build(
+    config: Config, hf_config: Any, topology: Topology, placement: Placement | None = None
+) -> CausalLM:
     """Build this rank's part of the model, its weights uninitialised.
 
     Args:
         hf_config: the checkpoint's transformers configuration.
+        placement: of the experts; None: contiguous homes.
 
     Collective over EP on CUDA: every rank must call.
 
@@ -66,7 +70,7 @@ def build(config: Config, hf_config: Any, topology: Topology) -> CausalLM:
     """
     dtype = model_dtype(config.model.dtype, hf_config, topology.device)
     config, topology = measured_at_start(config, read_spec(hf_config), topology, dtype)
-    model = build_model(hf_config, config, topology, topology.device, dtype)
+    model = build_model(hf_config, config, topology, topology.device, dtype, placement)
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
     return model
@@ -214,7 +218,9 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,
         num_experts=layer.spec.router.num_experts,
-        num_local_experts=layer.layout_policy.most_local_experts,
+        num_local_experts=max(each.instances.most_local for each in model.moe_layers),
+        num_homes=max(each.instances.most_homes for each in model.moe_layers),
+        has_copies=any(each.instances.has_copies for each in model.moe_layers),
         hidden=layer.spec.hidden,
         ffn=layer.spec.ffn,
     )

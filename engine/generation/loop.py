@@ -58,6 +58,14 @@ _MAX_TAKEN, _MAX_TAKING_S = 1024, 0.1
 OnStep = Callable[[StepReport], None]
 
 
+@dataclass(frozen=True, slots=True)
+class CopiesUse:
+    """When copies of experts take rows."""
+
+    phases: Collection[RequestPhase]  # moe.copies.phases
+    low_bit: bool  # copies are less precise than homes
+
+
 @dataclass(slots=True)
 class Totals:
     """Counts of one rank over a run; tokens and requests on the first rank of a tensor group."""
@@ -84,6 +92,7 @@ class GenerationLoop:
         eos_token_ids: Collection[int],
         top_k: list[int],
         capacity_phases: Collection[RequestPhase] = (),
+        copies: CopiesUse | None = None,
     ) -> None:
         """Build the loop of one run.
 
@@ -93,6 +102,7 @@ class GenerationLoop:
             top_k: experts per token in each layer.
             capacity_phases: the phases whose tokens are subject to expert capacity; empty without a
                 capacity policy.
+            copies: when experts' copies take rows; None: there are none.
         """
         self.totals = Totals()
         self._step_profiler = step_profiler
@@ -104,7 +114,11 @@ class GenerationLoop:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
+        self._limited, self._copies = bool(capacity_phases), copies
+        self._counts_copies = copies is not None and copies.low_bit
         self._phases = tuple(capacity_phases)
+        if copies is not None and copies.low_bit and not self._limited:
+            self._phases = tuple(copies.phases)
         self._is_leader = topology.tensor.rank == 0
 
     def run(
@@ -235,11 +249,14 @@ class GenerationLoop:
         moe_step = None
         if self._phases:
             weights_W = self._step_profiler.weights_W
-            moe_step = build_moe_step(step, messages, self._phases, self._topology, weights_W)
+            moe_step = build_moe_step(
+                step, messages, self._phases, self._topology, weights_W, limited=self._limited
+            )
         # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
             read=sum(message.tokens_read for message in messages),
+            use_copies=self._uses_copies(messages),
         )
         may_split = any(message.running > 1 for message in messages)
         hidden = self._runner.forward(step, moe_step, group, may_split)
@@ -249,12 +266,15 @@ class GenerationLoop:
         # last layer runs only the rows that are read (`CausalLM.forward`).
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
-            in_last = run if moe_step is not None else min(run, piece.num_read)
+            limited = moe_step is not None and moe_step.limited
+            in_last = run if limited else min(run, piece.num_read)
             routed = run * self._routed_before + in_last * self._routed_last
             piece.seq.capacity.add(CapacityUse(routed))
         if moe_step is not None:
             clock = self._telemetry.clock
-            uses = capacity_uses(step, moe_step, self._topology, clock)
+            uses = capacity_uses(
+                step, moe_step, self._topology, clock, counts_copies=self._counts_copies
+            )
             clock.enter(Phase.OTHER)
             for piece, use in zip(step.slices, uses, strict=True):
                 piece.seq.capacity.add(use)
@@ -262,6 +282,16 @@ class GenerationLoop:
         for sequence, message in zip(failed, errors.values(), strict=True):
             self._scheduler.abort(sequence, RequestError("non_finite_logits", message))
         return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
+
+    def _uses_copies(self, messages: list[ControlMessage]) -> bool:
+        """Return whether the step has tokens of a phase whose rows copies take."""
+        if self._copies is None:
+            return False
+        counts = {
+            "prefill": sum(message.tokens_prefill for message in messages),
+            "decode": sum(message.tokens_decode for message in messages),
+        }
+        return any(counts[phase] for phase in self._copies.phases)
 
     def _broadcast(self, value: Any) -> Any:
         """Return the value of the first rank of the tensor group. Collective over TP."""

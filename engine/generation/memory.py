@@ -56,9 +56,11 @@ class MoEShape:
     num_ranks: int  # W
     top_k: int  # K
     num_experts: int  # E
-    num_local_experts: int  # e
+    num_local_experts: int  # e, with copies
     hidden: int  # D
     ffn: int  # F
+    num_homes: int | None = None  # experts at home on the rank that has most; None: e
+    has_copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,13 @@ def row_bound(
     share = Fraction(factor) * shape.top_k
     if share >= shape.num_experts:
         return dropless
-    slots = shape.num_local_experts * max(1, math.ceil(share * tokens / shape.num_experts))
+    each = max(1, math.ceil(share * tokens / shape.num_experts))
+    slots = (shape.num_homes or shape.num_local_experts) * each
+    if shape.has_copies and capacity.scope == "rank":
+        # Layers with copies share the slots of all experts equally, the others by their homes.
+        slots = max(slots, -(-shape.num_experts * each // num_ranks))
+    elif shape.has_copies:
+        slots = max(slots, shape.num_local_experts * each)
     if capacity.consensus == "local":
         slots += shape.num_local_experts * (num_ranks - 1)
     if capacity.speed_aware:

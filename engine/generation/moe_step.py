@@ -37,6 +37,8 @@ def build_moe_step(
     phases: Sequence[RequestPhase],
     topology: Topology,
     weights_W: tuple[int, ...] | None = None,
+    *,
+    limited: bool = True,
 ) -> MoEStep | None:
     """Build the MoE layers' view of this rank's tokens.
 
@@ -45,6 +47,7 @@ def build_moe_step(
             once: by the message of its first rank.
         phases: moe.capacity.phases.
         weights_W: share of the capacity per rank; None: equal shares.
+        limited: see `MoEStep`.
 
     Returns None, on all ranks alike, where no token of the group is eligible.
     """
@@ -72,31 +75,46 @@ def build_moe_step(
         num_eligible=num_eligible,
         counts=TokenCounts.zeros(end - start, device),
         weights_W=weights_W,
+        limited=limited,
     )
 
 
 def capacity_uses(
-    step: Step, moe_step: MoEStep, topology: Topology, clock: PhaseClock
+    step: Step,
+    moe_step: MoEStep,
+    topology: Topology,
+    clock: PhaseClock,
+    *,
+    counts_copies: bool = False,
 ) -> list[CapacityUse]:
     """Return what capacity did to each slice's tokens, without those that ran before a preemption.
 
     Args:
         moe_step: the step's, its counts filled by the layers.
         clock: records the collective; the phase is left open.
+        counts_copies: whether rows of low-bit copies are counted.
 
     The numbers of assignments are not filled in.
 
     Collective over the tensor group: every rank must call.
     """
     assert moe_step.counts is not None, "the step was built without counts"
-    counts_T4 = TokenShard(topology.tensor).gather(moe_step.counts.stack(), step.num_tokens, clock)
+    counts_T5 = TokenShard(topology.tensor).gather(moe_step.counts.stack(), step.num_tokens, clock)
     # SYNC: once per step, when the step is over anyway and its tokens are read.
-    rows_T4 = counts_T4.cpu().double().numpy()
+    rows_T5 = counts_T5.cpu().double().numpy()
     uses, row = [], 0
     for piece in step.slices:
         first, row = row + piece.num_recomputed, row + piece.length
-        dropped, added, mass, kept = rows_T4[first:row].sum(0).tolist()
-        uses.append(CapacityUse(dropped=int(dropped), added=int(added), mass=mass, mass_kept=kept))
+        dropped, added, mass, kept, copied = rows_T5[first:row].sum(0).tolist()
+        uses.append(
+            CapacityUse(
+                dropped=int(dropped),
+                added=int(added),
+                mass=mass,
+                mass_kept=kept,
+                copied=int(copied) if counts_copies else None,
+            )
+        )
     return uses
 
 

@@ -20,7 +20,8 @@ from engine.config import CapacityConfig
 from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Group, expert_range
-from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.capacity.decision import Decision
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.stats import DropStats

@@ -36,6 +36,7 @@ from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
 from engine.moe.dispatch.two_batch import Steps, interleave, run_to_end
 from engine.moe.layer import MoELayer
+from engine.moe.placement.placement import Placement
 from engine.moe.step import MoEStep
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
@@ -60,6 +61,7 @@ class GroupTokens:
 
     all: int
     read: int  # tokens whose final hidden state is read
+    use_copies: bool = True  # whether rows may move to copies of experts
 
 
 class DecoderLayer(nn.Module):
@@ -76,6 +78,7 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         row_buffers: RowBuffers,
         tuner: ChunkTuner,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         hidden = spec.attention.hidden
@@ -102,6 +105,8 @@ class DecoderLayer(nn.Module):
             shared=shared,
             row_buffers=row_buffers,
             tuner=tuner,
+            placement=None if placement is None else placement.layer(layer),
+            precision="model" if placement is None else placement.precision,
         )
 
 
@@ -109,6 +114,8 @@ class CausalLM(nn.Module):
     """A decoder-only language model and its head.
 
     Parameters are uninitialised until the `weight_slots` are filled.
+
+    placement: of the experts; None: contiguous homes.
 
     Raises:
         ValueError: when the ranks do not fit the model's heads or experts.
@@ -124,9 +131,11 @@ class CausalLM(nn.Module):
         config: MoEConfig,
         device: torch.device,
         dtype: torch.dtype,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.dtype = spec, dtype
+        self.placement = placement
         self.max_model_len = max_model_len  # positions it can run
         self.vocab_size, self.num_layers = spec.vocab_size, len(spec.layers)
         self.telemetry, self.rotary = Telemetry(), rotary
@@ -148,6 +157,7 @@ class CausalLM(nn.Module):
                 dtype=dtype,
                 row_buffers=self.row_buffers,
                 tuner=tuner,
+                placement=placement,
             )
             for i, layer in enumerate(spec.layers)
         ]
@@ -229,7 +239,7 @@ class CausalLM(nn.Module):
         Attention of one micro-batch runs while the rows of the other are in flight. Either may be
         empty. Collective over EP and TP: every rank must call.
         """
-        share = GroupTokens(group.all // 2, group.read // 2)
+        share = GroupTokens(group.all // 2, group.read // 2, group.use_copies)
         parts = [self.steps(step, kv, None, share, index) for index, step in enumerate(batches)]
         return torch.cat(interleave(parts))
 
@@ -249,6 +259,7 @@ class CausalLM(nn.Module):
         eps, layers, clock = self.spec.norm_eps, self._layers, self.telemetry.clock
         num_tokens, last = step.token_ids_T.shape[0], self.num_layers - 1
         group_tokens, tunes = None if group is None else group.all, True
+        uses_copies = group is None or group.use_copies
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
@@ -258,10 +269,11 @@ class CausalLM(nn.Module):
             zip(layers, kv.keys, kv.values, next_norms, strict=True)
         ):
             clock.enter(Phase.ATTENTION, index, num_tokens)
-            if index == last and moe_step is None:
+            if index == last and (moe_step is None or not moe_step.limited):
                 # Only the rows that are read; fewer tokens than in the other layers, so such a call
                 # does not tune the chunks.
                 read = step.read
+                moe_step = None  # low-bit copies need the keys of all rows
                 if group is not None:
                     group_tokens, tunes = group.read, group.read == group.all
             if num_tokens:  # the same on all ranks of the tensor group
@@ -273,7 +285,9 @@ class CausalLM(nn.Module):
                 residual_TD = residual_TD.index_select(0, read.rows_R)
             x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                x_TD = yield from layer.mlp.steps(x_TD, moe_step, group_tokens, micro_batch, tunes)
+                x_TD = yield from layer.mlp.steps(
+                    x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies
+                )
             else:
                 x_TD = layer.mlp(x_TD)
             x_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)

@@ -2,7 +2,7 @@
 
 Two layouts occur: one matrix per expert and projection (every published checkpoint, and what
 save_pretrained writes), or all experts of a layer stacked in two tensors (transformers' layout in
-memory). Slots exist only for the experts of this rank.
+memory). Slots exist only for the experts of this rank, homes and copies.
 
 Legend: E experts, e experts on this rank, D model dim, F expert hidden dim.
 """
@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 
 from engine.layers.mlp import DenseMLP
 from engine.models.spec import MoENames
+from engine.moe.experts import ExpertWeights
 from engine.moe.layer import MoELayer
 from engine.weights.slot import WeightSlot
 
@@ -46,23 +47,41 @@ def moe_slots(
 
 
 def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
-    """Yield three slots per local expert; gate and up are views into one stacked tensor."""
+    """Yield three slots per instance; gate and up are views into one stacked tensor."""
     hidden, ffn = moe.spec.hidden, moe.spec.ffn
-    w13_e2FD, w2_eDF = moe.experts.w13_e2FD, moe.experts.w2_eDF
-    for local in range(moe.num_local_experts):
-        name = f"{prefix}.{moe.first_expert + local}"
-        w1, w3 = w13_e2FD[local, :ffn], w13_e2FD[local, ffn:]
-        yield WeightSlot(f"{name}.{names.w1}.weight", w1, (ffn, hidden))
-        yield WeightSlot(f"{name}.{names.w3}.weight", w3, (ffn, hidden))
-        yield WeightSlot(f"{name}.{names.w2}.weight", w2_eDF[local], (hidden, ffn))
+    for local, expert in enumerate(moe.local_experts):
+        name = f"{prefix}.{expert}"
+        w13_2FD, w2_DF = moe.experts.weights_of(local)
+        yield WeightSlot(f"{name}.{names.w1}.weight", w13_2FD[:ffn], (ffn, hidden))
+        yield WeightSlot(f"{name}.{names.w3}.weight", w13_2FD[ffn:], (ffn, hidden))
+        yield WeightSlot(f"{name}.{names.w2}.weight", w2_DF, (hidden, ffn))
 
 
 def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
-    """Yield two slots, each this rank's range of a tensor that stacks all experts."""
+    """Yield two slots per run of instances, each a range of a tensor that stacks all experts."""
     num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
-    mine = slice(moe.first_expert, moe.first_expert + moe.num_local_experts)
-    for name, target, rows, columns in (
-        ("gate_up_proj", moe.experts.w13_e2FD, 2 * ffn, hidden),
-        ("down_proj", moe.experts.w2_eDF, hidden, ffn),
+    for weights, start, run in _runs(moe):
+        mine, own = slice(run[0], run[-1] + 1), slice(start, start + len(run))
+        for name, target, rows, columns in (
+            ("gate_up_proj", weights.w13_e2FD, 2 * ffn, hidden),
+            ("down_proj", weights.w2_eDF, hidden, ffn),
+        ):
+            full_shape = (num_experts, rows, columns)
+            yield WeightSlot(f"{prefix}.{name}", target[own], full_shape, (mine,))
+
+
+def _runs(moe: MoELayer) -> Iterator[tuple[ExpertWeights, int, list[int]]]:
+    """Yield the runs of consecutive experts among this rank's instances: the weights that they are
+    stacked in, where the run begins there, and its experts.
+    """
+    experts = moe.experts
+    for weights, held in (
+        (experts.stacked, moe.local_experts[: experts.num_stacked]),
+        (experts.loading, moe.local_experts[experts.num_stacked :]),
     ):
-        yield WeightSlot(f"{prefix}.{name}", target, (num_experts, rows, columns), (mine,))
+        start = 0
+        for end in range(1, len(held) + 1):
+            if end == len(held) or held[end] != held[end - 1] + 1:
+                assert weights is not None
+                yield weights, start, held[start:end]
+                start = end

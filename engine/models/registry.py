@@ -24,6 +24,7 @@ from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
+from engine.moe.placement.placement import Placement
 
 _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "mixtral": mixtral.read_spec,
@@ -118,9 +119,16 @@ def model_length(hf_config: Any, max_model_len: int | None) -> int:
 
 
 def build_model(
-    hf_config: Any, config: Config, topology: Topology, device: torch.device, dtype: torch.dtype
+    hf_config: Any,
+    config: Config,
+    topology: Topology,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement | None = None,
 ) -> CausalLM:
     """Build this rank's share of the model, its weights uninitialised.
+
+    placement: of the experts (`resolve_placement`); None: contiguous homes.
 
     Raises:
         ValueError: the same on every rank, before any collective.
@@ -140,4 +148,5 @@ def build_model(
         config=config.moe,
         device=device,
         dtype=dtype,
+        placement=placement,
     )

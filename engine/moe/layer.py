@@ -6,11 +6,13 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
     2. route     gate -> scores, top-k experts, combine weights             router.py
     3. agree     overloaded experts drop, idle ones are filled, and every   agreement.py
                  rank learns what every rank sends to every expert
+                 where experts have copies: which rows these compute        placement/,
+                                                                            copies_agreement.py
     4. plan      which row goes where, frozen; one plan per chunk           plan.py,
                                                                             chunk_layout.py
     5. dispatch  all-to-all of rows to the ranks of their experts, one      pipeline.py,
                  for all experts of a rank where that moves less            dedup.py, payload.py
-    6. experts   the local experts' feed-forward                            experts.py
+    6. experts   the local experts' feed-forward                            local_experts.py
     7. combine   all-to-all back, then each token sums its experts' rows    pipeline.py
                  by weight, k = 0 .. K - 1, then its extras
     8. shared    the shared expert, if there is one, is added (it ran
@@ -39,10 +41,12 @@ from torch import nn
 from engine.config import CapacityConfig, MoEConfig
 from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import GroupCollectives
-from engine.distributed.groups import Topology, expert_range
+from engine.distributed.groups import Topology
 from engine.layers.mlp import DenseMLP
 from engine.moe.backend_choice import choose_backend
-from engine.moe.capacity.agreement import CapacityAgreement, Decision, OnOrder
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.capacity.copies_agreement import CopiesAgreement
+from engine.moe.capacity.decision import Decision, OnOrder
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.chunk_tuner import ChunkTuner, Trial
@@ -53,7 +57,10 @@ from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.dispatch.rounds import Round, plan_rounds
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.two_batch import Steps, run_to_end
-from engine.moe.experts import ExpertWeights, make_backend
+from engine.moe.local_experts import LocalExperts
+from engine.moe.placement.instances import Instances
+from engine.moe.placement.placement import LayerPlacement, Precision
+from engine.moe.placement.row_split import RowSplit, SplitRule
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
 from engine.moe.stats import DropStats, LayerStats
 from engine.moe.step import MoEStep
@@ -86,6 +93,8 @@ class MoELayer(nn.Module):
         row_buffers: shared by the layers of a model.
         tuner: shared by the layers of a model, for moe.overlap.chunks: auto.
         exchange: the all-to-alls; by default those of `topology.expert`.
+        placement: of the layer's experts; None: contiguous homes.
+        precision: of the copies.
 
     Weights are allocated uninitialised.
 
@@ -95,7 +104,7 @@ class MoELayer(nn.Module):
 
     gate_weight_ED: nn.Parameter  # model dtype
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
-    experts: ExpertWeights  # of this rank's experts
+    experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
     # come in rounds (`rounds.py`); None: no limit
 
@@ -112,6 +121,8 @@ class MoELayer(nn.Module):
         row_buffers: RowBuffers | None = None,
         tuner: ChunkTuner | None = None,
         exchange: Exchange | None = None,
+        placement: LayerPlacement | None = None,
+        precision: Precision = "model",
     ) -> None:
         super().__init__()
         num_experts, group = spec.router.num_experts, topology.expert
@@ -124,17 +135,21 @@ class MoELayer(nn.Module):
         self.layer = layer
         self.telemetry = Telemetry()
         self.row_buffers = row_buffers or RowBuffers()
-        self.first_expert, self.num_local_experts = expert_range(
-            num_experts, group.size, group.rank
+        self.instances = instances = Instances(
+            placement or LayerPlacement.contiguous(num_experts, group.size), group.size
         )
-        starts = [expert_range(num_experts, group.size, rank)[0] for rank in range(group.size)]
-        first_experts = [*starts, num_experts]
+        self.local_experts = instances.local_experts(group.rank)  # of this rank's instances
+        self._split = None
+        if instances.has_copies:
+            copies = config.copies
+            rule = SplitRule(precision != "model", copies.target, copies.min_rows)
+            self._split = RowSplit(instances, rule)
         self._group = group
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
         self.layout_policy = LayoutPolicy(
-            first_experts, spec.router.top_k, rows, config, group.link
+            instances.first_instances, spec.router.top_k, rows, config, group.link
         )
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
@@ -145,28 +160,36 @@ class MoELayer(nn.Module):
             if spec.router.correction_bias
             else None
         )
-        self.experts = ExpertWeights(self.num_local_experts, spec.hidden, spec.ffn, device, dtype)
-        self.shared = shared
         widths = (spec.hidden, spec.ffn)
-        backend = choose_backend(config.experts.backend, device, dtype, widths)
-        self._run_experts = make_backend(backend, self.experts)
+        num_homes = instances.num_homes(group.rank)
+        self.experts = LocalExperts(
+            num_homes,
+            len(self.local_experts) - num_homes,
+            precision,
+            hidden=spec.hidden,
+            ffn=spec.ffn,
+            backend=choose_backend(config.experts.backend, device, dtype, widths),
+            device=device,
+            dtype=dtype,
+        )
+        self.shared = shared
         self._pipelines = [  # one per micro-batch
-            Pipeline(exchange, self._run_experts, buffers, layer)
+            Pipeline(exchange, self.experts, buffers, layer)
             for buffers in (self.row_buffers, self.row_buffers.second)
         ]
-        self._stats = LayerStats(layer, first_experts, group.rank)
+        self._stats = LayerStats(layer, instances, group.rank)
         self.set_capacity(config.capacity)
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""
-        self._run_experts.finalize_weights()
+        self.experts.finalize_weights()
         if isinstance(self.shared, DenseMLP):
             self.shared.finalize_weights()
 
     @property
     def backend(self) -> str:
         """The experts backend in use."""
-        return self._run_experts.name
+        return self.experts.name
 
     @property
     def drops(self) -> DropStats:
@@ -215,15 +238,19 @@ class MoELayer(nn.Module):
             num_experts=router.num_experts,
             top_k=router.top_k,
             expert_ranks=self._group.size,
+            most_local=self.instances.most_local,
+            has_copies=self._split is not None,
         )
-        self._agreement = CapacityAgreement(
-            router,
-            config,
-            layer=self.layer,
-            layout=self.layout_policy.choose(None),
-            collectives=self._collectives,
-            ranks=self._group.ranks,
-        )
+        settings = {
+            "layer": self.layer,
+            "layout": self.layout_policy.choose(None),
+            "collectives": self._collectives,
+            "ranks": self._group.ranks,
+        }
+        if self._split is not None:
+            self._agreement = CopiesAgreement(router, config, split=self._split, **settings)
+        else:
+            self._agreement = CapacityAgreement(router, config, **settings)
         self.layout_policy.reset()
 
     def forward(
@@ -242,6 +269,7 @@ class MoELayer(nn.Module):
         group_tokens: int | None = None,
         micro_batch: int | None = None,
         tunes: bool = True,
+        uses_copies: bool = True,
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward` for two-batch overlap: yields while rows are in flight.
 
@@ -254,6 +282,7 @@ class MoELayer(nn.Module):
                 into chunks, nor deduplicated. None: as configured.
             micro_batch: 0 or 1 in a step of two, None for a whole step, which never yields.
             tunes: see `LayoutPolicy.begin_trial`.
+            uses_copies: whether rows may move to copies, the same on every rank.
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
@@ -273,7 +302,9 @@ class MoELayer(nn.Module):
         on_order = None
         if layout.sends_plain_rows and not self._agreement.adds_extras:
             on_order = partial(pipeline.pack, x_tD, clock)
-        decision, plans = self.agree(routing, step, overlap, layout, micro_batch, on_order)
+        decision, plans = self.agree(
+            routing, step, overlap, layout, micro_batch, on_order, uses_copies
+        )
         with trial:
             terms = plans[0].terms(decision.weights_TM)
             if rounds := self._plan_rounds(decision, layout, group_tokens, micro_batch):
@@ -327,6 +358,7 @@ class MoELayer(nn.Module):
         layout: ExpertLayout | None = None,
         micro_batch: int | None = None,
         on_order: OnOrder | None = None,
+        uses_copies: bool = True,
     ) -> tuple[Decision, list[DispatchPlan]]:
         """Steps 3 and 4: return the decision, and one plan per chunk.
 
@@ -339,6 +371,7 @@ class MoELayer(nn.Module):
             layout: the chunks of this call; None: as configured.
             micro_batch: of a step of two.
             on_order: called with this rank's order before the counts of all are read.
+            uses_copies: as in `steps`.
         """
         if layout is None:
             costs_exchange = self._agreement.costs_exchange(step)
@@ -346,15 +379,36 @@ class MoELayer(nn.Module):
         clock, agreement = self.telemetry.clock, self._agreement
         if step is not None and agreement.applies(step):
             decision = agreement.decide(
-                routing, step, clock=clock, overlap=overlap, layout=layout, on_order=on_order
+                self._in_home_order(routing, with_scores=True),
+                step,
+                clock=clock,
+                overlap=overlap,
+                layout=layout,
+                on_order=on_order,
             )
         else:
             decision = agreement.keep_all(
-                routing, clock=clock, overlap=overlap, layout=layout, on_order=on_order
+                self._in_home_order(routing),
+                clock=clock,
+                overlap=overlap,
+                layout=layout,
+                on_order=on_order,
+                uses_copies=uses_copies,
             )
         plans = layout.plans(decision.order, decision.exchanged_Wn, self._group.rank)
         self._stats.add(self.telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans
+
+    def _in_home_order(self, routing: Routing, *, with_scores: bool = False) -> Routing:
+        """Return a routing with experts in home order."""
+        instances = self.instances
+        if instances.has_contiguous_homes:
+            return routing
+        scores_TE = routing.scores_TE
+        if with_scores:
+            scores_TE = instances.experts_in_home_order(scores_TE)
+        places_TK = instances.to_home_order(routing.topk_ids_TK)
+        return Routing(scores_TE, places_TK, routing.topk_weights_TK)
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -13,8 +13,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from engine.moe.capacity.agreement import Decision
+from engine.moe.capacity.decision import Decision
 from engine.moe.dispatch.plan import DispatchPlan
+from engine.moe.placement.instances import Instances
 from engine.moe.router import Routing
 from engine.moe.step import MoEStep
 from engine.profiling.decisions import LayerDecision
@@ -27,15 +28,15 @@ class LayerStats:
 
     Args:
         layer: the layer's index.
-        first_experts: W + 1 boundaries.
+        instances: of the layer.
         rank: this rank's position in the group.
     """
 
-    def __init__(self, layer: int, first_experts: list[int], rank: int) -> None:
+    def __init__(self, layer: int, instances: Instances, rank: int) -> None:
         self.drops = DropStats()
-        self._layer = layer
-        self._bounds = list(pairwise(first_experts))
-        self._first_expert = first_experts[rank]
+        self._layer, self._instances = layer, instances
+        self._bounds = list(pairwise(instances.first_homes))
+        self._own_experts = instances.local_experts(rank)
         # Of a step's first micro-batch, until the second's are added.
         self._held: tuple[np.ndarray, list[DispatchPlan]] | None = None
 
@@ -50,10 +51,18 @@ class LayerStats:
     ) -> None:
         """Add one call. micro_batch: 0 or 1 in a step of two, whose loads are added together."""
         if step is not None:
-            self.drops.add(routing, decision, step)
+            self.drops.add(routing, decision, step, self._copied(decision))
         self._add_loads(telemetry, decision.before_WE, plans, micro_batch)
         if step is not None and decision.keep_TK is not None:
             self._record_decision(telemetry, routing, decision, decision.keep_TK, step)
+
+    def _copied(self, decision: Decision) -> torch.Tensor | None:
+        """Return how many of each token's assignments a copy computes, float32 [T]; None: none."""
+        instances = self._instances
+        if not instances.has_copies or decision.keep_TK is None:
+            return None
+        ids_TK = decision.ids_TM[:, : decision.keep_TK.shape[1]]
+        return instances.is_copy(ids_TK).sum(1, dtype=torch.float32)
 
     def _add_loads(
         self,
@@ -68,16 +77,16 @@ class LayerStats:
             return
         if micro_batch == 1 and self._held is not None:
             before_WE, plans = before_WE + self._held[0], plans + self._held[1]
-        before_E = before_WE.sum(0)
+        before_E = before_WE.sum(0)  # in home order
         # Python integers: with a few experts, numpy calls would cost more than the sums.
         rows = before_E.tolist()
         counts = [plan.expert_counts for plan in plans]
         telemetry.loads.record(
             self._layer,
-            before_E=before_E,
+            before_E=self._instances.by_expert(before_E),
             rank_before=[sum(rows[first:end]) for first, end in self._bounds],
             own_after=counts[0] if len(counts) == 1 else list(map(sum, zip(*counts, strict=True))),
-            first_expert=self._first_expert,
+            own_experts=self._own_experts,
         )
 
     def _record_decision(
@@ -106,9 +115,9 @@ class LayerStats:
                 topk_ids_TK=routing.topk_ids_TK.cpu().numpy(),
                 keep_TK=keep_TK.cpu().numpy(),
                 extra_Te=None if extra is None else extra.cpu().numpy(),
-                first_expert=self._first_expert,
-                before_WE=decision.before_WE,
-                after_WE=decision.counts_WE,
+                own_experts=self._own_experts,
+                before_WE=self._instances.by_expert(decision.before_WE),
+                after_WE=self._instances.by_expert(decision.counts_WE),
             )
         )
 
@@ -119,10 +128,20 @@ class DropStats:
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None  # float64 [6], in the order of LayerDrops
 
-    def add(self, routing: Routing, decision: Decision | None, step: MoEStep) -> None:
+    def add(
+        self,
+        routing: Routing,
+        decision: Decision | None,
+        step: MoEStep,
+        copied_T: torch.Tensor | None = None,
+    ) -> None:
         """Add one call, here and to the step's token counts. No host sync.
 
-        decision: None, or one without keep_TK, where nothing could be dropped.
+        Args:
+            routing: of this rank's tokens.
+            decision: None, or one without keep_TK, where nothing could be dropped.
+            step: which tokens are counted.
+            copied_T: float32, assignments that copies compute; None: none.
         """
         weights_TK = routing.topk_weights_TK
         mass_T = weights_TK.sum(1)
@@ -147,6 +166,10 @@ class DropStats:
             step.counts.added_T += parts_6T[2]
             step.counts.mass_T += parts_6T[4]
             step.counts.mass_kept_T += parts_6T[5]
+            if copied_T is not None:
+                step.counts.copied_T += copied_T
+        if not step.limited:
+            return
         sums = parts_6T.sum(1, dtype=torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
 

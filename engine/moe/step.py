@@ -21,15 +21,17 @@ class TokenCounts:
     added_T: torch.Tensor  # float32, assignments
     mass_T: torch.Tensor  # float32, combine weights of the original top-k
     mass_kept_T: torch.Tensor  # float32, combine weights of the assignments kept
+    copied_T: torch.Tensor  # float32, assignments that low-bit copies computed
 
     @classmethod
     def zeros(cls, num_tokens: int, device: torch.device) -> TokenCounts:
         """Return counts of zero."""
-        return cls(*(torch.zeros(num_tokens, device=device) for _ in range(4)))
+        return cls(*(torch.zeros(num_tokens, device=device) for _ in range(5)))
 
     def stack(self) -> torch.Tensor:
-        """Return float32 [T, 4]: dropped, added, mass, mass kept."""
-        return torch.stack((self.dropped_T, self.added_T, self.mass_T, self.mass_kept_T), dim=1)
+        """Return float32 [T, 5]: dropped, added, mass, mass kept, copied."""
+        parts = (self.dropped_T, self.added_T, self.mass_T, self.mass_kept_T, self.copied_T)
+        return torch.stack(parts, dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,8 @@ class MoEStep:
     num_eligible: int  # T_g, the group's tokens subject to capacity
     counts: TokenCounts | None = None  # the layers add to it; None: not counted
     weights_W: tuple[int, ...] | None = None  # weight per rank (`speed_weights.py`); None: equal
+    # Whether a capacity policy limits the eligible tokens; else low-bit copies may take their rows.
+    limited: bool = True
 
     @classmethod
     def whole(

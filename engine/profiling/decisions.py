@@ -23,8 +23,8 @@ class LayerDecision:
     eligible_T: np.ndarray  # bool, subject to capacity
     topk_ids_TK: np.ndarray  # int64
     keep_TK: np.ndarray  # bool
-    extra_Te: np.ndarray | None  # bool, of the experts from first_expert on; None: no expansion
-    first_expert: int
+    extra_Te: np.ndarray | None  # bool, of own_experts; None: no expansion
+    own_experts: list[int]  # the experts that this rank holds, homes and then copies
     before_WE: np.ndarray  # int64, rows that each rank sends to each expert
     after_WE: np.ndarray  # the same after capacity, without the extras of other ranks
 

@@ -23,8 +23,8 @@ class LayerLoad:
     """Totals of one MoE layer over the run."""
 
     experts: np.ndarray  # int64 [E], top-k assignments of each expert, before capacity
-    own_after: np.ndarray  # int64, rows that each of this rank's experts processed
-    first_expert: int  # the number of the first of this rank's experts
+    own_after: np.ndarray  # int64, rows that each of this rank's experts and copies processed
+    own_experts: list[int]  # their numbers
     slowest: float = 0.0  # sum over steps of the most loaded rank's rows, before capacity
     mean: float = 0.0  # sum over steps of the mean rank's rows, before capacity
     slowest_after: float = 0.0  # the same after capacity
@@ -86,20 +86,20 @@ class LoadCounter:
         before_E: np.ndarray,
         rank_before: list[int],
         own_after: list[int],
-        first_expert: int,
+        own_experts: list[int],
     ) -> None:
         """Add one layer of one step.
 
         Args:
             before_E: int64 [E], top-k assignments of every expert over all ranks.
-            rank_before: the same summed over the experts of each rank.
-            own_after: rows that each of this rank's experts processes.
-            first_expert: the number of the first of them.
+            rank_before: the same summed over the experts whose home is each rank.
+            own_after: rows that each of this rank's experts and copies processes.
+            own_experts: their numbers.
         """
         totals = self.layers.get(layer)
         if totals is None:
             totals = self.layers[layer] = LayerLoad(
-                np.zeros_like(before_E), np.zeros(len(own_after), dtype=np.int64), first_expert
+                np.zeros_like(before_E), np.zeros(len(own_after), dtype=np.int64), own_experts
             )
         totals.experts += before_E
         totals.own_after += own_after

@@ -52,7 +52,7 @@ class RankProfile:
     experts: np.ndarray  # cost curve of its experts' calls (`cost_model.py`)
     attention: np.ndarray  # cost curve of its attention's calls
     # layer -> first expert, and rows of each of this rank's experts after capacity
-    loads_after: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+    loads_after: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
     process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
 
 

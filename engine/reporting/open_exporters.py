@@ -126,7 +126,7 @@ def _header(
         clock_error_ns=offset.error,
         num_layers=model.num_layers,
         num_experts=layers[0].spec.router.num_experts if layers else 0,
-        first_expert=layers[0].first_expert if layers else 0,
-        num_local_experts=layers[0].num_local_experts if layers else 0,
+        first_expert=layers[0].local_experts[0] if layers else 0,
+        num_local_experts=len(layers[0].local_experts) if layers else 0,
         policy=config.moe.capacity.policy,
     )

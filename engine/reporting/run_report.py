@@ -120,7 +120,7 @@ def _share(
         experts=collector.experts.table,
         attention=collector.attention.table,
         loads_after={
-            layer: (load.first_expert, load.own_after.tolist())
+            layer: (load.own_experts, load.own_after.tolist())
             for layer, load in loads.layers.items()
         },
         process_stalls=measured.process_stalls,
@@ -187,9 +187,9 @@ def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
     for layer in group[0].profile.loads_after:
         shares = [share.profile.loads_after[layer] for share in group]
         mean = sum(sum(rows) for _, rows in shares) / max(1, sum(len(rows) for _, rows in shares))
-        for share, (first, rows) in zip(group, shares, strict=True):
+        for share, (experts, rows) in zip(group, shares, strict=True):
             rank = share.profile.rank
-            for expert, count in enumerate(rows, first):
+            for expert, count in zip(experts, rows, strict=True):
                 over = count / mean if mean else 0.0
                 if over > (found[rank].over_mean if rank in found else 0.0):
                     found[rank] = HotExpert(layer, expert, over)
@@ -204,8 +204,8 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
         after = np.zeros_like(load.experts)
         drops = LayerDrops()
         for share in group:
-            first, rows = share.profile.loads_after[layer]
-            after[first : first + len(rows)] += rows
+            experts, rows = share.profile.loads_after[layer]
+            after[experts] += rows
             drops.add(share.measured.drops.get(layer, LayerDrops()))
         reports.append(
             LayerReport(

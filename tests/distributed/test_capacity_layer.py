@@ -292,7 +292,7 @@ def buffers_of(rank: int, settings: dict) -> tuple[int, int, list[int], int, int
         num_ranks=2,
         top_k=2,
         num_experts=8,
-        num_local_experts=layer.num_local_experts,
+        num_local_experts=len(layer.local_experts),
         hidden=HIDDEN,
         ffn=FFN,
     )

@@ -60,10 +60,10 @@ def run_layer(
         dtype=torch.float32,
     )
     gate, w13, w2 = full_weights(num_experts)
-    local = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
+    local = layer.local_experts
     layer.gate_weight_ED.copy_(gate)
-    layer.experts.w13_e2FD.copy_(w13[local])
-    layer.experts.w2_eDF.copy_(w2[local])
+    layer.experts.stacked.w13_e2FD.copy_(w13[local])
+    layer.experts.stacked.w2_eDF.copy_(w2[local])
     out = layer(tokens_of(topology.data_rank, counts[topology.data_rank]))
     loads = layer.telemetry.loads.layers[0]
     result = {

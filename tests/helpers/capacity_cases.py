@@ -13,7 +13,8 @@ import torch
 from hypothesis import strategies as st
 
 from engine.config import CapacityConfig
-from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.capacity.decision import Decision
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep

@@ -9,6 +9,7 @@ from engine.config import Config
 from engine.distributed.collectives import GroupCollectives
 from engine.moe.dispatch.exchange import Exchange
 from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.router import RouterSpec
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import part_bounds
@@ -65,6 +66,8 @@ def build(
     spec: RouterSpec,
     shared: nn.Module | None,
     exchange: Exchange | None = None,
+    placement: LayerPlacement | None = None,
+    precision: Precision = "model",
 ) -> MoELayer:
     layer = MoELayer(
         MoESpec(router=spec, hidden=HIDDEN, ffn=FFN),
@@ -75,12 +78,17 @@ def build(
         dtype=torch.float32,
         shared=shared,
         exchange=exchange,
+        placement=placement,
+        precision=precision,
     )
     gate, w13, w2 = weights_of(spec.num_experts)
-    local = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
     layer.gate_weight_ED.copy_(gate)
-    layer.experts.w13_e2FD.copy_(w13[local])
-    layer.experts.w2_eDF.copy_(w2[local])
+    for local, expert in enumerate(layer.local_experts):
+        own_w13, own_w2 = layer.experts.weights_of(local)
+        own_w13.copy_(w13[expert])
+        own_w2.copy_(w2[expert])
+    if precision != "model":
+        layer.finalize_weights()
     return layer
 
 

@@ -114,11 +114,11 @@ class SimulatedRank(MoELayer):
             exchange=RowlessExchange(topology.expert, answered),
         )
         self.answered = answered
-        own = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        own = self.local_experts
         with torch.no_grad():
             self.gate_weight_ED.copy_(weights.gate_ED)
-            self.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
-            self.experts.w2_eDF.copy_(weights.w2_EDF[own])
+            self.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
+            self.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
         if device.type == "cuda":
             self.finalize_weights()
         self.x_TD = x_TD

@@ -22,7 +22,7 @@ capacity, E experts, e experts on this rank, P pools, W expert-parallel ranks, n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from engine.distributed.collectives import Collectives, run_overlapped
 from engine.moe.capacity.claim_maker import ClaimMaker
 from engine.moe.capacity.consensus import Claims, Consensus, Selection
 from engine.moe.capacity.consensus_registry import make_consensus
+from engine.moe.capacity.decision import Decision, OnOrder
 from engine.moe.capacity.expansion import choose_extras
 from engine.moe.capacity.limits import cannot_bind
 from engine.moe.dispatch.chunk_layout import ExpertLayout
@@ -47,26 +48,6 @@ from engine.profiling.phase_clock import Phase, PhaseClock
 # second selection is the exception again, and a job whose prefixes no longer repeat sends less.
 _CALLS_WITH_ALL_KEYS = 64
 
-OnOrder = Callable[[ExpertOrder], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What is computed for this rank's tokens, and every rank's counts."""
-
-    # int64, the top-k experts, -1 where dropped, then one column per local expert for extras, -1
-    # where none
-    ids_TM: torch.Tensor
-    weights_TM: torch.Tensor  # float32 combine weights, 0 where the id is -1
-    order: ExpertOrder  # ids_TM sorted by expert
-    # int64 on the host, every rank's `ExpertOrder.counts_to_exchange`; the extras of other ranks,
-    # which stay there, may be missing
-    exchanged_Wn: np.ndarray
-    before_WE: np.ndarray  # top-k assignments before capacity, per rank and expert
-    counts_WE: np.ndarray  # rows per rank and expert after it; extras as in exchanged_Wn
-    keep_TK: torch.Tensor | None = None  # bool; None: nothing could be dropped or added
-    extra_Te: torch.Tensor | None = None  # bool; None: without expansion
-
 
 class CapacityAgreement:
     """Decides one MoE layer's drops and extras together with the other ranks.
@@ -80,6 +61,9 @@ class CapacityAgreement:
         layout: which rank hosts which experts; the send order where a call names none.
         collectives: of the expert-parallel group.
         ranks: the group's ranks as errors name them, by default 0 .. W - 1.
+        first_homes: W + 1 boundaries of the ranks' experts in home order, in which all experts here
+            are; None: those of `layout`.
+        has_copies: whether ranks hold copies of other ranks' experts (`copies_agreement.py`).
     """
 
     def __init__(
@@ -91,6 +75,8 @@ class CapacityAgreement:
         layout: ExpertLayout,
         collectives: Collectives,
         ranks: Sequence[int] | None = None,
+        first_homes: list[int] | None = None,
+        has_copies: bool = False,
     ) -> None:
         self.config = config
         self.collectives = collectives
@@ -101,8 +87,9 @@ class CapacityAgreement:
             router,
             config,
             layer=layer,
-            first_experts=layout.first_experts,
+            first_experts=first_homes or layout.first_experts,
             rank=collectives.rank,
+            has_copies=has_copies,
         )
         self._own = self._claims.own
         self._binds = config.policy != "none" and not cannot_bind(
@@ -222,11 +209,30 @@ class CapacityAgreement:
         overlap: Callable[[], None] | None,
         layout: ExpertLayout,
         on_order: OnOrder | None = None,
+        uses_copies: bool = True,
     ) -> Decision:
         """Keep every assignment and exchange the loads; for steps in which `applies` is false.
 
-        Collective over EP: every rank must call. See `decide` for the arguments.
+        Collective over EP: every rank must call. See `decide` for the other arguments.
+
+        Args:
+            uses_copies: whether rows may move to copies, where there are some.
         """
+        del uses_copies
+        return self._exchange_loads(
+            routing, clock=clock, overlap=overlap, layout=layout, on_order=on_order
+        )
+
+    def _exchange_loads(
+        self,
+        routing: Routing,
+        *,
+        clock: PhaseClock,
+        overlap: Callable[[], None] | None,
+        layout: ExpertLayout,
+        on_order: OnOrder | None,
+    ) -> Decision:
+        """Keep every assignment, at its expert's home. Collective over EP."""
         clock.enter(Phase.PLAN, self._layer)
         order = layout.sort(routing.topk_ids_TK)
         assert order.counts_to_exchange is not None

@@ -14,7 +14,7 @@ import torch
 from engine.config import CapacityConfig
 from engine.moe.capacity.consensus import Claims
 from engine.moe.capacity.limits import Pools, expert_capacity
-from engine.moe.capacity.speed_weights import limits
+from engine.moe.capacity.speed_weights import limits, rank_limits
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
 from engine.ops.claim_keys import num_primary_keys
@@ -35,7 +35,9 @@ class ClaimMaker:
         layer: int,
         first_experts: list[int],
         rank: int,
+        has_copies: bool = False,
     ) -> None:
+        self._has_copies = has_copies
         self.own = slice(*first_experts[rank : rank + 2])  # the experts that this rank hosts
         self.pools = Pools.make(config.scope, first_experts)
         self._router, self._config, self._layer = router, config, layer
@@ -50,8 +52,12 @@ class ClaimMaker:
 
     def may_bind(self, step: MoEStep) -> bool:
         """Return whether some pool may have more claims than slots."""
-        slots = limits(self.pools, self.capacity(step.num_eligible), step.weights_W)
         most = step.num_eligible
+        if self._has_copies and self._config.scope == "rank":
+            # A rank may have to compute all claims: its experts' and those that copies take.
+            slots = self.rank_limits(step)
+            return any(limit < most * self._router.top_k for limit in slots)
+        slots = limits(self.pools, self.capacity(most), step.weights_W)
         return any(
             limit < most * min(self._router.top_k, size)
             for limit, size in zip(slots, self.pools.sizes, strict=True)
@@ -64,6 +70,11 @@ class ClaimMaker:
             self._config.exact_factor, num_eligible, router.top_k, router.num_experts
         )
 
+    def rank_limits(self, step: MoEStep) -> list[int]:
+        """Return the claims that each rank may keep where ranks share all slots (with copies)."""
+        slots = self._router.num_experts * self.capacity(step.num_eligible)
+        return rank_limits(slots, len(self.pools.sizes), step.weights_W)
+
     def make(self, routing: Routing, step: MoEStep) -> Claims:
         """Return this rank's claims in one call of the layer; no collective, no host sync."""
         config, columns, extra_pool_Te = self._config, self._router.top_k, None
@@ -75,7 +86,7 @@ class ClaimMaker:
             order=config.order,
             seed=config.seed,
             layer=self._layer,
-            with_expert=any(size > 1 for size in self.pools.sizes),
+            with_expert=self._has_copies or any(size > 1 for size in self.pools.sizes),
             num_extra=self._most_local,
             first_expert=self.own.start,
         )

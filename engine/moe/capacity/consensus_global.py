@@ -82,29 +82,39 @@ class SelectionByTraffic:
         return kind(self._collectives).begin(claims)
 
 
-class _PendingGather:
-    complete = True
+class GatheredClaims:
+    """All ranks' claims, on their way to every rank: the primary keys and the codes.
+
+    Collective over the group: every rank must make one.
+    """
+
+    keys: list[torch.Tensor]  # int32 [W * B] each, from `wait` on
+    code_WB: torch.Tensor  # int64
+    non_finite_W1: torch.Tensor  # int64
 
     def __init__(self, claims: Claims, collectives: Collectives) -> None:
-        self._claims, self._collectives = claims, collectives
+        self.claims, self.collectives = claims, collectives
         self._pending: Pending = collectives.all_gather(_pack(claims))
-        self._keys: list[torch.Tensor] = []  # of all ranks, [W * B]
 
     def wait(self) -> None:
         """Wait for the gather and split its buffer."""
-        claims, size = self._claims, claims_length(self._claims)
+        claims, size = self.claims, claims_length(self.claims)
         gathered = self._pending.wait()
         num_keys = claims.num_primary
         parts = gathered[:, : num_keys * size].unflatten(1, (num_keys, size))
-        self._keys = [parts[:, index].flatten() for index in range(num_keys)]
-        self._non_finite_W1 = gathered[:, -1:].long()
+        self.keys = [parts[:, index].flatten() for index in range(num_keys)]
+        self.non_finite_W1 = gathered[:, -1:].long()
         codes = gathered[:, num_keys * size : -1].contiguous().view(torch.int16)
-        self._code_WB = codes[:, :size].long()
+        self.code_WB = codes[:, :size].long()
+
+
+class _PendingGather(GatheredClaims):
+    complete = True
 
     def select(self, *, exact: bool) -> Selection:
         """Select over all ranks' claims. Collective only when exact."""
-        claims, size = self._claims, claims_length(self._claims)
-        num_experts, num_ranks = claims.num_experts, self._code_WB.shape[0]
+        claims, size = self.claims, claims_length(self.claims)
+        num_experts, num_ranks = claims.num_experts, self.code_WB.shape[0]
         if exact:
             rest = torch.zeros(
                 (len(claims.keys) - claims.num_primary, size),
@@ -113,25 +123,25 @@ class _PendingGather:
             )
             for row, key_N in zip(rest, claims.keys[claims.num_primary :], strict=True):
                 row[: key_N.numel()] = key_N
-            others = self._collectives.all_gather(rest).wait()
-            self._keys += [others[:, index].flatten() for index in range(others.shape[1])]
-        code_M = self._code_WB.flatten()
+            others = self.collectives.all_gather(rest).wait()
+            self.keys += [others[:, index].flatten() for index in range(others.shape[1])]
+        code_M = self.code_WB.flatten()
         pool_M = claims.pool_of_code[code_M]
-        keep_M, tied = select_top(self._keys, pool_M, claims.limit_P)
+        keep_M, tied = select_top(self.keys, pool_M, claims.limit_P)
         rows, claims_P = count_claims(
-            self._code_WB,
+            self.code_WB,
             keep_M.view(num_ranks, size),
-            self._non_finite_W1,
+            self.non_finite_W1,
             claims.pool_of_code,
             claims.limit_P.numel(),
         )
-        own_N = keep_M.view(num_ranks, size)[self._collectives.rank, : claims.code_N.numel()]
+        own_N = keep_M.view(num_ranks, size)[self.collectives.rank, : claims.code_N.numel()]
         kept_P = claims_P.minimum(claims.limit_P)
 
         def all_ids() -> torch.Tensor:
-            exempt_WB = (self._code_WB >= num_experts) & (self._code_WB < 2 * num_experts)
+            exempt_WB = (self.code_WB >= num_experts) & (self.code_WB < 2 * num_experts)
             computed_WB = keep_M.view(num_ranks, size) | exempt_WB
-            return (self._code_WB % num_experts).where(computed_WB, -1)[:, : claims.padded]
+            return (self.code_WB % num_experts).where(computed_WB, -1)[:, : claims.padded]
 
         return Selection(own_N, kept_P, tied, rows, all_ids)
 

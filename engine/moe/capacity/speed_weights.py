@@ -63,6 +63,20 @@ def limits(pools: Pools, capacity: int, weights_W: Sequence[int] | None) -> list
     weights = [
         size * weights_W[owner] for size, owner in zip(pools.sizes, pools.owners, strict=True)
     ]
+    return _weighted(even, weights)
+
+
+def rank_limits(slots: int, num_ranks: int, weights_W: Sequence[int] | None) -> list[int]:
+    """Return the slots of every rank where ranks share all slots, as they do with copies: equal
+    parts, the remainder to the lower ranks, or by their weights as in `limits`.
+    """
+    each, more = divmod(slots, num_ranks)
+    even = [each + (rank < more) for rank in range(num_ranks)]
+    return even if weights_W is None else _weighted(even, list(weights_W))
+
+
+def _weighted(even: list[int], weights: list[int]) -> list[int]:
+    """Return equal limits redistributed by weights; see `limits`."""
     most = [limit * MAX_WEIGHT // ONE for limit in even]
     slots_of, slots, free = most.copy(), sum(even), list(range(len(even)))
     # Pools above their maximum get just that; repeat for the others with the slots that are left.

@@ -72,7 +72,7 @@ class Instances:
         self.home_instance_E = np.flatnonzero(self.is_home_I)
         self.num_instances = len(self.expert_I)
         self.has_copies = self.num_instances > self.num_experts
-        self.is_identity = not self.has_copies and bool(
+        self.has_contiguous_homes = bool(
             (self.expert_of_home_E == np.arange(self.num_experts)).all()
         )
         most = 1 + max((len(each) for each in placement.copies_E), default=0)
@@ -110,29 +110,48 @@ class Instances:
 
     def to_home_order(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Return experts' numbers as places in home order; -1 stays."""
-        return ids_TK if self.is_identity else self._table(ids_TK.device)[0][ids_TK]
+        return ids_TK if self.has_contiguous_homes else self._table(ids_TK.device)[0][ids_TK]
 
     def experts_in_home_order(self, x_TE: torch.Tensor) -> torch.Tensor:
         """Return columns by expert as columns in home order."""
-        return x_TE if self.is_identity else x_TE[:, self._table(x_TE.device)[1]]
+        return x_TE if self.has_contiguous_homes else x_TE[:, self._table(x_TE.device)[1]]
 
     def homes(self, places_TK: torch.Tensor) -> torch.Tensor:
         """Return the instances of the homes of experts given by their places; -1 stays."""
         return self._table(places_TK.device)[2][places_TK] if self.has_copies else places_TK
 
+    def host_table(self, device: torch.device) -> torch.Tensor:
+        """Return the instances of every expert's hosts by home order, int64 [E, H + 1]: the home,
+        the copies by rank, and -1 behind the last.
+        """
+        return self._table(device)[3]
+
+    def is_copy(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return which instances are copies, bool; not -1."""
+        return self._table(ids_TK.device)[4][ids_TK]
+
+    def fold(self, x_WI: np.ndarray) -> np.ndarray:
+        """Return numbers by instance summed by expert, in home order, int64 [W, E]."""
+        x_WE = np.zeros((len(x_WI), self.num_experts), dtype=np.int64)
+        np.add.at(x_WE.T, self.home_order_E[self.expert_I], x_WI.T)
+        return x_WE
+
     def by_expert(self, x_E: np.ndarray) -> np.ndarray:
         """Return numbers in home order (the last dimension) as numbers by expert."""
-        return x_E if self.is_identity else x_E[..., self.home_order_E]
+        return x_E if self.has_contiguous_homes else x_E[..., self.home_order_E]
 
     def _table(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return the place of every expert and -1 at the end, the experts in home order, and the
-        instance of every home and -1 at the end.
+        """Return the place of every expert and -1 at the end, the experts in home order, the
+        instance of every home and -1 at the end, `host_table`, and whether an instance is a
+        copy.
         """
         if device not in self._tables:
             tables = (
                 np.append(self.home_order_E, -1),
                 self.expert_of_home_E,
                 np.append(self.home_instance_E, -1),
+                np.pad(self.hosts_EH, ((0, 0), (0, 1)), constant_values=-1),
+                np.append(~self.is_home_I, False),
             )
             self._tables[device] = tuple(
                 to_device(torch.from_numpy(np.ascontiguousarray(each)), device) for each in tables

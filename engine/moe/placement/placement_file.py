@@ -25,7 +25,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import yaml
 
@@ -156,7 +156,7 @@ def _layer(value: Any, index: int, ranks: int, experts: int, path: str | Path) -
     if not isinstance(value, Mapping) or not set(value) <= {"homes", "copies"}:
         raise _error(path, f"{name} = {value!r}: must have the keys homes and, perhaps, copies")
     homes = value.get("homes")
-    if not (_is_ranks(homes) and len(homes) == experts):
+    if not _is_ranks(homes) or len(homes) != experts:
         raise _error(
             path, f"{name}.homes = {homes!r}: must be {experts} ranks, one for each expert"
         )
@@ -183,7 +183,7 @@ def _domain(value: Any, name: str, experts: int, path: str | Path) -> PlannedLoa
     loads: dict[int, tuple[int, ...]] = {}
     for index, layer in _by_number(value.get("layers") or {}, f"{where}.layers", path).items():
         rows = layer.get("rows") if isinstance(layer, Mapping) else None
-        if not (_is_ranks(rows) and len(rows) == experts and _is_number(layer.get("share"))):
+        if not _is_ranks(rows) or len(rows) != experts or not _is_number(layer.get("share")):
             raise _error(
                 path, f"{where}.layers.{index}: must have a share and rows of {experts} experts"
             )
@@ -210,7 +210,7 @@ def _by_number(value: Any, name: str, path: str | Path) -> dict[int, Any]:
     return found
 
 
-def _is_ranks(value: Any) -> bool:
+def _is_ranks(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
     )

@@ -69,7 +69,7 @@ def run(clock: HostClock, lines: Lines | None) -> StepProfiler:
         clock.enter(Phase.EXPERTS, 0, step)
         rows = np.array([step])
         telemetry.loads.record(
-            0, before_E=rows, rank_before=[step], own_after=[step], first_expert=0
+            0, before_E=rows, rank_before=[step], own_after=[step], own_experts=[0]
         )
         clock.close_step()
     clock.close_step()

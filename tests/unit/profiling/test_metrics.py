@@ -67,7 +67,7 @@ def loads_of(num_layers: int) -> LoadCounter:
             before_E=np.array(before),
             rank_before=before,
             own_after=[2],
-            first_expert=0,
+            own_experts=[0],
         )
     loads.take_rows()
     loads.set_exchanged(np.full((2, num_layers), 2))

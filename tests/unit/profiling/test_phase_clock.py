@@ -107,7 +107,7 @@ def record(loads: LoadCounter, layer: int, before: list[int], own_after: int | N
         before_E=np.array(before),
         rank_before=before,
         own_after=[after],
-        first_expert=1,
+        own_experts=[1],
     )
 
 
@@ -129,7 +129,7 @@ def test_one_rank_is_balanced_before_and_after_whatever_it_dropped():
     loads = LoadCounter()
     for exchanged in (False, True):
         loads.record(
-            0, before_E=np.array([6, 2]), rank_before=[8], own_after=[4, 2], first_expert=0
+            0, before_E=np.array([6, 2]), rank_before=[8], own_after=[4, 2], own_experts=[0, 1]
         )
         assert loads.take_rows() == [6]
         if exchanged:

@@ -48,7 +48,7 @@ def loads_of(expert_rank: int) -> LoadCounter:
                 before_E=before_E,
                 rank_before=[int(before_E[:2].sum()), int(before_E[2:].sum())],
                 own_after=AFTER[layer][step][own],
-                first_expert=own.start,
+                own_experts=[own.start, own.start + 1],
             )
         assert loads.take_rows() == [sum(after[step][own]) for after in AFTER.values()]
         rows_LW = [[sum(after[step][:2]), sum(after[step][2:])] for after in AFTER.values()]
@@ -245,7 +245,7 @@ def timed_ranks(slow: int | None, first: int = 0, replica: int = 0) -> list[Rank
         collector.add(longer, np.array([[0], [0]]))
         loads = LoadCounter()
         rows = np.array([8, 8])
-        loads.record(0, before_E=rows, rank_before=[8, 8], own_after=[8], first_expert=rank)
+        loads.record(0, before_E=rows, rank_before=[8, 8], own_after=[8], own_experts=[rank])
         loads.take_rows()
         loads.set_exchanged(np.array([[8], [8]]))
         ranks.append(

@@ -62,11 +62,11 @@ class Worker:
             dtype=torch.float32,
         )
         layer, weights = self._layer, self._weights
-        own = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
+        own = layer.local_experts
         with torch.no_grad():
             layer.gate_weight_ED.copy_(weights.gate_ED)
-            layer.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
-            layer.experts.w2_eDF.copy_(weights.w2_EDF[own])
+            layer.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
+            layer.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
         return memory_mib()
 
     @torch.inference_mode()

@@ -37,11 +37,11 @@ class Worker(MoEWorker):
             device=self._topology.device,
             dtype=torch.float32,
         )
-        own = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
+        own = layer.local_experts
         with torch.no_grad():
             layer.gate_weight_ED.copy_(weights.gate_ED)
-            layer.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
-            layer.experts.w2_eDF.copy_(weights.w2_EDF[own])
+            layer.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
+            layer.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
         layer.finalize_weights()
         return layer
 

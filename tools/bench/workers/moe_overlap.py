@@ -60,10 +60,10 @@ def build(shape: MoEShape, topology: Topology, name: str, seed: int) -> MoELayer
         tuner=ChunkTuner(topology.device),
     )
     weights = make_weights(shape, seed)
-    own = slice(layer.first_expert, layer.first_expert + layer.num_local_experts)
+    own = layer.local_experts
     layer.gate_weight_ED.copy_(weights.gate_ED)
-    layer.experts.w13_e2FD.copy_(weights.w13_E2FD[own])
-    layer.experts.w2_eDF.copy_(weights.w2_EDF[own])
+    layer.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
+    layer.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
     return layer
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from engine.moe.capacity.agreement import Decision
+from engine.moe.capacity.decision import Decision
 from engine.moe.router import Routing
 from tests.helpers.capacity_cases import GAMMAS, Case, cases, make_tokens, run_engine
 from tests.helpers.reference import capacity_of

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import CapacityConfig
-from engine.moe.capacity.agreement import CapacityAgreement, Decision
+from engine.moe.capacity.agreement import CapacityAgreement
+from engine.moe.capacity.decision import Decision
 from engine.moe.capacity.expansion import choose_extras
 from engine.moe.capacity.limits import Pools, cannot_bind
 from engine.moe.dispatch.chunk_layout import ExpertLayout

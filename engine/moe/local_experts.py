@@ -1,0 +1,131 @@
+"""Local experts: the weights of a rank's instances, homes and copies, and what runs them.
+
+Homes, and copies in the model's precision, are stacked in one set of weights that one backend runs.
+Low-bit copies are loaded in the model's precision and quantised once loaded; a second product runs
+them, on the rows behind those of the homes.
+
+Legend: R rows, D model dim, F expert hidden dim, e instances on this rank, h homes, c copies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
+from engine.moe.placement.placement import Precision
+from engine.ops.permute import gather_rows
+from engine.ops.quantised import QuantisedWeights, grouped_ffn_quantised, quantise
+
+_BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
+_GROUP = 32  # input columns that share a scale
+
+
+class LocalExperts(nn.Module):
+    """One layer's experts on this rank, as an `ExpertsBackend` over its instances.
+
+    Args:
+        num_homes: h.
+        num_copies: c.
+        precision: of the copies.
+        hidden, ffn: D and F.
+        backend: the resolved name, never `auto`.
+        device, dtype: of the weights.
+
+    Weights are allocated uninitialised.
+    """
+
+    stacked: ExpertWeights  # of the homes, and of copies in the model's precision
+    loading: ExpertWeights | None  # of low-bit copies, until they are quantised
+
+    def __init__(
+        self,
+        num_homes: int,
+        num_copies: int,
+        precision: Precision,
+        *,
+        hidden: int,
+        ffn: int,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._bits = _BITS.get(precision) if num_copies else None
+        self.num_homes = num_homes
+        self.num_stacked = num_homes + (num_copies if self._bits is None else 0)
+        self.stacked = ExpertWeights(self.num_stacked, hidden, ffn, device, dtype)
+        self.loading = None
+        if self._bits is not None:
+            self.loading = ExpertWeights(num_copies, hidden, ffn, device, dtype)
+        self._low_bit: tuple[QuantisedWeights, QuantisedWeights] | None = None
+        self._run: ExpertsBackend = make_backend(backend, self.stacked)
+        self.name = self._run.name  # the backend in use
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the copies' weights."""
+        if self._low_bit is not None:
+            return sum(each.num_bytes for each in self._low_bit)
+        weights = (self.stacked.w13_e2FD, self.stacked.w2_eDF)
+        each = sum(weight[0].numel() * weight.element_size() for weight in weights)
+        return each * (self.num_stacked - self.num_homes)
+
+    def weights_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights to load of an instance: w13 [2F, D] and w2 [D, F], as views."""
+        weights, index = self.stacked, local
+        if local >= self.num_stacked:
+            assert self.loading is not None, "low-bit copies are quantised"
+            weights, index = self.loading, local - self.num_stacked
+        return weights.w13_e2FD[index], weights.w2_eDF[index]
+
+    def finalize_weights(self) -> None:
+        """Change the loaded weights to the backend's layout in place, and quantise copies."""
+        self._run.finalize_weights()
+        if self.loading is not None and self._bits is not None:
+            self._low_bit = (
+                quantise(self.loading.w13_e2FD, self._bits, _GROUP),
+                quantise(self.loading.w2_eDF, self._bits, _GROUP),
+            )
+            self.loading = None
+
+    def forward(
+        self,
+        rows_RD: torch.Tensor,
+        expert_counts: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the instances; see `ExpertsBackend.__call__`."""
+        counts_h, counts_c = expert_counts[: self.num_stacked], expert_counts[self.num_stacked :]
+        if not any(counts_c):
+            return self._run(rows_RD, counts_h, out_RD, index_R)
+        assert self._low_bit is not None, "finalize_weights quantises the copies"
+        if index_R is not None:
+            grouped_RD = gather_rows(rows_RD, index_R, torch.empty_like(rows_RD))
+            grouped_RD = self._both(grouped_RD, counts_h, counts_c)
+            out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+            return out_RD.index_copy_(0, index_R, grouped_RD)
+        return self._both(rows_RD, counts_h, counts_c, out_RD)
+
+    def _both(
+        self,
+        rows_RD: torch.Tensor,
+        counts_h: list[int],
+        counts_c: list[int],
+        out_RD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run homes and low-bit copies on grouped rows."""
+        assert self._low_bit is not None
+        out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+        split = sum(counts_h)
+        parts = (
+            self._run(rows_RD[:split], counts_h, out_RD[:split]),
+            grouped_ffn_quantised(rows_RD[split:], *self._low_bit, counts_c, out_RD[split:]),
+        )
+        for part, target in zip(parts, (out_RD[:split], out_RD[split:]), strict=True):
+            if part.data_ptr() != target.data_ptr():  # a backend may return a tensor of its own
+                target.copy_(part)
+        return out_RD
+
+    __call__ = forward  # pyright: ignore[reportAssignmentType]
