@@ -1,9 +1,9 @@
 """Manifest: which job an output belongs to, and whether a run starts, resumes or is refused.
 
 A job is its input's content, the settings that change results and the files of the checkpoint
-(`fingerprint.py`); the number of ranks, the device and the like may change between runs. A finished
-output has the manifest of the job that made it next to it, as `<output>.job.json`; an unfinished
-one has it in its ledger (`ledger.py`).
+(`weights/fingerprint.py`); the number of ranks, the device and the like may change between runs. A
+finished output has the manifest of the job that made it next to it, as `<output>.job.json`; an
+unfinished one has it in its ledger (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.batch.atomic_files import read_json, write_json
-from engine.batch.fingerprint import changed_files, fingerprint
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
 from engine.config import Config, DispatchConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
+from engine.weights.fingerprint import changed_files, fingerprint
 
 VERSION = 1
 

@@ -104,11 +104,22 @@ class LayerTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """What a run has recorded of one expert-parallel group's routing (`profiling/routing`)."""
+
+    folder: str
+    segment: int  # of the trace, from 1
+    steps: int  # of this run, with their loads
+    every: int  # of so many steps one was kept
+    claims_steps: int | None = None  # steps with claims of the first rank; None: not recorded
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """The whole run.
 
     The same on every rank, except for what describes the rank's own expert-parallel group: layers,
-    totals, steps, max_over_mean, max_over_mean_after and speed_bound.
+    totals, steps, max_over_mean, max_over_mean_after, speed_bound and routing.
     """
 
     seconds: float  # wall time of the generation loop, the maximum over the ranks
@@ -131,3 +142,4 @@ class RunReport:
     clock_error: float = 0.0  # uncertainty between the ranks' clocks, seconds, the worst rank's
     # Each rank's share of the capacity at the end, 1 being even; None if always even.
     capacity_shares: list[float] | None = None
+    routing: RoutingReport | None = None  # where profiler.routing has recorded; None: it has not

@@ -101,6 +101,7 @@ class MeasuredRun:
             comms=self._comms,
             resolved_settings=settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
+            routing=self.exporters.routing_report(),
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
         return run_report(measured, collector, loads, self.topology)
