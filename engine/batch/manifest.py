@@ -19,8 +19,9 @@ from engine.batch.atomic_files import read_json, write_json
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
-from engine.config import Config, DispatchConfig
+from engine.config import CONTIGUOUS, Config, DispatchConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
+from engine.moe.placement.placement_file import digest, read_placement
 from engine.weights.fingerprint import changed_files, fingerprint
 
 VERSION = 1
@@ -71,9 +72,10 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch are included only where they are not the default, so that ledgers that are
-    older than these settings still resume. moe.overlap.by = tokens is left out, though it may
-    change results by rounding where the GEMM library picks its kernel by the number of rows.
+    Those of moe.dispatch, and the placement, are included only where they are not the default, so
+    that ledgers that are older than these settings still resume. moe.overlap.by = tokens is left
+    out, though it may change results by rounding where the GEMM library picks its kernel by the
+    number of rows.
     """
     tree: dict[str, Any] = {
         "model": asdict(config.model),
@@ -91,6 +93,11 @@ def result_settings(config: Config) -> dict[str, Any]:
         for key in ("dtype", "partial_sums")  # deduplicate changes no bit
         if getattr(dispatch, key) != getattr(default, key)
     }
+    if config.moe.placement != CONTIGUOUS:
+        # What it says, not where it is: a copy of the file elsewhere is the same placement.
+        tree["moe"]["placement"] = digest(read_placement(config.moe.placement))
+        copies = asdict(config.moe.copies)
+        tree["moe"]["copies"] = {key: copies[key] for key in ("phases", "target", "min_rows")}
     return json.loads(json.dumps(_flat(tree)))
 
 
