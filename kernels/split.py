@@ -48,12 +48,14 @@ def split_rows(
             `fewest_moved`: every limit) stays as it is without it.
 
     Raises:
-        ValueError: no split is within `limit_W` (without `fewest_moved`), or `fewest_moved` without
-            limits.
+        ValueError: no split is within `limit_W` (without `fewest_moved`), `fewest_moved` without
+            limits, or a speed below 1.
     """
     load_E = np.ascontiguousarray(load_E, dtype=np.int64)
     speeds_W = None if speeds_W is None else np.ascontiguousarray(speeds_W, dtype=np.int64)
     limit_W = None if limit_W is None else np.ascontiguousarray(limit_W, dtype=np.int64)
+    if speeds_W is not None and (speeds_W < 1).any():
+        raise ValueError(f"speeds_W={speeds_W.tolist()}: every speed must be at least 1")
     if fewest_moved and limit_W is None:
         raise ValueError("fewest_moved=True needs limit_W: without limits nothing has to move")
     rows_I = _split(load_E, hosts, speeds_W, limit_W, fewest_moved)

@@ -11,6 +11,7 @@ medians; one JSON line follows.
     claims      assignments of all ranks in a step: --tokens per rank, at most --most-claims
     share       mean rank load over the most loaded rank's, after the split
     split us    all rows, to the least majorised loads with the most rows at home
+    cold split  the same after other work has filled the caches, as a layer does
     optimum us  the most loaded rank's rows alone, as a search for a placement asks for
     fewest us   the fewest rows away from home within limits of 1.05 mean loads
     cut us      claims kept per expert under those limits
@@ -38,7 +39,7 @@ from engine.ops.order_claims import order_claims
 from engine.ops.split import Hosts, batch_optimum, cut, optimum, split_rows
 
 CASES = "2x8+2,4x8+4,8x8+8,8x32+8,64x256+64,64x256+256,256x256+256,1024x1024+1024"
-COLUMNS = ("split", "optimum", "fewest", "cut", "order")
+COLUMNS = ("split", "cold split", "optimum", "fewest", "cut", "order")
 HEADER = ["case", "zipf", "claims", "share", *(f"{name} us" for name in COLUMNS)]
 
 
@@ -90,16 +91,25 @@ def measure(
         "cut": lambda: cut(expert_N, hosts, limit_W),
         "order": lambda: order_claims([score_N, ~place_N]),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):  # the first round is not counted
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(all_of[1:]) * 1e6 for name, all_of in seconds.items()}
+    medians = {name: _median_us(call, repeats) for name, call in calls.items()}
+    elsewhere = np.zeros(2**23)  # 64 MiB: more than the caches hold
+    medians["cold split"] = _median_us(calls["split"], repeats, lambda: np.add(elsewhere, 1))
     share = claims / ranks / optimum(load_E, hosts)
     case = {"ranks": ranks, "experts": experts, "copies": copies, "zipf": zipf, "claims": claims}
     return {**case, "share": share, "us": medians}
+
+
+def _median_us(
+    call: Callable[[], object], repeats: int, between: Callable[[], object] = lambda: None
+) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        between()
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1e6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
