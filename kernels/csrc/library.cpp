@@ -91,6 +91,9 @@ TORCH_LIBRARY(lockstep_cpu, m) {
       "select_experts(Tensor logits, Tensor? bias, int top_k, bool softmax, bool normalize, "
       "float eps, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
+  m.def(
+      "level_rows(Tensor(a!) load, Tensor(b!) rows, Tensor home, Tensor copies, Tensor times, "
+      "int sweeps, float factor) -> Tensor");
   m.def("lane_segment_bytes(int size, int ring) -> int", &lockstep::Lane::segment_bytes);
   m.def("lane_open(int rank, int ring, int spin_ns, int[] segments, int[] processes) -> int",
         &lockstep::lane_open);
@@ -116,4 +119,5 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("select_top", &lockstep::select_top);
   m.impl("select_experts", &lockstep::select_experts);
   m.impl("combine_rows", &lockstep::combine_rows);
+  m.impl("level_rows", &lockstep::level_rows);
 }
