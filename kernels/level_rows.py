@@ -20,7 +20,6 @@ def level_rows(
     copies_C2: torch.Tensor,
     times_W: torch.Tensor,
     sweeps: int,
-    factor: float = 1.0,
 ) -> torch.Tensor:
     """Move rows between hosts in place; return the time of the slowest rank of every step.
 
@@ -31,13 +30,12 @@ def level_rows(
         copies_C2: int64, expert and rank of each copy.
         times_W: float32, time per row of each rank.
         sweeps: how often to go through all pairs of hosts.
-        factor: of each move; above 1 it goes too far, which converges sooner over long chains.
     """
     if native.available():
         return torch.ops.lockstep_cpu.level_rows(
-            load_WS, rows_IS, home_E, copies_C2, times_W, sweeps, factor
+            load_WS, rows_IS, home_E, copies_C2, times_W, sweeps
         )
-    return level_rows_reference(load_WS, rows_IS, home_E, copies_C2, times_W, sweeps, factor)
+    return level_rows_reference(load_WS, rows_IS, home_E, copies_C2, times_W, sweeps)
 
 
 def level_rows_reference(
@@ -47,7 +45,6 @@ def level_rows_reference(
     copies_C2: torch.Tensor,
     times_W: torch.Tensor,
     sweeps: int,
-    factor: float = 1.0,
 ) -> torch.Tensor:
     """Plain torch form of `level_rows`."""
     homes, copies = home_E.tolist(), copies_C2.tolist()
@@ -58,10 +55,8 @@ def level_rows_reference(
         for other, (same, further) in enumerate(copies[:number]):
             if same == expert:
                 pairs.append((num_experts + other, num_experts + number, further, rank))
-    scale = torch.tensor(factor, dtype=torch.float32)
     weights = [
-        tuple(times_W[rank] * scale / (times_W[a] + times_W[b]) for rank in (a, b))
-        for _, _, a, b in pairs
+        tuple(times_W[rank] / (times_W[a] + times_W[b]) for rank in (a, b)) for _, _, a, b in pairs
     ]
     for sweep in range(sweeps):
         order = range(len(pairs)) if sweep % 2 == 0 else range(len(pairs) - 1, -1, -1)

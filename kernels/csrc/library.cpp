@@ -93,7 +93,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
   m.def(
       "level_rows(Tensor(a!) load, Tensor(b!) rows, Tensor home, Tensor copies, Tensor times, "
-      "int sweeps, float factor) -> Tensor");
+      "int sweeps) -> Tensor");
   m.def("lane_segment_bytes(int size, int ring) -> int", &lockstep::Lane::segment_bytes);
   m.def("lane_open(int rank, int ring, int spin_ns, int[] segments, int[] processes) -> int",
         &lockstep::lane_open);

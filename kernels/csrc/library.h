@@ -79,8 +79,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
     bool normalize, double eps, double scale);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
 at::Tensor level_rows(const at::Tensor& load, const at::Tensor& rows, const at::Tensor& home,
-                      const at::Tensor& copies, const at::Tensor& times, int64_t sweeps,
-                      double factor);
+                      const at::Tensor& copies, const at::Tensor& times, int64_t sweeps);
 
 // The rank's end of a group in shared memory (lane.h), by its address.
 int64_t lane_open(int64_t rank, int64_t ring, int64_t spin_ns, std::vector<int64_t> segments,

@@ -49,8 +49,7 @@ struct Pair {
 }  // namespace
 
 at::Tensor level_rows(const at::Tensor& load, const at::Tensor& rows, const at::Tensor& home,
-                      const at::Tensor& copies, const at::Tensor& times, int64_t sweeps,
-                      double factor) {
+                      const at::Tensor& copies, const at::Tensor& times, int64_t sweeps) {
   TORCH_CHECK(load.dim() == 2 && load.scalar_type() == at::kFloat && load.is_contiguous(),
               "level_rows: contiguous float32 loads [ranks, steps] expected");
   TORCH_CHECK(rows.dim() == 2 && rows.scalar_type() == at::kFloat && rows.is_contiguous() &&
@@ -69,13 +68,12 @@ at::Tensor level_rows(const at::Tensor& load, const at::Tensor& rows, const at::
   const float* time_of = times.const_data_ptr<float>();
   float* load_of = load.mutable_data_ptr<float>();
   float* rows_of = rows.mutable_data_ptr<float>();
-  const float scale = static_cast<float>(factor);
   std::vector<Pair> pairs;
   const auto add = [&](int64_t first, int64_t second, int64_t a, int64_t b) {
     TORCH_CHECK(a >= 0 && a < ranks && b >= 0 && b < ranks && a != b, "level_rows: ranks ", a,
                 " and ", b, " of ", ranks);
     const float sum = time_of[a] + time_of[b];
-    pairs.push_back({first, second, a, b, time_of[a] * scale / sum, time_of[b] * scale / sum});
+    pairs.push_back({first, second, a, b, time_of[a] / sum, time_of[b] / sum});
   };
   for (int64_t c = 0; c < copies.size(0); ++c) {
     const int64_t expert = copy_of[2 * c], rank = copy_of[2 * c + 1];

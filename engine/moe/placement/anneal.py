@@ -37,7 +37,7 @@ class Moves:
     def follow(self, candidate: Candidate) -> None:
         """Draw changes of this one from now on."""
         self._candidate = candidate
-        self._copies: list[tuple[int, int]] = list(map(tuple, candidate.copies_C2.tolist()))
+        self._copies = [(int(e), int(rank)) for e, rank in candidate.copies_C2.tolist()]
         self._home = candidate.home_E.tolist()
         num_ranks = candidate.problem.num_ranks
         self._on: list[list[int]] = [[] for _ in range(num_ranks)]  # copies by rank

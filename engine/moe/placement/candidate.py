@@ -17,8 +17,6 @@ import torch
 from engine.moe.placement.placement import LayerPlacement
 from engine.ops.level_rows import level_rows
 
-_FACTOR = 1.25  # of each move in level_rows; found best over chains of 64 ranks
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -53,34 +51,33 @@ class Candidate:
         self.rows_IS[: problem.num_experts] = problem.loads_ES
         self.rows_IS[problem.num_experts :] = 0
 
-    def _hold(
-        self, problem: Problem, home_E: np.ndarray, copies: Sequence[tuple[int, int]]
-    ) -> None:
+    def _hold(self, problem: Problem, home_E: np.ndarray, copies: Sequence[Sequence[int]]) -> None:
         steps = problem.loads_ES.shape[1]
         self.problem = problem
         self.home_E = home_E.copy()
         self.copies_C2 = np.array(copies, dtype=np.int64).reshape(-1, 2)
         self.load_WS = np.empty((problem.num_ranks, steps), dtype=np.float32)
         self.rows_IS = np.empty((problem.num_experts + len(copies), steps), dtype=np.float32)
-        self._tensors = tuple(
-            map(
-                torch.from_numpy,
-                (self.load_WS, self.rows_IS, self.home_E, self.copies_C2, problem.times_W),
-            )
+        self._own = (
+            torch.from_numpy(self.load_WS),
+            torch.from_numpy(self.rows_IS),
+            torch.from_numpy(self.home_E),
+            torch.from_numpy(self.copies_C2),
         )
+        self._times_W = torch.from_numpy(problem.times_W)
 
     def twin(self) -> Candidate:
         """Return an equal one with memory of its own."""
         other = object.__new__(Candidate)
-        other._hold(self.problem, self.home_E, [tuple(each) for each in self.copies_C2.tolist()])
+        other._hold(self.problem, self.home_E, self.copies_C2.tolist())
         other.take(self)
         return other
 
     def with_copy(self, expert: int, rank: int) -> Candidate:
         """Return one with a further copy, which has no rows yet."""
         other = object.__new__(Candidate)
-        copies = [tuple(each) for each in self.copies_C2.tolist()]
-        other._hold(self.problem, self.home_E, [*copies, (expert, rank)])
+        copies = [*self.copies_C2.tolist(), [expert, rank]]
+        other._hold(self.problem, self.home_E, copies)
         other.load_WS[:] = self.load_WS
         other.rows_IS[:-1] = self.rows_IS
         other.rows_IS[-1] = 0
@@ -88,7 +85,7 @@ class Candidate:
 
     def take(self, other: Candidate) -> None:
         """Become equal to another with as many copies."""
-        for own, new in zip(self._tensors[:4], other._tensors[:4], strict=True):
+        for own, new in zip(self._own, other._own, strict=True):
             own.copy_(new)
 
     def layer(self) -> LayerPlacement:
@@ -101,7 +98,7 @@ class Candidate:
 
     def cost(self, sweeps: int) -> float:
         """Level the loads with so many sweeps and return what the placement costs."""
-        most_S = level_rows(*self._tensors, sweeps, _FACTOR).numpy()
+        most_S = level_rows(*self._own, self._times_W, sweeps).numpy()
         problem = self.problem
         cost = float(most_S.mean(dtype=np.float64)) + problem.worst * float(most_S.max())
         if problem.node_W is not None and problem.node_cost:

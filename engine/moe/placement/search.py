@@ -1,270 +1,246 @@
-"""Search: where homes and copies should be, for recorded loads and the exact split.
+"""Search: a placement for a whole model, layer by layer, and what it promises.
 
-Per layer: homes start as they are or, where they may move, from a balanced packing; copies are
-added, each an expert of a loaded rank on a rank with little to do; `anneal.py` then moves copies
-and exchanges homes. What is minimised is the mean over all recorded steps, plus 0.3 times the
-worst, of the slowest rank's time after the split (`candidate.py`). Steps are kept apart: experts
-that are hot together go to different ranks, which mean loads would not show. With several domains
-of traffic the steps are those of each alone and of all mixed, so that a plan is good for all.
+`layer_search.py` plans one layer; here layers are planned side by side, the ranks of each are named
+so that all hold about as many copies, and the shares that are to be expected are worked out for
+each domain of traffic. `budget.py` finds how many copies each layer is worth.
 
-Equal arguments give equal placements.
-
-Legend: S steps, E experts, W ranks.
+Legend: S steps, E experts, L layers, W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from random import Random
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
-from engine.moe.placement.anneal import Moves, add_copy, anneal
-from engine.moe.placement.candidate import Candidate, Problem
-from engine.moe.placement.placement import LayerPlacement
-from engine.moe.placement.predict import mixed_steps, predicted_share
+from engine.moe.placement.layer_search import frontier, improve_layer, plan_layer
+from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads, Precision
+from engine.moe.placement.predict import (
+    mean_times,
+    mixed_steps,
+    predicted_share,
+    share,
+    slowest_times,
+)
 
-__all__ = ["frontier", "improve_layer", "plan_layer", "predicted_share"]
+__all__ = [
+    "Loads",
+    "describe",
+    "frontier",
+    "improve",
+    "improve_layer",
+    "map_layers",
+    "plan",
+    "plan_layer",
+    "predicted_share",
+]
 
-_MOST_STEPS = 400  # searched over; of more recorded steps, so many at equal distances
-_TRIES = 24  # ranks and experts that are tried for a further copy
-_IMPROVE_TRIES = 400
+MIXED = "mixed"  # the name of the steps of all domains together
+Loads = Mapping[str, Mapping[int, np.ndarray]]  # domain -> layer -> int64 [S, E]
+_R = TypeVar("_R")
 
 
-def plan_layer(
-    domains: Mapping[str, np.ndarray],
+def plan(
+    domains: Loads,
+    num_experts: int,
     num_ranks: int,
     *,
-    num_copies: int,
+    num_copies: int | Mapping[int, int],
+    precision: Precision = "model",
     seed: int = 0,
     row_times_W: Sequence[float] | None = None,
     keep_homes: bool = False,
     nodes: int | None = None,
     node_cost: float = 0.0,
-    start: LayerPlacement | None = None,
-    slots_W: Sequence[int] | None = None,
+    slots: Mapping[int, Sequence[int]] | None = None,
+    fingerprint: str | None = None,
+    processes: int = 1,
     effort: float = 1.0,
-) -> LayerPlacement:
-    """Return homes and copies of one layer.
+    margin: float = 1.0,
+) -> Placement:
+    """Return a placement of every layer that has loads, with the shares to be expected.
 
     Args:
-        domains: int64 [S, E] loads of each domain of traffic.
+        domains: the recorded loads; every domain has the same layers.
+        num_experts: E.
         num_ranks: W.
-        num_copies: of the layer; fewer where no rank may hold a further one.
+        num_copies: of each layer, or by layer.
+        precision: of the copies.
         seed: of the search.
         row_times_W: time per row of each rank; None: ranks are equal.
-        keep_homes: homes stay contiguous, or those of `start`.
+        keep_homes: homes stay contiguous.
         nodes: the ranks, in order, are spread over so many nodes.
         node_cost: of a row that leaves its node, in rows of the slowest rank.
-        start: whose homes are the first; None: contiguous ones or a balanced packing.
-        slots_W: most copies of each rank; None: as equal as can be.
+        slots: by layer, the most copies of each rank; None: as equal as can be.
+        fingerprint: of the model.
+        processes: that plan layers side by side.
         effort: of the search; 2.0 takes twice as long.
+        margin: see `layer_search.make_problem`.
 
     Raises:
         ValueError: there are more ranks than experts, or no loads.
     """
-    if slots_W is None:
-        slots_W = (-(-num_copies // num_ranks),) * num_ranks
-    problem = make_problem(domains, num_ranks, slots_W, row_times_W, nodes, node_cost)
-    draw = Random(seed)
-    candidate = first_candidate(problem, keep_homes=keep_homes, start=start)
-    for _ in range(num_copies):
-        candidate = add_copy(candidate, _TRIES, draw)
-    rounds = int(effort * rounds_of(problem, num_copies, keep_homes))
-    return anneal(candidate, rounds, draw, homes=not keep_homes).layer()
-
-
-def frontier(
-    domains: Mapping[str, np.ndarray],
-    num_ranks: int,
-    counts: Sequence[int],
-    *,
-    seed: int = 0,
-    row_times_W: Sequence[float] | None = None,
-    keep_homes: bool = False,
-    nodes: int | None = None,
-    node_cost: float = 0.0,
-    effort: float = 0.25,
-) -> Iterator[LayerPlacement]:
-    """Yield a placement for each of these numbers of copies, which ascend.
-
-    Every one is made from the one before it, so that the whole costs little more than the last.
-
-    Args:
-        domains: as in `plan_layer`, like all others.
-        num_ranks: W.
-        counts: of copies.
-        seed: of the search.
-        row_times_W: time per row of each rank.
-        keep_homes: homes stay contiguous.
-        nodes: of the ranks.
-        node_cost: of a row that leaves its node.
-        effort: of the search for each.
-    """
-    draw = Random(seed)
-    layer: LayerPlacement | None = None
-    for count in counts:
-        slots_W = (-(-count // num_ranks),) * num_ranks
-        problem = make_problem(domains, num_ranks, slots_W, row_times_W, nodes, node_cost)
-        if layer is None:
-            candidate = first_candidate(problem, keep_homes=keep_homes)
-        else:
-            candidate = Candidate(problem, layer)
-        while len(candidate.copies_C2) < count:
-            longer = add_copy(candidate, _TRIES, draw)
-            if longer is candidate:
-                break
-            candidate = longer
-        rounds = int(effort * rounds_of(problem, count, keep_homes))
-        layer = anneal(candidate, rounds, draw, homes=not keep_homes).layer()
-        yield layer
-
-
-def improve_layer(
-    layer: LayerPlacement,
-    loads_SE: np.ndarray,
-    num_ranks: int,
-    *,
-    max_moves: int,
-    seed: int = 0,
-    row_times_W: Sequence[float] | None = None,
-) -> LayerPlacement:
-    """Return the placement with a few copies replaced, for loads that have changed.
-
-    Homes stay, and every rank holds as many copies as before: a move gives one rank one other
-    expert. Moves are made one by one, each the best of those tried, while they help.
-
-    Args:
-        layer: the placement so far.
-        loads_SE: int64, rows of every expert in each of the steps to plan for.
-        num_ranks: W.
-        max_moves: most copies that are replaced.
-        seed: of what is tried.
-        row_times_W: time per row of each rank.
-
-    Raises:
-        ValueError: there are no loads.
-    """
-    held = [rank for ranks in layer.copies_E for rank in ranks]
-    slots_W = np.bincount(held, minlength=num_ranks).tolist()
-    problem = make_problem({"": loads_SE}, num_ranks, slots_W, row_times_W)
-    candidate, draw = Candidate(problem, layer), Random(seed)
-    cost = candidate.cost(64)
-    replaced: set[tuple[int, int]] = set()
-    for _ in range(min(max_moves, len(held))):
-        best = _best_replacement(candidate, replaced, draw)
-        if best is None or best[0] >= cost - 1e-4:
-            break
-        number = best[1][0]
-        candidate.move_copy(*best[1])
-        cost = candidate.cost(64)
-        replaced.add((number, int(candidate.copies_C2[number, 1])))
-    return candidate.layer()
-
-
-def make_problem(
-    domains: Mapping[str, np.ndarray],
-    num_ranks: int,
-    slots_W: Sequence[int],
-    row_times_W: Sequence[float] | None = None,
-    nodes: int | None = None,
-    node_cost: float = 0.0,
-) -> Problem:
-    """Return what is searched for: the steps of each domain and of all mixed, in equal parts.
-
-    Raises:
-        ValueError: there are more ranks than experts, or no loads.
-    """
-    if not domains:
-        raise ValueError("domains = {}: loads of at least one domain are needed")
-    for name, loads_SE in domains.items():
-        if loads_SE.ndim != 2 or not loads_SE.sum():
-            raise ValueError(f"domain {name!r}: no recorded rows; record a job with tokens")
-        if loads_SE.shape[1] < num_ranks:
-            raise ValueError(
-                f"num_ranks = {num_ranks}: every rank is the home of an expert, and there are "
-                f"{loads_SE.shape[1]}"
-            )
-    parts = [*domains.values()]
-    if len(parts) > 1:
-        parts.append(mixed_steps(domains))
-    times_W = np.ones(num_ranks) if row_times_W is None else np.asarray(row_times_W, dtype=float)
-    speed = float((1 / times_W).sum())
-    most = max(1, _MOST_STEPS // len(parts))
-    loads = []
-    for loads_SE in parts:
-        kept_SE = loads_SE[loads_SE.sum(1) > 0].astype(np.float64)
-        if len(kept_SE) > most:
-            kept_SE = kept_SE[np.linspace(0, len(kept_SE) - 1, most).astype(np.int64)]
-        loads.append(kept_SE * (speed / kept_SE.sum(1).mean()))
-    loads_ES = np.ascontiguousarray(np.concatenate(loads).T, dtype=np.float32)
-    node_W = None
-    if nodes is not None and nodes > 1:
-        node_W = np.arange(num_ranks) * nodes // num_ranks
-    return Problem(
-        loads_ES, times_W.astype(np.float32), tuple(slots_W), node_W, node_cost / num_ranks
-    )
-
-
-def first_candidate(
-    problem: Problem, *, keep_homes: bool, start: LayerPlacement | None = None
-) -> Candidate:
-    """Return a candidate without copies, or `start`'s homes and copies."""
-    if start is not None:
-        return Candidate(problem, start)
-    contiguous = LayerPlacement.contiguous(problem.num_experts, problem.num_ranks)
-    return Candidate(problem, contiguous if keep_homes else balanced_homes(problem, contiguous))
-
-
-def balanced_homes(problem: Problem, contiguous: LayerPlacement) -> LayerPlacement:
-    """Return homes by a balanced packing: as many on each rank as contiguous ones would be.
-
-    The expert with most rows of those left goes to the rank that would finish first.
-    """
-    free_W = np.bincount(contiguous.home_E, minlength=problem.num_ranks)
-    load_W = np.zeros(problem.num_ranks)
-    mean_E = problem.loads_ES.mean(1, dtype=np.float64)
-    home_E = np.empty(problem.num_experts, dtype=np.int64)
-    for expert in np.argsort(-mean_E, kind="stable").tolist():
-        times_W = np.where(free_W > 0, (load_W + mean_E[expert]) * problem.times_W, np.inf)
-        rank = int(times_W.argmin())
-        home_E[expert] = rank
-        free_W[rank] -= 1
-        load_W[rank] += mean_E[expert]
-    return LayerPlacement(tuple(home_E.tolist()), ((),) * problem.num_experts)
-
-
-def rounds_of(problem: Problem, num_copies: int, keep_homes: bool) -> int:
-    """Return the rounds of annealing that a layer is worth: more for more that can be changed."""
-    if not num_copies and keep_homes:
-        return 0
-    return min(50_000, 1_000 + 12 * (num_copies + 1) * problem.num_ranks)
-
-
-def _best_replacement(
-    candidate: Candidate, replaced: set[tuple[int, int]], draw: Random
-) -> tuple[float, tuple[int, int, int]] | None:
-    """Return the best of the replacements tried: its cost, and copy, expert and rank."""
-    copies = candidate.copies_C2.tolist()
-    hosts = [{home} for home in candidate.home_E.tolist()]
-    for expert, rank in copies:
-        hosts[expert].add(rank)
-    every = [
-        (number, expert, rank)
-        for number, (_, rank) in enumerate(copies)
-        if (number, rank) not in replaced
-        for expert in range(len(hosts))
-        if rank not in hosts[expert]
+    layers = layers_of(domains)
+    tasks = [
+        partial(
+            plan_layer,
+            {name: loads[index] for name, loads in domains.items()},
+            num_ranks,
+            num_copies=num_copies if isinstance(num_copies, int) else num_copies[index],
+            seed=seed + index,
+            row_times_W=row_times_W,
+            keep_homes=keep_homes,
+            nodes=nodes,
+            node_cost=node_cost,
+            slots_W=None if slots is None else slots[index],
+            effort=effort,
+            margin=margin,
+        )
+        for index in layers
     ]
-    if len(every) > _IMPROVE_TRIES:
-        moves = Moves(candidate, draw, homes=False)
-        guided = {moves.hot_and_cold() for _ in range(_IMPROVE_TRIES)}
-        every = [each for each in every if each[1:] in guided]
-    other, best = candidate.twin(), None
-    for each in every:
-        other.take(candidate)
-        other.move_copy(*each)
-        found = other.cost(12)
-        if best is None or found < best[0]:
-            best = found, each
-    return best
+    planned = dict(zip(layers, map_layers(tasks, processes), strict=True))
+    ranks_are_alike = not keep_homes and row_times_W is None and (nodes or 1) == 1
+    if ranks_are_alike and slots is None:
+        planned = with_even_copies(planned, num_ranks)
+    placement = Placement(
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        layers=planned,
+        precision=precision,
+        fingerprint=fingerprint,
+        row_times_W=() if row_times_W is None else tuple(row_times_W),
+    )
+    return describe(placement, domains)
+
+
+def improve(
+    placement: Placement, domains: Loads, *, max_moves: int, seed: int = 0, processes: int = 1
+) -> Placement:
+    """Return a placement with a few copies of each layer replaced, for loads that have changed.
+
+    Args:
+        placement: so far.
+        domains: the recorded loads; of several, their mixed steps count.
+        max_moves: most copies that are replaced per layer.
+        seed: of the search.
+        processes: that work side by side.
+    """
+    layers = layers_of(domains)
+    times_W = placement.row_times_W or None
+    tasks = [
+        partial(
+            improve_layer,
+            placement.layer(index),
+            _mixed_or_only({name: loads[index] for name, loads in domains.items()}),
+            placement.num_ranks,
+            max_moves=max_moves,
+            seed=seed + index,
+            row_times_W=times_W,
+        )
+        for index in layers
+    ]
+    improved = dict(zip(layers, map_layers(tasks, processes), strict=True))
+    return describe(replace(placement, layers={**placement.layers, **improved}), domains)
+
+
+def describe(placement: Placement, domains: Loads) -> Placement:
+    """Return a placement with what it promises for each domain, and for all mixed if several."""
+    times_W = placement.row_times_W or None
+    described: dict[str, PlannedLoads] = {}
+    for name, loads in with_mixed(domains).items():
+        means, slowest = [], []
+        shares: dict[int, float] = {}
+        for index, loads_SE in loads.items():
+            means.append(mean_times(loads_SE, placement.num_ranks, times_W))
+            layer = placement.layer(index)
+            slowest.append(slowest_times(layer, loads_SE, placement.num_ranks, times_W))
+            shares[index] = share(means[-1], slowest[-1])
+        described[name] = PlannedLoads(
+            share(np.concatenate(means), np.concatenate(slowest)),
+            shares,
+            {i: tuple(np.rint(x.mean(0)).astype(int).tolist()) for i, x in loads.items()},
+        )
+    return replace(placement, domains=described)
+
+
+def with_mixed(domains: Loads) -> dict[str, Mapping[int, np.ndarray]]:
+    """Return the domains and, where there are several, their mixed steps, in whole rows."""
+    found = dict(domains)
+    if len(domains) > 1:
+        found[MIXED] = {
+            index: _mixed_or_only({name: loads[index] for name, loads in domains.items()})
+            for index in layers_of(domains)
+        }
+    return found
+
+
+def layers_of(domains: Loads) -> list[int]:
+    """Return the layers that have loads, ascending.
+
+    Raises:
+        ValueError: there are no domains, or their layers differ.
+    """
+    found = [sorted(loads) for loads in domains.values()]
+    if not found or not found[0]:
+        raise ValueError("domains: loads of at least one layer of one domain are needed")
+    for name, layers in zip(domains, found, strict=True):
+        if layers != found[0]:
+            raise ValueError(
+                f"domain {name!r} has the layers {layers}, another {found[0]}: the traces must be "
+                "of one model"
+            )
+    return found[0]
+
+
+def map_layers(tasks: Sequence[Callable[[], _R]], processes: int = 1) -> Iterator[_R]:
+    """Yield the results of tasks in order, from so many processes side by side."""
+    if processes <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield task()
+        return
+    # Not by fork: the threads of torch, and of a running job, do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+        for running in [pool.submit(task) for task in tasks]:
+            yield running.result()
+
+
+def with_even_copies(
+    layers: Mapping[int, LayerPlacement], num_ranks: int
+) -> dict[int, LayerPlacement]:
+    """Return the layers with ranks renamed, so that all ranks hold about as many copies in all.
+
+    Only where all ranks are alike: of every layer, the rank with most copies becomes the one that
+    holds fewest so far.
+    """
+    held_W = np.zeros(num_ranks, dtype=np.int64)
+    renamed: dict[int, LayerPlacement] = {}
+    for index, layer in layers.items():
+        on_rank = [rank for ranks in layer.copies_E for rank in ranks]
+        count_W = np.bincount(on_rank, minlength=num_ranks)
+        homes_W = np.bincount(layer.home_E, minlength=num_ranks)
+        name_W = np.arange(num_ranks)
+        for count in np.unique(homes_W):  # ranks keep their numbers of homes
+            alike = np.flatnonzero(homes_W == count)
+            most = alike[np.argsort(-count_W[alike], kind="stable")]
+            fewest = alike[np.argsort(held_W[alike], kind="stable")]
+            if len(set(count_W[alike].tolist())) > 1:
+                name_W[most] = fewest
+        held_W[name_W] += count_W
+        name = name_W.tolist()
+        renamed[index] = LayerPlacement(
+            tuple(name[rank] for rank in layer.home_E),
+            tuple(tuple(sorted(name[rank] for rank in ranks)) for ranks in layer.copies_E),
+        )
+    return renamed
+
+
+def _mixed_or_only(domains: Mapping[str, np.ndarray]) -> np.ndarray:
+    if len(domains) == 1:
+        return next(iter(domains.values()))
+    return np.rint(mixed_steps(domains)).astype(np.int64)

@@ -1,18 +1,13 @@
-"""The search for placements. Run: pytest tests/unit/moe/placement/test_search.py"""
+"""The search for placements. Run: pytest tests/unit/moe/placement/test_layer_search.py"""
 
 import itertools
 
 import numpy as np
 import pytest
 
+from engine.moe.placement.layer_search import frontier, improve_layer, make_problem, plan_layer
 from engine.moe.placement.placement import LayerPlacement
-from engine.moe.placement.search import (
-    frontier,
-    improve_layer,
-    make_problem,
-    plan_layer,
-    predicted_share,
-)
+from engine.moe.placement.predict import predicted_share
 
 
 def skewed(steps, experts, seed=0, exponent=1.0, noise=0.1, rows=8000):
