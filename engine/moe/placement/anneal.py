@@ -17,8 +17,8 @@ import numpy as np
 
 from engine.moe.placement.candidate import Candidate
 
-_SWEEPS = 6  # after a change
-_SETTLE = 12  # after a change that is kept
+_SWEEPS = 8  # after a change
+_SETTLE = 32  # after a change that is kept
 _HOT, _COLD = 3e-3, 2e-5  # temperature at the start and at the end, in the mean rank's rows
 _TIED = 0.995  # of the most loaded rank: ranks whose rows no copy could move away
 
@@ -143,7 +143,7 @@ def anneal(candidate: Candidate, rounds: int, draw: Random, *, homes: bool) -> C
         draw: of changes, and of whether a worse one is kept.
         homes: whether homes may be exchanged too.
     """
-    cost = candidate.cost(4 * _SETTLE)
+    cost = candidate.cost(2 * _SETTLE)
     best, least = candidate.layer(), cost
     other = candidate.twin()
     moves = Moves(candidate, draw, homes=homes)

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from engine.moe.placement.layer_search import frontier, plan_layer
 from engine.moe.placement.placement import LayerPlacement, Precision
-from engine.moe.placement.predict import mixed_steps, predicted_share
+from engine.moe.placement.predict import (
+    mean_times,
+    mixed_steps,
+    predicted_share,
+    slowest_times,
+)
 
 GROUP = 128  # int4 weights that share a scale
 _BITS: Mapping[Precision, float] = {"int8": 8.0, "int4": 4.0 + 16 / GROUP}
@@ -128,6 +134,35 @@ def fewest_copies(
         else:
             below = middle
     return enough
+
+
+def frontier_times(
+    domains: Mapping[str, np.ndarray],
+    num_ranks: int,
+    counts: Sequence[int],
+    *,
+    row_times_W: Sequence[float] | None = None,
+    **options: Any,
+) -> list[dict[str, tuple[float, float]]]:
+    """Return, for each number of copies of a layer, each domain's ideal and slowest time in all.
+
+    Args:
+        domains: int64 [S, E] loads of each domain of traffic.
+        num_ranks: W.
+        counts: of copies, ascending.
+        row_times_W: time per row of each rank.
+        options: of `frontier`.
+    """
+    return [
+        {
+            name: (
+                float(mean_times(loads_SE, num_ranks, row_times_W).sum()),
+                float(slowest_times(layer, loads_SE, num_ranks, row_times_W).sum()),
+            )
+            for name, loads_SE in domains.items()
+        }
+        for layer in frontier(domains, num_ranks, counts, row_times_W=row_times_W, **options)
+    ]
 
 
 def doubling(most: int) -> list[int]:

@@ -48,15 +48,26 @@ def slowest_times(
     if num_ranks <= _SETS_UP_TO:
         slowest_S = _over_sets(layer, loads_SE, times_W)
     else:
-        scale = max(float(loads_SE.sum(1).mean()), 1.0) / num_ranks
-        loads_ES = np.ascontiguousarray(loads_SE.T / scale, dtype=np.float32)
-        problem = Problem(loads_ES, times_W.astype(np.float32), (0,) * num_ranks)
-        candidate = Candidate(problem, layer)
-        candidate.cost(_SWEEPS)
-        slowest_S = (candidate.load_WS * times_W[:, None]).max(0).astype(np.float64) * scale
+        slowest_S = rank_times(layer, loads_SE, num_ranks, row_times_W).max(0)
     if (times_W == 1).all():  # rows are whole; 1e-3: what float32 may add to a whole number
         return np.ceil(slowest_S * (1 - 1e-6) - 1e-3)
     return slowest_S
+
+
+def rank_times(
+    layer: LayerPlacement,
+    loads_SE: np.ndarray,
+    num_ranks: int,
+    row_times_W: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Return the time of every rank in every step after a split by relaxation, float64 [W, S]."""
+    times_W = np.ones(num_ranks) if row_times_W is None else np.asarray(row_times_W, dtype=float)
+    scale = max(float(loads_SE.sum(1).mean()), 1.0) / num_ranks
+    loads_ES = np.ascontiguousarray(loads_SE.T / scale, dtype=np.float32)
+    problem = Problem(loads_ES, times_W.astype(np.float32), (0,) * num_ranks)
+    candidate = Candidate(problem, layer)
+    candidate.cost(_SWEEPS)
+    return candidate.load_WS.astype(np.float64) * times_W[:, None] * scale
 
 
 def predicted_share(
