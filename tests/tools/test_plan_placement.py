@@ -54,6 +54,7 @@ def test_equal_arguments_write_equal_files(trace, tmp_path, capsys):
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_write_the_same(trace, tmp_path, capsys):
     plan(capsys, trace, "--ranks", 2, "--copies", 1, "--out", tmp_path / "one.yaml")
     arguments = [str(trace), "--ranks", "2", "--copies", "1", "--processes", "2"]

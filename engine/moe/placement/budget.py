@@ -15,10 +15,10 @@ from engine.moe.placement.layer_search import frontier, plan_layer
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.placement.predict import (
     mean_times,
-    mixed_steps,
     predicted_share,
     slowest_times,
 )
+from engine.moe.placement.problem import mixed_steps
 
 GROUP = 128  # int4 weights that share a scale
 _BITS: Mapping[Precision, float] = {"int8": 8.0, "int4": 4.0 + 16 / GROUP}

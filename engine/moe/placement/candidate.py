@@ -9,35 +9,13 @@ Legend: S steps, E experts, C copies, W ranks, I instances: the E homes, then th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from engine.moe.placement.placement import LayerPlacement
+from engine.moe.placement.problem import Problem
 from engine.ops.level_rows import level_rows
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is searched for: the loads of one layer, and what a placement costs."""
-
-    loads_ES: np.ndarray  # float32; the mean rank's time, over steps, is 1
-    times_W: np.ndarray  # float32, time per row of each rank
-    slots_W: tuple[int, ...]  # most copies of each rank
-    node_W: np.ndarray | None = None  # int64, the node of each rank; None: one node
-    node_cost: float = 0.0  # of a row that leaves a node, in rows of the slowest rank
-    worst: float = 0.3  # weight of the worst step beside the mean step
-
-    @property
-    def num_experts(self) -> int:
-        """Return E."""
-        return len(self.loads_ES)
-
-    @property
-    def num_ranks(self) -> int:
-        """Return W."""
-        return len(self.times_W)
 
 
 class Candidate:

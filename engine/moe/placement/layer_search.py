@@ -15,19 +15,19 @@ Legend: S steps, E experts, W ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from random import Random
 
 import numpy as np
 
 from engine.moe.placement.anneal import Moves, add_copy, anneal
-from engine.moe.placement.candidate import Candidate, Problem
+from engine.moe.placement.candidate import Candidate
 from engine.moe.placement.placement import LayerPlacement
-from engine.moe.placement.predict import mixed_steps
+from engine.moe.placement.problem import MARGIN, Problem, make_problem
 
-_MOST_STEPS = 256  # searched over; of more recorded steps, so many at equal distances
 _TRIES = 24  # ranks and experts that are tried for a further copy
 _IMPROVE_TRIES = 400
-_MARGIN_SEED = 0  # of the steps that are imagined
+_PHASES = 10  # of annealing, each with other imagined steps
 
 
 def plan_layer(
@@ -43,7 +43,7 @@ def plan_layer(
     start: LayerPlacement | None = None,
     slots_W: Sequence[int] | None = None,
     effort: float = 1.0,
-    margin: float = 1.0,
+    margin: float = MARGIN,
 ) -> LayerPlacement:
     """Return homes and copies of one layer.
 
@@ -59,20 +59,25 @@ def plan_layer(
         start: whose homes are the first; None: contiguous ones or a balanced packing.
         slots_W: most copies of each rank; None: as equal as can be.
         effort: of the search; 2.0 takes twice as long.
-        margin: see `make_problem`.
+        margin: see `problem.make_problem`.
 
     Raises:
         ValueError: there are more ranks than experts, or no loads.
     """
     if slots_W is None:
         slots_W = (-(-num_copies // num_ranks),) * num_ranks
-    problem = make_problem(domains, num_ranks, slots_W, row_times_W, nodes, node_cost, margin)
-    draw = Random(seed)
+    pose = partial(make_problem, domains, num_ranks, slots_W, row_times_W, nodes, node_cost, margin)
+    draw, problem = Random(seed), pose()
     candidate = first_candidate(problem, keep_homes=keep_homes, start=start)
     for _ in range(num_copies):
         candidate = add_copy(candidate, _TRIES, draw)
-    rounds = int(effort * rounds_of(problem, num_copies, keep_homes))
-    return anneal(candidate, rounds, draw, homes=not keep_homes).layer()
+    phases = _PHASES if problem.num_imagined else 1
+    rounds = int(effort * rounds_of(problem, num_copies, keep_homes)) // phases
+    layer = candidate.layer()
+    for phase in range(phases):
+        candidate = Candidate(pose(imagined=phase), layer)
+        layer = anneal(candidate, rounds, draw, homes=not keep_homes).layer()
+    return layer
 
 
 def frontier(
@@ -86,7 +91,7 @@ def frontier(
     nodes: int | None = None,
     node_cost: float = 0.0,
     effort: float = 0.1,
-    margin: float = 1.0,
+    margin: float = MARGIN,
 ) -> Iterator[LayerPlacement]:
     """Yield a placement for each of these numbers of copies, which ascend.
 
@@ -102,7 +107,7 @@ def frontier(
         nodes: of the ranks.
         node_cost: of a row that leaves its node.
         effort: of the search for each.
-        margin: see `make_problem`.
+        margin: see `problem.make_problem`.
     """
     draw = Random(seed)
     layer: LayerPlacement | None = None
@@ -163,75 +168,6 @@ def improve_layer(
         cost = candidate.cost(64)
         replaced.add((number, int(candidate.copies_C2[number, 1])))
     return candidate.layer()
-
-
-def make_problem(
-    domains: Mapping[str, np.ndarray],
-    num_ranks: int,
-    slots_W: Sequence[int],
-    row_times_W: Sequence[float] | None = None,
-    nodes: int | None = None,
-    node_cost: float = 0.0,
-    margin: float = 1.0,
-) -> Problem:
-    """Return what is searched for: the steps of each domain and of all mixed, in equal parts.
-
-    Args:
-        domains: int64 [S, E] loads of each domain of traffic.
-        num_ranks: W.
-        slots_W: most copies of each rank.
-        row_times_W: time per row of each rank; None: ranks are equal.
-        nodes: of the ranks.
-        node_cost: of a row that leaves its node.
-        margin: half of the steps are imagined: every expert's load is off by a draw of its own, of
-            so many standard deviations of the recorded logarithms. Recorded steps follow each
-            other, so that loads of later ones are further off than those show; without imagined
-            steps a plan fits the recorded ones too closely. 0: recorded steps alone.
-
-    Raises:
-        ValueError: there are more ranks than experts, or no loads.
-    """
-    if not domains:
-        raise ValueError("domains = {}: loads of at least one domain are needed")
-    for name, loads_SE in domains.items():
-        if loads_SE.ndim != 2 or not loads_SE.sum():
-            raise ValueError(f"domain {name!r}: no recorded rows; record a job with tokens")
-        if loads_SE.shape[1] < num_ranks:
-            raise ValueError(
-                f"num_ranks = {num_ranks}: every rank is the home of an expert, and there are "
-                f"{loads_SE.shape[1]}"
-            )
-    parts = [*domains.values()]
-    if len(parts) > 1:
-        parts.append(mixed_steps(domains))
-    times_W = np.ones(num_ranks) if row_times_W is None else np.asarray(row_times_W, dtype=float)
-    speed = float((1 / times_W).sum())
-    most = max(1, _MOST_STEPS // len(parts) // (2 if margin else 1))
-    draw = np.random.default_rng(_MARGIN_SEED)
-    loads = []
-    for loads_SE in parts:
-        kept_SE = loads_SE[loads_SE.sum(1) > 0].astype(np.float64)
-        if len(kept_SE) > most:
-            kept_SE = kept_SE[np.linspace(0, len(kept_SE) - 1, most).astype(np.int64)]
-        kept_SE *= speed / kept_SE.sum(1).mean()
-        loads.append(kept_SE)
-        if margin and (off := margin * _deviation(kept_SE)):
-            loads.append(kept_SE * np.exp(off * draw.standard_normal(kept_SE.shape)))
-    loads_ES = np.ascontiguousarray(np.concatenate(loads).T, dtype=np.float32)
-    node_W = None
-    if nodes is not None and nodes > 1:
-        node_W = np.arange(num_ranks) * nodes // num_ranks
-    return Problem(
-        loads_ES, times_W.astype(np.float32), tuple(slots_W), node_W, node_cost / num_ranks
-    )
-
-
-def _deviation(loads_SE: np.ndarray) -> float:
-    """Return the standard deviation of an expert's log share of a step's rows, pooled by rows."""
-    share_SE = loads_SE / loads_SE.sum(1, keepdims=True)
-    mean_E = share_SE.mean(0)
-    logs_SE = np.log(np.maximum(share_SE, 1e-2 * mean_E + 1e-12))
-    return float(np.sqrt((logs_SE.var(0) * mean_E).sum() / mean_E.sum()))
 
 
 def first_candidate(

@@ -8,12 +8,13 @@ Legend: S steps, E experts, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from engine.moe.placement.candidate import Candidate, Problem
+from engine.moe.placement.candidate import Candidate
 from engine.moe.placement.placement import LayerPlacement
+from engine.moe.placement.problem import Problem
 
 _SETS_UP_TO = 8  # ranks, of which all sets are tried
 _SWEEPS = 96  # of the relaxation, above
@@ -95,23 +96,6 @@ def bound(
     """Return the share that no placement exceeds: ranks compute whole rows."""
     mean_S = mean_times(loads_SE, num_ranks, row_times_W)
     return share(mean_S, np.ceil(mean_S) if row_times_W is None else mean_S)
-
-
-def mixed_steps(domains: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return steps with as many rows of every domain: sums of a step of each, float64 [S, E].
-
-    A domain with fewer steps than another is repeated. Rows per step are the mean of all domains'.
-    """
-    count = max(len(loads_SE) for loads_SE in domains.values())
-    rows = {name: float(loads_SE.sum(1).mean()) for name, loads_SE in domains.items()}
-    mean = sum(rows.values()) / len(rows)
-    mixed_SE = np.zeros((count, next(iter(domains.values())).shape[1]))
-    for name, loads_SE in domains.items():
-        if rows[name]:
-            picked_SE = loads_SE[np.arange(count) % len(loads_SE)]
-            step_S = np.maximum(picked_SE.sum(1, keepdims=True), 1)
-            mixed_SE += picked_SE * (mean / len(domains) / step_S)
-    return mixed_SE
 
 
 def _over_sets(layer: LayerPlacement, loads_SE: np.ndarray, times_W: np.ndarray) -> np.ndarray:

@@ -22,11 +22,11 @@ from engine.moe.placement.layer_search import frontier, improve_layer, plan_laye
 from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads, Precision
 from engine.moe.placement.predict import (
     mean_times,
-    mixed_steps,
     predicted_share,
     share,
     slowest_times,
 )
+from engine.moe.placement.problem import MARGIN, mixed_steps
 
 __all__ = [
     "Loads",
@@ -61,7 +61,7 @@ def plan(
     fingerprint: str | None = None,
     processes: int = 1,
     effort: float = 1.0,
-    margin: float = 1.0,
+    margin: float = MARGIN,
 ) -> Placement:
     """Return a placement of every layer that has loads, with the shares to be expected.
 
@@ -80,7 +80,7 @@ def plan(
         fingerprint: of the model.
         processes: that plan layers side by side.
         effort: of the search; 2.0 takes twice as long.
-        margin: see `layer_search.make_problem`.
+        margin: see `problem.make_problem`.
 
     Raises:
         ValueError: there are more ranks than experts, or no loads.

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from engine.moe.placement.layer_search import frontier, improve_layer, make_problem, plan_layer
+from engine.moe.placement.layer_search import frontier, improve_layer, plan_layer
 from engine.moe.placement.placement import LayerPlacement
 from engine.moe.placement.predict import predicted_share
+from engine.moe.placement.problem import make_problem
 
 
 def skewed(steps, experts, seed=0, exponent=1.0, noise=0.1, rows=8000):
@@ -151,3 +152,14 @@ def test_nothing_moves_where_nothing_can_be_gained():
 def test_loads_that_cannot_be_planned_for_are_refused(domains, ranks, named):
     with pytest.raises(ValueError, match=named):
         make_problem(domains, ranks, (1,) * ranks)
+
+
+def test_steps_are_imagined_only_where_loads_drift():
+    noise = skewed(40, 16, noise=0.3)
+    drifting = noise * np.linspace(1, np.arange(1, 17), 40)
+    steps = [
+        make_problem({"a": loads_SE}, 4, (1,) * 4).num_imagined
+        for loads_SE in (noise[:3], np.repeat(noise[:1], 40, 0), drifting.astype(np.int64))
+    ]
+    assert steps == [0, 0, 40]
+    assert make_problem({"a": drifting}, 4, (1,) * 4, margin=0.0).num_imagined == 0
