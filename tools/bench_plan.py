@@ -149,7 +149,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="planned for; as many follow")
     add("--rows-per-rank", type=int, default=16384, help="2,048 tokens of 8 experts")
     add("--zipf", type=float, default=0.5, help="exponent of the popularity")
-    add("--drift", type=float, default=0.15, help="standard deviation of its logarithm")
+    add("--drift", type=float, default=0.1, help="standard deviation of its logarithm")
     add("--memory", type=float, default=50.0, help="steps in which a deviation decays to 1/e")
     add("--keep-homes", action="store_true")
     add("--effort", type=float, default=1.0)

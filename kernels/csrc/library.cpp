@@ -101,6 +101,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("split_optimum(Tensor hosts, Tensor loads) -> Tensor");
   m.def("cut(Tensor hosts, Tensor expert, Tensor limit) -> Tensor");
   m.def("order_claims(Tensor[] words) -> Tensor");
+  m.def(
       "level_rows(Tensor(a!) load, Tensor(b!) rows, Tensor home, Tensor copies, Tensor times, "
       "int sweeps) -> Tensor");
   m.def("lane_segment_bytes(int size, int ring) -> int", &lockstep::Lane::segment_bytes);

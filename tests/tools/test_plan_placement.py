@@ -157,6 +157,7 @@ def test_the_heat_map_is_a_picture_or_a_page(name, trace, tmp_path, capsys):
         (["text.npz", "--from", "p.yaml", "--copies", 3], "omit --copies"),
         (["text.npz", "--from", "p.yaml"], "p.yaml"),
         (["text.npz", "text.npz", "--ranks", 4], "a second trace named 'text'"),
+        (["mixed=text.npz", "--ranks", 4], "is the name of all traces"),
         (["text.npz", "more.npz", "--ranks", 4], "experts 6, but"),
         (["text.npz", "late.npz", "--ranks", 4], "must be of one model"),
         (["empty.npz", "--ranks", 4], "no recorded rows"),

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.moe.placement.search import MIXED
+
 
 @dataclass(frozen=True, slots=True)
 class Domain:
@@ -49,6 +51,11 @@ def read_domains(arguments: Sequence[str]) -> list[Domain]:
         if domain.name in [other.name for other in found]:
             raise ValueError(
                 f"{argument}: a second trace named {domain.name!r}; name it with NAME={domain.path}"
+            )
+        if domain.name == MIXED:
+            raise ValueError(
+                f"{argument}: {MIXED!r} is the name of all traces together; name it otherwise with "
+                f"NAME={domain.path}"
             )
         found.append(domain)
     first = found[0]
