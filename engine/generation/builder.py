@@ -214,7 +214,9 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     """
     if not model.moe_layers:
         return 0
-    layer, capacity = model.moe_layers[0], config.moe.capacity
+    # Of the layers, which share the buffers, the one with the widest rows.
+    layer = max(model.moe_layers, key=lambda each: each.instances.most_local)
+    capacity = config.moe.capacity
     shape = MoEShape(
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,

@@ -6,7 +6,6 @@ loads that it holds, with as many copies per layer and rank; without loads it is
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any
 
@@ -19,6 +18,7 @@ from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec, SparseSpec
 from engine.moe.placement.placement import Placement
 from engine.moe.placement.placement_file import digest, read_placement
+from engine.weights.fingerprint import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,9 @@ def check_placement(placement: Placement, spec: ModelSpec, config: Config) -> No
             f"{where}: layer {unknown[0]} is no MoE layer of this model, which has layers "
             f"{min(sparse)} to {max(sparse)}"
         )
-    own = model_fingerprint(spec)
-    if placement.fingerprint not in (None, own):
+    if placement.fingerprint is not None and placement.fingerprint != (
+        own := model_fingerprint(config.model)
+    ):
         raise ConfigError(
             f"{where}: was made for another model (fingerprint {placement.fingerprint}, this "
             f"model's is {own}); plan again, or leave out its key `model` to use it all the same"
@@ -103,15 +104,3 @@ def check_placement(placement: Placement, spec: ModelSpec, config: Config) -> No
             f"{placement.precision} copies of moe.placement, whose rows are chosen over a whole "
             "step; use copies in the model's precision, or two_batch = false"
         )
-
-
-def model_fingerprint(spec: ModelSpec) -> str:
-    """Return a short hash of what a placement depends on: the layers, and their MoE shapes."""
-    shapes = [
-        (index, moe.router.num_experts, moe.router.top_k, moe.hidden, moe.ffn)
-        for index, layer in enumerate(spec.layers)
-        if isinstance(layer.mlp, SparseSpec)
-        for moe in [layer.mlp.moe]
-    ]
-    text = repr((len(spec.layers), spec.vocab_size, shapes))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -140,12 +140,23 @@ class LayerTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """What a run has recorded of one expert-parallel group's routing (`profiling/routing`)."""
+
+    folder: str
+    segment: int  # of the trace, from 1
+    steps: int  # of this run, with their loads
+    every: int  # of so many steps one was kept
+    claims_steps: int | None = None  # steps with claims of the first rank; None: not recorded
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """The whole run.
 
     The same on every rank, except for what describes the rank's own expert-parallel group: layers,
-    totals, steps, max_over_mean, max_over_mean_after, speed_bound, and the placement's rows and
-    shares.
+    totals, steps, max_over_mean, max_over_mean_after, speed_bound, routing, and the placement's
+    rows and shares.
     """
 
     seconds: float  # wall time of the generation loop, the maximum over the ranks
@@ -168,6 +179,7 @@ class RunReport:
     clock_error: float = 0.0  # uncertainty between the ranks' clocks, seconds, the worst rank's
     # Each rank's share of the capacity at the end, 1 being even; None if always even.
     capacity_shares: list[float] | None = None
+    routing: RoutingReport | None = None  # where profiler.routing has recorded; None: it has not
     placement: RunPlacement | None = None  # None: without moe.placement
 
     @property

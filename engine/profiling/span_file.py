@@ -72,17 +72,29 @@ def check_folder(folder: Path, rank: int) -> None:
         OSError: they cannot be, or the disk is full; it names the folder or the file.
         ValueError: the folder's name is none that the system takes.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # which is said of a file
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     path = span_path(folder, rank)
+    check_writable(folder, path.stem)
     for file in (path, old_path(path)):
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     if path.exists():
         path.open("ab").close()
-    probe = path.with_suffix(f".probe{os.getpid()}")
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Check that a folder, which is made if it is missing, takes a new file of some size.
+
+    name: of the file, which no other rank uses; it is deleted again.
+
+    Raises:
+        OSError: it does not, or the disk is full; it names the folder.
+        ValueError: the folder's name is none that the system takes.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # which is said of a file
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    probe = folder / f"{name}.probe{os.getpid()}"
     try:
         with probe.open("wb") as file:
             file.write(b"\0" * _PROBE_BYTES)  # a full disk may take an empty file

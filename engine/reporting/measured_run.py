@@ -102,6 +102,7 @@ class MeasuredRun:
             comms=self._comms,
             resolved_settings=settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
+            routing=self.exporters.routing_report(),
             placement=own_placement(self.model, self.config.moe.placement),
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads

@@ -23,7 +23,14 @@ from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.findings import Finding, HotExpert, findings, join_replicas
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
-from engine.profiling.report import LayerReport, LayerTotals, PhaseReport, RankReport, RunReport
+from engine.profiling.report import (
+    LayerReport,
+    LayerTotals,
+    PhaseReport,
+    RankReport,
+    RoutingReport,
+    RunReport,
+)
 from engine.profiling.straggler_causes import (
     CAUSES,
     Analysis,
@@ -57,6 +64,7 @@ class Measurements:
     comms: CommsTable = field(default_factory=dict)  # DeepSpeed's table of this rank
     resolved_settings: dict[str, Any] = field(default_factory=dict)  # as in `RankReport`
     process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
+    routing: RoutingReport | None = None  # of the steps that this rank has recorded
     placement: OwnPlacement | None = None  # None: without moe.placement
 
 
@@ -110,6 +118,7 @@ def run_report(
         },
         clock_error=max(each.clock_error for each in all_measured),
         capacity_shares=None if weights_W is None else [share / ONE for share in weights_W],
+        routing=group[0].measured.routing,
         placement=run_placement(measured.placement, [each.placement for each in layers], loads),
     )
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from engine.config import CapacityConfig
 from engine.distributed.standard_streams import make_safe
-from engine.profiling.report import RunReport
+from engine.profiling.report import RoutingReport, RunReport
 from engine.reporting.capacity_table import print_capacity
 from engine.reporting.comms_table import print_comms
 from engine.reporting.copies_table import mib, print_copies
@@ -82,6 +82,8 @@ class Summary:
         values["capacity"] = asdict(self.capacity)
         if self.run is not None:
             run = asdict(self.run, dict_factory=_rename_keys)
+            if run["routing"] is None:
+                del run["routing"]
             values["run"] = run | {"latencies": percentiles(self.run)}
         return json.dumps(values, indent=2) + "\n"
 
@@ -115,6 +117,9 @@ def print_summary(console: Console, summary: Summary) -> None:
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
         print_comms(console, run)
+        if run.routing is not None:
+            line = _routing(run.routing, run.steps)
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     counts = [f"{summary.total} requests"]
     if summary.resumed:
         counts.append(f"{summary.resumed} of them by earlier runs")
@@ -125,6 +130,14 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(", ".join(counts) + ".", highlight=False)
     if summary.user_keys:
         console.print(_user_keys(summary.user_keys), highlight=False, soft_wrap=True, markup=False)
+
+
+def _routing(routing: RoutingReport, steps: int) -> str:
+    claims = "" if routing.claims_steps is None else f", with claims of {routing.claims_steps:,}"
+    return (
+        f"Routing of {routing.steps:,} of {steps:,} steps recorded in {routing.folder}, segment "
+        f"{routing.segment}{claims}."
+    )
 
 
 def _user_keys(lines: dict[str, int]) -> str:

@@ -3,8 +3,15 @@
 // layout of panels.h. A weight is (q - zero) * scale, rounded after each operation, and every element
 // the same chain of fused multiply-adds as in matmul.h: the same bits either way.
 
-// Most rows that are multiplied with weights in registers.
-constexpr int FEW_QUANTISED = W == 16 ? 8 : W == 8 ? 3 : 1;
+// Most rows that are multiplied with weights in registers at a time, and in all: two runs of 16 read
+// packed words twice, which is less than a panel of floats.
+constexpr int RUN_QUANTISED = W == 16 ? 16 : W == 8 ? 4 : 1;
+constexpr int FEW_QUANTISED = W == 16 ? 32 : RUN_QUANTISED;
+// Panels side by side for so many rows: enough sums that do not wait for each other, as registers
+// allow.
+constexpr int side_by_side(int rows) {
+  return W == 16 ? (rows <= 2 ? 4 : rows <= 8 ? 2 : 1) : W == 8 && rows == 1 ? 2 : 1;
+}
 // How many words ahead of each panel are fetched.
 constexpr int64_t FETCH_WORDS = 32;
 
@@ -109,7 +116,7 @@ INLINE void with_kind(const Quantised& w, const F& f) {
     with_bits(std::integral_constant<int, 8>{});
 }
 
-// acc[p][v][r] = sum over k of weight[p][v] * x[k * step + r].
+// acc[p][v][r] = sum over k of weight[p][v] * x[k * R + r].
 template <int BITS, bool Zero, int P, int R>
 INLINE void quantised_tile(const QuantisedPanel (&panel)[P], int64_t depth, int64_t group,
                            const float* x, vf (&acc)[P][PV][R]) {
@@ -122,7 +129,7 @@ INLINE void quantised_tile(const QuantisedPanel (&panel)[P], int64_t depth, int6
   for_each_column<BITS, Zero, P>(panel, depth, group, [&](int64_t k, const vf(&weight)[P][PV]) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf value = splat(x[k * W + r]);
+      const vf value = splat(x[k * R + r]);
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
@@ -155,10 +162,14 @@ void dequantise(const Quantised& w, int64_t first, float* to, float* other) {
   }
 }
 
-// out[r][first + i] <- acc of the first `outputs` outputs of a panel.
+// out[r][first + i] <- acc of the first `rows` rows and the first `outputs` outputs of a panel.
 template <int R>
-INLINE void store_panel(const vf (&acc)[PV][R], int64_t outputs, Rows<float> out, int64_t first) {
+INLINE void store_panel(const vf (&acc)[PV][R], int64_t rows, int64_t outputs, Rows<float> out,
+                        int64_t first) {
+  // A constant index keeps the sums in registers.
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
+    if (r >= rows) continue;
     float result[PANEL];
     float* const to = out[r] + first;
     // The sum with 0 is what a product with a bias does: -0 becomes 0.
@@ -168,33 +179,100 @@ INLINE void store_panel(const vf (&acc)[PV][R], int64_t outputs, Rows<float> out
   }
 }
 
-// Scratch: two panels of floats.
+// Calls f(integral_constant R) for the least R compiled that holds `rows`.
+template <int R, typename F>
+INLINE void with_padded(int64_t rows, const F& f) {
+  if constexpr (R < RUN_QUANTISED) {
+    constexpr int next = R < 4 ? 2 * R : R == 4 ? 6 : R == 6 ? 8 : R == 8 ? 12 : 16;
+    if (rows > R) return with_padded<next>(rows, f);
+  }
+  f(std::integral_constant<int, R>{});
+}
+
+// Calls f(bits, zero, R, x, row, count) for runs of few packed rows: x [depth][R] holds them without
+// the lanes between, which would push the weights out of the first-level cache, and zeros past
+// `count`.
+template <typename F>
+INLINE void with_few(const float* packed, int64_t rows, const Quantised& w, float* x, const F& f) {
+  const int64_t step = (rows + W - 1) / W * W;
+  const int64_t runs = (rows + RUN_QUANTISED - 1) / RUN_QUANTISED;
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t row = rows * run / runs, count = rows * (run + 1) / runs - row;
+    with_padded<1>(count, [&](auto padded) {
+      constexpr int R = decltype(padded)::value;
+      for (int64_t k = 0; k < w.inputs; ++k)
+        for (int64_t r = 0; r < R; ++r) x[k * R + r] = r < count ? packed[k * step + row + r] : 0;
+      with_kind(w, [&](auto bits, auto zero) { f(bits, zero, padded, x, row, count); });
+    });
+  }
+}
+
+// Few rows. Panels side by side are `jump` outputs apart, so that each place is read as a stream.
+INLINE void linear_few_quantised(const float* packed, int64_t rows, const Quantised& w,
+                                 int64_t first, int64_t end, Rows<float> out, float* scratch) {
+  with_few(packed, rows, w, scratch, [&](auto bits, auto zero, auto padded, const float* x,
+                                           int64_t row, int64_t count) {
+    constexpr int BITS = decltype(bits)::value, R = decltype(padded)::value, P = side_by_side(R);
+    constexpr bool ZERO = decltype(zero)::value;
+    const int64_t jump = P == 1 ? 0 : (end - first) / PANEL / P * PANEL;
+    for (int64_t n0 = first; n0 < first + jump; n0 += PANEL) {
+      QuantisedPanel panel[P];
+      for (int p = 0; p < P; ++p) panel[p] = panel_of(w, (n0 + p * jump) / PANEL);
+      vf acc[P][PV][R];
+      quantised_tile<BITS, ZERO, P, R>(panel, w.inputs, w.group, x, acc);
+      for (int p = 0; p < P; ++p) store_panel<R>(acc[p], count, PANEL, out.from(row), n0 + p * jump);
+    }
+    for (int64_t n0 = first + P * jump; n0 < end; n0 += PANEL) {
+      const QuantisedPanel panel[1] = {panel_of(w, n0 / PANEL)};
+      vf acc[1][PV][R];
+      quantised_tile<BITS, ZERO, 1, R>(panel, w.inputs, w.group, x, acc);
+      const int64_t outputs = end - n0 < PANEL ? end - n0 : PANEL;
+      store_panel<R>(acc[0], count, outputs, out.from(row), n0);
+    }
+  });
+}
+
+// The same for hidden columns, where both halves of w13 are whole panels.
+INLINE void gate_up_few_quantised(const float* packed, int64_t rows, const Quantised& w13,
+                                  int64_t first, int64_t end, float* hidden, float* scratch) {
+  with_few(packed, rows, w13, scratch, [&](auto bits, auto zero, auto padded, const float* x,
+                                           int64_t row, int64_t count) {
+    constexpr int BITS = decltype(bits)::value, R = decltype(padded)::value, P = side_by_side(R);
+    constexpr bool ZERO = decltype(zero)::value;
+    const int64_t step = (rows + W - 1) / W * W;
+    const int64_t up = w13.outputs / 2 / PANEL, depth = w13.inputs, group = w13.group;
+    const int64_t jump = P < 4 ? 0 : (end - first) / PANEL / 2 * PANEL;
+    if constexpr (P == 4) {
+      for (int64_t f0 = first; f0 < first + jump; f0 += PANEL) {
+        const int64_t here = f0 / PANEL, there = (f0 + jump) / PANEL;
+        const QuantisedPanel panel[4] = {panel_of(w13, here), panel_of(w13, there),
+                                         panel_of(w13, up + here), panel_of(w13, up + there)};
+        vf acc[4][PV][R];
+        quantised_tile<BITS, ZERO, 4, R>(panel, depth, group, x, acc);
+        store_hidden<R>(acc[0], acc[2], hidden + f0 * step + row, step, PANEL, count);
+        store_hidden<R>(acc[1], acc[3], hidden + (f0 + jump) * step + row, step, PANEL, count);
+      }
+    }
+    for (int64_t f0 = first + 2 * jump; f0 < end; f0 += PANEL) {
+      const QuantisedPanel panel[2] = {panel_of(w13, f0 / PANEL), panel_of(w13, up + f0 / PANEL)};
+      vf acc[2][PV][R];
+      if constexpr (P > 1) {
+        quantised_tile<BITS, ZERO, 2, R>(panel, depth, group, x, acc);
+      } else {
+        for (int p = 0; p < 2; ++p)
+          quantised_tile<BITS, ZERO, 1, R>({panel[p]}, depth, group, x,
+                                           reinterpret_cast<vf(&)[1][PV][R]>(acc[p]));
+      }
+      store_hidden<R>(acc[0], acc[1], hidden + f0 * step + row, step, PANEL, count);
+    }
+  });
+}
+
 void linear_quantised(const float* packed, int64_t rows, const Quantised& w, int64_t first,
                       int64_t count, Rows<float> out, float* scratch) {
   const int64_t end = first + count, depth = w.inputs;
-  if (rows <= FEW_QUANTISED) {
-    with_kind(w, [&](auto bits, auto zero) {
-      constexpr int BITS = decltype(bits)::value;
-      constexpr bool ZERO = decltype(zero)::value;
-      with_run<FEW_QUANTISED>(rows, 0, [&](auto run, int64_t) {
-        constexpr int R = decltype(run)::value;
-        int64_t n0 = first;
-        for (; n0 + 2 * PANEL <= end; n0 += 2 * PANEL) {
-          const QuantisedPanel panel[2] = {panel_of(w, n0 / PANEL), panel_of(w, n0 / PANEL + 1)};
-          vf acc[2][PV][R];
-          quantised_tile<BITS, ZERO, 2, R>(panel, depth, w.group, packed, acc);
-          for (int p = 0; p < 2; ++p) store_panel<R>(acc[p], PANEL, out, n0 + p * PANEL);
-        }
-        for (; n0 < end; n0 += PANEL) {
-          const QuantisedPanel panel[1] = {panel_of(w, n0 / PANEL)};
-          vf acc[1][PV][R];
-          quantised_tile<BITS, ZERO, 1, R>(panel, depth, w.group, packed, acc);
-          store_panel<R>(acc[0], end - n0 < PANEL ? end - n0 : PANEL, out, n0);
-        }
-      });
-    });
-    return;
-  }
+  if (rows <= FEW_QUANTISED)
+    return linear_few_quantised(packed, rows, w, first, end, out, scratch);
   for (int64_t n0 = first; n0 < end; n0 += PANEL) {
     const int64_t outputs = end - n0 < PANEL ? end - n0 : PANEL;
     dequantise(w, n0, scratch, scratch + PANEL * depth);
@@ -208,32 +286,17 @@ void linear_quantised(const float* packed, int64_t rows, const Quantised& w, int
         const float* const panel[1] = {scratch};
         vf acc[1][PV][R];
         panel_tile<1, R>(panel, x + row, MV * W, depth, acc);
-        store_panel<R>(acc[0], outputs, out.from(block + row), n0);
+        store_panel<R>(acc[0], R, outputs, out.from(block + row), n0);
       });
     });
   }
 }
 
-// Scratch: three panels of floats.
 void gate_up_quantised(const float* packed, int64_t rows, const Quantised& w13, int64_t first,
                        int64_t count, float* hidden, float* scratch) {
   const int64_t end = first + count, depth = w13.inputs, width = w13.outputs / 2;
-  if (rows <= FEW_QUANTISED && width % PANEL == 0) {
-    with_kind(w13, [&](auto bits, auto zero) {
-      with_run<FEW_QUANTISED>(rows, 0, [&](auto run, int64_t) {
-        constexpr int R = decltype(run)::value;
-        for (int64_t f0 = first; f0 < end; f0 += PANEL) {
-          const QuantisedPanel panel[2] = {panel_of(w13, f0 / PANEL),
-                                           panel_of(w13, (width + f0) / PANEL)};
-          vf acc[2][PV][R];
-          quantised_tile<decltype(bits)::value, decltype(zero)::value, 2, R>(panel, depth,
-                                                                             w13.group, packed, acc);
-          store_hidden<R>(acc[0], acc[1], hidden + f0 * W, W);
-        }
-      });
-    });
-    return;
-  }
+  if (rows <= FEW_QUANTISED && width % PANEL == 0)
+    return gate_up_few_quantised(packed, rows, w13, first, end, hidden, scratch);
   float *const gate = scratch, *const up = gate + PANEL * depth, *const other = up + PANEL * depth;
   for (int64_t f0 = first; f0 < end; f0 += PANEL) {
     const int64_t outputs = end - f0 < PANEL ? end - f0 : PANEL;

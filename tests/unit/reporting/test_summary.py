@@ -10,7 +10,14 @@ from rich.console import Console
 from engine.config import CapacityConfig
 from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.findings import Finding
-from engine.profiling.report import LayerReport, LayerTotals, PhaseReport, RankReport, RunReport
+from engine.profiling.report import (
+    LayerReport,
+    LayerTotals,
+    PhaseReport,
+    RankReport,
+    RoutingReport,
+    RunReport,
+)
 from engine.reporting.summary import Summary, percentiles, print_summary
 
 
@@ -174,6 +181,16 @@ def test_requests_that_were_run_again_are_counted_where_there_are_any():
     assert "2 of them by earlier runs, 2 run again after an error, 1 with" in printed(out)
     assert json.loads(retried.to_json())["retried"] == 2
     assert "retried" not in json.loads(summary(None).to_json())
+
+
+def test_a_recording_of_the_routing_is_named_where_there_is_one():
+    out = console()
+    routing = RoutingReport("/r", 2, 1024, 4, None)
+    recorded = summary(replace(run_report(rank(0)), steps=4096, routing=routing))
+    print_summary(out, recorded)
+    assert "Routing of 1,024 of 4,096 steps recorded in /r, segment 2." in printed(out)
+    found = json.loads(recorded.to_json())["run"]["routing"]
+    assert found == {"folder": "/r", "segment": 2, "steps": 1024, "every": 4, "claims_steps": None}
 
 
 def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
