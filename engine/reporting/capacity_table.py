@@ -68,9 +68,9 @@ def _advice(imbalance: float, has_copies: bool) -> str:
     return (
         f"The most loaded rank had {imbalance:.2f}x the mean rows and the others waited for it: "
         f"perfect balance would make the MoE layers at most {imbalance:.2f}x faster. {copies} "
-        "in the model's precision change no output: record with --set profiler.routing=DIR, then "
-        "run tools/plan_placement.py. Or limit every rank to the mean: --set "
-        "moe.capacity.policy=token_drop --set moe.capacity.scope=rank --set "
+        "balance the ranks, in the model's precision with the same outputs: record with --set "
+        "profiler.routing=DIR, then run tools/plan_placement.py. Or limit every rank to the mean: "
+        "--set moe.capacity.policy=token_drop --set moe.capacity.scope=rank --set "
         "moe.capacity.factor=1, and compare the outputs."
     )
 

@@ -34,6 +34,7 @@ _JSON_KEYS = {
 }
 _ONLY_WHERE_USED = ("placement",)  # fields without a key in the JSON file where they are None
 _HEADINGS = {"communication": "communi-\ncation"}
+_SHORT = {"attention": "atten-\ntion"}
 
 
 def make_console(
@@ -176,6 +177,8 @@ def _ranks(run: RunReport) -> Table:
     kinds = list(dict.fromkeys(kind for rank in run.ranks for kind in rank.seconds))
     counted = ("host", "prefill\ntokens", "decode\ntokens", "expert\nrows")
     timed = [_HEADINGS.get(kind, kind) for kind in kinds]
+    if run.has_copies:  # makes room for a column more
+        timed = [_SHORT.get(heading, heading) for heading in timed]
     table = new_table("Rank", *counted, *timed, *(["copies\nMiB"] if run.has_copies else []))
     for rank in run.ranks:
         counts = (rank.tokens_prefill, rank.tokens_decode, rank.expert_rows)

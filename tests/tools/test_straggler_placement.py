@@ -78,6 +78,17 @@ def test_rows_of_homes_and_copies_are_told_apart_with_any_homes(placed, tmp_path
     assert loads["rows"] == [[[8, 9], [2, 6]], [[11, 4, 2], [2, 6]]]
 
 
+@pytest.mark.parametrize("copies", [0, 1])
+def test_the_share_of_perfect_balance_is_a_fact_where_there_are_copies(placed, tmp_path, copies):
+    placement = {"copies": copies, "share": 0.6538, "share_after": 1.0}
+    run = {"ranks": [{"rank": rank} for rank in (0, 1)], "layers": [], "seconds": 2.0, "steps": 2}
+    report = tmp_path / "out.report.json"
+    report.write_text(json.dumps({"run": run | {"placement": placement}}))
+    data = page_data(placed, "--report", report, page=tmp_path / "page.html")
+    found = dict(data["facts"]).get("share of perfect balance")
+    assert found == ("65.4% by homes alone, 100.0% with copies" if copies else None)
+
+
 def test_a_browser_draws_every_copy_with_its_expert_and_the_rows_by_rank(placed, tmp_path):
     page = tmp_path / "page.html"
     assert run_tool(placed, "--html", page).returncode == 0
