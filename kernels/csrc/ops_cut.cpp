@@ -19,7 +19,8 @@ struct Prefix {
   int64_t count, experts, shift;
   std::vector<int32_t> at;  // [blocks + 1, experts]
 
-  Prefix(const Id* expert, int64_t count, int64_t experts) : expert(expert), count(count), experts(experts) {
+  Prefix(const Id* expert, int64_t count, int64_t experts)
+      : expert(expert), count(count), experts(experts) {
     // A block about as long as there are experts, so that the table is no longer than the claims.
     shift = std::max<int64_t>(8, std::bit_width(static_cast<uint64_t>(experts)));
     const int64_t blocks = count >> shift;
