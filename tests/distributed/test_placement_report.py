@@ -18,6 +18,7 @@ from engine.llm import LLM
 from engine.moe.placement.placement import LayerPlacement, Placement, Precision
 from engine.moe.placement.placement_file import digest, write_placement
 from engine.profiling.report import RunReport
+from engine.reporting.summary import Summary
 from engine.request import SamplingParams
 from tests.helpers.ranks import run_ranks
 from tests.tools.test_straggler_report import page_data
@@ -121,11 +122,15 @@ def check_page(spans: Path, report: RunReport) -> None:
 
 
 def test_without_a_placement_the_report_file_has_no_key_of_one(contiguous):
-    from engine.reporting.summary import Summary
-
-    counts = dict.fromkeys(("total", "resumed", "errors", "requests"), 0)
-    values = {**counts, "prompt_tokens": 0, "generated_tokens": 0}
-    summary = Summary(run=replace(contiguous[1], latencies={}), **values)
+    summary = Summary(
+        total=8,
+        resumed=0,
+        errors=0,
+        requests=8,
+        prompt_tokens=0,
+        generated_tokens=0,
+        run=replace(contiguous[1], latencies={}),
+    )
     found = json.loads(summary.to_json())["run"]
     for part in (found, *found["ranks"], *found["layers"]):
         assert "placement" not in part
