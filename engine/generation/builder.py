@@ -135,6 +135,7 @@ def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
         device=topology.device,
         local_world_size=topology.local_world_size,
+        copy_bytes=sum(layer.experts.copy_bytes for layer in model.moe_layers),
     )
 
 
