@@ -29,6 +29,8 @@ VERSION = 1
 # Where these differ, so do the files, and there is no need to list them.
 _MODEL = ("model.path", "model.tokenizer", "model.load_format")
 
+_PLACEMENTS = "placements"  # key of the changes of copies while the job ran
+
 logger = logging.getLogger(__name__)
 
 
@@ -257,12 +259,39 @@ def finalize(
     }
     if ledger.output_crc32 is not None:
         value["output_crc32"] = ledger.output_crc32
+    if placements := _placements(ledger):
+        value[_PLACEMENTS] = placements
     if rounds is None:
         rounds = rounds_of(_manifest(ledger.directory / "manifest.json"))
     if rounds:
         value[KEY] = finished(rounds)
     write_json(_job_file(ledger.output), value)
     ledger.remove()
+
+
+def note_placement(ledger: Ledger, change: dict[str, Any]) -> None:
+    """Append a change of the copies to the manifest of an unfinished job.
+
+    A run that resumes begins with the placement file again; the list tells what computed the
+    records before.
+
+    Args:
+        ledger: of the output.
+        change: JSON-ready.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    path = ledger.directory / "manifest.json"
+    if isinstance(manifest := _manifest(path), dict):
+        write_json(path, {**manifest, _PLACEMENTS: [*_placements(ledger), change]})
+
+
+def _placements(ledger: Ledger) -> list[dict[str, Any]]:
+    """Return the changes of copies that an unfinished job has noted."""
+    manifest = _manifest(ledger.directory / "manifest.json")
+    found = manifest.get(_PLACEMENTS) if isinstance(manifest, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _is_due(retry: RetryRequest, of_output: dict[str, Any], of_ledger: Any) -> bool:

@@ -394,6 +394,16 @@ def _combination_problems(config: Config) -> Iterator[str]:
             f"capacity, and moe.capacity.policy is {capacity.policy}; use none, or "
             "moe.overlap.chunks instead"
         )
+    if config.moe.copies.replan != "off" and config.moe.placement == CONTIGUOUS:
+        yield (
+            f"moe.copies.replan = {config.moe.copies.replan}: changes the copies of a placement, "
+            "and moe.placement is contiguous; name a file with copies, or set replan to off"
+        )
+    if config.moe.copies.replan != "off" and config.profiler.spans is not None:
+        yield (
+            f"moe.copies.replan = {config.moe.copies.replan}: span files name the experts of a "
+            "rank once, so profiler.spans must be null; record profiler.routing instead"
+        )
     if scheduler.kv_cache_gib is not None and scheduler.kv_cache_blocks is not None:
         yield (
             f"scheduler.kv_cache_blocks = {scheduler.kv_cache_blocks}: must be null when "

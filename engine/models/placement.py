@@ -159,6 +159,11 @@ def check_placement(placement: Placement, spec: ModelSpec, config: Config) -> No
             f"{where}: was made for another model (fingerprint {placement.fingerprint}, this "
             f"model's is {own}); plan again, or leave out its key `model` to use it all the same"
         )
+    if config.moe.copies.replan != "off" and not placement.num_copies:
+        raise ConfigError(
+            f"moe.copies.replan = {config.moe.copies.replan}: the file {config.moe.placement} has "
+            "no copies to change; plan with --copies, or set replan to off"
+        )
     low_bit = placement.precision != "model" and placement.num_copies
     if low_bit and config.moe.overlap.two_batch:
         raise ConfigError(

@@ -135,16 +135,12 @@ class MoELayer(nn.Module):
         self.layer = layer
         self.telemetry = Telemetry()
         self.row_buffers = row_buffers or RowBuffers()
-        self.instances = instances = Instances(
-            placement or LayerPlacement.contiguous(num_experts, group.size), group.size
-        )
-        self.local_experts = instances.local_experts(group.rank)  # of this rank's instances
-        self._split = None
-        if instances.has_copies:
-            copies = config.copies
-            rule = SplitRule(precision != "model", copies.target, copies.min_rows)
-            self._split = RowSplit(instances, rule)
         self._group = group
+        copies = config.copies
+        self._split_rule = SplitRule(precision != "model", copies.target, copies.min_rows)
+        instances = self._use(
+            Instances(placement or LayerPlacement.contiguous(num_experts, group.size), group.size)
+        )
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
@@ -179,6 +175,20 @@ class MoELayer(nn.Module):
         ]
         self._stats = LayerStats(layer, instances, group.rank)
         self.set_capacity(config.capacity)
+
+    def set_instances(self, instances: Instances) -> None:
+        """Use other copies, between steps and alike on every rank; their weights are in place.
+
+        Homes stay, and every rank has as many copies as before.
+        """
+        self._stats.instances = self._use(instances)
+        self.set_capacity(self._agreement.config)
+
+    def _use(self, instances: Instances) -> Instances:
+        self.instances = instances
+        self.local_experts = instances.local_experts(self._group.rank)  # of this rank's instances
+        self._split = RowSplit(instances, self._split_rule) if instances.has_copies else None
+        return instances
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""

@@ -30,6 +30,14 @@ class LayerLoad:
     slowest_after: float = 0.0  # the same after capacity
     mean_after: float = 0.0
 
+    def add_after(self, own_experts: list[int], own_after: list[int]) -> None:
+        """Add rows after copies have changed: those of an expert that is new come last."""
+        if new := [expert for expert in own_experts if expert not in self.own_experts]:
+            self.own_experts = [*self.own_experts, *new]
+            self.own_after = np.append(self.own_after, np.zeros(len(new), dtype=np.int64))
+        places = [self.own_experts.index(expert) for expert in own_experts]
+        self.own_after[places] += own_after
+
     @property
     def max_over_mean(self) -> float:
         """Rows of the most loaded rank over the mean rank before capacity, weighted by rows.
@@ -114,7 +122,10 @@ class LoadCounter:
                 np.zeros_like(before_E), np.zeros(len(own_after), dtype=np.int64), own_experts
             )
         totals.experts += before_E
-        totals.own_after += own_after
+        if own_experts == totals.own_experts:
+            totals.own_after += own_after
+        else:
+            totals.add_after(own_experts, own_after)
         self._rows[layer] = sum(own_after)
         if self.step is not None:
             self.step[layer] = (before_E, own_after)

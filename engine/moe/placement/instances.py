@@ -16,6 +16,7 @@ Legend: E experts, I instances, H most hosts of an expert, W expert-parallel ran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -31,6 +32,8 @@ class Instances:
     Args:
         placement: of the layer.
         num_ranks: W.
+        copies: the experts that each rank holds copies of, in the order of its instances; None: by
+            expert.
     """
 
     expert_I: np.ndarray  # int64, the expert of each instance
@@ -44,16 +47,24 @@ class Instances:
     hosts_EH: np.ndarray  # int64, by home order: instances of the home, then of the copies by rank;
     # -1 where there are fewer
 
-    def __init__(self, placement: LayerPlacement, num_ranks: int) -> None:
+    def __init__(
+        self,
+        placement: LayerPlacement,
+        num_ranks: int,
+        copies: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.placement = placement
         self.num_ranks, self.num_experts = num_ranks, len(placement.home_E)
         homes: list[list[int]] = [[] for _ in range(num_ranks)]
-        copies: list[list[int]] = [[] for _ in range(num_ranks)]
         for expert, home in enumerate(placement.home_E):
             homes[home].append(expert)
-            for rank in placement.copies_E[expert]:
-                copies[rank].append(expert)
-        held = [own + further for own, further in zip(homes, copies, strict=True)]
+        if copies is None:
+            copies = [
+                [expert for expert, ranks in enumerate(placement.copies_E) if rank in ranks]
+                for rank in range(num_ranks)
+            ]
+        self.copies = [list(each) for each in copies]
+        held = [own + further for own, further in zip(homes, self.copies, strict=True)]
         self.expert_I = np.array([expert for each in held for expert in each], dtype=np.int64)
         self.rank_I = np.repeat(np.arange(num_ranks), list(map(len, held)))
         self.is_home_I = np.array(
@@ -84,6 +95,16 @@ class Instances:
             self.hosts_EH[place, found[place]] = instance
             found[place] += 1
         self._tables: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+
+    def with_copies(self, copies: Sequence[Sequence[int]]) -> Instances:
+        """Return the same homes with other copies on each rank, in the order of its instances."""
+        ranks: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for rank, held in enumerate(copies):
+            for expert in held:
+                ranks[expert].append(rank)
+        copies_E = tuple(tuple(sorted(each)) for each in ranks)
+        placement = LayerPlacement(self.placement.home_E, copies_E)
+        return Instances(placement, self.num_ranks, copies)
 
     def num_homes(self, rank: int) -> int:
         """Return the experts whose home is a rank."""
