@@ -98,7 +98,7 @@ def test_extreme_gates_saturate_instead_of_overflowing(isa):
 @needs_native
 def test_counts_that_do_not_sum_to_the_rows_are_refused():
     w13, w2 = weights(2, 8, 8)
-    with pytest.raises(RuntimeError, match="counts sum to 3, x has 4 rows"):
+    with pytest.raises(RuntimeError, match="counts sum to 3 of 4 rows"):
         grouped_ffn(torch.randn(4, 8), w13, w2, [1, 2])
 
 
