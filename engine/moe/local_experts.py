@@ -35,6 +35,7 @@ class LocalExperts(nn.Module):
     Weights are allocated uninitialised.
     """
 
+    takes_some_rows: bool = False
     stacked: ExpertWeights  # of the homes, and of copies in the model's precision
     loading: ExpertWeights | None  # of low-bit copies, until they are quantised
 
