@@ -386,10 +386,10 @@ class MoELayer(nn.Module):
         if layout is None:
             costs_exchange = self._agreement.costs_exchange(step)
             layout = self.layout_policy.choose(None, costs_exchange=costs_exchange)
-        clock, agreement = self.telemetry.clock, self._agreement
+        clock, agreement, instances = self.telemetry.clock, self._agreement, self.instances
         if step is not None and agreement.applies(step):
             decision = agreement.decide(
-                self._in_home_order(routing, with_scores=True),
+                self._in_home_order(routing),
                 step,
                 clock=clock,
                 overlap=overlap,
@@ -397,8 +397,12 @@ class MoELayer(nn.Module):
                 on_order=on_order,
             )
         else:
+            at_home = routing
+            if instances.has_copies or not instances.has_contiguous_homes:
+                homes_TK = instances.homes(routing.topk_ids_TK)
+                at_home = Routing(routing.scores_TE, homes_TK, routing.topk_weights_TK)
             decision = agreement.keep_all(
-                self._in_home_order(routing),
+                at_home,
                 clock=clock,
                 overlap=overlap,
                 layout=layout,
@@ -409,16 +413,16 @@ class MoELayer(nn.Module):
         self._stats.add(self.telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans
 
-    def _in_home_order(self, routing: Routing, *, with_scores: bool = False) -> Routing:
+    def _in_home_order(self, routing: Routing) -> Routing:
         """Return a routing with experts in home order."""
         instances = self.instances
         if instances.has_contiguous_homes:
             return routing
-        scores_TE = routing.scores_TE
-        if with_scores:
-            scores_TE = instances.experts_in_home_order(scores_TE)
-        places_TK = instances.to_home_order(routing.topk_ids_TK)
-        return Routing(scores_TE, places_TK, routing.topk_weights_TK)
+        return Routing(
+            instances.experts_in_home_order(routing.scores_TE),
+            instances.to_home_order(routing.topk_ids_TK),
+            routing.topk_weights_TK,
+        )
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -192,6 +192,18 @@ class ExpertLayout:
         load_WP = exchanged_Wn[:, : len(self._experts)]
         return load_WP.reshape(len(load_WP), self.num_chunks, -1).sum(1)
 
+    def first_slots(self, load_E: np.ndarray) -> np.ndarray:
+        """Return the first slot of each expert's rows in an order that `sort` made, int64 [E]. Not
+        for chunks of tokens, which have an expert's rows in several places.
+
+        load_E: int64, this rank's rows.
+        """
+        assert not self.by_tokens
+        load_P = load_E[self._experts]
+        first_E = np.empty_like(load_E)
+        first_E[self._experts] = load_P.cumsum() - load_P
+        return first_E
+
     def plans(self, order: ExpertOrder, exchanged_Wn: np.ndarray, rank: int) -> list[DispatchPlan]:
         """Return one plan per chunk from every rank's counts; pure. A plan's `order` is its own."""
         counts_WP = self.by_position(exchanged_Wn)
