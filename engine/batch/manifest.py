@@ -20,7 +20,7 @@ from engine.batch.fingerprint import changed_files, fingerprint
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
-from engine.config import Config, DispatchConfig
+from engine.config import Config, DispatchConfig, MoEConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
 VERSION = 1
@@ -71,9 +71,10 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch are included only where they are not the default, so that ledgers that are
-    older than these settings still resume. moe.overlap.by = tokens is left out, though it may
-    change results by rounding where the GEMM library picks its kernel by the number of rows.
+    Those of moe.dispatch and moe.shared_expert are included only where they are not the default, so
+    that ledgers that are older than these settings still resume. moe.overlap.by = tokens is left
+    out, though it may change results by rounding where the GEMM library picks its kernel by the
+    number of rows.
     """
     tree: dict[str, Any] = {
         "model": asdict(config.model),
@@ -91,6 +92,8 @@ def result_settings(config: Config) -> dict[str, Any]:
         for key in ("dtype", "partial_sums")  # deduplicate changes no bit
         if getattr(dispatch, key) != getattr(default, key)
     }
+    if config.moe.shared_expert != MoEConfig().shared_expert:
+        tree["moe"]["shared_expert"] = config.moe.shared_expert
     return json.loads(json.dumps(_flat(tree)))
 
 

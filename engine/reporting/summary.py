@@ -31,6 +31,7 @@ _JSON_KEYS = {
     "process_stall_seconds": "absent",
     "findings": "verdict",
 }
+_OPTIONAL = ("shared_rows_moved",)  # left out where they are None
 _HEADINGS = {"communication": "communi-\ncation"}
 
 
@@ -85,7 +86,11 @@ class Summary:
 
 
 def _rename_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {_JSON_KEYS.get(name, name): value for name, value in fields}
+    return {
+        _JSON_KEYS.get(name, name): value
+        for name, value in fields
+        if value is not None or name not in _OPTIONAL
+    }
 
 
 def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
