@@ -29,6 +29,7 @@ from engine.layers.mlp import DenseMLP
 from engine.llm import LLM
 from engine.moe.dispatch import layout_policy as layouts
 from engine.moe.dispatch.two_batch import interleave
+from engine.moe.placement.placement import LayerPlacement
 from engine.moe.router import RouterSpec
 from engine.request import SamplingParams
 from tests.helpers.layer_cases import HIDDEN, build, step_of, tokens_of
@@ -44,6 +45,7 @@ POLICIES = [
     {"policy": "token_drop", "factor": "1.2", "consensus": "quota"},
     {"policy": "token_drop", "factor": "1.2", "consensus": "local"},
 ]
+GATHERED = POLICIES[:2]  # by claims, as copies need them
 LARGE = 10**9  # tokens, as if the step were large enough for unique rows
 
 
@@ -56,9 +58,14 @@ def shared_expert(ffn: int, gated: bool) -> DenseMLP:
 
 
 def layers_of(
-    rank: int, counts: list[int], spec: RouterSpec, gated: bool, ways: list[dict[str, Any]]
+    rank: int,
+    counts: list[int],
+    spec: RouterSpec,
+    gated: bool,
+    ways: list[dict[str, Any]],
+    policies: list[dict[str, Any]] = POLICIES,
 ) -> list[list[dict[str, Any]]]:
-    """Outputs and counters by way (fields of moe, and row_limit) and policy."""
+    """Outputs and counters by way (fields of moe, row_limit, placement) and policy."""
     runtime = RuntimeConfig(shared_memory=False)
     topology = bootstrap.start(Config(model=ModelConfig(path="unused"), runtime=runtime))
     x = tokens_of(rank, counts[rank])
@@ -66,12 +73,14 @@ def layers_of(
     for way in ways:
         way = dict(way)
         limit, dispatch = way.pop("row_limit", None), way.pop("dispatch", {})
+        placement = way.pop("placement", None)
         moe = MoEConfig(dispatch=DispatchConfig(partial_sums=True, **dispatch), **way)
         config = Config(model=ModelConfig(path="unused"), moe=moe)
-        layer = build(topology, config, spec, shared_expert(48, gated))
+        shared = shared_expert(48, gated)
+        layer = build(topology, config, spec, shared, placement=placement)
         layer.row_limit = limit
         row = []
-        for settings in POLICIES:
+        for settings in policies:
             layer.set_capacity(CapacityConfig(**settings))
             layer.telemetry.loads.clear()
             calls, sent = layer.num_collectives, layer.bytes_sent
@@ -142,6 +151,22 @@ def test_the_most_loaded_rank_has_less_to_do():
     assert max(rows) > 1.1 * sum(rows) / 3, "the case is unbalanced"
     assert results[0][0][0]["moved"] > 0
     assert len({result[0][0]["moved"] for result in results}) == 1, "every rank knows all moves"
+
+
+def test_shared_rows_move_beside_the_rows_of_copies():
+    # Expert 0 is hot; ranks 1 and 2 hold further experts' copies, of homes in no order.
+    homes = (2, 0, 1, 0, 2, 1, 2, 0, 1, 1, 0, 2)
+    copies = tuple({0: (0,), 3: (1, 2)}.get(expert, ()) for expert in range(12))
+    placement = LayerPlacement(homes, copies)
+    ways = [{}, {"placement": placement}, {**BALANCED, "placement": placement}]
+    counts = [40, 13, 25]
+    results = run_ranks(layers_of, 3, counts, QWEN, True, ways, GATHERED, timeout=120)
+    for whole, copied, balanced in results:
+        for expected, one in zip(copied, balanced, strict=True):
+            torch.testing.assert_close(one["out"], expected["out"], rtol=1e-5, atol=1e-5)
+            assert one["rows"] == expected["rows"] and one["moved"]
+            assert one["collectives"] == expected["collectives"]
+        torch.testing.assert_close(balanced[0]["out"], whole[0]["out"], rtol=1e-5, atol=1e-5)
 
 
 def test_shared_rows_stay_at_home_in_rounds_and_where_rows_are_not_deduplicated():

@@ -26,7 +26,8 @@ def plan_moves(
 
     No rank ends above a line that lies below the most loaded rank's load; ranks above it lose what
     they have above it, no more. The line is the lowest of a few tries: first the mean, or what a
-    rank has left when all its candidates are gone.
+    rank has left when all its candidates are gone; then one row more, since rows move whole; then
+    by halves between what did not work and what did.
 
     Args:
         rows_W: int64, rows of routed experts that each rank computes.
@@ -44,7 +45,7 @@ def plan_moves(
     # What a rank holds has to fit its buffers, whatever a shared row costs.
     fits_W = rows_W.max() + tokens_W.max() - rows_W
     line = low
-    for _ in range(_TRIES):
+    for attempt in range(_TRIES):
         if line >= high:
             break
         room_W = ((line - load_W) // unit).clip(0, fits_W)
@@ -54,7 +55,9 @@ def plan_moves(
             low = line + 1
         else:
             best_WW, high = found_WW, line
-        line = (low + high) // 2
+        if high - low <= unit:
+            break
+        line = low + unit if attempt == 0 else (low + high) // 2
     return best_WW
 
 

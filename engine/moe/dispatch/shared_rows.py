@@ -222,7 +222,11 @@ def choose_candidates(
     class_WG[:, num_groups:] = 2
     token_T1 = torch.arange(num_tokens, device=device)[:, None]
     class_WTM = class_WG.gather(1, group_WTM.flatten(1)).view_as(group_WTM)
-    key_WT = (class_WTM * num_groups + (group_WTM - token_T1) % num_groups).amin(2)
+    # (g - t) modulo G, without a division per assignment.
+    turn_WTM = group_WTM - token_T1 % num_groups
+    turn_WTM += num_groups * (turn_WTM < 0)
+    # min, which is far faster than amin along a short last dimension on the CPU.
+    key_WT = (class_WTM * num_groups + turn_WTM).min(2).values
     return ((key_WT + token_T1[:, 0]) % num_groups).where(key_WT < 2 * num_groups, -1)
 
 
