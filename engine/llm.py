@@ -48,7 +48,12 @@ from engine.profiling.device_clocks import make_clock
 from engine.profiling.report import RunReport
 from engine.profiling.telemetry import Telemetry
 from engine.reporting.measured_run import MeasuredRun
-from engine.reporting.open_exporters import check_exporters, open_exporters
+from engine.reporting.open_exporters import (
+    check_exporters,
+    find_routing_end,
+    join_routing_ends,
+    open_exporters,
+)
 from engine.request import Completion, Request, RequestError, SamplingParams, show, whole_number
 
 _T = TypeVar("_T")
@@ -219,8 +224,14 @@ class LLM:
 
         Collective over all ranks: every rank must call.
         """
+        routing_end = None
+        if self.config.profiler.routing is not None:
+            own = self._on_all_ranks(lambda: find_routing_end(self.config, self.topology))
+            routing_end = join_routing_ends(gather_objects(own, self.topology.host_world))
         exporters = self._on_all_ranks(
-            lambda: open_exporters(self.config, self.topology, self.model, self._clock_offset)
+            lambda: open_exporters(
+                self.config, self.topology, self.model, self._clock_offset, routing_end
+            )
         )
         self._reporter.begin("starting the run")
         capacity = self.config.moe.capacity

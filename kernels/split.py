@@ -19,6 +19,8 @@ import torch
 from engine.ops import native, split_reference
 from engine.ops.expert_hosts import Hosts
 
+_TRIES = 8  # splits more for least_block
+
 
 def split_rows(
     load_E: np.ndarray,
@@ -45,15 +47,17 @@ def split_rows(
             homes are within the limits nothing moves. Where no split is within them, each limit is
             raised to the rank's share at the optimum (of loads over speeds) without limits.
         least_block: a copy that would get fewer rows gets none where the most loaded rank (with
-            `fewest_moved`: every limit) stays as it is without it.
+            `fewest_moved`: every limit) stays as it is without it; as many as a few tries find.
 
     Raises:
-        ValueError: no split is within `limit_W` (without `fewest_moved`), or `fewest_moved` without
-            limits.
+        ValueError: no split is within `limit_W` (without `fewest_moved`), `fewest_moved` without
+            limits, or a speed below 1.
     """
     load_E = np.ascontiguousarray(load_E, dtype=np.int64)
     speeds_W = None if speeds_W is None else np.ascontiguousarray(speeds_W, dtype=np.int64)
     limit_W = None if limit_W is None else np.ascontiguousarray(limit_W, dtype=np.int64)
+    if speeds_W is not None and (speeds_W < 1).any():
+        raise ValueError(f"speeds_W={speeds_W.tolist()}: every speed must be at least 1")
     if fewest_moved and limit_W is None:
         raise ValueError("fewest_moved=True needs limit_W: without limits nothing has to move")
     rows_I = _split(load_E, hosts, speeds_W, limit_W, fewest_moved)
@@ -139,9 +143,7 @@ def _without_small_blocks(
     fewest_moved: bool,
     least_block: int,
 ) -> np.ndarray:
-    """Close copies with fewer than least_block rows: all at once where that costs nothing, else
-    one by one.
-    """
+    """Close copies with fewer than least_block rows, as many as some tries find."""
     speed_W = np.ones(hosts.num_ranks, dtype=np.int64) if speeds_W is None else speeds_W
 
     def highest(rows: np.ndarray) -> tuple[int, int]:
@@ -174,18 +176,20 @@ def _without_small_blocks(
     def small(rows: np.ndarray) -> np.ndarray:
         return (rows > 0) & (rows < least_block) & ~hosts.home_I
 
-    while (found := small(rows_I)).any():
-        rows = attempt(closed_I | found)
-        if rows is None:
+    # All of them at once costs one more split, where the others can take their rows. If not: the
+    # smaller half of them, and so on.
+    found = np.flatnonzero(small(rows_I))
+    count = len(found)
+    for _ in range(_TRIES):
+        if not count:
             break
-        closed_I, rows_I = closed_I | found, rows
-    tried_I = closed_I.copy()
-    while (found := small(rows_I) & ~tried_I).any():
-        instance = int(np.flatnonzero(found)[np.argmin(rows_I[found])])
-        tried_I[instance] = True
         close_I = closed_I.copy()
-        close_I[instance] = True
+        close_I[found[np.argsort(rows_I[found], kind="stable")][:count]] = True
         rows = attempt(close_I)
-        if rows is not None:
-            closed_I, rows_I = close_I, rows
+        if rows is None:
+            count //= 2
+            continue
+        closed_I, rows_I = close_I, rows
+        found = np.flatnonzero(small(rows_I))
+        count = min(count, len(found))
     return rows_I

@@ -117,7 +117,7 @@ def cut(expert_N: np.ndarray, hosts: Hosts, limit_W: np.ndarray) -> np.ndarray:
     """Plain form of `split.cut`: the first claim that does not fit, again and again."""
     kept_E = np.bincount(expert_N, minlength=hosts.num_experts)
     position_E = [np.flatnonzero(expert_N == e) for e in range(hosts.num_experts)]
-    cap = dict(enumerate(limit_W.tolist()))
+    cap = {rank: max(0, limit) for rank, limit in enumerate(limit_W.tolist())}
     ranks, experts = set(range(hosts.num_ranks)), set(range(hosts.num_experts))
     fits = 0
     while ranks:

@@ -2,14 +2,17 @@
 
     python tools/bench_profiler.py                 # two ranks, one core each
     python tools/bench_profiler.py --ranks 1
+    python tools/bench_profiler.py --candidates on routing claims
 
 Each rank builds two engines on one random Mixtral, `profiler.enabled` true and false, and both run
 the same requests again and again: off, on, off, on, ... The cost is the median of on / off of the
 same round, of wall time (the slower rank's) and of processor time (both ranks', all threads), which
 other work on the machine disturbs less. A third engine with span files (`profiler.spans`) shows
-the cost of writing them. The place of an engine's weights in memory makes one or two percent for
-as long as it exists, so the ranks are started several times and build the engines in another
-order each time. The table is followed by one JSON line.
+the cost of writing them. `--candidates` chooses the engines, `routing` and `claims` among them
+(`profiler.routing`, with and without claims); the cost is that over the first. The place of an
+engine's weights in memory makes one or two percent for as long as it exists, so the ranks are
+started several times and build the engines in another order each time. The table is followed by one
+JSON line.
 """
 
 from __future__ import annotations
@@ -32,8 +35,18 @@ from bench.environment_record import environment_record
 from bench.report import emit, spread, table
 from bench_straggler import make_checkpoint
 
-HEADER = ["profiler", "seconds", "over off", "CPU seconds", "over off"]
-NAMES = ("off", "on", "spans")
+NAMES = ("off", "on", "spans")  # by default
+
+
+def profilers(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the profiler's settings of every candidate."""
+    return {
+        "off": {"enabled": False},
+        "on": {},
+        "spans": {"spans": f"{folder}/spans"},
+        "routing": {"routing": f"{folder}/routing"},
+        "claims": {"routing": f"{folder}/claims", "routing_claims": True},
+    }
 
 
 def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
@@ -55,16 +68,17 @@ def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
         return config_from_tree({"model": model, "runtime": runtime, "profiler": profiler})
 
     topology = bootstrap.start(config({}))
-    profilers = {"off": {"enabled": False}, "on": {}, "spans": {"spans": job["spans"]}}
-    built = NAMES[job["start"] % 3 :] + NAMES[: job["start"] % 3]
-    engines = {name: LLM(config(profilers[name]), topology) for name in built}
+    names, settings = tuple(job["candidates"]), profilers(job["folder"])
+    first = job["start"] % len(names)
+    built = names[first:] + names[:first]
+    engines = {name: LLM(config(settings[name]), topology) for name in built}
     draw = random.Random(0)
     prompts = [
         [draw.randrange(4096) for _ in range(draw.randrange(32, 256))]
         for _ in range(job["requests"])
     ]
     params = SamplingParams(max_new_tokens=job["new_tokens"], ignore_eos=True)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(job["rounds"] + 1):
         order = built if turn % 2 else tuple(reversed(built))
         for name in order:
@@ -82,11 +96,13 @@ def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the ranks, print the table and the JSON line."""
     options = _parse(argv)
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        make_checkpoint(Path(name) / "model")
+    names = options.candidates
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        make_checkpoint(Path(folder) / "model")
         job = {
-            "checkpoint": str(Path(name) / "model"),
-            "spans": str(Path(name) / "spans"),
+            "checkpoint": str(Path(folder) / "model"),
+            "folder": folder,
+            "candidates": names,
             "requests": options.requests,
             "new_tokens": options.new_tokens,
             "rounds": options.rounds,
@@ -96,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for start in range(options.starts)
         ]
     wall, cpu = (
-        {name: [value for kinds in started for value in kinds[kind][name]] for name in NAMES}
+        {name: [value for kinds in started for value in kinds[kind][name]] for name in names}
         for kind in (0, 1)
     )
     over_off = [
         {
-            name: [own / off for own, off in zip(kind[name], kind["off"], strict=True)]
+            name: [own / off for own, off in zip(kind[name], kind[names[0]], strict=True)]
             for name in kind
         }
         for kind in (wall, cpu)
@@ -118,21 +134,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             ),
         ]
-        for name in NAMES
+        for name in names
     ]
+    over = f"over {names[0]}"
+    header = ["profiler", "seconds", over, "CPU seconds", over]
     text = (
         f"{options.requests} requests, {options.new_tokens} new tokens each, {options.ranks} ranks "
-        f"of one core, {options.starts} starts of {options.rounds} rounds\n{table(HEADER, rows)}"
+        f"of one core, {options.starts} starts of {options.rounds} rounds\n{table(header, rows)}"
     )
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "worker")}
     record = {
         "bench": "profiler",
         **environment_record(("torch",)),
         "options": kept,
-        "seconds": {name: spread(wall[name]) for name in NAMES},
-        "over_off": {name: spread(over_off[0][name]) for name in NAMES},
-        "cpu_seconds": {name: spread(cpu[name]) for name in NAMES},
-        "cpu_over_off": {name: spread(over_off[1][name]) for name in NAMES},
+        "seconds": {name: spread(wall[name]) for name in names},
+        "over_off": {name: spread(over_off[0][name]) for name in names},
+        "cpu_seconds": {name: spread(cpu[name]) for name in names},
+        "cpu_over_off": {name: spread(over_off[1][name]) for name in names},
     }
     emit(text, record, options.out, "bench_profiler")
     return 0
@@ -198,6 +216,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=8, help="of each start")
     parser.add_argument("--starts", type=int, default=6, help="each with engines made anew")
+    parser.add_argument(
+        "--candidates", nargs="+", choices=sorted(profilers("")), default=list(NAMES)
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds")
     parser.add_argument("--out", type=Path, help="folder for bench_profiler.txt and .json")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)

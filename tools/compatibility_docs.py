@@ -40,7 +40,7 @@ GROUPS: dict[str, list[str]] = {
     "Resuming and replacing": [
         "tests/distributed/test_batch_job.py",
         "tests/distributed/test_slices.py",
-        "tests/unit/batch/test_fingerprint.py",
+        "tests/unit/weights/test_fingerprint.py",
         "tests/unit/batch/test_manifest.py",
     ],
     "Checkpoints": [

@@ -1,9 +1,9 @@
 """Manifest: which job an output belongs to, and whether a run starts, resumes or is refused.
 
 A job is its input's content, the settings that change results and the files of the checkpoint
-(`fingerprint.py`); the number of ranks, the device and the like may change between runs. A finished
-output has the manifest of the job that made it next to it, as `<output>.job.json`; an unfinished
-one has it in its ledger (`ledger.py`).
+(`weights/fingerprint.py`); the number of ranks, the device and the like may change between runs. A
+finished output has the manifest of the job that made it next to it, as `<output>.job.json`; an
+unfinished one has it in its ledger (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.batch.atomic_files import read_json, write_json
-from engine.batch.fingerprint import changed_files, fingerprint
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
-from engine.config import Config, DispatchConfig, MoEConfig
+from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
+from engine.moe.placement.placement_file import digest, read_placement
+from engine.weights.fingerprint import changed_files, fingerprint
 
 VERSION = 1
 
@@ -71,8 +72,8 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch and moe.shared_expert are included only where they are not the default, so
-    that ledgers that are older than these settings still resume. moe.overlap.by = tokens is left
+    Those of moe.dispatch, moe.shared_expert and the placement are left out where they have their
+    defaults, so that older ledgers still resume. moe.overlap.by = tokens is left
     out, though it may change results by rounding where the GEMM library picks its kernel by the
     number of rows.
     """
@@ -94,6 +95,11 @@ def result_settings(config: Config) -> dict[str, Any]:
     }
     if config.moe.shared_expert != MoEConfig().shared_expert:
         tree["moe"]["shared_expert"] = config.moe.shared_expert
+    if config.moe.placement != CONTIGUOUS:
+        # What it says, not where it is: a copy of the file elsewhere is the same placement.
+        tree["moe"]["placement"] = digest(read_placement(config.moe.placement))
+        copies = asdict(config.moe.copies)
+        tree["moe"]["copies"] = {key: copies[key] for key in ("phases", "target", "min_rows")}
     return json.loads(json.dumps(_flat(tree)))
 
 

@@ -6,7 +6,7 @@ key given twice is an error. A number keeps its written form, so `factor: 1.1` i
 Paths: a relative `--config` is looked up as it is written, then in configs/ (the suffix .yaml may
 be left out). A relative `model.path`, `model.tokenizer` or `moe.placement` is looked up from the
 working directory, then from the project's root; one that exists in neither is kept as written. `~`
-is expanded in these and in `profiler.spans`, environment variables are not.
+is expanded in these, in `profiler.spans` and in `profiler.routing`, environment variables are not.
 """
 
 from __future__ import annotations
@@ -274,8 +274,10 @@ def _construct(section: type, values: Mapping[str, Any]) -> Any:
         built.update({key: _resolve(built[key]) for key in ("path", "tokenizer") if key in built})
     if section is MoEConfig and built.get("placement", CONTIGUOUS) != CONTIGUOUS:
         built["placement"] = _resolve(built["placement"])
-    if section is ProfilerConfig and isinstance(built.get("spans"), str):
-        built["spans"] = os.path.expanduser(built["spans"])
+    if section is ProfilerConfig:
+        for key in ("spans", "routing"):
+            if isinstance(built.get(key), str):
+                built[key] = os.path.expanduser(built[key])
     return section(**built)
 
 

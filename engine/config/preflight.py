@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from engine.config import Config
+from engine.config import CONTIGUOUS, Config
 from engine.config.checkpoint_files import (
     INDEX,
     SINGLE,
@@ -44,6 +44,12 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
         environ: the launcher's environment, with the number of ranks on this host.
     """
     problems = [*_checkpoint_problems(config), *_device_problems(config, environ)]
+    placement = config.moe.placement
+    if placement != CONTIGUOUS and not os.path.isfile(placement):
+        problems.append(
+            f"moe.placement = {placement!r}: no such file{_literal(placement)}; name one that "
+            "tools/plan_placement.py has written, or pass --set moe.placement=contiguous"
+        )
     cores = os.cpu_count() or 1
     if (threads := config.runtime.threads) is not None and threads > _THREADS_PER_CORE * cores:
         problems.append(

@@ -281,6 +281,12 @@ class ProfilerConfig:
     # of every step in which all phases are timed there
     spans_mib: float = field(default=64.0, metadata=_MIB)  # most of one rank's span files; the
     # newest steps are kept
+    routing: str | None = field(default=None, metadata=_PATH)  # a folder: the rows of every expert
+    # in every layer and step are recorded there, also where profiler.enabled is false
+    routing_mib: float = field(default=64.0, metadata=_MIB)  # most of one rank's recording; when it
+    # is full, every second step of it is removed, so that the whole job stays covered
+    routing_claims: bool = False  # also record which experts each token chose, with their scores,
+    # in every 8th step
     metrics_port: int | None = field(  # rank 0 serves Prometheus' /metrics at it; null: off
         default=None, metadata=rule("a port, 0 to 65535; 0: any free one", lambda v: 0 <= v < 65536)
     )
@@ -375,6 +381,10 @@ def _combination_problems(config: Config) -> Iterator[str]:
         yield (
             "profiler.deepspeed_comms = True: needs what the profiler measures; set "
             "profiler.enabled = true"
+        )
+    if config.profiler.routing_claims and config.profiler.routing is None:
+        yield (
+            "profiler.routing_claims = True: needs the folder of a recording; set profiler.routing"
         )
     if config.moe.dispatch.partial_sums and not config.moe.dispatch.deduplicate:
         yield (

@@ -136,6 +136,7 @@ def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
         device=topology.device,
         local_world_size=topology.local_world_size,
+        copy_bytes=sum(layer.experts.copy_bytes for layer in model.moe_layers),
     )
 
 
@@ -214,7 +215,9 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     """
     if not model.moe_layers:
         return 0
-    layer, capacity = model.moe_layers[0], config.moe.capacity
+    # Of the layers, which share the buffers, the one with the widest rows.
+    layer = max(model.moe_layers, key=lambda each: each.instances.most_local)
+    capacity = config.moe.capacity
     shape = MoEShape(
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,
@@ -230,7 +233,7 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     dtype = model.embedding_VD.dtype
     is_cuda = topology.device.type == "cuda"
     needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
-    if layer.layout_policy.moves_shared and isinstance(layer.shared, DenseMLP):
+    if config.moe.shared_expert == "balanced" and isinstance(layer.shared, DenseMLP):
         # Of shared rows from other ranks: three buffers, and what their inner activations take more
         # than those of experts. A rank that takes some has less to do than the most loaded one, so
         # it has at most the room of that rank's own tokens more.

@@ -48,8 +48,9 @@ from engine.request import CapacityUse, Completion, Request, RequestError, check
 _PROMPT_ROWS = 256
 
 # Collectives of a step outside of the model: the control message; in a tensor group the requests,
-# the outcomes and, under a capacity policy, the dropped assignments.
-NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 3
+# the outcomes and, under a capacity policy or with low-bit copies, the dropped assignments and the
+# copies' in the last layer.
+NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 4
 
 # Most requests that a rank takes from its source before one step, and for how long: the other ranks
 # wait for it, and errors reach the sink only afterwards. One line may take a slow tokenizer long.

@@ -11,6 +11,8 @@ Legend: T tokens of this data rank's step, t of this rank's slice, W expert-para
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -56,12 +58,39 @@ def build_moe_step(
     num_eligible = sum(message.tokens_eligible for message in leaders[::tensor])
     if not num_eligible:
         return None
-    sizes_W = [
-        part_bounds(message.tokens_prefill + message.tokens_decode, tensor, rank % tensor)
-        for rank, message in enumerate(leaders)
-    ]
-    start, end = part_bounds(step.num_tokens, tensor, topology.tensor.rank)
-    request_T, position_T, eligible_T = _identify(step, phases)
+    tokens_W = [message.tokens_prefill + message.tokens_decode for message in leaders]
+    tokens = _identify(step, phases)
+    made = _part(tokens, tokens_W, num_eligible, topology, weights_W, limited=limited)
+    # Which of the rows that are read are eligible is known of all ranks only where all are.
+    if limited or set(phases) != set(get_args(RequestPhase)):
+        return made
+    read_W = [message.tokens_read for message in leaders]
+    rows_R = _read_rows(step)
+    read = tuple(each_T[rows_R] for each_T in tokens)
+    last = _part(read, read_W, sum(read_W[::tensor]), topology, weights_W, limited=False)
+    return replace(made, last=last)
+
+
+def _part(
+    tokens: tuple[np.ndarray, ...],
+    tokens_W: list[int],
+    num_eligible: int,
+    topology: Topology,
+    weights_W: tuple[int, ...] | None,
+    *,
+    limited: bool,
+) -> MoEStep:
+    """Return the `MoEStep` of this rank's part of its data rank's tokens.
+
+    Args:
+        tokens: as `_identify` returns them.
+        tokens_W: tokens of each rank's data rank.
+        num_eligible: of all ranks.
+    """
+    tensor = topology.tensor.size
+    sizes_W = [part_bounds(count, tensor, rank % tensor) for rank, count in enumerate(tokens_W)]
+    request_T, position_T, eligible_T = tokens
+    start, end = part_bounds(len(request_T), tensor, topology.tensor.rank)
     num_own = int(eligible_T[start:end].sum())
     device = topology.device
     own = [torch.from_numpy(each[start:end]) for each in (request_T, position_T, eligible_T)]
@@ -102,6 +131,10 @@ def capacity_uses(
     counts_T5 = TokenShard(topology.tensor).gather(moe_step.counts.stack(), step.num_tokens, clock)
     # SYNC: once per step, when the step is over anyway and its tokens are read.
     rows_T5 = counts_T5.cpu().double().numpy()
+    if moe_step.last is not None and moe_step.last.counts is not None:
+        counts_R5 = moe_step.last.counts.stack()
+        counts_R5 = TokenShard(topology.tensor).gather(counts_R5, step.num_read, clock)
+        rows_T5[_read_rows(step)] += counts_R5.cpu().double().numpy()
     uses, row = [], 0
     for piece in step.slices:
         first, row = row + piece.num_recomputed, row + piece.length
@@ -123,6 +156,15 @@ def _eligible_lengths(piece: Slice, phases: Sequence[RequestPhase]) -> list[int]
     in_prompt = max(0, min(piece.start + piece.length, piece.seq.num_prompt) - piece.start)
     lengths = {"prefill": in_prompt, "decode": piece.length - in_prompt}
     return [lengths[phase] for phase in phases]
+
+
+def _read_rows(step: Step) -> np.ndarray:
+    """Return the rows of the step whose final hidden state is read, int64, ascending."""
+    rows, row = [np.empty(0, dtype=np.int64)], 0
+    for piece in step.slices:
+        row += piece.length
+        rows.append(np.arange(row - piece.num_read, row))
+    return np.concatenate(rows)
 
 
 def _identify(

@@ -57,7 +57,7 @@ class StepProfiler:
         # Tokens and loads, for the span file, of the steps whose spans were not read yet.
         self._unread: deque[tuple[tuple[int, int], StepLoads]] = deque()
         self._offset = 0
-        self._exporters.start(telemetry.loads)
+        self._exporters.start(telemetry)
         telemetry.clock.begin_run()
 
     @property
@@ -92,7 +92,8 @@ class StepProfiler:
         if rows_WL is not None:
             loads.set_exchanged(rows_WL)
         if self._tokens is not None and loads.step is not None:
-            self._unread.append((self._tokens, loads.step))
+            if self._exporters.spans is not None:
+                self._unread.append((self._tokens, loads.step))
             loads.step = {}
         self._offset = control.clock_offset
         if spans is not None:
@@ -105,7 +106,7 @@ class StepProfiler:
         return everyone
 
     def update(self, report: StepReport) -> None:
-        """Pass the step's report to the exporters."""
+        """Pass the report of the step that has ended to the exporters, and its loads."""
         self._exporters.update(report, self.collector, self._telemetry.loads)
 
     def finish(self) -> None:

@@ -273,7 +273,7 @@ class CausalLM(nn.Module):
                 # Only the rows that are read; fewer tokens than in the other layers, so such a call
                 # does not tune the chunks.
                 read = step.read
-                moe_step = None  # low-bit copies need the keys of all rows
+                moe_step = None if moe_step is None else moe_step.last
                 if group is not None:
                     group_tokens, tunes = group.read, group.read == group.all
             if num_tokens:  # the same on all ranks of the tensor group

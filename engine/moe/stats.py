@@ -20,6 +20,7 @@ from engine.moe.router import Routing
 from engine.moe.step import MoEStep
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.loads import LayerDrops
+from engine.profiling.routing.claim_log import LayerClaims
 from engine.profiling.telemetry import Telemetry
 
 
@@ -55,6 +56,8 @@ class LayerStats:
         self._add_loads(telemetry, decision.before_WE, plans, micro_batch)
         if step is not None and decision.keep_TK is not None:
             self._record_decision(telemetry, routing, decision, decision.keep_TK, step)
+        if telemetry.claims.step is not None:
+            self._record_claims(telemetry, routing, step)
 
     def _copied(self, decision: Decision) -> torch.Tensor | None:
         """Return how many of each token's assignments a copy computes, float32 [T]; None: none."""
@@ -120,6 +123,21 @@ class LayerStats:
                 after_WE=self._instances.by_expert(decision.counts_WE),
             )
         )
+
+    def _record_claims(self, telemetry: Telemetry, routing: Routing, step: MoEStep | None) -> None:
+        """Record what the router chose for this rank's tokens, in a step whose claims are kept."""
+        ids_TK = routing.topk_ids_TK
+        unknown_T = np.full(ids_TK.shape[0], -1, dtype=np.int32)
+        eligible_T = None if step is None else step.eligible_T
+        # SYNC: only in a step whose claims are recorded.
+        claims = LayerClaims(
+            request_T=unknown_T if step is None else step.request_T.cpu().numpy(),
+            position_T=unknown_T if step is None else step.position_T.cpu().numpy(),
+            eligible_T=unknown_T < 0 if eligible_T is None else eligible_T.cpu().numpy(),
+            topk_ids_TK=ids_TK.cpu().numpy(),
+            scores_TK=routing.scores_TE.gather(1, ids_TK).cpu().numpy(),
+        )
+        telemetry.claims.add(self._layer, claims)
 
 
 class DropStats:

@@ -49,6 +49,9 @@ class MoEStep:
     weights_W: tuple[int, ...] | None = None  # weight per rank (`speed_weights.py`); None: equal
     # Whether a capacity policy limits the eligible tokens; else low-bit copies may take their rows.
     limited: bool = True
+    # Where not limited, the same for the last layer, which runs only the rows that are read; None:
+    # its rows stay at their homes.
+    last: MoEStep | None = None
 
     @classmethod
     def whole(

@@ -17,5 +17,6 @@ Imports no other part of the engine. One time stamp passes through the files lik
 Two measurements do not depend on stamps of other ranks. stall_detector notices that the process
 did not run at all, which 7 takes into account. row_time is the experts' recent time per row, from
 which speed-aware capacity follows. loads and decisions count rows and assignments; report is what a
-run returns; exporters write while it runs: span_file, metrics, deepspeed_comms.
+run returns; exporters write while it runs: span_file, routing, metrics,
+deepspeed_comms.
 """

@@ -1,4 +1,5 @@
-"""Exporters: pass a run's measurements on while it runs: span files, metrics, DeepSpeed's logger.
+"""Exporters: pass a run's measurements on while it runs: span files, routing traces,
+metrics, DeepSpeed's logger.
 
 Each is optional. `reporting/open_exporters.py` opens those that the config asks for. The report of
 a run does not depend on them, except for DeepSpeed's table.
@@ -14,8 +15,10 @@ from engine.profiling.collector import Collector
 from engine.profiling.deepspeed_comms import CommsTable, DeepSpeedComms
 from engine.profiling.loads import LoadCounter
 from engine.profiling.phase_clock import Spans
-from engine.profiling.report import StepReport
+from engine.profiling.report import RoutingReport, StepReport
+from engine.profiling.routing.recorder import RoutingRecorder
 from engine.profiling.span_file import SpanWriter
+from engine.profiling.telemetry import Telemetry
 
 if TYPE_CHECKING:  # its HTTP server is imported only where it is used
     from engine.profiling.metrics import Metrics
@@ -42,12 +45,16 @@ class Exporters:
     """The exporters of one run on one rank."""
 
     spans: SpanWriter | None = None  # profiler.spans
+    routing: RoutingRecorder | None = None  # profiler.routing
     metrics: Metrics | None = None  # profiler.metrics_port, on rank 0
     comms: DeepSpeedComms | None = None  # profiler.deepspeed_comms
 
-    def start(self, loads: LoadCounter) -> None:
-        """Have the loads of each step recorded, if there is a span file."""
-        loads.step = {} if self.spans is not None else None
+    def start(self, telemetry: Telemetry) -> None:
+        """Have the loads of each step recorded, if there is a span file or a routing trace."""
+        is_read = self.spans is not None or self.routing is not None
+        telemetry.loads.step = {} if is_read else None
+        if self.routing is not None:
+            self.routing.start(telemetry.claims)
 
     def count(self, spans: Spans) -> None:
         """Log one step's collectives with DeepSpeed, if the step is complete."""
@@ -59,12 +66,18 @@ class Exporters:
         return self.comms.table() if self.comms is not None else {}
 
     def update(self, report: StepReport, collector: Collector, loads: LoadCounter) -> None:
-        """Update the metrics after a step."""
+        """Record the routing of a step that has ended, and update the metrics."""
+        if self.routing is not None and loads.step is not None:
+            self.routing.add(report, loads.step)
         if self.metrics is not None:
             self.metrics.update(report, collector, loads)
 
+    def routing_report(self) -> RoutingReport | None:
+        """Return what was recorded of the routing; None where it is not."""
+        return self.routing.report() if self.routing is not None else None
+
     def close(self) -> None:
         """Close all exporters."""
-        for exporter in (self.spans, self.metrics, self.comms):
+        for exporter in (self.spans, self.routing, self.metrics, self.comms):
             if exporter is not None:
                 exporter.close()

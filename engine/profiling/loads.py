@@ -43,6 +43,18 @@ class LayerLoad:
         """Return the same after capacity."""
         return self.slowest_after / self.mean_after if self.mean_after else 1.0
 
+    @property
+    def share(self) -> float:
+        """Share of perfect balance: the mean rank's rows before capacity over those of the most
+        loaded rank, every expert at its home.
+        """
+        return self.mean / self.slowest if self.slowest else 1.0
+
+    @property
+    def share_after(self) -> float:
+        """Return the same with the most loaded rank's rows after capacity and the split."""
+        return self.mean / self.slowest_after if self.slowest_after else 1.0
+
 
 @dataclass(slots=True)
 class LayerDrops:
@@ -157,6 +169,16 @@ class LoadCounter:
         """Return the same after capacity."""
         mean = sum(load.mean_after for load in self.layers.values())
         return sum(load.slowest_after for load in self.layers.values()) / mean if mean else 1.0
+
+    def share(self) -> float:
+        """Return `LayerLoad.share` over all layers."""
+        value = self.max_over_mean()
+        return 1 / value if value else 1.0
+
+    def share_after(self) -> float:
+        """Return `LayerLoad.share_after` over all layers."""
+        after = sum(load.slowest_after for load in self.layers.values())
+        return sum(load.mean for load in self.layers.values()) / after if after else 1.0
 
     def speed_bound(self) -> float:
         """Return the most loaded rank's rows before capacity over after it, all layers and steps.

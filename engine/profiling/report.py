@@ -39,6 +39,40 @@ class PhaseReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RankPlacement:
+    """The copies of one rank, in a run with moe.placement."""
+
+    copied_rows: int  # that its copies computed
+    copy_bytes: int  # memory of their weights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlacementReport:
+    """The copies of one MoE layer; see `RunPlacement` for the shares."""
+
+    copied_rows: int  # that copies computed
+    expert_copied_rows: list[int]  # the same by expert
+    share: float
+    share_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlacement:
+    """The placement of a run, and what its copies did in one expert-parallel group.
+
+    A share of perfect balance is the mean rank's rows before capacity over the most loaded rank's.
+    """
+
+    file: str  # moe.placement
+    digest: str  # equal for equal placements
+    precision: str  # of copies
+    copies: int  # of all layers
+    copied_rows: int  # that copies computed
+    share: float  # if every expert's rows were at its home, over all layers
+    share_after: float  # as run: after capacity and the split over copies
+
+
+@dataclass(frozen=True, slots=True)
 class RankReport:
     """One rank's run."""
 
@@ -60,6 +94,7 @@ class RankReport:
     # setting -> value, of the settings that the engine may choose
     resolved_settings: dict[str, Any] = field(default_factory=dict)
     process_stall_seconds: float = 0.0  # time in which its process did not run
+    placement: RankPlacement | None = None  # None: without moe.placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +125,7 @@ class LayerReport:
     # Rows of the shared expert that another rank than their token's computed, over all ranks of the
     # group; None: moe.shared_expert is replicated, and report.json has no such key.
     shared_rows_moved: int | None = None
+    placement: LayerPlacementReport | None = None  # None: the layer has no copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +143,23 @@ class LayerTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """What a run has recorded of one expert-parallel group's routing (`profiling/routing`)."""
+
+    folder: str
+    segment: int  # of the trace, from 1
+    steps: int  # of this run, with their loads
+    every: int  # of so many steps one was kept
+    claims_steps: int | None = None  # steps with claims of the first rank; None: not recorded
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """The whole run.
 
     The same on every rank, except for what describes the rank's own expert-parallel group: layers,
-    totals, steps, max_over_mean, max_over_mean_after and speed_bound.
+    totals, steps, max_over_mean, max_over_mean_after, speed_bound, routing, and the placement's
+    rows and shares.
     """
 
     seconds: float  # wall time of the generation loop, the maximum over the ranks
@@ -134,3 +182,10 @@ class RunReport:
     clock_error: float = 0.0  # uncertainty between the ranks' clocks, seconds, the worst rank's
     # Each rank's share of the capacity at the end, 1 being even; None if always even.
     capacity_shares: list[float] | None = None
+    routing: RoutingReport | None = None  # where profiler.routing has recorded; None: it has not
+    placement: RunPlacement | None = None  # None: without moe.placement
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some expert has a copy."""
+        return self.placement is not None and self.placement.copies > 0

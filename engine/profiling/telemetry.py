@@ -11,6 +11,7 @@ from engine.profiling.decisions import DecisionLog
 from engine.profiling.device_clocks import NoClock
 from engine.profiling.loads import LoadCounter
 from engine.profiling.phase_clock import PhaseClock
+from engine.profiling.routing.claim_log import ClaimLog
 
 
 @dataclass(slots=True)
@@ -20,3 +21,4 @@ class Telemetry:
     clock: PhaseClock = field(default_factory=NoClock)  # time per phase and layer
     loads: LoadCounter = field(default_factory=LoadCounter)  # rows per expert and layer
     decisions: DecisionLog = field(default_factory=DecisionLog)  # what capacity kept, on request
+    claims: ClaimLog = field(default_factory=ClaimLog)  # what the router chose, on request

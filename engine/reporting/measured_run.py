@@ -29,6 +29,7 @@ from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
 from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
+from engine.reporting.copies_report import own_placement
 from engine.reporting.run_report import Measurements, run_report
 
 
@@ -101,6 +102,8 @@ class MeasuredRun:
             comms=self._comms,
             resolved_settings=settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
+            routing=self.exporters.routing_report(),
+            placement=own_placement(self.model, self.config.moe.placement),
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
         return run_report(measured, collector, loads, self.topology)

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from engine.config import CapacityConfig
 from engine.distributed.standard_streams import make_safe
-from engine.profiling.report import RunReport
+from engine.profiling.report import RoutingReport, RunReport
 from engine.reporting.capacity_table import print_capacity
 from engine.reporting.comms_table import print_comms
+from engine.reporting.copies_table import mib, print_copies
 from engine.reporting.straggler_table import print_stragglers
 from engine.reporting.table import new_table
 
@@ -31,8 +32,10 @@ _JSON_KEYS = {
     "process_stall_seconds": "absent",
     "findings": "verdict",
 }
-_OPTIONAL = ("shared_rows_moved",)  # left out where they are None
+# Fields without a key in the JSON file where they are None.
+_ONLY_WHERE_USED = ("placement", "shared_rows_moved")
 _HEADINGS = {"communication": "communi-\ncation"}
+_SHORT = {"attention": "atten-\ntion"}
 
 
 def make_console(
@@ -81,6 +84,8 @@ class Summary:
         values["capacity"] = asdict(self.capacity)
         if self.run is not None:
             run = asdict(self.run, dict_factory=_rename_keys)
+            if run["routing"] is None:
+                del run["routing"]
             values["run"] = run | {"latencies": percentiles(self.run)}
         return json.dumps(values, indent=2) + "\n"
 
@@ -89,7 +94,7 @@ def _rename_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return {
         _JSON_KEYS.get(name, name): value
         for name, value in fields
-        if value is not None or name not in _OPTIONAL
+        if name not in _ONLY_WHERE_USED or value is not None
     }
 
 
@@ -110,9 +115,13 @@ def print_summary(console: Console, summary: Summary) -> None:
         if latencies := percentiles(run):
             console.print(_latency(latencies))
         console.print(_ranks(run))
+        print_copies(console, run)
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
         print_comms(console, run)
+        if run.routing is not None:
+            line = _routing(run.routing, run.steps)
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     counts = [f"{summary.total} requests"]
     if summary.resumed:
         counts.append(f"{summary.resumed} of them by earlier runs")
@@ -123,6 +132,14 @@ def print_summary(console: Console, summary: Summary) -> None:
     console.print(", ".join(counts) + ".", highlight=False)
     if summary.user_keys:
         console.print(_user_keys(summary.user_keys), highlight=False, soft_wrap=True, markup=False)
+
+
+def _routing(routing: RoutingReport, steps: int) -> str:
+    claims = "" if routing.claims_steps is None else f", with claims of {routing.claims_steps:,}"
+    return (
+        f"Routing of {routing.steps:,} of {steps:,} steps recorded in {routing.folder}, segment "
+        f"{routing.segment}{claims}."
+    )
 
 
 def _user_keys(lines: dict[str, int]) -> str:
@@ -161,7 +178,9 @@ def _ranks(run: RunReport) -> Table:
     kinds = list(dict.fromkeys(kind for rank in run.ranks for kind in rank.seconds))
     counted = ("host", "prefill\ntokens", "decode\ntokens", "expert\nrows")
     timed = [_HEADINGS.get(kind, kind) for kind in kinds]
-    table = new_table("Rank", *counted, *timed)
+    if run.has_copies:  # makes room for a column more
+        timed = [_SHORT.get(heading, heading) for heading in timed]
+    table = new_table("Rank", *counted, *timed, *(["copies\nMiB"] if run.has_copies else []))
     for rank in run.ranks:
         counts = (rank.tokens_prefill, rank.tokens_decode, rank.expert_rows)
         table.add_row(
@@ -169,6 +188,7 @@ def _ranks(run: RunReport) -> Table:
             rank.host,
             *(f"{count:,}" for count in counts),
             *(f"{rank.seconds.get(kind, 0.0):.2f}" for kind in kinds),
+            *([mib(rank.placement.copy_bytes)] if run.has_copies and rank.placement else []),
         )
     table.caption = "seconds in each kind of work"
     return table

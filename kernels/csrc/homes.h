@@ -2,9 +2,11 @@
 //
 // Primal and dual: distances by rows moved away from home, then as many rows as can along shortest
 // paths, until no rank has more than it takes. Arcs are kept in pairs, so that one's other
-// direction is its number ^ 1. kernels/split_reference.py walks them in the same order: both give
-// the same split, also where several are equally good.
+// direction is its number ^ 1. kernels/split_homes.py walks them in the same order: both give the
+// same split, also where several are equally good.
 #pragma once
+#include <tuple>
+
 #include "levels.h"
 
 namespace lockstep {
@@ -72,7 +74,8 @@ struct Homes {
           seen[u] = 1;
           via[u] = back;
           queue.push_back(u);
-          if (u > best && u > r && u < hosts.ranks && holds(u, levels.flow.group[r], levels)) best = u;
+          const bool above = u > best && u > r && u < hosts.ranks;
+          if (above && holds(u, levels.flow.group[r], levels)) best = u;
         }
       }
       if (best < 0) continue;

@@ -10,6 +10,7 @@ namespace {
 #include "matmul.h"
 #include "panels.h"
 #include "quantised.h"
+#include "quantised_products.h"
 #include "attention_state.h"
 #include "attention_narrow.h"
 #include "attention_wide.h"

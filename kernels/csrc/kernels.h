@@ -85,7 +85,7 @@ struct Kernels {
                          const float* w3, int64_t first, int64_t count, float* hidden,
                          int64_t width);
 
-  // The same for quantised weights (quantised.h). `scratch` holds three panels of floats.
+  // The same for quantised weights (quantised_products.h). `scratch` holds three panels of floats.
   void (*linear_quantised)(const float* packed, int64_t rows, const Quantised& w, int64_t first,
                            int64_t count, Rows<float> out, float* scratch);
   void (*gate_up_quantised)(const float* packed, int64_t rows, const Quantised& w13, int64_t first,

@@ -26,6 +26,13 @@ struct Levels {
       : hosts(all), load(load), speeds(speeds), limit(limit), flow(all), base(all.ranks),
         extra(all.ranks), strict(all.ranks), lax(all.ranks), extras(1) {}
 
+  // Starts again with other loads.
+  void reset(const int64_t* other) {
+    load = other;
+    flow.clear();
+    extras.assign(1, 0);
+  }
+
   // Finds all blocks, or (`top`) the highest level alone. Returns false where no split is within
   // the limits.
   bool find(bool top = false) {
@@ -40,8 +47,12 @@ struct Levels {
     flow.cap = lax;
     for (int64_t e = 0; e < hosts.experts; ++e)
       if (!hosts.shared(e)) flow.spread(e, load[e]);
-    for (int pass = 0; pass < 3; ++pass)
+    for (int pass = 0; pass < 3; ++pass) {
       for (int32_t e : experts) flow.spread(e, load[e]);
+      bool fits = true;
+      for (int64_t r = 0; r < hosts.ranks; ++r) fits &= flow.total[r] <= lax[r];
+      if (fits) break;
+    }
     return solve(ranks, experts, 0, top);
   }
 

@@ -101,6 +101,9 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("split_optimum(Tensor hosts, Tensor loads) -> Tensor");
   m.def("cut(Tensor hosts, Tensor expert, Tensor limit) -> Tensor");
   m.def("order_claims(Tensor[] words) -> Tensor");
+  m.def(
+      "level_rows(Tensor(a!) load, Tensor(b!) rows, Tensor home, Tensor copies, Tensor times, "
+      "int sweeps) -> Tensor");
   m.def("lane_segment_bytes(int size, int ring) -> int", &lockstep::Lane::segment_bytes);
   m.def("lane_open(int rank, int ring, int spin_ns, int[] segments, int[] processes) -> int",
         &lockstep::lane_open);
@@ -131,4 +134,5 @@ TORCH_LIBRARY_IMPL(lockstep_cpu, CPU, m) {
   m.impl("split_optimum", &lockstep::split_optimum);
   m.impl("cut", &lockstep::cut);
   m.impl("order_claims", &lockstep::order_claims);
+  m.impl("level_rows", &lockstep::level_rows);
 }

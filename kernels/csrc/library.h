@@ -91,6 +91,8 @@ at::Tensor split_rows(const at::Tensor& packed, const at::Tensor& load,
 at::Tensor split_optimum(const at::Tensor& packed, const at::Tensor& loads);
 at::Tensor cut(const at::Tensor& packed, const at::Tensor& expert, const at::Tensor& limit);
 at::Tensor order_claims(at::TensorList words);
+at::Tensor level_rows(const at::Tensor& load, const at::Tensor& rows, const at::Tensor& home,
+                      const at::Tensor& copies, const at::Tensor& times, int64_t sweeps);
 
 // The rank's end of a group in shared memory (lane.h), by its address.
 int64_t lane_open(int64_t rank, int64_t ring, int64_t spin_ns, std::vector<int64_t> segments,

@@ -19,7 +19,8 @@ struct Prefix {
   int64_t count, experts, shift;
   std::vector<int32_t> at;  // [blocks + 1, experts]
 
-  Prefix(const Id* expert, int64_t count, int64_t experts) : expert(expert), count(count), experts(experts) {
+  Prefix(const Id* expert, int64_t count, int64_t experts)
+      : expert(expert), count(count), experts(experts) {
     // A block about as long as there are experts, so that the table is no longer than the claims.
     shift = std::max<int64_t>(8, std::bit_width(static_cast<uint64_t>(experts)));
     const int64_t blocks = count >> shift;
@@ -56,7 +57,7 @@ struct Cut {
   Cut(const Hosts& all, const Id* expert, int64_t count, const int64_t* limit)
       : hosts(all), claims(expert, count, all.experts), flow(all), counts(all.experts),
         kept(all.experts), alone(all.ranks) {
-    flow.cap.assign(limit, limit + all.ranks);
+    for (int64_t r = 0; r < all.ranks; ++r) flow.cap[r] = std::clamp<int64_t>(limit[r], 0, count);
     std::vector<int32_t> ranks(all.ranks), experts;
     for (int64_t r = 0; r < all.ranks; ++r) ranks[r] = static_cast<int32_t>(r);
     for (int64_t e = 0; e < all.experts; ++e) {

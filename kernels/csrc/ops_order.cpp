@@ -20,9 +20,12 @@ struct Claim {
 
 uint32_t turned(int32_t word) { return ~(static_cast<uint32_t>(word) ^ 0x80000000u); }
 
-// Stable sort by `word`, eleven bits a pass; digits that all claims share cost no pass.
+bool better(const Claim& a, const Claim& b) { return a.word < b.word; }
+
+// Stable sort by `word`, BITS a pass; digits that all claims share cost no pass.
+template <int BITS>
 void radix(Claim* claims, Claim* other, int64_t count) {
-  constexpr int BITS = 11, PASSES = 3, SIZE = 1 << BITS;
+  constexpr int PASSES = (32 + BITS - 1) / BITS, SIZE = 1 << BITS;
   static thread_local std::array<std::array<uint32_t, SIZE>, PASSES> starts;
   for (auto& start : starts) start.fill(0);
   for (int64_t n = 0; n < count; ++n)
@@ -42,6 +45,14 @@ void radix(Claim* claims, Claim* other, int64_t count) {
   if (from != claims) std::memcpy(claims, from, count * sizeof(Claim));
 }
 
+void sort(Claim* claims, Claim* other, int64_t count) {
+  if (std::is_sorted(claims, claims + count, better)) return;
+  if (count < 512) return std::stable_sort(claims, claims + count, better);
+  // Beyond the caches fewer places to write to at once are worth a pass more.
+  if (count < 65536) return radix<11>(claims, other, count);
+  radix<8>(claims, other, count);
+}
+
 }  // namespace
 
 at::Tensor order_claims(at::TensorList words) {
@@ -55,7 +66,8 @@ at::Tensor order_claims(at::TensorList words) {
     held.push_back(tensor.contiguous());
     word.push_back(held.back().const_data_ptr<int32_t>());
   }
-  std::vector<Claim> claims(count), other(count);
+  Claim* const claims = reinterpret_cast<Claim*>(scratch(2 * count * sizeof(Claim) / sizeof(float)));
+  Claim* const other = claims + count;
   for (int64_t n = 0; n < count; ++n)
     claims[n] = {turned(word[0][n]), static_cast<uint32_t>(n)};
   // Runs of claims that share all words so far, and the number of those words.
@@ -68,15 +80,11 @@ at::Tensor order_claims(at::TensorList words) {
   while (!runs.empty()) {
     const Run run = runs.back();
     runs.pop_back();
-    Claim* const begin = claims.data() + run.begin;
+    Claim* const begin = claims + run.begin;
     const int64_t length = run.end - run.begin;
     if (run.depth)
       for (int64_t n = 0; n < length; ++n) begin[n].word = turned(word[run.depth][begin[n].index]);
-    if (length > 512)
-      radix(begin, other.data(), length);
-    else
-      std::stable_sort(begin, begin + length,
-                       [](const Claim& a, const Claim& b) { return a.word < b.word; });
+    sort(begin, other, length);
     if (run.depth + 1 == word.size()) continue;
     for (int64_t n = 0, last; n < length; n = last) {
       for (last = n + 1; last < length && begin[last].word == begin[n].word;) ++last;

@@ -90,11 +90,14 @@ at::Tensor split_optimum(const at::Tensor& packed, const at::Tensor& loads) {
     }
     return result;
   }
-  for (int64_t s = 0; s < steps; ++s, load += hosts.experts) {
+  at::parallel_for(0, steps, 64, [&](int64_t first, int64_t last) {
     Levels levels(hosts, load, nullptr, nullptr);
-    levels.find(true);
-    out[s] = levels.found.rows;
-  }
+    for (int64_t s = first; s < last; ++s) {
+      levels.reset(load + s * hosts.experts);
+      levels.find(true);
+      out[s] = levels.found.rows;
+    }
+  });
   return result;
 }
 

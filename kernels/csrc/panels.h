@@ -52,15 +52,16 @@ INLINE void panel_tile(const float* const (&panel)[P], const float* x, int64_t s
   }
 }
 
-// to[i * step + r] <- silu(gate) * up of output i of a panel, of the first `outputs`, and row r.
+// to[i * step + r] <- silu(gate) * up of output i and row r, of the first `outputs` of a panel and the
+// first `rows`.
 template <int R>
 INLINE void store_hidden(const vf (&gate)[PV][R], const vf (&up)[PV][R], float* to, int64_t step,
-                         int64_t outputs = PANEL) {
+                         int64_t outputs = PANEL, int64_t rows = R) {
   float result[R][PANEL];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < PV; ++v) store(result[r] + v * W, silu(gate[v][r]) * up[v][r]);
   for (int64_t i = 0; i < outputs; ++i)
-    for (int r = 0; r < R; ++r) to[i * step + r] = result[r][i];
+    for (int64_t r = 0; r < rows; ++r) to[i * step + r] = result[r][i];
 }
 
 // Calls f(integral_constant R, first) for runs of at most MOST of `rows` rows, all about as long.

@@ -50,6 +50,13 @@ struct Flow {
     queue.reserve(all.ranks);
   }
 
+  void clear() {
+    std::fill(rows.begin(), rows.end(), 0);
+    std::fill(total.begin(), total.end(), 0);
+    std::fill(group.begin(), group.end(), 0);
+    std::fill(group_of.begin(), group_of.end(), 0);
+  }
+
   bool allowed(int64_t i) const { return group[hosts.rank[i]] == group_of[hosts.expert[i]]; }
 
   // Spreads `count` rows of expert e over its allowed hosts so that what they have left is even.

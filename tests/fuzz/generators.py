@@ -59,6 +59,7 @@ SETTINGS = """
     scheduler.kv_cache_blocks sampling.max_new_tokens sampling.temperature sampling.top_p
     sampling.stop sampling.stop_token_ids sampling.seed runtime.timeout_s runtime.threads
     runtime.device runtime.drain_s runtime.seed profiler.spans profiler.metrics_port
+    profiler.routing profiler.routing_claims
     profiler.metrics_host moe.experts.backend
 """.split()
 

@@ -145,15 +145,21 @@ def test_a_quoted_or_inner_number_sign_is_text():
 
 def test_the_home_folder_is_expanded_in_paths_and_variables_are_not(write, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    text = "model: {path: ~/m, tokenizer: ~/t}\nprofiler: {spans: ~/s}"
+    text = "model: {path: ~/m, tokenizer: ~/t}\nprofiler: {spans: ~/s, routing: ~/r}"
     config = load_config(write(text))
     assert (config.model.path, config.model.tokenizer) == ("/home/me/m", "/home/me/t")
-    assert config.profiler.spans == "/home/me/s"
+    assert (config.profiler.spans, config.profiler.routing) == ("/home/me/s", "/home/me/r")
     config = load("model.path=~/a", "model.tokenizer=$HOME/t", "profiler.spans=~/b")
     assert (config.model.path, config.model.tokenizer) == ("/home/me/a", "$HOME/t")
     assert config.profiler.spans == "/home/me/b"
     assert load_config(write(to_yaml(config))) == config
     assert load("model.path=~nobody-here/x").model.path == "~nobody-here/x"
+
+
+def test_claims_are_recorded_only_where_routing_is():
+    (problem,) = problems_of("profiler.routing_claims=true")
+    assert problem.startswith("profiler.routing_claims = True: needs the folder of a recording")
+    assert load("profiler.routing_claims=true", "profiler.routing=r").profiler.routing_claims
 
 
 def test_a_single_value_is_accepted_as_a_list_of_one():
@@ -271,6 +277,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, message)
         ("scheduler.kv_cache_gib=1e300", "must be finite and above 0, at most 1048576"),
         ("scheduler.block_size=1099511627776", "must be a power of two, at most 2**20"),
         ("profiler.spans=''", "profiler.spans = '': must be non-empty text that can be a path"),
+        ("profiler.routing=''", "profiler.routing = '': must be non-empty text that can be a path"),
+        ("profiler.routing_mib=0", "profiler.routing_mib = 0.0: must be finite and above 0"),
         ('profiler.spans="a\\0b"', "must be non-empty text that can be a path"),
         ('profiler.spans="\\ud800"', "must be non-empty text that can be a path"),
         ("profiler.spans_mib=1e308", "must be finite and above 0, at most 1073741824"),

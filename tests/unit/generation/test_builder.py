@@ -11,6 +11,8 @@ import torch
 from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig
 from engine.config.loader import config_from_tree
 from engine.generation.builder import profiler_every, reserve_rows
+from engine.moe.placement.instances import Instances
+from engine.moe.placement.placement import LayerPlacement
 
 
 def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
@@ -20,7 +22,7 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
     router = SimpleNamespace(top_k=2, num_experts=8)
     layer = SimpleNamespace(
         spec=SimpleNamespace(router=router, hidden=16, ffn=32),
-        layout_policy=SimpleNamespace(most_local_experts=4),
+        instances=Instances(LayerPlacement.contiguous(8, 2), 2),
         reserve=reserve,
     )
     model: Any = SimpleNamespace(moe_layers=[layer], embedding_VD=torch.zeros(1))

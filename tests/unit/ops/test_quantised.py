@@ -204,8 +204,9 @@ def test_ragged_counts_match_the_reference(isa, bits, zeros, dim, width, counts)
 @each_isa
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("counts", [[1, 3, 8], [9, 16, 100]])
-@pytest.mark.parametrize(("dim", "width"), [(64, 96), (50, 21)])
+# Of 600 by 544 a piece of work has panels enough for several to be read side by side.
+@pytest.mark.parametrize(("dim", "width"), [(64, 96), (50, 21), (600, 544)])
+@pytest.mark.parametrize("counts", [[1, 2, 3], [5, 7, 8], [11, 16, 100], [17, 24, 31], [33, 4, 1]])
 def test_results_are_the_bits_of_the_product_with_dequantised_weights(
     isa, bits, zeros, counts, dim, width
 ):

@@ -234,3 +234,5 @@ def test_hosts_that_cannot_be_are_refused():
         hosts([0, 0], [1, 1], [True, False])
     with pytest.raises(ValueError, match="needs limit_W"):
         split_rows(np.array([1]), hosts([0], [0], [True]), fewest_moved=True)
+    with pytest.raises(ValueError, match="every speed must be at least 1"):
+        split_rows(np.array([1]), hosts([0], [0], [True]), speeds_W=np.array([1, 0]))

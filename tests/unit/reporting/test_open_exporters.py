@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from engine.config import Config, ModelConfig, ProfilerConfig
-from engine.reporting.open_exporters import check_exporters
+from engine.profiling.routing.trace import LOADS, trace_path
+from engine.profiling.routing.writer import TraceEnd
+from engine.reporting.open_exporters import check_exporters, join_routing_ends
 
 
 def check(rank: int = 0, **profiler: Any) -> None:
     config = Config(model=ModelConfig(path="x"), profiler=ProfilerConfig(**profiler))
-    topology: Any = SimpleNamespace(world=SimpleNamespace(rank=rank), host="h1")
+    group = SimpleNamespace(rank=rank)
+    topology: Any = SimpleNamespace(world=group, expert=group, host="h1")
     check_exporters(config, topology)
 
 
@@ -30,7 +33,8 @@ def test_what_can_be_opened_is_closed_again(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     for _ in range(2):
-        check(spans=str(tmp_path / "new"), metrics_port=port)
+        check(spans=str(tmp_path / "new"), metrics_port=port, routing=str(tmp_path / "routing"))
+    assert list((tmp_path / "routing").iterdir()) == []
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
@@ -56,17 +60,30 @@ def test_a_port_in_use_is_refused_by_number():
 
 
 @pytest.mark.parametrize("below", ["file", "file/below", "x" * 300])
-def test_a_folder_that_cannot_be_made_is_refused_with_one_text_on_all_ranks(tmp_path, below):
+@pytest.mark.parametrize("key", ["spans", "routing"])
+def test_a_folder_that_cannot_be_made_is_refused_with_one_text_on_all_ranks(tmp_path, below, key):
     (tmp_path / "file").write_text("")
     folder = str(tmp_path / below)
     texts = set()
     for rank in range(2):
         with pytest.raises(ValueError) as caught:
-            check(rank, spans=folder)
+            check(rank, **{key: folder})
         texts.add(str(caught.value))
     (text,) = texts
-    assert text.startswith(f"profiler.spans = {folder!r}: cannot be written on h1: ")
+    assert text.startswith(f"profiler.{key} = {folder!r}: cannot be written on h1: ")
     assert "name a folder with room that every rank may write to" in text
+
+
+def test_a_trace_that_cannot_be_continued_is_refused_by_file(tmp_path):
+    path = trace_path(tmp_path, LOADS, 0)
+    path.write_text("no trace")
+    with pytest.raises(ValueError) as caught:
+        check(routing=str(tmp_path))
+    assert str(caught.value).startswith(f"{path}: is no routing trace, or its first line is cut")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"Is a directory \(.*loads\.rank00000\.routing\); name a"):
+        check(routing=str(tmp_path))
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
@@ -109,3 +126,10 @@ def test_a_deepspeed_that_fails_at_import_is_refused_with_why(monkeypatch, error
     unused: Any = None
     with pytest.raises(ValueError, match=f"DeepSpeed cannot be imported on h1: {text}"):
         open_exporters.open_exporters(config, topology, unused, unused)
+
+
+def test_a_trace_ends_where_the_last_rank_ended_with_rank_0s_fingerprint():
+    ends = [TraceEnd(1, 16, 8, "f"), TraceEnd(2, 9, 1), None, TraceEnd()]
+    end = join_routing_ends(ends)
+    assert end == TraceEnd(2, 16, 8, "f") and end.next_index == 24
+    assert TraceEnd().next_index == 0 and join_routing_ends([None]) is None

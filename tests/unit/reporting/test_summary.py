@@ -10,7 +10,14 @@ from rich.console import Console
 from engine.config import CapacityConfig
 from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.findings import Finding
-from engine.profiling.report import LayerReport, LayerTotals, PhaseReport, RankReport, RunReport
+from engine.profiling.report import (
+    LayerReport,
+    LayerTotals,
+    PhaseReport,
+    RankReport,
+    RoutingReport,
+    RunReport,
+)
 from engine.reporting.summary import Summary, percentiles, print_summary
 
 
@@ -183,6 +190,16 @@ def test_shared_rows_that_moved_are_in_the_file_only_where_they_may_move():
     first, second = values["run"]["layers"]
     assert second.pop("shared_rows_moved") == 0
     assert first == second
+
+
+def test_a_recording_of_the_routing_is_named_where_there_is_one():
+    out = console()
+    routing = RoutingReport("/r", 2, 1024, 4, None)
+    recorded = summary(replace(run_report(rank(0)), steps=4096, routing=routing))
+    print_summary(out, recorded)
+    assert "Routing of 1,024 of 4,096 steps recorded in /r, segment 2." in printed(out)
+    found = json.loads(recorded.to_json())["run"]["routing"]
+    assert found == {"folder": "/r", "segment": 2, "steps": 1024, "every": 4, "claims_steps": None}
 
 
 def test_the_keys_of_the_report_file_are_those_that_its_readers_know():

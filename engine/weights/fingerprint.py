@@ -1,8 +1,9 @@
 """Fingerprint: the files of a checkpoint that make a job's results, each with size and hash.
 
-Part of the manifest (`manifest.py`): records that are made before and after a file was replaced are
-of two models, so a job with another fingerprint is not resumed. Files that no result depends on,
-such as a README, are not part of it, nor are times of modification, which a copy changes.
+Part of the manifest (`batch/manifest.py`): records that are made before and after a file was
+replaced are of two models, so a job with another fingerprint is not resumed. Files that no result
+depends on, such as a README, are not part of it, nor are times of modification, which a copy
+changes.
 
 Small files and those of the tokenizer are hashed whole. A larger one is sampled, at most 4 MiB of
 it: the beginning with its header, blocks at equal distances up to the end, and the middle of its
@@ -59,6 +60,18 @@ def fingerprint(model: ModelConfig, report: OnProgress = ignore_progress) -> dic
             if entry is not None:
                 entries[name] = entry
     return entries
+
+
+def model_fingerprint(model: ModelConfig) -> str:
+    """Return 16 hexadecimal digits that identify the model of a config, wherever its files are.
+
+    From its configuration and its weights alone: a tokenizer may be replaced.
+    """
+    names = ["config.json"]
+    if model.load_format == "safetensors":
+        names += _weight_files(Path(model.path))
+    entries = {name: _entry(Path(model.path, name)) for name in names}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changed_files(

@@ -1,6 +1,6 @@
 """The fingerprint of a checkpoint: which files count, that a change of any is named, what is read.
 
-python -m pytest tests/unit/batch/test_fingerprint.py
+python -m pytest tests/unit/weights/test_fingerprint.py
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.batch import fingerprint as module
-from engine.batch.fingerprint import changed_files, fingerprint
 from engine.config import ModelConfig
+from engine.weights import fingerprint as module
+from engine.weights.fingerprint import changed_files, fingerprint, model_fingerprint
 
 TEXTS = {
     "config.json": '{"model_type": "mixtral"}',
@@ -169,3 +169,18 @@ def test_of_a_large_file_at_most_4_mib_are_read(large, monkeypatch):
     monkeypatch.setattr(module.os, "pread", counting)
     fingerprint(model(large))
     assert 1 << 20 < sum(read) <= 4 << 20
+
+
+def test_a_model_is_known_by_its_weights_and_configuration_wherever_it_is(folder, tmp_path):
+    known = model_fingerprint(model(folder))
+    assert len(known) == 16 and int(known, 16) >= 0
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text("{}")
+    assert model_fingerprint(model(tmp_path / "copy")) == known
+    data = bytearray((tmp_path / "copy" / SHARDS[1]).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "copy" / SHARDS[1]).write_bytes(data)
+    other = model_fingerprint(model(tmp_path / "copy"))
+    dummy = model_fingerprint(model(folder, load_format="dummy"))
+    assert len({known, other, dummy}) == 3
+    assert dummy == model_fingerprint(model(tmp_path / "copy", load_format="dummy"))

@@ -1,0 +1,40 @@
+"""Claim log: what the router chose for each of this rank's tokens, while a step is recorded.
+
+Off by default, since it copies every layer's choices to the host.
+
+Legend: T tokens on this rank, K top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerClaims:
+    """Top-k assignments of some tokens in one layer of one step.
+
+    With the score, (request, position) orders them as capacity does. Without a capacity policy, and
+    in steps in which no token is subject to one, requests and positions are -1.
+    """
+
+    request_T: np.ndarray  # int32
+    position_T: np.ndarray  # int32
+    eligible_T: np.ndarray  # bool, subject to capacity; all where there is no policy
+    topk_ids_TK: np.ndarray  # int32, the model's expert numbers, best first
+    scores_TK: np.ndarray  # float32, the router's scores of these experts
+
+
+class ClaimLog:
+    """Collects the claims of one step while it is recorded."""
+
+    def __init__(self) -> None:
+        # layer -> its claims, one entry per micro-batch; None: this step is not recorded.
+        self.step: dict[int, list[LayerClaims]] | None = None
+
+    def add(self, layer: int, claims: LayerClaims) -> None:
+        """Add one call of a layer. Only while a step is recorded."""
+        assert self.step is not None, "no step is recorded"
+        self.step.setdefault(layer, []).append(claims)

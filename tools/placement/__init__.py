@@ -1,0 +1,1 @@
+"""Parts of tools/plan_placement.py: traces, speeds, the heat map."""
