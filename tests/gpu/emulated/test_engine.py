@@ -18,6 +18,7 @@ from engine.moe.capacity.consensus_quota import QuotaConsensus
 from engine.moe.capacity.copies_agreement import CopiesAgreement
 from engine.moe.dispatch.dedup import Deduplicator
 from engine.moe.dispatch.row_format import RowFormat
+from engine.moe.dispatch.shared_rows import SharedRows
 from engine.moe.experts import GroupedMMExperts
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.row_split import RowSplit
@@ -64,6 +65,11 @@ JOBS = {
     "two_batch": Job("olmoe", moe(overlap={"two_batch": True}), uses=TWO_BATCH),
     "fp8 rows": Job("olmoe", moe(dispatch={"dtype": "fp8", "deduplicate": False}), uses=PACKED),
     "partial sums": Job("qwen3_moe", moe(dispatch={"partial_sums": True}), uses=DEDUPLICATED),
+    "balanced shared expert": Job(
+        "qwen2_moe",
+        moe(dispatch={"partial_sums": True}, shared_expert="balanced"),
+        uses=((SharedRows, "plan"), (SharedRows, "moves")),
+    ),
     "bfloat16 grouped_mm": Job(
         "qwen3_moe",
         {"model": {"dtype": "bfloat16"}, **moe(experts={"backend": "grouped_mm"})},
