@@ -19,7 +19,7 @@ from engine.batch.atomic_files import read_json, write_json
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
-from engine.config import CONTIGUOUS, Config, DispatchConfig
+from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.moe.placement.placement_file import digest, read_placement
 from engine.weights.fingerprint import changed_files, fingerprint
@@ -74,8 +74,8 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch, and the placement, are included only where they are not the default, so
-    that ledgers that are older than these settings still resume. moe.overlap.by = tokens is left
+    Those of moe.dispatch, moe.shared_expert and the placement are left out where they have their
+    defaults, so that older ledgers still resume. moe.overlap.by = tokens is left
     out, though it may change results by rounding where the GEMM library picks its kernel by the
     number of rows.
     """
@@ -95,6 +95,8 @@ def result_settings(config: Config) -> dict[str, Any]:
         for key in ("dtype", "partial_sums")  # deduplicate changes no bit
         if getattr(dispatch, key) != getattr(default, key)
     }
+    if config.moe.shared_expert != MoEConfig().shared_expert:
+        tree["moe"]["shared_expert"] = config.moe.shared_expert
     if config.moe.placement != CONTIGUOUS:
         # What it says, not where it is: a copy of the file elsewhere is the same placement.
         tree["moe"]["placement"] = digest(read_placement(config.moe.placement))

@@ -40,6 +40,7 @@ class LocalExperts(nn.Module):
     Weights are allocated uninitialised.
     """
 
+    takes_some_rows: bool = False
     stacked: ExpertWeights  # of the homes, and of copies in the model's precision
     loading: ExpertWeights | None  # of low-bit copies, until they are quantised
 
@@ -117,32 +118,43 @@ class LocalExperts(nn.Module):
         counts_h, counts_c = expert_counts[: self.num_stacked], expert_counts[self.num_stacked :]
         if not any(counts_c):
             return self._run(rows_RD, counts_h, out_RD, index_R)
-        assert self.low_bit is not None, "finalize_weights quantises the copies"
-        if index_R is not None:
-            grouped_RD = gather_rows(rows_RD, index_R, torch.empty_like(rows_RD))
-            grouped_RD = self._both(grouped_RD, counts_h, counts_c)
-            out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
-            return out_RD.index_copy_(0, index_R, grouped_RD)
-        return self._both(rows_RD, counts_h, counts_c, out_RD)
+        split = sum(counts_h)
+        out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+        if index_R is None:
+            return self._run_grouped(rows_RD, counts_h, counts_c, out_RD)
+        if self._run.takes_some_rows:
+            self._run(rows_RD, counts_h, out_RD, index_R[:split])
+            return self._run_copies(rows_RD, counts_c, out_RD, index_R[split:])
+        grouped_RD = gather_rows(rows_RD, index_R, torch.empty_like(rows_RD))
+        out_RD.index_copy_(0, index_R[:split], self._run(grouped_RD[:split], counts_h))
+        copied_RD = self._run_copies(grouped_RD[split:], counts_c)
+        return out_RD.index_copy_(0, index_R[split:], copied_RD)
 
-    def _both(
+    def _run_grouped(
         self,
         rows_RD: torch.Tensor,
         counts_h: list[int],
         counts_c: list[int],
-        out_RD: torch.Tensor | None = None,
+        out_RD: torch.Tensor,
     ) -> torch.Tensor:
-        """Run homes and low-bit copies on grouped rows."""
-        assert self.low_bit is not None
-        out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+        """Run homes and low-bit copies on grouped rows; return out_RD."""
         split = sum(counts_h)
-        parts = (
-            self._run(rows_RD[:split], counts_h, out_RD[:split]),
-            grouped_ffn_quantised(rows_RD[split:], *self.low_bit, counts_c, out_RD[split:]),
-        )
-        for part, target in zip(parts, (out_RD[:split], out_RD[split:]), strict=True):
-            if part.data_ptr() != target.data_ptr():  # a backend may return a tensor of its own
-                target.copy_(part)
+        target_RD = out_RD[:split]
+        made_RD = self._run(rows_RD[:split], counts_h, target_RD)
+        if made_RD.data_ptr() != target_RD.data_ptr():  # a backend may return a tensor of its own
+            target_RD.copy_(made_RD)
+        self._run_copies(rows_RD[split:], counts_c, out_RD[split:])
         return out_RD
+
+    def _run_copies(
+        self,
+        rows_RD: torch.Tensor,
+        counts_c: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run low-bit copies; the same arguments as those of `ExpertsBackend.__call__`."""
+        assert self.low_bit is not None, "finalize_weights quantises the copies"
+        return grouped_ffn_quantised(rows_RD, *self.low_bit, counts_c, out_RD, index_R)
 
     __call__ = forward  # pyright: ignore[reportAssignmentType]

@@ -94,6 +94,8 @@ class LoadCounter:
 
     layers: dict[int, LayerLoad] = field(default_factory=dict)
     step: StepLoads | None = None  # the loads of the current step, where it is a dict
+    # Layer -> rows of the shared expert that moved, of all ranks; empty where none may.
+    shared_moved: dict[int, int] = field(default_factory=dict)
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0
@@ -135,6 +137,10 @@ class LoadCounter:
         self._step_slowest += slowest
         self._step_mean += mean
 
+    def add_shared(self, layer: int, num_moved: int) -> None:
+        """Add the rows of the shared expert that moved between ranks in one call."""
+        self.shared_moved[layer] = self.shared_moved.get(layer, 0) + num_moved
+
     def take_rows(self) -> list[int]:
         """Return and reset the rows of this rank's experts in each layer of the last step.
 
@@ -155,6 +161,7 @@ class LoadCounter:
     def clear(self) -> None:
         """Reset all counts."""
         self.layers.clear()
+        self.shared_moved.clear()
         self._rows.clear()
         self._step_slowest = self._step_mean = 0.0
 

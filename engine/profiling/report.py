@@ -122,6 +122,9 @@ class LayerReport:
     wait: float = 0.0  # seconds that a mean rank waited for stragglers in this layer
     # cause -> seconds of a mean rank in this layer; network: of transfer
     wait_by_cause: dict[str, float] = field(default_factory=dict)
+    # Rows of the shared expert that another rank than their token's computed, over all ranks of the
+    # group; None: moe.shared_expert is replicated, and report.json has no such key.
+    shared_rows_moved: int | None = None
     placement: LayerPlacementReport | None = None  # None: the layer has no copies
 
 

@@ -259,6 +259,7 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                 },
                 wait=analysis.layers[layer],
                 wait_by_cause=analysis.layer_causes[layer],
+                shared_rows_moved=loads.shared_moved.get(layer),
                 placement=layer_placement(placed, layer, load),
             )
         )

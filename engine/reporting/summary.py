@@ -32,7 +32,8 @@ _JSON_KEYS = {
     "process_stall_seconds": "absent",
     "findings": "verdict",
 }
-_ONLY_WHERE_USED = ("placement",)  # fields without a key in the JSON file where they are None
+# Fields without a key in the JSON file where they are None.
+_ONLY_WHERE_USED = ("placement", "shared_rows_moved")
 _HEADINGS = {"communication": "communi-\ncation"}
 _SHORT = {"attention": "atten-\ntion"}
 

@@ -137,15 +137,23 @@ class Instances:
         """Return columns by expert as columns in home order."""
         return x_TE if self.has_contiguous_homes else x_TE[:, self._table(x_TE.device)[1]]
 
-    def homes(self, places_TK: torch.Tensor) -> torch.Tensor:
-        """Return the instances of the homes of experts given by their places; -1 stays."""
-        return self._table(places_TK.device)[2][places_TK] if self.has_copies else places_TK
+    def homes(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the instances of experts' homes, in home order where there are no copies; -1
+        stays.
+        """
+        if self.has_contiguous_homes and not self.has_copies:
+            return ids_TK
+        return self._table(ids_TK.device)[2][ids_TK]
 
     def host_table(self, device: torch.device) -> torch.Tensor:
         """Return the instances of every expert's hosts by home order, int64 [E, H + 1]: the home,
         the copies by rank, and -1 behind the last.
         """
         return self._table(device)[3]
+
+    def host_table_of_homes(self, device: torch.device) -> torch.Tensor:
+        """Return `host_table` with a row per instance instead, that of its expert at the home."""
+        return self._table(device)[5]
 
     def is_copy(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Return which instances are copies, bool; not -1."""
@@ -163,16 +171,20 @@ class Instances:
 
     def _table(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Return the place of every expert and -1 at the end, the experts in home order, the
-        instance of every home and -1 at the end, `host_table`, and whether an instance is a
-        copy.
+        instance of every expert's home and -1 at the end, `host_table`, whether an instance is a
+        copy, and `host_table_of_homes`.
         """
         if device not in self._tables:
+            hosts_EH1 = np.pad(self.hosts_EH, ((0, 0), (0, 1)), constant_values=-1)
+            hosts_IH1 = np.full((self.num_instances, hosts_EH1.shape[1]), -1, dtype=np.int64)
+            hosts_IH1[self.home_instance_E] = hosts_EH1
             tables = (
                 np.append(self.home_order_E, -1),
                 self.expert_of_home_E,
-                np.append(self.home_instance_E, -1),
-                np.pad(self.hosts_EH, ((0, 0), (0, 1)), constant_values=-1),
+                np.append(self.home_instance_E[self.home_order_E], -1),
+                hosts_EH1,
                 np.append(~self.is_home_I, False),
+                hosts_IH1,
             )
             self._tables[device] = tuple(
                 to_device(torch.from_numpy(np.ascontiguousarray(each)), device) for each in tables
