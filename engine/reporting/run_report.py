@@ -24,9 +24,11 @@ from engine.profiling.findings import Finding, HotExpert, findings, join_replica
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import (
+    ExpertCost,
     LayerReport,
     LayerTotals,
     PhaseReport,
+    PlanReport,
     RankReport,
     RoutingReport,
     RunReport,
@@ -39,6 +41,7 @@ from engine.profiling.straggler_causes import (
     analyse,
 )
 from engine.profiling.wait_time import breakdown
+from engine.reporting.plan_drift import PlanInUse, plan_drift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +76,15 @@ class _Share:
 
 
 def run_report(
-    measured: Measurements, collector: Collector, loads: LoadCounter, topology: Topology
+    measured: Measurements,
+    collector: Collector,
+    loads: LoadCounter,
+    topology: Topology,
+    plan: PlanInUse | None = None,
 ) -> RunReport:
     """Gather every rank's measurements into one report.
+
+    plan: the placement in use, where it promises something; the same on every rank.
 
     Collective over all ranks: every rank must call.
     """
@@ -111,6 +120,7 @@ def run_report(
         clock_error=max(each.clock_error for each in all_measured),
         capacity_shares=None if weights_W is None else [share / ONE for share in weights_W],
         routing=group[0].measured.routing,
+        plan=None if plan is None else _plan(plan, loads, group),
     )
 
 
@@ -157,6 +167,34 @@ def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
         comms=measured.comms,
         resolved_settings=measured.resolved_settings,
         process_stall_seconds=measured.process_stalls[1],
+        expert_cost=_expert_cost(profile.experts),
+    )
+
+
+def _expert_cost(table: np.ndarray) -> ExpertCost | None:
+    """Return the used buckets of a `CostCurve`'s table [3, buckets]."""
+    calls, rows, seconds = table[:, table[0] > 0]
+    if not calls.size:
+        return None
+    return ExpertCost(
+        calls.astype(int).tolist(),
+        (rows / calls).round(1).tolist(),
+        (seconds / calls).round(9).tolist(),
+    )
+
+
+def _plan(plan: PlanInUse, loads: LoadCounter, group: Sequence[_Share]) -> PlanReport | None:
+    """Compare one group's run with the plan."""
+    measured, totals = group[0].measured, [share.measured.totals for share in group]
+    return plan_drift(
+        plan,
+        loads,
+        steps=measured.totals.steps,
+        tokens={
+            "prefill": sum(each.tokens_prefill for each in totals),
+            "decode": sum(each.tokens_decode for each in totals),
+        },
+        folder=None if measured.routing is None else measured.routing.folder,
     )
 
 

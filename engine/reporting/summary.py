@@ -31,6 +31,7 @@ _JSON_KEYS = {
     "process_stall_seconds": "absent",
     "findings": "verdict",
 }
+_ONLY_WHERE_USED = ("plan", "expert_cost")  # fields without a key in the file where they are None
 _HEADINGS = {"communication": "communi-\ncation"}
 
 
@@ -87,7 +88,11 @@ class Summary:
 
 
 def _rename_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {_JSON_KEYS.get(name, name): value for name, value in fields}
+    return {
+        _JSON_KEYS.get(name, name): value
+        for name, value in fields
+        if name not in _ONLY_WHERE_USED or value is not None
+    }
 
 
 def percentiles(run: RunReport) -> dict[str, dict[str, float]]:
@@ -110,6 +115,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
         print_comms(console, run)
+        for line in () if run.plan is None else run.plan.text:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         if run.routing is not None:
             line = _routing(run.routing, run.steps)
             console.print(line, highlight=False, soft_wrap=True, markup=False)
