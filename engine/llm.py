@@ -29,7 +29,7 @@ from engine.distributed.health.progress import Progress, ProgressReporter
 from engine.generation import builder
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
-from engine.generation.interrupts import StopRequest
+from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.loop import (
     NUM_COLLECTIVES,
     NUM_TENSOR_COLLECTIVES,
@@ -39,6 +39,7 @@ from engine.generation.loop import (
 )
 from engine.generation.memory import agree_kv_blocks
 from engine.generation.prompt_encoder import PromptEncoder
+from engine.generation.replanner import OnChange, Replanner
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
 from engine.generation.tokenizer import load_tokenizer
 from engine.models.placement import resolve_placement
@@ -115,6 +116,11 @@ class LLM:
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
         stamps = stamps if config.profiler.enabled else 0
         self._clock_offset = offset = measure_clock_offset(topology.control, topology.host)
+        every = config.moe.copies.replan
+        self.on_replan: OnChange | None = None  # called on the first rank of each replica
+        self._replanner = None
+        if every != "off" and placement is not None and placement.num_copies:
+            self._replanner = Replanner(self.model, topology, every, self._note_replan)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
 
     @property
@@ -250,12 +256,26 @@ class LLM:
                 top_k=self.model.top_k,
                 capacity_phases=() if capacity.policy == "none" else capacity.phases,
                 copies=self._copies_use(),
+                replanner=self._replanner,
             )
-            loop.run(source, measured.timed(sink), on_step, stop)
+            try:
+                loop.run(source, measured.timed(sink), on_step, stop)
+            except Stopped:
+                self._finish_replan()
+                raise
+            self._finish_replan()
         on_end()
         clock_error = (self._clock_offset.error + self._telemetry.clock.error_ns) * 1e-9
         self.report = measured.report(loop.totals, self.resolved_settings, clock_error)
         return self.report
+
+    def _note_replan(self, change: dict[str, Any]) -> None:
+        if self.on_replan is not None:
+            self.on_replan(change)
+
+    def _finish_replan(self) -> None:
+        if self._replanner is not None:
+            self._replanner.finish()
 
     def _copies_use(self) -> CopiesUse | None:
         """Return when copies of experts take rows; None where there are none."""

@@ -27,9 +27,10 @@ def grouped_ffn(
 
     x_RD [R, D] holds counts_e[0] rows of local expert 0, then counts_e[1] of expert 1, and so on
     (sum(counts_e) == R, zeros allowed). index_R (int64 [R], each of 0 .. R - 1 once): x_RD[index_R]
-    has that order instead, and nothing is moved to make it. w13_e2FD [e, 2F, D]: w1 is the first F
-    rows, w3 the other F. w2_eDF is [e, D, F]. Both may be in panels (`panels.py`): w13_e2FD each
-    half by itself.
+    has that order instead, and nothing is moved to make it. It may name some of the rows
+    (sum(counts_e) of them, each once): results of the others are left as they are in out_RD.
+    w13_e2FD [e, 2F, D]: w1 is the first F rows, w3 the other F. w2_eDF is [e, D, F]. Both may be in
+    panels (`panels.py`): w13_e2FD each half by itself.
     out_RD: where to write the result, x's shape and dtype, not x itself; a new tensor by default.
     """
     panels = in_panels(w13_e2FD)

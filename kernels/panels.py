@@ -12,6 +12,7 @@ import torch
 from engine.ops import native
 
 _MARK = "lockstep_in_panels"
+_PANEL = 16  # rows of a panel, as in csrc/kernels.h
 
 
 def to_panels(weight: torch.Tensor, stacked: int = 1) -> bool:
@@ -35,3 +36,20 @@ def to_panels(weight: torch.Tensor, stacked: int = 1) -> bool:
 def in_panels(weight: torch.Tensor) -> bool:
     """Whether `to_panels` has rearranged this tensor."""
     return getattr(weight, _MARK, False)
+
+
+def from_panels(weight: torch.Tensor, index: int, stacked: int = 1) -> torch.Tensor:
+    """Return a copy of one matrix [N, K] of weights [e, N, K] in its plain layout, whether the
+    weights are in panels or not.
+
+    stacked: as for `to_panels`.
+    """
+    plain = weight.detach()[index].clone()
+    if not in_panels(weight):
+        return plain
+    rows, depth = plain.shape[0] // stacked, plain.shape[1]
+    whole = rows // _PANEL * _PANEL
+    for part in plain.view(stacked, rows, depth):
+        panels = part[:whole].reshape(-1, depth, _PANEL).clone()
+        part[:whole] = panels.transpose(1, 2).reshape(whole, depth)
+    return plain

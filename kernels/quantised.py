@@ -278,4 +278,6 @@ def _in_panels(scale_eOG: torch.Tensor) -> torch.Tensor:
 def _by_column(scale_ePGN: torch.Tensor, weights: QuantisedWeights) -> torch.Tensor:
     """[e, P, G, N] as [e, O, I]: each scale for its columns."""
     scale_eOG = scale_ePGN.transpose(2, 3).flatten(1, 2)[:, : weights.outputs]
-    return scale_eOG.repeat_interleave(weights.group, dim=2)[:, :, : weights.inputs]
+    # Not repeat_interleave: where its sizes are not known it makes the host wait for a GPU.
+    scale_eOGg = scale_eOG.unsqueeze(-1).expand(-1, -1, -1, weights.group)
+    return scale_eOGg.flatten(2)[:, :, : weights.inputs]

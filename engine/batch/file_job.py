@@ -13,6 +13,7 @@ shards complete.
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from engine.batch.manifest import (
     finalize,
     finished_errors,
     make_manifest,
+    note_placement,
     output_rounds,
 )
 from engine.batch.on_rank_0 import describe, on_rank_0
@@ -48,6 +50,8 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.generation.tokenizer import has_tokenizer
 from engine.request import Completion
+
+logger = logging.getLogger(__name__)
 
 
 class FileJob:
@@ -161,6 +165,14 @@ class FileJob:
             if completion.error is not None and completion.error["line"] is None:
                 completion.error["line"] = self.lines.number_of(completion.index)
         self._writer.append(completions)
+
+    def note_placement(self, change: dict[str, Any]) -> None:
+        """Append a change of the copies of experts to the job's manifest; on rank 0."""
+        if self._ledger is not None:
+            try:
+                note_placement(self._ledger, change)
+            except OSError as error:  # it is a note: the records do not need it
+                logger.warning("the manifest cannot note a change of copies: %s", error)
 
     def close(self) -> None:
         """Close the input and this rank's ledger shard."""

@@ -19,7 +19,7 @@ from engine.batch.atomic_files import read_json, write_json
 from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
-from engine.config import CONTIGUOUS, Config, DispatchConfig
+from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.moe.placement.placement_file import digest, read_placement
 from engine.weights.fingerprint import changed_files, fingerprint
@@ -28,6 +28,8 @@ VERSION = 1
 
 # Where these differ, so do the files, and there is no need to list them.
 _MODEL = ("model.path", "model.tokenizer", "model.load_format")
+
+_PLACEMENTS = "placements"  # key of the changes of copies while the job ran
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,8 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch, and the placement, are included only where they are not the default, so
-    that ledgers that are older than these settings still resume. moe.overlap.by = tokens is left
+    Those of moe.dispatch, moe.shared_expert and the placement are left out where they have their
+    defaults, so that older ledgers still resume. moe.overlap.by = tokens is left
     out, though it may change results by rounding where the GEMM library picks its kernel by the
     number of rows.
     """
@@ -93,6 +95,8 @@ def result_settings(config: Config) -> dict[str, Any]:
         for key in ("dtype", "partial_sums")  # deduplicate changes no bit
         if getattr(dispatch, key) != getattr(default, key)
     }
+    if config.moe.shared_expert != MoEConfig().shared_expert:
+        tree["moe"]["shared_expert"] = config.moe.shared_expert
     if config.moe.placement != CONTIGUOUS:
         # What it says, not where it is: a copy of the file elsewhere is the same placement.
         tree["moe"]["placement"] = digest(read_placement(config.moe.placement))
@@ -257,12 +261,39 @@ def finalize(
     }
     if ledger.output_crc32 is not None:
         value["output_crc32"] = ledger.output_crc32
+    if placements := _placements(ledger):
+        value[_PLACEMENTS] = placements
     if rounds is None:
         rounds = rounds_of(_manifest(ledger.directory / "manifest.json"))
     if rounds:
         value[KEY] = finished(rounds)
     write_json(_job_file(ledger.output), value)
     ledger.remove()
+
+
+def note_placement(ledger: Ledger, change: dict[str, Any]) -> None:
+    """Append a change of the copies to the manifest of an unfinished job.
+
+    A run that resumes begins with the placement file again; the list tells what computed the
+    records before.
+
+    Args:
+        ledger: of the output.
+        change: JSON-ready.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    path = ledger.directory / "manifest.json"
+    if isinstance(manifest := _manifest(path), dict):
+        write_json(path, {**manifest, _PLACEMENTS: [*_placements(ledger), change]})
+
+
+def _placements(ledger: Ledger) -> list[dict[str, Any]]:
+    """Return the changes of copies that an unfinished job has noted."""
+    manifest = _manifest(ledger.directory / "manifest.json")
+    found = manifest.get(_PLACEMENTS) if isinstance(manifest, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _is_due(retry: RetryRequest, of_output: dict[str, Any], of_ledger: Any) -> bool:

@@ -224,6 +224,8 @@ def _generate(
     from engine.llm import LLM  # the model code, which a job that is refused never needs
 
     llm = LLM(config, topology, reporter)
+    if isinstance(job, FileJob) and topology.world.rank == 0:
+        llm.on_replan = job.note_placement
     parse = LineParser(
         sampling=config.sampling,
         tokenizer=llm.tokenizer,

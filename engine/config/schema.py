@@ -214,6 +214,9 @@ class MoEConfig:
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     copies: CopiesConfig = field(default_factory=CopiesConfig)
+    shared_expert: Literal["replicated", "balanced"] = "replicated"  # replicated: each rank
+    # computes its own tokens; balanced: a token may have it computed where another of its experts
+    # is, if that rank has less to do; needs moe.dispatch.partial_sums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -388,11 +391,32 @@ def _combination_problems(config: Config) -> Iterator[str]:
             "moe.dispatch.partial_sums = True: sums the rows that a token has on one rank, which "
             "needs moe.dispatch.deduplicate = true"
         )
+    if config.moe.shared_expert == "balanced":
+        if not config.moe.dispatch.partial_sums:
+            yield (
+                "moe.shared_expert = 'balanced': adds the shared expert to the sums that ranks "
+                "return, which needs moe.dispatch.partial_sums = true"
+            )
+        if capacity.policy == "expanded_drop":
+            yield (
+                "moe.shared_expert = 'balanced': moe.capacity.policy = expanded_drop adds rows of "
+                "which other ranks do not know; use replicated, or token_drop"
+            )
     if config.moe.overlap.two_batch and capacity.policy != "none":
         yield (
             "moe.overlap.two_batch = True: the two micro-batches of a step cannot share one expert "
             f"capacity, and moe.capacity.policy is {capacity.policy}; use none, or "
             "moe.overlap.chunks instead"
+        )
+    if config.moe.copies.replan != "off" and config.moe.placement == CONTIGUOUS:
+        yield (
+            f"moe.copies.replan = {config.moe.copies.replan}: changes the copies of a placement, "
+            "and moe.placement is contiguous; name a file with copies, or set replan to off"
+        )
+    if config.moe.copies.replan != "off" and config.profiler.spans is not None:
+        yield (
+            f"moe.copies.replan = {config.moe.copies.replan}: span files name the experts of a "
+            "rank once, so profiler.spans must be null; record profiler.routing instead"
         )
     if scheduler.kv_cache_gib is not None and scheduler.kv_cache_blocks is not None:
         yield (

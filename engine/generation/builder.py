@@ -24,6 +24,7 @@ from engine.generation.memory import MoEShape, num_kv_blocks, row_bound
 from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
+from engine.layers.mlp import DenseMLP
 from engine.models.decoder import CausalLM
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
@@ -135,6 +136,7 @@ def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
         device=topology.device,
         local_world_size=topology.local_world_size,
+        copy_bytes=sum(layer.experts.copy_bytes for layer in model.moe_layers),
     )
 
 
@@ -231,6 +233,12 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     dtype = model.embedding_VD.dtype
     is_cuda = topology.device.type == "cuda"
     needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
+    if config.moe.shared_expert == "balanced" and isinstance(layer.shared, DenseMLP):
+        # Of shared rows from other ranks: three buffers, and what their inner activations take more
+        # than those of experts. A rank that takes some has less to do than the most loaded one, so
+        # it has at most the room of that rank's own tokens more.
+        widths = shape.hidden + layer.shared.ffn
+        needed += limits.max_batch_tokens * 3 * widths * dtype.itemsize
     for each in model.moe_layers:
         each.row_limit = bound.received if bound.has_rounds else None
     if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen

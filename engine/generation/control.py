@@ -46,6 +46,7 @@ class ControlMessage:
     stop_now: bool = False  # stop without finishing the running requests
     time_per_row: int = 0  # of this rank's experts, picoseconds; 0: unknown
     tokens_read: int = 0  # tokens whose final hidden state is read
+    replan: int = 0  # what this rank has ready for a change of copies (`replanner.py`)
 
 
 _NUM_FIELDS = len(fields(ControlMessage))

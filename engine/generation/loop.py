@@ -30,6 +30,7 @@ from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.moe_step import build_moe_step, capacity_uses, count_eligible
+from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
 from engine.generation.runner import Hidden, Runner
 from engine.generation.sampler import NonFiniteLogitsError, sample, token_logprobs
@@ -94,6 +95,7 @@ class GenerationLoop:
         top_k: list[int],
         capacity_phases: Collection[RequestPhase] = (),
         copies: CopiesUse | None = None,
+        replanner: Replanner | None = None,
     ) -> None:
         """Build the loop of one run.
 
@@ -104,7 +106,9 @@ class GenerationLoop:
             capacity_phases: the phases whose tokens are subject to expert capacity; empty without a
                 capacity policy.
             copies: when experts' copies take rows; None: there are none.
+            replanner: changes the copies as the job runs; None: they stay.
         """
+        self._replanner = replanner
         self.totals = Totals()
         self._step_profiler = step_profiler
         self._runner = runner
@@ -157,6 +161,8 @@ class GenerationLoop:
                 break
             if any(message.stop_now for message in messages) or (stop_signal and not has_work):
                 raise Stopped(stop_signal)
+            if self._replanner is not None:
+                self._replanner.advance(messages, loads)
             if has_work:  # else the lines taken have all failed
                 self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
@@ -240,6 +246,7 @@ class GenerationLoop:
             stop_now=stop.now,
             time_per_row=self._step_profiler.read(),
             tokens_read=step.num_read * leads,
+            replan=0 if self._replanner is None else self._replanner.stage,
         )
         self.totals.tokens_prefill += message.tokens_prefill
         self.totals.tokens_decode += message.tokens_decode

@@ -26,6 +26,13 @@ sends K rows per token and, with Expanded Drop, the extras of its own experts. F
           + received * D                   on CUDA, where the experts return a tensor of their own
           + sent * D                       where there may be rounds, whose results are collected
 
+Copies of experts (moe.placement) take memory before the cache does: their weights are allocated
+with the others, and what is free is read after them, so they need no term here. Low-bit copies are
+read in the model's precision; once all weights are loaded they are quantised layer by layer and
+those in the model's precision freed, before anything is measured. Until then a rank needs room for
+all its copies in the model's precision. e counts homes and copies. The report has the bytes of
+every rank's copies (`ranks[].placement`).
+
 Legend: T tokens per step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
 rank, D model dim, F expert dim.
 """
@@ -135,12 +142,16 @@ def num_kv_blocks(
     reserve_bytes: int,
     device: torch.device,
     local_world_size: int,
+    copy_bytes: int = 0,
 ) -> int:
     """Return the number of KV cache blocks of this rank.
 
     By scheduler.kv_cache_blocks or scheduler.kv_cache_gib if set; otherwise what max_sequences
     sequences of `max_model_len` tokens need, within the free memory of the device less
     `reserve_bytes`.
+
+    Args:
+        copy_bytes: memory that copies of experts have taken, named where none is left.
 
     Raises:
         ValueError: when not even one block fits, or fewer than the settings ask for.
@@ -164,11 +175,15 @@ def num_kv_blocks(
     fits = (free - reserve_bytes) // bytes_per_block
     if fits < 1:
         place = f"{device} (limited by {limit})" if limit else f"{device}"
+        copies, fewer = "", ""
+        if copy_bytes:
+            copies = f", copies of experts have taken {copy_bytes / _GIB:.2f} GiB"
+            fewer = "plan fewer copies or int4 ones for moe.placement, "
         raise ValueError(
             f"scheduler.kv_cache_gib: no memory is left for a KV cache on {place}: "
-            f"{free / _GIB:.2f} GiB are free and {reserve_bytes / _GIB:.2f} GiB are kept for the "
-            "MoE layer's worst case; lower scheduler.max_batch_tokens, use more ranks, or set "
-            "scheduler.kv_cache_gib"
+            f"{free / _GIB:.2f} GiB are free{copies} and {reserve_bytes / _GIB:.2f} GiB are kept "
+            f"for the MoE layer's worst case; {fewer}lower scheduler.max_batch_tokens, use more "
+            "ranks, or set scheduler.kv_cache_gib"
         )
     return min(wanted, fits)
 

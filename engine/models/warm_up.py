@@ -1,8 +1,9 @@
 """Warm-up: two small steps through the whole model on CUDA, before the KV cache takes what is left.
 
 They compile Triton's kernels, and let cuBLAS and NCCL allocate the workspaces and channels that
-they make at their first call. Otherwise the cache would take that memory first, and ranks would
-stop for a compilation while the others wait for them. On the CPU nothing runs.
+they make at their first call. What deals rows to copies runs besides. Otherwise the cache would
+take that memory first, and ranks would stop for a compilation while the others wait for them. On
+the CPU nothing runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from engine.distributed.groups import Topology
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM, GroupTokens
+from engine.moe.placement.instances import Instances
+from engine.ops.deal import deal_claims, deal_rows, list_claims, parts_of_list
+from engine.ops.order_claims import order_claims
+from engine.ops.sort_by_expert import sort_by_expert
 from engine.ops.to_device import to_device
 from engine.profiling.telemetry import Telemetry
 
@@ -48,12 +53,29 @@ def warm_up(model: CausalLM, topology: Topology, block_size: int) -> None:
         tokens = _SEQUENCES * (end - start) * num_data
         hidden_RD = model(step, cache, None, GroupTokens(tokens, _SEQUENCES * num_data))
         model.logits(hidden_RD)
+    for moe in model.moe_layers:
+        if moe.instances.has_copies:
+            _deal(moe.instances, device)
     torch.cuda.synchronize(device)  # SYNC: before the first step; the memory is measured next
     del cache, step, hidden_RD
     torch.cuda.empty_cache()  # what torch keeps for itself would count as taken
     model.set_telemetry(telemetry)
     for layer in model.moe_layers:
         layer.layout_policy.reset()  # the tuner's times are of a compilation
+
+
+def _deal(instances: Instances, device: torch.device) -> None:
+    """Run what deals rows to copies: a step does it only where rows have to move."""
+    code_WB = torch.zeros(instances.num_ranks, 2, dtype=torch.int64, device=device)
+    words, num_experts = [code_WB.int()] * 3, instances.num_experts
+    order_M = order_claims(words)
+    listed = list_claims(code_WB, order_M, code_WB[:, :1], num_experts)
+    place_M1 = parts_of_list(listed, instances.num_ranks, num_experts)[1]
+    _, slot_M1, _ = sort_by_expert(place_M1, num_experts)
+    hosts_EH1 = instances.host_table(device)
+    ends_EH = torch.zeros_like(hosts_EH1[:, 1:], memory_format=torch.contiguous_format)
+    deal_rows(code_WB, code_WB, ends_EH, hosts_EH1)
+    deal_claims(code_WB, order_M, slot_M1, ends_EH, hosts_EH1, instances.num_instances)
 
 
 def _step(

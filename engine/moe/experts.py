@@ -56,6 +56,8 @@ class ExpertsBackend(Protocol):
     """
 
     name: str
+    takes_some_rows: bool  # index_R may name some of the rows; results of the others are left as
+    # they are in out_RD
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the backend's own layout, in place, where it has one."""
@@ -83,6 +85,7 @@ class TorchExperts:
     """engine.ops.grouped_ffn: native on CPU in float32, else one expert after the other."""
 
     name = "torch"
+    takes_some_rows = True
 
     def __init__(self, weights: ExpertWeights) -> None:
         self._weights = weights
@@ -105,6 +108,8 @@ class TorchExperts:
 
 class _GroupedExperts(ExpertsBackend):
     """A backend that needs the rows grouped by expert. The weights stay as loaded."""
+
+    takes_some_rows = False
 
     def __call__(
         self,

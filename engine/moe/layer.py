@@ -16,7 +16,8 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
     7. combine   all-to-all back, then each token sums its experts' rows    pipeline.py
                  by weight, k = 0 .. K - 1, then its extras
     8. shared    the shared expert, if there is one, is added (it ran
-                 during step 3); a tensor group gathers its tokens
+                 during step 3, or where it is balanced during steps 5
+                 and 6); a tensor group gathers its tokens            shared_rows.py
 
 Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads.
 
@@ -56,6 +57,7 @@ from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.dispatch.rounds import Round, plan_rounds
 from engine.moe.dispatch.row_format import RowFormats
+from engine.moe.dispatch.shared_rows import SharedWork, shared_rows
 from engine.moe.dispatch.two_batch import Steps, run_to_end
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.instances import Instances
@@ -89,7 +91,7 @@ class MoELayer(nn.Module):
         topology: the groups of this rank.
         config: moe.
         device, dtype: of the weights.
-        shared: the shared expert.
+        shared: the shared expert; a DenseMLP where moe.shared_expert is balanced.
         row_buffers: shared by the layers of a model.
         tuner: shared by the layers of a model, for moe.overlap.chunks: auto.
         exchange: the all-to-alls; by default those of `topology.expert`.
@@ -99,7 +101,8 @@ class MoELayer(nn.Module):
     Weights are allocated uninitialised.
 
     Raises:
-        ValueError: more expert-parallel ranks than experts, or a backend that cannot run here.
+        ValueError: more expert-parallel ranks than experts, a backend that cannot run here, or
+            moe.shared_expert is balanced and there is none.
     """
 
     gate_weight_ED: nn.Parameter  # model dtype
@@ -135,21 +138,22 @@ class MoELayer(nn.Module):
         self.layer = layer
         self.telemetry = Telemetry()
         self.row_buffers = row_buffers or RowBuffers()
-        self.instances = instances = Instances(
-            placement or LayerPlacement.contiguous(num_experts, group.size), group.size
-        )
-        self.local_experts = instances.local_experts(group.rank)  # of this rank's instances
-        self._split = None
-        if instances.has_copies:
-            copies = config.copies
-            rule = SplitRule(precision != "model", copies.target, copies.min_rows)
-            self._split = RowSplit(instances, rule)
         self._group = group
+        copies = config.copies
+        self._split_rule = SplitRule(precision != "model", copies.target, copies.min_rows)
+        instances = self._use(
+            Instances(placement or LayerPlacement.contiguous(num_experts, group.size), group.size)
+        )
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
         self.layout_policy = LayoutPolicy(
-            instances.first_instances, spec.router.top_k, rows, config, group.link
+            instances.first_instances,
+            spec.router.top_k,
+            rows,
+            config,
+            group.link,
+            shared_rows(config, shared, spec.ffn, group.rank),
         )
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
@@ -174,11 +178,25 @@ class MoELayer(nn.Module):
         )
         self.shared = shared
         self._pipelines = [  # one per micro-batch
-            Pipeline(exchange, self.experts, buffers, layer)
+            Pipeline(exchange, self.experts, buffers, layer, shared)
             for buffers in (self.row_buffers, self.row_buffers.second)
         ]
         self._stats = LayerStats(layer, instances, group.rank)
         self.set_capacity(config.capacity)
+
+    def set_instances(self, instances: Instances) -> None:
+        """Use other copies, between steps and alike on every rank; their weights are in place.
+
+        Homes stay, and every rank has as many copies as before.
+        """
+        self._stats.instances = self._use(instances)
+        self.set_capacity(self._agreement.config)
+
+    def _use(self, instances: Instances) -> Instances:
+        self.instances = instances
+        self.local_experts = instances.local_experts(self._group.rank)  # of this rank's instances
+        self._split = RowSplit(instances, self._split_rule) if instances.has_copies else None
+        return instances
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""
@@ -223,6 +241,8 @@ class MoELayer(nn.Module):
 
         Layers that share row buffers need it once.
         """
+        if self.layout_policy.moves_shared:  # at most one per token of the largest rank more
+            received_rows += -(-send_rows // self.spec.router.top_k)
         sizes = self.layout_policy.buffer_sizes(send_rows, received_rows)
         self.row_buffers.reserve(sizes, self.gate_weight_ED.device)
 
@@ -233,6 +253,11 @@ class MoELayer(nn.Module):
             ValueError: settings that this model or number of ranks cannot honour.
         """
         router = self.spec.router
+        if self.layout_policy.moves_shared and config.policy == "expanded_drop":
+            raise ValueError(
+                "moe.shared_expert = balanced: moe.capacity.policy = expanded_drop adds rows of "
+                "which other ranks do not know; use replicated"
+            )
         validate_capacity(
             config,
             num_experts=router.num_experts,
@@ -288,10 +313,7 @@ class MoELayer(nn.Module):
         x_tD = self._token_shard.scatter(x_TD)
         clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
         routing = self.route(x_tD)
-        shared_out: list[torch.Tensor] = []
-        overlap = None
-        if (module := self.shared) is not None:
-            overlap = lambda: shared_out.append(module(x_tD))  # noqa: E731
+        shared = None if self.shared is None else SharedWork(self.shared, x_tD)
         trial = Trial(1)
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
@@ -302,13 +324,21 @@ class MoELayer(nn.Module):
         on_order = None
         if layout.sends_plain_rows and not self._agreement.adds_extras:
             on_order = partial(pipeline.pack, x_tD, clock)
+        # Which shared rows stay follows from the counts, where some may move.
+        early, late = (None if shared is None else shared.run), None
+        if layout.moves_shared:
+            early, late = None, early
         decision, plans = self.agree(
-            routing, step, overlap, layout, micro_batch, on_order, uses_copies
+            routing, step, early, layout, micro_batch, on_order, uses_copies
         )
         with trial:
             terms = plans[0].terms(decision.weights_TM)
+            moves = plans[0].shared_moves
             if rounds := self._plan_rounds(decision, layout, group_tokens, micro_batch):
+                moves = None
                 terms = decision.order.slot_TK, decision.weights_TM
+                if late is not None:
+                    late()
                 rows_SD = pipeline.rounds(x_tD, decision.weights_TM, rounds, clock)
             else:
                 rows_SD = yield from pipeline.steps(
@@ -318,11 +348,15 @@ class MoELayer(nn.Module):
                     clock,
                     yields=micro_batch is not None,
                     packed=on_order is not None,
+                    meanwhile=None if late is None else partial(late, moves),
                 )
+            if self.layout_policy.moves_shared:
+                moved = 0 if moves is None else moves.num_moved_all
+                self.telemetry.loads.add_shared(self.layer, moved)
             clock.enter(Phase.PLAN, self.layer)
             out_tD = combine_rows(rows_SD, *terms)
-        if shared_out:
-            out_tD = out_tD + shared_out[0]
+        if shared is not None:
+            out_tD = shared.add_to(out_tD)
         out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
@@ -376,10 +410,10 @@ class MoELayer(nn.Module):
         if layout is None:
             costs_exchange = self._agreement.costs_exchange(step)
             layout = self.layout_policy.choose(None, costs_exchange=costs_exchange)
-        clock, agreement = self.telemetry.clock, self._agreement
+        clock, agreement, instances = self.telemetry.clock, self._agreement, self.instances
         if step is not None and agreement.applies(step):
             decision = agreement.decide(
-                self._in_home_order(routing, with_scores=True),
+                self._in_home_order(routing),
                 step,
                 clock=clock,
                 overlap=overlap,
@@ -387,8 +421,12 @@ class MoELayer(nn.Module):
                 on_order=on_order,
             )
         else:
+            at_home = routing
+            if instances.has_copies or not instances.has_contiguous_homes:
+                homes_TK = instances.homes(routing.topk_ids_TK)
+                at_home = Routing(routing.scores_TE, homes_TK, routing.topk_weights_TK)
             decision = agreement.keep_all(
-                self._in_home_order(routing),
+                at_home,
                 clock=clock,
                 overlap=overlap,
                 layout=layout,
@@ -399,16 +437,16 @@ class MoELayer(nn.Module):
         self._stats.add(self.telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans
 
-    def _in_home_order(self, routing: Routing, *, with_scores: bool = False) -> Routing:
+    def _in_home_order(self, routing: Routing) -> Routing:
         """Return a routing with experts in home order."""
         instances = self.instances
         if instances.has_contiguous_homes:
             return routing
-        scores_TE = routing.scores_TE
-        if with_scores:
-            scores_TE = instances.experts_in_home_order(scores_TE)
-        places_TK = instances.to_home_order(routing.topk_ids_TK)
-        return Routing(scores_TE, places_TK, routing.topk_weights_TK)
+        return Routing(
+            instances.experts_in_home_order(routing.scores_TE),
+            instances.to_home_order(routing.topk_ids_TK),
+            routing.topk_weights_TK,
+        )
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -15,7 +15,12 @@ from torch import nn
 from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
 from engine.moe.placement.placement import Precision
 from engine.ops.permute import gather_rows
-from engine.ops.quantised import QuantisedWeights, grouped_ffn_quantised, quantise
+from engine.ops.quantised import (
+    QuantisedWeights,
+    grouped_ffn_quantised,
+    num_bytes,
+    quantise,
+)
 
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 _GROUP = 32  # input columns that share a scale
@@ -35,6 +40,7 @@ class LocalExperts(nn.Module):
     Weights are allocated uninitialised.
     """
 
+    takes_some_rows: bool = False
     stacked: ExpertWeights  # of the homes, and of copies in the model's precision
     loading: ExpertWeights | None  # of low-bit copies, until they are quantised
 
@@ -51,25 +57,37 @@ class LocalExperts(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._bits = _BITS.get(precision) if num_copies else None
-        self.num_homes = num_homes
-        self.num_stacked = num_homes + (num_copies if self._bits is None else 0)
+        self.bits = _BITS.get(precision)  # of low-bit copies, on this rank or others
+        self.group = _GROUP
+        self.num_homes, self.num_copies = num_homes, num_copies
+        self._shape = hidden, ffn
+        self.num_stacked = num_homes + (num_copies if self.bits is None else 0)
         self.stacked = ExpertWeights(self.num_stacked, hidden, ffn, device, dtype)
         self.loading = None
-        if self._bits is not None:
+        if self.bits is not None and num_copies:
             self.loading = ExpertWeights(num_copies, hidden, ffn, device, dtype)
-        self._low_bit: tuple[QuantisedWeights, QuantisedWeights] | None = None
+        self.low_bit: tuple[QuantisedWeights, QuantisedWeights] | None = None
         self._run: ExpertsBackend = make_backend(backend, self.stacked)
         self.name = self._run.name  # the backend in use
 
     @property
     def copy_bytes(self) -> int:
         """Bytes of the copies' weights."""
-        if self._low_bit is not None:
-            return sum(each.num_bytes for each in self._low_bit)
+        if self.low_bit is not None:
+            return sum(each.num_bytes for each in self.low_bit)
         weights = (self.stacked.w13_e2FD, self.stacked.w2_eDF)
         each = sum(weight[0].numel() * weight.element_size() for weight in weights)
         return each * (self.num_stacked - self.num_homes)
+
+    @property
+    def copy_size(self) -> int:
+        """Bytes of one copy's weights, of this precision, wherever it is."""
+        hidden, ffn = self._shape
+        if self.bits is None:
+            return 3 * hidden * ffn * self.stacked.w13_e2FD.element_size()
+        return num_bytes(1, 2 * ffn, hidden, self.bits, self.group) + num_bytes(
+            1, hidden, ffn, self.bits, self.group
+        )
 
     def weights_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights to load of an instance: w13 [2F, D] and w2 [D, F], as views."""
@@ -82,10 +100,10 @@ class LocalExperts(nn.Module):
     def finalize_weights(self) -> None:
         """Change the loaded weights to the backend's layout in place, and quantise copies."""
         self._run.finalize_weights()
-        if self.loading is not None and self._bits is not None:
-            self._low_bit = (
-                quantise(self.loading.w13_e2FD, self._bits, _GROUP),
-                quantise(self.loading.w2_eDF, self._bits, _GROUP),
+        if self.loading is not None and self.bits is not None:
+            self.low_bit = (
+                quantise(self.loading.w13_e2FD, self.bits, _GROUP),
+                quantise(self.loading.w2_eDF, self.bits, _GROUP),
             )
             self.loading = None
 
@@ -100,32 +118,43 @@ class LocalExperts(nn.Module):
         counts_h, counts_c = expert_counts[: self.num_stacked], expert_counts[self.num_stacked :]
         if not any(counts_c):
             return self._run(rows_RD, counts_h, out_RD, index_R)
-        assert self._low_bit is not None, "finalize_weights quantises the copies"
-        if index_R is not None:
-            grouped_RD = gather_rows(rows_RD, index_R, torch.empty_like(rows_RD))
-            grouped_RD = self._both(grouped_RD, counts_h, counts_c)
-            out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
-            return out_RD.index_copy_(0, index_R, grouped_RD)
-        return self._both(rows_RD, counts_h, counts_c, out_RD)
+        split = sum(counts_h)
+        out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+        if index_R is None:
+            return self._run_grouped(rows_RD, counts_h, counts_c, out_RD)
+        if self._run.takes_some_rows:
+            self._run(rows_RD, counts_h, out_RD, index_R[:split])
+            return self._run_copies(rows_RD, counts_c, out_RD, index_R[split:])
+        grouped_RD = gather_rows(rows_RD, index_R, torch.empty_like(rows_RD))
+        out_RD.index_copy_(0, index_R[:split], self._run(grouped_RD[:split], counts_h))
+        copied_RD = self._run_copies(grouped_RD[split:], counts_c)
+        return out_RD.index_copy_(0, index_R[split:], copied_RD)
 
-    def _both(
+    def _run_grouped(
         self,
         rows_RD: torch.Tensor,
         counts_h: list[int],
         counts_c: list[int],
-        out_RD: torch.Tensor | None = None,
+        out_RD: torch.Tensor,
     ) -> torch.Tensor:
-        """Run homes and low-bit copies on grouped rows."""
-        assert self._low_bit is not None
-        out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
+        """Run homes and low-bit copies on grouped rows; return out_RD."""
         split = sum(counts_h)
-        parts = (
-            self._run(rows_RD[:split], counts_h, out_RD[:split]),
-            grouped_ffn_quantised(rows_RD[split:], *self._low_bit, counts_c, out_RD[split:]),
-        )
-        for part, target in zip(parts, (out_RD[:split], out_RD[split:]), strict=True):
-            if part.data_ptr() != target.data_ptr():  # a backend may return a tensor of its own
-                target.copy_(part)
+        target_RD = out_RD[:split]
+        made_RD = self._run(rows_RD[:split], counts_h, target_RD)
+        if made_RD.data_ptr() != target_RD.data_ptr():  # a backend may return a tensor of its own
+            target_RD.copy_(made_RD)
+        self._run_copies(rows_RD[split:], counts_c, out_RD[split:])
         return out_RD
+
+    def _run_copies(
+        self,
+        rows_RD: torch.Tensor,
+        counts_c: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run low-bit copies; the same arguments as those of `ExpertsBackend.__call__`."""
+        assert self.low_bit is not None, "finalize_weights quantises the copies"
+        return grouped_ffn_quantised(rows_RD, *self.low_bit, counts_c, out_RD, index_R)
 
     __call__ = forward  # pyright: ignore[reportAssignmentType]

@@ -35,11 +35,21 @@ class LayerStats:
 
     def __init__(self, layer: int, instances: Instances, rank: int) -> None:
         self.drops = DropStats()
-        self._layer, self._instances = layer, instances
-        self._bounds = list(pairwise(instances.first_homes))
-        self._own_experts = instances.local_experts(rank)
+        self._layer, self._rank = layer, rank
+        self.instances = instances
         # Of a step's first micro-batch, until the second's are added.
         self._held: tuple[np.ndarray, list[DispatchPlan]] | None = None
+
+    @property
+    def instances(self) -> Instances:
+        """The layer's."""
+        return self._instances
+
+    @instances.setter
+    def instances(self, instances: Instances) -> None:
+        self._instances = instances
+        self._bounds = list(pairwise(instances.first_homes))
+        self._own_experts = instances.local_experts(self._rank)
 
     def add(
         self,

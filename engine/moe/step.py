@@ -26,7 +26,7 @@ class TokenCounts:
     @classmethod
     def zeros(cls, num_tokens: int, device: torch.device) -> TokenCounts:
         """Return counts of zero."""
-        return cls(*(torch.zeros(num_tokens, device=device) for _ in range(5)))
+        return cls(*torch.zeros(5, num_tokens, device=device).unbind(0))
 
     def stack(self) -> torch.Tensor:
         """Return float32 [T, 5]: dropped, added, mass, mass kept, copied."""

@@ -35,21 +35,26 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class HotExpert:
-    """The expert with the most rows over its layer's mean among one rank's experts."""
+    """The expert of which one rank computed the most rows over its layer's mean expert."""
 
     layer: int
     expert: int
     over_mean: float
+    is_copy: bool = False  # whether the rank has a copy of it, and its home is elsewhere
 
 
 def findings(
-    analysis: Analysis, hottest: dict[int, HotExpert], policy: str = "none"
+    analysis: Analysis,
+    hottest: dict[int, HotExpert],
+    policy: str = "none",
+    has_copies: bool = False,
 ) -> list[Finding]:
     """Return the findings about one group, the costliest first; [] where the profiler was off.
 
     Args:
         hottest: rank -> its hottest expert, after capacity.
         policy: moe.capacity.policy of the run.
+        has_copies: whether its placement has copies of experts.
     """
     if not analysis.seconds and len(analysis.ranks) > 1:
         return []  # nothing was timed
@@ -61,7 +66,7 @@ def findings(
     found = [
         each
         for each in (
-            _load(analysis, hottest, policy),
+            _load(analysis, hottest, _balance_advice(policy, has_copies)),
             _tokens(analysis),
             *(_device(analysis, rank) for rank in analysis.ranks),
             *(_host(analysis, rank) for rank in analysis.ranks),
@@ -117,15 +122,24 @@ def _main_rank(analysis: Analysis, cause: str) -> RankAttribution | None:
     return worst if worst.wait_caused[cause] >= _MAJORITY * analysis.wait_caused[cause] else None
 
 
-def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Finding | None:
-    share = analysis.share("load")
-    if not _is_significant(analysis, share):
-        return None
-    advice = (
+def _balance_advice(policy: str, has_copies: bool) -> str:
+    """Return what helps against unequal loads: copies of experts, or else capacity."""
+    copies = "more copies, planned for" if has_copies else "copies of hot experts, planned from"
+    capacity = (
         "moe.capacity.policy = token_drop with scope = rank bounds it"
         if policy == "none"
         else "a smaller moe.capacity.factor bounds it further"
     )
+    return (
+        f"{copies} a recording of these loads (profiler.routing, then tools/plan_placement.py), "
+        f"balance it; or {capacity}"
+    )
+
+
+def _load(analysis: Analysis, hottest: dict[int, HotExpert], advice: str) -> Finding | None:
+    share = analysis.share("load")
+    if not _is_significant(analysis, share):
+        return None
     worst = _main_rank(analysis, "load")
     if worst is None or worst.relative_load < 1.02:
         layer = max(range(len(analysis.layers)), key=analysis.layers.__getitem__)
@@ -140,7 +154,8 @@ def _load(analysis: Analysis, hottest: dict[int, HotExpert], policy: str) -> Fin
     )
     hot = hottest.get(worst.rank)
     if hot is not None:
-        text += f" (layer {hot.layer}, expert {hot.expert} alone {hot.over_mean:.1f}x)"
+        which = f"its copy of expert {hot.expert}" if hot.is_copy else f"expert {hot.expert}"
+        text += f" (layer {hot.layer}, {which} alone {hot.over_mean:.1f}x)"
     return Finding(f"{text}; {advice}", "load", [worst.rank], share, hot.layer if hot else None)
 
 

@@ -31,6 +31,14 @@ class LayerLoad:
     mean_after: float = 0.0
     slowest_time: float = 0.0  # slowest_after with each rank's rows times its time per row
 
+    def add_after(self, own_experts: list[int], own_after: list[int]) -> None:
+        """Add rows after copies have changed: those of an expert that is new come last."""
+        if new := [expert for expert in own_experts if expert not in self.own_experts]:
+            self.own_experts = [*self.own_experts, *new]
+            self.own_after = np.append(self.own_after, np.zeros(len(new), dtype=np.int64))
+        places = [self.own_experts.index(expert) for expert in own_experts]
+        self.own_after[places] += own_after
+
     @property
     def max_over_mean(self) -> float:
         """Rows of the most loaded rank over the mean rank before capacity, weighted by rows.
@@ -43,6 +51,18 @@ class LayerLoad:
     def max_over_mean_after(self) -> float:
         """Return the same after capacity."""
         return self.slowest_after / self.mean_after if self.mean_after else 1.0
+
+    @property
+    def share(self) -> float:
+        """Share of perfect balance: the mean rank's rows before capacity over those of the most
+        loaded rank, every expert at its home.
+        """
+        return self.mean / self.slowest if self.slowest else 1.0
+
+    @property
+    def share_after(self) -> float:
+        """Return the same with the most loaded rank's rows after capacity and the split."""
+        return self.mean / self.slowest_after if self.slowest_after else 1.0
 
 
 @dataclass(slots=True)
@@ -75,6 +95,8 @@ class LoadCounter:
 
     layers: dict[int, LayerLoad] = field(default_factory=dict)
     step: StepLoads | None = None  # the loads of the current step, where it is a dict
+    # Layer -> rows of the shared expert that moved, of all ranks; empty where none may.
+    shared_moved: dict[int, int] = field(default_factory=dict)
     row_times_W: np.ndarray | None = None  # float64, of each rank as planned; None: 1 for all
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
@@ -104,7 +126,10 @@ class LoadCounter:
                 np.zeros_like(before_E), np.zeros(len(own_after), dtype=np.int64), own_experts
             )
         totals.experts += before_E
-        totals.own_after += own_after
+        if own_experts == totals.own_experts:
+            totals.own_after += own_after
+        else:
+            totals.add_after(own_experts, own_after)
         self._rows[layer] = sum(own_after)
         if self.step is not None:
             self.step[layer] = (before_E, own_after)
@@ -113,6 +138,10 @@ class LoadCounter:
         totals.mean += mean
         self._step_slowest += slowest
         self._step_mean += mean
+
+    def add_shared(self, layer: int, num_moved: int) -> None:
+        """Add the rows of the shared expert that moved between ranks in one call."""
+        self.shared_moved[layer] = self.shared_moved.get(layer, 0) + num_moved
 
     def take_rows(self) -> list[int]:
         """Return and reset the rows of this rank's experts in each layer of the last step.
@@ -136,6 +165,7 @@ class LoadCounter:
     def clear(self) -> None:
         """Reset all counts."""
         self.layers.clear()
+        self.shared_moved.clear()
         self._rows.clear()
         self._step_slowest = self._step_mean = 0.0
 
@@ -154,6 +184,16 @@ class LoadCounter:
         """Return the same after capacity."""
         mean = sum(load.mean_after for load in self.layers.values())
         return sum(load.slowest_after for load in self.layers.values()) / mean if mean else 1.0
+
+    def share(self) -> float:
+        """Return `LayerLoad.share` over all layers."""
+        value = self.max_over_mean()
+        return 1 / value if value else 1.0
+
+    def share_after(self) -> float:
+        """Return `LayerLoad.share_after` over all layers."""
+        after = sum(load.slowest_after for load in self.layers.values())
+        return sum(load.mean for load in self.layers.values()) / after if after else 1.0
 
     def speed_bound(self) -> float:
         """Return the most loaded rank's rows before capacity over after it, all layers and steps.

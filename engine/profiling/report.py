@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from engine.profiling.cost_model import ExpertCost
 from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.findings import Finding
 
@@ -40,12 +41,37 @@ class PhaseReport:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertCost:
-    """What the calls of one rank's experts cost, by size, ascending; see `cost_model.py`."""
+class RankPlacement:
+    """The copies of one rank, in a run with moe.placement."""
 
-    calls: list[int]
-    rows: list[float]  # of a mean call
-    seconds: list[float]  # of a mean call
+    copied_rows: int  # that its copies computed
+    copy_bytes: int  # memory of their weights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlacementReport:
+    """The copies of one MoE layer; see `RunPlacement` for the shares."""
+
+    copied_rows: int  # that copies computed
+    expert_copied_rows: list[int]  # the same by expert
+    share: float
+    share_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlacement:
+    """The placement of a run, and what its copies did in one expert-parallel group.
+
+    A share of perfect balance is the mean rank's rows before capacity over the most loaded rank's.
+    """
+
+    file: str  # moe.placement
+    digest: str  # equal for equal placements
+    precision: str  # of copies
+    copies: int  # of all layers
+    copied_rows: int  # that copies computed
+    share: float  # if every expert's rows were at its home, over all layers
+    share_after: float  # as run: after capacity and the split over copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +96,7 @@ class RankReport:
     # setting -> value, of the settings that the engine may choose
     resolved_settings: dict[str, Any] = field(default_factory=dict)
     process_stall_seconds: float = 0.0  # time in which its process did not run
+    placement: RankPlacement | None = None  # None: without moe.placement
     expert_cost: ExpertCost | None = None  # None: no call was timed
 
 
@@ -98,6 +125,10 @@ class LayerReport:
     wait: float = 0.0  # seconds that a mean rank waited for stragglers in this layer
     # cause -> seconds of a mean rank in this layer; network: of transfer
     wait_by_cause: dict[str, float] = field(default_factory=dict)
+    # Rows of the shared expert that another rank than their token's computed, over all ranks of the
+    # group; None: moe.shared_expert is replicated, and report.json has no such key.
+    shared_rows_moved: int | None = None
+    placement: LayerPlacementReport | None = None  # None: the layer has no copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +199,8 @@ class RunReport:
     """The whole run.
 
     The same on every rank, except for what describes the rank's own expert-parallel group: layers,
-    totals, steps, max_over_mean, max_over_mean_after, speed_bound, routing and plan.
+    totals, steps, max_over_mean, max_over_mean_after, speed_bound, routing, plan, and the
+    placement's rows and shares.
     """
 
     seconds: float  # wall time of the generation loop, the maximum over the ranks
@@ -192,4 +224,10 @@ class RunReport:
     # Each rank's share of the capacity at the end, 1 being even; None if always even.
     capacity_shares: list[float] | None = None
     routing: RoutingReport | None = None  # where profiler.routing has recorded; None: it has not
+    placement: RunPlacement | None = None  # None: without moe.placement
     plan: PlanReport | None = None  # None: moe.placement has no domains
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether some expert has a copy."""
+        return self.placement is not None and self.placement.copies > 0

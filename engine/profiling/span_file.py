@@ -7,12 +7,15 @@ newest steps are always there and both files together never exceed the bound. A 
 half of the bound deletes the steps that do not fit into it together; one larger than the whole
 bound is not written.
 
-    {"format": "lockstep-spans", "version": 1, "rank": 0, ...}
+    {"format": "lockstep-spans", "version": 2, "rank": 0, ...,
+     "own_experts": {"3": [4, 5, 0]}, "num_homes": {"3": 2}, "num_copies": {"3": 1}}
     {"step": 17, "start_ns": 123, "prefill": 512, "decode": 3,
      "spans": [[phase, layer, offset_ns, duration_ns, tokens, bytes, waited_ns], ...],
      "before": {"3": [rows of every expert]}, "after": {"3": [rows of this rank's own experts]}}
 
-waited_ns is -1 where the other ranks' arrivals are not known.
+waited_ns is -1 where the other ranks' arrivals are not known. A rank's own experts are those whose
+home it is, then those that it has a copy of: above, of layer 3, experts 4 and 5, and a copy of 0.
+Version 1 had the same contiguous experts in every layer, as `first_expert` and `num_local_experts`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from engine.profiling.wait_time import waiting_ns
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "lockstep-spans", 1
+FORMAT, VERSION = "lockstep-spans", 2
 _PROBE_BYTES = 2**16
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
@@ -51,8 +54,9 @@ class SpanFileHeader:
     clock_error_ns: int  # its uncertainty
     num_layers: int
     num_experts: int
-    first_expert: int
-    num_local_experts: int
+    own_experts: dict[int, list[int]]  # layer -> experts of this rank: homes, then copies
+    num_homes: dict[int, int]  # layer -> how many of them are homes
+    num_copies: dict[int, int]  # layer -> copies on all ranks of the group
     policy: str
     phases: list[str] = field(default_factory=lambda: [phase.name.lower() for phase in Phase])
     format: str = FORMAT
@@ -122,7 +126,8 @@ class SpanWriter:
     """Writes one rank's span files into an existing folder.
 
     Args:
-        max_bytes: of both files together. A header, some 600 bytes, is always written.
+        max_bytes: of both files together. A header is always written: some 600 bytes, and 4 for
+            every expert of this rank in every layer.
         tensor_ranks: rank offsets of this rank's tensor group in the lockstep group.
 
     Raises:

@@ -4,8 +4,8 @@ Takes every rank's totals of a run. The wait that a rank caused (`collector.py`)
 
     device   the rank's own calls, priced at its peers' speed (`cost_model.py`), give its relative
              compute time at equal load; the excess of all its compute is due to the device
-    load     of what is left at combines, as much as the rows of the most loaded rank exceed the
-             mean rank's: the experts' load
+    load     of what is left at combines, as much as the rows of the most loaded rank, of homes and
+             copies, exceed the mean rank's: the experts' load
     tokens   of what is left at other collectives, consensus, dispatch and tensor, the share by
              which its attention and gate had more to do than those of the others
     host     the rest: time between the layers (scheduling, sampling, reading, writing) and stalls;
@@ -51,7 +51,7 @@ class RankProfile:
     totals: PhaseTotals
     experts: np.ndarray  # cost curve of its experts' calls (`cost_model.py`)
     attention: np.ndarray  # cost curve of its attention's calls
-    # layer -> first expert, and rows of each of this rank's experts after capacity
+    # layer -> this rank's experts, homes and then copies, and the rows of each after capacity
     loads_after: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
     process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
 

@@ -23,8 +23,10 @@ _IMBALANCED = 1.3  # max over mean rows of the ranks from which a policy is wort
 def print_capacity(console: Console, run: RunReport, capacity: CapacityConfig) -> None:
     """Print what the policy dropped, added and gained, or what one would gain."""
     if capacity.policy == "none":
-        if len(run.ranks) > 1 and run.max_over_mean > _IMBALANCED:
-            console.print(_advice(run), highlight=False)
+        # Without copies both are equal: nothing is dropped.
+        imbalance = run.max_over_mean_after if run.has_copies else run.max_over_mean
+        if len(run.ranks) > 1 and imbalance > _IMBALANCED:
+            console.print(_advice(imbalance, run.has_copies), highlight=False)
         return
     layers = [layer for layer in run.layers if layer.assignments]
     if layers:
@@ -47,8 +49,9 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
         text += f" and added {added:,} on idle local experts"
     # Dropping lowers the mean too: max over mean can rise while every rank processes fewer rows.
     change = 1 / run.speed_bound - 1
+    over = "over the run, with copies," if run.has_copies else "over the run"
     text += (
-        f"; over the run the most loaded rank processed {abs(change):.1%} "
+        f"; {over} the most loaded rank processed {abs(change):.1%} "
         f"{'more' if change > 0 else 'fewer'} rows (max/mean {run.max_over_mean:.2f} -> "
         f"{run.max_over_mean_after:.2f}): "
     )
@@ -60,12 +63,15 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
     )
 
 
-def _advice(run: RunReport) -> str:
+def _advice(imbalance: float, has_copies: bool) -> str:
+    copies = "More copies, planned for these loads," if has_copies else "Copies of hot experts"
     return (
-        f"The most loaded rank had {run.max_over_mean:.2f}x the mean rows and the others waited "
-        "for it: limiting every rank to the mean would make the MoE layers at most "
-        f"{run.max_over_mean:.2f}x faster. Try --set moe.capacity.policy=token_drop "
-        "--set moe.capacity.scope=rank --set moe.capacity.factor=1, and compare the outputs."
+        f"The most loaded rank had {imbalance:.2f}x the mean rows and the others waited for it: "
+        f"perfect balance would make the MoE layers at most {imbalance:.2f}x faster. {copies} "
+        "balance the ranks, in the model's precision with the same outputs: record with --set "
+        "profiler.routing=DIR, then run tools/plan_placement.py. Or limit every rank to the mean: "
+        "--set moe.capacity.policy=token_drop --set moe.capacity.scope=rank --set "
+        "moe.capacity.factor=1, and compare the outputs."
     )
 
 

@@ -31,6 +31,7 @@ from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
 from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
+from engine.reporting.copies_report import own_placement
 from engine.reporting.plan_drift import plan_in_use
 from engine.reporting.run_report import Measurements, run_report
 
@@ -108,6 +109,7 @@ class MeasuredRun:
             resolved_settings=settings,
             process_stalls=(self._stalls.count, self._stalls.seconds),
             routing=self.exporters.routing_report(),
+            placement=own_placement(self.model, self.config.moe.placement),
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
         return run_report(measured, collector, loads, self.topology, self._plan)

@@ -224,7 +224,8 @@ def _header(
         clock_error_ns=offset.error,
         num_layers=model.num_layers,
         num_experts=layers[0].spec.router.num_experts if layers else 0,
-        first_expert=layers[0].local_experts[0] if layers else 0,
-        num_local_experts=len(layers[0].local_experts) if layers else 0,
+        own_experts={each.layer: each.local_experts for each in layers},
+        num_homes={each.layer: each.instances.num_homes(topology.expert.rank) for each in layers},
+        num_copies={each.layer: each.instances.placement.num_copies for each in layers},
         policy=config.moe.capacity.policy,
     )

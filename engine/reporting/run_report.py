@@ -19,12 +19,12 @@ from engine.generation.latency import Sampled, pooled
 from engine.generation.loop import Totals
 from engine.moe.capacity.speed_weights import ONE
 from engine.profiling.collector import Collector, PhaseTotals, WaitAttribution
+from engine.profiling.cost_model import ExpertCost
 from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.findings import Finding, HotExpert, findings, join_replicas
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import (
-    ExpertCost,
     LayerReport,
     LayerTotals,
     PhaseReport,
@@ -41,6 +41,13 @@ from engine.profiling.straggler_causes import (
     analyse,
 )
 from engine.profiling.wait_time import breakdown
+from engine.reporting.copies_report import (
+    OwnPlacement,
+    copied,
+    layer_placement,
+    rank_placement,
+    run_placement,
+)
 from engine.reporting.plan_drift import PlanInUse, plan_drift
 
 
@@ -61,6 +68,7 @@ class Measurements:
     resolved_settings: dict[str, Any] = field(default_factory=dict)  # as in `RankReport`
     process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
     routing: RoutingReport | None = None  # of the steps that this rank has recorded
+    placement: OwnPlacement | None = None  # None: without moe.placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +119,7 @@ def run_report(
             key: pooled([each.latencies[key] for each in all_measured])
             for key in measured.latencies
         },
-        findings=_findings(groups, analyses, measured.policy),
+        findings=_findings(groups, analyses, measured),
         wait_caused={
             cause: sum(each.wait_caused[cause] * len(each.ranks) for each in analyses.values())
             / len(everyone)
@@ -120,6 +128,7 @@ def run_report(
         clock_error=max(each.clock_error for each in all_measured),
         capacity_shares=None if weights_W is None else [share / ONE for share in weights_W],
         routing=group[0].measured.routing,
+        placement=run_placement(measured.placement, [each.placement for each in layers], loads),
         plan=None if plan is None else _plan(plan, loads, group),
     )
 
@@ -167,19 +176,8 @@ def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
         comms=measured.comms,
         resolved_settings=measured.resolved_settings,
         process_stall_seconds=measured.process_stalls[1],
-        expert_cost=_expert_cost(profile.experts),
-    )
-
-
-def _expert_cost(table: np.ndarray) -> ExpertCost | None:
-    """Return the used buckets of a `CostCurve`'s table [3, buckets]."""
-    calls, rows, seconds = table[:, table[0] > 0]
-    if not calls.size:
-        return None
-    return ExpertCost(
-        calls.astype(int).tolist(),
-        (rows / calls).round(1).tolist(),
-        (seconds / calls).round(9).tolist(),
+        placement=rank_placement(measured.placement, profile.loads_after),
+        expert_cost=ExpertCost.of(profile.experts),
     )
 
 
@@ -218,10 +216,11 @@ def _analyse(group: Sequence[_Share]) -> Analysis:
 
 
 def _findings(
-    groups: dict[int, list[_Share]], analyses: dict[int, Analysis], policy: str
+    groups: dict[int, list[_Share]], analyses: dict[int, Analysis], measured: Measurements
 ) -> list[Finding]:
+    has_copies = measured.placement is not None and measured.placement.copies > 0
     found = {
-        replica: findings(analysis, _hottest(groups[replica]), policy)
+        replica: findings(analysis, _hottest(groups[replica]), measured.policy, has_copies)
         for replica, analysis in analyses.items()
     }
     ranks = {replica: [each.profile.rank for each in shares] for replica, shares in groups.items()}
@@ -229,23 +228,31 @@ def _findings(
 
 
 def _hottest(group: Sequence[_Share]) -> dict[int, HotExpert]:
-    """Return each rank's expert with the most rows over its layer's mean, after capacity."""
+    """Return each rank's expert with the most rows over its layer's mean, after capacity.
+
+    The mean is over the experts; the rows are those that its home or its copy computed.
+    """
     found: dict[int, HotExpert] = {}
     for layer in group[0].profile.loads_after:
         shares = [share.profile.loads_after[layer] for share in group]
-        mean = sum(sum(rows) for _, rows in shares) / max(1, sum(len(rows) for _, rows in shares))
-        for share, (experts, rows) in zip(group, shares, strict=True):
+        held = [
+            len(copied(each.measured.placement, each.profile.loads_after, layer)) for each in group
+        ]
+        num_homes = sum(len(rows) for _, rows in shares) - sum(held)
+        mean = sum(sum(rows) for _, rows in shares) / max(1, num_homes)
+        for share, (experts, rows), copies in zip(group, shares, held, strict=True):
             rank = share.profile.rank
-            for expert, count in zip(experts, rows, strict=True):
+            for index, (expert, count) in enumerate(zip(experts, rows, strict=True)):
                 over = count / mean if mean else 0.0
                 if over > (found[rank].over_mean if rank in found else 0.0):
-                    found[rank] = HotExpert(layer, expert, over)
+                    found[rank] = HotExpert(layer, expert, over, index >= len(rows) - copies)
     return found
 
 
 def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> list[LayerReport]:
     """Return the report of every MoE layer of one group; `loads` are those of any of its ranks."""
     seconds_LP = np.mean([share.profile.totals.seconds for share in group], axis=0)
+    placed = [(share.measured.placement, share.profile.loads_after) for share in group]
     reports = []
     for layer, load in sorted(loads.layers.items()):
         after = np.zeros_like(load.experts)
@@ -278,6 +285,8 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                 },
                 wait=analysis.layers[layer],
                 wait_by_cause=analysis.layer_causes[layer],
+                shared_rows_moved=loads.shared_moved.get(layer),
+                placement=layer_placement(placed, layer, load),
             )
         )
     return reports

@@ -15,6 +15,7 @@ from engine.distributed.standard_streams import make_safe
 from engine.profiling.report import RoutingReport, RunReport
 from engine.reporting.capacity_table import print_capacity
 from engine.reporting.comms_table import print_comms
+from engine.reporting.copies_table import mib, print_copies
 from engine.reporting.straggler_table import print_stragglers
 from engine.reporting.table import new_table
 
@@ -31,8 +32,10 @@ _JSON_KEYS = {
     "process_stall_seconds": "absent",
     "findings": "verdict",
 }
-_ONLY_WHERE_USED = ("plan", "expert_cost")  # fields without a key in the file where they are None
+# Fields without a key in the JSON file where they are None.
+_ONLY_WHERE_USED = ("placement", "plan", "expert_cost", "shared_rows_moved")
 _HEADINGS = {"communication": "communi-\ncation"}
+_SHORT = {"attention": "atten-\ntion"}
 
 
 def make_console(
@@ -112,6 +115,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         if latencies := percentiles(run):
             console.print(_latency(latencies))
         console.print(_ranks(run))
+        print_copies(console, run)
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
         print_comms(console, run)
@@ -176,7 +180,9 @@ def _ranks(run: RunReport) -> Table:
     kinds = list(dict.fromkeys(kind for rank in run.ranks for kind in rank.seconds))
     counted = ("host", "prefill\ntokens", "decode\ntokens", "expert\nrows")
     timed = [_HEADINGS.get(kind, kind) for kind in kinds]
-    table = new_table("Rank", *counted, *timed)
+    if run.has_copies:  # makes room for a column more
+        timed = [_SHORT.get(heading, heading) for heading in timed]
+    table = new_table("Rank", *counted, *timed, *(["copies\nMiB"] if run.has_copies else []))
     for rank in run.ranks:
         counts = (rank.tokens_prefill, rank.tokens_decode, rank.expert_rows)
         table.add_row(
@@ -184,6 +190,7 @@ def _ranks(run: RunReport) -> Table:
             rank.host,
             *(f"{count:,}" for count in counts),
             *(f"{rank.seconds.get(kind, 0.0):.2f}" for kind in kinds),
+            *([mib(rank.placement.copy_bytes)] if run.has_copies and rank.placement else []),
         )
     table.caption = "seconds in each kind of work"
     return table

@@ -86,7 +86,8 @@ inline void pack_segments(const std::vector<Segment>& segments, Rows<const float
 
 // The gated FFN of every expert over its rows: up(piece, packed, hidden) computes hidden columns of
 // a piece, down(piece, hidden, out) its outputs; `packed`, `hidden` and `out` begin at the piece's
-// rows. Both also get the calling thread's own scratch of `own` floats.
+// rows. Both also get the calling thread's own scratch of `own` floats. An index may name some of
+// the rows: the others are neither read nor written.
 template <typename Up, typename Down>
 at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, int64_t width,
                         at::IntArrayRef counts, const std::optional<at::Tensor>& into,
@@ -98,12 +99,13 @@ at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, in
               name, ": out of shape ", x.sizes(), " expected");
   const at::Tensor out = into ? *into : at::empty({x.size(0), depth}, x.options());
   const int64_t* places = nullptr;
+  const int64_t total = index ? index->size(0) : x.size(0);
   if (index) {
-    TORCH_CHECK(index->dim() == 1 && index->size(0) == x.size(0) && index->is_contiguous() &&
+    TORCH_CHECK(index->dim() == 1 && total <= x.size(0) && index->is_contiguous() &&
                     index->scalar_type() == at::kLong,
                 name, ": index ", index->sizes(), " of rows ", x.sizes());
     places = index->const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < x.size(0); ++i)
+    for (int64_t i = 0; i < total; ++i)
       TORCH_CHECK(places[i] >= 0 && places[i] < x.size(0), name, ": index ", places[i], " of ",
                   x.size(0));
   }
@@ -127,7 +129,7 @@ at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, in
       left -= rows;
     }
   }
-  TORCH_CHECK(row == x.size(0), name, ": counts sum to ", row, ", x has ", x.size(0), " rows");
+  TORCH_CHECK(row == total, name, ": counts sum to ", row, " of ", total, " rows");
 
   const int64_t rows_floats = round_up(largest * (depth + width), 16);
   own = round_up(own, 16);

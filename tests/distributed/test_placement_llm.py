@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.config import (
@@ -22,7 +23,8 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.llm import LLM
-from engine.moe.placement.placement import LayerPlacement, Placement
+from engine.models.placement import plan_for_ranks
+from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads
 from engine.moe.placement.placement_file import write_placement
 from engine.request import SamplingParams
 from tests.helpers.ranks import RanksFailed, run_ranks
@@ -120,7 +122,7 @@ WRONG = {
         "layer 9 is no MoE layer",
     ),
     "another model": (replace(placement(), fingerprint="0123"), "made for another model"),
-    "more ranks": (replace(placement(), num_ranks=4, layers={}), "is for 4 ranks"),
+    "more ranks": (replace(placement(), num_ranks=4, layers={}), "holds no loads to plan again"),
 }
 
 
@@ -132,6 +134,24 @@ def test_a_file_that_does_not_fit_is_refused_on_all_ranks(case, checkpoint, tmp_
         run(checkpoint, tmp_path / "wrong.yaml")
     assert str(failed.value).count(text) >= 2
     assert "moe.placement" in str(failed.value)
+
+
+def test_a_file_for_more_ranks_is_planned_again_from_its_loads(checkpoint, tmp_path):
+    """As an elastic restart on fewer ranks meets it: the same tokens, no rank without experts."""
+    rows = (90, 10, 12, 14, 9, 8)
+    domain = PlannedLoads(0.9, {0: 0.9, 1: 0.9}, {0: rows, 1: rows})
+    layer = LayerPlacement((0, 1, 2, 2, 1, 0), ((1, 2), (), (), (0,), (), ()))
+    for_three = Placement(3, EXPERTS, {0: layer, 1: layer}, domains={"text": domain})
+    write_placement(for_three, tmp_path / "three.yaml")
+    placed = run(checkpoint, tmp_path / "three.yaml")
+    assert placed["tokens"] == run(checkpoint, "contiguous")["tokens"]
+    again = plan_for_ranks(for_three, {"text": {0: np.array([rows]), 1: np.array([rows])}}, 2)
+    assert again.num_ranks == 2
+    assert [again.layer(index).num_copies for index in (0, 1)] == [2, 2]
+    assert all(len(again.layer(index).hosts(0)) == 2 for index in (0, 1))
+    assert again.domains["text"].share > 0.95
+    alone = plan_for_ranks(for_three, {"text": {0: np.array([rows]), 1: np.array([rows])}}, 1)
+    assert alone.num_copies == 0
 
 
 def test_a_file_that_is_missing_or_no_placement_is_refused(checkpoint, tmp_path):

@@ -33,9 +33,7 @@ def test_every_step_has_its_rows_and_a_seed_its_loads():
 def test_loads_drift_from_step_to_step_and_forget():
     loads_SE = drifting_loads(400, 32, 10**7, drift=0.3, memory=5.0)
     logs_SE = np.log(loads_SE / loads_SE.mean(0))
-    near, far = (
-        float(np.mean(logs_SE[:-gap] * logs_SE[gap:]) / logs_SE.var()) for gap in (1, 40)
-    )
+    near, far = (float(np.mean(logs_SE[:-gap] * logs_SE[gap:]) / logs_SE.var()) for gap in (1, 40))
     assert near == pytest.approx(np.exp(-1 / 5), abs=0.05) and abs(far) < 0.1
 
 

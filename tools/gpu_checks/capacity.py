@@ -18,6 +18,7 @@ from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep
 from gpu_checks.check import Check, at_most, guarded
+from gpu_checks.copies import check_copies
 
 GROUP = "capacity"
 TOKENS = 3000
@@ -25,7 +26,7 @@ SPEC = RouterSpec(num_experts=16, top_k=4, normalize=True)
 
 
 def check_capacity(device: torch.device) -> list[Check]:
-    """Check every policy, consensus, scope and order, by gather and by radix."""
+    """Check every policy, consensus, scope and order, by gather and by radix; and copies."""
     generator = torch.Generator().manual_seed(0)
     # Quantised logits make ties, the skew loads some experts more.
     logits_TE = torch.randint(0, 6, (TOKENS, 16), generator=generator) * 0.5
@@ -55,7 +56,7 @@ def check_capacity(device: torch.device) -> list[Check]:
                     at_most(GROUP, name, _differences(config, routing, device), 0)
                 ],
             )
-    return found
+    return found + check_copies(device)
 
 
 def _differences(config: CapacityConfig, routing: Routing, device: torch.device) -> float:

@@ -11,6 +11,7 @@ from engine.moe.backend_choice import choose_backend
 from engine.moe.experts import ExpertWeights, make_backend
 from engine.ops.grouped_ffn import grouped_ffn_reference
 from gpu_checks.check import Check, at_most, guarded, relative_error
+from gpu_checks.copies import check_copied_experts
 
 GROUP = "experts"
 HIDDEN, FFN = 256, 512
@@ -46,6 +47,8 @@ def check_experts(device: torch.device) -> list[Check]:
                     label,
                     lambda b=backend, d=dtype, c=counts, n=label: [_check(b, d, c, n, device)],
                 )
+            if dtype == torch.bfloat16:
+                found += check_copied_experts(device, backend)
     return found
 
 

@@ -45,17 +45,20 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """Rows of experts and ranks over all steps, before and after capacity.
+    """Rows of experts and ranks over all steps, before and after capacity and the split.
 
     Imbalance is the rows of the most loaded rank over those of the mean rank, both summed over
-    steps; nan where ranks are missing.
+    steps; before, a rank's rows are those of the experts whose home it is. nan where ranks are
+    missing.
     """
 
     layers: list[int]  # the MoE layers
     before_LE: np.ndarray  # int64
-    after_LE: np.ndarray  # int64, -1 where the expert's rank is missing
-    imbalance_L2: np.ndarray  # before and after capacity
+    after_LE: np.ndarray  # int64, of home and copies; -1 where the rank of one is missing
+    imbalance_L2: np.ndarray  # before and after
     imbalance_2: np.ndarray  # of all layers together
+    homes_WL: np.ndarray  # int64, rows of each rank's homes, after
+    copies_WL: np.ndarray  # int64, rows of each rank's copies
 
     @property
     def drop_rate_L(self) -> np.ndarray:
@@ -113,15 +116,20 @@ def loads(group: Group) -> Loads:
     first = group.ranks[0]
     before_SLE = next(rank.before_SLE for rank in group.ranks if rank.before_SLE is not None)
     num_steps, num_layers, num_experts = before_SLE.shape
-    after_LE = np.full((num_layers, num_experts), -1, dtype=np.int64)
+    after_LE = np.zeros((num_layers, num_experts), dtype=np.int64)
     before_SLW = np.zeros((num_steps, num_layers, len(group.ranks)), dtype=np.int64)
     after_SLW = np.zeros_like(before_SLW)
+    rows_2WL = np.zeros((2, len(group.ranks), num_layers), dtype=np.int64)
     for index, rank in enumerate(group.ranks):
-        header = rank.header
-        own = slice(header.first_expert, header.first_expert + header.num_local_experts)
-        after_LE[:, own] = rank.after_SLe.sum(0, dtype=np.int64)
-        before_SLW[..., index] = before_SLE[..., own].sum(-1)
         after_SLW[..., index] = rank.after_SLe.sum(-1)
+        for place, layer in enumerate(rank.layers):
+            held, rows_e = rank.header.held[layer], rank.after(place)
+            after_LE[place, list(held.experts)] += rows_e
+            before_SLW[:, place, index] = before_SLE[:, place, list(held.homes)].sum(-1)
+            parts = (rows_e[: held.num_homes], rows_e[held.num_homes :])
+            rows_2WL[:, index, place] = [each.sum() for each in parts]
+    for place, layer in enumerate(first.layers):
+        after_LE[place, _unknown(group, layer, num_experts)] = -1
     imbalance = [_imbalance(rows_SLW) for rows_SLW in (before_SLW, after_SLW)]
     if group.missing:
         imbalance = [(np.full(num_layers, np.nan), np.nan)] * 2
@@ -131,7 +139,17 @@ def loads(group: Group) -> Loads:
         after_LE=after_LE,
         imbalance_L2=np.stack([of_layers for of_layers, _ in imbalance], axis=1),
         imbalance_2=np.array([of_all for _, of_all in imbalance]),
+        homes_WL=rows_2WL[0],
+        copies_WL=rows_2WL[1],
     )
+
+
+def _unknown(group: Group, layer: int, num_experts: int) -> list[int]:
+    """Return the experts of a layer whose rows a missing rank may have."""
+    held = [rank.header.held[layer] for rank in group.ranks]
+    if sum(len(each.copies) for each in held) < held[0].num_copies:
+        return list(range(num_experts))  # of which experts the others are copies is not known
+    return sorted(set(range(num_experts)) - {expert for each in held for expert in each.homes})
 
 
 def _imbalance(rows_SLW: np.ndarray) -> tuple[np.ndarray, float]:

@@ -19,6 +19,7 @@ from straggler.run import DURATION, OFFSET, WAITED, Group
 MAX_STEPS = 400
 # About 10 MB of page.
 MAX_SPANS = 300_000
+MAX_COPIES = 40
 _BINS = 400
 _TICK_NS = 100
 
@@ -159,10 +160,22 @@ def _totals(times: Times) -> dict[str, Any]:
 
 
 def _loads(group: Group, loads: Loads) -> dict[str, Any]:
-    firsts = sorted((rank.header.first_expert, rank.header.rank) for rank in group.ranks)
+    held = [[rank.header.held[layer] for layer in loads.layers] for rank in group.ranks]
+    places = range(len(loads.layers))
+    homes = [{expert for of_rank in held for expert in of_rank[at].homes} for at in places]
     return {
         "layers": loads.layers,
-        "first_experts": firsts,
+        # Rank by rank and layer by layer: its experts, how many of them are homes, their rows.
+        "experts": [[each.experts for each in of_rank] for of_rank in held],
+        "num_homes": [[each.num_homes for each in of_rank] for of_rank in held],
+        "rows": [[rank.after(at).tolist() for at in places] for rank in group.ranks],
+        # Experts whose home is on a rank without files, layer by layer.
+        "missing": [[e for e in range(loads.before_LE.shape[1]) if e not in own] for own in homes],
+        "by_rank": [
+            {"homes": int(of_homes.sum()), "copies": int(of_copies.sum())}
+            for of_homes, of_copies in zip(loads.homes_WL, loads.copies_WL, strict=True)
+        ],
+        "copies": _copies(group, loads),
         "before": loads.before_LE.tolist(),
         "after": loads.after_LE.tolist(),
         "imbalance": [
@@ -170,6 +183,31 @@ def _loads(group: Group, loads: Loads) -> dict[str, Any]:
             for row in loads.imbalance_L2.tolist()
         ],
     }
+
+
+def _copies(group: Group, loads: Loads) -> list[dict[str, Any]]:
+    """Return the copies that computed most rows, with the rank of their expert's home."""
+    found: list[dict[str, Any]] = []
+    for place, layer in enumerate(loads.layers):
+        home = {
+            expert: rank.header.rank
+            for rank in group.ranks
+            for expert in rank.header.held[layer].homes
+        }
+        for rank in group.ranks:
+            held, rows = rank.header.held[layer], rank.after(place).tolist()
+            found += [
+                {
+                    "layer": layer,
+                    "expert": expert,
+                    "rank": rank.header.rank,
+                    "home": home.get(expert),
+                    "rows": count,
+                    "of": max(0, int(loads.after_LE[place, expert])),
+                }
+                for expert, count in zip(held.copies, rows[held.num_homes :], strict=True)
+            ]
+    return sorted(found, key=lambda each: -each["rows"])[:MAX_COPIES]
 
 
 def _layers(times: Times) -> dict[str, Any]:

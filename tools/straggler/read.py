@@ -22,12 +22,13 @@ from straggler.run import (
     NUM_COLUMNS,
     OFFSET,
     PHASE,
+    Held,
     RankHeader,
     RankSpans,
     Run,
 )
 
-FORMAT, VERSION = "lockstep-spans", 1
+FORMAT, VERSIONS = "lockstep-spans", (1, 2)
 _NAME = re.compile(r"spans\.rank(\d+)(\.old)?\.jsonl")
 _TYPES: dict[str, type] = {
     "rank": int,
@@ -38,9 +39,12 @@ _TYPES: dict[str, type] = {
     "phases": list,
     "num_layers": int,
     "num_experts": int,
-    "first_expert": int,
-    "num_local_experts": int,
     "policy": str,
+}
+# By version: which experts the rank has.
+_HELD_TYPES: dict[int, dict[str, type]] = {
+    1: {"first_expert": int, "num_local_experts": int},
+    2: {"own_experts": dict, "num_homes": dict, "num_copies": dict},
 }
 # Fields that are equal on all ranks of one run.
 _SHARED = ("world_size", "phases", "num_layers", "num_experts", "policy")
@@ -169,12 +173,14 @@ def _header(value: Any, path: Path) -> RankHeader:
             f'{where}: not the header of a span file ("format": "{FORMAT}"); name the folder that '
             "profiler.spans named"
         )
-    if value.get("version") != VERSION:
+    version = value.get("version")
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
         raise ValueError(
-            f"{where}: version {value.get('version')!r} of the format, this tool reads {VERSION}; "
-            "use the tool of the release that wrote it"
+            f"{where}: version {version!r} of the format, this tool reads {known}; use the tool of "
+            "the release that wrote it"
         )
-    for name, kind in _TYPES.items():
+    for name, kind in (*_TYPES.items(), *_HELD_TYPES[version].items()):
         if not isinstance(value.get(name), kind):
             raise ValueError(
                 f"{where}: the header's {name} is {value.get(name)!r}, must be of type "
@@ -182,10 +188,38 @@ def _header(value: Any, path: Path) -> RankHeader:
             )
     fields = {name: value[name] for name in _TYPES}
     lists = {"group": tuple(value["group"]), "phases": tuple(map(str, value["phases"]))}
-    header = RankHeader(**{**fields, **lists})
+    header = RankHeader(**{**fields, **lists}, held=_held(value, where))
     if header.rank not in header.group:
         raise ValueError(f"{where}: group {value['group']} lacks rank {header.rank}; {_AGAIN}")
     return header
+
+
+def _held(value: dict[str, Any], where: str) -> dict[int, Held]:
+    """Return the rank's experts of every layer."""
+    num_experts = value["num_experts"]
+    if value["version"] == 1:
+        first = value["first_expert"]
+        own = tuple(range(first, first + value["num_local_experts"]))
+        return dict.fromkeys(range(value["num_layers"]), Held(own, len(own), 0))
+    found: dict[int, Held] = {}
+    try:
+        for layer, experts in value["own_experts"].items():
+            homes, copies = int(value["num_homes"][layer]), int(value["num_copies"][layer])
+            held = found[int(layer)] = Held(tuple(map(int, experts)), homes, copies)
+            unique = set(held.experts)
+            if (
+                len(unique) != len(held.experts)
+                or not unique <= set(range(num_experts))
+                or not 0 <= homes <= len(unique) <= homes + copies
+            ):
+                raise ValueError(f"layer {layer} has experts {experts}, homes {homes}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: the header's own_experts, num_homes and num_copies do not hold, layer by "
+            f"layer, this rank's of {num_experts} experts ({type(error).__name__}: {error}); "
+            f"{_AGAIN}"
+        ) from error
+    return found
 
 
 def _step(value: Any, where: str, header: RankHeader) -> _Step:
@@ -219,8 +253,11 @@ def _step(value: Any, where: str, header: RankHeader) -> _Step:
             f"before holds {header.num_experts} experts per layer",
         ),
         (
-            all(len(rows) == header.num_local_experts for rows in loads[1].values()),
-            f"after holds {header.num_local_experts} experts per layer",
+            all(
+                layer in header.held and len(rows) == len(header.held[layer].experts)
+                for layer, rows in loads[1].items()
+            ),
+            "after holds the rank's experts of each layer in the header",
         ),
     )
     for holds, rule in rules:
@@ -231,6 +268,7 @@ def _step(value: Any, where: str, header: RankHeader) -> _Step:
 
 def _assemble(header: RankHeader, steps: list[_Step], keep_before: bool) -> RankSpans:
     layers = sorted({layer for step in steps for layer in step.after})
+    widest = max((len(header.held[layer].experts) for layer in layers), default=0)
 
     def stacked(name: str, width: int) -> np.ndarray:
         rows_SLE = np.zeros((len(steps), len(layers), width), dtype=np.int32)
@@ -238,7 +276,7 @@ def _assemble(header: RankHeader, steps: list[_Step], keep_before: bool) -> Rank
             loads: dict[int, list[int]] = getattr(step, name)
             for place, layer in enumerate(layers):
                 if layer in loads:
-                    rows_SLE[index, place] = loads[layer]
+                    rows_SLE[index, place, : len(loads[layer])] = loads[layer]
         return rows_SLE
 
     return RankSpans(
@@ -250,5 +288,5 @@ def _assemble(header: RankHeader, steps: list[_Step], keep_before: bool) -> Rank
         table_N7=np.concatenate([step.table_N7 for step in steps]),
         layers=layers,
         before_SLE=stacked("before", header.num_experts) if keep_before else None,
-        after_SLe=stacked("after", header.num_local_experts),
+        after_SLe=stacked("after", widest),
     )

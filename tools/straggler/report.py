@@ -94,6 +94,11 @@ def _facts(value: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
                 "steps",
             )
         )
+    placement = run.get("placement")
+    if isinstance(placement, dict) and int(placement["copies"]):
+        before, after = float(placement["share"]), float(placement["share_after"])
+        text = f"{before:.1%} by homes alone, {after:.1%} with copies"
+        facts.append(("share of perfect balance", text))
     capacity = value.get("capacity")
     if isinstance(capacity, dict) and "policy" in capacity:
         facts.append(("capacity policy", str(capacity["policy"])))

@@ -26,6 +26,25 @@ _WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """The experts of one rank in one layer."""
+
+    experts: tuple[int, ...]  # those whose home it is, then those that it has a copy of
+    num_homes: int
+    num_copies: int  # on all ranks of the group
+
+    @property
+    def homes(self) -> tuple[int, ...]:
+        """The experts whose home it is."""
+        return self.experts[: self.num_homes]
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """The experts that it has a copy of."""
+        return self.experts[self.num_homes :]
+
+
+@dataclass(frozen=True, slots=True)
 class RankHeader:
     """The first line of a span file."""
 
@@ -37,9 +56,8 @@ class RankHeader:
     phases: tuple[str, ...]
     num_layers: int
     num_experts: int
-    first_expert: int  # of the rank's own experts
-    num_local_experts: int
     policy: str
+    held: dict[int, Held]  # by MoE layer
 
     @property
     def collectives(self) -> list[int]:
@@ -59,7 +77,13 @@ class RankSpans:
     table_N7: np.ndarray  # int64, columns as above
     layers: list[int]  # the MoE layers
     before_SLE: np.ndarray | None  # int32, rows of all ranks before capacity; None: another rank's
-    after_SLe: np.ndarray  # int32, rows of this rank's own experts after capacity
+    after_SLe: np.ndarray  # int32, rows of this rank's own experts after capacity, homes and then
+    # copies; 0 behind those of a layer with fewer than the one with most
+
+    def after(self, place: int) -> np.ndarray:
+        """Return the rows of the place-th layer's own experts over all steps, int64 [e]."""
+        width = len(self.header.held[self.layers[place]].experts)
+        return self.after_SLe[:, place, :width].sum(0, dtype=np.int64)
 
     def spans(self, index: int) -> np.ndarray:
         """Return the spans of the index-th step, int64 [n, 7]."""

@@ -31,6 +31,7 @@ import torch
 
 from engine.moe.capacity.consensus_global import GatheredClaims
 from engine.moe.placement.row_split import RowSplit
+from engine.ops.deal import deal_claims, list_claims, list_start, parts_of_list
 from engine.ops.order_claims import order_claims
 from engine.ops.sort_by_expert import sort_by_expert
 from engine.ops.split import cut
@@ -50,11 +51,10 @@ class SplitClaims:
     """The claims of all ranks after the split."""
 
     instance_WB: torch.Tensor  # int64, what computes each claim, exempt ones at home; -1: dropped
-    kept_WB: torch.Tensor  # bool, of the claims subject to capacity
     load_W: np.ndarray  # int64, rows of each rank that were subject to capacity
     counts_WI: torch.Tensor  # int64, rows of each source rank for each instance
-    before_WE: torch.Tensor  # int64, top-k assignments before capacity
-    non_finite_W1: torch.Tensor  # int64
+    before_WE: np.ndarray  # int64, top-k assignments before capacity
+    non_finite_W: np.ndarray  # int64
 
 
 def split_claims(
@@ -71,26 +71,24 @@ def split_claims(
         limits: None: nothing is dropped.
         speeds_W: relative speed of each rank; None: all equal.
     """
-    code_WB, claims = gathered.code_WB, gathered.claims
-    num_experts, instances = claims.num_experts, split.instances
-    num_ranks, size = code_WB.shape
-    code_M = code_WB.flatten()
-    competes_M = code_M < num_experts
+    code_WB, num_experts = gathered.code_WB, gathered.claims.num_experts
+    num_ranks, instances = len(code_WB), split.instances
     order_M = order_claims(gathered.keys)
-    place_M = code_M.where(competes_M, -1)[order_M]  # best first
-    _, slot_M1, load_E = sort_by_expert(place_M[:, None], num_experts)
-    counts = _count(code_WB, num_experts)
-    exempt_WE = counts[1]
+    listed = list_claims(code_WB, order_M, gathered.non_finite_W1, num_experts)
+    place_M1 = parts_of_list(listed, num_ranks, num_experts)[1]
+    _, slot_M1, _ = sort_by_expert(place_M1, num_experts)
+    by_rank = limits is not None and limits.rank_W is not None
+    if not by_rank:
+        listed = listed[: list_start(num_ranks, num_experts)]
     # SYNC: the cut and the split are made on the host; with the limits of ranks from all claims in
     # order, otherwise from the loads alone.
-    by_rank = limits is not None and limits.rank_W is not None
-    parts = [load_E, exempt_WE.sum(0), *([place_M] if by_rank else [])]
-    host = torch.cat(parts).cpu().numpy()
-    claims_E, exempt_E, place_host = np.split(host, [num_experts, 2 * num_experts])
+    counts_WC, place_host_M1 = parts_of_list(listed.cpu(), num_ranks, num_experts)
+    counts_W2E = counts_WC[:, :-1].view(num_ranks, 2, num_experts).numpy()
+    claims_E, exempt_E = counts_W2E.sum(0)
     limit_W = None
     if limits is not None and limits.rank_W is not None:
-        limit_W = limits.rank_W
-        kept_E = cut(place_host[place_host >= 0], split.hosts, limit_W)
+        limit_W, place_M = limits.rank_W, place_host_M1.numpy()[:, 0]
+        kept_E = cut(place_M[place_M >= 0], split.hosts, limit_W)
     elif limits is not None and limits.capacity is not None:
         kept_E = np.minimum(claims_E, limits.capacity)
     else:
@@ -98,36 +96,22 @@ def split_claims(
     base_W = np.zeros(num_ranks, np.int64)
     np.add.at(base_W, instances.rank_I[instances.home_instance_E], exempt_E)
     rows_I = split.rows(kept_E, base_W=base_W, limit_W=limit_W, speeds_W=_array(speeds_W))
-    ends_EH = to_device(torch.from_numpy(split.ends(rows_I)), code_M.device)
-    first_E = load_E.cumsum(0) - load_E
-    safe_M = place_M.clamp(min=0)
-    index_M = slot_M1[:, 0] - first_E[safe_M]
-    found_M = split.hosts_of(safe_M, index_M, ends_EH).where(place_M >= 0, -1)
-    instance_M = torch.empty_like(code_M).scatter_(0, order_M, found_M)
-    kept_WB = (instance_M >= 0).view(num_ranks, size)
-    exempt_M = (code_M >= num_experts) & (code_M < 2 * num_experts)
-    home_M = instances.homes((code_M - num_experts).clamp(0, num_experts - 1))
-    instance_WB = instance_M.where(~exempt_M, home_M).view(num_ranks, size)
+    # The slots of an expert's claims begin after those of all experts before it.
+    first_E = claims_E.cumsum() - claims_E
+    ends_EH = to_device(torch.from_numpy(split.ends(rows_I) + first_E[:, None]), code_WB.device)
+    hosts_EH1 = instances.host_table(code_WB.device)
+    instance_WB, counts_WI = deal_claims(
+        code_WB, order_M, slot_M1, ends_EH, hosts_EH1, instances.num_instances
+    )
     load_W = np.zeros(num_ranks, np.int64)
     np.add.at(load_W, instances.rank_I, rows_I)
-    counts_WI = _count_instances(instance_WB, instances.num_instances)
     return SplitClaims(
-        instance_WB, kept_WB, load_W, counts_WI, counts[0] + exempt_WE, gathered.non_finite_W1
+        instance_WB=instance_WB,
+        load_W=load_W,
+        counts_WI=counts_WI,
+        before_WE=counts_W2E.sum(1),
+        non_finite_W=counts_WC[:, -1].numpy(),
     )
-
-
-def _count(code_WB: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return each rank's claims subject to capacity and exempt ones, int64 [2, W, E]."""
-    num_ranks = len(code_WB)
-    counts = code_WB.new_zeros((num_ranks, 3 * num_experts + 1))
-    counts.scatter_add_(1, code_WB, torch.ones_like(code_WB))
-    return counts[:, : 2 * num_experts].view(num_ranks, 2, num_experts).transpose(0, 1)
-
-
-def _count_instances(instance_WB: torch.Tensor, num_instances: int) -> torch.Tensor:
-    counts = instance_WB.new_zeros((len(instance_WB), num_instances + 1))
-    index_WB = instance_WB.where(instance_WB >= 0, num_instances)
-    return counts.scatter_add_(1, index_WB, torch.ones_like(index_WB))[:, :-1]
 
 
 def _array(speeds_W: tuple[int, ...] | None) -> np.ndarray | None:

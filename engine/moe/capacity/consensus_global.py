@@ -88,7 +88,7 @@ class GatheredClaims:
     Collective over the group: every rank must make one.
     """
 
-    keys: list[torch.Tensor]  # int32 [W * B] each, from `wait` on
+    keys: list[torch.Tensor]  # int32 [W, B] each, views, from `wait` on
     code_WB: torch.Tensor  # int64
     non_finite_W1: torch.Tensor  # int64
 
@@ -102,7 +102,7 @@ class GatheredClaims:
         gathered = self._pending.wait()
         num_keys = claims.num_primary
         parts = gathered[:, : num_keys * size].unflatten(1, (num_keys, size))
-        self.keys = [parts[:, index].flatten() for index in range(num_keys)]
+        self.keys = list(parts.unbind(1))
         self.non_finite_W1 = gathered[:, -1:].long()
         codes = gathered[:, num_keys * size : -1].contiguous().view(torch.int16)
         self.code_WB = codes[:, :size].long()
@@ -124,10 +124,11 @@ class _PendingGather(GatheredClaims):
             for row, key_N in zip(rest, claims.keys[claims.num_primary :], strict=True):
                 row[: key_N.numel()] = key_N
             others = self.collectives.all_gather(rest).wait()
-            self.keys += [others[:, index].flatten() for index in range(others.shape[1])]
+            self.keys += others.unbind(1)
         code_M = self.code_WB.flatten()
         pool_M = claims.pool_of_code[code_M]
-        keep_M, tied = select_top(self.keys, pool_M, claims.limit_P)
+        keys = [key_WB.flatten() for key_WB in self.keys]
+        keep_M, tied = select_top(keys, pool_M, claims.limit_P)
         rows, claims_P = count_claims(
             self.code_WB,
             keep_M.view(num_ranks, size),

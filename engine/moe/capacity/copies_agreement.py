@@ -36,6 +36,7 @@ from engine.moe.router import RouterSpec, Routing
 from engine.moe.step import MoEStep
 from engine.ops.claims import ExtraRule
 from engine.ops.select_experts import apply_selection
+from engine.ops.sort_by_expert import sort_by_expert
 from engine.ops.to_device import to_device
 from engine.profiling.device_clocks import NoClock
 from engine.profiling.phase_clock import Phase, PhaseClock
@@ -103,12 +104,15 @@ class CopiesAgreement(CapacityAgreement):
         """Keep every assignment, and split the rows by counts; see `CapacityAgreement.keep_all`.
 
         Low-bit copies take none: without claims it is not known which rows matter least.
+
+        Args:
+            routing: experts as the instances of their homes.
         """
-        instances, split = self._split.instances, self._split
-        at_home = replace(routing, topk_ids_TK=instances.homes(routing.topk_ids_TK))
+        instances, split, rank = self._split.instances, self._split, self.collectives.rank
         decision = self._exchange_loads(
-            at_home, clock=clock, overlap=overlap, layout=layout, on_order=on_order
+            routing, clock=clock, overlap=overlap, layout=layout, on_order=on_order
         )
+        load_I = decision.before_WE[rank]
         loads_WE = decision.before_WE[:, instances.home_instance_E]
         decision = replace(decision, before_WE=loads_WE, counts_WE=loads_WE)
         if not uses_copies or split.rule.low_bit:
@@ -116,8 +120,14 @@ class CopiesAgreement(CapacityAgreement):
         rows_I = split.rows(loads_WE.sum(0))
         if not rows_I[~instances.is_home_I].any():
             return decision
-        before_E = loads_WE[: self.collectives.rank].sum(0)
-        ids_TK = split.instances_of(routing.topk_ids_TK, before_E, rows_I)
+        slot_TK = decision.order.slot_TK
+        if layout.by_tokens:
+            slot_TK = sort_by_expert(routing.topk_ids_TK, instances.num_instances)[1]
+            first_I = load_I.cumsum() - load_I
+        else:
+            first_I = layout.first_slots(load_I)
+        offset_E = first_I[instances.home_instance_E] - loads_WE[:rank].sum(0)
+        ids_TK = split.instances_of(routing.topk_ids_TK, slot_TK, offset_E, rows_I)
         order = layout.sort(ids_TK)
         if on_order is not None:
             on_order(order)
@@ -158,6 +168,7 @@ class CopiesAgreement(CapacityAgreement):
         clock.enter(Phase.PLAN, layer)
         limits = self._limits(step)
         made = split_claims(gathered, self._split, limits, step.weights_W)
+        self._check_finite(made.non_finite_W)
         num_tokens, top_k = routing.topk_ids_TK.shape
         own = made.instance_WB[self.collectives.rank, : num_tokens * top_k]
         ids_TM = own.view(num_tokens, top_k)
@@ -168,17 +179,13 @@ class CopiesAgreement(CapacityAgreement):
         order = layout.sort(ids_TM)
         if on_order is not None:
             on_order(order)
-        host = self._counts(made, order.counts_to_exchange, layout, step)
-        num_experts = self._router.num_experts
-        before_WE = host[:, -num_experts - 1 : -1]
-        exchanged_Wn = host[:, : -num_experts - 1]
-        self._check_finite(host[:, -1])
+        exchanged_Wn = self._counts(made, order.counts_to_exchange, layout, step)
         return Decision(
             ids_TM=ids_TM,
             weights_TM=weights_TM,
             order=order,
             exchanged_Wn=exchanged_Wn,
-            before_WE=before_WE,
+            before_WE=made.before_WE,
             counts_WE=self._split.instances.fold(layout.loads(exchanged_Wn)),
             keep_TK=keep_TK,
             extra_Te=extra_Te,
@@ -248,9 +255,7 @@ class CopiesAgreement(CapacityAgreement):
         layout: ExpertLayout,
         step: MoEStep,
     ) -> np.ndarray:
-        """Return on the host every rank's counts to exchange, assignments before capacity, and
-        whether its scores are finite: int64 [W, n + E + 1].
-        """
+        """Return every rank's counts to exchange on the host: int64 [W, n]."""
         assert own is not None
         exchanged_Wn = made.counts_WI
         if layout.has_extra_counts:
@@ -260,7 +265,7 @@ class CopiesAgreement(CapacityAgreement):
             exchanged_Wn = layout.counts_to_exchange(ids_WTM, step.num_tokens_W)
         exchanged_Wn[self.collectives.rank] = own  # with this rank's extras
         # SYNC: all_to_all takes its splits as host integers.
-        return torch.cat((exchanged_Wn, made.before_WE, made.non_finite_W1), dim=1).cpu().numpy()
+        return exchanged_Wn.cpu().numpy()
 
 
 class LocalOrder:

@@ -43,6 +43,7 @@ import torch
 from engine.moe.dispatch.dedup import Deduplicator, UniqueRows
 from engine.moe.dispatch.plan import DispatchPlan, ExpertOrder, UniquePlan, make_plan
 from engine.moe.dispatch.row_format import RowFormat, RowFormats
+from engine.moe.dispatch.shared_rows import SharedRows
 from engine.ops import sort_by_expert as sort_op
 from engine.ops.to_device import to_device
 from engine.ops.unique_rows import cells_of_rows
@@ -79,6 +80,7 @@ class ExpertLayout:
         by: what is cut.
         rows: the formats that rows may be sent in; None: unpacked.
         deduplicate: count unique rows, and send those where that moves fewer bytes.
+        shared: lets shared rows move with unique rows that are pre-reduced; None: they stay.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ExpertLayout:
         rows: RowFormats | None = None,
         *,
         deduplicate: bool = False,
+        shared: SharedRows | None = None,
     ) -> None:
         self.first_experts, sizes = first_experts, np.diff(first_experts)
         self._num_ranks, self._num_experts = len(sizes), first_experts[-1]
@@ -113,16 +116,24 @@ class ExpertLayout:
         if rows is not None and self._num_ranks > 1:
             self._format = rows.per_assignment()
         self._groups: Deduplicator | None = None
+        self._shared: SharedRows | None = None
         self._unique_format: RowFormat | None = None
         if deduplicate and rows is not None and self._num_ranks > 1:
             bounds = [chunk.bounds for chunk in self.chunks]
-            self._groups = groups = Deduplicator(np.diff(bounds).ravel().tolist())
+            self._shared = shared if rows.pre_reduced else None
+            sizes = np.diff(bounds).ravel().tolist()
+            self._groups = groups = Deduplicator(sizes, has_shared=self.moves_shared)
             self._unique_format = rows.deduplicated(groups.most_experts, groups.num_bytes)
 
     @property
     def deduplicates(self) -> bool:
         """Whether unique rows are counted."""
         return self._groups is not None
+
+    @property
+    def moves_shared(self) -> bool:
+        """Whether shared rows may move."""
+        return self._shared is not None
 
     @property
     def group_sizes(self) -> list[int]:
@@ -164,7 +175,14 @@ class ExpertLayout:
         if self._groups is None:
             return ExpertOrder(token_N, slot_TM, load_E, load_P)
         unique = self._groups.unique(position_TM)
-        counts = torch.cat((load_P, unique.load_G))
+        if self._shared is None:
+            counts = torch.cat((load_P, unique.load_G))
+            return ExpertOrder(token_N, slot_TM, load_E, counts, unique)
+        group_TM, num_groups = self._groups.group_of(position_TM), self._groups.num_groups
+        found = self._shared.candidates(group_TM, num_groups, self._num_ranks)
+        unique = replace(unique, candidates=found)
+        num_1 = load_P.new_full((1,), ids_TM.shape[0])
+        counts = torch.cat((load_P, unique.load_G, found.count_G, num_1))
         return ExpertOrder(token_N, slot_TM, load_E, counts, unique)
 
     def counts_to_exchange(
@@ -183,7 +201,12 @@ class ExpertLayout:
             load_WP = load_WP[:, self._table(ids_WTM.device)[:-1]]
         if self._groups is None:
             return load_WP
-        return torch.cat((load_WP, self._groups.count(position_WTM)), dim=1)
+        counts = [load_WP, self._groups.count(position_WTM)]
+        if self._shared is not None:
+            group_WTM = self._groups.group_of(position_WTM)
+            counts.append(self._shared.count(group_WTM, self._groups.num_groups))
+            counts.append(to_device(torch.tensor(num_tokens_W), ids_WTM.device)[:, None])
+        return torch.cat(counts, dim=1)
 
     def loads(self, exchanged_Wn: np.ndarray) -> np.ndarray:
         """Return the rows that each rank has for each expert, int64 [W, E], from the counts."""
@@ -191,6 +214,18 @@ class ExpertLayout:
             return exchanged_Wn[:, : self._num_experts]
         load_WP = exchanged_Wn[:, : len(self._experts)]
         return load_WP.reshape(len(load_WP), self.num_chunks, -1).sum(1)
+
+    def first_slots(self, load_E: np.ndarray) -> np.ndarray:
+        """Return the first slot of each expert's rows in an order that `sort` made, int64 [E]. Not
+        for chunks of tokens, which have an expert's rows in several places.
+
+        load_E: int64, this rank's rows.
+        """
+        assert not self.by_tokens
+        load_P = load_E[self._experts]
+        first_E = np.empty_like(load_E)
+        first_E[self._experts] = load_P.cumsum() - load_P
+        return first_E
 
     def plans(self, order: ExpertOrder, exchanged_Wn: np.ndarray, rank: int) -> list[DispatchPlan]:
         """Return one plan per chunk from every rank's counts; pure. A plan's `order` is its own."""
@@ -246,8 +281,8 @@ class ExpertLayout:
         """Return the plans with unique rows where these move fewer bytes, by the counts of all."""
         groups, rows, row_format = self._groups, self._rows, self._unique_format
         assert groups is not None and rows is not None and row_format is not None
-        num_ranks = self._num_ranks
-        unique_WCW = exchanged_Wn[:, -groups.num_groups :].reshape(num_ranks, -1, num_ranks)
+        num_ranks, begin, count = self._num_ranks, len(self._experts), groups.num_groups
+        unique_WCW = exchanged_Wn[:, begin : begin + count].reshape(num_ranks, -1, num_ranks)
         bounds = [part.columns.start + bound for part in self.chunks for bound in part.bounds[:-1]]
         upto_WP = np.concatenate((np.zeros((num_ranks, 1), np.int64), counts_WP.cumsum(1)), axis=1)
         assigned_WCW = np.diff(upto_WP[:, [*bounds, -1]]).reshape(unique_WCW.shape)
@@ -262,7 +297,17 @@ class ExpertLayout:
             return plans
         token_U = unique.token_U[: int(unique_WCW[rank].sum())]
         cell_U = cells_of_rows(token_U, unique.load_G)
-        found, sent = [], 0
+        found, sent, moves = [], 0, None
+        moved_WCW = np.zeros_like(unique_WCW)
+        if self._shared is not None and unique.candidates is not None:
+            candidates_WG = exchanged_Wn[:, begin + count : begin + 2 * count]
+            moved_WG = self._shared.plan(
+                assigned_WCW.reshape(num_ranks, -1), candidates_WG, exchanged_Wn[:, -1]
+            )
+            moved_WCW = moved_WG.reshape(unique_WCW.shape)
+            moves = self._shared.moves(
+                unique.candidates, candidates_WG, moved_WG, groups.size_of_groups(token_U.device)
+            )
         for index, (plan, chunk) in enumerate(zip(plans, self.chunks, strict=True)):
             send_splits = unique_WCW[rank, index].tolist()
             part = slice(sent, sent := sent + sum(send_splits))
@@ -274,6 +319,8 @@ class ExpertLayout:
                 send_splits=send_splits,
                 recv_splits=unique_WCW[:, index, rank].tolist(),
                 num_experts=chunk.bounds[rank + 1] - chunk.bounds[rank],
+                num_shared=int(moved_WCW[:, index, rank].sum()),
+                moves=moves,
             )
             found.append(replace(plan, row_format=row_format, unique=rows_of_chunk))
         return found

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.moe.dispatch.shared_rows import Candidates
 from engine.ops import sort_by_expert as sort_op
 from engine.ops import unique_rows
 from engine.ops.to_device import to_device
@@ -44,14 +45,21 @@ class UniqueRows:
     bits_TGB: torch.Tensor  # uint8, the bitmap of each token and group
     # int64, the position of each assignment's weight among a token's G * e; G * e where dropped
     weight_TM: torch.Tensor
+    candidates: Candidates | None = None  # of shared rows that may move; None: all stay
 
 
 class Deduplicator:
-    """Finds unique rows. sizes: experts of each group, in the order of the positions."""
+    """Finds unique rows.
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    Args:
+        sizes: experts of each group, in the order of the positions.
+        has_shared: leave a bit and a weight for the shared expert behind each group's experts.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, has_shared: bool = False) -> None:
         self.num_groups = len(sizes)
-        self.most_experts = max(sizes)  # e of the largest group
+        self.most_experts = max(sizes) + has_shared  # e of the largest group
+        self._sizes = list(sizes)
         self.num_bytes = -(-self.most_experts // 8)  # B
         group_P = [group for group, size in enumerate(sizes) for _ in range(size)]
         offset_P = [offset for size in sizes for offset in range(size)]
@@ -69,6 +77,7 @@ class Deduplicator:
             ],
         ]
         self._tables: dict[torch.device, torch.Tensor] = {}
+        self._size_G: dict[torch.device, torch.Tensor] = {}
 
     def unique(self, position_TM: torch.Tensor) -> UniqueRows:
         """Return this rank's unique rows. position_TM: int64, -1 where there is no assignment."""
@@ -93,6 +102,16 @@ class Deduplicator:
         size = self.num_groups * self.most_experts
         flat = unique_rows.spread_weights(unique.weight_TM, weights_TM, size)
         return flat.view(num_tokens, self.num_groups, self.most_experts)
+
+    def group_of(self, position_TM: torch.Tensor) -> torch.Tensor:
+        """Return the group of each position, int64 [T, M], G where there is no assignment."""
+        return self._table(position_TM.device)[0][position_TM]
+
+    def size_of_groups(self, device: torch.device) -> torch.Tensor:
+        """Return the experts of each group, int64 [G]."""
+        if device not in self._size_G:
+            self._size_G[device] = to_device(torch.tensor(self._sizes), device)
+        return self._size_G[device]
 
     def _table(self, device: torch.device) -> torch.Tensor:
         """Return the group, byte, bit and weight of every position, int64 [4, P + 1]."""

@@ -37,6 +37,7 @@ from engine.moe.dispatch.chunk_layout import ExpertLayout, Granularity, fills_ch
 from engine.moe.dispatch.chunk_tuner import CANDIDATES, ChunkTuner, Trial
 from engine.moe.dispatch.dedup import expected_unique
 from engine.moe.dispatch.row_format import RowFormats
+from engine.moe.dispatch.shared_rows import SharedRows
 
 # Launches that a deduplicated call has more than another, and a chunk: the rows of the table in
 # tests/gpu/emulated/budgets.txt, which a test compares.
@@ -54,6 +55,7 @@ class LayoutPolicy:
         rows: the formats that rows may be sent in.
         config: moe.overlap and moe.dispatch are read.
         link: of the ranks, where it was measured.
+        shared: lets shared rows move; None: they stay.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class LayoutPolicy:
         rows: RowFormats,
         config: MoEConfig,
         link: Link | None = None,
+        shared: SharedRows | None = None,
     ) -> None:
-        self._link = link
+        self._link, self._shared = link, shared
         overlap, dispatch = config.overlap, config.dispatch
         self._first_experts, self._top_k, self._rows = first_experts, top_k, rows
         pairs = zip(first_experts, first_experts[1:], strict=False)
@@ -97,6 +100,11 @@ class LayoutPolicy:
         if self._tunes:
             tuner.register(layer)
             self.tuner, self._layer, self._control = tuner, layer, control
+
+    @property
+    def moves_shared(self) -> bool:
+        """Whether some layout lets shared rows move."""
+        return self._shared is not None and self._deduplicates
 
     @property
     def most_local_experts(self) -> int:
@@ -168,6 +176,7 @@ class LayoutPolicy:
                 self._granularity(num_chunks),
                 self._rows,
                 deduplicate=counts,
+                shared=self._shared,
             )
         return self._layouts[key]
 

@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import nn
 
 from engine.moe.dispatch.buffers import RowBuffers, Slot
 from engine.moe.dispatch.exchange import AllToAll
@@ -126,6 +127,7 @@ class PackedPayload:
         weights_TM: float32 combine weights; sent with the rows where these are pre-reduced.
         plans: one per chunk, all with a row format.
         buffers: where rows are sent from and received.
+        shared: the shared expert, where its rows may move.
     """
 
     def __init__(
@@ -134,21 +136,25 @@ class PackedPayload:
         weights_TM: torch.Tensor,
         plans: list[DispatchPlan],
         buffers: RowBuffers,
+        shared: nn.Module | None = None,
     ) -> None:
         row_format = plans[0].row_format
         assert row_format is not None, "rows in the model's dtype need no row format"
-        self._format, self._plans = row_format, plans
+        self._format, self._plans, self._shared = row_format, plans, shared
         self._encoded = row_format.encode(x_TD)
         combined = [plan.order.token_N.numel() for plan in plans]
-        received = [plan.num_received for plan in plans]
+        received = [plan.num_held for plan in plans]
         self._weights_Ce: torch.Tensor | None = None
         self._bits_CB: torch.Tensor | None = None
         if (unique := plans[0].unique) is not None:
-            self._bits_CB = unique.rows.bits_TGB.flatten(0, 1)
+            bits, moves = unique.rows.bits_TGB, unique.moves
             if plans[0].pre_reduced:
                 combined = [sum(_dispatch_splits(plan)[0]) for plan in plans]
                 weights = unique.groups.weights(unique.rows, weights_TM)
+                if moves is not None and moves.num_moved:
+                    bits, weights = moves.bits(bits), moves.weights(weights)
                 self._weights_Ce = weights.flatten(0, 1)
+            self._bits_CB = bits.flatten(0, 1)
         # Packed rows of each chunk, sent and received.
         num_send, num_recv = zip(
             *([sum(splits) for splits in _dispatch_splits(plan)] for plan in plans), strict=True
@@ -195,29 +201,41 @@ class PackedPayload:
         if plan.unique is None:
             index_R = plan.recv_index_R
         else:
-            num_experts = plan.unique.num_experts
+            num_experts = plan.unique.num_experts + (plan.unique.num_shared > 0)
             index_R, self._slot_Ve = rows_by_expert(
                 row_format.bits(recv),
                 num_experts,
-                plan.num_received,
+                plan.num_held,
                 with_slots=plan.pre_reduced,
             )
             if plan.pre_reduced:  # a copy: the outputs will overwrite the received rows
                 self._weights_Ve = row_format.weights(recv)[:, :num_experts].clone()
         grouped_RD = self._grouped[chunk]
         row_format.unpack(recv, index_R, grouped_RD)
-        return ExpertRows(grouped_RD, plan.expert_counts, self._out[chunk], None)
+        end = plan.num_received  # behind them are the rows of the shared expert
+        return ExpertRows(grouped_RD[:end], plan.expert_counts, self._out[chunk][:end], None)
 
     def pack_combine(self, chunk: int, out_RD: torch.Tensor) -> AllToAll:
         """Sum the outputs per token where rows are pre-reduced, else put them in receive order."""
         plan = self._plans[chunk]
         send_splits, recv_splits = plan.send_splits, plan.recv_splits
+        if plan.num_held > plan.num_received:
+            out_RD = self._with_shared(chunk, out_RD)
         if self._slot_Ve is not None and self._weights_Ve is not None:
             out_RD = combine_rows(out_RD, self._slot_Ve, self._weights_Ve)
             send_splits, recv_splits = _dispatch_splits(plan)
         elif plan.recv_index_R is not None:
             out_RD = self._grouped[chunk].index_copy_(0, plan.recv_index_R, out_RD)
         return AllToAll(out_RD, self._combined[chunk], recv_splits, send_splits)
+
+    def _with_shared(self, chunk: int, out_RD: torch.Tensor) -> torch.Tensor:
+        """Return the experts' outputs, and behind them those of the shared expert."""
+        assert self._shared is not None
+        both_RD, end = self._out[chunk], out_RD.shape[0]
+        if out_RD.data_ptr() != both_RD.data_ptr():  # a backend may return a tensor of its own
+            both_RD[:end].copy_(out_RD)
+        both_RD[end:].copy_(self._shared(self._grouped[chunk][end:]))
+        return both_RD
 
 
 def make_payload(
@@ -228,11 +246,12 @@ def make_payload(
     *,
     single_rank: bool,
     packed: bool = False,
+    shared: nn.Module | None = None,
 ) -> Payload:
     """Build the payload that the plans ask for; see `RowPayload` and `PackedPayload`."""
     if plans[0].row_format is None:
         return RowPayload(x_TD, plans, buffers, single_rank=single_rank, packed=packed)
-    return PackedPayload(x_TD, weights_TM, plans, buffers)
+    return PackedPayload(x_TD, weights_TM, plans, buffers, shared)
 
 
 def packed_offsets(row_bytes: list[int], packed_bytes: list[int]) -> tuple[list[int], int]:

@@ -11,10 +11,12 @@ Legend: T tokens, M columns of the decision, D model dim, S rows sent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from engine.distributed.collectives import Pending
 from engine.moe.dispatch.buffers import RowBuffers, Slot
@@ -40,12 +42,20 @@ class _InFlight:
 
 
 class Pipeline:
-    """Exchanges the rows of one layer's calls and runs its experts on them."""
+    """Exchanges the rows of one layer's calls and runs its experts on them.
+
+    shared: the shared expert, where its rows may move.
+    """
 
     def __init__(
-        self, exchange: Exchange, experts: ExpertsBackend, buffers: RowBuffers, layer: int
+        self,
+        exchange: Exchange,
+        experts: ExpertsBackend,
+        buffers: RowBuffers,
+        layer: int,
+        shared: nn.Module | None = None,
     ) -> None:
-        self._exchange, self._experts = exchange, experts
+        self._exchange, self._experts, self._shared = exchange, experts, shared
         self._buffers, self._layer = buffers, layer
 
     def pack(self, x_TD: torch.Tensor, clock: PhaseClock, order: ExpertOrder) -> None:
@@ -82,6 +92,7 @@ class Pipeline:
         *,
         yields: bool = False,
         packed: bool = False,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Steps[torch.Tensor]:
         """Return the combined rows [S, D], in the order of the plans; `DispatchPlan.terms` maps
         them to tokens. Collective over EP: every rank must call, with as many plans.
@@ -96,8 +107,10 @@ class Pipeline:
             clock: enters DISPATCH and COMBINE once per chunk, for the time that this rank waits.
             yields: yield where there is nothing left to do but wait.
             packed: `pack` has filled the send buffer.
+            meanwhile: work to do while the first rows are in flight.
         """
-        serial, layer, exchange = len(plans) == 1 and not yields, self._layer, self._exchange
+        serial = len(plans) == 1 and not yields and meanwhile is None
+        layer, exchange = self._layer, self._exchange
         payload = make_payload(
             x_TD,
             weights_TM,
@@ -105,6 +118,7 @@ class Pipeline:
             self._buffers,
             single_rank=exchange.is_single_rank,
             packed=packed,
+            shared=self._shared,
         )
         in_flight: list[_InFlight] = []
 
@@ -130,6 +144,9 @@ class Pipeline:
 
         try:
             dispatch = start_dispatch(0)
+            if meanwhile is not None:
+                clock.enter(Phase.EXPERTS, layer)
+                meanwhile()
             if yields:
                 yield
             combines: list[_InFlight] = []

@@ -27,6 +27,7 @@ import torch
 
 from engine.moe.dispatch.dedup import Deduplicator, UniqueRows
 from engine.moe.dispatch.row_format import RowFormat
+from engine.moe.dispatch.shared_rows import SharedMoves
 from engine.ops.to_device import to_device
 
 
@@ -55,6 +56,8 @@ class UniquePlan:
     send_splits: list[int]  # unique rows per destination rank
     recv_splits: list[int]  # unique rows per source rank
     num_experts: int  # local experts of this chunk
+    num_shared: int = 0  # shared rows that this rank computes for others
+    moves: SharedMoves | None = None  # of the whole call; None: all shared rows stay
 
 
 class ReceiveIndex:
@@ -94,6 +97,16 @@ class DispatchPlan:
     def recv_index_R(self) -> torch.Tensor | None:
         """The receive index of each grouped row, int64; None: rows are received grouped."""
         return None if self.receive_index is None else self.receive_index.read()
+
+    @property
+    def shared_moves(self) -> SharedMoves | None:
+        """Which shared rows of the call move; None: all stay."""
+        return None if self.unique is None else self.unique.moves
+
+    @property
+    def num_held(self) -> int:
+        """Rows that this rank computes, with those of the shared expert for other ranks."""
+        return self.num_received + (0 if self.unique is None else self.unique.num_shared)
 
     @property
     def num_received(self) -> int:

@@ -16,6 +16,7 @@ Legend: E experts, I instances, H most hosts of an expert, W expert-parallel ran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -31,6 +32,8 @@ class Instances:
     Args:
         placement: of the layer.
         num_ranks: W.
+        copies: the experts that each rank holds copies of, in the order of its instances; None: by
+            expert.
     """
 
     expert_I: np.ndarray  # int64, the expert of each instance
@@ -44,16 +47,24 @@ class Instances:
     hosts_EH: np.ndarray  # int64, by home order: instances of the home, then of the copies by rank;
     # -1 where there are fewer
 
-    def __init__(self, placement: LayerPlacement, num_ranks: int) -> None:
+    def __init__(
+        self,
+        placement: LayerPlacement,
+        num_ranks: int,
+        copies: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.placement = placement
         self.num_ranks, self.num_experts = num_ranks, len(placement.home_E)
         homes: list[list[int]] = [[] for _ in range(num_ranks)]
-        copies: list[list[int]] = [[] for _ in range(num_ranks)]
         for expert, home in enumerate(placement.home_E):
             homes[home].append(expert)
-            for rank in placement.copies_E[expert]:
-                copies[rank].append(expert)
-        held = [own + further for own, further in zip(homes, copies, strict=True)]
+        if copies is None:
+            copies = [
+                [expert for expert, ranks in enumerate(placement.copies_E) if rank in ranks]
+                for rank in range(num_ranks)
+            ]
+        self.copies = [list(each) for each in copies]
+        held = [own + further for own, further in zip(homes, self.copies, strict=True)]
         self.expert_I = np.array([expert for each in held for expert in each], dtype=np.int64)
         self.rank_I = np.repeat(np.arange(num_ranks), list(map(len, held)))
         self.is_home_I = np.array(
@@ -84,6 +95,16 @@ class Instances:
             self.hosts_EH[place, found[place]] = instance
             found[place] += 1
         self._tables: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+
+    def with_copies(self, copies: Sequence[Sequence[int]]) -> Instances:
+        """Return the same homes with other copies on each rank, in the order of its instances."""
+        ranks: list[list[int]] = [[] for _ in range(self.num_experts)]
+        for rank, held in enumerate(copies):
+            for expert in held:
+                ranks[expert].append(rank)
+        copies_E = tuple(tuple(sorted(each)) for each in ranks)
+        placement = LayerPlacement(self.placement.home_E, copies_E)
+        return Instances(placement, self.num_ranks, copies)
 
     def num_homes(self, rank: int) -> int:
         """Return the experts whose home is a rank."""
@@ -116,15 +137,23 @@ class Instances:
         """Return columns by expert as columns in home order."""
         return x_TE if self.has_contiguous_homes else x_TE[:, self._table(x_TE.device)[1]]
 
-    def homes(self, places_TK: torch.Tensor) -> torch.Tensor:
-        """Return the instances of the homes of experts given by their places; -1 stays."""
-        return self._table(places_TK.device)[2][places_TK] if self.has_copies else places_TK
+    def homes(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Return the instances of experts' homes, in home order where there are no copies; -1
+        stays.
+        """
+        if self.has_contiguous_homes and not self.has_copies:
+            return ids_TK
+        return self._table(ids_TK.device)[2][ids_TK]
 
     def host_table(self, device: torch.device) -> torch.Tensor:
         """Return the instances of every expert's hosts by home order, int64 [E, H + 1]: the home,
         the copies by rank, and -1 behind the last.
         """
         return self._table(device)[3]
+
+    def host_table_of_homes(self, device: torch.device) -> torch.Tensor:
+        """Return `host_table` with a row per instance instead, that of its expert at the home."""
+        return self._table(device)[5]
 
     def is_copy(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Return which instances are copies, bool; not -1."""
@@ -142,16 +171,20 @@ class Instances:
 
     def _table(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Return the place of every expert and -1 at the end, the experts in home order, the
-        instance of every home and -1 at the end, `host_table`, and whether an instance is a
-        copy.
+        instance of every expert's home and -1 at the end, `host_table`, whether an instance is a
+        copy, and `host_table_of_homes`.
         """
         if device not in self._tables:
+            hosts_EH1 = np.pad(self.hosts_EH, ((0, 0), (0, 1)), constant_values=-1)
+            hosts_IH1 = np.full((self.num_instances, hosts_EH1.shape[1]), -1, dtype=np.int64)
+            hosts_IH1[self.home_instance_E] = hosts_EH1
             tables = (
                 np.append(self.home_order_E, -1),
                 self.expert_of_home_E,
-                np.append(self.home_instance_E, -1),
-                np.pad(self.hosts_EH, ((0, 0), (0, 1)), constant_values=-1),
+                np.append(self.home_instance_E[self.home_order_E], -1),
+                hosts_EH1,
                 np.append(~self.is_home_I, False),
+                hosts_IH1,
             )
             self._tables[device] = tuple(
                 to_device(torch.from_numpy(np.ascontiguousarray(each)), device) for each in tables

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from engine.moe.placement.instances import Instances
+from engine.ops.deal import deal_rows
 from engine.ops.expert_hosts import Hosts
-from engine.ops.sort_by_expert import sort_by_expert
 from engine.ops.split import split_rows
 from engine.ops.to_device import to_device
 
@@ -128,33 +128,24 @@ class RowSplit:
         return rows_EH.cumsum(1)
 
     def instances_of(
-        self, places_TK: torch.Tensor, before_E: np.ndarray, rows_I: np.ndarray
+        self,
+        homes_TK: torch.Tensor,
+        slot_TK: torch.Tensor,
+        offset_E: np.ndarray,
+        rows_I: np.ndarray,
     ) -> torch.Tensor:
         """Return the instance of each of this rank's assignments, int64 [T, K], by counts alone.
 
         Args:
-            places_TK: int64, experts in home order.
-            before_E: int64, rows of the ranks before this one.
+            homes_TK: int64, the instances of the experts' homes.
+            slot_TK: int64, the slot of each assignment among this rank's.
+            offset_E: int64, by home order: what a slot of the expert is ahead of the row's place in
+                the expert's order, over all ranks.
             rows_I: int64, the split.
         """
-        num_experts = self.instances.num_experts
-        _, slot_TK, load_E = sort_by_expert(places_TK, num_experts)
-        table = np.concatenate((self.ends(rows_I), before_E[:, None]), axis=1)
-        table_EH1 = to_device(torch.from_numpy(table), places_TK.device)
-        # Of own rows in the expert's order: the place among this rank's, after those before it.
-        first_E = load_E.cumsum(0) - load_E - table_EH1[:, -1]
-        index_TK = slot_TK - first_E[places_TK]
-        return self.hosts_of(places_TK, index_TK, table_EH1[:, :-1])
-
-    def hosts_of(
-        self, places_N: torch.Tensor, index_N: torch.Tensor, ends_EH: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the instance that computes each row, -1 for a row behind all ends.
-
-        Args:
-            places_N: int64, experts in home order, any shape.
-            index_N: int64, the place of each row in its expert's order, the same shape.
-            ends_EH: int64, as `ends` returns them.
-        """
-        host_N = (index_N[..., None] >= ends_EH[places_N]).sum(-1)
-        return self.instances.host_table(places_N.device)[places_N, host_N]
+        instances, device = self.instances, homes_TK.device
+        ends_EH = self.ends(rows_I)
+        ends_IH = np.zeros((instances.num_instances, ends_EH.shape[1]), dtype=np.int64)
+        ends_IH[instances.home_instance_E] = ends_EH + offset_E[:, None]
+        ends = to_device(torch.from_numpy(ends_IH), device)
+        return deal_rows(homes_TK, slot_TK, ends, instances.host_table_of_homes(device))

@@ -10,13 +10,14 @@ numbers; this prints them, and for the rows that are named the lines of the sour
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from engine.request import Request, SamplingParams
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
 from tests.gpu.emulated.guard import compile_guard
+from tests.gpu.emulated.runs import SCATTERED, Placed
 from tests.helpers.ranks import run_ranks
 from tools.gpu_checks.launches import COLUMNS
 from tools.make_random_checkpoint import make_checkpoint
@@ -52,9 +54,14 @@ class Row:
     moe: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)  # of the checkpoint's config.json
     is_prefill: bool = False
+    placement: Placed | None = None
 
 
 _PLAIN = {"dispatch": {"deduplicate": False}}
+
+# Every rank has all experts, so that rows move wherever ranks have unequal loads.
+_COPIES = Placed(SCATTERED, tuple(range(8)))
+_LOW_BIT = Placed(SCATTERED, tuple(range(8)), "int4")
 
 
 def _drop(policy: str, selection: str, **more: Any) -> dict[str, Any]:
@@ -82,6 +89,33 @@ ROWS = (
         "mixtral",
         _drop("token_drop", "auto", consensus="quota"),
         is_prefill=True,
+    ),
+    Row("qwen3_moe decode, scattered homes", "qwen3_moe", _PLAIN, placement=Placed(SCATTERED)),
+    Row(
+        "qwen3_moe decode, copies without rows",
+        "qwen3_moe",
+        {"copies": {"phases": ["prefill"]}, **_PLAIN},
+        placement=_COPIES,
+    ),
+    Row("qwen3_moe decode, copies with rows", "qwen3_moe", _PLAIN, placement=_COPIES),
+    Row("mixtral prefill", "mixtral", _PLAIN, {}, True),
+    Row("mixtral prefill, copies with rows", "mixtral", _PLAIN, {}, True, _COPIES),
+    Row(
+        "mixtral prefill, token_drop with copies",
+        "mixtral",
+        {"capacity": {"policy": "token_drop", "factor": "1", "scope": "rank"}, **_PLAIN},
+        {},
+        True,
+        _COPIES,
+    ),
+    # Without rows: how many experts' copies have some would change the count.
+    Row(
+        "mixtral prefill, int4 copies",
+        "mixtral",
+        {"copies": {"target": 0.01}, **_PLAIN},
+        {},
+        True,
+        _LOW_BIT,
     ),
 )
 
@@ -131,7 +165,7 @@ def count_all(
             path = paths[row.name, depth] = folder / f"{row.name} {depth}".replace(" ", "_")
             settings = {"vocab_size": 97, "num_hidden_layers": depth, **row.model}
             make_checkpoint(row.family, path, overrides=settings)
-    return run_ranks(_count_rows, 2, guard, paths, rows, timeout=170)[0]
+    return run_ranks(_count_rows, 2, guard, paths, rows, timeout=280)[0]
 
 
 def _count_rows(
@@ -164,7 +198,7 @@ def _count(rank: int, guard: Path, path: Path, row: Row) -> Step:
             steps.append((Step(counts, DEVICE.lines + DEVICE.syncs), report))
             DEVICE.reset_counts()
 
-        llm = LLM(config_from_tree(_tree(path, row)))
+        llm = LLM(config_from_tree(_tree(rank, path, row)))
         DEVICE.reset_counts()
         llm.run(ListSource(_requests(rank, row)), lambda _: None, on_step)
         llm.close()
@@ -174,8 +208,12 @@ def _count(rank: int, guard: Path, path: Path, row: Row) -> Step:
         return step
 
 
-def _tree(path: Path, row: Row) -> dict[str, Any]:
+def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
     moe = {"experts": {"backend": "grouped_mm"}, **row.moe}
+    if row.placement is not None:
+        layers = tuple(range(json.loads((path / "config.json").read_text())["num_hidden_layers"]))
+        placed = replace(row.placement, layers=layers)
+        moe["placement"] = str(placed.write(path, rank))
     # In prefill a step is one prompt; for decode all prompts fit into the first step.
     tokens = _PROMPT if row.is_prefill else _PROMPT * _SEQUENCES
     return {

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.distributed.collectives import GroupCollectives, Started
+from engine.distributed.collectives import Done, GroupCollectives, Started
 from engine.generation import loop, runner
+from engine.moe.capacity import claim_split
+from engine.moe.capacity.consensus_global import GatheredClaims
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.layer import MoELayer
 from engine.moe.router import Routing
@@ -133,6 +135,34 @@ def table_on_the_host(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MoELayer, "route", lambda self, x: route(self, x + torch.zeros(x.shape[1])))
 
 
+def forgotten_wait_for_claims(patch: pytest.MonkeyPatch) -> None:
+    """Split the claims of all ranks while they are on their way."""
+    wait = GatheredClaims.wait
+
+    def wait_for_none(self: GatheredClaims) -> None:
+        self._pending = Done(self._pending._result)  # pyright: ignore[reportAttributeAccessIssue]
+        wait(self)
+
+    patch.setattr(GatheredClaims, "wait", wait_for_none)
+
+
+def pageable_ends_of_copies(patch: pytest.MonkeyPatch) -> None:
+    """Upload where the rows of every instance end out of memory that is not pinned."""
+    patch.setattr(claim_split, "to_device", lambda host, device: host.to(device, non_blocking=True))
+
+
+def number_read_in_the_split(patch: pytest.MonkeyPatch) -> None:
+    """Read on the host how many rows were dealt."""
+    deal = claim_split.deal_claims
+
+    def deal_and_read(*args: Any) -> Any:
+        made = deal(*args)
+        made[1].sum().item()
+        return made
+
+    patch.setattr(claim_split, "deal_claims", deal_and_read)
+
+
 FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     forgotten_wait_for_counts: "RaceError.*reads memory of all_gather from .*collectives.py",
     forgotten_wait_for_rows: "RaceError.*memory of all_to_all from .*exchange.py",
@@ -144,4 +174,11 @@ FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     item_in_a_layer: "HostSyncError: .*faults.py.*_local_scalar_dense",
     mask_in_a_layer: "HostSyncError: .*faults.py.*a mask",
     table_on_the_host: "DeviceError: .*faults.py.*a CPU tensor",
+}
+
+# Of a layer whose experts have copies, split by claims.
+COPIES_FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
+    forgotten_wait_for_claims: "RaceError.*memory of all_gather from .*collectives.py",
+    pageable_ends_of_copies: "HostSyncError: .*faults.py.*a copy from pageable memory",
+    number_read_in_the_split: "HostSyncError: .*faults.py.*_local_scalar_dense",
 }

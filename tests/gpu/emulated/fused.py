@@ -12,7 +12,9 @@ import torch
 
 from engine.ops import (
     claims,
+    deal,
     latent_rotary_store,
+    order_claims,
     paged_attention,
     permute,
     qk_rotary_store,
@@ -26,7 +28,7 @@ from engine.ops import (
     unique_rows,
 )
 from tests.gpu.emulated.device import DEVICE, DeviceError, place
-from tests.gpu.emulated.tensors import CudaTensor
+from tests.gpu.emulated.tensors import CudaTensor, leaves
 
 
 def _rms_norm(
@@ -44,10 +46,13 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "combine_rows": permute.combine_rows_reference,
     "count_claims": claims.count_claims_reference,
     "count_groups": unique_rows.count_groups_reference,
+    "deal_claims": deal.deal_claims_reference,
+    "deal_rows": deal.deal_rows_reference,
     "extra_claims": claims.extra_claims_reference,
     "gate_output": silu_and_mul.gate_output_reference,
     "gather_rows": permute.gather_rows_reference,
     "latent_rotary_store": latent_rotary_store.latent_rotary_store_reference,
+    "list_claims": deal.list_claims_reference,
     "make_claims": claims.make_claims_reference,
     "mark_groups": unique_rows.mark_groups_reference,
     "pack_headers": unique_rows.pack_headers_reference,
@@ -61,6 +66,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "select_grouped": select_top.select_grouped_reference,
     "select_reduced": select_top.select_top_reference,
     "silu_and_mul": silu_and_mul.silu_and_mul_reference,
+    "sort_key": order_claims.sort_key_reference,
     "sort_by_expert": sort_by_expert.sort_by_expert_reference,
     "spread_weights": unique_rows.spread_weights_reference,
     "store_kv": store_kv.store_kv_reference,
@@ -77,6 +83,8 @@ _MODULES = {
 _LAUNCHES: dict[str, Callable[..., int]] = {
     "count_claims": lambda *_: 2,
     "count_groups": lambda *_: 2,
+    "deal_claims": lambda *_: 2,
+    "list_claims": lambda *_: 2,
     "make_claims": lambda *_: 2,
     # Of more than one block also a count.
     "rows_by_expert": lambda bits, *_: 2 if bits.shape[0] > 1024 else 1,
@@ -102,12 +110,13 @@ def _one_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     def launch(*args: Any, **options: Any) -> Any:
         if DEVICE.is_in_kernel:  # a reference is made of others
             return reference(*args, **options)
-        for number, each in enumerate(args):
+        tensors = [*leaves(args)]
+        for number, each in enumerate(tensors):
             if isinstance(each, torch.Tensor) and not isinstance(each, CudaTensor):
                 raise DeviceError(f"{place()}: argument {number} of {name} is a CPU tensor")
         with DEVICE.one_kernel():
             made = reference(*args, **options)
-        first = next(each for each in args if isinstance(each, torch.Tensor))
+        first = next(each for each in tensors if isinstance(each, torch.Tensor))
         launches = _LAUNCHES[name](*args) if name in _LAUNCHES else 1
         DEVICE.launch(f"triton {name}", launches if first.numel() else 0)
         return made

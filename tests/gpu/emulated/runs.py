@@ -16,6 +16,8 @@ import pytest
 from engine.config.loader import config_from_tree
 from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout, layout_policy
+from engine.moe.placement.placement import LayerPlacement, Placement, Precision
+from engine.moe.placement.placement_file import digest, write_placement
 from engine.request import SamplingParams
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
@@ -27,6 +29,29 @@ PROMPTS = [
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Where the 8 experts of a model are on two ranks, the same in every MoE layer."""
+
+    homes: tuple[int, ...] = (0, 0, 0, 0, 1, 1, 1, 1)
+    copied: tuple[int, ...] = ()  # experts that the other rank has a copy of
+    precision: Precision = "model"
+    layers: tuple[int, ...] = (0, 1)
+
+    def write(self, folder: Path, rank: int) -> Path:
+        """Write the placement's file, as the other ranks do; return its path."""
+        copies = tuple((1 - self.homes[e],) if e in self.copied else () for e in range(8))
+        layer = LayerPlacement(self.homes, copies)
+        placement = Placement(2, 8, dict.fromkeys(self.layers, layer), self.precision)
+        path = folder / f"placement-{digest(placement)}.yaml"
+        own = path.with_name(f"{rank}-{path.name}")
+        write_placement(placement, own)
+        return own.replace(path)
+
+
+SCATTERED = (1, 0, 1, 0, 0, 1, 1, 0)  # homes in no order
+
+
+@dataclass(frozen=True)
 class Job:
     """One job: `PROMPTS` with a small random model."""
 
@@ -35,6 +60,7 @@ class Job:
     sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingParams
     # Methods that the job has to call on every rank, or it does not test what it says.
     uses: tuple[tuple[type, str], ...] = ()
+    placement: Placed | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,9 @@ def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
     }
     for section, values in job.settings.items():
         tree[section] = {**tree.get(section, {}), **values}
+    if job.placement is not None:
+        file = job.placement.write(path, rank)
+        tree["moe"] = {**tree.get("moe", {}), "placement": str(file)}
     llm = LLM(config_from_tree(tree))
     layers = llm.model.moe_layers
     before = sum(layer.num_collectives for layer in layers)  # of the warm-up

@@ -109,7 +109,7 @@ def pin(host: torch.Tensor) -> torch.Tensor:
 
 def dispatch(func: Any, args: Any, kwargs: Any, mode: CudaMode | None = None) -> Any:
     """Run one op of torch as the emulated device would."""
-    flat = [*_leaves(args), *_leaves(tuple(kwargs.values()))]
+    flat = [*leaves(args), *leaves(tuple(kwargs.values()))]
     cuda = [each for each in flat if isinstance(each, CudaTensor)]
     target = next((each for each in flat if isinstance(each, torch.device)), None)
     if not cuda and (target is None or target.type != "cuda"):
@@ -160,7 +160,7 @@ def _run(
     named = {key: _mapped(unwrap, value) for key, value in kwargs.items()}
     made = func(*_mapped(unwrap, args), **named)
     if not is_view:
-        is_empty = any(isinstance(e, torch.Tensor) and not e.numel() for e in _leaves((made,)))
+        is_empty = any(isinstance(e, torch.Tensor) and not e.numel() for e in leaves((made,)))
         DEVICE.launch(name, 0 if is_empty else KERNELS.get(base, 1))
     known = {id(each.inner): each for each in cuda}
     return _mapped(lambda each: _wrap(each, known), made)
@@ -173,10 +173,11 @@ def _wrap(made: Any, known: dict[int, CudaTensor]) -> Any:
     return CudaTensor(made) if found is None else found
 
 
-def _leaves(values: Any) -> Iterator[Any]:
+def leaves(values: Any) -> Iterator[Any]:
+    """Yield what lists and tuples hold, at any depth."""
     for each in values:
         if isinstance(each, (list, tuple)):
-            yield from _leaves(each)
+            yield from leaves(each)
         else:
             yield each
 
@@ -212,7 +213,7 @@ def _check_races(func: Any, name: str, args: Any, kwargs: Any) -> None:
     values += [(each, kwargs[each.name]) for each in declared if each.name in kwargs]
     for argument, value in values:
         writes = bool(argument.alias_info and argument.alias_info.is_write)
-        for each in _leaves((value,)):
+        for each in leaves((value,)):
             if isinstance(each, CudaTensor):
                 DEVICE.check(each.inner, writes, name)
 

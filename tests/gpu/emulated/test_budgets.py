@@ -45,7 +45,9 @@ def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
         name: dict(zip(COLUMNS, cells(steps), strict=False)) for name, steps in counted.items()
     }
     for name, layer in layers.items():
-        assert layer["syncs"] == 1, name
+        # Where claims decide which rows copies take, the host splits before the counts are known.
+        by_claims = name.endswith(("token_drop with copies", "int4 copies"))
+        assert layer["syncs"] == (2 if by_claims else 1), name
         # A half would mean that a rank had no rows in some layer, and left its work out.
         assert layer["kernels"] == int(layer["kernels"]), name
 
@@ -64,6 +66,14 @@ def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
     assert plain <= 30 and layers["qwen3_moe decode"]["kernels"] <= 34
     assert layers["qwen3_moe decode, deduplicated"]["kernels"] <= 40
     assert layers["mixtral prefill, token_drop gather"]["kernels"] <= 90
+    # Homes anywhere and copies without rows: experts' numbers are looked up. Rows by counts: the
+    # ends of the hosts' rows, the dealing, the new order, and the rows gathered once more.
+    decode = layers["qwen3_moe decode"]["kernels"]
+    assert layers["qwen3_moe decode, scattered homes"]["kernels"] <= decode + 1
+    assert layers["qwen3_moe decode, copies without rows"]["kernels"] <= decode + 1
+    assert layers["qwen3_moe decode, copies with rows"]["kernels"] <= decode + 8
+    prefill = layers["mixtral prefill"]["kernels"]
+    assert layers["mixtral prefill, copies with rows"]["kernels"] <= prefill + 8
 
     # What exceeds its budget is named with the lines of the source.
     kernels = layers["olmoe decode"]["kernels"]

@@ -15,11 +15,15 @@ from engine.layers.parallel import TensorSum
 from engine.models.decoder import CausalLM
 from engine.moe.capacity.consensus_global import GatherConsensus, RadixConsensus
 from engine.moe.capacity.consensus_quota import QuotaConsensus
+from engine.moe.capacity.copies_agreement import CopiesAgreement
 from engine.moe.dispatch.dedup import Deduplicator
 from engine.moe.dispatch.row_format import RowFormat
+from engine.moe.dispatch.shared_rows import SharedRows
 from engine.moe.experts import GroupedMMExperts
+from engine.moe.local_experts import LocalExperts
+from engine.moe.placement.row_split import RowSplit
 from tests.gpu.emulated.guard import obstacle
-from tests.gpu.emulated.runs import Job, Result, on_both
+from tests.gpu.emulated.runs import SCATTERED, Job, Placed, Result, on_both
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
@@ -27,6 +31,12 @@ pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {
 GATHER, RADIX = ((GatherConsensus, "begin"),), ((RadixConsensus, "begin"),)
 DEDUPLICATED, PACKED = ((Deduplicator, "unique"),), ((RowFormat, "encode"),)
 TENSOR_SUM, TWO_BATCH = ((TensorSum, "__call__"),), ((CausalLM, "forward_two_batch"),)
+
+MOVED, CLAIMS = ((RowSplit, "instances_of"),), ((CopiesAgreement, "_counts"),)
+LOW_BIT = (*CLAIMS, (LocalExperts, "_run_copies"))
+COPIED = (0, 2, 5)  # experts that both ranks have
+ALL = tuple(range(8))
+PLAIN = {"dispatch": {"deduplicate": False}}
 
 
 def moe(**sections: Any) -> dict[str, Any]:
@@ -55,10 +65,69 @@ JOBS = {
     "two_batch": Job("olmoe", moe(overlap={"two_batch": True}), uses=TWO_BATCH),
     "fp8 rows": Job("olmoe", moe(dispatch={"dtype": "fp8", "deduplicate": False}), uses=PACKED),
     "partial sums": Job("qwen3_moe", moe(dispatch={"partial_sums": True}), uses=DEDUPLICATED),
+    "balanced shared expert": Job(
+        "qwen2_moe",
+        moe(dispatch={"partial_sums": True}, shared_expert="balanced"),
+        uses=((SharedRows, "plan"), (SharedRows, "moves")),
+    ),
     "bfloat16 grouped_mm": Job(
         "qwen3_moe",
         {"model": {"dtype": "bfloat16"}, **moe(experts={"backend": "grouped_mm"})},
         uses=((GroupedMMExperts, "_run"),),
+    ),
+    "homes anywhere": Job("qwen3_moe", placement=Placed(SCATTERED)),
+    "copies": Job("mixtral", moe(**PLAIN), uses=MOVED, placement=Placed(SCATTERED, COPIED)),
+    "copies dedup": Job("qwen3_moe", uses=MOVED + DEDUPLICATED, placement=Placed(copied=COPIED)),
+    "copies chunks": Job(
+        "olmoe",
+        moe(overlap={"chunks": 2, "by": "experts"}, **PLAIN),
+        uses=MOVED,
+        placement=Placed(SCATTERED, COPIED),
+    ),
+    "copies chunks by tokens": Job(
+        "olmoe",
+        moe(overlap={"chunks": 2, "by": "tokens"}),
+        uses=MOVED,
+        placement=Placed(SCATTERED, COPIED),
+    ),
+    "copies two_batch": Job(
+        "olmoe",
+        moe(overlap={"two_batch": True}),
+        uses=MOVED + TWO_BATCH,
+        placement=Placed(SCATTERED, COPIED),
+    ),
+    "int4 copies": Job(
+        "mixtral",
+        moe(copies={"target": 1.0}),
+        uses=LOW_BIT,
+        placement=Placed(SCATTERED, ALL, precision="int4"),
+    ),
+    "bfloat16 int8 copies": Job(
+        "mixtral",
+        {
+            "model": {"dtype": "bfloat16"},
+            **moe(experts={"backend": "grouped_mm"}, copies={"target": 1.0}),
+        },
+        uses=LOW_BIT,
+        placement=Placed(SCATTERED, ALL, precision="int8"),
+    ),
+    "token_drop copies": Job(
+        "mixtral",
+        drop("token_drop", "auto", scope="rank"),
+        uses=CLAIMS,
+        placement=Placed(SCATTERED, COPIED),
+    ),
+    "token_drop scope expert int4 copies": Job(
+        "olmoe",
+        drop("token_drop", "auto", order="last"),
+        uses=CLAIMS,
+        placement=Placed(copied=COPIED, precision="int4"),
+    ),
+    "expanded_drop copies": Job(
+        "olmoe",
+        drop("expanded_drop", "auto", scope="rank"),
+        uses=CLAIMS,
+        placement=Placed(SCATTERED, COPIED),
     ),
     "sampling": Job("mixtral", sampling={"temperature": 0.9, "top_p": 0.8, "top_k": 20}),
     "prompt logprobs": Job("mixtral", sampling={"prompt_logprobs": True}),

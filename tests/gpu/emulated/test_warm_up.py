@@ -15,10 +15,17 @@ from engine.generation import builder
 from engine.llm import LLM
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
+from tests.gpu.emulated.runs import Placed
 from tests.helpers.ranks import run_ranks
 
 
-def started(rank: int, guard: Path, path: Path, parallel: dict[str, int]) -> dict[str, Any]:
+def started(
+    rank: int,
+    guard: Path,
+    path: Path,
+    parallel: dict[str, int],
+    placement: Placed | None = None,
+) -> dict[str, Any]:
     """What has run on the device when the memory for the cache is measured, and what it left."""
     seen: dict[str, Any] = {}
     num_kv_blocks = builder.num_kv_blocks
@@ -28,13 +35,15 @@ def started(rank: int, guard: Path, path: Path, parallel: dict[str, int]) -> dic
         seen["collectives"] = sum(DEVICE.collectives.values())
         return num_kv_blocks(*args, **options)
 
-    tree = {
+    tree: dict[str, Any] = {
         "model": {"path": str(path), "max_model_len": 64, "dtype": "bfloat16"},
         "scheduler": {"kv_cache_blocks": 64, "block_size": 4, "max_batch_tokens": 24},
         "moe": {"overlap": {"chunks": "auto"}, "capacity": {"policy": "token_drop"}},
         "parallel": parallel,
         "runtime": {"device": "cuda", "timeout_s": 60.0},
     }
+    if placement is not None:
+        tree["moe"] = {"placement": str(placement.write(path, rank))}
     with pytest.MonkeyPatch.context() as patch, emulated_cuda(guard):
         patch.setattr(builder, "num_kv_blocks", measure)
         llm = LLM(config_from_tree(tree))
@@ -57,3 +66,11 @@ def test_every_kernel_and_collective_runs_once_before_the_cache_is_sized(
         assert seen["collectives"] >= 3 * 2, "counts and rows, in two steps"
         assert seen["position"].step == 0 and seen["is_own"]
         assert not any(seen["choices"])
+
+
+@pytest.mark.parametrize("precision", ["model", "int4"])
+def test_what_deals_rows_to_copies_runs_before_the_cache_is_sized(guard, checkpoint, precision):
+    placement = Placed(copied=(0, 5), precision=precision)
+    for seen in run_ranks(started, 2, guard, checkpoint("mixtral"), {}, placement):
+        for kernel in ("deal_rows", "deal_claims", "list_claims", "sort_key", "sort"):
+            assert any(kernel in each for each in seen["kernels"]), (kernel, seen["kernels"])

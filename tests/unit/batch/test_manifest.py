@@ -209,6 +209,7 @@ def test_how_a_job_runs_may_change_between_runs(sections):
         {"moe": {"capacity": {"policy": "token_drop", "factor": 1.1}}},
         {"moe": {"dispatch": {"dtype": "fp8"}}},
         {"moe": {"dispatch": {"partial_sums": True}}},
+        {"moe": {"shared_expert": "balanced", "dispatch": {"partial_sums": True}}},
     ],
 )
 def test_what_changes_results_makes_another_job(sections):
@@ -216,7 +217,8 @@ def test_what_changes_results_makes_another_job(sections):
 
 
 def test_dispatch_settings_are_included_only_where_they_differ_so_that_older_ledgers_resume(output):
-    assert not [key for key in result_settings(config()) if key.startswith("moe.dispatch")]
+    optional = ("moe.dispatch", "moe.shared_expert")
+    assert not [key for key in result_settings(config()) if key.startswith(optional)]
     run(output, manifest(output), records=1)
     other = manifest(output, moe={"dispatch": {"dtype": "fp8"}})
     with pytest.raises(JobError, match=r'moe\.dispatch\.dtype was null, is "fp8"'):

@@ -599,6 +599,18 @@ def test_the_digest_distinguishes_settings_and_nothing_else(write):
     assert len(digest(spelled)) == 64
 
 
+def test_a_balanced_shared_expert_needs_partial_sums_and_ranks_that_know_all_rows():
+    (problem,) = problems_of("moe.shared_expert=balanced")
+    assert problem.startswith("moe.shared_expert = 'balanced': ")
+    assert problem.endswith("needs moe.dispatch.partial_sums = true")
+    sums = "moe.dispatch.partial_sums=true"
+    expanded = ("moe.capacity.policy=expanded_drop", "moe.capacity.factor=1")
+    (problem,) = problems_of("moe.shared_expert=balanced", sums, *expanded)
+    assert problem.startswith("moe.shared_expert = 'balanced': moe.capacity.policy")
+    assert load("moe.shared_expert=balanced", sums).moe.shared_expert == "balanced"
+    assert load().moe.shared_expert == "replicated"
+
+
 def test_partial_sums_need_deduplicated_rows():
     (problem,) = problems_of("moe.dispatch.partial_sums=true", "moe.dispatch.deduplicate=false")
     assert problem.startswith("moe.dispatch.partial_sums = True: ")

@@ -142,7 +142,7 @@ def test_files_that_cannot_be_read_or_hold_no_number_are_no_limit(host):
 
 
 def test_the_kv_cache_fits_the_cgroup_and_the_refusal_names_its_limit(monkeypatch):
-    def blocks(free: FreeMemory) -> int:
+    def blocks(free: FreeMemory, copy_bytes: int = 0) -> int:
         monkeypatch.setattr(memory, "free_memory", lambda: free)
         return memory.num_kv_blocks(
             SchedulerConfig(max_sequences=1024, block_size=16),
@@ -151,9 +151,13 @@ def test_the_kv_cache_fits_the_cgroup_and_the_refusal_names_its_limit(monkeypatc
             reserve_bytes=0,
             device=torch.device("cpu"),
             local_world_size=2,
+            copy_bytes=copy_bytes,
         )
 
     assert blocks(FreeMemory(8 * GIB)) == 1024
+    assert blocks(FreeMemory(8 * GIB), 3 * GIB) == 1024, "what is free is read after the copies"
+    with pytest.raises(ValueError, match=r"copies of experts have taken 3\.00 GiB .* fewer copies"):
+        blocks(FreeMemory(1 << 20), 3 * GIB)
     with pytest.raises(ValueError, match=r"on cpu \(limited by /sys/box/memory.max\): 0.00 GiB"):
         blocks(FreeMemory(1 << 20, "/sys/box/memory.max"))
 

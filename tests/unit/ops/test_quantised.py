@@ -279,7 +279,7 @@ def test_rows_that_lie_anywhere_give_the_same_bits_in_their_places(isa, counts):
 @needs_native
 def test_matrices_and_counts_that_do_not_fit_are_refused():
     w13, w2 = packed_experts(40, 16, 4, False)
-    with pytest.raises(RuntimeError, match="counts sum to 3, x has 4 rows"):
+    with pytest.raises(RuntimeError, match="counts sum to 3 of 4 rows"):
         grouped_ffn_quantised(torch.randn(4, 40), w13, w2, [1, 2, 0])
     with pytest.raises(RuntimeError, match="grouped_ffn_quantised: x"):
         grouped_ffn_quantised(torch.randn(4, 40), w13, w13, [4, 0, 0])

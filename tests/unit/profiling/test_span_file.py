@@ -32,8 +32,9 @@ def header(rank: int = 3) -> SpanFileHeader:
         clock_error_ns=800,
         num_layers=1,
         num_experts=4,
-        first_expert=2,
-        num_local_experts=2,
+        own_experts={0: [2, 3]},
+        num_homes={0: 1},
+        num_copies={0: 1},
         policy="token_drop",
     )
 
@@ -56,7 +57,7 @@ def test_a_step_is_written_with_aligned_start_offsets_waiting_and_loads(tmp_path
     writer.write(8, step_spans(20), None, OFFSET, (0, 2), {})
     writer.close()
     first, step, unknown = read(tmp_path / "spans.rank00003.jsonl")
-    assert (first["format"], first["version"], first["rank"]) == ("lockstep-spans", 1, 3)
+    assert (first["format"], first["version"], first["rank"]) == ("lockstep-spans", 2, 3)
     assert first["phases"][Phase.EXPERTS] == "experts" and first["group"] == [2, 3]
     assert step["start_ns"] == 10 * MS + OFFSET and (step["prefill"], step["decode"]) == (12, 1)
     assert step["spans"] == [
@@ -74,7 +75,7 @@ def test_the_keys_of_a_span_file_are_those_that_its_readers_know(tmp_path):
     first, step = read(tmp_path / "spans.rank00003.jsonl")
     assert list(first) == (
         "rank host world_size group clock_offset_ns clock_error_ns num_layers num_experts "
-        "first_expert num_local_experts policy phases format version".split()
+        "own_experts num_homes num_copies policy phases format version".split()
     )
     assert list(step) == "step start_ns prefill decode spans before after".split()
     assert first["phases"] == (

@@ -76,13 +76,32 @@ def test_a_hot_rank_is_named_with_its_load_and_its_hottest_expert():
     assert finding.cause == "load" and finding.ranks == [3] and finding.layer == 7 and not rest
     assert finding.text == (
         "rank 3 is the straggler in 100% of the steps, which takes 40% of the time: its experts "
-        "have 2.0x the mean load (layer 7, expert 24 alone 4.1x); moe.capacity.policy = "
-        "token_drop with scope = rank bounds it"
+        "have 2.0x the mean load (layer 7, expert 24 alone 4.1x); copies of hot experts, "
+        "planned from a recording of these loads (profiler.routing, then tools/plan_placement.py), "
+        "balance it; or moe.capacity.policy = token_drop with scope = rank bounds it"
     )
     assert analysis.ranks[3].straggler_share == 1 and analysis.ranks[3].relative_load == 2
     assert analysis.ranks[3].relative_compute_time == pytest.approx(1, abs=0.01)
     # 7.5 ms of experts against a mean of 3.75: the difference is waited for, step by step.
     assert analysis.wait_caused["load"] == pytest.approx(198 * 3.75e-3, rel=0.02)
+
+
+def test_a_hot_copy_is_named_as_such_and_the_advice_is_to_plan_again():
+    def hot(turn, step):
+        step["rows"] = [50, 50, 50, 150]
+
+    simulation = simulate(hot)
+    analysis = analyse(
+        simulation.profiles(), simulation.wait_attribution(), simulation.imbalance_L()
+    )
+    copy = {3: HotExpert(layer=7, expert=24, over_mean=4.1, is_copy=True)}
+    (finding,) = findings(analysis, copy, "token_drop", has_copies=True)
+    assert not missing_from(
+        finding.text,
+        "(layer 7, its copy of expert 24 alone 4.1x)",
+        "more copies, planned for a recording of these loads",
+        "or a smaller moe.capacity.factor bounds it further",
+    )
 
 
 def test_loads_that_are_hot_in_turn_are_reported_without_naming_a_rank():

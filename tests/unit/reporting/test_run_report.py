@@ -26,9 +26,17 @@ from engine.generation.latency import Sample
 from engine.generation.loop import Totals
 from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads
 from engine.profiling.collector import Collector
+from engine.profiling.findings import HotExpert
 from engine.profiling.loads import LayerDrops, LoadCounter
 from engine.profiling.phase_clock import Phase
-from engine.profiling.report import LayerTotals, RunReport
+from engine.profiling.report import (
+    LayerPlacementReport,
+    LayerTotals,
+    RankPlacement,
+    RunPlacement,
+    RunReport,
+)
+from engine.reporting.copies_report import OwnPlacement
 from engine.reporting.plan_drift import PlanInUse
 from engine.reporting.run_report import Measurements, run_report
 from tests.helpers.profiles import Simulation, make_spans
@@ -71,6 +79,7 @@ class Rank:
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict)
     drops: dict[int, LayerDrops] = field(default_factory=dict)
     collector: Collector = field(default_factory=lambda: Collector(4, 2))
+    placement: OwnPlacement | None = None
     plan: PlanInUse | None = None
 
     def report(self) -> RunReport:
@@ -88,6 +97,7 @@ class Rank:
             traffic=self.traffic,
             preemptions=self.rank,
             drops=self.drops,
+            placement=self.placement,
         )
         return run_report(measured, self.collector, self.loads, topology, self.plan)
 
@@ -174,6 +184,80 @@ def test_what_ranks_dropped_of_their_own_tokens_is_added_up(monkeypatch):
     for layer in report.layers:  # here every token is subject to capacity
         after = sum(layer.expert_loads) - layer.dropped + layer.added
         assert sum(layer.expert_loads_after) == after
+
+
+def test_without_a_placement_the_report_says_nothing_of_one(monkeypatch):
+    report, _ = reports(monkeypatch, two_ranks())
+    assert report.placement is None and not report.has_copies
+    assert [each.placement for each in (*report.ranks, *report.layers)] == [None] * 4
+
+
+def placed_ranks() -> list[Rank]:
+    """Two steps of layer 1, 4 experts: homes 0 1 0 1, a copy of expert 0 on rank 1.
+
+    step  before     homes  after                        ranks
+    1     10 2 2 2   12 4   rank 0: 6 2, rank 1: 2 2, 4   8 8
+    2     3 1 1 1    4  2   rank 0: 2 1, rank 1: 1 1, 1   3 3
+    """
+    ranks = []
+    for rank, own in enumerate(([0, 2], [1, 3, 0])):
+        loads = LoadCounter()
+        for before, homes, after in (
+            ([10, 2, 2, 2], [12, 4], ([6, 2], [2, 2, 4])),
+            ([3, 1, 1, 1], [4, 2], ([2, 1], [1, 1, 1])),
+        ):
+            loads.record(
+                1,
+                before_E=np.array(before),
+                rank_before=homes,
+                own_after=after[rank],
+                own_experts=own,
+            )
+            loads.take_rows()
+            loads.set_exchanged(np.array([[sum(rows)] for rows in after]))
+        placement = OwnPlacement(
+            file="p.yaml",
+            digest="1f0c",
+            precision="int4",
+            copies=1,
+            num_homes={1: 2},
+            copy_bytes=(0, 640)[rank],
+        )
+        ranks.append(Rank(rank, loads=loads, traffic={1: (0, 6)}, placement=placement))
+    return ranks
+
+
+def test_what_copies_computed_is_told_by_rank_by_expert_and_as_a_share_of_balance(monkeypatch):
+    report, other = reports(monkeypatch, placed_ranks())
+    assert report == other, "the same on every rank"
+    (layer,) = report.layers
+    assert layer.expert_loads == layer.expert_loads_after == [13, 3, 3, 3]
+    # Mean rank 8 + 3 rows; most loaded 12 + 4 by homes, 8 + 3 as run.
+    assert layer.rank_max_over_mean == 16 / 11
+    assert layer.placement == LayerPlacementReport(5, [5, 0, 0, 0], 11 / 16, 1.0)
+    assert report.placement == RunPlacement("p.yaml", "1f0c", "int4", 1, 5, 11 / 16, 1.0)
+    assert [each.placement for each in report.ranks] == [RankPlacement(0, 0), RankPlacement(5, 640)]
+    assert [each.expert_rows for each in report.ranks] == [11, 11]
+
+
+def test_the_share_counts_what_was_dropped_as_balance_that_was_reached(monkeypatch):
+    ranks = placed_ranks()
+    for rank in ranks:
+        rank.loads.layers[1].slowest_after -= 1.0  # a row of the most loaded rank is dropped
+    report, _ = reports(monkeypatch, ranks)
+    assert report.placement is not None and report.placement.share_after == 11 / 10
+
+
+def test_the_hottest_expert_of_a_rank_may_be_its_copy(monkeypatch):
+    ranks = placed_ranks()
+    found: list[Any] = []
+    name = "findings"
+    monkeypatch.setattr(engine.reporting.run_report, name, lambda *args: found.append(args) or [])
+    reports(monkeypatch, ranks)
+    _, hottest, _, has_copies = found[0]
+    # The layer's mean expert has 22 / 4 rows.
+    assert hottest == {0: HotExpert(1, 0, 8 / 5.5), 1: HotExpert(1, 0, 5 / 5.5, is_copy=True)}
+    assert has_copies
 
 
 def test_the_run_has_totals_over_its_layers(monkeypatch):

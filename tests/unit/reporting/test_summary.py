@@ -8,10 +8,10 @@ from dataclasses import replace
 from rich.console import Console
 
 from engine.config import CapacityConfig
+from engine.profiling.cost_model import ExpertCost
 from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.findings import Finding
 from engine.profiling.report import (
-    ExpertCost,
     LayerReport,
     LayerTotals,
     PhaseReport,
@@ -184,6 +184,15 @@ def test_requests_that_were_run_again_are_counted_where_there_are_any():
     assert "2 of them by earlier runs, 2 run again after an error, 1 with" in printed(out)
     assert json.loads(retried.to_json())["retried"] == 2
     assert "retried" not in json.loads(summary(None).to_json())
+
+
+def test_shared_rows_that_moved_are_in_the_file_only_where_they_may_move():
+    layer = LayerReport(0, 1.5, 1.2, 2.0, 1.5, [3, 1], [2, 1])
+    layers = [layer, replace(layer, shared_rows_moved=0)]
+    values = json.loads(summary(run_report(rank(0), layers=layers)).to_json())
+    first, second = values["run"]["layers"]
+    assert second.pop("shared_rows_moved") == 0
+    assert first == second
 
 
 def test_a_recording_of_the_routing_is_named_where_there_is_one():

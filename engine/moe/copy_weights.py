@@ -1,0 +1,85 @@
+"""Copy weights: an expert's weights as the bytes that its copies hold, to move them between ranks.
+
+Copies in the model's precision hold what homes hold, in the layout that the backend uses: the bytes
+of the home are those of the copy. Low-bit copies hold quantised weights, which the home's rank
+makes from its own.
+
+Legend: D model dim, F expert hidden dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.moe.local_experts import LocalExperts
+from engine.ops.panels import from_panels
+from engine.ops.quantised import quantise
+
+
+def read_home(experts: LocalExperts, local: int) -> list[torch.Tensor]:
+    """Return what a copy of a home holds, as flat bytes; views of the home's weights, or quantised.
+
+    Args:
+        experts: of this rank and layer.
+        local: the home's place among its instances.
+    """
+    stacked = experts.stacked
+    if experts.bits is None:
+        return [_bytes(weight[local]) for weight in (stacked.w13_e2FD, stacked.w2_eDF)]
+    made = [
+        quantise(from_panels(weight, local, parts)[None], experts.bits, experts.group)
+        for weight, parts in ((stacked.w13_e2FD, 2), (stacked.w2_eDF, 1))
+    ]
+    return [_bytes(each) for one in made for each in (one.packed_ePCN, one.scale_ePGN)]
+
+
+def copy_parts(experts: LocalExperts, place: int) -> list[torch.Tensor]:
+    """Return the weights of a copy as flat bytes, views to write to, in the order of `read_home`.
+
+    Args:
+        experts: of this rank and layer.
+        place: of the copy among this rank's copies.
+    """
+    if experts.bits is None:
+        local, stacked = experts.num_homes + place, experts.stacked
+        return [_bytes(weight[local]) for weight in (stacked.w13_e2FD, stacked.w2_eDF)]
+    assert experts.low_bit is not None, "copies are quantised once loaded"
+    return [
+        _bytes(each[place]) for one in experts.low_bit for each in (one.packed_ePCN, one.scale_ePGN)
+    ]
+
+
+def num_bytes(parts: Sequence[torch.Tensor]) -> int:
+    """Return the bytes of all parts."""
+    return sum(part.numel() for part in parts)
+
+
+def read_bytes(parts: Sequence[torch.Tensor], start: int, row: torch.Tensor) -> None:
+    """Copy the bytes of all parts, one after the other, from `start` on into a row."""
+    for part, own, there in _overlaps(parts, start, row.numel()):
+        row[there].copy_(part[own])
+
+
+def write_bytes(parts: Sequence[torch.Tensor], start: int, row: torch.Tensor) -> None:
+    """Copy a row into the bytes of all parts from `start` on."""
+    for part, own, there in _overlaps(parts, start, row.numel()):
+        part[own].copy_(row[there])
+
+
+def _overlaps(
+    parts: Sequence[torch.Tensor], start: int, length: int
+) -> list[tuple[torch.Tensor, slice, slice]]:
+    """Return each part that [start, start + length) meets: its range, and that of the row."""
+    found, first = [], 0
+    for part in parts:
+        low, high = max(start, first), min(start + length, first + part.numel())
+        if low < high:
+            found.append((part, slice(low - first, high - first), slice(low - start, high - start)))
+        first += part.numel()
+    return found
+
+
+def _bytes(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().reshape(-1).view(torch.uint8)
