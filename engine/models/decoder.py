@@ -107,6 +107,7 @@ class DecoderLayer(nn.Module):
             tuner=tuner,
             placement=None if placement is None else placement.layer(layer),
             precision="model" if placement is None else placement.precision,
+            speeds_W=None if placement is None else placement.speeds_W,
         )
 
 

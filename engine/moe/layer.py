@@ -97,6 +97,7 @@ class MoELayer(nn.Module):
         exchange: the all-to-alls; by default those of `topology.expert`.
         placement: of the layer's experts; None: contiguous homes.
         precision: of the copies.
+        speeds_W: relative speed of each rank, by which rows are split over copies; None: equal.
 
     Weights are allocated uninitialised.
 
@@ -126,6 +127,7 @@ class MoELayer(nn.Module):
         exchange: Exchange | None = None,
         placement: LayerPlacement | None = None,
         precision: Precision = "model",
+        speeds_W: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         num_experts, group = spec.router.num_experts, topology.expert
@@ -140,7 +142,7 @@ class MoELayer(nn.Module):
         self.row_buffers = row_buffers or RowBuffers()
         self._group = group
         copies = config.copies
-        self._split_rule = SplitRule(precision != "model", copies.target, copies.min_rows)
+        self._split_rule = SplitRule(precision != "model", copies.target, copies.min_rows, speeds_W)
         instances = self._use(
             Instances(placement or LayerPlacement.contiguous(num_experts, group.size), group.size)
         )

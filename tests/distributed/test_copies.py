@@ -53,6 +53,7 @@ def run_cases(rank: int, counts: list[int], cases: list[dict[str, Any]]) -> list
             None,
             placement=case.get("placement"),
             precision=case.get("precision", "model"),
+            speeds_W=case.get("speeds_W"),
         )
         layer.telemetry.decisions.start()
         step = step_of(topology, counts, 1) if case.get("with_step", True) else None
@@ -134,6 +135,18 @@ def test_low_bit_copies_take_the_least_claims_and_only_as_many_as_needed():
     # A token with both experts may differ by either; the others differ by the least claims alone.
     for expert, found in low.items():
         assert found and max(found) <= sorted(scores[expert])[copied - 1]
+
+
+def test_a_rank_at_half_speed_computes_half_the_rows():
+    counts = [41, 35]
+    placement = placement_of(2, {0: (0,), 3: (1,), 4: (1,)}, scattered=True)
+    cases = [{}, {"placement": placement, "speeds_W": (512, 1024), "with_step": False}]
+    results = run_ranks(run_cases, 2, counts, cases)
+    slow, fast = (sum(result[1]["own"]) for result in results)
+    assert slow + fast == 2 * sum(counts)
+    assert abs(2 * slow - fast) <= 2
+    for result in results:
+        assert torch.equal(result[0]["out"], result[1]["out"])
 
 
 def greedy(

@@ -68,6 +68,7 @@ def build(
     exchange: Exchange | None = None,
     placement: LayerPlacement | None = None,
     precision: Precision = "model",
+    speeds_W: tuple[int, ...] | None = None,
 ) -> MoELayer:
     layer = MoELayer(
         MoESpec(router=spec, hidden=HIDDEN, ffn=FFN),
@@ -80,6 +81,7 @@ def build(
         exchange=exchange,
         placement=placement,
         precision=precision,
+        speeds_W=speeds_W,
     )
     gate, w13, w2 = weights_of(spec.num_experts)
     layer.gate_weight_ED.copy_(gate)

@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
+from engine.moe.placement.placement_file import parse_placement
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -51,6 +55,20 @@ def test_the_capacity_sweep_drops_more_with_every_smaller_factor(tmp_path):
     assert len(rows) == 5 and dropped[0] == 0 and kept[0] == 1
     assert dropped == sorted(dropped) and kept == sorted(kept, reverse=True) and dropped[-1] > 20
     assert rows[0].endswith("4 of 4")
+
+
+def test_the_page_on_balance_shows_what_the_example_of_copies_prints(tmp_path):
+    out = run(tmp_path, EXAMPLES / "copies_by_hand.py")
+    page = (ROOT / "docs" / "balance.md").read_text()
+    assert f"```\n{out}```\n" in page
+    placement = re.search(r"```yaml\n(.*?)```", page, re.S)
+    assert placement is not None
+    read = parse_placement(yaml.safe_load(placement[1]), "the page")
+    assert read.layer(0).copies_E == ((1,), (2,), (), ())
+    assert read.domains["text"].loads_E[0] == (20, 9, 4, 12)
+    loads = re.findall(r"rows of the ranks: (.*)", out)
+    assert loads == ["[11, 11, 11, 12]", "[12, 12, 9, 12]", "[9, 9, 9, 9]"]
+    assert "kept under limits of 9 rows: [18, 6, 3, 9]" in out
 
 
 def test_every_line_of_the_requests_is_completed_and_the_wrong_one_is_an_error_record(tmp_path):

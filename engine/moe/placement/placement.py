@@ -19,6 +19,8 @@ from typing import Literal
 
 from engine.distributed.groups import expert_range
 
+_FASTEST = 1024  # the speed of the fastest rank, in whole numbers
+
 Precision = Literal["model", "int8", "int4"]  # of copies; model: that of the homes
 
 
@@ -97,6 +99,14 @@ class Placement:
         if index in self.layers:
             return self.layers[index]
         return LayerPlacement.contiguous(self.num_experts, self.num_ranks)
+
+    @property
+    def speeds_W(self) -> tuple[int, ...] | None:
+        """Whole numbers in the ratio of the ranks' speeds; None where they are equal."""
+        times = self.row_times_W
+        if not times or min(times) == max(times):
+            return None
+        return tuple(max(1, round(_FASTEST * min(times) / time)) for time in times)
 
     @property
     def num_copies(self) -> int:

@@ -39,6 +39,7 @@ class SplitRule:
     low_bit: bool = False  # copies are less precise than homes
     target: float = 0.95  # of low-bit copies: share of perfect balance up to which rows move
     min_rows: int = 0  # fewest rows of a copy
+    speeds_W: tuple[int, ...] | None = None  # of the ranks, where a call names none; None: equal
 
 
 class RowSplit:
@@ -74,9 +75,11 @@ class RowSplit:
             base_W: int64, rows of each rank that stay; None: none.
             limit_W: int64, most rows of each rank without those; the caller knows of a split within
                 them. None: no limit.
-            speeds_W: int64, relative speed of each rank; None: all equal.
+            speeds_W: int64, relative speed of each rank; None: those of the rule.
         """
         rule = self.rule
+        if speeds_W is None and rule.speeds_W is not None:
+            speeds_W = np.array(rule.speeds_W, dtype=np.int64)
         if not rule.low_bit:
             return split_rows(
                 load_E, self.hosts, speeds_W=speeds_W, limit_W=limit_W, least_block=rule.min_rows
