@@ -5,12 +5,13 @@
     python tools/plan_placement.py A/routing --ranks 8 --memory-gib 4 --model DIR --precision int4 \
         --out placement.yaml
     python tools/plan_placement.py B/routing --from placement.yaml --max-moves 2 --out next.yaml
+    python tools/plan_placement.py B/routing --ranks 8 --speeds out.jsonl.report.json --out p.yaml
 
 A TRACE is a folder that profiler.routing filled, or an .npz file (tools/placement/traces.py); each
-is one kind of traffic, and a plan is made for each alone and for all mixed. Printed are, per kind,
-the share of perfect balance today (contiguous, no copies, or that of --from), as planned, and at
-best; what 0, 1, 2, 4 ... copies per layer would give; then one JSON line. Equal arguments give an
-equal file.
+is one kind of traffic, and a plan is made for each alone and for all mixed. --speeds takes a file
+(tools/placement/speeds.py) or the report of a job. Printed are, per kind, the share of perfect
+balance today (contiguous, no copies, or that of --from), as planned, and at best; what 0, 1, 2, 4
+... copies per layer would give; then one JSON line. Equal arguments give an equal file.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="X",
         help="of a row that leaves its node, in rows of the slowest rank; default: 0",
     )
-    add("--speeds", type=Path, metavar="FILE", help="of ranks (tools/placement/speeds.py)")
+    add("--speeds", type=Path, metavar="FILE", help="of ranks, or a report")
     add("--keep-homes", action="store_true", help="homes stay contiguous")
     add("--from", dest="source", type=Path, metavar="PLACEMENT", help="change this one")
     add("--max-moves", type=int, metavar="N", help="copies per layer, with --from; default: 2")

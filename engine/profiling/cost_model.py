@@ -11,6 +11,7 @@ spent 60 ms on them is priced at 10 * 4 ms, so its relative compute time is 1.5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,6 +31,27 @@ class CostCurve:
         self.table[0] += np.bincount(bucket_N, minlength=_BUCKETS)
         self.table[1] += np.bincount(bucket_N, weights=tokens_N, minlength=_BUCKETS)
         self.table[2] += np.bincount(bucket_N, weights=nanoseconds_N, minlength=_BUCKETS) * 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCost:
+    """What the calls of one rank's experts cost: the used buckets of a curve, ascending."""
+
+    calls: list[int]
+    rows: list[float]  # of a mean call
+    seconds: list[float]  # of a mean call
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> ExpertCost | None:
+        """Return the used part of a table [3, buckets]; None without calls."""
+        calls, rows, seconds = table[:, table[0] > 0]
+        if not calls.size:
+            return None
+        return cls(
+            calls.astype(int).tolist(),
+            (rows / calls).round(1).tolist(),
+            (seconds / calls).round(9).tolist(),
+        )
 
 
 def price(own: np.ndarray, peers: Sequence[np.ndarray]) -> float:

@@ -29,6 +29,7 @@ class LayerLoad:
     mean: float = 0.0  # sum over steps of the mean rank's rows, before capacity
     slowest_after: float = 0.0  # the same after capacity
     mean_after: float = 0.0
+    slowest_time: float = 0.0  # slowest_after with each rank's rows times its time per row
 
     def add_after(self, own_experts: list[int], own_after: list[int]) -> None:
         """Add rows after copies have changed: those of an expert that is new come last."""
@@ -96,6 +97,7 @@ class LoadCounter:
     step: StepLoads | None = None  # the loads of the current step, where it is a dict
     # Layer -> rows of the shared expert that moved, of all ranks; empty where none may.
     shared_moved: dict[int, int] = field(default_factory=dict)
+    row_times_W: np.ndarray | None = None  # float64, of each rank as planned; None: 1 for all
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0
@@ -157,6 +159,8 @@ class LoadCounter:
             totals = self.layers[layer]
             totals.slowest_after += float(rows_W.max())
             totals.mean_after += float(rows_W.mean())
+            times_W = rows_W if self.row_times_W is None else rows_W * self.row_times_W
+            totals.slowest_time += float(times_W.max())
 
     def clear(self) -> None:
         """Reset all counts."""

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from engine.profiling.cost_model import ExpertCost
 from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.findings import Finding
 
@@ -95,6 +97,7 @@ class RankReport:
     resolved_settings: dict[str, Any] = field(default_factory=dict)
     process_stall_seconds: float = 0.0  # time in which its process did not run
     placement: RankPlacement | None = None  # None: without moe.placement
+    expert_cost: ExpertCost | None = None  # None: no call was timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +156,51 @@ class RoutingReport:
     claims_steps: int | None = None  # steps with claims of the first rank; None: not recorded
 
 
+# kept: within the tolerance. The others are below the promise by more. other phases: copies do not
+# take the rows of all tokens. small steps: as much as steps of this size have. plan again: the mean
+# loads have drifted. uneven steps: they have not, but single steps are less even than planned.
+PlanVerdict = Literal[
+    "kept", "too few rows", "other phases", "small steps", "plan again", "uneven steps"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLayerReport:
+    """What a placement promised for one MoE layer, and what the run got."""
+
+    layer: int
+    promised: float  # share of perfect balance, for the nearest domain
+    share: float  # of the run
+    distance: float  # share of the rows that are at other experts than in the nearest domain
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """What a placement promised and what one expert-parallel group got (`plan_drift.py`)."""
+
+    file: str  # moe.placement
+    domain: str  # the nearest to the run's loads
+    distance: float  # to it: share of the rows that are at other experts, of a mean layer
+    distances: dict[str, float]  # the same to every domain
+    promised: float  # share of perfect balance over all layers; for low-bit copies at most the
+    # share up to which they take rows
+    share: float  # of the run
+    # Of steps of the run's size with the planned loads, and with the run's mean loads; None where
+    # the promise was kept.
+    expected: float | None
+    predicted: float | None
+    verdict: PlanVerdict
+    layers: list[PlanLayerReport]
+    text: Sequence[str]  # sentences
+
+
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """The whole run.
 
     The same on every rank, except for what describes the rank's own expert-parallel group: layers,
-    totals, steps, max_over_mean, max_over_mean_after, speed_bound, routing, and the placement's
-    rows and shares.
+    totals, steps, max_over_mean, max_over_mean_after, speed_bound, routing, plan, and the
+    placement's rows and shares.
     """
 
     seconds: float  # wall time of the generation loop, the maximum over the ranks
@@ -184,6 +225,7 @@ class RunReport:
     capacity_shares: list[float] | None = None
     routing: RoutingReport | None = None  # where profiler.routing has recorded; None: it has not
     placement: RunPlacement | None = None  # None: without moe.placement
+    plan: PlanReport | None = None  # None: moe.placement has no domains
 
     @property
     def has_copies(self) -> bool:

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from engine.config import Config
 from engine.distributed.groups import Topology
 from engine.generation import latency
@@ -30,6 +32,7 @@ from engine.profiling.report import RunReport
 from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
 from engine.reporting.copies_report import own_placement
+from engine.reporting.plan_drift import plan_in_use
 from engine.reporting.run_report import Measurements, run_report
 
 
@@ -59,6 +62,9 @@ class MeasuredRun:
         for layer in self.model.moe_layers:
             layer.drops.read_and_reset()
         self.telemetry.loads.clear()
+        self._plan = plan_in_use(self.model.placement, self.config)
+        if self._plan is not None and self._plan.placement.row_times_W:
+            self.telemetry.loads.row_times_W = np.array(self._plan.placement.row_times_W)
         self._began = time.monotonic()
         self._stalls = StallDetector(self.config.profiler.enabled)
         self._stalls.__enter__()
@@ -106,7 +112,7 @@ class MeasuredRun:
             placement=own_placement(self.model, self.config.moe.placement),
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
-        return run_report(measured, collector, loads, self.topology)
+        return run_report(measured, collector, loads, self.topology, self._plan)
 
     def _count_traffic(self) -> dict[int, tuple[int, int]]:
         """Return layer -> bytes sent and collectives called since the engine was built."""

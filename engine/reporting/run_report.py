@@ -19,6 +19,7 @@ from engine.generation.latency import Sampled, pooled
 from engine.generation.loop import Totals
 from engine.moe.capacity.speed_weights import ONE
 from engine.profiling.collector import Collector, PhaseTotals, WaitAttribution
+from engine.profiling.cost_model import ExpertCost
 from engine.profiling.deepspeed_comms import CommsTable
 from engine.profiling.findings import Finding, HotExpert, findings, join_replicas
 from engine.profiling.loads import LayerDrops, LoadCounter
@@ -27,6 +28,7 @@ from engine.profiling.report import (
     LayerReport,
     LayerTotals,
     PhaseReport,
+    PlanReport,
     RankReport,
     RoutingReport,
     RunReport,
@@ -46,6 +48,7 @@ from engine.reporting.copies_report import (
     rank_placement,
     run_placement,
 )
+from engine.reporting.plan_drift import PlanInUse, plan_drift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +84,15 @@ class _Share:
 
 
 def run_report(
-    measured: Measurements, collector: Collector, loads: LoadCounter, topology: Topology
+    measured: Measurements,
+    collector: Collector,
+    loads: LoadCounter,
+    topology: Topology,
+    plan: PlanInUse | None = None,
 ) -> RunReport:
     """Gather every rank's measurements into one report.
+
+    plan: the placement in use, where it promises something; the same on every rank.
 
     Collective over all ranks: every rank must call.
     """
@@ -120,6 +129,7 @@ def run_report(
         capacity_shares=None if weights_W is None else [share / ONE for share in weights_W],
         routing=group[0].measured.routing,
         placement=run_placement(measured.placement, [each.placement for each in layers], loads),
+        plan=None if plan is None else _plan(plan, loads, group),
     )
 
 
@@ -167,6 +177,22 @@ def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
         resolved_settings=measured.resolved_settings,
         process_stall_seconds=measured.process_stalls[1],
         placement=rank_placement(measured.placement, profile.loads_after),
+        expert_cost=ExpertCost.of(profile.experts),
+    )
+
+
+def _plan(plan: PlanInUse, loads: LoadCounter, group: Sequence[_Share]) -> PlanReport | None:
+    """Compare one group's run with the plan."""
+    measured, totals = group[0].measured, [share.measured.totals for share in group]
+    return plan_drift(
+        plan,
+        loads,
+        steps=measured.totals.steps,
+        tokens={
+            "prefill": sum(each.tokens_prefill for each in totals),
+            "decode": sum(each.tokens_decode for each in totals),
+        },
+        folder=None if measured.routing is None else measured.routing.folder,
     )
 
 

@@ -33,7 +33,7 @@ _JSON_KEYS = {
     "findings": "verdict",
 }
 # Fields without a key in the JSON file where they are None.
-_ONLY_WHERE_USED = ("placement", "shared_rows_moved")
+_ONLY_WHERE_USED = ("placement", "plan", "expert_cost", "shared_rows_moved")
 _HEADINGS = {"communication": "communi-\ncation"}
 _SHORT = {"attention": "atten-\ntion"}
 
@@ -119,6 +119,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         print_capacity(console, run, summary.capacity)
         print_stragglers(console, run)
         print_comms(console, run)
+        for line in () if run.plan is None else run.plan.text:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         if run.routing is not None:
             line = _routing(run.routing, run.steps)
             console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -132,6 +132,49 @@ def test_a_curve_counts_at_the_rows_of_a_balanced_rank(tmp_path):
     assert read_row_times(path, 2, 400) == pytest.approx((1, 2))
 
 
+def report_of(path, *seconds_per_row, changes=()):
+    """Write a report of ranks with such costs; a call of 100 rows is a cold one."""
+    ranks = [
+        {
+            "rank": rank,
+            "expert_cost": {
+                "calls": [1, 50],
+                "rows": [100.0, 1000.0 + 8 * rank],
+                "seconds": [each * 100, each * (1000 + 8 * rank)],
+            },
+        }
+        for rank, each in enumerate(seconds_per_row)
+    ]
+    for rank in changes:
+        del ranks[rank]["expert_cost"]
+    path.write_text(json.dumps({"total": 3, "run": {"seconds": 1.0, "ranks": ranks}}))
+    return path
+
+
+def test_a_rank_at_half_speed_is_planned_around_by_the_report_of_a_job(trace, tmp_path, capsys):
+    report = report_of(tmp_path / "out.report.json", 1e-6, 1.02e-6, 1e-6, 2e-6)
+    out = tmp_path / "p.yaml"
+    plan(capsys, trace, "--ranks", 4, "--copies", 4, "--speeds", report, "--out", out)
+    placement = read_placement(out)
+    assert tuple(placement.row_times_W) == (1, 1, 1, 2), "ranks within 5% count as equal"
+    assert placement.domains["text"].share > 0.97
+    rows_W = np.zeros(4)  # of the experts at home: the slow rank has about half of another's
+    for layer, planned in placement.layers.items():
+        np.add.at(rows_W, list(planned.home_E), placement.domains["text"].loads_E[layer])
+    assert rows_W.argmin() == 3
+
+
+def test_a_report_without_costs_or_of_other_ranks_is_named(tmp_path):
+    path = report_of(tmp_path / "r.json", 1e-6, 2e-6, changes=(1,))
+    with pytest.raises(ValueError, match=r"r.json: run.ranks\[1\].expert_cost is missing"):
+        read_row_times(path, 2, 100)
+    with pytest.raises(ValueError, match="the job had 2 ranks, the plan is for 4"):
+        read_row_times(path, 4, 100)
+    path.write_text('{"run": null}')
+    with pytest.raises(ValueError, match="the job had no ranks"):
+        read_row_times(path, 2, 100)
+
+
 @pytest.mark.parametrize("name", ["map.png", "map.html"])
 def test_the_heat_map_is_a_picture_or_a_page(name, trace, tmp_path, capsys):
     pytest.importorskip("matplotlib")

@@ -13,13 +13,12 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from engine.moe.placement.search import MIXED
+from engine.profiling.routing.trace import read_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,8 @@ def _read(name: str, path: Path) -> Domain:
     if path.suffix == ".npz":
         domain = _read_arrays(name, path)
     else:
-        trace: Any = import_module("engine.profiling.routing.trace").read_trace(path)
-        domain = Domain(
-            name, path, np.asarray(trace.loads_SLE), tuple(trace.layers), trace.fingerprint
-        )
+        trace = read_trace(path)
+        domain = Domain(name, path, trace.loads_SLE, trace.layers, trace.fingerprint)
     if not domain.loads_SLE.sum():
         raise ValueError(f"{path}: no recorded rows; record a job with tokens")
     return domain

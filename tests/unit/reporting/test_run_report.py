@@ -24,6 +24,7 @@ import pytest
 import engine.reporting.run_report
 from engine.generation.latency import Sample
 from engine.generation.loop import Totals
+from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads
 from engine.profiling.collector import Collector
 from engine.profiling.findings import HotExpert
 from engine.profiling.loads import LayerDrops, LoadCounter
@@ -36,6 +37,7 @@ from engine.profiling.report import (
     RunReport,
 )
 from engine.reporting.copies_report import OwnPlacement
+from engine.reporting.plan_drift import PlanInUse
 from engine.reporting.run_report import Measurements, run_report
 from tests.helpers.profiles import Simulation, make_spans
 
@@ -78,6 +80,7 @@ class Rank:
     drops: dict[int, LayerDrops] = field(default_factory=dict)
     collector: Collector = field(default_factory=lambda: Collector(4, 2))
     placement: OwnPlacement | None = None
+    plan: PlanInUse | None = None
 
     def report(self) -> RunReport:
         topology: Any = SimpleNamespace(
@@ -96,7 +99,7 @@ class Rank:
             drops=self.drops,
             placement=self.placement,
         )
-        return run_report(measured, self.collector, self.loads, topology)
+        return run_report(measured, self.collector, self.loads, topology, self.plan)
 
 
 def sample_of(values: list[float]) -> Sample:
@@ -384,3 +387,33 @@ def test_a_run_without_steps_or_without_moe_layers_has_a_report(monkeypatch):
         assert report.layers == [] and report.totals == LayerTotals()
         assert (report.max_over_mean, report.max_over_mean_after) == (1.0, 1.0)
         assert report.speed_bound == 1.0
+
+
+def test_what_the_placement_promised_is_compared_with_what_the_group_got(monkeypatch):
+    layers = {index: LayerPlacement.contiguous(4, 2) for index in BEFORE}
+    rows = {1: (8, 2, 4, 2), 3: (2, 2, 6, 6)}  # those of the run
+    domain = PlannedLoads(0.9, {1: 0.8, 3: 1.0}, rows)
+    placement = Placement(2, 4, layers, domains={"text": domain})
+    ranks = two_ranks()
+    for rank in ranks:
+        rank.plan = PlanInUse(placement, "plan.yaml", phases=("prefill",))
+    first, other = reports(monkeypatch, ranks)
+    assert first == other and first.plan is not None
+    assert (first.plan.file, first.plan.domain, first.plan.distance) == ("plan.yaml", "text", 0)
+    # Rows before capacity over the most loaded rank's after it, of both layers: 16 / (8 + 10).
+    assert (first.plan.share, first.plan.promised) == (pytest.approx(16 / 18), 0.9)
+    assert [(each.layer, each.share) for each in first.plan.layers] == [(1, 8 / 8), (3, 8 / 10)]
+    for rank in ranks:
+        rank.plan = None
+    assert all(report.plan is None for report in reports(monkeypatch, ranks))
+
+
+def test_every_rank_reports_what_the_calls_of_its_experts_cost(monkeypatch):
+    ranks = timed_ranks(slow=1)
+    first, _ = reports(monkeypatch, ranks)
+    fast, slow = (each.expert_cost for each in first.ranks)
+    assert fast is not None and slow is not None
+    assert fast.rows == slow.rows == [8.0] and fast.calls == [200]
+    assert slow.seconds[0] == pytest.approx(2 * fast.seconds[0])
+    (untimed,) = reports(monkeypatch, [Rank(0, collector=Collector(4, 1))])
+    assert untimed.ranks[0].expert_cost is None

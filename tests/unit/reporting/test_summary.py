@@ -8,12 +8,15 @@ from dataclasses import replace
 from rich.console import Console
 
 from engine.config import CapacityConfig
+from engine.profiling.cost_model import ExpertCost
 from engine.profiling.deepspeed_comms import CommsRow
 from engine.profiling.findings import Finding
 from engine.profiling.report import (
     LayerReport,
     LayerTotals,
     PhaseReport,
+    PlanLayerReport,
+    PlanReport,
     RankReport,
     RoutingReport,
     RunReport,
@@ -255,3 +258,34 @@ def test_deepspeeds_table_is_rank_0s_with_sizes_in_their_units_and_only_where_as
     out = console()
     print_summary(out, summary(run_report(rank(0), rank(1))))
     assert "DeepSpeed" not in printed(out)
+
+
+def test_the_plan_is_printed_and_written_where_there_is_one():
+    plan = PlanReport(
+        file="plan.yaml",
+        domain="text",
+        distance=0.25,
+        distances={"text": 0.25},
+        promised=0.98,
+        share=0.8,
+        expected=0.97,
+        predicted=0.8,
+        verdict="plan again",
+        layers=[PlanLayerReport(3, 0.98, 0.8, 0.25)],
+        text=["Placement plan.yaml: share 0.80", "Plan again: [loads] have drifted"],
+    )
+    first = replace(rank(0), expert_cost=ExpertCost([2], [64.0], [0.001]))
+    job = summary(run_report(first, rank(1), plan=plan))
+    out = console()
+    print_summary(out, job)
+    assert all(line in printed(out).splitlines() for line in plan.text)
+    run = json.loads(job.to_json())["run"]
+    assert (
+        list(run["plan"])
+        == (
+            "file domain distance distances promised share expected predicted verdict layers text"
+        ).split()
+    )
+    assert run["plan"]["layers"] == [{"layer": 3, "promised": 0.98, "share": 0.8, "distance": 0.25}]
+    assert run["ranks"][0]["expert_cost"] == {"calls": [2], "rows": [64.0], "seconds": [0.001]}
+    assert "expert_cost" not in run["ranks"][1]
