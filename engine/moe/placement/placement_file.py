@@ -144,9 +144,10 @@ def write_placement(placement: Placement, path: str | Path) -> None:
 
 
 def digest(placement: Placement) -> str:
-    """Return a short hash of where experts are and in which precision, not of what was planned."""
+    """Return a short hash of what decides where rows are computed, not of what was planned for."""
     data = to_data(placement)
-    part = {key: data[key] for key in ("ranks", "experts", "precision", "layers")}
+    keys = ("ranks", "experts", "precision", "layers", "row_times")
+    part = {key: data[key] for key in keys if key in data}
     text = json.dumps(part, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
