@@ -6,8 +6,8 @@ thread each.
 
 Share is the mean rank's rows before capacity over the most loaded rank's rows after it, both summed
 over the layer calls of the steps that have prefill tokens: 1.0 is perfect balance. Where capacity
-applies to prefill, rows of decode tokens in these steps stay at their homes, whatever the load: they
-count in `share_all` alone.
+applies to prefill, rows of decode tokens in these steps stay at their homes, whatever the load:
+they count in `share_all` alone.
 
 Legend: S steps, L MoE layers, E experts, W ranks.
 """
@@ -133,6 +133,8 @@ def run_balance(
         for name in calibration:
             loads[name] = _loads(running.call("run", job=f"calibration {name}"), batch_tokens)
             log.say(f"loads of {name} recorded")
+        steps = min(len(next(iter(each.values()))) for each in loads.values())
+        loads[MIXED] = _in_proportion(loads[TEXT], loads[TASKS], items)
         plans = _plan(loads, ranks, cases, seed, effort)
         log.say("placements planned")
         results = []
@@ -152,7 +154,7 @@ def run_balance(
         ranks=ranks,
         items=items,
         calibration={name: sum(len(i.prompt) for i in each) for name, each in calibration.items()},
-        steps=min(len(next(iter(each.values()))) for each in loads.values()),
+        steps=steps,
         results=[result for _, result in sorted(results, key=lambda pair: pair[0])],
     )
 
@@ -176,7 +178,8 @@ def _plan(
             continue
         key = case.copies, case.planned_for
         if key not in planned:
-            chosen = loads if case.planned_for == ROBUST else {key[1]: loads[key[1]]}
+            names = (TEXT, TASKS) if case.planned_for == ROBUST else (case.planned_for,)
+            chosen = {name: loads[name] for name in names}
             planned[key] = search.plan(
                 chosen, num_experts, ranks, num_copies=case.copies, seed=seed, effort=effort
             )
@@ -236,6 +239,21 @@ def _loads(replies: Sequence[dict[str, Any]], batch_tokens: int) -> dict[int, np
     full_S = prefill_S >= min(batch_tokens, int(prefill_S.max())) / 2
     before_SLE = np.array(first["before"], dtype=np.int64)[full_S]
     return {layer: before_SLE[:, n] for n, layer in enumerate(first["layers"])}
+
+
+def _in_proportion(
+    text: Mapping[int, np.ndarray], tasks: Mapping[int, np.ndarray], items: Sequence[Item]
+) -> dict[int, np.ndarray]:
+    """Return calibration steps with as much text as the job has, by layer, int64 [S, E]."""
+    alone = {name: sum(len(item.prompt) for item in each) for name, each in _alone(items).items()}
+    part = alone[TEXT] / max(1, sum(alone.values()))
+    count = min(len(text[min(text)]), len(tasks[min(tasks)]))
+    return {
+        layer: np.rint(part * text[layer][:count] + (1 - part) * tasks[layer][:count]).astype(
+            np.int64
+        )
+        for layer in text
+    }
 
 
 def _alone(items: Sequence[Item]) -> dict[str, list[Item]]:

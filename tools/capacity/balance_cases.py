@@ -15,7 +15,8 @@ from engine.moe.placement.placement import Precision
 
 GAMMA = "1.0526"  # 1 / 0.95: ranks get at most what leaves the mean rank 95% of it
 DEMANDED_GAMMA = "1.05"  # where something is demanded, decode's rows are left room within the share
-MIXED = "mixed"  # the evaluation job with texts and tasks; the others have one of the two
+MIXED = "mixed"  # the evaluation job with texts and tasks, or a plan for calibration data with as
+# much of each; the others have one of the two
 ROBUST = "robust"  # planned for texts, tasks and both mixed
 
 
@@ -81,11 +82,9 @@ def make_cases(checkpoint: str, ranks: int, counts: Sequence[int]) -> list[Case]
         counts: of int4 copies per layer; W is always among them.
     """
     cases = [Case(), Case(gamma=GAMMA)]
+    cases += [Case(copies=count) for count in sorted({ranks // 2, ranks})]
     whole = Demand(share=0.99, exact=True)
-    cases += [
-        Case(copies=count, demand=whole if count == ranks else None)
-        for count in sorted({ranks // 2, ranks})
-    ]
+    cases.append(Case(copies=ranks, planned_for=MIXED, demand=whole))
     demanded, demand = _demand(checkpoint, ranks)
     low = Case(copies=ranks, precision="int4", gamma=GAMMA)
     for count in sorted({count for count in counts if count <= ranks} | {ranks}):
