@@ -2,6 +2,7 @@
 
     python tools/capacity_report.py --out DIR                        # about a quarter of an hour
     python tools/capacity_report.py --domains --out DIR              # ranks see different traffic
+    python tools/capacity_report.py --balance --out DIR              # copies of experts, and drops
     python tools/capacity_report.py --config tiny_mixtral_ep8 --ranks 2 --limit 20
 
 Runs one batch job, the checkpoint's evaluation texts and task prompts, under one capacity setting
@@ -14,6 +15,9 @@ Capacity is per step, so the batch matters: all prompts are shuffled with --seed
 prefills --batch-tokens tokens over all ranks, and tokens of other phases than --phases are not
 subject to it; decode is dropless by default. Dropless runs first and is checked against the
 checkpoint's metrics.json. Speed is the bound; --timing also times the layer on the recorded rows.
+
+--balance compares dropping with copies of experts (`capacity/balance.py`): placements are planned
+from loads of other data than the evaluation's, and the files are balance_report.txt, .json, .md.
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 from bench.candidate import WorkerError
 from bench.environment_record import environment_record
 from bench.report import emit
-from capacity import figure
+from capacity import balance_tables, figure
+from capacity.balance import BalancePanel, run_balance
+from capacity.balance_cases import make_cases
+from capacity.calibration import calibration_items
 from capacity.findings import findings
 from capacity.jobs import Item, assign_domains, assign_round_robin, read_items
 from capacity.panel import Panel, check_reference, run_panel
@@ -66,11 +73,16 @@ def make_grid(options: argparse.Namespace, num_experts: int, ranks: int) -> list
     return default_grid(options.gammas, options.factor_gammas, **common)
 
 
-def make_items(config: Config, options: argparse.Namespace) -> list[Item]:
-    """Return the job of one model, before it is assigned to ranks."""
+def load_tokenizer(config: Config) -> Any:
+    """Return the tokenizer of one model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    return AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+
+
+def make_items(config: Config, options: argparse.Namespace) -> list[Item]:
+    """Return the job of one model, before it is assigned to ranks."""
+    tokenizer = load_tokenizer(config)
 
     def encode(text: str, special: bool) -> list[int]:
         return tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -141,6 +153,47 @@ def run_report(options: argparse.Namespace) -> tuple[list[Panel], dict[str, Any]
     return panels, record
 
 
+def run_balance_report(options: argparse.Namespace) -> tuple[list[BalancePanel], dict[str, Any]]:
+    """Run the balance panels; return them and the JSON record."""
+    panels = []
+    for plan in make_plans(options):
+        panels.append(
+            run_balance(
+                plan.name,
+                plan.ranks,
+                plan.items,
+                calibration_items(
+                    load_tokenizer(plan.config),
+                    plan.items,
+                    options.calibration_steps * options.batch_tokens,
+                    options.seed,
+                ),
+                make_cases(Path(plan.config.model.path).name, plan.ranks, options.copies),
+                batch_tokens=options.batch_tokens,
+                overrides=options.set,
+                seed=options.seed,
+            )
+        )
+    record = {
+        "bench": "balance_report",
+        **environment_record(("torch", "transformers", "numpy")),
+        "options": _plain(options),
+        "panels": [balance_tables.panel_record(panel) for panel in panels],
+    }
+    return panels, record
+
+
+def balance_text(panels: Sequence[BalancePanel], options: argparse.Namespace) -> str:
+    """Return everything that is printed before the JSON line."""
+    head = (
+        f"Prompts shuffled with seed {options.seed}, assigned round robin; steps of up to "
+        f"{options.batch_tokens:,} tokens over all ranks; Token Drop of prefill, scope rank. "
+        "Calibration: training texts, and task prompts outside the evaluation set."
+    )
+    parts = [head, *map(balance_tables.panel_text, panels), balance_tables.LEGEND]
+    return "\n\n".join(parts)
+
+
 def report_text(panels: Sequence[Panel], record: dict[str, Any], options: Any) -> str:
     """Return everything that is printed before the JSON line."""
     assigned = "each rank has domains of its own" if options.domains else "assigned round robin"
@@ -163,6 +216,15 @@ def report_text(panels: Sequence[Panel], record: dict[str, Any], options: Any) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the report; return the exit code, 1 where dropless differs from metrics.json."""
     options = _parse(argv)
+    if options.balance:
+        made, record = run_balance_report(options)
+        emit(balance_text(made, options), record, options.out, "balance_report")
+        text = balance_tables.markdown(made)
+        if options.markdown:
+            print(f"\n{text}")
+        if options.out is not None:
+            (options.out / "balance_report.md").write_text(text, encoding="utf-8")
+        return 0
     if options.out is not None:
         figure.check_available()
     panels, record = run_report(options)
@@ -219,7 +281,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     models = ["tiny_mixtral_ep8", "tiny_olmoe_ep4"]
     parser.add_argument("--config", type=words, default=models, metavar="NAME,NAME")
     parser.add_argument("--data", type=Path, metavar="DIR", help="default: the checkpoint's eval/")
-    parser.add_argument("--ranks", type=numbers, default=[2, 4, 8], metavar="N,N")
+    parser.add_argument(
+        "--ranks", type=numbers, metavar="N,N", help="default: 2,4,8; with --balance 4,8"
+    )
     parser.add_argument("--gammas", type=words, default=["2", "1.5", "1", "0.5"], metavar="G,G")
     parser.add_argument(
         "--factor-gammas",
@@ -231,9 +295,28 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     grids = parser.add_mutually_exclusive_group()
     grids.add_argument("--full", action="store_true", help="the product of all factors: hours")
     grids.add_argument("--domains", action="store_true", help="each rank sees domains of its own")
+    grids.add_argument("--balance", action="store_true", help="copies of experts, and drops")
+    parser.add_argument(
+        "--copies",
+        type=numbers,
+        default=[1, 2, 4, 8],
+        metavar="N,N",
+        help="int4 copies per layer, with --balance",
+    )
+    parser.add_argument(
+        "--calibration-steps",
+        type=int,
+        default=16,
+        metavar="N",
+        help="of each kind of traffic, with --balance",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="items of each domain")
     parser.add_argument("--phases", type=_phases, default=["prefill"], metavar="P,P")
-    parser.add_argument("--batch-tokens", type=int, default=16384, help="of a step, all ranks")
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        help="of a step, all ranks; default: 16384, with --balance 8500",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
     parser.add_argument(
         "--timing",
@@ -245,7 +328,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--markdown", action="store_true", help="also print the Markdown table")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for text, JSON, PNG")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.ranks is None:
+        options.ranks = [4, 8] if options.balance else [2, 4, 8]
+    if options.batch_tokens is None:
+        options.batch_tokens = 8500 if options.balance else 16384
+    if options.calibration_steps < 1 or min(options.copies) < 1:
+        raise ValueError("--calibration-steps and --copies must be at least 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from engine.moe.placement.candidate import Candidate
 
 _SWEEPS = 8  # after a change
 _SETTLE = 32  # after a change that is kept
-_HOT, _COLD = 3e-3, 2e-5  # temperature at the start and at the end, in the mean rank's rows
+HOT, _COLD = 3e-3, 2e-5  # temperature at the start and at the end, in the mean rank's rows
+SMALL = 512  # experts times ranks of a layer whose changes are few
 _TIED = 0.995  # of the most loaded rank: ranks whose rows no copy could move away
 
 Change = Callable[[Candidate], None]
@@ -32,6 +33,10 @@ class Moves:
         self, candidate: Candidate, draw: Random, *, homes: bool, swaps: bool = True
     ) -> None:
         self._homes, self._swaps, self._draw = homes, swaps, draw
+        # Where few changes are possible, some are drawn without guidance: a better place may be
+        # behind one that helps no loaded rank.
+        problem = candidate.problem
+        self._anywhere = problem.num_experts * problem.num_ranks <= SMALL
         self.follow(candidate)
 
     def follow(self, candidate: Candidate) -> None:
@@ -57,8 +62,13 @@ class Moves:
             return None
         if self._swaps and chance > 0.9:
             return self._swap_copies()
-        found = self.hot_and_cold()
+        found = self._any_pair() if self._anywhere and chance > 0.6 else self.hot_and_cold()
         return None if found is None else self._move_copy(*found)
+
+    def _any_pair(self) -> tuple[int, int] | None:
+        """Return any expert and any rank that does not hold it."""
+        expert, rank = self._below(len(self._hosts)), self._below(len(self._on))
+        return None if rank in self._hosts[expert] else (expert, rank)
 
     def hot_and_cold(self, among_W: np.ndarray | None = None) -> tuple[int, int] | None:
         """Return an expert of a loaded rank and a rank with little to do, in a drawn step.
@@ -134,7 +144,9 @@ class Moves:
         )
 
 
-def anneal(candidate: Candidate, rounds: int, draw: Random, *, homes: bool) -> Candidate:
+def anneal(
+    candidate: Candidate, rounds: int, draw: Random, *, homes: bool, hot: float = HOT
+) -> Candidate:
     """Return the best candidate found in so many rounds.
 
     Args:
@@ -142,6 +154,7 @@ def anneal(candidate: Candidate, rounds: int, draw: Random, *, homes: bool) -> C
         rounds: changes that are tried.
         draw: of changes, and of whether a worse one is kept.
         homes: whether homes may be exchanged too.
+        hot: temperature at the start, in the mean rank's rows.
     """
     cost = candidate.cost(2 * _SETTLE)
     best, least = candidate.layer(), cost
@@ -154,7 +167,7 @@ def anneal(candidate: Candidate, rounds: int, draw: Random, *, homes: bool) -> C
         other.take(candidate)
         change(other)
         found = other.cost(_SWEEPS)
-        heat = _HOT * (_COLD / _HOT) ** (number / rounds)
+        heat = hot * (_COLD / hot) ** (number / rounds)
         if found > cost and draw.random() >= math.exp((cost - found) / heat):
             continue
         candidate, other = other, candidate

@@ -20,14 +20,18 @@ from random import Random
 
 import numpy as np
 
-from engine.moe.placement.anneal import Moves, add_copy, anneal
+from engine.moe.placement.anneal import HOT, SMALL, Moves, add_copy, anneal
 from engine.moe.placement.candidate import Candidate
 from engine.moe.placement.placement import LayerPlacement
 from engine.moe.placement.problem import MARGIN, Problem, make_problem
 
 _TRIES = 24  # ranks and experts that are tried for a further copy
 _IMPROVE_TRIES = 400
+_SETTLE = 64  # sweeps of the relaxation, to compare placements
 _PHASES = 10  # of annealing, each with other imagined steps
+# A small layer is planned several times over, from these temperatures: a search of it costs little,
+# and ends in one of a few places, not always the best.
+_HEATS = (HOT, 10 * HOT, 30 * HOT) * 2
 
 
 def plan_layer(
@@ -67,17 +71,24 @@ def plan_layer(
     if slots_W is None:
         slots_W = (-(-num_copies // num_ranks),) * num_ranks
     pose = partial(make_problem, domains, num_ranks, slots_W, row_times_W, nodes, node_cost, margin)
-    draw, problem = Random(seed), pose()
-    candidate = first_candidate(problem, keep_homes=keep_homes, start=start)
-    for _ in range(num_copies):
-        candidate = add_copy(candidate, _TRIES, draw)
+    problem = pose()
     phases = _PHASES if problem.num_imagined else 1
     rounds = int(effort * rounds_of(problem, num_copies, keep_homes)) // phases
-    layer = candidate.layer()
-    for phase in range(phases):
-        candidate = Candidate(pose(imagined=phase), layer)
-        layer = anneal(candidate, rounds, draw, homes=not keep_homes).layer()
-    return layer
+    is_small = problem.num_experts * num_ranks <= SMALL and num_copies
+    found: list[LayerPlacement] = []
+    for number, hot in enumerate(_HEATS if is_small else _HEATS[:1]):
+        draw = Random(seed + 1_000_003 * number)
+        candidate = first_candidate(problem, keep_homes=keep_homes, start=start)
+        for _ in range(num_copies):
+            candidate = add_copy(candidate, _TRIES, draw)
+        layer = candidate.layer()
+        for phase in range(phases):
+            candidate = Candidate(pose(imagined=phase), layer)
+            layer = anneal(candidate, rounds, draw, homes=not keep_homes, hot=hot).layer()
+        found.append(layer)
+    if len(found) == 1:
+        return found[0]
+    return min(found, key=lambda each: Candidate(problem, each).cost(_SETTLE))
 
 
 def frontier(
@@ -157,7 +168,7 @@ def improve_layer(
     slots_W = np.bincount(held, minlength=num_ranks).tolist()
     problem = make_problem({"": loads_SE}, num_ranks, slots_W, row_times_W, margin=0.0)
     candidate, draw = Candidate(problem, layer), Random(seed)
-    cost = candidate.cost(64)
+    cost = candidate.cost(_SETTLE)
     replaced: set[tuple[int, int]] = set()
     for _ in range(min(max_moves, len(held))):
         best = _best_replacement(candidate, replaced, draw)
@@ -165,7 +176,7 @@ def improve_layer(
             break
         number = best[1][0]
         candidate.move_copy(*best[1])
-        cost = candidate.cost(64)
+        cost = candidate.cost(_SETTLE)
         replaced.add((number, int(candidate.copies_C2[number, 1])))
     return candidate.layer()
 
