@@ -56,12 +56,6 @@ class QuantisedWeights:
         tensors = (self.packed_ePCN, self.scale_ePGN, self.zero_ePGN)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def to(self, device: torch.device | str) -> "QuantisedWeights":
-        """Return the same weights on a device."""
-        zero_ePGN = None if self.zero_ePGN is None else self.zero_ePGN.to(device)
-        tensors = (self.packed_ePCN.to(device), self.scale_ePGN.to(device), zero_ePGN)
-        return QuantisedWeights(self.bits, self.group, self.outputs, self.inputs, *tensors)
-
 
 def num_bytes(experts: int, outputs: int, inputs: int, bits: int, group: int = 32) -> int:
     """Return the memory that `quantise` will need for matrices of these sizes."""

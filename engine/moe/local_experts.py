@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
-from engine.moe.placement.placement import Precision
+from engine.moe.placement.placement import COPY_GROUP, Precision
 from engine.ops.permute import gather_rows
 from engine.ops.quantised import (
     QuantisedWeights,
@@ -23,7 +23,6 @@ from engine.ops.quantised import (
 )
 
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
-_GROUP = 32  # input columns that share a scale
 
 
 class LocalExperts(nn.Module):
@@ -58,7 +57,7 @@ class LocalExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.bits = _BITS.get(precision)  # of low-bit copies, on this rank or others
-        self.group = _GROUP
+        self.group = COPY_GROUP
         self.num_homes, self.num_copies = num_homes, num_copies
         self._shape = hidden, ffn
         self.num_stacked = num_homes + (num_copies if self.bits is None else 0)
@@ -102,8 +101,8 @@ class LocalExperts(nn.Module):
         self._run.finalize_weights()
         if self.loading is not None and self.bits is not None:
             self.low_bit = (
-                quantise(self.loading.w13_e2FD, self.bits, _GROUP),
-                quantise(self.loading.w2_eDF, self.bits, _GROUP),
+                quantise(self.loading.w13_e2FD, self.bits, COPY_GROUP),
+                quantise(self.loading.w2_eDF, self.bits, COPY_GROUP),
             )
             self.loading = None
 

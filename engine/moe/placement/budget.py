@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.moe.placement.layer_search import frontier, plan_layer
-from engine.moe.placement.placement import LayerPlacement, Precision
+from engine.moe.placement.placement import COPY_GROUP, LayerPlacement, Precision
 from engine.moe.placement.predict import (
     mean_times,
     predicted_share,
@@ -20,8 +20,8 @@ from engine.moe.placement.predict import (
 )
 from engine.moe.placement.problem import mixed_steps
 
-GROUP = 128  # int4 weights that share a scale
-_BITS: Mapping[Precision, float] = {"int8": 8.0, "int4": 4.0 + 16 / GROUP}
+# Of a weight and its share of a scale.
+_BITS: Mapping[Precision, float] = {"int8": 8 + 32 / COPY_GROUP, "int4": 4 + 32 / COPY_GROUP}
 _MOST_PER_RANK = 4  # copies per rank and layer, past which a target is given up
 
 
@@ -31,7 +31,7 @@ def copy_bytes(num_weights: int, weight_bytes: int, precision: Precision) -> int
     Args:
         num_weights: of an expert, its three matrices together.
         weight_bytes: of one weight of the model.
-        precision: of the copy; the scales of int8, one per row, do not count.
+        precision: of the copy.
     """
     if precision == "model":
         return num_weights * weight_bytes

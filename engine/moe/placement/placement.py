@@ -21,6 +21,8 @@ from engine.distributed.groups import expert_range
 
 _FASTEST = 1024  # the speed of the fastest rank, in whole numbers
 
+COPY_GROUP = 32  # input columns of low-bit copies that share a scale, a float32
+
 Precision = Literal["model", "int8", "int4"]  # of copies; model: that of the homes
 
 
