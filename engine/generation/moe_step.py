@@ -128,13 +128,16 @@ def capacity_uses(
     Collective over the tensor group: every rank must call.
     """
     assert moe_step.counts is not None, "the step was built without counts"
-    counts_T5 = TokenShard(topology.tensor).gather(moe_step.counts.stack(), step.num_tokens, clock)
+    shard = TokenShard(topology.tensor)
+    counts = [shard.gather(moe_step.counts.stack(), step.num_tokens, clock)]
+    if (last := moe_step.last) is not None and last.counts is not None:
+        counts.append(shard.gather(last.counts.stack(), step.num_read, clock))
+    counts_N5 = counts[0] if len(counts) == 1 else torch.cat(counts)
     # SYNC: once per step, when the step is over anyway and its tokens are read.
-    rows_T5 = counts_T5.cpu().double().numpy()
-    if moe_step.last is not None and moe_step.last.counts is not None:
-        counts_R5 = moe_step.last.counts.stack()
-        counts_R5 = TokenShard(topology.tensor).gather(counts_R5, step.num_read, clock)
-        rows_T5[_read_rows(step)] += counts_R5.cpu().double().numpy()
+    rows_N5 = counts_N5.cpu().double().numpy()
+    rows_T5, read_R5 = rows_N5[: step.num_tokens], rows_N5[step.num_tokens :]
+    if len(read_R5):
+        rows_T5[_read_rows(step)] += read_R5
     uses, row = [], 0
     for piece in step.slices:
         first, row = row + piece.num_recomputed, row + piece.length
