@@ -114,11 +114,12 @@ class SimulatedRank(MoELayer):
             exchange=RowlessExchange(topology.expert, answered),
         )
         self.answered = answered
-        own = self.local_experts
         with torch.no_grad():
             self.gate_weight_ED.copy_(weights.gate_ED)
-            self.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
-            self.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
+            for local, expert in enumerate(self.local_experts):
+                own_w13, own_w2 = self.experts.weights_of(local)
+                own_w13.copy_(weights.w13_E2FD[expert])
+                own_w2.copy_(weights.w2_EDF[expert])
         if device.type == "cuda":
             self.finalize_weights()
         self.x_TD = x_TD
