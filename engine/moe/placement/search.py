@@ -17,6 +17,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from engine.moe.placement.layer_search import frontier, improve_layer, plan_layer
 from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads, Precision
@@ -205,7 +206,11 @@ def map_layers(tasks: Sequence[Callable[[], _R]], processes: int = 1) -> Iterato
         return
     # Not by fork: the threads of torch, and of a running job, do not survive it.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
+    processes = min(processes, len(tasks))
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
         for running in [pool.submit(task) for task in tasks]:
             yield running.result()
 
