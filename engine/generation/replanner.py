@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _ROW_BYTES = 1 << 20  # of weights in one row of the all-to-all
 _ROWS_PER_STEP = {"cpu": 4, "cuda": 64}  # over all ranks
-_PLANNED, _STAGED = 1, 2  # what a control message says of its rank
+_PLANNED, _STAGED, _FAILED = 1, 2, 3  # what a control message says of its rank
 
 OnChange = Callable[[dict[str, Any]], None]
 
@@ -116,7 +116,10 @@ class Replanner:
     @property
     def stage(self) -> int:
         """What this rank's control message says: its thread has planned, or staged."""
-        return self._waits_for if self._work is not None and self._work.done else 0
+        if self._work is None or not self._work.done:
+            return 0
+        has_failed = self._waits_for == _STAGED and self._work.error is not None
+        return _FAILED if has_failed else self._waits_for
 
     def advance(self, messages: Sequence[ControlMessage], loads: LoadCounter) -> None:
         """Do what is due before a step. Collective over EP: every rank must call."""
@@ -124,8 +127,12 @@ class Replanner:
             if messages[0].replan == _PLANNED:
                 self._receive_plan()
         elif self._waits_for == _STAGED:
-            if all(message.replan == _STAGED for message in messages):
-                self._begin_moves()
+            stages = [message.replan for message in messages]
+            if all(stage >= _STAGED for stage in stages):
+                if _FAILED in stages:
+                    self._give_up()
+                else:
+                    self._begin_moves()
         elif self._flying is not None or self._moves:
             self._land()
             self._send()
@@ -176,10 +183,19 @@ class Replanner:
         layer = self._layers[move.layer]
         return read_home(layer.experts, layer.local_experts.index(move.expert))
 
+    def _give_up(self) -> None:
+        """Forget a plan whose weights some rank cannot prepare; the copies stay."""
+        if self._work is not None and self._work.error is not None:
+            logger.warning(
+                "moe.copies.replan: rank %d cannot prepare an expert's weights, so the copies "
+                "stay: %s",
+                self._topology.world.rank,
+                self._work.error,
+            )
+        self._work, self._waits_for, self._moves = None, 0, []
+
     def _begin_moves(self) -> None:
         assert self._work is not None
-        if (error := self._work.error) is not None:
-            raise RuntimeError(f"moe.copies.replan: an expert cannot be copied: {error}")
         self._sources = self._work.result
         self._work, self._waits_for = None, 0
         self._queue_layer()

@@ -36,8 +36,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def generate(rank: int, path: Path, file: str, replan: int | str, row_bytes: int) -> dict[str, Any]:
+def fail(experts: Any, local: int) -> list[torch.Tensor]:
+    raise ValueError("the weights are not finite")
+
+
+def generate(
+    rank: int, path: Path, file: str, replan: int | str, row_bytes: int, failing: int = -1
+) -> dict[str, Any]:
     replanner._ROW_BYTES = row_bytes
+    if rank == failing:
+        replanner.read_home = fail
     config = Config(
         model=ModelConfig(path=str(path), max_model_len=64),
         scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_sequences=2),
@@ -117,3 +125,18 @@ def test_copies_follow_the_loads_and_hold_their_experts_weights(
             for part, of_home in zip(parts, home_of[index, f"home {expert}"], strict=True):
                 assert torch.equal(part, of_home), (rank, index, expert)
     assert found == changed.num_copies == start.num_copies
+
+
+def test_a_rank_that_cannot_prepare_weights_leaves_the_copies_and_the_job_as_they_are(
+    checkpoint, tmp_path
+):
+    layer = LayerPlacement((0, 0, 0, 1, 1, 1), ((1,), (), (), (), (), (0,)))
+    start = Placement(2, EXPERTS, {0: layer, 1: layer})
+    write_placement(start, tmp_path / "p.yaml")
+    for failing in range(2):
+        args = (checkpoint, str(tmp_path / "p.yaml"), 2, 1 << 20, failing)
+        results = run_ranks(generate, 2, *args, timeout=120)
+        assert results[0]["tokens"] == results[1]["tokens"]
+        assert results[0]["placement"] == results[1]["placement"]
+        moved = {move["source"] for change in results[0]["changes"] for move in change["moves"]}
+        assert failing not in moved
