@@ -350,7 +350,7 @@ class MoELayer(nn.Module):
                     clock,
                     yields=micro_batch is not None,
                     packed=on_order is not None,
-                    meanwhile=None if late is None else partial(late, moves),
+                    overlap=None if late is None else partial(late, moves),
                 )
             if self.layout_policy.moves_shared:
                 moved = 0 if moves is None else moves.num_moved_all

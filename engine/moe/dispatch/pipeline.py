@@ -92,7 +92,7 @@ class Pipeline:
         *,
         yields: bool = False,
         packed: bool = False,
-        meanwhile: Callable[[], None] | None = None,
+        overlap: Callable[[], None] | None = None,
     ) -> Steps[torch.Tensor]:
         """Return the combined rows [S, D], in the order of the plans; `DispatchPlan.terms` maps
         them to tokens. Collective over EP: every rank must call, with as many plans.
@@ -107,9 +107,9 @@ class Pipeline:
             clock: enters DISPATCH and COMBINE once per chunk, for the time that this rank waits.
             yields: yield where there is nothing left to do but wait.
             packed: `pack` has filled the send buffer.
-            meanwhile: work to do while the first rows are in flight.
+            overlap: work to do while the first rows are in flight.
         """
-        serial = len(plans) == 1 and not yields and meanwhile is None
+        serial = len(plans) == 1 and not yields and overlap is None
         layer, exchange = self._layer, self._exchange
         payload = make_payload(
             x_TD,
@@ -144,9 +144,9 @@ class Pipeline:
 
         try:
             dispatch = start_dispatch(0)
-            if meanwhile is not None:
+            if overlap is not None:
                 clock.enter(Phase.EXPERTS, layer)
-                meanwhile()
+                overlap()
             if yields:
                 yield
             combines: list[_InFlight] = []
