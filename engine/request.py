@@ -20,6 +20,7 @@ from engine.config import SamplingConfig
 from engine.config.validation import field_problems, rule
 
 FinishReason = Literal["stop", "length", "error"]
+Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
 # Why a request cannot run; docs/batch.md has the cause of each. A code that was given keeps its
 # meaning: users' scripts select records by it.
 ErrorCode = Literal[
@@ -197,6 +198,8 @@ class Request:
     id: str | int  # the user's name for it
     prompt_token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    choice: int = 0  # its number among the completions that one line asks for
+    endpoint: Endpoint | None = None  # of an OpenAI batch line; None: a line of our own form
 
     def __post_init__(self) -> None:
         if type(self.index) is not int or self.index < 0:
@@ -267,6 +270,13 @@ class Completion:
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
+    request: Request | None = None  # None: the line could not become one
+    others: list[Completion] = field(default_factory=list)  # further choices of the same line
+
+    @property
+    def choices(self) -> list[Completion]:
+        """Return all completions of the line in their order, this one first."""
+        return [self, *self.others]
 
     @classmethod
     def failure(

@@ -140,4 +140,5 @@ class Sequence:
             capacity=self.capacity,
             error=None if self.error is None else error_record(self.error),
             timing=self.timing,
+            request=self.request,
         )
