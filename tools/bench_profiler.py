@@ -11,8 +11,9 @@ other work on the machine disturbs less. A third engine with span files (`profil
 the cost of writing them. `--candidates` chooses the engines, `routing` and `claims` among them
 (`profiler.routing`, with and without claims); the cost is that over the first. The place of an
 engine's weights in memory makes one or two percent for as long as it exists, so the ranks are
-started several times and build the engines in another order each time. The table is followed by one
-JSON line.
+started several times and build the engines in another order each time. A recording of the routing
+costs less than such runs can tell apart, so the time inside of it is also counted, as a share of
+the run. The table is followed by one JSON line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,42 @@ def profilers(folder: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Run one rank; return wall and CPU seconds of every run of each engine. Collective."""
+class Stopwatch:
+    """Adds up the time inside of functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, timed."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return run
+
+
+def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float, float]]]:
+    """Run one rank; return each engine's runs: wall and CPU seconds, and those spent recording.
+
+    Collective.
+    """
     import torch.distributed as dist
 
     from engine.config.loader import config_from_tree
     from engine.distributed import bootstrap
     from engine.llm import LLM
+    from engine.moe.stats import LayerStats
+    from engine.profiling.routing.recorder import RoutingRecorder
     from engine.request import SamplingParams
 
+    recording = Stopwatch()
+    for owner, name in ((RoutingRecorder, "add"), (LayerStats, "_record_claims")):
+        setattr(owner, name, recording.timed(getattr(owner, name)))
     rank = int(os.environ["RANK"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -78,16 +106,17 @@ def worker(job: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
         for _ in range(job["requests"])
     ]
     params = SamplingParams(max_new_tokens=job["new_tokens"], ignore_eos=True)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for turn in range(job["rounds"] + 1):
         order = built if turn % 2 else tuple(reversed(built))
         for name in order:
             dist.barrier()
-            begin = time.perf_counter(), time.process_time()
+            begin = time.perf_counter(), time.process_time(), recording.seconds
             engines[name].generate(prompts, params)
-            end = time.perf_counter(), time.process_time()
+            end = time.perf_counter(), time.process_time(), recording.seconds
             if turn:
-                seconds[name].append((end[0] - begin[0], end[1] - begin[1]))
+                wall, cpu, inside = (b - a for a, b in zip(begin, end, strict=True))
+                seconds[name].append((wall, cpu, inside))
     dist.barrier()
     bootstrap.stop(topology)
     return seconds
@@ -111,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs(_run({**job, "start": start}, options.ranks, options.timeout))
             for start in range(options.starts)
         ]
-    wall, cpu = (
+    wall, cpu, inside = (
         {name: [value for kinds in started for value in kinds[kind][name]] for name in names}
-        for kind in (0, 1)
+        for kind in (0, 1, 2)
     )
     over_off = [
         {
@@ -133,11 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{statistics.median(ratios[name]) - 1:+.2%}",
                 )
             ),
+            f"{statistics.median(inside[name]):.2%}",
         ]
         for name in names
     ]
     over = f"over {names[0]}"
-    header = ["profiler", "seconds", over, "CPU seconds", over]
+    header = ["profiler", "seconds", over, "CPU seconds", over, "recording"]
     text = (
         f"{options.requests} requests, {options.new_tokens} new tokens each, {options.ranks} ranks "
         f"of one core, {options.starts} starts of {options.rounds} rounds\n{table(header, rows)}"
@@ -151,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "over_off": {name: spread(over_off[0][name]) for name in names},
         "cpu_seconds": {name: spread(cpu[name]) for name in names},
         "cpu_over_off": {name: spread(over_off[1][name]) for name in names},
+        "recording": {name: spread(inside[name]) for name in names},
     }
     emit(text, record, options.out, "bench_profiler")
     return 0
@@ -158,14 +189,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def runs(
     ranks: Sequence[dict[str, list[Sequence[float]]]],
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return, by engine, each run's wall time of the slowest rank and CPU time of all ranks."""
-    wall, cpu = {}, {}
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
+    """Return, by engine, of each run: wall time of the slowest rank, CPU time of all ranks, and the
+    largest share of a rank's wall time that went into recording.
+    """
+    wall, cpu, inside = {}, {}, {}
     for name in ranks[0]:
         rounds = list(zip(*(reply[name] for reply in ranks), strict=True))
-        wall[name] = [max(pair[0] for pair in each) for each in rounds]
-        cpu[name] = [sum(pair[1] for pair in each) for each in rounds]
-    return wall, cpu
+        wall[name] = [max(run[0] for run in each) for each in rounds]
+        cpu[name] = [sum(run[1] for run in each) for each in rounds]
+        inside[name] = [max(run[2] / run[0] for run in each) for each in rounds]
+    return wall, cpu, inside
 
 
 def _run(job: dict[str, Any], num_ranks: int, timeout: float) -> list[dict[str, Any]]:

@@ -150,8 +150,27 @@ def improve_layer(
 ) -> LayerPlacement:
     """Return the placement with a few copies replaced, for loads that have changed.
 
-    Homes stay, and every rank holds as many copies as before: a move gives one rank one other
-    expert. Moves are made one by one, each the best of those tried, while they help.
+    Args and errors are those of `improvements`, of which this is the last.
+    """
+    found = improvements(
+        layer, loads_SE, num_ranks, max_moves=max_moves, seed=seed, row_times_W=row_times_W
+    )
+    return found[-1] if found else layer
+
+
+def improvements(
+    layer: LayerPlacement,
+    loads_SE: np.ndarray,
+    num_ranks: int,
+    *,
+    max_moves: int,
+    seed: int = 0,
+    row_times_W: Sequence[float] | None = None,
+) -> list[LayerPlacement]:
+    """Return the placement with one copy replaced, with two, and so on, while that helps.
+
+    For loads that have changed. Homes stay, and every rank holds as many copies as before: a move
+    gives one rank one other expert. Each move is the best of those tried.
 
     Args:
         layer: the placement so far.
@@ -170,6 +189,7 @@ def improve_layer(
     candidate, draw = Candidate(problem, layer), Random(seed)
     cost = candidate.cost(_SETTLE)
     replaced: set[tuple[int, int]] = set()
+    found: list[LayerPlacement] = []
     for _ in range(min(max_moves, len(held))):
         best = _best_replacement(candidate, replaced, draw)
         if best is None or best[0] >= cost - 1e-4:
@@ -178,7 +198,8 @@ def improve_layer(
         candidate.move_copy(*best[1])
         cost = candidate.cost(_SETTLE)
         replaced.add((number, int(candidate.copies_C2[number, 1])))
-    return candidate.layer()
+        found.append(candidate.layer())
+    return found
 
 
 def first_candidate(

@@ -7,7 +7,7 @@ import torch
 
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement
-from engine.moe.placement.replan import Move, choose_moves, moved
+from engine.moe.placement.replan import Move, best_counts, choose_moves, moved
 from engine.ops.panels import from_panels, to_panels
 
 # Experts 0 2 | 1 3, a copy of 3 on rank 0.
@@ -70,3 +70,15 @@ def test_from_panels_returns_what_to_panels_has_rearranged():
         to_panels(weights, stacked)
         for index in range(3):
             assert torch.equal(from_panels(weights, index, stacked), plain[index])
+
+
+def test_moves_go_to_the_layers_where_they_save_most_together():
+    alone = np.array([0.0, 5.0, 6.0, 6.5])
+    together = np.array([0.0, -1.0, 20.0])  # two moves that help only as a pair
+    assert best_counts([alone, together], 0) == [0, 0]
+    assert best_counts([alone, together], 1) == [1, 0]
+    assert best_counts([alone, together], 2) == [0, 2]
+    assert best_counts([alone, together], 3) == [1, 2]
+    assert best_counts([alone, together], 9) == [3, 2]
+    assert best_counts([np.array([0.0, -1.0])], 4) == [0]
+    assert best_counts([], 4) == []
