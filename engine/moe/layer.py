@@ -4,8 +4,8 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
 
     1. scatter   tensor ranks have the same tokens: each takes its part     token_shard.py
     2. route     gate -> scores, top-k experts, combine weights             router.py
-    3. agree     overloaded experts drop, idle ones are filled, and every   agreement.py
-                 rank learns what every rank sends to every expert
+    3. agree     overloaded experts drop, idle ones are filled, and every   layer_agreement.py,
+                 rank learns what every rank sends to every expert          agreement.py
                  where experts have copies: which rows these compute        placement/,
                                                                             copies_agreement.py
     4. plan      which row goes where, frozen; one plan per chunk           plan.py,
@@ -32,7 +32,6 @@ decision (K, with extras one more per local expert), E experts, e experts on thi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,31 +39,25 @@ import torch
 from torch import nn
 
 from engine.config import CapacityConfig, MoEConfig
-from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology
 from engine.layers.mlp import DenseMLP
 from engine.moe.backend_choice import choose_backend
-from engine.moe.capacity.agreement import CapacityAgreement
-from engine.moe.capacity.copies_agreement import CopiesAgreement
-from engine.moe.capacity.decision import Decision, OnOrder
 from engine.moe.dispatch.buffers import RowBuffers
-from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.chunk_tuner import ChunkTuner, Trial
 from engine.moe.dispatch.exchange import Exchange
 from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.pipeline import Pipeline
-from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.dispatch.rounds import Round, plan_rounds
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import SharedWork, shared_rows
 from engine.moe.dispatch.two_batch import Steps, run_to_end
+from engine.moe.layer_agreement import LayerAgreement
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement, Precision
-from engine.moe.placement.row_split import RowSplit, SplitRule
+from engine.moe.placement.row_split import SplitRule
 from engine.moe.router import RouterSpec, Routing, gate_logits, route
-from engine.moe.stats import DropStats, LayerStats
+from engine.moe.stats import DropStats
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import TokenShard
 from engine.ops.permute import combine_rows
@@ -141,11 +134,8 @@ class MoELayer(nn.Module):
         self.telemetry = Telemetry()
         self.row_buffers = row_buffers or RowBuffers()
         self._group = group
-        copies = config.copies
-        self._split_rule = SplitRule(precision != "model", copies.target, copies.min_rows, speeds_W)
-        instances = self._use(
-            Instances(placement or LayerPlacement.contiguous(num_experts, group.size), group.size)
-        )
+        placement = placement or LayerPlacement.contiguous(num_experts, group.size)
+        instances = Instances(placement, group.size)
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
         rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
@@ -170,7 +160,7 @@ class MoELayer(nn.Module):
         num_homes = instances.num_homes(group.rank)
         self.experts = LocalExperts(
             num_homes,
-            len(self.local_experts) - num_homes,
+            len(instances.local_experts(group.rank)) - num_homes,
             precision,
             hidden=spec.hidden,
             ffn=spec.ffn,
@@ -183,22 +173,35 @@ class MoELayer(nn.Module):
             Pipeline(exchange, self.experts, buffers, layer, shared)
             for buffers in (self.row_buffers, self.row_buffers.second)
         ]
-        self._stats = LayerStats(layer, instances, group.rank)
-        self.set_capacity(config.capacity)
+        copies = config.copies
+        self.agreement = LayerAgreement(
+            spec.router,
+            layer=layer,
+            instances=instances,
+            rule=SplitRule(precision != "model", copies.target, copies.min_rows, speeds_W),
+            policy=self.layout_policy,
+            collectives=self._collectives,
+            rank=group.rank,
+            ranks=group.ranks,
+            config=config.capacity,
+        )
+
+    @property
+    def instances(self) -> Instances:
+        """Homes and copies of the layer's experts."""
+        return self.agreement.instances
+
+    @property
+    def local_experts(self) -> list[int]:
+        """The experts of this rank's instances."""
+        return self.agreement.local_experts
 
     def set_instances(self, instances: Instances) -> None:
         """Use other copies, between steps and alike on every rank; their weights are in place.
 
         Homes stay, and every rank has as many copies as before.
         """
-        self._stats.instances = self._use(instances)
-        self.set_capacity(self._agreement.config)
-
-    def _use(self, instances: Instances) -> Instances:
-        self.instances = instances
-        self.local_experts = instances.local_experts(self._group.rank)  # of this rank's instances
-        self._split = RowSplit(instances, self._split_rule) if instances.has_copies else None
-        return instances
+        self.agreement.set_instances(instances)
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""
@@ -214,7 +217,7 @@ class MoELayer(nn.Module):
     @property
     def drops(self) -> DropStats:
         """What capacity did to this rank's tokens."""
-        return self._stats.drops
+        return self.agreement.stats.drops
 
     @property
     def num_chunks(self) -> int:
@@ -254,31 +257,7 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: settings that this model or number of ranks cannot honour.
         """
-        router = self.spec.router
-        if self.layout_policy.moves_shared and config.policy == "expanded_drop":
-            raise ValueError(
-                "moe.shared_expert = balanced: moe.capacity.policy = expanded_drop adds rows of "
-                "which other ranks do not know; use replicated"
-            )
-        validate_capacity(
-            config,
-            num_experts=router.num_experts,
-            top_k=router.top_k,
-            expert_ranks=self._group.size,
-            most_local=self.instances.most_local,
-            has_copies=self._split is not None,
-        )
-        settings = {
-            "layer": self.layer,
-            "layout": self.layout_policy.choose(None),
-            "collectives": self._collectives,
-            "ranks": self._group.ranks,
-        }
-        if self._split is not None:
-            self._agreement = CopiesAgreement(router, config, split=self._split, **settings)
-        else:
-            self._agreement = CapacityAgreement(router, config, **settings)
-        self.layout_policy.reset()
+        self.agreement.set_capacity(config)
 
     def forward(
         self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
@@ -320,23 +299,26 @@ class MoELayer(nn.Module):
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
         layout = self.layout_policy.choose(
-            group_tokens, trial.chunks, costs_exchange=self._agreement.costs_exchange(step)
+            group_tokens, trial.chunks, costs_exchange=self.agreement.costs_exchange(step)
         )
         pipeline = self._pipelines[micro_batch or 0]
         on_order = None
-        if layout.sends_plain_rows and not self._agreement.adds_extras:
+        if layout.sends_plain_rows and not self.agreement.adds_extras:
             on_order = partial(pipeline.pack, x_tD, clock)
         # Which shared rows stay follows from the counts, where some may move.
         early, late = (None if shared is None else shared.run), None
         if layout.moves_shared:
             early, late = None, early
-        decision, plans = self.agree(
-            routing, step, early, layout, micro_batch, on_order, uses_copies
+        decision, plans = self.agreement.agree(
+            routing, step, self.telemetry, early, layout, micro_batch, on_order, uses_copies
         )
         with trial:
             terms = plans[0].terms(decision.weights_TM)
             moves = plans[0].shared_moves
-            if rounds := self._plan_rounds(decision, layout, group_tokens, micro_batch):
+            rounds = self.agreement.plan_rounds(
+                decision, layout, self.row_limit, group_tokens, micro_batch
+            )
+            if rounds:
                 moves = None
                 terms = decision.order.slot_TK, decision.weights_TM
                 if late is not None:
@@ -363,92 +345,10 @@ class MoELayer(nn.Module):
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
 
-    def _plan_rounds(
-        self,
-        decision: Decision,
-        layout: ExpertLayout,
-        group_tokens: int | None,
-        micro_batch: int | None,
-    ) -> list[Round]:
-        """Return the rounds of a call in which some rank would receive more rows than its limit."""
-        limit = self.row_limit
-        if limit is None or self._agreement.adds_extras:  # the others do not know of the extras
-            return []
-        limit = limit if micro_batch is None else limit // 2
-        most = min(self.spec.router.top_k, self.layout_policy.most_local_experts)
-        if group_tokens is not None and group_tokens * most <= limit:
-            return []
-        exchanged_Wn = decision.exchanged_Wn
-        return plan_rounds(layout, decision.order, exchanged_Wn, self._group.rank, limit)
-
     def route(self, x_tD: torch.Tensor) -> Routing:
         """Step 2: return the scores, experts and combine weights of this rank's tokens."""
         logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router)
         return route(logits_tE, self.spec.router, self.gate_bias_E)
-
-    def agree(
-        self,
-        routing: Routing,
-        step: MoEStep | None,
-        overlap: Callable[[], None] | None = None,
-        layout: ExpertLayout | None = None,
-        micro_batch: int | None = None,
-        on_order: OnOrder | None = None,
-        uses_copies: bool = True,
-    ) -> tuple[Decision, list[DispatchPlan]]:
-        """Steps 3 and 4: return the decision, and one plan per chunk.
-
-        Collective over EP: every rank must call.
-
-        Args:
-            routing: of this rank's tokens.
-            step: which tokens are subject to capacity; None: none.
-            overlap: work to do once while the ranks agree.
-            layout: the chunks of this call; None: as configured.
-            micro_batch: of a step of two.
-            on_order: called with this rank's order before the counts of all are read.
-            uses_copies: as in `steps`.
-        """
-        if layout is None:
-            costs_exchange = self._agreement.costs_exchange(step)
-            layout = self.layout_policy.choose(None, costs_exchange=costs_exchange)
-        clock, agreement, instances = self.telemetry.clock, self._agreement, self.instances
-        if step is not None and agreement.applies(step):
-            decision = agreement.decide(
-                self._in_home_order(routing),
-                step,
-                clock=clock,
-                overlap=overlap,
-                layout=layout,
-                on_order=on_order,
-            )
-        else:
-            at_home = routing
-            if instances.has_copies or not instances.has_contiguous_homes:
-                homes_TK = instances.homes(routing.topk_ids_TK)
-                at_home = Routing(routing.scores_TE, homes_TK, routing.topk_weights_TK)
-            decision = agreement.keep_all(
-                at_home,
-                clock=clock,
-                overlap=overlap,
-                layout=layout,
-                on_order=on_order,
-                uses_copies=uses_copies,
-            )
-        plans = layout.plans(decision.order, decision.exchanged_Wn, self._group.rank)
-        self._stats.add(self.telemetry, routing, decision, plans, step, micro_batch)
-        return decision, plans
-
-    def _in_home_order(self, routing: Routing) -> Routing:
-        """Return a routing with experts in home order."""
-        instances = self.instances
-        if instances.has_contiguous_homes:
-            return routing
-        return Routing(
-            instances.experts_in_home_order(routing.scores_TE),
-            instances.to_home_order(routing.topk_ids_TK),
-            routing.topk_weights_TK,
-        )
 
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:

@@ -66,7 +66,7 @@ def _run(device: torch.device, backend: str, chunks: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x_TD = torch.randn(TOKENS, HIDDEN, generator=generator).to(device, torch.bfloat16)
     routing = layer.route(x_TD)
-    decision, plans = layer.agree(routing, None)
+    decision, plans = layer.agreement.agree(routing, None, layer.telemetry)
     weights_TM = decision.weights_TM
     pipeline: Any = layer._pipelines[0]
     out = torch.empty(0)

@@ -115,7 +115,7 @@ class Worker:
                 known = _step_under(settings, step)
                 dist.barrier()
                 begin = time.perf_counter()
-                layer.agree(routing, known)
+                layer.agreement.agree(routing, known, layer.telemetry)
                 if turn:
                     found[name].append(time.perf_counter() - begin)
         return found
