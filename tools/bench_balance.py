@@ -39,7 +39,9 @@ from bench.two_ranks import run_two_ranks
 from bench.virtual_copies import virtual_shares
 from bench_speed_aware import cpu_hogs
 
-from engine.profiling.routing.trace import read_trace
+from engine.profiling.routing.trace import (
+    read_trace,
+)
 
 HEADER = ["load", "layer ms", "rows", "experts ms", "row share", "time share", "of the bound"]
 EVEN = "even contiguous"

@@ -23,15 +23,13 @@ from torch import nn
 
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
-from engine.layers.attention import Attention, AttentionSpec
 from engine.layers.kv_cache import KVCache
-from engine.layers.mla import LatentAttention
-from engine.layers.mlp import DenseMLP
 from engine.layers.parallel import empty_parameter
 from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import StepTensors
+from engine.models.decoder_layer import DecoderLayer
 from engine.models.expert_weights import moe_slots
-from engine.models.spec import DenseSpec, LayerSpec, ModelSpec
+from engine.models.spec import ModelSpec
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
 from engine.moe.dispatch.two_batch import Steps, interleave, run_to_end
@@ -62,53 +60,6 @@ class GroupTokens:
     all: int
     read: int  # tokens whose final hidden state is read
     use_copies: bool = True  # whether rows may move to copies of experts
-
-
-class DecoderLayer(nn.Module):
-    """The modules of one layer; `CausalLM` runs them."""
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        *,
-        layer: int,
-        topology: Topology,
-        config: MoEConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        row_buffers: RowBuffers,
-        tuner: ChunkTuner,
-        placement: Placement | None = None,
-    ) -> None:
-        super().__init__()
-        hidden = spec.attention.hidden
-        self.input_norm_D = empty_parameter(hidden, device=device, dtype=dtype)
-        self.mlp_norm_D = empty_parameter(hidden, device=device, dtype=dtype)
-        if isinstance(spec.attention, AttentionSpec):
-            self.attention = Attention(spec.attention, topology.tensor, device, dtype)
-        else:
-            self.attention = LatentAttention(spec.attention, topology.tensor, device, dtype)
-        if isinstance(spec.mlp, DenseSpec):
-            self.mlp = DenseMLP(hidden, spec.mlp.ffn, device, dtype, bias=spec.mlp.bias)
-            return
-        shared = None
-        if spec.mlp.shared is not None:
-            ffn, bias, gate = spec.mlp.shared.ffn, spec.mlp.shared.bias, spec.mlp.shared_gate
-            shared = DenseMLP(hidden, ffn, device, dtype, bias=bias, output_gate=gate)
-        self.mlp = MoELayer(
-            spec.mlp.moe,
-            layer=layer,
-            topology=topology,
-            config=config,
-            device=device,
-            dtype=dtype,
-            shared=shared,
-            row_buffers=row_buffers,
-            tuner=tuner,
-            placement=None if placement is None else placement.layer(layer),
-            precision="model" if placement is None else placement.precision,
-            speeds_W=None if placement is None else placement.speeds_W,
-        )
 
 
 class CausalLM(nn.Module):

@@ -18,7 +18,13 @@ from engine.models.decoder import CausalLM
 from engine.profiling.deepspeed_comms import open_deepspeed_comms
 from engine.profiling.exporters import Exporters, check_listen
 from engine.profiling.routing.recorder import RecorderGroup, RoutingRecorder
-from engine.profiling.routing.trace import CLAIMS, LOADS, TraceError, TraceHeader, trace_path
+from engine.profiling.routing.trace_file import (
+    CLAIMS,
+    LOADS,
+    TraceError,
+    TraceHeader,
+    trace_path,
+)
 from engine.profiling.routing.writer import TraceEnd, TraceWriter, find_end, min_bytes
 from engine.profiling.span_file import SpanFileHeader, SpanWriter, check_folder, check_writable
 from engine.weights.fingerprint import model_fingerprint

@@ -25,7 +25,15 @@ from engine.config import (
 from engine.llm import LLM
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.routing.claim_log import LayerClaims
-from engine.profiling.routing.trace import CLAIMS, LOADS, RoutingTrace, read_trace, trace_path
+from engine.profiling.routing.trace import (
+    RoutingTrace,
+    read_trace,
+)
+from engine.profiling.routing.trace_file import (
+    CLAIMS,
+    LOADS,
+    trace_path,
+)
 from engine.reporting import open_exporters
 from engine.reporting.summary import Summary, make_console, print_summary
 from engine.request import SamplingParams

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.moe.placement.search import MIXED
-from engine.profiling.routing.trace import read_trace
+from engine.profiling.routing.trace import (
+    read_trace,
+)
 
 
 @dataclass(frozen=True, slots=True)

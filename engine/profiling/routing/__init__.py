@@ -3,5 +3,5 @@
 1. claim_log   Collects the claims of a step's layers while it runs, where they are recorded.
 2. recorder    After each step: passes its loads and claims to this rank's files.
 3. writer      One file of bounded size: appends, and thins when it is full.
-4. trace       The format; `read_trace` reads what 3 has written.
+4. trace_file  The format; trace: `read_trace` reads what 3 has written.
 """

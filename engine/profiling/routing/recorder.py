@@ -13,7 +13,13 @@ import numpy as np
 from engine.profiling.loads import StepLoads
 from engine.profiling.report import RoutingReport, StepReport
 from engine.profiling.routing.claim_log import ClaimLog, LayerClaims
-from engine.profiling.routing.trace import NUM_COLUMNS, TraceHeader, join_claims
+from engine.profiling.routing.trace import (
+    join_claims,
+)
+from engine.profiling.routing.trace_file import (
+    NUM_COLUMNS,
+    TraceHeader,
+)
 from engine.profiling.routing.writer import TraceEnd, TraceWriter
 
 

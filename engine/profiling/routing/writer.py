@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.profiling.routing.trace import (
+from engine.profiling.routing.trace_file import (
     NUM_COLUMNS,
     TraceError,
     TraceHeader,

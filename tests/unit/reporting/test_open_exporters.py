@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from engine.config import Config, ModelConfig, ProfilerConfig
-from engine.profiling.routing.trace import LOADS, trace_path
+from engine.profiling.routing.trace_file import (
+    LOADS,
+    trace_path,
+)
 from engine.profiling.routing.writer import TraceEnd
 from engine.reporting.open_exporters import check_exporters, join_routing_ends
 

@@ -17,7 +17,15 @@ from engine.profiling.loads import StepLoads
 from engine.profiling.report import StepReport
 from engine.profiling.routing.claim_log import ClaimLog, LayerClaims
 from engine.profiling.routing.recorder import RecorderGroup, RoutingRecorder
-from engine.profiling.routing.trace import CLAIMS, LOADS, TraceHeader, read_trace, trace_path
+from engine.profiling.routing.trace import (
+    read_trace,
+)
+from engine.profiling.routing.trace_file import (
+    CLAIMS,
+    LOADS,
+    TraceHeader,
+    trace_path,
+)
 from engine.profiling.routing.writer import TraceEnd, TraceWriter
 
 HEADER = TraceHeader(

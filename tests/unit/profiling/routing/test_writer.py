@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from engine.profiling.routing.trace import (
+    read_trace,
+)
+from engine.profiling.routing.trace_file import (
     CLAIMS,
     LOADS,
     TraceError,
     TraceHeader,
-    read_trace,
     trace_path,
 )
 from engine.profiling.routing.writer import TraceEnd, TraceWriter, find_end, min_bytes
