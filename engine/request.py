@@ -229,6 +229,16 @@ class CapacityUse:
         """Return the share of the gate mass that was computed, in [0, 1]; 1 without any."""
         return self.mass_kept / self.mass if self.mass else 1.0
 
+    def record(self) -> dict[str, Any]:
+        """Return what records have under `capacity`."""
+        out = {
+            "assignments": self.assignments,
+            "dropped": self.dropped,
+            "added": self.added,
+            "gate_mass_kept": self.gate_mass_kept,
+        }
+        return out if self.copied is None else {**out, "copied": self.copied}
+
     def add(self, other: CapacityUse) -> None:
         """Add the counts of `other`."""
         self.assignments += other.assignments
@@ -270,6 +280,10 @@ class Completion:
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # per new token, likeliest first
+    prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None  # [0] is None
+    stop_reason: str | int | None = None  # the stop text or token id that ended it
+    cached_tokens: int = 0  # of the prompt, whose keys and values were computed before
     request: Request | None = None  # None: the line could not become one
     others: list[Completion] = field(default_factory=list)  # further choices of the same line
 
@@ -300,28 +314,43 @@ class Completion:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the output record, ready for JSON; optional keys only where present."""
-        out: dict[str, Any] = {
+        """Return the output record, ready for JSON; optional keys only where present.
+
+        Of a line with several choices, `choices` has what depends on the choice.
+        """
+        if not self.others:
+            return {"id": self.id, **self._choice()}
+        failed = next((each for each in self.choices if each.error is not None), None)
+        if failed is not None:
+            return {"id": self.id, **failed._choice()}
+        total = CapacityUse()
+        for each in self.choices:
+            total.add(each.capacity)
+        return {
             "id": self.id,
+            "choices": [each._choice() for each in self.choices],
+            "capacity": total.record(),
+        }
+
+    def _choice(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "usage": {
                 "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": self.completion_tokens,
+                **({"cached_tokens": self.cached_tokens} if self.cached_tokens else {}),
             },
         }
-        if self.logprobs is not None:
-            out["logprobs"] = self.logprobs
-        if self.prompt_logprobs is not None:
-            out["prompt_logprobs"] = self.prompt_logprobs
-        out["capacity"] = {
-            "assignments": self.capacity.assignments,
-            "dropped": self.capacity.dropped,
-            "added": self.capacity.added,
-            "gate_mass_kept": self.capacity.gate_mass_kept,
-            **({} if self.capacity.copied is None else {"copied": self.capacity.copied}),
+        optional = {
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "prompt_top_logprobs": self.prompt_top_logprobs,
         }
+        out |= {key: value for key, value in optional.items() if value is not None}
+        out["capacity"] = self.capacity.record()
         if self.error is not None:
             out["error"] = self.error
         return out

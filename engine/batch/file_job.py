@@ -30,11 +30,20 @@ from engine.batch.input_shards import (
     merge_if_complete,
     merge_lock,
     refuse_retry_of_shards,
+    shard_outputs,
+)
+from engine.batch.job_format import (
+    choose_format,
+    describe_form,
+    error_file,
+    error_file_of,
+    make_writer,
 )
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import (
     JobError,
     decide_start_or_resume,
+    earlier_manifests,
     finalize,
     finished_errors,
     make_manifest,
@@ -95,6 +104,7 @@ class FileJob:
         self._topology = topology
         self._ledger: Ledger | None = None
         self._manifest: dict[str, Any] = {}
+        self._form: dict[str, Any] | None = None
         self._size = 0
         self._modified_ns = 0
         self._writer: ShardWriter | None = None
@@ -117,20 +127,26 @@ class FileJob:
             nonlocal table
             found = self._scan(overwrite)
             if isinstance(found, str):
-                return {"done": found, "total": self.num_total, "errors": self.num_errors}
+                return {
+                    "done": found,
+                    "total": self.num_total,
+                    "errors": self.num_errors,
+                    "form": describe_form(self._manifest),
+                }
             table = found
             return {
                 "pending": len(table),
                 "total": self.num_total,
                 "retried": self.num_retried,
                 "size": self._size,
+                "form": describe_form(self._manifest),
             }
 
         reporter = self._reporter
         reporter.begin("reading the input and the ledger")
         opened = on_rank_0(topology, f"{key}/open", scan, JobError, reporter)
         reporter.begin("opening the job")
-        self.num_total = opened["total"]
+        self.num_total, self._form = opened["total"], opened["form"]
         if "done" in opened:
             self.num_errors = opened["errors"]
             return opened["done"]
@@ -147,6 +163,7 @@ class FileJob:
             self.lines = PendingLines(self.input_path, table)
             if topology.tensor.rank == 0:
                 self._writer = ShardWriter(shards_dir(self.output), topology.data_rank)
+                self._writer.to_record = make_writer(self._form, None)
         except FileNotFoundError as error:
             problem = (
                 f"{error.filename}: does not exist on {topology.host}, only on rank 0's host; "
@@ -157,6 +174,16 @@ class FileJob:
         reporter.wait()
         raise_on_any_rank(topology.host_world, problem, JobError)
         return ""
+
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Write the tokens of log probabilities with the model's tokenizer, or None."""
+        if self._writer is not None:
+            self._writer.to_record = make_writer(self._form, tokenizer)
+
+    def errors_in(self) -> Path:
+        """Return the file with the error records of the whole job; known once it is open."""
+        output = self._whole_output
+        return output if self._form is None else error_file(output)
 
     def write(self, completions: list[Completion]) -> None:
         """Make the records of finished requests durable. Raises OSError."""
@@ -232,6 +259,16 @@ class FileJob:
         self._check_tokenizer()
         index = scan_input(self.input_path, self._reporter.advance)
         self._manifest = make_manifest(index, self._config, self._reporter.advance)
+        wanted, overwritten = self._config.batch.format, overwrite and self._shard is None
+        outputs = [self.output]
+        if self._shard is not None:  # any of them may have begun the job
+            outputs = [self._whole_output, self.output, *shard_outputs(self._whole_output)]
+        earlier = (
+            each
+            for output in outputs
+            for each in earlier_manifests(output, self._manifest, overwrite=overwritten)
+        )
+        choose_format(self._manifest, index, wanted, earlier)
         self._size, self._modified_ns = index.size, index.modified_ns
         self._own_lines = range(len(index))
         if self._shard is not None:
@@ -242,6 +279,7 @@ class FileJob:
                 return self._merged_already()
         self.num_total = len(self._own_lines)
         ledger = Ledger(self.output)
+        ledger.error_file = error_file_of(self.output, self._manifest)
         try:
             action = decide_start_or_resume(
                 ledger, self._manifest, overwrite=overwrite, retry=self._retry
@@ -328,6 +366,13 @@ class FileJob:
 
 def check_output(output: Path, input_path: Path | None = None) -> None:
     """Raise JobError where no output can be written."""
+    if input_path is not None and input_path.exists():
+        errors = error_file(output)
+        if errors.exists() and errors.samefile(input_path):
+            raise JobError(
+                f"--output {output}: its error records would go to {errors}, which is the input; "
+                "name another file"
+            )
     if not output.parent.is_dir():
         raise JobError(f"--output {output}: the directory {output.parent} does not exist; make it")
     if output.exists():

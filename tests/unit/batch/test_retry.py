@@ -309,7 +309,7 @@ def manifest_text(output: Path) -> str:
     [
         (lambda text: text[:-20], "it was changed after the job finished"),
         (lambda text: text.replace("attempt", "ATTEMPT"), "its checksum is another one"),
-        (lambda text: text.replace('"id": "b"', '"id": "x"'), "its checksum is another one"),
+        (lambda text: text.replace('"id":"b"', '"id":"x"'), "its checksum is another one"),
         (lambda text: text.replace("\n", " ", 1), "line 1 is no record|it has 6 lines|checksum"),
         (lambda text: text[:-1] + " ", "its line 7 is no record of this job"),
     ],
