@@ -22,6 +22,7 @@ import numpy as np
 import torch.distributed as dist
 
 from engine.batch.atomic_files import naming
+from engine.batch.input_files import LineNames
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion, Request
 
@@ -43,6 +44,7 @@ class Line:
     number: int  # in the file, from 1; blank lines count
     raw: bytes
     duplicate_of: int = 0  # number of the earlier line with the same id, 0 without one
+    earlier: str = field(default="", compare=False)  # where that one is, in words
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,13 +211,15 @@ def _verify_duplicates(
 class PendingLines:
     """The lines still to run, by work-queue index; each rank reads them from the file itself."""
 
-    def __init__(self, path: Path, table: np.ndarray) -> None:
+    def __init__(self, path: Path, table: np.ndarray, names: LineNames | None = None) -> None:
         """Open the input.
 
         Args:
             path: the input.
             table: from `select`, equal on every rank.
+            names: where its lines are in the user's files.
         """
+        self.names = names or LineNames()
         self._path = path
         self._file = path.open("rb")
         self._table = table
@@ -248,7 +252,8 @@ class PendingLines:
         with naming(self._path):
             self._file.seek(offset)
             raw = self._file.readline()
-        return Line(index, number, raw, duplicate_of)
+        earlier = self.names.describe(duplicate_of) if duplicate_of else ""
+        return Line(index, number, raw, duplicate_of, earlier)
 
     def number_of(self, index: int) -> int:
         """Return the line number of the pending request `index`."""

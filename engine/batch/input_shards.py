@@ -40,7 +40,6 @@ from engine.batch.atomic_files import (
     read_json,
     write_text,
 )
-from engine.batch.job_format import error_file, error_file_of
 from engine.batch.ledger import Ledger, shards_dir
 from engine.batch.manifest import (
     JobError,
@@ -50,6 +49,7 @@ from engine.batch.manifest import (
     recorded_error_size,
     sibling_path,
 )
+from engine.batch.records.job_format import error_file, error_file_of
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
 _COPY_BYTES = 4 << 20
@@ -236,14 +236,19 @@ def merge_lock(output: Path, report: OnProgress) -> Iterator[Ledger]:
 
 def shard_outputs(output: Path) -> list[Path]:
     """Return the outputs of the shards that are next to the whole output, also unfinished ones."""
-    found = _files_like(_SHARD_SUFFIX, output)
-    names = {path.name[: len(path.name) - len(match[3])] for path, match in found}
+    names = {path.name[: len(path.name) - len(match[3])] for path, match in _shard_files(output)}
     return [output.with_name(name) for name in sorted(names)]
 
 
 def _counts(output: Path) -> set[int]:
     """Return into how many shards those next to the output, unfinished or complete, divide it."""
-    return {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
+    return {int(match[2]) for _, match in _shard_files(output)}
+
+
+def _shard_files(output: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Return the files of shards; a copy of the input tells nothing about what has been done."""
+    found = _files_like(_SHARD_SUFFIX, output)
+    return [(path, match) for path, match in found if not match[3].startswith(".input.json")]
 
 
 def _has_unsharded_run(output: Path) -> bool:

@@ -85,9 +85,10 @@ class LineParser:
             given = f"{key} = {show(record[key])}" if key in record else f"the line has no {key}"
             raise RequestError("invalid_id", f"{given}: must be text or a whole number")
         if line.duplicate_of:
+            earlier = line.earlier or f"line {line.duplicate_of}"
             raise RequestError(
                 "duplicate_id",
-                f"id {name!r} was given before, on line {line.duplicate_of}; ids must be unique",
+                f"id {name!r} was given before, on {earlier}; ids must be unique",
             )
         source, settings, own = _openai(record) if _is_openai(record) else _plain(record)
         self.user_keys.add(own)

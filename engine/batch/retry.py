@@ -31,9 +31,9 @@ from engine.batch.atomic_files import (
     write_json,
 )
 from engine.batch.input_index import InputIndex, line_id
-from engine.batch.job_format import error_file_of, job_number
 from engine.batch.ledger import Ledger, encode_record, shard_path
 from engine.batch.manifest import JobError, sibling_path, warn_without_files
+from engine.batch.records.job_format import error_file_of, job_number
 from engine.batch.records.marks import is_error, line_of
 from engine.batch.retry_rounds import (
     KEY,

@@ -20,7 +20,7 @@ import signal
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +84,7 @@ class _Counts:
 def run_batch(
     config: Config,
     topology: Topology,
-    input_path: Path | None = None,
+    input_path: Path | Sequence[Path] | None = None,
     output: Path | None = None,
     *,
     overwrite: bool = False,
@@ -96,7 +96,7 @@ def run_batch(
     Args:
         config: equal on every rank.
         topology: of the run.
-        input_path: JSONL requests; None: the built-in prompts.
+        input_path: JSONL requests, as `FileJob` takes them; None: the built-in prompts.
         output: JSONL records; None, without an input: they are only printed.
         overwrite: replace what exists at the output.
         retry_errors: run the lines of its error records again; not with `overwrite`.
@@ -127,7 +127,7 @@ def run_batch(
 def _run(
     config: Config,
     topology: Topology,
-    input_path: Path | None,
+    input_path: Path | Sequence[Path] | None,
     output: Path | None,
     *,
     overwrite: bool,

@@ -58,7 +58,7 @@ class OpenAIRecords:
                 "code": problem["code"],
                 "message": _text(problem["message"]),
                 "lockstep": {
-                    "line": problem["line"],
+                    **_place(problem),
                     "text": _text(failed.text),
                     "token_ids": failed.token_ids,
                 },
@@ -70,7 +70,7 @@ class OpenAIRecords:
                     "type": "invalid_request_error",
                     "param": problem.get("param"),
                     "code": problem["code"],
-                    "lockstep": {"line": problem["line"]},
+                    "lockstep": _place(problem),
                 }
             }
             response = self._response(name, 400, body)
@@ -203,6 +203,11 @@ class OpenAIRecords:
                     first.setdefault(key, part)
                 shown = list(first.values())
             yield b"{%b}" % b",".join(shown)
+
+
+def _place(problem: dict[str, Any]) -> dict[str, Any]:
+    """Return where the line of an error is: its number, and its file where there are several."""
+    return {key: problem[key] for key in ("line", "file") if key in problem}
 
 
 def _present(values: Sequence[float | None]) -> list[float]:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from engine.batch.input_shards import InputShard
-from engine.batch.job_format import error_file
 from engine.batch.ledger import shards_dir
 from engine.batch.manifest import JobError, sibling_path
+from engine.batch.records.job_format import error_file
 from tests.unit.batch.test_retry import ERRORS, IDS, job_file, killed, logged, run
 
 OURS = {"batch": {"format": "lockstep"}}
@@ -98,7 +98,7 @@ def test_without_errors_there_is_no_error_file(output, monkeypatch):
 
 def test_a_job_that_is_interrupted_ends_with_the_same_bytes(output, monkeypatch):
     clock = iter(range(1_800_000_000, 1_900_000_000))
-    monkeypatch.setattr("engine.batch.job_format.time.time", lambda: next(clock))
+    monkeypatch.setattr("engine.batch.records.job_format.time.time", lambda: next(clock))
     run(output)
     whole, created = both(output), job_file(output)["created"]
     run(output, overwrite=True)
@@ -278,7 +278,7 @@ def test_slices_are_merged_into_both_files_and_retried_after_the_merge(output):
 def test_a_slice_without_errors_has_no_error_file_and_all_share_one_time(output, monkeypatch):
     monkeypatch.setattr("tests.unit.batch.test_retry.NEEDS", [2, *ONCE[1:]])
     clock = iter(range(1_800_000_000, 1_900_000_000))
-    monkeypatch.setattr("engine.batch.job_format.time.time", lambda: next(clock))
+    monkeypatch.setattr("engine.batch.records.job_format.time.time", lambda: next(clock))
     for shard in SHARDS:
         run(output, shard=shard)
     assert len(lines_of(error_file(output))) == 1 and attempts(output) == ONCE

@@ -85,13 +85,15 @@ def run(
     shard: InputShard | None = None,
     limit: int = 99,
     overwrite: bool = False,
+    source: Path | list[Path] | None = None,
     **sections: Any,
 ) -> str:
     """Run a job up to `limit` lines; return what it prints where it does not run."""
     config = config_from_tree({"model": {"path": "model"}, **sections})
     request = RetryRequest.of_process({}) if retry is True else retry or None
-    source = output.with_name("in.jsonl")
-    job = FileJob(config, topology(), source, output, shard, retry=request)
+    job = FileJob(
+        config, topology(), source or output.with_name("in.jsonl"), output, shard, retry=request
+    )
     if done := job.open("key", overwrite=overwrite):
         return done
     try:

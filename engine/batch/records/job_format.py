@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.batch.input_files import LineNames
 from engine.batch.input_index import Format, InputIndex
 from engine.batch.records.json_bytes import own_record
 from engine.batch.records.openai_form import OpenAIRecords
@@ -69,6 +70,7 @@ def choose_format(
     index: InputIndex,
     wanted: Literal["auto", "openai", "lockstep"],
     earlier: Iterable[dict[str, Any]],
+    names: LineNames,
 ) -> None:
     """Write the form of a job's records into its manifest.
 
@@ -77,22 +79,25 @@ def choose_format(
         index: of the input.
         wanted: batch.format.
         earlier: manifests of the same job, begun before; the first one counts.
+        names: where the input's lines are in the user's files.
 
     Raises:
         ValueError: the input has lines of a form that the job cannot have.
     """
     found = next(iter(earlier), None)
-    first: Format = next(iter(index.first_of), "lockstep")
+    formats: list[Format] = [*index.first_of, "lockstep"]
+    first = formats[0]
     chosen = wanted if wanted != "auto" else first if found is None else format_of(found)
     is_pinned = wanted == "lockstep" or (found is not None and format_of(found) == "lockstep")
     other: Format = "openai" if chosen == "lockstep" else "lockstep"
     if (number := index.first_of.get(other)) and not (chosen == "lockstep" and is_pinned):
         why = "batch.format = openai"
         if wanted == "auto":
-            why = f"line {index.first_of.get(first, 1)} is {_WORDS[first]}"
+            why = f"{names.describe(index.first_of.get(first, 1))} is {_WORDS[first]}"
         raise ValueError(
-            f"--input {index.path}: line {number} is {_WORDS[other]}, and {why}: split the file, "
-            "or set batch.format=lockstep to have every record in our own format"
+            f"--input {manifest['input']['path']}: {names.describe(number)} is {_WORDS[other]}, "
+            f"and {why}: split the file, or set batch.format=lockstep to have every record in our "
+            "own format"
         )
     if chosen == "openai":
         same = found is not None and format_of(found) == "openai"
