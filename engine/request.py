@@ -316,41 +316,66 @@ class Completion:
     def record(self) -> dict[str, Any]:
         """Return the output record, ready for JSON; optional keys only where present.
 
-        Of a line with several choices, `choices` has what depends on the choice.
+        Of several choices each is under `choices`; one that failed makes the line's an error record
+        of that choice alone.
         """
-        if not self.others:
-            return {"id": self.id, **self._choice()}
-        failed = next((each for each in self.choices if each.error is not None), None)
-        if failed is not None:
-            return {"id": self.id, **failed._choice()}
-        total = CapacityUse()
-        for each in self.choices:
-            total.add(each.capacity)
-        return {
-            "id": self.id,
-            "choices": [each._choice() for each in self.choices],
-            "capacity": total.record(),
-        }
+        failed = next((each for each in self.others if each.error is not None), None)
+        if failed is not None and self.error is None:
+            return {**failed.record(), "id": self.id}
+        choices = [self] if self.error is not None else self.choices
+        capacity = CapacityUse()
+        for each in choices:
+            capacity.add(each.capacity)
+        usage = usage_of(choices)
+        cached = usage.pop("cached_tokens")
+        if cached:
+            usage["cached_tokens"] = cached
+        out: dict[str, Any] = {"id": self.id}
+        if len(choices) > 1:
+            out["choices"] = [
+                {"index": number, **each._outcome(), **each._logprobs()}
+                for number, each in enumerate(choices)
+            ]
+            out["usage"] = usage
+        else:
+            out |= {**self._outcome(), "usage": usage, **self._logprobs()}
+        out["capacity"] = capacity.record()
+        if self.error is not None:
+            out["error"] = self.error
+        return out
 
-    def _choice(self) -> dict[str, Any]:
-        out: dict[str, Any] = {
+    def _outcome(self) -> dict[str, Any]:
+        return {
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
-            "usage": {
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-                **({"cached_tokens": self.cached_tokens} if self.cached_tokens else {}),
-            },
         }
+
+    def _logprobs(self) -> dict[str, Any]:
         optional = {
             "logprobs": self.logprobs,
             "top_logprobs": self.top_logprobs,
             "prompt_logprobs": self.prompt_logprobs,
             "prompt_top_logprobs": self.prompt_top_logprobs,
         }
-        out |= {key: value for key, value in optional.items() if value is not None}
-        out["capacity"] = self.capacity.record()
-        if self.error is not None:
-            out["error"] = self.error
-        return out
+        return {key: value for key, value in optional.items() if value is not None}
+
+
+def usage_of(choices: Sequence[Completion]) -> dict[str, int]:
+    """Return the tokens of a line; a prompt counts once, however many choices it has."""
+    first = [
+        choice
+        for place, choice in enumerate(choices)
+        if place == 0 or not _same_prompt(choices[place - 1], choice)
+    ]
+    return {
+        "prompt_tokens": sum(choice.prompt_tokens for choice in first),
+        "completion_tokens": sum(choice.completion_tokens for choice in choices),
+        "cached_tokens": sum(choice.cached_tokens for choice in first),
+    }
+
+
+def _same_prompt(one: Completion, other: Completion) -> bool:
+    """Return whether two choices are of one prompt: it is then the same object."""
+    a, b = one.request, other.request
+    return a is not None and b is not None and a.prompt_token_ids is b.prompt_token_ids

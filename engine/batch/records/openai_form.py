@@ -22,7 +22,7 @@ import orjson
 
 from engine.batch.records.json_bytes import to_json
 from engine.batch.records.token_texts import TokenText, TokenTexts
-from engine.request import CapacityUse, Completion, Endpoint
+from engine.request import CapacityUse, Completion, Endpoint, usage_of
 
 # What the engine met while it ran a request; all else was wrong with the request itself.
 _ENGINE_FAILURES = ("non_finite_logits", "decoding_failed")
@@ -238,26 +238,13 @@ def _text(value: Any) -> Any:
 
 
 def _usage(choices: list[Completion]) -> dict[str, Any]:
-    """Return the tokens of a line; its prompts count once, however many choices each has."""
-    first = [
-        choice
-        for place, choice in enumerate(choices)
-        if place == 0 or not _same_prompt(choices[place - 1], choice)
-    ]
-    prompt_tokens = sum(choice.prompt_tokens for choice in first)
-    new_tokens = sum(choice.completion_tokens for choice in choices)
+    usage = usage_of(choices)
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": new_tokens,
-        "total_tokens": prompt_tokens + new_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in first)},
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "total_tokens": usage["prompt_tokens"] + usage["completion_tokens"],
+        "prompt_tokens_details": {"cached_tokens": usage["cached_tokens"]},
     }
-
-
-def _same_prompt(one: Completion, other: Completion) -> bool:
-    """Return whether two choices are of one prompt: it is then the same object."""
-    a, b = one.request, other.request
-    return a is not None and b is not None and a.prompt_token_ids is b.prompt_token_ids
 
 
 def _own_account(choices: list[Completion]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def test_a_line_of_several_choices_has_them_in_a_list():
     first = completion("x")
     first.others = [completion("y")]
     record = json.loads(own_record(first))
-    assert list(record) == ["id", "choices", "capacity"]
+    assert list(record) == ["id", "choices", "usage", "capacity"]
+    assert record["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
     assert [each["text"] for each in record["choices"]] == ["x", "y"]
     first.others[0].finish_reason = "error"
     first.others[0].error = {"code": "decoding_failed", "message": "why", "line": 1}
