@@ -99,6 +99,8 @@ setup(
         "sentencepiece>=0.2,<1",
         "protobuf>=5,<8",
         "PyYAML>=6.0.1,<7",
+        "orjson>=3.10,<4",  # records of the batch job
+        "zstandard>=0.22,<1; python_version < '3.14'",  # .zst inputs; later in the standard library
         "rich>=13.7,<16",
         "prometheus-client>=0.20,<1",
         # The design requires these three of every installation, so that each is there and tested
@@ -121,6 +123,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",  # make test-cluster
             "hypothesis>=6.100,<7",
+            "openai>=3.50,<4",  # its types read what batch jobs write in OpenAI's form
             # The CUDA kernels in Triton's interpreter, and compiled for GPUs that are not there.
             "triton>=3.4,<3.10; platform_system == 'Linux'",
             "matplotlib>=3.9,<4",  # the figures of tools/capacity_report.py

@@ -229,6 +229,16 @@ class CapacityUse:
         """Return the share of the gate mass that was computed, in [0, 1]; 1 without any."""
         return self.mass_kept / self.mass if self.mass else 1.0
 
+    def record(self) -> dict[str, Any]:
+        """Return what records have under `capacity`."""
+        out = {
+            "assignments": self.assignments,
+            "dropped": self.dropped,
+            "added": self.added,
+            "gate_mass_kept": self.gate_mass_kept,
+        }
+        return out if self.copied is None else {**out, "copied": self.copied}
+
     def add(self, other: CapacityUse) -> None:
         """Add the counts of `other`."""
         self.assignments += other.assignments
@@ -270,6 +280,10 @@ class Completion:
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None  # per new token, likeliest first
+    prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None  # [0] is None
+    stop_reason: str | int | None = None  # the stop text or token id that ended it
+    cached_tokens: int = 0  # of the prompt, whose keys and values were computed before
     request: Request | None = None  # None: the line could not become one
     others: list[Completion] = field(default_factory=list)  # further choices of the same line
 
@@ -300,28 +314,68 @@ class Completion:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the output record, ready for JSON; optional keys only where present."""
-        out: dict[str, Any] = {
-            "id": self.id,
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "usage": {
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-            },
-        }
-        if self.logprobs is not None:
-            out["logprobs"] = self.logprobs
-        if self.prompt_logprobs is not None:
-            out["prompt_logprobs"] = self.prompt_logprobs
-        out["capacity"] = {
-            "assignments": self.capacity.assignments,
-            "dropped": self.capacity.dropped,
-            "added": self.capacity.added,
-            "gate_mass_kept": self.capacity.gate_mass_kept,
-            **({} if self.capacity.copied is None else {"copied": self.capacity.copied}),
-        }
+        """Return the output record, ready for JSON; optional keys only where present.
+
+        Of several choices each is under `choices`; one that failed makes the line's an error record
+        of that choice alone.
+        """
+        failed = next((each for each in self.others if each.error is not None), None)
+        if failed is not None and self.error is None:
+            return {**failed.record(), "id": self.id}
+        choices = [self] if self.error is not None else self.choices
+        capacity = CapacityUse()
+        for each in choices:
+            capacity.add(each.capacity)
+        usage = usage_of(choices)
+        cached = usage.pop("cached_tokens")
+        if cached:
+            usage["cached_tokens"] = cached
+        out: dict[str, Any] = {"id": self.id}
+        if len(choices) > 1:
+            out["choices"] = [
+                {"index": number, **each._outcome(), **each._logprobs()}
+                for number, each in enumerate(choices)
+            ]
+            out["usage"] = usage
+        else:
+            out |= {**self._outcome(), "usage": usage, **self._logprobs()}
+        out["capacity"] = capacity.record()
         if self.error is not None:
             out["error"] = self.error
         return out
+
+    def _outcome(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+        }
+
+    def _logprobs(self) -> dict[str, Any]:
+        optional = {
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "prompt_top_logprobs": self.prompt_top_logprobs,
+        }
+        return {key: value for key, value in optional.items() if value is not None}
+
+
+def usage_of(choices: Sequence[Completion]) -> dict[str, int]:
+    """Return the tokens of a line; a prompt counts once, however many choices it has."""
+    first = [
+        choice
+        for place, choice in enumerate(choices)
+        if place == 0 or not _same_prompt(choices[place - 1], choice)
+    ]
+    return {
+        "prompt_tokens": sum(choice.prompt_tokens for choice in first),
+        "completion_tokens": sum(choice.completion_tokens for choice in choices),
+        "cached_tokens": sum(choice.cached_tokens for choice in first),
+    }
+
+
+def _same_prompt(one: Completion, other: Completion) -> bool:
+    """Return whether two choices are of one prompt: it is then the same object."""
+    a, b = one.request, other.request
+    return a is not None and b is not None and a.prompt_token_ids is b.prompt_token_ids

@@ -14,6 +14,7 @@ shards complete.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.batch.input_format import check_is_jsonl, count_text_lines
+from engine.batch.input_files import STDIN, InputFiles, LineNames
+from engine.batch.input_format import count_text_lines
 from engine.batch.input_index import InputIndex, PendingLines, scan_input
 from engine.batch.input_shards import (
     InputShard,
@@ -30,11 +32,13 @@ from engine.batch.input_shards import (
     merge_if_complete,
     merge_lock,
     refuse_retry_of_shards,
+    shard_outputs,
 )
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import (
     JobError,
     decide_start_or_resume,
+    earlier_manifests,
     finalize,
     finished_errors,
     make_manifest,
@@ -42,6 +46,13 @@ from engine.batch.manifest import (
     output_rounds,
 )
 from engine.batch.on_rank_0 import describe, on_rank_0
+from engine.batch.records.job_format import (
+    choose_format,
+    describe_form,
+    error_file,
+    error_file_of,
+    make_writer,
+)
 from engine.batch.retry import ShardIsMerged, begin_from_output, continue_or_begin
 from engine.batch.retry_rounds import RetryRequest, num_records
 from engine.config import Config
@@ -67,7 +78,7 @@ class FileJob:
         self,
         config: Config,
         topology: Topology,
-        input_path: Path,
+        input_path: Path | Sequence[Path],
         output: Path,
         shard: InputShard | None = None,
         reporter: ProgressReporter | None = None,
@@ -78,15 +89,17 @@ class FileJob:
         Args:
             config: of the run.
             topology: of the run.
-            input_path: the whole input.
+            input_path: the whole input: files, folders, or `-` for standard input.
             output: the whole output.
             shard: the shard of the input to run; None: all of it.
             reporter: reports the progress of work on files.
             retry: runs the lines of error records again; None: they stay.
         """
         self._reporter = reporter or ProgressReporter()
-        self.input_path = input_path
         self.output = output if shard is None else shard.output(output)
+        given = [input_path] if isinstance(input_path, Path) else input_path
+        self._files = InputFiles(given, self.output)
+        self.input_path = self._files.path
         self._whole_output = output
         self._shard = shard
         self._retry = retry
@@ -95,6 +108,7 @@ class FileJob:
         self._topology = topology
         self._ledger: Ledger | None = None
         self._manifest: dict[str, Any] = {}
+        self._form: dict[str, Any] | None = None
         self._size = 0
         self._modified_ns = 0
         self._writer: ShardWriter | None = None
@@ -117,25 +131,35 @@ class FileJob:
             nonlocal table
             found = self._scan(overwrite)
             if isinstance(found, str):
-                return {"done": found, "total": self.num_total, "errors": self.num_errors}
+                return {
+                    "done": found,
+                    "total": self.num_total,
+                    "errors": self.num_errors,
+                    "form": describe_form(self._manifest),
+                }
             table = found
             return {
                 "pending": len(table),
                 "total": self.num_total,
                 "retried": self.num_retried,
                 "size": self._size,
+                "form": describe_form(self._manifest),
+                "input": str(self.input_path),
+                "starts": self._files.starts,
             }
 
         reporter = self._reporter
         reporter.begin("reading the input and the ledger")
         opened = on_rank_0(topology, f"{key}/open", scan, JobError, reporter)
         reporter.begin("opening the job")
-        self.num_total = opened["total"]
+        self.num_total, self._form = opened["total"], opened["form"]
         if "done" in opened:
             self.num_errors = opened["errors"]
             return opened["done"]
         self.num_resumed = opened["total"] - opened["pending"]
         self.num_retried = opened["retried"]
+        self.input_path = Path(opened["input"])
+        names = LineNames(opened["starts"])
         table = _broadcast_table(table, opened["pending"], topology)
         problem = None
         try:
@@ -144,9 +168,10 @@ class FileJob:
                     f"--input {self.input_path}: has {size} bytes here and {opened['size']} on "
                     "rank 0; all hosts must see the same file"
                 )
-            self.lines = PendingLines(self.input_path, table)
+            self.lines = PendingLines(self.input_path, table, names)
             if topology.tensor.rank == 0:
                 self._writer = ShardWriter(shards_dir(self.output), topology.data_rank)
+                self._writer.to_record = make_writer(self._form, None)
         except FileNotFoundError as error:
             problem = (
                 f"{error.filename}: does not exist on {topology.host}, only on rank 0's host; "
@@ -158,12 +183,26 @@ class FileJob:
         raise_on_any_rank(topology.host_world, problem, JobError)
         return ""
 
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Write the tokens of log probabilities with the model's tokenizer, or None."""
+        if self._writer is not None:
+            self._writer.to_record = make_writer(self._form, tokenizer)
+
+    def errors_in(self) -> Path:
+        """Return the file with the error records of the whole job; known once it is open."""
+        output = self._whole_output
+        return output if self._form is None else error_file(output)
+
     def write(self, completions: list[Completion]) -> None:
         """Make the records of finished requests durable. Raises OSError."""
         assert self._writer is not None, "only the first rank of a tensor group finishes requests"
         for completion in completions:
             if completion.error is not None and completion.error["line"] is None:
                 completion.error["line"] = self.lines.number_of(completion.index)
+            if completion.error is not None:
+                line, name = self.lines.names.place(completion.error["line"])
+                if name is not None:
+                    completion.error |= {"line": line, "file": name}
         self._writer.append(completions)
 
     def note_placement(self, change: dict[str, Any]) -> None:
@@ -205,6 +244,7 @@ class FileJob:
         assert self._ledger is not None, "only rank 0 finalizes"
         finalize(self._ledger, self._manifest, num_errors)
         self._ledger.close()
+        self._files.remove()
         return self._merge_shards()
 
     def _merge_shards(self) -> str:
@@ -219,7 +259,19 @@ class FileJob:
         """Open input and ledger on rank 0; return the table of pending lines, or the reason where
         there is nothing to run.
         """
-        check_output(self._whole_output, self.input_path)
+        try:
+            found = self._scan_files(overwrite)
+        except BaseException:
+            if self._files.made:  # an earlier run's is still needed
+                self._files.remove()
+            raise
+        if isinstance(found, str):
+            self._files.remove()
+        return found
+
+    def _scan_files(self, overwrite: bool) -> np.ndarray | str:
+        for path in self._files.given:
+            check_output(self._whole_output, path)
         if self._shard is not None and overwrite:
             raise JobError(
                 f"--slice {self._shard} --overwrite: would discard what other slices have done; "
@@ -228,10 +280,23 @@ class FileJob:
             )
         if self._shard is None and self._retry is not None:
             refuse_retry_of_shards(self._whole_output)
-        check_is_jsonl(self.input_path)
+        self._files.prepare(self._reporter.advance)
+        self.input_path = self._files.path
         self._check_tokenizer()
         index = scan_input(self.input_path, self._reporter.advance)
         self._manifest = make_manifest(index, self._config, self._reporter.advance)
+        if self.input_path == self._files.spool:
+            self._manifest["input"]["path"] = self._files.names()
+        wanted, overwritten = self._config.batch.format, overwrite and self._shard is None
+        outputs = [self.output]
+        if self._shard is not None:  # any of them may have begun the job
+            outputs = [self._whole_output, self.output, *shard_outputs(self._whole_output)]
+        earlier = (
+            each
+            for output in outputs
+            for each in earlier_manifests(output, self._manifest, overwrite=overwritten)
+        )
+        choose_format(self._manifest, index, wanted, earlier, LineNames(self._files.starts))
         self._size, self._modified_ns = index.size, index.modified_ns
         self._own_lines = range(len(index))
         if self._shard is not None:
@@ -242,6 +307,7 @@ class FileJob:
                 return self._merged_already()
         self.num_total = len(self._own_lines)
         ledger = Ledger(self.output)
+        ledger.error_file = error_file_of(self.output, self._manifest)
         try:
             action = decide_start_or_resume(
                 ledger, self._manifest, overwrite=overwrite, retry=self._retry
@@ -320,7 +386,7 @@ class FileJob:
         model = self._config.model
         if not has_tokenizer(model) and (num_lines := count_text_lines(self.input_path)):
             raise JobError(
-                f"--input {self.input_path}: its first {num_lines} requests are text and "
+                f"--input {self._files.names()}: its first {num_lines} requests are text and "
                 f"model.path = {model.path!r} has no tokenizer; set model.tokenizer to a folder "
                 "that has one, or give prompt_token_ids"
             )
@@ -328,6 +394,21 @@ class FileJob:
 
 def check_output(output: Path, input_path: Path | None = None) -> None:
     """Raise JobError where no output can be written."""
+    if input_path == STDIN:
+        input_path = None
+    if input_path is not None and input_path.is_dir() and output.parent.is_dir():
+        if output.parent.samefile(input_path):
+            raise JobError(
+                f"--output {output}: is in the folder that is the input, and would be read as "
+                "input by the next run; name another folder"
+            )
+    elif input_path is not None and input_path.exists():
+        errors = error_file(output)
+        if errors.exists() and errors.samefile(input_path):
+            raise JobError(
+                f"--output {output}: its error records would go to {errors}, which is the input; "
+                "name another file"
+            )
     if not output.parent.is_dir():
         raise JobError(f"--output {output}: the directory {output.parent} does not exist; make it")
     if output.exists():

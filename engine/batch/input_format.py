@@ -52,6 +52,12 @@ def check_is_jsonl(path: Path) -> None:
         raise ValueError(f"--input {path}: {problem}")
 
 
+def check_head(head: bytes, path: Path) -> None:
+    """Raise ValueError where the beginning of a file, unpacked, is of another format."""
+    if problem := _problem(head, path):
+        raise ValueError(f"--input {path}: {problem}")
+
+
 def count_text_lines(path: Path) -> int:
     """Return how many requests the beginning of the file has if all need a tokenizer, else 0."""
     if not path.is_file():

@@ -14,23 +14,26 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Literal, Protocol
 
 import numpy as np
 import torch.distributed as dist
 
 from engine.batch.atomic_files import naming
+from engine.batch.input_files import LineNames
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion, Request
 
 _BOM = b"\xef\xbb\xbf"
 # The usual line starts with its id: no need to parse the rest of it to look for duplicates.
 _LEADING_ID = re.compile(
-    rb'\s*\{\s*"(?:custom_)?id"\s*:\s*(?:"([^"\\\x00-\x1f]*)"|(-?\d{1,4000})\s*[,}])'
+    rb'\s*\{\s*"(custom_)?id"\s*:\s*(?:"([^"\\\x00-\x1f]*)"|(-?\d{1,4000})\s*[,}])'
 )
 _CHUNK = 1 << 20
+
+Format = Literal["openai", "lockstep"]  # of a line or of records: OpenAI's or our own
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Line:
     number: int  # in the file, from 1; blank lines count
     raw: bytes
     duplicate_of: int = 0  # number of the earlier line with the same id, 0 without one
+    earlier: str = field(default="", compare=False)  # where that one is, in words
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +58,8 @@ class InputIndex:
     offsets_n: np.ndarray  # int64, byte at which each line starts
     numbers_n: np.ndarray  # int64, line number from 1; blank lines count
     duplicates: dict[int, int]  # index of a line -> number of the earlier line with the same id
+    first_of: dict[Format, int] = field(default_factory=dict)  # number of the first line of each
+    # format, that of the input's first line first; a broken line has none
 
     def __len__(self) -> int:
         return len(self.offsets_n)
@@ -74,6 +80,7 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
         reason = "is not a regular file" if path.exists() else "does not exist"
         raise ValueError(f"--input {path}: {reason}; give a JSONL file, one request per line")
     digest = hashlib.sha256()
+    first_of: dict[Format, int] = {}
     offsets, numbers, hashes, nameless = array("q"), array("q"), array("q"), []
     offset = number = 0
     with naming(path), path.open("rb", buffering=0) as file:
@@ -84,8 +91,11 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
                 skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
                 text = raw[skip:] if skip else raw
                 if text and not text.isspace():
-                    if (name := line_id(text)) is None:
+                    name, form = _id_and_format(text)
+                    if name is None:
                         nameless.append(len(offsets))
+                    if form is not None and form not in first_of:
+                        first_of[form] = number
                     offsets.append(offset + skip)
                     numbers.append(number)
                     hashes.append(_hash(name))
@@ -95,7 +105,8 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
     numbers_n = np.array(numbers, dtype=np.int64)
     candidates = _equal_hashes(np.array(hashes, dtype=np.int64), nameless)
     duplicates = _verify_duplicates(path, offsets_n, numbers_n, candidates, report)
-    return InputIndex(path, size, digest.hexdigest(), modified_ns, offsets_n, numbers_n, duplicates)
+    sha256 = digest.hexdigest()
+    return InputIndex(path, size, sha256, modified_ns, offsets_n, numbers_n, duplicates, first_of)
 
 
 def line_id(raw: bytes) -> str | int | None:
@@ -105,19 +116,26 @@ def line_id(raw: bytes) -> str | int | None:
     a line has several ids, which `line_parser.py` refuses, the first one written counts or, behind
     other keys, `custom_id`.
     """
+    return _id_and_format(raw)[0]
+
+
+def _id_and_format(raw: bytes) -> tuple[str | int | None, Format | None]:
+    """Return the id of a line, and whose format it has: None where it is no JSON object."""
     if match := _LEADING_ID.match(raw):
+        form: Format = "lockstep" if match[1] is None else "openai"
         try:
-            return int(match[2]) if match[1] is None else match[1].decode()
+            return int(match[3]) if match[2] is None else match[2].decode(), form
         except UnicodeDecodeError:
-            return None
+            return None, form
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
-        return None
+        return None, None
     if not isinstance(value, dict):
-        return None
+        return None, None
+    form = "openai" if "custom_id" in value or "body" in value else "lockstep"
     name = value.get("custom_id", value.get("id"))
-    return name if isinstance(name, str | int) and not isinstance(name, bool) else None
+    return name if isinstance(name, str | int) and not isinstance(name, bool) else None, form
 
 
 def _hash(name: str | int | None) -> int:
@@ -193,13 +211,15 @@ def _verify_duplicates(
 class PendingLines:
     """The lines still to run, by work-queue index; each rank reads them from the file itself."""
 
-    def __init__(self, path: Path, table: np.ndarray) -> None:
+    def __init__(self, path: Path, table: np.ndarray, names: LineNames | None = None) -> None:
         """Open the input.
 
         Args:
             path: the input.
             table: from `select`, equal on every rank.
+            names: where its lines are in the user's files.
         """
+        self.names = names or LineNames()
         self._path = path
         self._file = path.open("rb")
         self._table = table
@@ -232,7 +252,8 @@ class PendingLines:
         with naming(self._path):
             self._file.seek(offset)
             raw = self._file.readline()
-        return Line(index, number, raw, duplicate_of)
+        earlier = self.names.describe(duplicate_of) if duplicate_of else ""
+        return Line(index, number, raw, duplicate_of, earlier)
 
     def number_of(self, index: int) -> int:
         """Return the line number of the pending request `index`."""

@@ -46,8 +46,10 @@ from engine.batch.manifest import (
     finalize,
     output_differences,
     output_rounds,
+    recorded_error_size,
     sibling_path,
 )
+from engine.batch.records.job_format import error_file, error_file_of
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
 _COPY_BYTES = 4 << 20
@@ -113,6 +115,12 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
             f"--slice {shard}: --output {output} exists and is not this job's: "
             f"{'; '.join(differences)}. Remove it, or use another --output"
         )
+    errors = error_file_of(output, manifest)
+    if errors is not None and errors.exists() and not counts:
+        raise JobError(
+            f"--slice {shard}: {errors}, where error records go, exists and is of unknown origin. "
+            "Remove it, or use another --output"
+        )
     if others := sorted(count for count in counts if count != shard.count):
         raise JobError(
             f"--slice {shard}: next to {output} are slices of {others[0]}; continue with "
@@ -177,15 +185,29 @@ def _merge(
         for index, path in enumerate(shards)
         for each in output_rounds(path)
     ]
+    if (errors := error_file_of(output, manifest)) is not None:
+        # By what the shards recorded: another run may be removing them.
+        sources = [error_file(path) for path in shards if recorded_error_size(path)]
+        size_of_errors = sum(path.stat().st_size for path in sources)
+        ledger.error_file = errors
+        if sources:  # before the output, which alone tells whether the job is complete
+            ledger.error_crc32 = _copy(sources, errors, report)
+            _check_size(errors, size_of_errors)
+        else:
+            errors.unlink(missing_ok=True)
     ledger.output_crc32 = _copy(shards, output, report)
     write_text(sibling_path(output, "config.yaml"), config)
     write_text(sibling_path(output, "report.json"), json.dumps(total, indent=2) + "\n")
-    if (copied := output.stat().st_size) != size:
+    _check_size(output, size)
+    finalize(ledger, manifest, total["errors"], rounds)
+
+
+def _check_size(merged: Path, size: int) -> None:
+    if (copied := merged.stat().st_size) != size:
         raise JobError(
-            f"{output} is {copied} bytes, its slices are {size}: something else has written to one "
+            f"{merged} is {copied} bytes, its slices are {size}: something else has written to one "
             "of them. The slices are kept; run any of them again to repeat the merge"
         )
-    finalize(ledger, manifest, total["errors"], rounds)
 
 
 @contextmanager
@@ -212,9 +234,21 @@ def merge_lock(output: Path, report: OnProgress) -> Iterator[Ledger]:
         ledger.close()
 
 
+def shard_outputs(output: Path) -> list[Path]:
+    """Return the outputs of the shards that are next to the whole output, also unfinished ones."""
+    names = {path.name[: len(path.name) - len(match[3])] for path, match in _shard_files(output)}
+    return [output.with_name(name) for name in sorted(names)]
+
+
 def _counts(output: Path) -> set[int]:
     """Return into how many shards those next to the output, unfinished or complete, divide it."""
-    return {int(match[2]) for _, match in _files_like(_SHARD_SUFFIX, output)}
+    return {int(match[2]) for _, match in _shard_files(output)}
+
+
+def _shard_files(output: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Return the files of shards; a copy of the input tells nothing about what has been done."""
+    found = _files_like(_SHARD_SUFFIX, output)
+    return [(path, match) for path, match in found if not match[3].startswith(".input.json")]
 
 
 def _has_unsharded_run(output: Path) -> bool:
@@ -287,7 +321,8 @@ def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 def _remove_shards(output: Path) -> None:
     """Remove the shards of a finalized output, and copies that other merges left."""
-    for path, _ in _files_like(_SHARD_SUFFIX, output) + _files_like(_COPY_SUFFIX, output):
+    copies = _files_like(_COPY_SUFFIX, output) + _files_like(_COPY_SUFFIX, error_file(output))
+    for path, _ in _files_like(_SHARD_SUFFIX, output) + copies:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # a ledger that another run has just left
         else:

@@ -17,11 +17,11 @@ run, on any number of ranks, appends 4; merged: 0 1 2 3 4 5.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,37 +37,30 @@ from engine.batch.atomic_files import (
     warn_of_missing,
     write_json,
 )
+from engine.batch.records.json_bytes import own_record
+from engine.batch.records.marks import is_error
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.request import Completion
 
 _HEAD = re.compile(rb'\{"index": (\d{1,18}), "crc32": (\d{1,10}), "record": ')
 _TAIL = b"}\n"
-_ERROR_MARK = b'"finish_reason": "error"'  # inside a JSON string its quotes would be escaped
 _CHUNK = 1 << 20
 _RECORDS_PER_REPORT = 4096
 _LOCK_ATTEMPTS = 100  # runs that end while this one begins are few
 _SHARD_LOCK_TIMEOUT_S = 10.0  # for ranks of a run that was just killed to exit
 
+RecordWriter = Callable[[Completion], bytes]  # the record that the output has, without a line end
 
-def encode(completion: Completion) -> bytes:
+
+def encode(completion: Completion, to_record: RecordWriter = own_record) -> bytes:
     """Return the line of a ledger shard that holds a completion's record."""
-    record, index = completion.record(), completion.index
-    try:
-        body = json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair in an id: only an escape can write it
-        body = json.dumps(record).encode()
-    return encode_record(index, body)
+    return encode_record(completion.index, to_record(completion))
 
 
 def encode_record(index: int, body: bytes) -> bytes:
     """Return the line of a ledger shard that holds a record as the output has it."""
     head = b'{"index": %d, "crc32": %d, "record": ' % (index, _checksum(index, body))
     return head + body + _TAIL
-
-
-def is_error(body: bytes) -> bool:
-    """Return whether a record, as JSON of the output, is an error record."""
-    return _ERROR_MARK in body
 
 
 def _checksum(index: int, body: bytes) -> int:
@@ -107,6 +100,7 @@ class ShardWriter:
             Busy: a rank of an earlier run still holds its lock.
         """
         self.path = shard_path(directory, data_rank)
+        self.to_record: RecordWriter = own_record
         self._warns = data_rank == 0  # all shards are on one file system
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
@@ -122,7 +116,7 @@ class ShardWriter:
         Raises OSError, after which nothing may be appended: the shard may end in half a line, which
         only `Ledger.create_shards` truncates.
         """
-        rest = memoryview(b"".join(map(encode, completions)))
+        rest = memoryview(b"".join(encode(each, self.to_record) for each in completions))
         with naming(self.path):
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
@@ -143,7 +137,9 @@ class Ledger:
         self.directory = shards_dir(output)
         self.void_before: dict[str, int] = {}  # ledger shard -> byte offset; error records before
         # it do not count, as their lines are to run again (`retry_rounds.py`)
+        self.error_file: Path | None = None  # where `merge` writes error records; None: the output
         self.output_crc32: int | None = None  # of what `merge` has written
+        self.error_crc32 = 0
         self._lock_fd = _lock_directory(self.directory)
 
     def close(self) -> None:
@@ -222,7 +218,7 @@ class Ledger:
         return done_n
 
     def merge(self, lines: range, report: OnProgress = ignore_progress) -> int:
-        """Write the records of these requests, in input order, to the output, durably.
+        """Write the records of these requests, in input order, durably: the output whole or not.
 
         Holds three numbers per record and copies one record at a time.
 
@@ -250,28 +246,55 @@ class Ledger:
                 f"{self.directory}: {missing.size} of {num_lines} records are missing, first that "
                 f"of request {lines[missing[0]]} (from 0); run the same command again to make them"
             )
-        temporary = self.output.with_name(self.output.name + ".tmp")
-        shards = [os.open(path, os.O_RDONLY) for path in paths]
+        rows = zip(shard_n.tolist(), offset_n.tolist(), length_n.tolist(), strict=True)
+        with ExitStack() as opened:
+            fds = []
+            for path in paths:
+                fds.append(os.open(path, os.O_RDONLY))
+                opened.callback(os.close, fds[-1])
+            bodies = (
+                _read(fds[number], paths[number], length, offset) for number, offset, length in rows
+            )
+            return self._write(bodies, report)
+
+    def _write(self, bodies: Iterable[bytes], report: OnProgress) -> int:
+        """Write records to the output, errors to the error file; return how many are errors.
+
+        Until the caller marks the output complete, the ledger holds them all: killed between the
+        two renames, the next run writes both files again.
+        """
+        error_file = self.error_file
+        temporary = _temporary(self.output)
+        others = None if error_file is None else _temporary(error_file)
         num_errors = 0
         try:
-            with naming(temporary), temporary.open("wb", buffering=_CHUNK) as file:
-                out = DurableWriter(file, report)
-                for row in range(num_lines):
+            with ExitStack() as opened:
+                out = errors = opened.enter_context(_durable(temporary, report))
+                if others is not None:
+                    errors = opened.enter_context(_durable(others, report))
+                for row, body in enumerate(bodies):
                     if row % _RECORDS_PER_REPORT == 0:
                         report()
-                    number = shard_n[row]
-                    body = _read(shards[number], paths[number], length_n[row], offset_n[row])
-                    num_errors += is_error(body)
-                    out.write(body + b"\n")
+                    failed = is_error(body)
+                    num_errors += failed
+                    (errors if failed else out).write(body + b"\n")
                 out.sync()
+                if errors is not out:
+                    errors.sync()
             self.output_crc32 = out.crc32
+            if error_file is not None and others is not None:
+                self.error_crc32 = errors.crc32
+                if num_errors:
+                    os.replace(others, error_file)
+                else:  # an earlier run of the lines may have had errors
+                    error_file.unlink(missing_ok=True)
+                    others.unlink()
             os.replace(temporary, self.output)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            for path in (temporary, others):
+                if path is not None:
+                    path.unlink(missing_ok=True)
             raise
-        finally:
-            for fd in shards:
-                os.close(fd)
         fsync_directory(self.output.parent)
         return num_errors
 
@@ -296,6 +319,16 @@ class Ledger:
 
     def _shard_files(self) -> list[Path]:
         return sorted(self.directory.glob("part-*.jsonl"))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+@contextmanager
+def _durable(path: Path, report: OnProgress) -> Iterator[DurableWriter]:
+    with naming(path), path.open("wb", buffering=_CHUNK) as file:
+        yield DurableWriter(file, report)
 
 
 def shards_dir(output: Path) -> Path:

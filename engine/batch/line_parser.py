@@ -33,7 +33,14 @@ from engine.batch.strict_json import parse_object, show
 from engine.config import SamplingConfig
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.tokenizer import tokenizer_failure
-from engine.request import Completion, Request, RequestError, SamplingParams, check_token_ids
+from engine.request import (
+    Completion,
+    Endpoint,
+    Request,
+    RequestError,
+    SamplingParams,
+    check_token_ids,
+)
 
 # Of a line: what has the prompt, settings by the names of `SamplingParams`, keys of the user's own.
 _Parts = tuple[dict[str, Any], dict[str, Any], list[str]]
@@ -42,7 +49,8 @@ _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OF_PLAIN = frozenset({*_PROMPTS, "id"})
 _OF_OPENAI = frozenset({"custom_id", "method", "url", "body"})
 _NOT_COMPILED = ("TemplateSyntaxError", "TemplateAssertionError")  # of jinja2
-_URLS = {"/v1/completions": ("prompt",), "/v1/chat/completions": ("messages",)}
+_CHAT = "/v1/chat/completions"
+_URLS = {"/v1/completions": ("prompt",), _CHAT: ("messages",)}
 _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
 
 
@@ -77,9 +85,10 @@ class LineParser:
             given = f"{key} = {show(record[key])}" if key in record else f"the line has no {key}"
             raise RequestError("invalid_id", f"{given}: must be text or a whole number")
         if line.duplicate_of:
+            earlier = line.earlier or f"line {line.duplicate_of}"
             raise RequestError(
                 "duplicate_id",
-                f"id {name!r} was given before, on line {line.duplicate_of}; ids must be unique",
+                f"id {name!r} was given before, on {earlier}; ids must be unique",
             )
         source, settings, own = _openai(record) if _is_openai(record) else _plain(record)
         self.user_keys.add(own)
@@ -93,7 +102,13 @@ class LineParser:
                 "of which at least one is for the answer; shorten the prompt",
                 len(prompt),
             )
-        return Request(index=line.index, id=name, prompt_token_ids=prompt, params=params)
+        return Request(
+            index=line.index,
+            id=name,
+            prompt_token_ids=prompt,
+            params=params,
+            endpoint=_endpoint(record),
+        )
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:
         try:
@@ -156,6 +171,14 @@ class LineParser:
 
 def _is_openai(record: dict[str, Any]) -> bool:
     return "custom_id" in record or "body" in record
+
+
+def _endpoint(record: dict[str, Any]) -> Endpoint | None:
+    """Return the URL of an OpenAI line, which may leave it out."""
+    if not _is_openai(record):
+        return None
+    is_chat = record.get("url") == _CHAT or "messages" in record["body"]
+    return "/v1/chat/completions" if is_chat else "/v1/completions"
 
 
 def _plain(record: dict[str, Any]) -> _Parts:

@@ -8,16 +8,19 @@ unfinished one has it in its ledger (`ledger.py`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.batch.atomic_files import read_json, write_json
 from engine.batch.input_index import InputIndex
-from engine.batch.ledger import Ledger
+from engine.batch.ledger import Ledger, shards_dir
+from engine.batch.records.job_format import error_file, error_file_of, format_of
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
 from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
@@ -129,6 +132,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             f"{before['sha256'][:12]}, is {now['path']}, {now['size']} bytes, sha256 "
             f"{now['sha256'][:12]}"
         )
+    if format_of(old) != format_of(new):
+        found.append(f"batch.format was {format_of(old)}, is {format_of(new)}")
     was, is_ = old["settings"], new["settings"]
     for key in sorted(was.keys() | is_.keys()):
         if was.get(key) != is_.get(key):
@@ -136,6 +141,35 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if _has_files(old) and _has_files(new) and all(was.get(key) == is_.get(key) for key in _MODEL):
         found += changed_files(old["files"], new["files"], is_)
     return found
+
+
+def earlier_manifests(
+    output: Path, manifest: dict[str, Any], *, overwrite: bool = False
+) -> list[dict[str, Any]]:
+    """Return the manifests of the same job, in whichever form, at an output.
+
+    Args:
+        output: of the job or of an input shard.
+        manifest: of the job.
+        overwrite: a finished output does not count, as the job then begins anew.
+    """
+    found = []
+    for path in (_job_file(output), shards_dir(output) / "manifest.json"):
+        earlier = _manifest(path)
+        if not isinstance(earlier, dict) or not _is_same_job(earlier, manifest):
+            continue
+        if path == _job_file(output):
+            if not output.exists() or _file_changes(output, earlier):
+                continue
+            if overwrite:
+                return []
+        found.append(earlier)
+    return found
+
+
+def _is_same_job(earlier: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Return whether two manifests differ in nothing but the form of the records."""
+    return not differences({**earlier, "format": format_of(manifest)}, manifest)
 
 
 def _has_files(manifest: dict[str, Any]) -> bool:
@@ -196,10 +230,16 @@ def decide_start_or_resume(
         why = "no manifest records which job made it" if of_output is None else of_output
         why = why if isinstance(why, str) else "; ".join(changes)
         obstacle = f"--output {ledger.output} exists and is not this job's: {why}"
+    elif (errors := error_file_of(ledger.output, manifest)) is not None and errors.exists():
+        obstacle = f"{errors}, where error records go, exists and is of unknown origin"
     if obstacle and not overwrite:
         if of_ledger is None:
             ledger.remove()
         raise JobError(f"{obstacle}. Use --overwrite to replace it, or another --output")
+    replaced = [each for each in (of_output, of_ledger) if isinstance(each, dict)]
+    if format_of(manifest) != "openai" and any(format_of(each) == "openai" for each in replaced):
+        # No merge of this job would replace it. First: later, nothing would tell whose it is.
+        error_file(ledger.output).unlink(missing_ok=True)
     ledger.start_over(manifest)
     _job_file(ledger.output).unlink(missing_ok=True)
     return "fresh"
@@ -233,6 +273,16 @@ def finished_errors(output: Path) -> int:
     return int(result.get("errors", 0)) if isinstance(result, dict) else 0
 
 
+def recorded_error_size(output: Path) -> int:
+    """Return how many bytes the error file of a finished output had, 0 without one.
+
+    Raises FileNotFoundError where the output is not finished.
+    """
+    if not isinstance(of_output := _manifest(_job_file(output)), dict):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(_job_file(output)))
+    return _error_size(of_output)
+
+
 def output_rounds(output: Path) -> list[dict[str, Any]]:
     """Return the retry rounds that a finished output has had."""
     return rounds_of(_manifest(_job_file(output)))
@@ -259,6 +309,9 @@ def finalize(
         **manifest,
         "output": {"size": ledger.output.stat().st_size, "errors": num_errors},
     }
+    if ledger.error_file is not None and num_errors:
+        size = ledger.error_file.stat().st_size
+        value["output"]["error_file"] = {"size": size, "crc32": ledger.error_crc32}
     if ledger.output_crc32 is not None:
         value["output_crc32"] = ledger.output_crc32
     if placements := _placements(ledger):
@@ -308,10 +361,30 @@ def _is_due(retry: RetryRequest, of_output: dict[str, Any], of_ledger: Any) -> b
 
 def _changes(output: Path, of_output: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     """Return why a finished output is not the result of `manifest`."""
-    changes = differences(of_output, manifest)
-    if output.stat().st_size != of_output["output"]["size"]:
+    return differences(of_output, manifest) + _file_changes(output, of_output)
+
+
+def _file_changes(output: Path, of_output: dict[str, Any]) -> list[str]:
+    """Return why the files of a finished job are not as it wrote them, by their sizes."""
+    changes, result = [], of_output["output"]
+    if output.stat().st_size != result["size"]:
         changes.append("it was changed after the job finished")
+    errors = error_file_of(output, of_output)
+    if errors is not None and _size(errors) != _error_size(of_output):
+        changes.append(f"{errors.name} was changed or removed after the job finished")
     return changes
+
+
+def _error_size(of_output: dict[str, Any]) -> int:
+    return of_output["output"].get("error_file", {}).get("size", 0)
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes, 0 without one."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _job_file(output: Path) -> Path:

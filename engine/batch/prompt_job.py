@@ -80,6 +80,10 @@ class PromptJob:
         on_rank_0(self._topology, f"{key}/open", check, JobError, self._reporter)
         return ""
 
+    def errors_in(self) -> Path | None:
+        """Return the file with the error records, None without an output."""
+        return self.output
+
     def write(self, completions: list[Completion]) -> None:
         """Send finished records to rank 0."""
         for completion in completions:

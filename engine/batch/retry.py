@@ -31,8 +31,10 @@ from engine.batch.atomic_files import (
     write_json,
 )
 from engine.batch.input_index import InputIndex, line_id
-from engine.batch.ledger import Ledger, encode_record, is_error, shard_path
+from engine.batch.ledger import Ledger, encode_record, shard_path
 from engine.batch.manifest import JobError, sibling_path, warn_without_files
+from engine.batch.records.job_format import error_file_of, job_number
+from engine.batch.records.marks import is_error, line_of
 from engine.batch.retry_rounds import (
     KEY,
     RetryRequest,
@@ -136,40 +138,87 @@ def _copy_successes(
 ) -> int:
     """Copy the records that succeeded to the ledger's first shard; return how many did not."""
     checksum = of_output.get("output_crc32")
-    records = _records(ledger.output, lines, report)
+    output = _Checked(ledger.output, report)
+    files, records = [output], _records(output, lines)
+    if (path := error_file_of(ledger.output, of_output)) is not None:
+        errors = _Checked(path, report)
+        files.append(errors)
+        records = _pair_records(output, errors, job_number(of_output), lines)
     if checksum is None:  # made by an older version
         records = _check_ids(ledger.output, records, index)
-    num_errors = crc32 = 0
+    num_errors = 0
     path = shard_path(ledger.directory, 0)
     with naming(path), path.open("wb", buffering=_CHUNK) as file:
         out = DurableWriter(file, report)
         for number, body in records:
-            crc32 = zlib.crc32(b"\n", zlib.crc32(body, crc32))
             if is_error(body):
                 num_errors += 1
             else:
                 out.write(encode_record(number, body))
         out.sync()
-    if checksum is not None and checksum != crc32:
-        raise _changed(ledger.output, "its checksum is another one")
+    expected = [checksum, of_output["output"].get("error_file", {}).get("crc32", 0)]
+    for each, crc32 in zip(files, expected, strict=False):
+        if crc32 is not None and crc32 != each.crc32:
+            raise _changed(ledger.output, f"{each.what} checksum is another one")
     if num_errors != of_output["output"].get("errors"):
         raise _changed(ledger.output, f"it has {num_errors} error records, and had another number")
     return num_errors
 
 
-def _records(output: Path, lines: range, report: OnProgress) -> Iterator[tuple[int, bytes]]:
+class _Checked:
+    """The lines of a file of records, and their checksum as they are read."""
+
+    def __init__(self, path: Path, report: OnProgress) -> None:
+        """Describe the file; one that is missing has no lines."""
+        self.path, self._report = path, report
+        self.crc32 = 0  # of what has been read
+        self.num_lines = 0
+        self.what = "its"
+
+    def __iter__(self) -> Iterator[bytes]:
+        if not self.path.exists():
+            return
+        with naming(self.path), self.path.open("rb", buffering=_CHUNK) as file:
+            for raw in file:
+                if self.num_lines % _RECORDS_PER_REPORT == 0:
+                    self._report()
+                self.num_lines += 1
+                self.crc32 = zlib.crc32(raw, self.crc32)
+                yield raw
+
+
+def _pair_records(
+    output: _Checked, errors: _Checked, job: str, lines: range
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (index, record) for each line of a job whose errors have a file of their own.
+
+    Both files are in input order, and a record's id says which line it is of.
+    """
+    errors.what = f"of {errors.path.name}, the"
+    files = ((iter(output), output), (iter(errors), errors))
+    heads = [next(file, b"") for file, _ in files]
+    for index in lines:
+        for place, (file, _) in enumerate(files):
+            if heads[place].endswith(b"}\n") and line_of(heads[place]) == (job, index):
+                yield index, heads[place][:-1]
+                heads[place] = next(file, b"")
+                break
+        else:
+            raise _changed(output.path, f"line {index + 1} of the job has no record")
+    for head, (_, checked) in zip(heads, files, strict=True):
+        if head:
+            what = f"line {checked.num_lines} of {checked.path.name} is no record of this job"
+            raise _changed(output.path, what)
+
+
+def _records(output: _Checked, lines: range) -> Iterator[tuple[int, bytes]]:
     """Yield (index, record) for each line of an output."""
-    num_records = 0
-    with naming(output), output.open("rb", buffering=_CHUNK) as file:
-        for raw in file:
-            if num_records % _RECORDS_PER_REPORT == 0:
-                report()
-            num_records += 1
-            if num_records > len(lines) or not raw.endswith(b"}\n"):
-                raise _changed(output, f"its line {num_records} is no record of this job")
-            yield lines[num_records - 1], raw[:-1]
-    if num_records < len(lines):
-        raise _changed(output, f"it has {num_records} lines, and had {len(lines)}")
+    for raw in output:
+        if output.num_lines > len(lines) or not raw.endswith(b"}\n"):
+            raise _changed(output.path, f"its line {output.num_lines} is no record of this job")
+        yield lines[output.num_lines - 1], raw[:-1]
+    if output.num_lines < len(lines):
+        raise _changed(output.path, f"it has {output.num_lines} lines, and had {len(lines)}")
 
 
 def _check_ids(

@@ -20,7 +20,7 @@ import signal
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +84,7 @@ class _Counts:
 def run_batch(
     config: Config,
     topology: Topology,
-    input_path: Path | None = None,
+    input_path: Path | Sequence[Path] | None = None,
     output: Path | None = None,
     *,
     overwrite: bool = False,
@@ -96,7 +96,7 @@ def run_batch(
     Args:
         config: equal on every rank.
         topology: of the run.
-        input_path: JSONL requests; None: the built-in prompts.
+        input_path: JSONL requests, as `FileJob` takes them; None: the built-in prompts.
         output: JSONL records; None, without an input: they are only printed.
         overwrite: replace what exists at the output.
         retry_errors: run the lines of its error records again; not with `overwrite`.
@@ -108,7 +108,7 @@ def run_batch(
         Stopped: SIGTERM or SIGINT.
         EveryLineFailed: every record of the output, which is complete, is an error.
     """
-    num_errors, num_total = _run(
+    num_errors, num_total, errors_in = _run(
         config,
         topology,
         input_path,
@@ -118,7 +118,7 @@ def run_batch(
         shard=shard,
     )
     if num_errors and num_errors == num_total:
-        where = "" if output is None else f"; their messages are in {output}"
+        where = "" if errors_in is None else f"; their messages are in {errors_in}"
         raise EveryLineFailed(
             f"every line failed: {num_errors} of {num_total} records are errors{where}"
         )
@@ -127,14 +127,14 @@ def run_batch(
 def _run(
     config: Config,
     topology: Topology,
-    input_path: Path | None,
+    input_path: Path | Sequence[Path] | None,
     output: Path | None,
     *,
     overwrite: bool,
     retry_errors: bool,
     shard: InputShard | None,
-) -> tuple[int, int]:
-    """Run the job of `run_batch`; return how many records are errors and how many there are."""
+) -> tuple[int, int, Path | None]:
+    """Run the job of `run_batch`; return how many records are errors, of how many, and where."""
     if input_path is not None and output is None:
         raise JobError("--input needs --output: name the JSONL file for the results")
     if shard is not None and input_path is None:
@@ -169,7 +169,7 @@ def _run(
     ):
         if done := job.open(key, overwrite=overwrite):
             console.print(done, highlight=False, soft_wrap=True)
-            return job.num_errors, job.num_total
+            return job.num_errors, job.num_total, job.errors_in()
         counts, run = _Counts(), None
         if len(job.lines):
             run = _generate(job, config, topology, key, counts, interrupts, watchdog, reporter)
@@ -206,7 +206,7 @@ def _run(
             print_summary(console, summary)
         if done:
             console.print(done, highlight=False, soft_wrap=True)
-        return num_errors, job.num_total
+        return num_errors, job.num_total, job.errors_in()
 
 
 def _generate(
@@ -224,8 +224,10 @@ def _generate(
     from engine.llm import LLM  # the model code, which a job that is refused never needs
 
     llm = LLM(config, topology, reporter)
-    if isinstance(job, FileJob) and topology.world.rank == 0:
-        llm.on_replan = job.note_placement
+    if isinstance(job, FileJob):
+        job.use_tokenizer(llm.tokenizer)
+        if topology.world.rank == 0:
+            llm.on_replan = job.note_placement
     parse = LineParser(
         sampling=config.sampling,
         tokenizer=llm.tokenizer,

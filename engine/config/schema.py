@@ -270,6 +270,15 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How a batch job reads and writes its files."""
+
+    format: Literal["auto", "openai", "lockstep"] = "auto"  # of the records; openai: OpenAI's, and
+    # errors go to a file of their own; lockstep: our own, all in one file; auto: that of the
+    # input's first line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerConfig:
     """What the profiler measures, and where it writes it."""
 
@@ -333,6 +342,7 @@ class Config:
     moe: MoEConfig = field(default_factory=MoEConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

@@ -26,6 +26,7 @@ _OVERRIDE = (
     "YAML. May be repeated; the last one wins. docs/configuration.md explains every key"
 )
 
+_INPUT = "requests, one per line: a file, also .gz or .zst, a folder, or -; may be repeated"
 _RETRY_ERRORS = (
     "run the lines of error records again, once, and keep every other record of --output"
 )
@@ -41,7 +42,7 @@ def add_to(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides", help=_OVERRIDE
     )
-    parser.add_argument("--input", type=_path, metavar="JSONL", help="requests, one per line")
+    parser.add_argument("--input", type=_path, metavar="JSONL", action="append", help=_INPUT)
     parser.add_argument("--output", type=_path, metavar="JSONL", help="completions, in input order")
     parser.add_argument("--slice", metavar="I/N", help="run only this part; the last one merges")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")

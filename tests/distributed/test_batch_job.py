@@ -5,7 +5,7 @@ python -m pytest tests/distributed/test_batch_job.py
 
 from __future__ import annotations
 
-import gzip
+import bz2
 import json
 import os
 import shutil
@@ -395,7 +395,7 @@ def test_a_job_begun_before_fingerprints_resumes_with_one_warning_and_gains_one(
 def test_an_input_that_is_no_jsonl_is_refused_before_the_model_is_loaded(job, tmp_path):
     lines = ("\n".join(GOOD) + "\n").encode()
     cases = {
-        "is compressed with gzip": gzip.compress(lines),
+        "is compressed with bzip2": bz2.compress(lines),
         "seems to be UTF-16": lines.decode().encode("utf-16"),
         "seems to be one JSON array": f"[{','.join(GOOD)}]".encode(),
         "seems to be CSV": b"id,prompt\n1,hello\n",

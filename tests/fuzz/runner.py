@@ -97,6 +97,7 @@ def _in_child(folder: Path, case: Case) -> None:
 
         argv = ["--config", "config.yaml", "--set", f"model.path={folder / 'model'}"]
         argv += ["--set", "sampling.max_new_tokens=2", "--set", "runtime.timeout_s=30"]
+        argv += ["--set", "batch.format=lockstep"]  # whose files have lines of any form
         argv += ["--input", "in.jsonl", "--output", "out.jsonl"]
         for override in case.overrides:
             argv += ["--set", override]

@@ -80,7 +80,7 @@ def good_lines() -> list[str]:
     lines += [
         json.dumps({"id": 7, "prompt_token_ids": [5, 6, 7], "prompt_logprobs": True}),
         json.dumps({"id": "m", "messages": [message], "temperature": 1.5, "seed": 3}),
-        json.dumps({"custom_id": "o", "url": "/v1/chat/completions", "body": chat}),
+        json.dumps({"id": "o", **chat}),
     ]
     return lines
 

@@ -84,6 +84,19 @@ def test_every_line_of_the_requests_is_completed_and_the_wrong_one_is_an_error_r
     assert wrong == ["wrong"]
 
 
+def test_a_batch_file_of_openai_is_answered_in_its_form_in_two_files(tmp_path):
+    requests, output = EXAMPLES / "openai_batch.jsonl", tmp_path / "batch.jsonl"
+    files = ["--input", requests, "--output", output]
+    config = ["--config", "tiny_mixtral", "--set", "runtime.device=cpu"]
+    run(tmp_path, ROOT / "launch" / "infer.py", *config, *files)
+    text, chat = map(json.loads, output.open())
+    assert text["custom_id"] == "openai" and chat["custom_id"] == "openai-chat"
+    assert text["response"]["body"]["object"] == "text_completion"
+    assert chat["response"]["body"]["choices"][0]["message"]["content"]
+    (wrong,) = map(json.loads, (tmp_path / "batch.errors.jsonl").open())
+    assert "temperature = -1" in wrong["response"]["body"]["error"]["message"]
+
+
 def test_the_page_names_every_example():
     page = (EXAMPLES / "index.md").read_text()
     named = set(re.findall(r"\]\(([\w.]+)\)", page))

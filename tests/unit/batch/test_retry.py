@@ -85,13 +85,15 @@ def run(
     shard: InputShard | None = None,
     limit: int = 99,
     overwrite: bool = False,
+    source: Path | list[Path] | None = None,
     **sections: Any,
 ) -> str:
     """Run a job up to `limit` lines; return what it prints where it does not run."""
     config = config_from_tree({"model": {"path": "model"}, **sections})
     request = RetryRequest.of_process({}) if retry is True else retry or None
-    source = output.with_name("in.jsonl")
-    job = FileJob(config, topology(), source, output, shard, retry=request)
+    job = FileJob(
+        config, topology(), source or output.with_name("in.jsonl"), output, shard, retry=request
+    )
     if done := job.open("key", overwrite=overwrite):
         return done
     try:
@@ -309,7 +311,7 @@ def manifest_text(output: Path) -> str:
     [
         (lambda text: text[:-20], "it was changed after the job finished"),
         (lambda text: text.replace("attempt", "ATTEMPT"), "its checksum is another one"),
-        (lambda text: text.replace('"id": "b"', '"id": "x"'), "its checksum is another one"),
+        (lambda text: text.replace('"id":"b"', '"id":"x"'), "its checksum is another one"),
         (lambda text: text.replace("\n", " ", 1), "line 1 is no record|it has 6 lines|checksum"),
         (lambda text: text[:-1] + " ", "its line 7 is no record of this job"),
     ],
