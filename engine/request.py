@@ -270,6 +270,7 @@ class Completion:
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
+    cached_tokens: int = 0  # prompt tokens that did not run: their keys and values were cached
     request: Request | None = None  # None: the line could not become one
     others: list[Completion] = field(default_factory=list)  # further choices of the same line
 
@@ -309,6 +310,7 @@ class Completion:
             "usage": {
                 "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": self.completion_tokens,
+                **({"cached_tokens": self.cached_tokens} if self.cached_tokens else {}),
             },
         }
         if self.logprobs is not None:
