@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from engine.ops import native, triton_support
 from engine.ops.linear import linear
-
-_WHOLE_VECTORS = 64  # float32 numbers: two of the widest vectors, and again two
+from engine.ops.sigmoid import sigmoid_by_row
 
 
 def silu_and_mul(gate_up_R2F: torch.Tensor) -> torch.Tensor:
@@ -42,9 +41,4 @@ def gate_output_reference(
     out_TD: torch.Tensor, x_TD: torch.Tensor, gate_1D: torch.Tensor
 ) -> torch.Tensor:
     """`gate_output` as single ops, on CPU with the compiled projection where there is one."""
-    gate_T1 = linear(x_TD, gate_1D)
-    if native.serves(gate_T1):
-        # Torch computes whole vectors and what is left over in two ways, whose last bits differ.
-        # As one of many equal numbers a row is never left over: its bits do not depend on others.
-        return out_TD * gate_T1.repeat(1, _WHOLE_VECTORS).sigmoid()[:, :1]
-    return out_TD * gate_T1.sigmoid()
+    return out_TD * sigmoid_by_row(linear(x_TD, gate_1D))
