@@ -283,7 +283,7 @@ class Completion:
     top_logprobs: list[list[tuple[int, float]]] | None = None  # per new token, likeliest first
     prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None  # [0] is None
     stop_reason: str | int | None = None  # the stop text or token id that ended it
-    cached_tokens: int = 0  # of the prompt, whose keys and values were computed before
+    cached_tokens: int = 0  # prompt tokens that did not run: their keys and values were cached
     request: Request | None = None  # None: the line could not become one
     others: list[Completion] = field(default_factory=list)  # further choices of the same line
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from engine.ops import native, triton_support
+from engine.ops.sigmoid import sigmoid_by_row
 
 Score = Literal["softmax", "sigmoid"]
 
@@ -65,7 +66,7 @@ def select_experts_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Plain torch form of `select_experts`."""
     logits_TE = logits_TE.float()
-    scores_TE = logits_TE.softmax(-1) if rule.score == "softmax" else logits_TE.sigmoid()
+    scores_TE = logits_TE.softmax(-1) if rule.score == "softmax" else sigmoid_by_row(logits_TE)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if rule.num_groups > 1:
         choice_TE = _mask_groups(choice_TE, rule)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from engine.ops import native, triton_support
 from engine.ops.linear import linear
+from engine.ops.sigmoid import sigmoid_by_row
 
 
 def silu_and_mul(gate_up_R2F: torch.Tensor) -> torch.Tensor:
@@ -40,4 +41,4 @@ def gate_output_reference(
     out_TD: torch.Tensor, x_TD: torch.Tensor, gate_1D: torch.Tensor
 ) -> torch.Tensor:
     """`gate_output` as single ops, on CPU with the compiled projection where there is one."""
-    return out_TD * linear(x_TD, gate_1D).sigmoid()
+    return out_TD * sigmoid_by_row(linear(x_TD, gate_1D))

@@ -11,8 +11,9 @@ run, except transformers, which is in this environment. transformers' expert par
 requirements except torch's family next to the torch CPU build, then the wheel with --no-deps.
 
 What is timed, equally for all: the call that turns a list of prompts (token ids) into new tokens,
-once for one new token per prompt (t1) and once for all of them (tN), greedy, end of text ignored,
-prefix caching off. From the medians over the rounds:
+once for one new token per prompt (t1) and once for all of them (tN), greedy, end of text ignored.
+Prefix caches, where a candidate has one, are empty when a call begins. From the medians over the
+rounds:
 
     prefill tok/s    prompt tokens / t1
     decode tok/s     prompts * (new - 1) / (tN - t1)

@@ -56,7 +56,8 @@ _COPY_BYTES = 4 << 20
 _MERGE_LOCK_TIMEOUT_S = 600.0  # another run may be merging
 _SHARD_SUFFIX = re.compile(r"\.slice-(\d{5})-of-(\d{5})(.*)")
 _COPY_SUFFIX = re.compile(r"\.merge-(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
-_SUMS = ("total", "resumed", "errors", "requests", "prompt_tokens", "generated_tokens")
+_TOKENS = ("prompt_tokens", "generated_tokens", "cached_tokens")
+_SUMS = ("total", "resumed", "errors", "requests", *_TOKENS)
 MAX_SHARDS = 99_999
 
 

@@ -73,12 +73,14 @@ class _Counts:
     requests: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0
     user_keys: Counter[str] = field(default_factory=Counter)  # lines per key that is no setting
 
     def add(self, completions: list[Completion]) -> None:
         self.requests += len(completions)
         self.prompt_tokens += sum(item.prompt_tokens for item in completions)
         self.generated_tokens += sum(item.completion_tokens for item in completions)
+        self.cached_tokens += sum(item.cached_tokens for item in completions)
 
 
 def run_batch(
@@ -190,6 +192,7 @@ def _run(
                 requests=sum(each.requests for each in all_counts),
                 prompt_tokens=sum(each.prompt_tokens for each in all_counts),
                 generated_tokens=sum(each.generated_tokens for each in all_counts),
+                cached_tokens=sum(each.cached_tokens for each in all_counts),
                 user_keys=dict(sum((each.user_keys for each in all_counts), Counter())),
                 run=run,
                 capacity=config.moe.capacity,

@@ -149,6 +149,7 @@ class GenerationLoop:
                 finished or it must not wait for them; on all ranks, before the same step.
         """
         started_at, exhausted, stop_signal = time.monotonic(), False, 0
+        self._scheduler.prefixes.clear()  # a run's results follow from its own requests alone
         clock, loads = self._telemetry.clock, self._telemetry.loads
         while True:
             clock.enter(Phase.OTHER)

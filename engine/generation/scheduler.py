@@ -14,6 +14,10 @@ request finishes.
 
 Only the last of `running` can be inside its prompt, because the next one is admitted only when
 budget is left over. So arrival order puts decode before prefill with no sorting.
+
+A sequence starts with the blocks of its tokens that are cached (`prefix_cache.py`), shared with
+others: only what is behind them runs, and only what is behind them needs blocks. Cached blocks that
+no sequence uses count as free, and are dropped before a sequence is preempted.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from collections import abc, deque
 
 from engine.config import SchedulerConfig
 from engine.generation.block_pool import BlockPool
+from engine.generation.prefix_cache import PrefixCache
 from engine.generation.sequence import Sequence, Status
 from engine.generation.step import Slice, Step
 from engine.request import RequestError
@@ -35,6 +40,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, max_model_len: int) -> None:
         self.pool = pool
+        self.prefixes = PrefixCache(pool, config.prefix_cache)
         self.max_model_len = max_model_len
         self.max_batch_tokens = config.max_batch_tokens
         self.max_sequences = min(config.max_sequences, config.max_batch_tokens)
@@ -76,6 +82,7 @@ class Scheduler:
                 "scheduler.kv_cache_gib (kv_cache_blocks)",
                 prompt,
             )
+        self.prefixes.expect(seq)
         self.waiting.append(seq)
 
     def room(self, prompt_tokens: int = 1) -> int:
@@ -86,12 +93,14 @@ class Scheduler:
         cache can hold one. An estimate, out of date after each `add`.
         """
         running, waiting = len(self.running), len(self.waiting)
-        tokens = self.max_batch_tokens - running - sum(len(seq.token_ids) for seq in self.waiting)
+        tokens = self.max_batch_tokens - running
+        tokens -= sum(len(seq.token_ids) - seq.num_expected for seq in self.waiting)
         if running:  # the last may have more than one token to run
             last = self.running[-1]
             tokens -= len(last.token_ids) - last.num_computed - 1
         blocks_for = self.pool.blocks_for
-        blocks = self.pool.num_free - sum(blocks_for(len(seq.token_ids)) for seq in self.waiting)
+        blocks = self.pool.num_free
+        blocks -= sum(blocks_for(len(seq.token_ids) - seq.num_expected) for seq in self.waiting)
         # Each needs its own blocks and one spare per sequence before it.
         by_blocks = (blocks - running - waiting + 1) // (blocks_for(prompt_tokens) + 1)
         by_slots = self.max_sequences - running - waiting
@@ -104,7 +113,7 @@ class Scheduler:
         """
         slices: list[Slice] = []
         budget = self.max_batch_tokens
-        block_size = self.pool.block_size
+        block_size, prefixes = self.pool.block_size, self.prefixes
         for seq in self.running:  # preemption shortens the list, but only beyond `seq`, or by it
             known = len(seq.token_ids)
             if len(seq.block_ids) * block_size < known and not self._grow(seq):
@@ -113,21 +122,31 @@ class Scheduler:
             length = min(known - start, budget)
             budget -= length
             slices.append(Slice(seq, start, length, start + length == known < seq.max_length))
+            if length > 1 or known % block_size == 0:
+                prefixes.fill(seq, start + length)
         num_decode = len(slices)
         if slices and not slices[-1].is_decode:
             num_decode -= 1
         while self.waiting and budget and len(self.running) < self.max_sequences:
             seq = self.waiting[0]
             known = len(seq.token_ids)
-            needed = self.pool.blocks_for(known)
-            if needed + len(self.running) > self.pool.num_free:
+            shared = prefixes.find(seq)
+            needed = self.pool.blocks_for(known) - len(shared)
+            spare = self.pool.num_free - self.pool.num_unused(shared)
+            if needed + len(self.running) > spare:
                 break
             self.running.append(self.waiting.popleft())
             seq.status = Status.RUNNING
-            seq.block_ids = self.pool.allocate(needed)
-            length = min(known, budget)
+            self.pool.share(shared)
+            seq.block_ids = shared + self.pool.allocate(needed)
+            seq.num_published = len(shared)
+            seq.num_computed = start = len(shared) * block_size
+            if not seq.num_computed_before:
+                seq.num_cached = start
+            length = min(known - start, budget)
             budget -= length
-            slices.append(Slice(seq, 0, length, length == known < seq.max_length))
+            slices.append(Slice(seq, start, length, start + length == known < seq.max_length))
+            prefixes.fill(seq, start + length)
         return Step.of(slices, num_decode)
 
     def commit(
@@ -180,6 +199,7 @@ class Scheduler:
         """End a running or waiting sequence with an error, also between `schedule` and `commit`."""
         (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
         seq.finish("error", error)
+        self.prefixes.forget(seq)
         self._release(seq)
 
     def _grow(self, seq: Sequence) -> bool:
@@ -199,7 +219,7 @@ class Scheduler:
         assert self.running, "a single sequence exceeds the cache, which add() rules out"
         self._release(seq)
         seq.num_computed_before = max(seq.num_computed_before, seq.num_computed)
-        seq.num_computed = 0
+        seq.num_computed = seq.num_expected = 0
         seq.status = Status.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
@@ -207,3 +227,4 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.block_ids)
         seq.block_ids = []
+        seq.num_published = 0

@@ -36,18 +36,19 @@ class Status(Enum):
 class Sequence:
     """The state of one request.
 
-    Written from outside: `num_computed`, `num_computed_before`, `block_ids`, `status` and
-    `max_length` by the scheduler, `prompt_logprobs` (extended) by its `commit`, `capacity` by the
-    loop. Everything else is written by this class alone.
+    Written from outside: `num_computed`, `num_computed_before`, `num_cached`, `block_ids`, `status`
+    and `max_length` by the scheduler, `block_hashes`, `num_expected` and `num_published` by its
+    prefix cache too, `prompt_logprobs` (extended) by its `commit`, `capacity` by the loop.
+    Everything else is written by this class alone.
 
     Raises:
         RequestError: for stop strings without a tokenizer.
     """
 
     __slots__ = (
-        "block_ids", "capacity", "error", "finish_reason", "logprobs", "max_length", "num_computed",
-        "num_computed_before", "num_prompt", "prompt_logprobs", "request", "status", "stopper",
-        "timing", "token_ids",
+        "block_hashes", "block_ids", "capacity", "error", "finish_reason", "logprobs", "max_length",
+        "num_cached", "num_computed", "num_computed_before", "num_expected", "num_prompt",
+        "num_published", "prompt_logprobs", "request", "status", "stopper", "timing", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +65,10 @@ class Sequence:
         self.max_length = self.num_prompt + params.max_new_tokens  # at most, in tokens
         self.num_computed = 0  # leading tokens whose keys and values are in the cache
         self.num_computed_before = 0  # the same before a preemption; these run a second time
+        self.num_cached = 0  # leading prompt tokens that the cache had when it first started
+        self.num_expected = 0  # the same while it waits, an estimate
+        self.num_published = 0  # leading blocks that others may share
+        self.block_hashes: list[bytes] = []  # of its leading full blocks, as far as computed
         self.block_ids: list[int] = []  # block i holds tokens [i * block_size, (i+1) * block_size)
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -141,4 +146,5 @@ class Sequence:
             error=None if self.error is None else error_record(self.error),
             timing=self.timing,
             request=self.request,
+            cached_tokens=self.num_cached,
         )

@@ -67,6 +67,7 @@ class Summary:
     prompt_tokens: int  # of this run
     generated_tokens: int  # of this run
     run: RunReport | None  # None where nothing was left to run
+    cached_tokens: int = 0  # prompt tokens of this run that did not run: common prefixes
     retried: int = 0  # requests run again because their record was an error
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # of this run
     user_keys: dict[str, int] = field(default_factory=dict)  # lines of this run per key of the
@@ -165,6 +166,9 @@ def _throughput(summary: Summary, run: RunReport) -> Table:
     ):
         table.add_row(name, f"{count:,}", f"{count / seconds:,.1f}")
     table.caption = f"{run.seconds:.2f} s, {run.steps} steps, max/mean load {run.max_over_mean:.2f}"
+    if summary.cached_tokens:
+        share = summary.cached_tokens / summary.prompt_tokens
+        table.caption += f", {share:.1%} of prompt tokens cached"
     return table
 
 

@@ -44,7 +44,10 @@ def generate(
 ) -> dict[str, Any]:
     config = Config(
         model=ModelConfig(path=str(path), max_model_len=64),
-        scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_batch_tokens=chunk),
+        # Each rank runs a common prefix once, so its decisions depend on the number of ranks.
+        scheduler=SchedulerConfig(
+            kv_cache_blocks=128, block_size=4, max_batch_tokens=chunk, prefix_cache=False
+        ),
         moe=MoEConfig(capacity=CapacityConfig(**capacity)),
         parallel=ParallelConfig(**parallel),
     )

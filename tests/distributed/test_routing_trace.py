@@ -54,7 +54,7 @@ def run(rank: int, folder: Path, settings: dict[str, Any], times: int = 1) -> di
     llm = LLM(
         Config(
             model=ModelConfig(path=str(CHECKPOINT), max_model_len=64),
-            scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4),
+            scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, prefix_cache=False),
             moe=settings.get("moe", MoEConfig()),
             parallel=settings.get("parallel", ParallelConfig()),
             profiler=ProfilerConfig(**profiler | settings.get("profiler", {})),

@@ -42,6 +42,16 @@ def test_ragged_job_is_the_published_one() -> None:
     assert min(lengths) >= 16 and max(lengths) <= 384
 
 
+def test_the_job_with_shared_prefixes_has_four_in_no_order() -> None:
+    job = make_job("shared_prefix", vocab_size=4096)
+    prefixes = [prompt[:256] for prompt in job.prompts]
+    assert (len(prefixes), len(set(prefixes)), job.new_tokens) == (512, 4, 32)
+    assert prefixes != sorted(prefixes)
+    own = [prompt[256:] for prompt in job.prompts]
+    assert len(set(own)) == 512
+    assert {16, 64} <= set(map(len, own)) <= set(range(16, 65))
+
+
 def test_a_job_is_the_same_each_time_and_within_the_vocabulary() -> None:
     for name in JOBS:
         job = make_job(name, vocab_size=50)

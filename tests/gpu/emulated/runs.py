@@ -53,7 +53,7 @@ SCATTERED = (1, 0, 1, 0, 0, 1, 1, 0)  # homes in no order
 
 @dataclass(frozen=True)
 class Job:
-    """One job: `PROMPTS` with a small random model."""
+    """One job of a small random model."""
 
     family: str
     settings: dict[str, Any] = field(default_factory=dict)  # sections of the config
@@ -61,6 +61,7 @@ class Job:
     # Methods that the job has to call on every rank, or it does not test what it says.
     uses: tuple[tuple[type, str], ...] = ()
     placement: Placed | None = None
+    prompts: list[list[int]] = field(default_factory=lambda: PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
     before = sum(layer.num_collectives for layer in layers)  # of the warm-up
     DEVICE.reset_counts()
     options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True, **job.sampling}
-    done = llm.generate(PROMPTS, SamplingParams(**options))
+    done = llm.generate(job.prompts, SamplingParams(**options))
     assert llm.report is not None
     result = Result(
         done=[{**each.record(), "timing": None} for each in done],

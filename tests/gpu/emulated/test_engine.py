@@ -39,6 +39,10 @@ ALL = tuple(range(8))
 PLAIN = {"dispatch": {"deduplicate": False}}
 
 
+# Two prefixes of four blocks, each with 3, 7, 0 and 1 tokens behind it.
+SHARED = [[*range(first, first + 16), *range(own)] for own in (3, 7, 0, 1) for first in (20, 60)]
+
+
 def moe(**sections: Any) -> dict[str, Any]:
     return {"moe": sections}
 
@@ -131,6 +135,12 @@ JOBS = {
     ),
     "sampling": Job("mixtral", sampling={"temperature": 0.9, "top_p": 0.8, "top_k": 20}),
     "prompt logprobs": Job("mixtral", sampling={"prompt_logprobs": True}),
+    "shared prefixes": Job("qwen3_moe", prompts=SHARED),
+    "shared prefixes latent": Job("deepseek_v2", {"parallel": {"tensor": 2}}, prompts=SHARED),
+    "shared prefixes two_batch": Job(
+        "olmoe", moe(overlap={"two_batch": True}), uses=TWO_BATCH, prompts=SHARED
+    ),
+    "shared prefixes capacity": Job("mixtral", drop("token_drop", "gather"), prompts=SHARED),
     "preemption": Job(
         "mixtral", {"scheduler": {"kv_cache_blocks": 13}}, sampling={"max_new_tokens": 20}
     ),
@@ -160,6 +170,8 @@ def test_completions_equal_the_cpus_to_the_bit(name: str, on_both_devices) -> No
         assert "chunks" not in settings.get("overlap", {}) or cuda.chunks > 1
         uses = [record["capacity"] for record in cuda.done]
         assert any(use["dropped"] for use in uses) == ("capacity" in settings)
+        cached = sum(record["usage"].get("cached_tokens", 0) for record in cuda.done)
+        assert cached >= 64 or job.prompts is not SHARED
         assert any(use["added"] for use in uses) == name.startswith("expanded_drop")
     assert any(cuda.preemptions for _, cuda in results) == (name == "preemption")
 

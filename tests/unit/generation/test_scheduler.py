@@ -94,13 +94,14 @@ def alone(request: Request, max_model_len: int) -> Completion:
         finish_reason=reason,
         prompt_tokens=prompt,
         completion_tokens=len(tokens) - prompt,
+        request=request,
         logprobs=logprobs if params.logprobs else None,
         prompt_logprobs=of_prompt if params.prompt_logprobs else None,
     )
 
 
-def make_scheduler(blocks=64, block_size=4, tokens=64, sequences=8, max_model_len=1000):
-    config = SimpleNamespace(max_batch_tokens=tokens, max_sequences=sequences)
+def make_scheduler(blocks=64, block_size=4, tokens=64, sequences=8, max_model_len=1000, cache=True):
+    config = SimpleNamespace(max_batch_tokens=tokens, max_sequences=sequences, prefix_cache=cache)
     return Scheduler(config, BlockPool(blocks, block_size), max_model_len)  # type: ignore[arg-type]
 
 
@@ -236,7 +237,7 @@ def test_recomputed_tokens_are_counted_and_the_last_of_them_samples():
 
 
 def test_a_second_preemption_during_recomputation_forgets_nothing_of_the_first():
-    scheduler = make_scheduler(tokens=4)
+    scheduler = make_scheduler(tokens=4, cache=False)
     scheduler.add(make(0, 2, max_new_tokens=30))
     seq = make(1, 6, max_new_tokens=9)
     scheduler.add(seq)
@@ -431,9 +432,12 @@ def workloads(draw):
     block_size = draw(st.sampled_from([1, 2, 4]))
     blocks = draw(st.integers(6, 24))
     max_model_len = draw(st.integers(8, 40))
+    prefixes = [[draw(st.integers(0, VOCAB - 1)) for _ in range(10)] for _ in range(2)]
     requests = []
     for index in range(draw(st.integers(1, 12))):
         prompt = draw(st.integers(1, 14))
+        common = draw(st.sampled_from(prefixes))[: draw(st.integers(0, 10))]
+        own = [draw(st.integers(0, VOCAB - 1)) for _ in range(max(0, prompt - len(common)))]
         new = draw(st.integers(0, 16))
         params = SamplingParams(
             max_new_tokens=new,
@@ -444,7 +448,7 @@ def workloads(draw):
             Request(
                 index=index,
                 id=f"r{index}",
-                prompt_token_ids=[draw(st.integers(0, VOCAB - 1)) for _ in range(prompt)],
+                prompt_token_ids=(common + own)[:prompt],
                 params=params,
             )
         )
@@ -454,16 +458,24 @@ def workloads(draw):
         "tokens": draw(st.integers(1, 24)),
         "sequences": draw(st.integers(1, 8)),
         "max_model_len": max_model_len,
+        "cache": draw(st.booleans()),
     }
     arrivals = [draw(st.integers(0, 20)) for _ in requests]
     return limits, requests, sorted(arrivals)
 
 
 def check_blocks(scheduler: Scheduler) -> None:
-    """Every block is free or owned by one running sequence, which has room for its tokens."""
-    pool = scheduler.pool
-    owned = [block for seq in scheduler.running for block in seq.block_ids]
-    assert len(owned) == len(set(owned)) == pool.num_blocks - pool.num_free
+    """Every block is free or owned by running sequences, which have room for their tokens; only
+    those whose tokens are the same up to a block's end own it together.
+    """
+    pool, size = scheduler.pool, scheduler.pool.block_size
+    owned: dict[int, list[int]] = {}
+    for seq in scheduler.running:
+        assert len(set(seq.block_ids)) == len(seq.block_ids)
+        for index, block in enumerate(seq.block_ids):
+            known = seq.token_ids[: (index + 1) * size]
+            assert owned.setdefault(block, known) == known
+    assert len(owned) == pool.num_blocks - pool.num_free
     for seq in scheduler.waiting:
         assert (seq.block_ids, seq.num_computed, seq.status) == ([], 0, Status.WAITING)
     for seq in scheduler.running:
@@ -539,7 +551,7 @@ def test_every_request_finishes_once_with_the_tokens_it_has_alone(workload):
     assert sorted([*refused, *(c.index for c in done)]) == [r.index for r in requests]
     for completion in done:
         expected = alone(requests[completion.index], limits["max_model_len"])
-        expected.timing = completion.timing
+        expected.timing, expected.cached_tokens = completion.timing, completion.cached_tokens
         assert completion == expected
     capacity = limits["blocks"] * limits["block_size"]
     for request in requests:

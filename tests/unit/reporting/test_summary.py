@@ -216,7 +216,7 @@ def test_the_keys_of_the_report_file_are_those_that_its_readers_know():
     values = json.loads(summary(run_report(first, layers=layers, findings=found)).to_json())
     run = values["run"]
     assert list(values) == (
-        "total resumed errors requests prompt_tokens generated_tokens user_keys "
+        "total resumed errors requests prompt_tokens generated_tokens cached_tokens user_keys "
         "capacity run".split()
     )
     assert list(run) == (

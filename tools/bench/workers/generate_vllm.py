@@ -24,7 +24,7 @@ class Worker:
             model=checkpoint,
             skip_tokenizer_init=True,
             dtype="float32",
-            enable_prefix_caching=False,
+            enable_prefix_caching=True,
         )
         return {"versions": {"torch": torch.__version__, "vllm": vllm.__version__}, "idle": before}
 
@@ -35,6 +35,7 @@ class Worker:
         params = SamplingParams(
             temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
+        self._llm.reset_prefix_cache()  # filled by the rounds before
         begin = time.perf_counter()
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
