@@ -20,6 +20,7 @@ from engine.config import SamplingConfig
 from engine.config.validation import field_problems, rule
 
 FinishReason = Literal["stop", "length", "error"]
+TopLogprobs = list[tuple[int, float]]  # (token id, log probability), likeliest first
 Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
 # Why a request cannot run; docs/batch.md has the cause of each. A code that was given keeps its
 # meaning: users' scripts select records by it.
@@ -61,7 +62,8 @@ class SamplingParams(SamplingConfig):
     """How one request's tokens are chosen and when they end.
 
     A list of `stop` or `stop_token_ids`, or an array, becomes a tuple, a single stop string a tuple
-    of one.
+    of one. A number of `logprobs` or `prompt_logprobs` asks for so many likeliest tokens too.
+    `echo` with `logprobs` asks for the prompt's as well.
 
     Raises:
         ValueError: naming the field, its value and the rule it breaks.
@@ -70,6 +72,7 @@ class SamplingParams(SamplingConfig):
     max_new_tokens: int = field(  # 0: only the prompt is run, for its logprobs
         default=128, metadata=rule("at least 0 (0: run the prompt only)", lambda v: v >= 0)
     )
+    echo: bool = False  # the text begins with the prompt's
 
     def __post_init__(self) -> None:
         stop, stop_ids = self.stop, self.stop_token_ids
@@ -78,8 +81,33 @@ class SamplingParams(SamplingConfig):
             numbers = [(token, whole_number(token)) for token in stop_ids]
             stop_ids = tuple(token if number is None else number for token, number in numbers)
         object.__setattr__(self, "stop_token_ids", stop_ids)
+        self._split_counts()
         for problem in field_problems(self, full=True):
             raise ValueError(problem)
+        for asked, top in (
+            ("logprobs", self.top_logprobs),
+            ("prompt_logprobs", self.prompt_top_logprobs),
+        ):
+            if top and not getattr(self, asked):
+                name = asked.replace("logprobs", "top_logprobs")
+                raise ValueError(f"{name} = {top}: needs {asked}: true")
+
+    def _split_counts(self) -> None:
+        """Turn numbers of likeliest tokens into what they ask for, and `echo` into logprobs."""
+        for asked in ("logprobs", "prompt_logprobs"):
+            value, top = getattr(self, asked), asked.replace("logprobs", "top_logprobs")
+            if type(value) is int:
+                if getattr(self, top) in (0, value):
+                    object.__setattr__(self, asked, True)
+                    object.__setattr__(self, top, value)
+                else:
+                    raise ValueError(
+                        f"{asked} = {value}: differs from {top} = {getattr(self, top)}"
+                    )
+        if self.echo is True and self.logprobs is True:
+            object.__setattr__(self, "prompt_logprobs", True)
+            if not self.prompt_top_logprobs:
+                object.__setattr__(self, "prompt_top_logprobs", self.top_logprobs)
 
     @property
     def greedy(self) -> bool:
@@ -98,9 +126,10 @@ class SamplingParams(SamplingConfig):
             ValueError: a bad value, or an unknown name (with the nearest known one).
         """
         names = [f.name for f in fields(cls)]
-        values = {name: getattr(config, name) for name in names}
+        # What the config does not have is asked for by request alone.
+        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
         for name, value in overrides.items():
-            if name not in values:
+            if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
                 raise ValueError(f"{name!r} is not a sampling parameter: {hint}")
@@ -199,6 +228,7 @@ class Request:
     prompt_token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     choice: int = 0  # its number among the completions that one line asks for
+    prompt_text: str | None = None  # as given, with `echo`; None: decoded from the token ids
     endpoint: Endpoint | None = None  # of an OpenAI batch line; None: a line of our own form
 
     def __post_init__(self) -> None:
@@ -267,6 +297,12 @@ class Completion:
     completion_tokens: int
     logprobs: list[float] | None = None
     prompt_logprobs: list[float | None] | None = None  # [0] is None: nothing precedes it
+    top_logprobs: list[TopLogprobs] | None = None  # per generated token
+    # Per prompt token, [0] is None. A token is the greedy choice where it is the first.
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    # The stop text or token id that ended it; None: the end-of-sequence token, or the length.
+    stop_reason: str | int | None = None
+    prompt_text: str = ""  # with `echo`; `text` begins with it
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
@@ -313,8 +349,12 @@ class Completion:
         }
         if self.logprobs is not None:
             out["logprobs"] = self.logprobs
+        if self.top_logprobs is not None:
+            out["top_logprobs"] = self.top_logprobs
         if self.prompt_logprobs is not None:
             out["prompt_logprobs"] = self.prompt_logprobs
+        if self.prompt_top_logprobs is not None:
+            out["prompt_top_logprobs"] = self.prompt_top_logprobs
         out["capacity"] = {
             "assignments": self.capacity.assignments,
             "dropped": self.capacity.dropped,

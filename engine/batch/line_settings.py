@@ -141,10 +141,13 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
             message = f"{' and '.join(others)} mean the same: give one of them"
             raise RequestError("conflicting_settings", message)
         ours[name] = value
-    # In OpenAI's completions this is the number of likeliest tokens to report log probabilities of;
-    # here only the chosen token's is reported.
-    if not chat and type(ours.get("logprobs")) is int and ours["logprobs"] in (0, 1):
-        ours["logprobs"] = True
+    # In completions a number asks for so many likeliest tokens, in chat `top_logprobs` does.
+    if chat and type(ours.get("logprobs")) is int:
+        message = (
+            f"logprobs = {ours['logprobs']}: must be true or false with messages; give the number "
+            "in top_logprobs"
+        )
+        raise RequestError("invalid_value", message)
     return ours
 
 

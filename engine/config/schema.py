@@ -62,6 +62,7 @@ def _positive(high: int) -> dict[str, Rule]:
 _COUNT = _at_least(1, _MOST)
 _COUNT_OR_0 = _at_least(0, _MOST)
 _GIB, _MIB = _positive(2**20), _positive(2**30)
+_TOP = rule("from 0 to 100", lambda v: 0 <= v <= 100)
 _SEED = rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 _NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
 _EVERY = rule(
@@ -267,6 +268,10 @@ class SamplingConfig:
     ignore_eos: bool = False  # generate max_new_tokens, whatever the end-of-sequence token
     logprobs: bool = False  # report the log probability of every new token
     prompt_logprobs: bool = False  # report the log probability of every prompt token
+    top_logprobs: int = field(default=0, metadata=_TOP)  # also report so many likeliest tokens per
+    # new token, with their log probabilities; needs logprobs
+    prompt_top_logprobs: int = field(default=0, metadata=_TOP)  # the same per prompt token; needs
+    # prompt_logprobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.ops.to_device import to_device
-from engine.request import SamplingParams
+from engine.request import SamplingParams, TopLogprobs
 
 _NUCLEUS_CANDIDATES = 1024  # tokens that top-p looks at before it resorts to sorting them all
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -29,7 +29,12 @@ class NonFiniteLogitsError(ValueError):
     """Logits that are NaN, infinite, or all -inf. The other rows are sampled nevertheless."""
 
     def __init__(
-        self, rows: list[int], names: list[str], tokens: list[int], logprobs: list[float] | None
+        self,
+        rows: list[int],
+        names: list[str],
+        tokens: list[int],
+        logprobs: list[float] | None,
+        top: list[TopLogprobs] | None = None,
     ) -> None:
         many = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
         super().__init__(
@@ -39,6 +44,16 @@ class NonFiniteLogitsError(ValueError):
         self.rows = rows  # the failed ones
         self.tokens = tokens  # what `sample` would have returned, with -1 in the failed rows
         self.logprobs = logprobs
+        self.top = top
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome of a step, per row."""
+
+    tokens: list[int]
+    logprobs: list[float] | None  # None where no row asks for them
+    top: list[TopLogprobs] | None  # empty in rows that ask for none; None where no row does
 
 
 def uniform(
@@ -65,7 +80,19 @@ def sample(
     request_indices: Sequence[int],
     request_ids: Sequence[str | int] | None = None,
 ) -> tuple[list[int], list[float] | None]:
-    """Return the next token of each row, and their logprobs if any row asks for them, else None.
+    """Return the next token of each row and their logprobs, as `sample_rows` does."""
+    sampled = sample_rows(logits_SV, params, positions, request_indices, request_ids)
+    return sampled.tokens, sampled.logprobs
+
+
+def sample_rows(
+    logits_SV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    request_indices: Sequence[int],
+    request_ids: Sequence[str | int] | None = None,
+) -> Sampled:
+    """Return the next token of each row, their logprobs and the likeliest, where rows ask for them.
 
     Equal logits: the lower id wins, in greedy choice and at the edge of top_k and top_p.
 
@@ -80,26 +107,32 @@ def sample(
         NonFiniteLogitsError: a ValueError that names the requests with non-finite logits.
     """
     if not params:
-        return [], None
+        return Sampled([], None, None)
     assert logits_SV.dtype == torch.float32, f"logits are {logits_SV.dtype}"
     top_S, tokens_S = logits_SV.max(dim=1)  # of equal maxima the first; NaN counts as a maximum
     if not all(p.greedy for p in params):
         _sample_rows(logits_SV, top_S, tokens_S, params, positions, request_indices)
     chosen_S = torch.where(top_S.isfinite(), tokens_S, -1)
     logprobs: list[float] | None = None
+    top: list[TopLogprobs] | None = None
     if any(p.logprobs for p in params):
         logprobs_S = token_logprobs(logits_SV, tokens_S)
-        # Both in one copy: float64 holds token ids and float32 logprobs exactly.
+        likeliest = Likeliest.of(logits_SV, [p.top_logprobs for p in params])
+        parts = [chosen_S.double(), logprobs_S.double()]
+        # All in one copy: float64 holds token ids and float32 logprobs exactly.
         # SYNC: the host needs the tokens to see which sequences end and to schedule the next step.
-        packed = torch.stack([chosen_S.double(), logprobs_S.double()]).tolist()
-        tokens, logprobs = [int(token) for token in packed[0]], packed[1]
+        packed = torch.cat(parts if likeliest is None else [*parts, likeliest.packed]).tolist()
+        count = len(params)
+        tokens, logprobs = [int(token) for token in packed[:count]], packed[count : 2 * count]
+        if likeliest is not None:
+            top = likeliest.unpack(packed[2 * count :])
     else:
         tokens = chosen_S.tolist()  # SYNC: as above
     if min(tokens) < 0:
         bad = [row for row, token in enumerate(tokens) if token < 0]
         names = [repr(request_ids[r]) if request_ids else f"#{request_indices[r]}" for r in bad]
-        raise NonFiniteLogitsError(bad, names, tokens, logprobs)
-    return tokens, logprobs
+        raise NonFiniteLogitsError(bad, names, tokens, logprobs, top)
+    return Sampled(tokens, logprobs, top)
 
 
 def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tensor:
@@ -114,6 +147,43 @@ def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tens
     if not isinstance(token_ids, Tensor):
         ids_R = to_device(ids_R, logits_RV.device)
     return logits_RV.gather(1, ids_R[:, None])[:, 0] - logits_RV.logsumexp(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The likeliest tokens of the rows that ask for some, with logprobs, on their device."""
+
+    counts: list[int]  # per row how many it asks for, 0 where it asks for none
+    width: int  # tokens per asking row in `packed`
+    packed: Tensor  # float64 [2 * R * width]: token ids, then logprobs; float64 holds both exactly
+
+    @classmethod
+    def of(cls, logits_SV: Tensor, counts: list[int]) -> Likeliest | None:
+        """Find `counts` tokens per row, of equal logits the lower id first; None for all 0."""
+        if not any(counts):
+            return None
+        width = min(max(counts), logits_SV.shape[1])
+        logits_RV = logits_SV
+        if not all(counts):
+            rows_R = torch.tensor([row for row, count in enumerate(counts) if count])
+            logits_RV = logits_SV.index_select(0, to_device(rows_R, logits_SV.device))
+        ids_RC = _likeliest(logits_RV, width)
+        logprobs_RC = logits_RV.gather(1, ids_RC) - logits_RV.logsumexp(dim=1, keepdim=True)
+        return cls(counts, width, torch.cat([ids_RC.double(), logprobs_RC.double()]).flatten())
+
+    def unpack(self, packed: list[float]) -> list[TopLogprobs]:
+        """Return what each row asked for.
+
+        Args:
+            packed: `self.packed` as a list.
+        """
+        half, start, top = len(packed) // 2, 0, []
+        for count in self.counts:
+            kept = min(count, self.width)
+            logprobs = packed[half + start : half + start + kept]
+            top.append(list(zip(map(int, packed[start : start + kept]), logprobs, strict=True)))
+            start += self.width if count else 0
+        return top
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection
 from enum import Enum
 
-from engine.generation.detokenizer import StopChecker, TokenDecoder
+from engine.generation.detokenizer import StopChecker, TokenDecoder, decode
 from engine.request import (
     CapacityUse,
     Completion,
@@ -21,6 +21,7 @@ from engine.request import (
     Request,
     RequestError,
     Timing,
+    TopLogprobs,
     error_record,
 )
 
@@ -37,8 +38,8 @@ class Sequence:
     """The state of one request.
 
     Written from outside: `num_computed`, `num_computed_before`, `block_ids`, `status` and
-    `max_length` by the scheduler, `prompt_logprobs` (extended) by its `commit`, `capacity` by the
-    loop. Everything else is written by this class alone.
+    `max_length` by the scheduler, `prompt_logprobs` and `prompt_top_logprobs` (extended) by its
+    `commit`, `capacity` by the loop. Everything else is written by this class alone.
 
     Raises:
         RequestError: for stop strings without a tokenizer.
@@ -46,8 +47,8 @@ class Sequence:
 
     __slots__ = (
         "block_ids", "capacity", "error", "finish_reason", "logprobs", "max_length", "num_computed",
-        "num_computed_before", "num_prompt", "prompt_logprobs", "request", "status", "stopper",
-        "timing", "token_ids",
+        "num_computed_before", "num_prompt", "prompt_logprobs", "prompt_top_logprobs", "request",
+        "status", "stopper", "timing", "token_ids", "tokenizer", "top_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +71,11 @@ class Sequence:
         self.error: RequestError | None = None
         self.logprobs: list[float] | None = [] if params.logprobs else None
         self.prompt_logprobs: list[float | None] | None = [None] if params.prompt_logprobs else None
+        self.top_logprobs: list[TopLogprobs] | None = [] if params.top_logprobs else None
+        self.prompt_top_logprobs: list[TopLogprobs | None] | None = None
+        if params.prompt_top_logprobs:
+            self.prompt_top_logprobs = [None]
+        self.tokenizer = tokenizer
         self.capacity = CapacityUse()
         self.timing = Timing(arrived=time.monotonic())
         self.stopper = StopChecker(
@@ -89,18 +95,24 @@ class Sequence:
         """The generated text so far: whole characters, without the stop string."""
         return self.stopper.text
 
-    def append(self, token_id: int, logprob: float | None = None) -> None:
+    def append(
+        self, token_id: int, logprob: float | None = None, top: TopLogprobs | None = None
+    ) -> None:
         """Append a sampled token and check whether it ends the request.
 
         A token that the tokenizer cannot decode ends it with an error.
 
         Args:
             logprob: required, and kept, when the request asked for logprobs.
+            top: the likeliest tokens, the same.
         """
         self.token_ids.append(token_id)
         if self.logprobs is not None:
             assert logprob is not None, "the request asked for logprobs"
             self.logprobs.append(logprob)
+        if self.top_logprobs is not None:
+            assert top is not None, "the request asked for top_logprobs"
+            self.top_logprobs.append(top)
         if self.timing.first_token is None:
             self.timing.first_token = time.monotonic()
         try:
@@ -122,7 +134,9 @@ class Sequence:
     def completion(self) -> Completion:
         """Return the outcome of a finished sequence; an error where its text cannot be decoded."""
         assert self.finish_reason is not None, f"request {self.request.id!r} is not finished"
+        prompt_text = ""
         try:
+            prompt_text = self._prompt_text()
             text = self.text
         except RequestError as problem:
             text = self.stopper.decoded_text
@@ -130,15 +144,31 @@ class Sequence:
         return Completion(
             index=self.request.index,
             id=self.request.id,
-            text=text,
+            text=prompt_text + text,
             token_ids=self.token_ids[self.num_prompt :],
             finish_reason=self.finish_reason,
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_generated,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            top_logprobs=self.top_logprobs,
+            prompt_top_logprobs=self.prompt_top_logprobs,
+            stop_reason=self.stopper.stop_reason if self.finish_reason == "stop" else None,
+            prompt_text=prompt_text,
             capacity=self.capacity,
             error=None if self.error is None else error_record(self.error),
             timing=self.timing,
             request=self.request,
         )
+
+    def _prompt_text(self) -> str:
+        """Return the prompt's text where the request asks for it, "" otherwise.
+
+        Raises:
+            RequestError: the tokenizer cannot decode it.
+        """
+        if not self.request.params.echo or self.tokenizer is None:
+            return ""
+        if self.request.prompt_text is not None:
+            return self.request.prompt_text
+        return decode(self.tokenizer, self.token_ids[: self.num_prompt])

@@ -16,7 +16,30 @@ from engine.request import CapacityUse, Completion, Request, RequestError, Sampl
 
 def test_sampling_params_have_exactly_the_fields_and_defaults_of_the_config():
     of_config = {field.name: field.default for field in fields(SamplingConfig)}
-    assert {field.name: field.default for field in fields(SamplingParams)} == of_config
+    of_params = {field.name: field.default for field in fields(SamplingParams)}
+    assert {name: of_params.pop(name) for name in of_config} == of_config
+    assert set(of_params) == {"echo"}  # asked for by request alone
+
+
+def test_a_number_of_logprobs_asks_for_so_many_likeliest_tokens():
+    params = SamplingParams(logprobs=5, prompt_logprobs=0)
+    assert (params.logprobs, params.top_logprobs) == (True, 5)
+    assert (params.prompt_logprobs, params.prompt_top_logprobs) == (True, 0)
+    with pytest.raises(ValueError, match="logprobs = 5: differs from top_logprobs = 3"):
+        SamplingParams(logprobs=5, top_logprobs=3)
+
+
+def test_echo_with_logprobs_asks_for_the_prompts_too():
+    params = SamplingParams(echo=True, logprobs=3)
+    assert (params.prompt_logprobs, params.prompt_top_logprobs) == (True, 3)
+    assert not SamplingParams(echo=True).prompt_logprobs
+
+
+def test_likeliest_tokens_without_logprobs_are_refused():
+    with pytest.raises(ValueError, match="^top_logprobs = 2: needs logprobs: true"):
+        SamplingParams(top_logprobs=2)
+    with pytest.raises(ValueError, match="^prompt_top_logprobs = 2: needs prompt_logprobs: true"):
+        SamplingParams(prompt_top_logprobs=2)
 
 
 def test_overrides_replace_the_config_and_none_keeps_it():
@@ -54,7 +77,10 @@ def test_an_unknown_override_is_refused_with_the_nearest_name():
         ("stop_token_ids", ("a",)),
         ("ignore_eos", 1),
         ("logprobs", None),
-        ("prompt_logprobs", 5),
+        ("prompt_logprobs", 5.0),
+        ("top_logprobs", -1),
+        ("top_logprobs", 101),
+        ("echo", 1),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value):

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.generation import sampler
-from engine.generation.sampler import NonFiniteLogitsError, sample, token_logprobs, uniform
+from engine.generation.sampler import (
+    NonFiniteLogitsError,
+    sample,
+    sample_rows,
+    token_logprobs,
+    uniform,
+)
 from engine.request import SamplingParams
 
 LOG = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
@@ -295,6 +301,34 @@ def test_token_logprobs_pick_one_token_per_row_in_float32():
     torch.testing.assert_close(result, logits.log_softmax(1)[range(5), targets])
     assert torch.equal(token_logprobs(logits, torch.tensor(targets)), result)
     assert token_logprobs(logits[:0], []).shape == (0,)
+
+
+def test_the_likeliest_tokens_are_those_that_a_row_asks_for_and_of_equals_the_lower_ids():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 5.0, 1.0]])
+    params = [SamplingParams(logprobs=3), SamplingParams(), SamplingParams(logprobs=1)]
+    sampled = sample_rows(logits, params, [0] * 3, range(3))
+    exact = logits.double().log_softmax(1)
+    assert sampled.top is not None
+    assert [[token for token, _ in row] for row in sampled.top] == [[1, 3, 2], [], [2]]
+    for row in (0, 2):
+        for token, logprob in sampled.top[row]:
+            assert logprob == pytest.approx(exact[row, token].item(), abs=1e-6)
+
+
+def test_the_likeliest_tokens_do_not_depend_on_the_other_rows():
+    logits, _ = mixed_batch(8)
+    params = [SamplingParams(logprobs=row) for row in range(8)]
+    whole = sample_rows(logits, params, [0] * 8, range(8)).top
+    assert whole is not None
+    for row in range(1, 8):
+        one = sample_rows(logits[row : row + 1], [params[row]], [0], [row])
+        assert one.top == [whole[row]]
+
+
+def test_more_likeliest_tokens_than_there_are_gives_all():
+    sampled = sample_rows(torch.zeros(1, 3), [SamplingParams(logprobs=20)], [0], [0])
+    assert sampled.top is not None
+    assert [token for token, _ in sampled.top[0]] == [0, 1, 2]
 
 
 # --- bad logits -------------------------------------------------------------------------------

@@ -139,3 +139,49 @@ def test_a_prompt_that_cannot_be_decoded_is_the_error_of_its_request():
     seq = Sequence(request, tokenizer=Broken(IndexError("no such piece")))
     seq.append(1)
     assert seq.completion().finish_reason == "error"
+
+
+class Letters:
+    """A tokenizer whose token n is the nth letter."""
+
+    def decode(self, ids, *, skip_special_tokens):
+        return "".join(chr(ord("a") + token) for token in ids)
+
+
+def test_the_likeliest_tokens_are_kept_one_list_per_token():
+    seq = make(max_new_tokens=2, logprobs=2, prompt_logprobs=1)
+    assert seq.prompt_top_logprobs == [None]
+    seq.append(1, -0.25, [(1, -0.25), (0, -2.0)])
+    seq.append(2, -0.5, [(2, -0.5), (0, -1.0)])
+    assert seq.completion().top_logprobs == [[(1, -0.25), (0, -2.0)], [(2, -0.5), (0, -1.0)]]
+
+
+@pytest.mark.parametrize(("prompt_text", "expected"), [("Hij", "Hij"), (None, "hij")])
+def test_echo_puts_the_prompts_text_before_the_new_text(prompt_text, expected):
+    params = SamplingParams(max_new_tokens=1, echo=True)
+    ids = (7, 8, 9)
+    request = Request(index=0, id="r", prompt_token_ids=ids, params=params, prompt_text=prompt_text)
+    seq = Sequence(request, tokenizer=Letters())
+    seq.append(1)
+    done = seq.completion()
+    assert (done.text, done.prompt_text, done.token_ids) == (f"{expected}b", expected, [1])
+
+
+def test_the_stop_reason_is_the_text_or_id_that_the_request_named():
+    reasons = []
+    for eos, params, token in (
+        ((5,), {}, 5),
+        ((), {"stop_token_ids": [5]}, 5),
+        ((), {"stop": ["bc", "b"]}, 1),
+        ((), {}, 1),
+    ):
+        request = Request(
+            index=0,
+            id="r",
+            prompt_token_ids=[3],
+            params=SamplingParams(max_new_tokens=1, **params),
+        )
+        seq = Sequence(request, tokenizer=Letters(), eos_token_ids=eos)
+        seq.append(token)
+        reasons.append(seq.completion().stop_reason)
+    assert reasons == [None, 5, "b", None]
