@@ -33,7 +33,14 @@ from engine.batch.strict_json import parse_object, show
 from engine.config import SamplingConfig
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.tokenizer import tokenizer_failure
-from engine.request import Completion, Request, RequestError, SamplingParams, check_token_ids
+from engine.request import (
+    Completion,
+    Request,
+    RequestError,
+    SamplingParams,
+    check_logit_bias,
+    check_token_ids,
+)
 
 # Of a line: what has the prompt, settings by the names of `SamplingParams`, keys of the user's own.
 _Parts = tuple[dict[str, Any], dict[str, Any], list[str]]
@@ -100,6 +107,7 @@ class LineParser:
             params = SamplingParams.from_config(self.sampling, **settings)
         except (ValueError, OverflowError) as error:  # a number beyond every float overflows
             raise RequestError("invalid_value", str(error)) from error
+        check_logit_bias(params, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestError(
                 "no_tokenizer",

@@ -128,8 +128,8 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
     """
     ours: dict[str, Any] = {}
     for key, value in settings.items():
-        if value is None:
-            continue
+        if value is None or (key == "seed" and type(value) is int and value == -1):
+            continue  # -1 is how others leave the seed out
         if key in UNSUPPORTED:
             if not asks_nothing(key, value):
                 message = f"{key} = {show(value)}: {key} is not supported; leave it out"

@@ -84,8 +84,8 @@ def result_settings(config: Config) -> dict[str, Any]:
 
     Those of moe.dispatch, moe.shared_expert, the placement and later ones of sampling are left out
     where they have their defaults, so that older ledgers still resume. moe.overlap.by = tokens is
-    left out, though it may change results by rounding where the GEMM library picks its kernel by the
-    number of rows.
+    left out, though it may change results by rounding where the GEMM library picks its kernel by
+    the number of rows.
     """
     tree: dict[str, Any] = {
         "model": asdict(config.model),

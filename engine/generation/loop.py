@@ -46,6 +46,7 @@ from engine.request import (
     Completion,
     Request,
     RequestError,
+    check_logit_bias,
     check_token_ids,
 )
 
@@ -221,6 +222,7 @@ class GenerationLoop:
                 request.prompt_token_ids,
                 self._runner.model.vocab_size,
             )
+            check_logit_bias(request.params, self._runner.model.vocab_size)
             self._scheduler.add(
                 Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
             )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.generation.sampling.logit_adjustments import History, adjust
 from engine.ops.to_device import to_device
 from engine.request import SamplingParams, TopLogprobs
 
@@ -91,17 +92,21 @@ def sample_rows(
     positions: Sequence[int],
     request_indices: Sequence[int],
     request_ids: Sequence[str | int] | None = None,
+    histories: Sequence[History | None] = (),
 ) -> Sampled:
     """Return the next token of each row, their logprobs and the likeliest, where rows ask for them.
 
     Equal logits: the lower id wins, in greedy choice and at the edge of top_k and top_p.
 
     Args:
-        logits_SV: float32 [S, V], any device; -inf forbids a token.
+        logits_SV: float32 [S, V], any device; -inf forbids a token. Overwritten where `histories`
+            adjust them.
         positions: the position of each new token in its sequence.
         request_ids: names for the error; by default the indices.
+        histories: one per row, None in rows whose logits are not adjusted; () for none at all.
 
-    A logprob is the natural log of the softmax of the raw logits (temperature 1, unfiltered).
+    A logprob is the natural log of the softmax of the raw logits (temperature 1, unfiltered, before
+    bias and penalties).
 
     Raises:
         NonFiniteLogitsError: a ValueError that names the requests with non-finite logits.
@@ -109,15 +114,20 @@ def sample_rows(
     if not params:
         return Sampled([], None, None)
     assert logits_SV.dtype == torch.float32, f"logits are {logits_SV.dtype}"
+    asks_logprobs = any(p.logprobs for p in params)
+    raw_SV = logits_SV
+    if any(histories):
+        logits_SV = logits_SV.clone() if asks_logprobs else logits_SV
+        adjust(logits_SV, histories)
     top_S, tokens_S = logits_SV.max(dim=1)  # of equal maxima the first; NaN counts as a maximum
     if not all(p.greedy for p in params):
         _sample_rows(logits_SV, top_S, tokens_S, params, positions, request_indices)
     chosen_S = torch.where(top_S.isfinite(), tokens_S, -1)
     logprobs: list[float] | None = None
     top: list[TopLogprobs] | None = None
-    if any(p.logprobs for p in params):
-        logprobs_S = token_logprobs(logits_SV, tokens_S)
-        likeliest = Likeliest.of(logits_SV, [p.top_logprobs for p in params])
+    if asks_logprobs:
+        logprobs_S = token_logprobs(raw_SV, tokens_S)
+        likeliest = Likeliest.of(raw_SV, [p.top_logprobs for p in params])
         parts = [chosen_S.double(), logprobs_S.double()]
         # All in one copy: float64 holds token ids and float32 logprobs exactly.
         # SYNC: the host needs the tokens to see which sequences end and to schedule the next step.
@@ -196,12 +206,19 @@ class _Rows:
     temperature_R: Tensor
     top_k_R: Tensor  # V where it is off
     top_p_R: Tensor
+    min_p_R: Tensor | None  # None where no row has it
 
     def weights(self, logits_RC: Tensor) -> Tensor:
-        """Return unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1."""
+        """Return unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1.
+
+        Tokens below min_p have weight 0.
+        """
         smallest = torch.finfo(torch.float32).tiny
         temperature_R1 = self.temperature_R.float().clamp(min=smallest)[:, None]
-        return ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
+        weights_RC = ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
+        if self.min_p_R is not None:
+            weights_RC = weights_RC.masked_fill(weights_RC < self.min_p_R[:, None], 0)
+        return weights_RC
 
 
 def _sample_rows(
@@ -227,16 +244,34 @@ def _sample_rows(
         # One small copy to the device: float64 holds the row numbers and top_k exactly.
         table = np.array(
             [
-                (row, draw, params[row].temperature, top_k[row], params[row].top_p)
+                (
+                    row,
+                    draw,
+                    params[row].temperature,
+                    top_k[row],
+                    params[row].top_p,
+                    params[row].min_p,
+                )
                 for row, draw in zip(numbers, random, strict=True)
             ],
             dtype=np.float64,  # a temperature may be an integer of any size
         )
-        row_R, *columns = to_device(torch.from_numpy(table), logits_SV.device).unbind(1)
+        has_min_p = any(params[row].min_p for row in numbers)
+        row_R, random_R, temperature_R, top_k_R, top_p_R, min_p_R = to_device(
+            torch.from_numpy(table), logits_SV.device
+        ).unbind(1)
         row_R = row_R.long()
         whole = len(numbers) == len(params)
         logits_RV = logits_SV if whole else logits_SV.index_select(0, row_R)
-        rows = _Rows(logits_RV, top_S[row_R], *columns)
+        rows = _Rows(
+            logits_RV,
+            top_S[row_R],
+            random_R,
+            temperature_R,
+            top_k_R,
+            top_p_R,
+            min_p_R if has_min_p else None,
+        )
         if numbers is plain:
             tokens_S[row_R] = _invert(rows.weights(logits_RV), rows.random_R)
         else:
@@ -273,7 +308,7 @@ def _likeliest(logits_RV: Tensor, width: int) -> Tensor:
 
 
 def _pick_filtered(rows: _Rows, width: int, *, nucleus: bool) -> Tensor:
-    """Return tokens [R], sampled after filtering by top_k and then by top_p.
+    """Return tokens [R], sampled after filtering by min_p, top_k and then top_p.
 
     Top-p keeps the fewest of the likeliest tokens whose mass reaches top_p.
 

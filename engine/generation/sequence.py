@@ -14,6 +14,7 @@ from collections.abc import Collection
 from enum import Enum
 
 from engine.generation.detokenizer import StopChecker, TokenDecoder, decode
+from engine.generation.sampling.logit_adjustments import History
 from engine.request import (
     CapacityUse,
     Completion,
@@ -46,9 +47,10 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_ids", "capacity", "error", "finish_reason", "logprobs", "max_length", "num_computed",
-        "num_computed_before", "num_prompt", "prompt_logprobs", "prompt_top_logprobs", "request",
-        "status", "stopper", "timing", "token_ids", "tokenizer", "top_logprobs",
+        "block_ids", "capacity", "error", "finish_reason", "history", "logprobs", "max_length",
+        "num_computed", "num_computed_before", "num_prompt", "prompt_logprobs",
+        "prompt_top_logprobs", "request", "status", "stopper", "timing", "token_ids", "tokenizer",
+        "top_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +86,8 @@ class Sequence:
             eos_token_ids=eos_token_ids,
             context=request.prompt_token_ids,
         )
+        # What adjusts its logits; None: nothing does.
+        self.history = History.of(params, self.token_ids, self.num_prompt, self.stopper.stop_ids)
 
     @property
     def num_generated(self) -> int:

@@ -55,6 +55,7 @@ def read_step(step: Step, logits_of: Logits) -> StepOutcome:
             [len(piece.seq.token_ids) for piece in step.sampling],
             [request.index for request in requests],
             [request.id for request in requests],
+            [piece.seq.history for piece in step.sampling],
         )
     except NonFiniteLogitsError as error:
         sampled = Sampled(error.tokens, error.logprobs, error.top)

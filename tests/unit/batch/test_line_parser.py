@@ -190,7 +190,7 @@ def test_a_misspelt_setting_is_an_error_with_the_nearest_name(key, meant):
         ({"id": 1, "prompt": "a", "max_tokens": 1, "max_new_tokens": 2}, "give one of them"),
         ({"id": 1, "prompt": "a", "n": 2}, "n = 2: n is not supported"),
         ({"id": 1, "prompt": "a", "stream": True}, "stream is not supported"),
-        ({"id": 1, "prompt": "a", "presence_penalty": 0.5}, "presence_penalty is not supported"),
+        ({"id": 1, "prompt": "a", "suffix": "x"}, "suffix is not supported"),
         ({"id": 1, "prompt": "a", "logprobs": 5.0}, "logprobs = 5.0: must be true or false"),
         (b"{", "is not valid JSON"),
         (b"hello", "is not valid JSON"),

@@ -32,6 +32,7 @@ def oracle(logits: list[float], params: SamplingParams, u: float) -> int:
     top = logits[order[0]]
     weight = [math.exp((value - top) / params.temperature) for value in logits]
     order = order[: params.top_k or None]
+    order = [token for token in order if weight[token] >= params.min_p]
     total = math.fsum(weight[token] for token in order)
     kept, mass = [], 0.0
     for token in order:
@@ -137,12 +138,17 @@ def test_uniform_is_even_and_its_three_keys_are_independent():
         ({"top_p": 0.3}, [0, 1, 0, 0]),
         ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),  # 0.4 of 0.7 is more than half
         ({"top_k": 2, "top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.4, "top_p": 0.8}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"min_p": 0.4, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.6, "temperature": 2.0}, [0, 0.4**0.5, 0.2**0.5, 0.3**0.5]),
     ],
 )
 def test_frequencies_match_the_filtered_softmax(params, expected):
     n = 20_000
     tokens = draws(SamplingParams(**{"temperature": 1.0, "seed": 11, **params}), LOG, n)
     counts = np.bincount(tokens, minlength=4)
+    expected = [share / sum(expected) for share in expected]
     for count, probability in zip(counts, expected, strict=True):
         # Four standard deviations; exactly none where the probability is 0.
         assert abs(count - n * probability) <= 4 * math.sqrt(n * probability * (1 - probability))
@@ -161,6 +167,7 @@ def test_every_draw_is_the_one_of_the_oracle(candidates, data):
             temperature=data.draw(st.sampled_from([0.0, 0.7, 1.0, 2.5])),
             top_k=data.draw(st.sampled_from([0, 0, 1, 2, 3, 30])),
             top_p=data.draw(st.sampled_from([1.0, 1.0, 0.37, 0.77, 0.96])),
+            min_p=data.draw(st.sampled_from([0.0, 0.0, 0.1, 0.4])),
             seed=data.draw(st.integers(0, 3)),
         )
         for _ in range(size)
@@ -223,6 +230,8 @@ def mixed_batch(size: int) -> tuple[torch.Tensor, list[SamplingParams]]:
         {"temperature": 1.2, "top_p": 0.9},
         {"temperature": 1.0, "top_p": 0.8, "top_k": 20},
         {"temperature": 3.0, "top_p": 0.95, "seed": 9},
+        {"temperature": 2.0, "min_p": 0.1},
+        {"temperature": 2.0, "min_p": 0.02, "top_p": 0.9},
     ]
     return logits, [SamplingParams(**kinds[row % len(kinds)]) for row in range(size)]
 

@@ -185,3 +185,29 @@ def test_the_stop_reason_is_the_text_or_id_that_the_request_named():
         seq.append(token)
         reasons.append(seq.completion().stop_reason)
     assert reasons == [None, 5, "b", None]
+
+
+def stopped_at(stop: list[str], tokens: list[int], min_tokens: int) -> tuple[int, str]:
+    """Return how many tokens a request has when a stop text ends it, and its text."""
+    params = SamplingParams(max_new_tokens=20, stop=stop, min_tokens=min_tokens)
+    request = Request(index=0, id="r", prompt_token_ids=[3], params=params)
+    seq = Sequence(request, tokenizer=Letters())
+    for token in tokens:
+        if seq.finish_reason is None:
+            seq.append(token)
+    return seq.num_generated, seq.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "expected"),
+    [
+        (["b"], 0, (2, "a")),
+        (["b"], 2, (5, "abca")),
+        (["b"], 4, (5, "abca")),
+        (["bc"], 2, (3, "a")),  # completed by the third token
+        (["bc"], 3, (6, "abca")),
+        (["a", "bc"], 5, (6, "abca")),
+    ],
+)
+def test_a_stop_text_ends_nothing_within_the_minimum_number_of_tokens(stop, min_tokens, expected):
+    assert stopped_at(stop, [0, 1, 2, 0, 1, 2], min_tokens) == expected
