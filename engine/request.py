@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from engine.config import SamplingConfig
@@ -78,6 +78,9 @@ class SamplingParams(SamplingConfig):
             "with token ids from 0, and numbers from -100 to 100",
             lambda v: all(token >= 0 and -100 <= bias <= 100 for token, bias in v.items()),
         ),
+    )
+    n: int = field(  # completions of each prompt, every one drawn anew
+        default=1, metadata=rule("from 1 to 128", lambda v: 1 <= v <= 128)
     )
     echo: bool = False  # the text begins with the prompt's
 
@@ -258,9 +261,15 @@ def check_token_ids(
     return numbers
 
 
+MAX_CHOICES = 2048  # completions that one line may ask for
+_INDEX_BITS = 40  # an index is below 2**40; `Request.key` has the choice above it
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt to complete. Token ids of numpy or torch become whole numbers of Python.
+
+    A line that asks for several completions is its first one's request, with `others`.
 
     Raises:
         ValueError: a wrong index.
@@ -274,6 +283,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     choice: int = 0  # its number among the completions that one line asks for
     prompt_text: str | None = None  # as given, with `echo`; None: decoded from the token ids
+    others: tuple[Request, ...] = ()  # of the first choice: the line's further ones
     endpoint: Endpoint | None = None  # of an OpenAI batch line; None: a line of our own form
 
     def __post_init__(self) -> None:
@@ -284,6 +294,59 @@ class Request:
         except RequestError as error:
             raise RequestError(error.code, f"request {self.id!r}: {error}") from error
         object.__setattr__(self, "prompt_token_ids", ids)
+
+    @property
+    def choices(self) -> tuple[Request, ...]:
+        """Return the requests of all completions of the line in their order, this one first."""
+        return (self, *self.others)
+
+    @property
+    def key(self) -> int:
+        """Return what seeds its draws: of a first choice the line's index."""
+        return self.index + (self.choice << _INDEX_BITS)
+
+    @classmethod
+    def of_line(
+        cls,
+        index: int,
+        id: str | int,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        prompt_texts: Sequence[str | None] = (),
+        endpoint: Endpoint | None = None,
+    ) -> Request:
+        """Return the request of a line: `params.n` choices of each prompt, prompt after prompt.
+
+        Args:
+            prompts: token ids, at least one prompt.
+            prompt_texts: of the prompts that were given as text; kept where `params.echo`.
+
+        Raises:
+            RequestError: more choices than a line may have, or a prompt that is none.
+        """
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise RequestError(
+                "invalid_request",
+                f"{len(prompts)} prompts and n = {params.n} are {len(prompts) * params.n} "
+                f"completions; a line may ask for {MAX_CHOICES}",
+            )
+        texts = list(prompt_texts) if params.echo else []
+        texts += [None] * (len(prompts) - len(texts))
+        first, *others = [
+            cls(
+                index=index,
+                id=id,
+                prompt_token_ids=ids,
+                params=params,
+                choice=place * params.n + sample,
+                prompt_text=text,
+                endpoint=endpoint,
+            )
+            for place, (ids, text) in enumerate(zip(prompts, texts, strict=True))
+            for sample in range(params.n)
+        ]
+        return replace(first, others=tuple(others)) if others else first
 
 
 @dataclass(slots=True)
@@ -381,17 +444,53 @@ class Completion:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return the output record, ready for JSON; optional keys only where present."""
-        out: dict[str, Any] = {
-            "id": self.id,
+        """Return the output record, ready for JSON; optional keys only where present.
+
+        Of several choices each is under `choices`; a prompt counts once in `usage`.
+        """
+        choices, several = self.choices, bool(self.others)
+        starts = [item for item in choices if item._begins_prompt]
+        usage = {
+            "prompt_tokens": sum(item.prompt_tokens for item in starts),
+            "completion_tokens": sum(item.completion_tokens for item in choices),
+        }
+        capacity = CapacityUse()
+        for item in choices:
+            capacity.add(item.capacity)
+        out: dict[str, Any] = {"id": self.id}
+        if several:
+            out["choices"] = [
+                {"index": number, **item._outcome(), **item._logprobs()}
+                for number, item in enumerate(choices)
+            ]
+            out["usage"] = usage
+        else:
+            out |= {**self._outcome(), "usage": usage, **self._logprobs()}
+        out["capacity"] = {
+            "assignments": capacity.assignments,
+            "dropped": capacity.dropped,
+            "added": capacity.added,
+            "gate_mass_kept": capacity.gate_mass_kept,
+            **({} if capacity.copied is None else {"copied": capacity.copied}),
+        }
+        if self.error is not None:
+            out["error"] = self.error
+        return out
+
+    @property
+    def _begins_prompt(self) -> bool:
+        """Whether it is its prompt's first choice."""
+        return self.request is None or self.request.choice % self.request.params.n == 0
+
+    def _outcome(self) -> dict[str, Any]:
+        return {
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
-            "usage": {
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-            },
         }
+
+    def _logprobs(self) -> dict[str, Any]:
+        out: dict[str, Any] = {}
         if self.logprobs is not None:
             out["logprobs"] = self.logprobs
         if self.top_logprobs is not None:
@@ -400,13 +499,4 @@ class Completion:
             out["prompt_logprobs"] = self.prompt_logprobs
         if self.prompt_top_logprobs is not None:
             out["prompt_top_logprobs"] = self.prompt_top_logprobs
-        out["capacity"] = {
-            "assignments": self.capacity.assignments,
-            "dropped": self.capacity.dropped,
-            "added": self.capacity.added,
-            "gate_mass_kept": self.capacity.gate_mass_kept,
-            **({} if self.capacity.copied is None else {"copied": self.capacity.copied}),
-        }
-        if self.error is not None:
-            out["error"] = self.error
         return out

@@ -28,7 +28,7 @@ from engine.request import RequestError, SamplingParams
 
 _OURS = frozenset(each.name for each in fields(SamplingParams))
 _ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-_PARAMETERS = _OURS | _ALIASES.keys() | UNSUPPORTED.keys()
+_PARAMETERS = _OURS | _ALIASES.keys() | UNSUPPORTED.keys() | {"best_of"}
 _OF_OPENAI = frozenset(
     {"model", "user", "metadata", "store", "service_tier", "parallel_tool_calls"}
 )  # without effect
@@ -135,6 +135,9 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
                 message = f"{key} = {show(value)}: {key} is not supported; leave it out"
                 raise RequestError("unsupported_setting", message)
             continue
+        if key == "best_of":
+            _check_best_of(value, settings.get("n"))
+            continue
         name = _ALIASES.get(key, key)
         if name in ours:
             others = [other for other in settings if _ALIASES.get(other, other) == name]
@@ -149,6 +152,16 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
         )
         raise RequestError("invalid_value", message)
     return ours
+
+
+def _check_best_of(best_of: Any, n: Any) -> None:
+    """Raise RequestError where more completions are to be made than returned."""
+    limit = n if type(n) is int else 1
+    if type(best_of) is not int or best_of > limit:
+        message = (
+            f"best_of = {show(best_of)}: best_of above n = {limit} is not supported; leave it out"
+        )
+        raise RequestError("unsupported_setting", message)
 
 
 def _problem(key: str, value: Any, num_compared: int) -> RequestError | None:

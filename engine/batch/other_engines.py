@@ -30,6 +30,7 @@ _RENAMED = {
         stop_tokens stop_token stop_token_id stop_ids eos_token_id eos_token_ids eos_id end_id
         end_token_id stop_token_id_list
     """,
+    "n": "num_return_sequences",
     "seed": "random_seed rng_seed sampling_seed seed_value manual_seed",
     "temperature": "temp sampling_temperature",
     "top_p": "top_prob nucleus_p runtime_top_p nucleus_sampling",
@@ -50,8 +51,6 @@ _RENAMED = {
 }
 # What OpenAI's API has and this engine does not, with the values that have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "stream": (False,),
     "stream_options": ({},),
     "suffix": ("",),
@@ -77,7 +76,7 @@ _UNSUPPORTED_ELSEWHERE = """
     kv_transfer_params logits_processor logits_processors lora_adapter lora_id lora_name
     lora_path lora_request mirostat mirostat_eta mirostat_mode
     mirostat_tau mm_processor_kwargs multi_modal_data negative_prompt no_repeat_ngram_size
-    no_stop_trim num_beam_groups num_beams num_return_sequences output_kind penalty_alpha
+    no_stop_trim num_beam_groups num_beams output_kind penalty_alpha
     prompt_embeds reasoning_effort regex_pattern remove_invalid_values renormalize_logits
     repeat_last_n response_mime_type response_schema return_full_text
     return_hidden_states return_tokens_as_token_ids skip_special_tokens smoothing_factor
@@ -92,7 +91,6 @@ _NO_EFFECT = {
     "add_special_tokens": True,
     "detokenize": True,
     "num_beams": 1,
-    "num_return_sequences": 1,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "tfs_z": 1,
@@ -100,6 +98,7 @@ _NO_EFFECT = {
 }
 # Values of renamed settings that ask for nothing.
 _OFF_BY_OTHER_NAME = {
+    "numreturnsequences": (0, 1),
     "repeatpenalty": (1,),
     "minnewtokens": (0,),
     "minlength": (0,),

@@ -34,7 +34,7 @@ from engine.generation.request_source import RequestSource, Sink
 from engine.generation.runner import Runner
 from engine.generation.sampling.step_outcome import read_step
 from engine.generation.scheduler import Scheduler
-from engine.generation.sequence import Sequence
+from engine.generation.sequence import ChoiceGroup, Sequence
 from engine.generation.step import Step
 from engine.generation.step_profiler import StepProfiler
 from engine.models.decoder import GroupTokens
@@ -203,7 +203,7 @@ class GenerationLoop:
                     failed.append(failure)
                 else:
                     arrivals.append(item)
-                    in_flight += 1
+                    in_flight += len(item.choices)
         arrivals, exhausted = self._broadcast((arrivals, exhausted))
         if not self._is_leader:
             for request in arrivals:
@@ -214,22 +214,34 @@ class GenerationLoop:
         return exhausted
 
     def _add(self, request: Request) -> Completion | None:
-        """Add a request to the scheduler; return its failure when it can never run."""
+        """Add a request to the scheduler, all its choices or none; return its failure when it can
+        never run.
+        """
+        added: list[Sequence] = []
         try:
-            # A source of a user's own may give what no parser has checked.
-            check_token_ids(
-                f"request {request.id!r}: prompt_token_ids",
-                request.prompt_token_ids,
-                self._runner.model.vocab_size,
-            )
-            check_logit_bias(request.params, self._runner.model.vocab_size)
-            self._scheduler.add(
-                Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
-            )
+            for each in request.choices:
+                added.append(self._add_choice(each))
         except RequestError as error:
             error.prompt_tokens = len(request.prompt_token_ids)
+            for sequence in added:
+                self._scheduler.abort(sequence, error)
             return Completion.failure(request.index, request.id, error)
+        if request.others:
+            ChoiceGroup(added)
         return None
+
+    def _add_choice(self, request: Request) -> Sequence:
+        """Add one choice to the scheduler. Raises RequestError when it can never run."""
+        # A source of a user's own may give what no parser has checked.
+        check_token_ids(
+            f"request {request.id!r}: prompt_token_ids",
+            request.prompt_token_ids,
+            self._runner.model.vocab_size,
+        )
+        check_logit_bias(request.params, self._runner.model.vocab_size)
+        sequence = Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
+        self._scheduler.add(sequence)
+        return sequence
 
     def _exchange_control(
         self, step: Step, exhausted: bool, stop: StopRequest
@@ -325,9 +337,22 @@ class GenerationLoop:
 
     def _deliver(self, finished: list[Sequence], sink: Sink) -> None:
         """Count the finished sequences and pass their completions to the sink."""
-        self.totals.finished += len(finished)
-        if finished and self._is_leader:
-            sink([sequence.completion() for sequence in finished])
+        lines: list[Sequence | ChoiceGroup] = []
+        queue = list(finished)
+        for sequence in queue:
+            group = sequence.group
+            if group is None:
+                lines.append(sequence)
+                continue
+            if sequence.error is not None:  # the line has failed
+                for other in group.unfinished():
+                    self._scheduler.abort(other, sequence.error)
+                    queue.append(other)
+            if group.finish(sequence):
+                lines.append(group)
+        self.totals.finished += len(lines)
+        if lines and self._is_leader:
+            sink([line.completion() for line in lines])
 
 
 def _report(

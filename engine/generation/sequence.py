@@ -47,8 +47,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "block_ids", "capacity", "error", "finish_reason", "history", "logprobs", "max_length",
-        "num_computed", "num_computed_before", "num_prompt", "prompt_logprobs",
+        "block_ids", "capacity", "error", "finish_reason", "group", "history", "logprobs",
+        "max_length", "num_computed", "num_computed_before", "num_prompt", "prompt_logprobs",
         "prompt_top_logprobs", "request", "status", "stopper", "timing", "token_ids", "tokenizer",
         "top_logprobs",
     )  # fmt: skip
@@ -78,6 +78,7 @@ class Sequence:
         if params.prompt_top_logprobs:
             self.prompt_top_logprobs = [None]
         self.tokenizer = tokenizer
+        self.group: ChoiceGroup | None = None  # of a line with several choices; set by the group
         self.capacity = CapacityUse()
         self.timing = Timing(arrived=time.monotonic())
         self.stopper = StopChecker(
@@ -176,3 +177,40 @@ class Sequence:
         if self.request.prompt_text is not None:
             return self.request.prompt_text
         return decode(self.tokenizer, self.token_ids[: self.num_prompt])
+
+
+class ChoiceGroup:
+    """The sequences of a line that asks for several completions, in the order of its choices."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._sequences = sequences
+        self._num_left = len(sequences)
+        self._failed: Sequence | None = None  # the first choice that failed
+        for sequence in sequences:
+            sequence.group = self
+
+    def unfinished(self) -> list[Sequence]:
+        """Return the sequences that still run or wait."""
+        return [each for each in self._sequences if each.status is not Status.FINISHED]
+
+    def finish(self, sequence: Sequence) -> bool:
+        """Count a finished sequence; return whether it was the last."""
+        if sequence.error is not None and self._failed is None:
+            self._failed = sequence
+        self._num_left -= 1
+        return self._num_left == 0
+
+    def completion(self) -> Completion:
+        """Return the line's completion; an error, with no text, where a choice has failed."""
+        first, *others = [each.completion() for each in self._sequences]
+        # The end of a text is decoded only now, and may fail too.
+        failed = [self._failed] if self._failed is not None else self._sequences
+        for each in failed:
+            if each.error is not None:
+                message = f"choice {each.request.choice}: {each.error}"
+                error = RequestError(each.error.code, message, each.num_prompt)
+                record = Completion.failure(first.index, first.id, error)
+                record.request = first.request
+                return record
+        first.others = others
+        return first

@@ -18,7 +18,7 @@ def test_sampling_params_have_exactly_the_fields_and_defaults_of_the_config():
     of_config = {field.name: field.default for field in fields(SamplingConfig)}
     of_params = {field.name: field.default for field in fields(SamplingParams)}
     assert {name: of_params.pop(name) for name in of_config} == of_config
-    assert set(of_params) == {"echo", "logit_bias"}  # asked for by request alone
+    assert set(of_params) == {"echo", "logit_bias", "n"}  # asked for by request alone
 
 
 def test_a_number_of_logprobs_asks_for_so_many_likeliest_tokens():

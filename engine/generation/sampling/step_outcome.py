@@ -53,7 +53,7 @@ def read_step(step: Step, logits_of: Logits) -> StepOutcome:
             logits_of(step.sample_rows),
             [request.params for request in requests],
             [len(piece.seq.token_ids) for piece in step.sampling],
-            [request.index for request in requests],
+            [request.key for request in requests],
             [request.id for request in requests],
             [piece.seq.history for piece in step.sampling],
         )

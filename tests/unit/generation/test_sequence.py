@@ -5,7 +5,7 @@ Run: pytest tests/unit/generation/test_sequence.py
 
 import pytest
 
-from engine.generation.sequence import Sequence, Status
+from engine.generation.sequence import ChoiceGroup, Sequence, Status
 from engine.request import Request, RequestError, SamplingParams
 
 
@@ -211,3 +211,40 @@ def stopped_at(stop: list[str], tokens: list[int], min_tokens: int) -> tuple[int
 )
 def test_a_stop_text_ends_nothing_within_the_minimum_number_of_tokens(stop, min_tokens, expected):
     assert stopped_at(stop, [0, 1, 2, 0, 1, 2], min_tokens) == expected
+
+
+def group_of(eos=()) -> tuple[ChoiceGroup, list[Sequence]]:
+    params = SamplingParams(max_new_tokens=2, n=2)
+    line = Request.of_line(4, "r", [[7, 8], [9]], params)
+    sequences = [Sequence(each, eos_token_ids=eos) for each in line.choices]
+    return ChoiceGroup(sequences), sequences
+
+
+def test_the_choices_of_a_line_are_one_record_in_their_order_when_the_last_has_finished():
+    group, sequences = group_of(eos={0})
+    whole = []
+    for token, each in enumerate(reversed(sequences)):
+        each.append(token)
+        if each.finish_reason is None:
+            each.append(token)
+        whole.append(group.finish(each))
+    assert whole == [False, False, False, True]
+    record = group.completion().record()
+    assert [each["token_ids"] for each in record["choices"]] == [[3, 3], [2, 2], [1, 1], [0]]
+    assert [each["finish_reason"] for each in record["choices"]] == ["length"] * 3 + ["stop"]
+    assert [each["index"] for each in record["choices"]] == [0, 1, 2, 3]
+    assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 7}
+    assert "text" not in record
+
+
+def test_a_line_with_a_choice_that_fails_is_an_error_record_that_names_it():
+    group, sequences = group_of()
+    sequences[2].finish("error", RequestError("non_finite_logits", "bad"))
+    group.finish(sequences[2])
+    for each in group.unfinished():
+        each.finish("error", RequestError("non_finite_logits", "bad"))
+        group.finish(each)
+    record = group.completion().record()
+    assert record["error"]["code"] == "non_finite_logits"
+    assert record["error"]["message"] == "choice 2: bad"
+    assert (record["finish_reason"], record["token_ids"]) == ("error", [])
