@@ -23,17 +23,23 @@ from engine.batch.other_engines import (
     is_setting,
     letters,
 )
+from engine.batch.requests.chat import CHAT_FIELDS
 from engine.batch.strict_json import show
 from engine.request import RequestError, SamplingParams
 
 _OURS = frozenset(each.name for each in fields(SamplingParams))
 _ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-_PARAMETERS = _OURS | _ALIASES.keys() | UNSUPPORTED.keys() | {"best_of"}
+_PARAMETERS = _OURS | _ALIASES.keys() | UNSUPPORTED.keys() | CHAT_FIELDS | {"best_of"}
 _OF_OPENAI = frozenset(
-    {"model", "user", "metadata", "store", "service_tier", "parallel_tool_calls"}
+    """
+    metadata model parallel_tool_calls prompt_cache_key prompt_cache_retention safety_identifier
+    service_tier store stream_options user
+    """.split()
 )  # without effect
+# Values of chat fields that ask for nothing where there are no messages, besides empty ones.
+_OFF_IN_CHAT = {"tool_choice": ("none", "auto"), "add_generation_prompt": (True,)}
 _BY_LETTERS = {letters(name): name for name in sorted(_PARAMETERS)}
-_OURS_BY_LETTERS = {letters(name): name for name in sorted(_OURS | _ALIASES.keys())}
+_OURS_BY_LETTERS = {letters(name): name for name in sorted(_OURS | _ALIASES.keys() | CHAT_FIELDS)}
 _NEAR, _NEAR_OTHERS = 0.8, 0.88  # likeness from which a key is a misspelling
 _LONGEST_NAME = 40  # a longer key is no misspelling
 _MAX_COMPARED = 256  # keys of one line that are compared with every name
@@ -135,6 +141,11 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
                 message = f"{key} = {show(value)}: {key} is not supported; leave it out"
                 raise RequestError("unsupported_setting", message)
             continue
+        if key in CHAT_FIELDS:
+            if not chat and value not in _OFF_IN_CHAT.get(key, ([], {}, False)):
+                message = f"{key} = {show(value)}: {key} is not supported with prompt; it is for "
+                raise RequestError("unsupported_setting", f"{message}messages")
+            continue
         if key == "best_of":
             _check_best_of(value, settings.get("n"))
             continue
@@ -151,6 +162,9 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
             "in top_logprobs"
         )
         raise RequestError("invalid_value", message)
+    if chat and ours.get("echo") is True:
+        message = "echo = true: echo is not supported with messages; it is for prompt"
+        raise RequestError("unsupported_setting", message)
     return ours
 
 

@@ -52,22 +52,19 @@ _RENAMED = {
 # What OpenAI's API has and this engine does not, with the values that have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "stream_options": ({},),
     "suffix": ("",),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
 }
 _UNSUPPORTED_ELSEWHERE = """
-    add_bos add_bos_token add_generation_prompt add_special_tokens adapter_id adapter_name
+    add_bos add_bos_token add_special_tokens adapter_id adapter_name
     allowed_token_ids apply_chat_template bad_words bad_words_ids bad_words_list banned_strings
     banned_tokens beam_search beam_width begin_suppress_tokens cache_salt chat_template
-    chat_template_kwargs clean_up_tokenization_spaces continue_final_message custom_logit_processor
+    clean_up_tokenization_spaces custom_logit_processor
     detokenize diversity_penalty dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
-    dry_sequence_breakers dynatemp_exponent dynatemp_range early_stopping ebnf enable_thinking
+    dry_sequence_breakers dynatemp_exponent dynatemp_range early_stopping ebnf
     encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
     exponential_decay_length_penalty force_words_ids forced_bos_token_id forced_eos_token_id
     function_call guidance_scale guided_choice guided_decoding guided_decoding_backend
@@ -77,7 +74,7 @@ _UNSUPPORTED_ELSEWHERE = """
     lora_path lora_request mirostat mirostat_eta mirostat_mode
     mirostat_tau mm_processor_kwargs multi_modal_data negative_prompt no_repeat_ngram_size
     no_stop_trim num_beam_groups num_beams output_kind penalty_alpha
-    prompt_embeds reasoning_effort regex_pattern remove_invalid_values renormalize_logits
+    prompt_embeds regex_pattern remove_invalid_values renormalize_logits
     repeat_last_n response_mime_type response_schema return_full_text
     return_hidden_states return_tokens_as_token_ids skip_special_tokens smoothing_factor
     spaces_between_special_tokens structured_output structured_outputs suppress_tokens tfs tfs_z
@@ -87,7 +84,6 @@ _UNSUPPORTED_ELSEWHERE = """
 """
 # Of these, values other than null, 0, false and empty ones that change nothing.
 _NO_EFFECT = {
-    "add_generation_prompt": True,
     "add_special_tokens": True,
     "detokenize": True,
     "num_beams": 1,
@@ -109,11 +105,12 @@ _OFF_BY_OTHER_NAME = {
 # Of these, false changes something.
 _FALSE_HAS_EFFECT = frozenset(
     """
-    add_generation_prompt add_special_tokens detokenize enable_thinking skip_special_tokens
+    add_special_tokens detokenize skip_special_tokens
     spaces_between_special_tokens
     """.split()
 )
 _SPECIAL = {
+    "enable_thinking": "write it in chat_template_kwargs",
     "do_sample": "write temperature: 0 for the likeliest token, or above 0 to sample",
     "greedy": "write temperature: 0",
     "use_greedy": "write temperature: 0",
