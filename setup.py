@@ -99,6 +99,7 @@ setup(
         "sentencepiece>=0.2,<1",
         "protobuf>=5,<8",
         "PyYAML>=6.0.1,<7",
+        "pydantic>=2.8,<3",  # the tables of a request's fields: engine/batch/requests
         "rich>=13.7,<16",
         "prometheus-client>=0.20,<1",
         # The design requires these three of every installation, so that each is there and tested

@@ -117,6 +117,8 @@ class SamplingParams(SamplingConfig):
         for asked in ("logprobs", "prompt_logprobs"):
             value, top = getattr(self, asked), asked.replace("logprobs", "top_logprobs")
             if type(value) is int:
+                if not 0 <= value <= 100:
+                    raise ValueError(f"{asked} = {value}: must be true, false, or from 0 to 100")
                 if getattr(self, top) in (0, value):
                     object.__setattr__(self, asked, True)
                     object.__setattr__(self, top, value)

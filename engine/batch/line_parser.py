@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from engine.batch.input_index import Line, line_id
 from engine.batch.line_settings import (
     UserKeys,
@@ -30,6 +32,7 @@ from engine.batch.line_settings import (
 )
 from engine.batch.other_engines import prompt_name
 from engine.batch.requests.chat import ChatFields, render
+from engine.batch.requests.fields import ChatBody, CompletionBody, OwnLine, check_fields
 from engine.batch.strict_json import parse_object, show
 from engine.config import SamplingConfig
 from engine.generation.prompt_encoder import PromptEncoder
@@ -54,6 +57,12 @@ _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OF_PLAIN = frozenset({*_PROMPTS, "id"})
 _OF_OPENAI = frozenset({"custom_id", "method", "url", "body"})
 _URLS = {"/v1/completions": ("prompt",), "/v1/chat/completions": ("messages",)}
+# Of an endpoint, None for our own form.
+_TABLES: dict[Endpoint | None, type[BaseModel]] = {
+    None: OwnLine,
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+}
 _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
 
 
@@ -107,13 +116,15 @@ class LineParser:
                     "prompt",
                     len(prompt),
                 )
+        endpoint = _endpoint(record)
+        check_fields(_TABLES[endpoint], source)
         return Request.of_line(
             line.index,
             name,
             [prompt for prompt, _ in prompts],
             params,
             prompt_texts=[text for _, text in prompts],
-            endpoint=_endpoint(record),
+            endpoint=endpoint,
         )
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -24,22 +24,16 @@ from engine.batch.other_engines import (
     letters,
 )
 from engine.batch.requests.chat import CHAT_FIELDS
+from engine.batch.requests.fields import NO_EFFECT, SETTINGS
 from engine.batch.strict_json import show
-from engine.request import RequestError, SamplingParams
+from engine.request import RequestError
 
-_OURS = frozenset(each.name for each in fields(SamplingParams))
 _ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-_PARAMETERS = _OURS | _ALIASES.keys() | UNSUPPORTED.keys() | CHAT_FIELDS | {"best_of"}
-_OF_OPENAI = frozenset(
-    """
-    metadata model parallel_tool_calls prompt_cache_key prompt_cache_retention safety_identifier
-    service_tier store stream_options user
-    """.split()
-)  # without effect
+_PARAMETERS = SETTINGS | UNSUPPORTED.keys()
 # Values of chat fields that ask for nothing where there are no messages, besides empty ones.
 _OFF_IN_CHAT = {"tool_choice": ("none", "auto"), "add_generation_prompt": (True,)}
 _BY_LETTERS = {letters(name): name for name in sorted(_PARAMETERS)}
-_OURS_BY_LETTERS = {letters(name): name for name in sorted(_OURS | _ALIASES.keys() | CHAT_FIELDS)}
+_OURS_BY_LETTERS = {letters(name): name for name in sorted(SETTINGS - {"best_of"})}
 _NEAR, _NEAR_OTHERS = 0.8, 0.88  # likeness from which a key is a misspelling
 _LONGEST_NAME = 40  # a longer key is no misspelling
 _MAX_COMPARED = 256  # keys of one line that are compared with every name
@@ -100,7 +94,7 @@ def split_body(
     for key, value in body.items():
         if key in _PARAMETERS:
             settings[key] = value
-        elif key not in prompts and key not in _OF_OPENAI and value is not None:
+        elif key not in prompts and key not in NO_EFFECT and value is not None:
             near = _meant(key)
             if near in _BY_LETTERS.values():
                 hint = f": did you mean {near!r}?"
