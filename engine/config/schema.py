@@ -369,6 +369,19 @@ class Config:
 
 def _combination_problems(config: Config) -> Iterator[str]:
     parallel, capacity, scheduler = config.parallel, config.moe.capacity, config.scheduler
+    sampling = config.sampling
+    for asked, top in (
+        ("logprobs", sampling.top_logprobs),
+        ("prompt_logprobs", sampling.prompt_top_logprobs),
+    ):
+        if top and not getattr(sampling, asked):
+            name = asked.replace("logprobs", "top_logprobs")
+            yield f"sampling.{name} = {top}: needs sampling.{asked} = true"
+    if sampling.min_tokens > sampling.max_new_tokens:
+        yield (
+            f"sampling.min_tokens = {sampling.min_tokens}: must be at most "
+            f"sampling.max_new_tokens = {sampling.max_new_tokens}"
+        )
     if isinstance(parallel.expert, int) and parallel.expert % parallel.tensor:
         yield (
             f"parallel.tensor = {parallel.tensor}: must divide parallel.expert = {parallel.expert}"
