@@ -225,7 +225,9 @@ class GenerationLoop:
             error.prompt_tokens = len(request.prompt_token_ids)
             for sequence in added:
                 self._scheduler.abort(sequence, error)
-            return Completion.failure(request.index, request.id, error)
+            failed = Completion.failure(request.index, request.id, error)
+            failed.request = request
+            return failed
         if request.others:
             ChoiceGroup(added)
         return None
