@@ -101,6 +101,7 @@ setup(
         "PyYAML>=6.0.1,<7",
         "orjson>=3.10,<4",  # records of the batch job
         "zstandard>=0.22,<1; python_version < '3.14'",  # .zst inputs; later in the standard library
+        "pydantic>=2.8,<3",  # the tables of a request's fields: engine/batch/requests
         "rich>=13.7,<16",
         "prometheus-client>=0.20,<1",
         # The design requires these three of every installation, so that each is there and tested

@@ -160,7 +160,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete prompts; return all completions, in the prompts' order, on every rank.
 
-        Prompts are partitioned so that data ranks have about the same number of tokens. A prompt
+        With `n` above 1 a completion has the further ones of its prompt under `others`. Prompts are
+        partitioned so that data ranks have about the same number of tokens. A prompt
         that cannot run has a completion with finish_reason "error".
 
         Args:
@@ -186,8 +187,10 @@ class LLM:
             except RequestError as error:
                 failed.append(Completion.failure(index, str(index), error))
             else:
-                request = Request(index=index, id=str(index), prompt_token_ids=ids, params=params)
-                requests.append(request)
+                text = prompt if isinstance(prompt, str) else None
+                requests.append(
+                    Request.of_line(index, str(index), [ids], params, prompt_texts=[text])
+                )
         done: list[Completion] = []
         topology = self.topology
         own = partition(requests, topology.num_data)[topology.data_rank]

@@ -13,13 +13,14 @@ import math
 import operator
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from engine.config import SamplingConfig
 from engine.config.validation import field_problems, rule
 
 FinishReason = Literal["stop", "length", "error"]
+TopLogprobs = list[tuple[int, float]]  # (token id, log probability), likeliest first
 Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
 # Why a request cannot run; docs/batch.md has the cause of each. A code that was given keeps its
 # meaning: users' scripts select records by it.
@@ -61,7 +62,8 @@ class SamplingParams(SamplingConfig):
     """How one request's tokens are chosen and when they end.
 
     A list of `stop` or `stop_token_ids`, or an array, becomes a tuple, a single stop string a tuple
-    of one.
+    of one. A number of `logprobs` or `prompt_logprobs` asks for so many likeliest tokens too.
+    `echo` with `logprobs` asks for the prompt's as well. Token ids of `logit_bias` may be text.
 
     Raises:
         ValueError: naming the field, its value and the rule it breaks.
@@ -70,6 +72,17 @@ class SamplingParams(SamplingConfig):
     max_new_tokens: int = field(  # 0: only the prompt is run, for its logprobs
         default=128, metadata=rule("at least 0 (0: run the prompt only)", lambda v: v >= 0)
     )
+    logit_bias: dict[int, float] = field(  # token id -> what is added to its logit
+        default_factory=dict,
+        metadata=rule(
+            "with token ids from 0, and numbers from -100 to 100",
+            lambda v: all(token >= 0 and -100 <= bias <= 100 for token, bias in v.items()),
+        ),
+    )
+    n: int = field(  # completions of each prompt, every one drawn anew
+        default=1, metadata=rule("from 1 to 128", lambda v: 1 <= v <= 128)
+    )
+    echo: bool = False  # the text begins with the prompt's
 
     def __post_init__(self) -> None:
         stop, stop_ids = self.stop, self.stop_token_ids
@@ -78,13 +91,55 @@ class SamplingParams(SamplingConfig):
             numbers = [(token, whole_number(token)) for token in stop_ids]
             stop_ids = tuple(token if number is None else number for token, number in numbers)
         object.__setattr__(self, "stop_token_ids", stop_ids)
+        self._split_counts()
+        if type(self.top_k) is int and self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if isinstance(self.logit_bias, dict):
+            biases = {_token_id(token): bias for token, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", biases)
         for problem in field_problems(self, full=True):
             raise ValueError(problem)
+        for asked, top in (
+            ("logprobs", self.top_logprobs),
+            ("prompt_logprobs", self.prompt_top_logprobs),
+        ):
+            if top and not getattr(self, asked):
+                name = asked.replace("logprobs", "top_logprobs")
+                raise ValueError(f"{name} = {top}: needs {asked}: true")
+        if self.min_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens = {self.min_tokens}: must be at most max_new_tokens = "
+                f"{self.max_new_tokens}"
+            )
+
+    def _split_counts(self) -> None:
+        """Turn numbers of likeliest tokens into what they ask for, and `echo` into logprobs."""
+        for asked in ("logprobs", "prompt_logprobs"):
+            value, top = getattr(self, asked), asked.replace("logprobs", "top_logprobs")
+            if type(value) is int:
+                if not 0 <= value <= 100:
+                    raise ValueError(f"{asked} = {value}: must be true, false, or from 0 to 100")
+                if getattr(self, top) in (0, value):
+                    object.__setattr__(self, asked, True)
+                    object.__setattr__(self, top, value)
+                else:
+                    raise ValueError(
+                        f"{asked} = {value}: differs from {top} = {getattr(self, top)}"
+                    )
+        if self.echo is True and self.logprobs is True:
+            object.__setattr__(self, "prompt_logprobs", True)
+            if not self.prompt_top_logprobs:
+                object.__setattr__(self, "prompt_top_logprobs", self.top_logprobs)
 
     @property
     def greedy(self) -> bool:
         """Return whether the likeliest token is always taken, so that nothing is drawn."""
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def penalizes(self) -> bool:
+        """Return whether tokens that the sequence already has get another logit."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @classmethod
     def from_config(cls, config: SamplingConfig, **overrides: Any) -> SamplingParams:
@@ -98,15 +153,39 @@ class SamplingParams(SamplingConfig):
             ValueError: a bad value, or an unknown name (with the nearest known one).
         """
         names = [f.name for f in fields(cls)]
-        values = {name: getattr(config, name) for name in names}
+        # What the config does not have is asked for by request alone.
+        values = {name: getattr(config, name) for name in names if hasattr(config, name)}
         for name, value in overrides.items():
-            if name not in values:
+            if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}"
                 raise ValueError(f"{name!r} is not a sampling parameter: {hint}")
             if value is not None:
                 values[name] = value
+        for asked in ("logprobs", "prompt_logprobs"):
+            top, given = asked.replace("logprobs", "top_logprobs"), overrides.get(asked)
+            if given is not None and given is not True and overrides.get(top) is None:
+                values[top] = 0  # the default's belongs to the default's `asked`
+        if overrides.get("min_tokens") is None:
+            limit = values["max_new_tokens"]
+            if type(limit) is int:
+                values["min_tokens"] = min(values["min_tokens"], max(limit, 0))
         return cls(**values)
+
+
+def _token_id(key: Any) -> Any:
+    """Return a token id that an object of JSON has as text as a whole number."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+
+
+def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raise RequestError where `logit_bias` has a token id that the model does not have."""
+    if params.logit_bias and (token := max(params.logit_bias)) >= vocab_size:
+        raise RequestError(
+            "token_out_of_range",
+            f"logit_bias: token id {token}: must be from 0 to {vocab_size - 1}, the model's "
+            "vocabulary",
+        )
 
 
 def _as_tuple(value: Any) -> Any:
@@ -184,9 +263,15 @@ def check_token_ids(
     return numbers
 
 
+MAX_CHOICES = 2048  # completions that one line may ask for
+_INDEX_BITS = 40  # an index is below 2**40; `Request.key` has the choice above it
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt to complete. Token ids of numpy or torch become whole numbers of Python.
+
+    A line that asks for several completions is its first one's request, with `others`.
 
     Raises:
         ValueError: a wrong index.
@@ -199,6 +284,8 @@ class Request:
     prompt_token_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     choice: int = 0  # its number among the completions that one line asks for
+    prompt_text: str | None = None  # as given, with `echo`; None: decoded from the token ids
+    others: tuple[Request, ...] = ()  # of the first choice: the line's further ones
     endpoint: Endpoint | None = None  # of an OpenAI batch line; None: a line of our own form
 
     def __post_init__(self) -> None:
@@ -209,6 +296,59 @@ class Request:
         except RequestError as error:
             raise RequestError(error.code, f"request {self.id!r}: {error}") from error
         object.__setattr__(self, "prompt_token_ids", ids)
+
+    @property
+    def choices(self) -> tuple[Request, ...]:
+        """Return the requests of all completions of the line in their order, this one first."""
+        return (self, *self.others)
+
+    @property
+    def key(self) -> int:
+        """Return what seeds its draws: of a first choice the line's index."""
+        return self.index + (self.choice << _INDEX_BITS)
+
+    @classmethod
+    def of_line(
+        cls,
+        index: int,
+        id: str | int,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        prompt_texts: Sequence[str | None] = (),
+        endpoint: Endpoint | None = None,
+    ) -> Request:
+        """Return the request of a line: `params.n` choices of each prompt, prompt after prompt.
+
+        Args:
+            prompts: token ids, at least one prompt.
+            prompt_texts: of the prompts that were given as text; kept where `params.echo`.
+
+        Raises:
+            RequestError: more choices than a line may have, or a prompt that is none.
+        """
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise RequestError(
+                "invalid_request",
+                f"{len(prompts)} prompts and n = {params.n} are {len(prompts) * params.n} "
+                f"completions; a line may ask for {MAX_CHOICES}",
+            )
+        texts = list(prompt_texts) if params.echo else []
+        texts += [None] * (len(prompts) - len(texts))
+        first, *others = [
+            cls(
+                index=index,
+                id=id,
+                prompt_token_ids=ids,
+                params=params,
+                choice=place * params.n + sample,
+                prompt_text=text,
+                endpoint=endpoint,
+            )
+            for place, (ids, text) in enumerate(zip(prompts, texts, strict=True))
+            for sample in range(params.n)
+        ]
+        return replace(first, others=tuple(others)) if others else first
 
 
 @dataclass(slots=True)
@@ -277,6 +417,12 @@ class Completion:
     completion_tokens: int
     logprobs: list[float] | None = None
     prompt_logprobs: list[float | None] | None = None  # [0] is None: nothing precedes it
+    top_logprobs: list[TopLogprobs] | None = None  # per generated token
+    # Per prompt token, [0] is None. A token is the greedy choice where it is the first.
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    # The stop text or token id that ended it; None: the end-of-sequence token, or the length.
+    stop_reason: str | int | None = None
+    prompt_text: str = ""  # with `echo`; `text` begins with it
     capacity: CapacityUse = field(default_factory=CapacityUse)
     error: dict[str, Any] | None = None  # as `error_record` returns it
     timing: Timing | None = None
@@ -316,20 +462,15 @@ class Completion:
     def record(self) -> dict[str, Any]:
         """Return the output record, ready for JSON; optional keys only where present.
 
-        Of several choices each is under `choices`; one that failed makes the line's an error record
-        of that choice alone.
+        Of several choices each is under `choices`; a prompt counts once in `usage`.
         """
-        failed = next((each for each in self.others if each.error is not None), None)
-        if failed is not None and self.error is None:
-            return {**failed.record(), "id": self.id}
-        choices = [self] if self.error is not None else self.choices
+        choices = self.choices
+        usage = usage_of(choices)
+        if not usage["cached_tokens"]:
+            del usage["cached_tokens"]
         capacity = CapacityUse()
         for each in choices:
             capacity.add(each.capacity)
-        usage = usage_of(choices)
-        cached = usage.pop("cached_tokens")
-        if cached:
-            usage["cached_tokens"] = cached
         out: dict[str, Any] = {"id": self.id}
         if len(choices) > 1:
             out["choices"] = [
@@ -343,6 +484,11 @@ class Completion:
         if self.error is not None:
             out["error"] = self.error
         return out
+
+    @property
+    def begins_prompt(self) -> bool:
+        """Whether it is its prompt's first choice."""
+        return self.request is None or self.request.choice % self.request.params.n == 0
 
     def _outcome(self) -> dict[str, Any]:
         return {
@@ -363,19 +509,9 @@ class Completion:
 
 def usage_of(choices: Sequence[Completion]) -> dict[str, int]:
     """Return the tokens of a line; a prompt counts once, however many choices it has."""
-    first = [
-        choice
-        for place, choice in enumerate(choices)
-        if place == 0 or not _same_prompt(choices[place - 1], choice)
-    ]
+    first = [choice for choice in choices if choice.begins_prompt]
     return {
         "prompt_tokens": sum(choice.prompt_tokens for choice in first),
         "completion_tokens": sum(choice.completion_tokens for choice in choices),
         "cached_tokens": sum(choice.cached_tokens for choice in first),
     }
-
-
-def _same_prompt(one: Completion, other: Completion) -> bool:
-    """Return whether two choices are of one prompt: it is then the same object."""
-    a, b = one.request, other.request
-    return a is not None and b is not None and a.prompt_token_ids is b.prompt_token_ids

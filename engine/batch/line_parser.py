@@ -16,9 +16,11 @@ defaults.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import BaseModel
 
 from engine.batch.input_index import Line, line_id
 from engine.batch.line_settings import (
@@ -29,28 +31,39 @@ from engine.batch.line_settings import (
     to_sampling_names,
 )
 from engine.batch.other_engines import prompt_name
+from engine.batch.requests.chat import ChatFields, render
+from engine.batch.requests.fields import ChatBody, CompletionBody, OwnLine, check_fields
 from engine.batch.strict_json import parse_object, show
 from engine.config import SamplingConfig
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.tokenizer import tokenizer_failure
 from engine.request import (
+    MAX_CHOICES,
     Completion,
     Endpoint,
     Request,
     RequestError,
     SamplingParams,
+    check_logit_bias,
     check_token_ids,
 )
 
 # Of a line: what has the prompt, settings by the names of `SamplingParams`, keys of the user's own.
 _Parts = tuple[dict[str, Any], dict[str, Any], list[str]]
 
+_Prompt = tuple[Sequence[int], str | None]  # token ids, and the text that was given
+
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 _OF_PLAIN = frozenset({*_PROMPTS, "id"})
 _OF_OPENAI = frozenset({"custom_id", "method", "url", "body"})
-_NOT_COMPILED = ("TemplateSyntaxError", "TemplateAssertionError")  # of jinja2
-_CHAT = "/v1/chat/completions"
+_CHAT: Endpoint = "/v1/chat/completions"
 _URLS = {"/v1/completions": ("prompt",), _CHAT: ("messages",)}
+# Of an endpoint, None for our own form.
+_TABLES: dict[Endpoint | None, type[BaseModel]] = {
+    None: OwnLine,
+    "/v1/completions": CompletionBody,
+    _CHAT: ChatBody,
+}
 _SHAPE = "give one of prompt, prompt_token_ids, messages, or an OpenAI batch line with a body"
 
 
@@ -93,21 +106,27 @@ class LineParser:
         source, settings, own = _openai(record) if _is_openai(record) else _plain(record)
         self.user_keys.add(own)
         params = self._params(settings)
-        prompt = self._prompt(source)
+        prompts = self._prompts(source)
         room = self.max_model_len - min(1, params.max_new_tokens)
-        if len(prompt) > room:
-            raise RequestError(
-                "context_length_exceeded",
-                f"the prompt has {len(prompt)} tokens and the context holds {self.max_model_len}, "
-                "of which at least one is for the answer; shorten the prompt",
-                len(prompt),
-            )
-        return Request(
-            index=line.index,
-            id=name,
-            prompt_token_ids=prompt,
-            params=params,
-            endpoint=_endpoint(record),
+        for place, (prompt, _) in enumerate(prompts):
+            if len(prompt) > room:
+                which = "the prompt" if len(prompts) == 1 else f"prompt[{place}]"
+                raise RequestError(
+                    "context_length_exceeded",
+                    f"{which} has {len(prompt)} tokens and the context holds "
+                    f"{self.max_model_len}, of which at least one is for the answer; shorten the "
+                    "prompt",
+                    len(prompt),
+                )
+        endpoint = _endpoint(record)
+        check_fields(_TABLES[endpoint], source)
+        return Request.of_line(
+            line.index,
+            name,
+            [prompt for prompt, _ in prompts],
+            params,
+            prompt_texts=[text for _, text in prompts],
+            endpoint=endpoint,
         )
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:
@@ -115,6 +134,7 @@ class LineParser:
             params = SamplingParams.from_config(self.sampling, **settings)
         except (ValueError, OverflowError) as error:  # a number beyond every float overflows
             raise RequestError("invalid_value", str(error)) from error
+        check_logit_bias(params, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestError(
                 "no_tokenizer",
@@ -123,7 +143,8 @@ class LineParser:
             )
         return params
 
-    def _prompt(self, source: dict[str, Any]) -> Sequence[int]:
+    def _prompts(self, source: dict[str, Any]) -> list[_Prompt]:
+        """Return the line's prompts: one, or several where `prompt` is a list of them."""
         given = [key for key in _PROMPTS if source.get(key) is not None]
         if len(given) != 1:
             what = f"the line has {' and '.join(given)}" if given else "the line has no prompt"
@@ -133,40 +154,19 @@ class LineParser:
         key, value = given[0], source[given[0]]
         encoder = PromptEncoder(self.tokenizer, self.vocab_size, self.max_model_len)
         if key == "messages":  # the template writes the special tokens
-            return encoder.encode_text(key, self._render(value), add_special_tokens=False)
-        if key == "prompt":
-            return encoder.encode(key, value)
-        return check_token_ids(key, value, self.vocab_size)
-
-    def _render(self, messages: Any) -> str:
-        conversation = list(_conversation(messages))
-        if not getattr(self.tokenizer, "chat_template", None):
-            message = "messages: the tokenizer has no chat template; use prompt"
-            raise RequestError("no_chat_template", message)
-        try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # the template is a program: any error
-            why = str(error) or type(error).__name__
-            message = f"messages: the chat template refuses them: {why}"
-            if type(error).__name__ in _NOT_COMPILED:
-                message = (
-                    "messages: the tokenizer's chat template does not compile (line "
-                    f"{getattr(error, 'lineno', '?')}: {why}); correct chat_template.jinja, or "
-                    "chat_template in tokenizer_config.json, or use prompt"
-                )
-            raise RequestError("chat_template_failed", message) from error
-        if text == "":
-            message = (
-                "messages: the tokenizer's chat template makes no text of them; check their roles "
-                "and the template, or use prompt"
-            )
-            raise RequestError("chat_template_failed", message)
-        if not isinstance(text, str):
-            message = f"messages: the chat template gives {show(text)}, which is no text"
-            raise RequestError("chat_template_failed", message)
-        return text
+            text = render(self.tokenizer, value, ChatFields.read(source))
+            return [(encoder.encode_text(key, text, add_special_tokens=False), text)]
+        if key == "prompt_token_ids":
+            return [(check_token_ids(key, value, self.vocab_size), None)]
+        several = isinstance(value, list) and any(isinstance(item, str | list) for item in value)
+        if several and len(value) > MAX_CHOICES:
+            message = f"prompt: has {len(value)} prompts; a line may have {MAX_CHOICES}"
+            raise RequestError("invalid_request", message)
+        named = [(f"prompt[{n}]", item) for n, item in enumerate(value)] if several else []
+        return [
+            (encoder.encode(where, item), item if isinstance(item, str) else None)
+            for where, item in named or [("prompt", value)]
+        ]
 
 
 def _is_openai(record: dict[str, Any]) -> bool:
@@ -174,11 +174,12 @@ def _is_openai(record: dict[str, Any]) -> bool:
 
 
 def _endpoint(record: dict[str, Any]) -> Endpoint | None:
-    """Return the URL of an OpenAI line, which may leave it out."""
+    """Return the endpoint of an OpenAI line, by its body where it has no url; else None."""
     if not _is_openai(record):
         return None
-    is_chat = record.get("url") == _CHAT or "messages" in record["body"]
-    return "/v1/chat/completions" if is_chat else "/v1/completions"
+    url = record.get("url")
+    is_chat = record["body"].get("messages") is not None if url is None else url == _CHAT
+    return _CHAT if is_chat else "/v1/completions"
 
 
 def _plain(record: dict[str, Any]) -> _Parts:
@@ -205,33 +206,3 @@ def _openai(record: dict[str, Any]) -> _Parts:
     own = check_outside_body(record, _OF_OPENAI)
     settings = split_body(body, _PROMPTS if url is None else _URLS[url], url)
     return body, to_sampling_names(settings, chat="messages" in body), own
-
-
-def _conversation(messages: Any) -> Iterator[dict[str, Any]]:
-    """Yield the messages, checked; contents given as several text parts are joined."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(
-            "invalid_messages",
-            f"messages = {show(messages)}: must be a list of messages, not empty",
-        )
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestError(
-                "invalid_messages",
-                f"{where} = {show(message)}: must be an object with role and content",
-            )
-        content = message.get("content")
-        if isinstance(content, list):
-            texts = [part.get("text") for part in content if isinstance(part, dict)]
-            strings = [text for text in texts if isinstance(text, str)]
-            if len(strings) < len(content):
-                raise RequestError(
-                    "invalid_messages", f"{where}.content: only parts of type text are supported"
-                )
-            content = "".join(strings)
-        if not isinstance(content, str):
-            raise RequestError(
-                "invalid_messages", f"{where}.content = {show(content)}: must be text"
-            )
-        yield {**message, "content": content}

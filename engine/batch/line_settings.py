@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -23,17 +23,17 @@ from engine.batch.other_engines import (
     is_setting,
     letters,
 )
+from engine.batch.requests.chat import CHAT_FIELDS
+from engine.batch.requests.fields import NO_EFFECT, SETTINGS
 from engine.batch.strict_json import show
-from engine.request import RequestError, SamplingParams
+from engine.request import RequestError
 
-_OURS = frozenset(each.name for each in fields(SamplingParams))
 _ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-_PARAMETERS = _OURS | _ALIASES.keys() | UNSUPPORTED.keys()
-_OF_OPENAI = frozenset(
-    {"model", "user", "metadata", "store", "service_tier", "parallel_tool_calls"}
-)  # without effect
+_PARAMETERS = SETTINGS | UNSUPPORTED.keys()
+# Values of chat fields that ask for nothing where there are no messages, besides empty ones.
+_OFF_IN_CHAT = {"tool_choice": ("none", "auto"), "add_generation_prompt": (True,)}
 _BY_LETTERS = {letters(name): name for name in sorted(_PARAMETERS)}
-_OURS_BY_LETTERS = {letters(name): name for name in sorted(_OURS | _ALIASES.keys())}
+_OURS_BY_LETTERS = {letters(name): name for name in sorted(SETTINGS - {"best_of"})}
 _NEAR, _NEAR_OTHERS = 0.8, 0.88  # likeness from which a key is a misspelling
 _LONGEST_NAME = 40  # a longer key is no misspelling
 _MAX_COMPARED = 256  # keys of one line that are compared with every name
@@ -94,7 +94,7 @@ def split_body(
     for key, value in body.items():
         if key in _PARAMETERS:
             settings[key] = value
-        elif key not in prompts and key not in _OF_OPENAI and value is not None:
+        elif key not in prompts and key not in NO_EFFECT and value is not None:
             near = _meant(key)
             if near in _BY_LETTERS.values():
                 hint = f": did you mean {near!r}?"
@@ -128,12 +128,20 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
     """
     ours: dict[str, Any] = {}
     for key, value in settings.items():
-        if value is None:
-            continue
+        if value is None or (key == "seed" and type(value) is int and value == -1):
+            continue  # -1 is how others leave the seed out
         if key in UNSUPPORTED:
             if not asks_nothing(key, value):
                 message = f"{key} = {show(value)}: {key} is not supported; leave it out"
                 raise RequestError("unsupported_setting", message)
+            continue
+        if key in CHAT_FIELDS:
+            if not chat and value not in _OFF_IN_CHAT.get(key, ([], {}, False)):
+                message = f"{key} = {show(value)}: {key} is not supported with prompt; it is for "
+                raise RequestError("unsupported_setting", f"{message}messages")
+            continue
+        if key == "best_of":
+            _check_best_of(value, settings.get("n"))
             continue
         name = _ALIASES.get(key, key)
         if name in ours:
@@ -141,11 +149,27 @@ def to_sampling_names(settings: Mapping[str, Any], *, chat: bool) -> dict[str, A
             message = f"{' and '.join(others)} mean the same: give one of them"
             raise RequestError("conflicting_settings", message)
         ours[name] = value
-    # In OpenAI's completions this is the number of likeliest tokens to report log probabilities of;
-    # here only the chosen token's is reported.
-    if not chat and type(ours.get("logprobs")) is int and ours["logprobs"] in (0, 1):
-        ours["logprobs"] = True
+    # In completions a number asks for so many likeliest tokens, in chat `top_logprobs` does.
+    if chat and type(ours.get("logprobs")) is int:
+        message = (
+            f"logprobs = {ours['logprobs']}: must be true or false with messages; give the number "
+            "in top_logprobs"
+        )
+        raise RequestError("invalid_value", message)
+    if chat and ours.get("echo") is True:
+        message = "echo = true: echo is not supported with messages; it is for prompt"
+        raise RequestError("unsupported_setting", message)
     return ours
+
+
+def _check_best_of(best_of: Any, n: Any) -> None:
+    """Raise RequestError where more completions are to be made than returned."""
+    limit = n if type(n) is int else 1
+    if type(best_of) is not int or best_of > limit:
+        message = (
+            f"best_of = {show(best_of)}: best_of above n = {limit} is not supported; leave it out"
+        )
+        raise RequestError("unsupported_setting", message)
 
 
 def _problem(key: str, value: Any, num_compared: int) -> RequestError | None:

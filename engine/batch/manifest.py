@@ -22,7 +22,7 @@ from engine.batch.input_index import InputIndex
 from engine.batch.ledger import Ledger, shards_dir
 from engine.batch.records.job_format import error_file, error_file_of, format_of
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of
-from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig
+from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig, SamplingConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.moe.placement.placement_file import digest, read_placement
 from engine.weights.fingerprint import changed_files, fingerprint
@@ -31,6 +31,14 @@ VERSION = 1
 
 # Where these differ, so do the files, and there is no need to list them.
 _MODEL = ("model.path", "model.tokenizer", "model.load_format")
+
+# Of `sampling`, what every manifest has.
+_FIRST_SAMPLING = frozenset(
+    """
+    ignore_eos logprobs max_new_tokens prompt_logprobs seed stop stop_token_ids temperature top_k
+    top_p
+    """.split()
+)
 
 _PLACEMENTS = "placements"  # key of the changes of copies while the job ran
 
@@ -77,15 +85,19 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch, moe.shared_expert and the placement are left out where they have their
-    defaults, so that older ledgers still resume. moe.overlap.by = tokens is left
-    out, though it may change results by rounding where the GEMM library picks its kernel by the
-    number of rows.
+    Those of moe.dispatch, moe.shared_expert, the placement and later ones of sampling are left out
+    where they have their defaults, so that older ledgers still resume. moe.overlap.by = tokens is
+    left out, though it may change results by rounding where the GEMM library picks its kernel by
+    the number of rows.
     """
     tree: dict[str, Any] = {
         "model": asdict(config.model),
         "moe": {"capacity": asdict(config.moe.capacity)},
-        "sampling": asdict(config.sampling),
+        "sampling": {
+            key: value
+            for key, value in asdict(config.sampling).items()
+            if key in _FIRST_SAMPLING or value != getattr(SamplingConfig(), key)
+        },
     }
     for key in ("path", "tokenizer"):
         if tree["model"][key] is not None:

@@ -30,10 +30,15 @@ _RENAMED = {
         stop_tokens stop_token stop_token_id stop_ids eos_token_id eos_token_ids eos_id end_id
         end_token_id stop_token_id_list
     """,
+    "n": "num_return_sequences",
     "seed": "random_seed rng_seed sampling_seed seed_value manual_seed",
     "temperature": "temp sampling_temperature",
     "top_p": "top_prob nucleus_p runtime_top_p nucleus_sampling",
     "top_k": "runtime_top_k",
+    "repetition_penalty": "repeat_penalty",
+    "min_tokens": "min_new_tokens min_length",
+    "logit_bias": "logits_bias",
+    "top_logprobs": "top_logprobs_num top_n_tokens",
     "logprobs": """
         return_logprob return_logprobs return_log_probs output_logprobs output_log_probs
         response_logprobs return_token_logprobs
@@ -46,71 +51,66 @@ _RENAMED = {
 }
 # What OpenAI's API has and this engine does not, with the values that have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "stream": (False,),
-    "stream_options": ({},),
-    "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "top_logprobs": (0,),
     "use_beam_search": (False,),
     "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
 }
 _UNSUPPORTED_ELSEWHERE = """
-    add_bos add_bos_token add_generation_prompt add_special_tokens adapter_id adapter_name
+    add_bos add_bos_token add_special_tokens adapter_id adapter_name
     allowed_token_ids apply_chat_template bad_words bad_words_ids bad_words_list banned_strings
     banned_tokens beam_search beam_width begin_suppress_tokens cache_salt chat_template
-    chat_template_kwargs clean_up_tokenization_spaces continue_final_message custom_logit_processor
+    clean_up_tokenization_spaces custom_logit_processor
     detokenize diversity_penalty dry_allowed_length dry_base dry_multiplier dry_penalty_last_n
-    dry_sequence_breakers dynatemp_exponent dynatemp_range early_stopping ebnf enable_thinking
+    dry_sequence_breakers dynatemp_exponent dynatemp_range early_stopping ebnf
     encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
     exponential_decay_length_penalty force_words_ids forced_bos_token_id forced_eos_token_id
     function_call guidance_scale guided_choice guided_decoding guided_decoding_backend
     guided_grammar guided_json guided_json_object guided_regex guided_whitespace_pattern image_data
     include_stop_str_in_output input_embeds inputs_embeds json_mode json_schema keep_alive
-    kv_transfer_params logits_bias logits_processor logits_processors lora_adapter lora_id lora_name
-    lora_path lora_request min_length min_new_tokens mirostat mirostat_eta mirostat_mode
+    kv_transfer_params logits_processor logits_processors lora_adapter lora_id lora_name
+    lora_path lora_request mirostat mirostat_eta mirostat_mode
     mirostat_tau mm_processor_kwargs multi_modal_data negative_prompt no_repeat_ngram_size
-    no_stop_trim num_beam_groups num_beams num_return_sequences output_kind penalty_alpha
-    prompt_embeds reasoning_effort regex_pattern remove_invalid_values renormalize_logits
-    repeat_last_n repeat_penalty response_mime_type response_schema return_full_text
+    no_stop_trim num_beam_groups num_beams output_kind penalty_alpha
+    prompt_embeds regex_pattern remove_invalid_values renormalize_logits
+    repeat_last_n response_mime_type response_schema return_full_text
     return_hidden_states return_tokens_as_token_ids skip_special_tokens smoothing_factor
     spaces_between_special_tokens structured_output structured_outputs suppress_tokens tfs tfs_z
-    thinking_budget thinking_config token_healing token_ids_logprob top_a top_logprobs_num
-    top_n_sigma top_n_tokens truncate_prompt_tokens truncation typical_p watermark xtc_probability
+    thinking_budget thinking_config token_healing token_ids_logprob top_a
+    top_n_sigma truncate_prompt_tokens truncation typical_p watermark xtc_probability
     xtc_threshold
 """
 # Of these, values other than null, 0, false and empty ones that change nothing.
 _NO_EFFECT = {
-    "add_generation_prompt": True,
     "add_special_tokens": True,
     "detokenize": True,
     "num_beams": 1,
-    "num_return_sequences": 1,
-    "repeat_penalty": 1,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
     "tfs_z": 1,
     "typical_p": 1,
 }
+# Values of renamed settings that ask for nothing.
+_OFF_BY_OTHER_NAME = {
+    "numreturnsequences": (0, 1),
+    "repeatpenalty": (1,),
+    "minnewtokens": (0,),
+    "minlength": (0,),
+    "logitsbias": ({}, []),
+    "toplogprobsnum": (0,),
+    "topntokens": (0,),
+}
 # Of these, false changes something.
 _FALSE_HAS_EFFECT = frozenset(
     """
-    add_generation_prompt add_special_tokens detokenize enable_thinking skip_special_tokens
+    add_special_tokens detokenize skip_special_tokens
     spaces_between_special_tokens
     """.split()
 )
 _SPECIAL = {
+    "enable_thinking": "write it in chat_template_kwargs",
     "do_sample": "write temperature: 0 for the likeliest token, or above 0 to sample",
     "greedy": "write temperature: 0",
     "use_greedy": "write temperature: 0",
@@ -184,6 +184,8 @@ def advice(name: str, value: Any, settings_in: list[str]) -> str | None:
         None where the name is not another engine's, or the value asks for nothing.
     """
     if name in _OURS_OF:
+        if value in _OFF_BY_OTHER_NAME.get(name, ()):
+            return None
         is_data = (name == "until" and not isinstance(value, str | list)) or (
             name == "temp" and not (isinstance(value, int | float) and 0 <= value <= 2)
         )

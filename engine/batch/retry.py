@@ -235,7 +235,9 @@ def _check_ids(
                 found = json.loads(body)
             except (ValueError, RecursionError):
                 found = None
-            record = found if isinstance(found, dict) and "finish_reason" in found else {}
+            record: dict[str, Any] = {}
+            if isinstance(found, dict) and ("finish_reason" in found or "choices" in found):
+                record = found
             other = record.get("id", record)  # a missing id equals none
             if type(other) is not type(name) or other != name:
                 line = number - first + 1

@@ -62,6 +62,8 @@ def _positive(high: int) -> dict[str, Rule]:
 _COUNT = _at_least(1, _MOST)
 _COUNT_OR_0 = _at_least(0, _MOST)
 _GIB, _MIB = _positive(2**20), _positive(2**30)
+_PENALTY = rule("from -2 to 2 (0: off)", lambda v: -2 <= v <= 2)
+_TOP = rule("from 0 to 100", lambda v: 0 <= v <= 100)
 _SEED = rule("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 _NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
 _EVERY = rule(
@@ -244,7 +246,8 @@ class SamplingConfig:
     """How tokens are chosen and when they end; the defaults of every request.
 
     The one statement of these fields: `request.SamplingParams` inherits them. Applied in the order
-    temperature, top_k, top_p.
+    min_tokens, repetition_penalty, frequency_penalty, presence_penalty, temperature, min_p, top_k,
+    top_p.
     """
 
     max_new_tokens: int = field(default=128, metadata=_at_least(1))  # most tokens to generate
@@ -255,8 +258,22 @@ class SamplingConfig:
     top_p: float = field(  # sample from the smallest set of tokens with this much probability
         default=1.0, metadata=rule("above 0 and at most 1 (1: off)", lambda v: 0 < v <= 1)
     )
-    top_k: int = field(  # sample from this many likeliest tokens; 0: off
-        default=0, metadata=rule("at least 0 (0: off)", lambda v: v >= 0)
+    top_k: int = field(  # sample from this many likeliest tokens; 0 or -1: off
+        default=0, metadata=rule("at least 0 (0 or -1: off)", lambda v: v >= -1)
+    )
+    min_p: float = field(  # sample from the tokens with this share of the likeliest's probability
+        default=0.0, metadata=rule("from 0 to 1 (0: off)", lambda v: 0 <= v <= 1)
+    )
+    presence_penalty: float = field(  # subtracted from the logit of every token of the output
+        default=0.0, metadata=_PENALTY
+    )
+    frequency_penalty: float = field(  # the same, times how often the token is in the output
+        default=0.0, metadata=_PENALTY
+    )
+    repetition_penalty: float = field(  # divides the logit, below 0 multiplies it, of every token
+        # of prompt and output
+        default=1.0,
+        metadata=rule("from 0.01 to 100 (1: off)", lambda v: 0.01 <= v <= 100),
     )
     seed: int = field(default=0, metadata=_SEED)  # of sampling, per request
     stop: tuple[str, ...] = field(  # texts that end a completion; special tokens too, by their id
@@ -266,9 +283,16 @@ class SamplingConfig:
         default=(),
         metadata=rule("free of negative numbers", lambda v: all(item >= 0 for item in v)),
     )
+    min_tokens: int = field(  # least tokens to generate: until then nothing ends a completion
+        default=0, metadata=rule("at least 0 (0: off)", lambda v: v >= 0)
+    )
     ignore_eos: bool = False  # generate max_new_tokens, whatever the end-of-sequence token
     logprobs: bool = False  # report the log probability of every new token
     prompt_logprobs: bool = False  # report the log probability of every prompt token
+    top_logprobs: int = field(default=0, metadata=_TOP)  # also report so many likeliest tokens per
+    # new token, with their log probabilities; needs logprobs
+    prompt_top_logprobs: int = field(default=0, metadata=_TOP)  # the same per prompt token; needs
+    # prompt_logprobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -357,6 +381,19 @@ class Config:
 
 def _combination_problems(config: Config) -> Iterator[str]:
     parallel, capacity, scheduler = config.parallel, config.moe.capacity, config.scheduler
+    sampling = config.sampling
+    for asked, top in (
+        ("logprobs", sampling.top_logprobs),
+        ("prompt_logprobs", sampling.prompt_top_logprobs),
+    ):
+        if top and not getattr(sampling, asked):
+            name = asked.replace("logprobs", "top_logprobs")
+            yield f"sampling.{name} = {top}: needs sampling.{asked} = true"
+    if sampling.min_tokens > sampling.max_new_tokens:
+        yield (
+            f"sampling.min_tokens = {sampling.min_tokens}: must be at most "
+            f"sampling.max_new_tokens = {sampling.max_new_tokens}"
+        )
     if isinstance(parallel.expert, int) and parallel.expert % parallel.tensor:
         yield (
             f"parallel.tensor = {parallel.tensor}: must divide parallel.expert = {parallel.expert}"

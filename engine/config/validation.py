@@ -84,6 +84,11 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_matches(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is dict:
+        of_key, of_value = get_args(hint)
+        return isinstance(value, dict) and all(
+            _matches(key, of_key) and _matches(item, of_value) for key, item in value.items()
+        )
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -101,6 +106,9 @@ def describe(hint: Any) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if get_origin(hint) is tuple:
         return f"a list, each item {describe(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        key, value = map(describe, get_args(hint))
+        return f"an object, each key {key} and each value {value}"
     return "null" if hint is NoneType else _TYPE_WORDS[hint]
 
 

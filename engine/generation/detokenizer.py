@@ -29,6 +29,15 @@ class TokenDecoder(Protocol):
         ...
 
 
+def decode(tokenizer: TokenDecoder, ids: list[int]) -> str:
+    """Return the text of token ids. Raises RequestError for whatever the tokenizer raises."""
+    try:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    except BaseException as error:
+        what = "the tokenizer cannot decode the tokens"
+        raise tokenizer_failure("decoding_failed", what, error) from error
+
+
 class Detokenizer:
     """The text of a growing list of token ids, released in whole characters.
 
@@ -117,23 +126,37 @@ class _StopSearch:
         self._tail = ""  # the end of the text, where one of `stops` may have started
         self._shown = ""  # per character of it: "1" shown, "0" not
         self._num_before = 0  # characters before it that are shown
+        self._allowed_from = 0  # a hit must end behind so many characters of the tail
+        self.hit = ""  # of `stops` the one that was found
 
-    def find(self, new: str, held: str = "", *, shown: bool = True) -> int | None:
+    def find(
+        self, new: str, held: str = "", *, shown: bool = True, allowed: bool = True
+    ) -> int | None:
         """Append text; return how many shown characters precede the first hit, None without one.
 
         Args:
             new: the text to append.
             held: text behind it that is searched too but not appended.
             shown: whether `new` is shown.
+            allowed: whether a hit may end in it; else later text must complete one.
         """
         tail, mask = self._tail + new, self._shown + ("1" if shown else "0") * len(new)
         searched = tail + held
-        hits = [at for stop in self._stops if (at := searched.find(stop)) >= 0]
+        if not allowed:
+            self._allowed_from, searched = len(tail), ""
+        begin = self._allowed_from + 1
+        hits = [
+            (at, stop)
+            for stop in self._stops
+            if (at := searched.find(stop, max(0, begin - len(stop)))) >= 0
+        ]
         if hits:
-            return self._num_before + (mask + "1" * len(held)).count("1", 0, min(hits))
+            at, self.hit = min(hits, key=lambda hit: hit[0])
+            return self._num_before + (mask + "1" * len(held)).count("1", 0, at)
         cut = max(0, len(tail) - self._longest + 1)
         self._num_before += mask.count("1", 0, cut)
         self._tail, self._shown = tail[cut:], mask[cut:]
+        self._allowed_from = max(0, self._allowed_from - cut)
         return None
 
 
@@ -163,14 +186,19 @@ class StopChecker:
                 "is none; use stop_token_ids",
             )
         self._stop_ids = frozenset(params.stop_token_ids)
+        self._own_ids = self._stop_ids  # that the request names
         if not params.ignore_eos:
             self._stop_ids |= frozenset(eos_token_ids)
+        # The stop text or token id that ended the request; None for the end-of-sequence token.
+        self.stop_reason: str | int | None = None
         self._search = _StopSearch(params.stop) if params.stop else None
+        self._stop_texts: dict[int, str] = {}  # stop texts that are special tokens
         self._special: dict[int, str] = {}  # the special tokens that stop strings contain
         self._special_search: _StopSearch | None = None  # of those stop strings
         if params.stop:
             special = _special_tokens(tokenizer)
-            self._stop_ids |= {token for token, text in special.items() if text in params.stop}
+            self._stop_texts = {t: text for t, text in special.items() if text in params.stop}
+            self._stop_ids |= self._stop_texts.keys()
             inside = [
                 stop for stop in params.stop if any(text in stop for text in special.values())
             ]
@@ -179,6 +207,12 @@ class StopChecker:
                 self._special_search = _StopSearch(inside)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context)
         self._text_end: int | None = None
+        self._num_protected = params.min_tokens  # leading tokens still to come that end nothing
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The token ids that end the request."""
+        return self._stop_ids
 
     def check(self, token_id: int, *, full: bool) -> Literal["stop", "length"] | None:
         """Add one new token; return how the request ended, None if it continues.
@@ -191,6 +225,8 @@ class StopChecker:
             RequestError: the tokenizer cannot decode it.
         """
         if token_id in self._stop_ids:
+            named = token_id if token_id in self._own_ids else None
+            self.stop_reason = self._stop_texts.get(token_id, named)
             return "stop"
         if self._detokenizer is not None:
             self._detokenizer.append(token_id)
@@ -213,13 +249,21 @@ class StopChecker:
         assert self._search is not None
         new = detokenizer.read()
         held = detokenizer.held() if full else ""
-        ends = [self._search.find(new, held)]
+        allowed = self._num_protected <= 0
+        self._num_protected -= 1
+        ends = [self._search.find(new, held, allowed=allowed)]
         if self._special_search is not None:
-            ends.append(self._special_search.find(new, held))
+            search = self._special_search
+            ends.append(search.find(new, held, allowed=allowed))
             if token_id in self._special:
-                ends.append(self._special_search.find(self._special[token_id], shown=False))
+                text = self._special[token_id]
+                ends.append(search.find(text, shown=False, allowed=allowed))
         found = [end for end in ends if end is not None]
         self._text_end = min(found, default=None)
+        if found:
+            plain = ends[0] is not None and ends[0] == self._text_end
+            search = self._search if plain else self._special_search
+            self.stop_reason = None if search is None else search.hit
         return bool(found)
 
 

@@ -62,7 +62,7 @@ def timed(sink: Sink, latencies: Mapping[str, Sample]) -> Sink:
     """Wrap a sink so that each completion's latencies, `ttft` and `tpot`, are added, in seconds."""
 
     def deliver(completions: list[Completion]) -> None:
-        for item in completions:
+        for item in (choice for each in completions for choice in each.choices):
             timing = item.timing
             if timing is None or timing.first_token is None or timing.finished is None:
                 continue

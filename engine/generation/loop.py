@@ -9,7 +9,7 @@ One iteration on every rank:
     3. control    exchange control messages: is there a step,       control.py
                   does any rank have work
     4. forward    run the model, also with zero tokens              runner.py, moe_step.py
-    5. sample     next tokens, log probabilities                    sampler.py
+    5. sample     next tokens, log probabilities                    sampler.py, sampling/
     6. commit     append tokens; pass finished requests to the sink scheduler.py, sequence.py
 
 A rank never leaves the loop alone: step 3 has the same outcome on all of them.
@@ -17,7 +17,6 @@ A rank never leaves the loop alone: step 3 has the same outcome on all of them.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -32,21 +31,24 @@ from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.moe_step import build_moe_step, capacity_uses, count_eligible
 from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
-from engine.generation.runner import Hidden, Runner
-from engine.generation.sampler import NonFiniteLogitsError, sample, token_logprobs
+from engine.generation.runner import Runner
+from engine.generation.sampling.step_outcome import read_step
 from engine.generation.scheduler import Scheduler
-from engine.generation.sequence import Sequence
+from engine.generation.sequence import ChoiceGroup, Sequence
 from engine.generation.step import Step
 from engine.generation.step_profiler import StepProfiler
 from engine.models.decoder import GroupTokens
 from engine.profiling.phase_clock import Phase
 from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
-from engine.request import CapacityUse, Completion, Request, RequestError, check_token_ids
-
-# Rows whose prompt logprobs are computed at once: the logits of a whole chunk over a large
-# vocabulary take gigabytes.
-_PROMPT_ROWS = 256
+from engine.request import (
+    CapacityUse,
+    Completion,
+    Request,
+    RequestError,
+    check_logit_bias,
+    check_token_ids,
+)
 
 # Collectives of a step outside of the model: the control message; in a tensor group the requests,
 # the outcomes and, under a capacity policy or with low-bit copies, the dropped assignments and the
@@ -202,7 +204,7 @@ class GenerationLoop:
                     failed.append(failure)
                 else:
                     arrivals.append(item)
-                    in_flight += 1
+                    in_flight += len(item.choices)
         arrivals, exhausted = self._broadcast((arrivals, exhausted))
         if not self._is_leader:
             for request in arrivals:
@@ -213,21 +215,36 @@ class GenerationLoop:
         return exhausted
 
     def _add(self, request: Request) -> Completion | None:
-        """Add a request to the scheduler; return its failure when it can never run."""
+        """Add a request to the scheduler, all its choices or none; return its failure when it can
+        never run.
+        """
+        added: list[Sequence] = []
         try:
-            # A source of a user's own may give what no parser has checked.
-            check_token_ids(
-                f"request {request.id!r}: prompt_token_ids",
-                request.prompt_token_ids,
-                self._runner.model.vocab_size,
-            )
-            self._scheduler.add(
-                Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
-            )
+            for each in request.choices:
+                added.append(self._add_choice(each))
         except RequestError as error:
             error.prompt_tokens = len(request.prompt_token_ids)
-            return Completion.failure(request.index, request.id, error)
+            for sequence in added:
+                self._scheduler.abort(sequence, error)
+            failed = Completion.failure(request.index, request.id, error)
+            failed.request = request
+            return failed
+        if request.others:
+            ChoiceGroup(added)
         return None
+
+    def _add_choice(self, request: Request) -> Sequence:
+        """Add one choice to the scheduler. Raises RequestError when it can never run."""
+        # A source of a user's own may give what no parser has checked.
+        check_token_ids(
+            f"request {request.id!r}: prompt_token_ids",
+            request.prompt_token_ids,
+            self._runner.model.vocab_size,
+        )
+        check_logit_bias(request.params, self._runner.model.vocab_size)
+        sequence = Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
+        self._scheduler.add(sequence)
+        return sequence
 
     def _exchange_control(
         self, step: Step, exhausted: bool, stop: StopRequest
@@ -269,8 +286,10 @@ class GenerationLoop:
         )
         may_split = any(message.running > 1 for message in messages)
         hidden = self._runner.forward(step, moe_step, group, may_split)
-        outcome = self._sample(step, hidden) if self._is_leader else None
-        tokens, logprobs, of_prompt, errors = self._broadcast(outcome)
+        outcome = None
+        if self._is_leader:
+            outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
+        outcome = self._broadcast(outcome)
         # Routed assignments, recomputed tokens left out. Where no token is subject to capacity the
         # last layer runs only the rows that are read (`CausalLM.forward`).
         for piece in step.slices:
@@ -287,10 +306,17 @@ class GenerationLoop:
             clock.enter(Phase.OTHER)
             for piece, use in zip(step.slices, uses, strict=True):
                 piece.seq.capacity.add(use)
-        failed = [step.slices[index].seq for index in errors]
-        for sequence, message in zip(failed, errors.values(), strict=True):
+        failed = [step.slices[index].seq for index in outcome.errors]
+        for sequence, message in zip(failed, outcome.errors.values(), strict=True):
             self._scheduler.abort(sequence, RequestError("non_finite_logits", message))
-        return failed + self._scheduler.commit(step, tokens, logprobs, of_prompt)
+        return failed + self._scheduler.commit(
+            step,
+            outcome.tokens,
+            outcome.logprobs,
+            outcome.prompt_logprobs,
+            outcome.top,
+            outcome.prompt_top,
+        )
 
     def _uses_copies(self, messages: list[ControlMessage]) -> bool:
         """Return whether the step has tokens of a phase whose rows copies take."""
@@ -312,56 +338,24 @@ class GenerationLoop:
         clock.enter(Phase.OTHER)
         return value
 
-    def _sample(
-        self, step: Step, hidden: Hidden
-    ) -> tuple[list[int], list[float] | None, list[float], dict[int, str]]:
-        """Return next tokens, their logprobs, the prompt rows' logprobs, and the failures.
-
-        Failures map the index of a slice whose logits are not finite to the error message.
-        """
-        of_prompt: list[float] = []
-        for start in range(0, len(step.prompt_rows), _PROMPT_ROWS):
-            part = slice(start, start + _PROMPT_ROWS)
-            logits = self._runner.logits(hidden, step.prompt_rows[part])
-            # SYNC: the logprobs of prompts become part of their completions.
-            of_prompt += token_logprobs(logits, step.prompt_targets[part]).tolist()
-        errors = _prompt_failures(step, of_prompt)
-        if not step.sampling:
-            return [], None, of_prompt, errors
-        requests = [piece.seq.request for piece in step.sampling]
-        try:
-            tokens, logprobs = sample(
-                self._runner.logits(hidden, step.sample_rows),
-                [request.params for request in requests],
-                [len(piece.seq.token_ids) for piece in step.sampling],
-                [request.index for request in requests],
-                [request.id for request in requests],
-            )
-        except NonFiniteLogitsError as error:
-            tokens, logprobs = error.tokens, error.logprobs
-            failed = {id(step.sampling[row]) for row in error.rows}
-            for index, piece in enumerate(step.slices):
-                if id(piece) in failed:
-                    errors.setdefault(index, str(error))
-        return tokens, logprobs, of_prompt, errors
-
     def _deliver(self, finished: list[Sequence], sink: Sink) -> None:
         """Count the finished sequences and pass their completions to the sink."""
-        self.totals.finished += len(finished)
-        if finished and self._is_leader:
-            sink([sequence.completion() for sequence in finished])
-
-
-def _prompt_failures(step: Step, of_prompt: list[float]) -> dict[int, str]:
-    """Return the slices with a prompt logprob that is not finite: index -> error message."""
-    failures: dict[int, str] = {}
-    start = 0
-    for index, piece in enumerate(step.slices):
-        count = len(piece.prompt_logprob_rows)
-        if count and not all(map(math.isfinite, of_prompt[start : start + count])):
-            failures[index] = str(NonFiniteLogitsError([], [repr(piece.seq.request.id)], [], None))
-        start += count
-    return failures
+        lines: list[Sequence | ChoiceGroup] = []
+        queue = list(finished)
+        for sequence in queue:
+            group = sequence.group
+            if group is None:
+                lines.append(sequence)
+                continue
+            if sequence.error is not None:  # the line has failed
+                for other in group.unfinished():
+                    self._scheduler.abort(other, sequence.error)
+                    queue.append(other)
+            if group.finish(sequence):
+                lines.append(group)
+        self.totals.finished += len(lines)
+        if lines and self._is_leader:
+            sink([line.completion() for line in lines])
 
 
 def _report(

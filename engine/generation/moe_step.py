@@ -154,6 +154,9 @@ def capacity_uses(
     return uses
 
 
+_POSITION_BITS = 20  # a position is below 2**20, a choice below 2**11: both in an int32
+
+
 def _eligible_lengths(piece: Slice, phases: Sequence[RequestPhase]) -> list[int]:
     """Return how many tokens of the slice are in each of `phases`."""
     in_prompt = max(0, min(piece.start + piece.length, piece.seq.num_prompt) - piece.start)
@@ -182,7 +185,8 @@ def _identify(
         rows = slice(row, row + piece.length)
         request_T[rows] = piece.seq.request.index
         positions = np.arange(piece.start, piece.start + piece.length)
-        position_T[rows] = positions
+        # Choices of one line differ in what breaks ties; the first has its positions alone.
+        position_T[rows] = positions + (piece.seq.request.choice << _POSITION_BITS)
         in_prompt = positions < piece.seq.num_prompt
         eligible_T[rows] = (in_prompt & ("prefill" in phases)) | (~in_prompt & ("decode" in phases))
         row += piece.length

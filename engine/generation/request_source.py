@@ -57,7 +57,10 @@ def partition(requests: Sequence[Request], num_ranks: int) -> list[list[Request]
     """
     indices: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
-    tokens = [len(each.prompt_token_ids) + each.params.max_new_tokens for each in requests]
+    tokens = [
+        sum(len(each.prompt_token_ids) + each.params.max_new_tokens for each in request.choices)
+        for request in requests
+    ]
     for index in sorted(range(len(requests)), key=lambda index: -tokens[index]):
         rank = loads.index(min(loads))
         indices[rank].append(index)

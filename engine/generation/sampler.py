@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.generation.sampling.logit_adjustments import History, adjust
 from engine.ops.to_device import to_device
-from engine.request import SamplingParams
+from engine.request import SamplingParams, TopLogprobs
 
 _NUCLEUS_CANDIDATES = 1024  # tokens that top-p looks at before it resorts to sorting them all
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -29,7 +30,12 @@ class NonFiniteLogitsError(ValueError):
     """Logits that are NaN, infinite, or all -inf. The other rows are sampled nevertheless."""
 
     def __init__(
-        self, rows: list[int], names: list[str], tokens: list[int], logprobs: list[float] | None
+        self,
+        rows: list[int],
+        names: list[str],
+        tokens: list[int],
+        logprobs: list[float] | None,
+        top: list[TopLogprobs] | None = None,
     ) -> None:
         many = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
         super().__init__(
@@ -39,6 +45,16 @@ class NonFiniteLogitsError(ValueError):
         self.rows = rows  # the failed ones
         self.tokens = tokens  # what `sample` would have returned, with -1 in the failed rows
         self.logprobs = logprobs
+        self.top = top
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome of a step, per row."""
+
+    tokens: list[int]
+    logprobs: list[float] | None  # None where no row asks for them
+    top: list[TopLogprobs] | None  # empty in rows that ask for none; None where no row does
 
 
 def uniform(
@@ -65,41 +81,68 @@ def sample(
     request_indices: Sequence[int],
     request_ids: Sequence[str | int] | None = None,
 ) -> tuple[list[int], list[float] | None]:
-    """Return the next token of each row, and their logprobs if any row asks for them, else None.
+    """Return the next token of each row and their logprobs, as `sample_rows` does."""
+    sampled = sample_rows(logits_SV, params, positions, request_indices, request_ids)
+    return sampled.tokens, sampled.logprobs
+
+
+def sample_rows(
+    logits_SV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    request_indices: Sequence[int],
+    request_ids: Sequence[str | int] | None = None,
+    histories: Sequence[History | None] = (),
+) -> Sampled:
+    """Return the next token of each row, their logprobs and the likeliest, where rows ask for them.
 
     Equal logits: the lower id wins, in greedy choice and at the edge of top_k and top_p.
 
     Args:
-        logits_SV: float32 [S, V], any device; -inf forbids a token.
+        logits_SV: float32 [S, V], any device; -inf forbids a token. Overwritten where `histories`
+            adjust them.
         positions: the position of each new token in its sequence.
         request_ids: names for the error; by default the indices.
+        histories: one per row, None in rows whose logits are not adjusted; () for none at all.
 
-    A logprob is the natural log of the softmax of the raw logits (temperature 1, unfiltered).
+    A logprob is the natural log of the softmax of the raw logits (temperature 1, unfiltered, before
+    bias and penalties).
 
     Raises:
         NonFiniteLogitsError: a ValueError that names the requests with non-finite logits.
     """
     if not params:
-        return [], None
+        return Sampled([], None, None)
     assert logits_SV.dtype == torch.float32, f"logits are {logits_SV.dtype}"
+    asks_logprobs = any(p.logprobs for p in params)
+    raw_SV = logits_SV
+    if any(histories):
+        logits_SV = logits_SV.clone() if asks_logprobs else logits_SV
+        adjust(logits_SV, histories)
     top_S, tokens_S = logits_SV.max(dim=1)  # of equal maxima the first; NaN counts as a maximum
     if not all(p.greedy for p in params):
         _sample_rows(logits_SV, top_S, tokens_S, params, positions, request_indices)
     chosen_S = torch.where(top_S.isfinite(), tokens_S, -1)
     logprobs: list[float] | None = None
-    if any(p.logprobs for p in params):
-        logprobs_S = token_logprobs(logits_SV, tokens_S)
-        # Both in one copy: float64 holds token ids and float32 logprobs exactly.
+    top: list[TopLogprobs] | None = None
+    if asks_logprobs:
+        logprobs_S = token_logprobs(raw_SV, tokens_S)
+        likeliest = Likeliest.of(raw_SV, [p.top_logprobs for p in params])
+        parts = [chosen_S.double(), logprobs_S.double()]
+        # All in one copy: float64 holds token ids and float32 logprobs exactly.
         # SYNC: the host needs the tokens to see which sequences end and to schedule the next step.
-        packed = torch.stack([chosen_S.double(), logprobs_S.double()]).tolist()
-        tokens, logprobs = [int(token) for token in packed[0]], packed[1]
+        packed = torch.cat(parts if likeliest is None else [*parts, likeliest.packed]).tolist()
+        count = len(params)
+        tokens, logprobs = [int(token) for token in packed[:count]], packed[count : 2 * count]
+        if likeliest is not None:
+            top = likeliest.unpack(packed[2 * count :])
     else:
         tokens = chosen_S.tolist()  # SYNC: as above
     if min(tokens) < 0:
         bad = [row for row, token in enumerate(tokens) if token < 0]
         names = [repr(request_ids[r]) if request_ids else f"#{request_indices[r]}" for r in bad]
-        raise NonFiniteLogitsError(bad, names, tokens, logprobs)
-    return tokens, logprobs
+        raise NonFiniteLogitsError(bad, names, tokens, logprobs, top)
+    return Sampled(tokens, logprobs, top)
 
 
 def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tensor:
@@ -117,6 +160,43 @@ def token_logprobs(logits_RV: Tensor, token_ids: Tensor | Sequence[int]) -> Tens
 
 
 @dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The likeliest tokens of the rows that ask for some, with logprobs, on their device."""
+
+    counts: list[int]  # per row how many it asks for, 0 where it asks for none
+    width: int  # tokens per asking row in `packed`
+    packed: Tensor  # float64 [2 * R * width]: token ids, then logprobs; float64 holds both exactly
+
+    @classmethod
+    def of(cls, logits_SV: Tensor, counts: list[int]) -> Likeliest | None:
+        """Find `counts` tokens per row, of equal logits the lower id first; None for all 0."""
+        if not any(counts):
+            return None
+        width = min(max(counts), logits_SV.shape[1])
+        logits_RV = logits_SV
+        if not all(counts):
+            rows_R = torch.tensor([row for row, count in enumerate(counts) if count])
+            logits_RV = logits_SV.index_select(0, to_device(rows_R, logits_SV.device))
+        ids_RC = _likeliest(logits_RV, width)
+        logprobs_RC = logits_RV.gather(1, ids_RC) - logits_RV.logsumexp(dim=1, keepdim=True)
+        return cls(counts, width, torch.cat([ids_RC.double(), logprobs_RC.double()]).flatten())
+
+    def unpack(self, packed: list[float]) -> list[TopLogprobs]:
+        """Return what each row asked for.
+
+        Args:
+            packed: `self.packed` as a list.
+        """
+        half, start, top = len(packed) // 2, 0, []
+        for count in self.counts:
+            kept = min(count, self.width)
+            logprobs = packed[half + start : half + start + kept]
+            top.append(list(zip(map(int, packed[start : start + kept]), logprobs, strict=True)))
+            start += self.width if count else 0
+        return top
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """The rows of a step that sample in one way. All on the logits' device, float64 by default."""
 
@@ -126,12 +206,19 @@ class _Rows:
     temperature_R: Tensor
     top_k_R: Tensor  # V where it is off
     top_p_R: Tensor
+    min_p_R: Tensor | None  # None where no row has it
 
     def weights(self, logits_RC: Tensor) -> Tensor:
-        """Return unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1."""
+        """Return unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1.
+
+        Tokens below min_p have weight 0.
+        """
         smallest = torch.finfo(torch.float32).tiny
         temperature_R1 = self.temperature_R.float().clamp(min=smallest)[:, None]
-        return ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
+        weights_RC = ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
+        if self.min_p_R is not None:
+            weights_RC = weights_RC.masked_fill(weights_RC < self.min_p_R[:, None], 0)
+        return weights_RC
 
 
 def _sample_rows(
@@ -157,16 +244,34 @@ def _sample_rows(
         # One small copy to the device: float64 holds the row numbers and top_k exactly.
         table = np.array(
             [
-                (row, draw, params[row].temperature, top_k[row], params[row].top_p)
+                (
+                    row,
+                    draw,
+                    params[row].temperature,
+                    top_k[row],
+                    params[row].top_p,
+                    params[row].min_p,
+                )
                 for row, draw in zip(numbers, random, strict=True)
             ],
             dtype=np.float64,  # a temperature may be an integer of any size
         )
-        row_R, *columns = to_device(torch.from_numpy(table), logits_SV.device).unbind(1)
+        has_min_p = any(params[row].min_p for row in numbers)
+        row_R, random_R, temperature_R, top_k_R, top_p_R, min_p_R = to_device(
+            torch.from_numpy(table), logits_SV.device
+        ).unbind(1)
         row_R = row_R.long()
         whole = len(numbers) == len(params)
         logits_RV = logits_SV if whole else logits_SV.index_select(0, row_R)
-        rows = _Rows(logits_RV, top_S[row_R], *columns)
+        rows = _Rows(
+            logits_RV,
+            top_S[row_R],
+            random_R,
+            temperature_R,
+            top_k_R,
+            top_p_R,
+            min_p_R if has_min_p else None,
+        )
         if numbers is plain:
             tokens_S[row_R] = _invert(rows.weights(logits_RV), rows.random_R)
         else:
@@ -203,7 +308,7 @@ def _likeliest(logits_RV: Tensor, width: int) -> Tensor:
 
 
 def _pick_filtered(rows: _Rows, width: int, *, nucleus: bool) -> Tensor:
-    """Return tokens [R], sampled after filtering by top_k and then by top_p.
+    """Return tokens [R], sampled after filtering by min_p, top_k and then top_p.
 
     Top-p keeps the fewest of the likeliest tokens whose mass reaches top_p.
 

@@ -29,7 +29,7 @@ from engine.generation.block_pool import BlockPool
 from engine.generation.prefix_cache import PrefixCache
 from engine.generation.sequence import Sequence, Status
 from engine.generation.step import Slice, Step
-from engine.request import RequestError
+from engine.request import RequestError, TopLogprobs
 
 
 class Scheduler:
@@ -155,6 +155,8 @@ class Scheduler:
         tokens: abc.Sequence[int],
         logprobs: abc.Sequence[float] | None = None,
         prompt_logprobs: abc.Sequence[float] = (),
+        top: abc.Sequence[TopLogprobs] | None = None,
+        prompt_top: abc.Sequence[TopLogprobs] | None = None,
     ) -> list[Sequence]:
         """Record a step's results; return the sequences that finished, their blocks freed.
 
@@ -162,6 +164,8 @@ class Scheduler:
             tokens: one per slice of `step.sampling`.
             logprobs: the same; None when no request wants them.
             prompt_logprobs: one per row of `step.prompt_rows`.
+            top: the likeliest tokens, one list per slice of `step.sampling`; None as `logprobs`.
+            prompt_top: the same per row of `step.prompt_rows`.
 
         Sequences aborted since `schedule` are skipped.
         """
@@ -173,6 +177,8 @@ class Scheduler:
                 count, known = len(piece.prompt_logprob_rows), piece.seq.prompt_logprobs
                 if count and known is not None:
                     known.extend(prompt_logprobs[taken : taken + count])
+                    if piece.seq.prompt_top_logprobs is not None and prompt_top is not None:
+                        piece.seq.prompt_top_logprobs.extend(prompt_top[taken : taken + count])
                     taken += count
         finished: list[Sequence] = []
         taken = 0
@@ -183,7 +189,11 @@ class Scheduler:
                 seq.num_computed += piece.length
             if piece.samples:
                 if alive:
-                    seq.append(tokens[taken], None if logprobs is None else logprobs[taken])
+                    seq.append(
+                        tokens[taken],
+                        None if logprobs is None else logprobs[taken],
+                        None if top is None else top[taken],
+                    )
                 taken += 1
             elif alive and seq.num_computed == seq.max_length:
                 seq.finish("length")  # max_new_tokens = 0

@@ -13,7 +13,8 @@ import time
 from collections.abc import Collection
 from enum import Enum
 
-from engine.generation.detokenizer import StopChecker, TokenDecoder
+from engine.generation.detokenizer import StopChecker, TokenDecoder, decode
+from engine.generation.sampling.logit_adjustments import History
 from engine.request import (
     CapacityUse,
     Completion,
@@ -21,6 +22,7 @@ from engine.request import (
     Request,
     RequestError,
     Timing,
+    TopLogprobs,
     error_record,
 )
 
@@ -38,17 +40,18 @@ class Sequence:
 
     Written from outside: `num_computed`, `num_computed_before`, `num_cached`, `block_ids`, `status`
     and `max_length` by the scheduler, `block_hashes`, `num_expected` and `num_published` by its
-    prefix cache too, `prompt_logprobs` (extended) by its `commit`, `capacity` by the loop.
-    Everything else is written by this class alone.
+    prefix cache too, `prompt_logprobs` and `prompt_top_logprobs` (extended) by its `commit`,
+    `capacity` by the loop. Everything else is written by this class alone.
 
     Raises:
         RequestError: for stop strings without a tokenizer.
     """
 
     __slots__ = (
-        "block_hashes", "block_ids", "capacity", "error", "finish_reason", "logprobs", "max_length",
-        "num_cached", "num_computed", "num_computed_before", "num_expected", "num_prompt",
-        "num_published", "prompt_logprobs", "request", "status", "stopper", "timing", "token_ids",
+        "block_hashes", "block_ids", "capacity", "error", "finish_reason", "group", "history",
+        "logprobs", "max_length", "num_cached", "num_computed", "num_computed_before",
+        "num_expected", "num_prompt", "num_published", "prompt_logprobs", "prompt_top_logprobs",
+        "request", "status", "stopper", "timing", "token_ids", "tokenizer", "top_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +78,12 @@ class Sequence:
         self.error: RequestError | None = None
         self.logprobs: list[float] | None = [] if params.logprobs else None
         self.prompt_logprobs: list[float | None] | None = [None] if params.prompt_logprobs else None
+        self.top_logprobs: list[TopLogprobs] | None = [] if params.top_logprobs else None
+        self.prompt_top_logprobs: list[TopLogprobs | None] | None = None
+        if params.prompt_top_logprobs:
+            self.prompt_top_logprobs = [None]
+        self.tokenizer = tokenizer
+        self.group: ChoiceGroup | None = None  # of a line with several choices; set by the group
         self.capacity = CapacityUse()
         self.timing = Timing(arrived=time.monotonic())
         self.stopper = StopChecker(
@@ -83,6 +92,8 @@ class Sequence:
             eos_token_ids=eos_token_ids,
             context=request.prompt_token_ids,
         )
+        # What adjusts its logits; None: nothing does.
+        self.history = History.of(params, self.token_ids, self.num_prompt, self.stopper.stop_ids)
 
     @property
     def num_generated(self) -> int:
@@ -94,18 +105,24 @@ class Sequence:
         """The generated text so far: whole characters, without the stop string."""
         return self.stopper.text
 
-    def append(self, token_id: int, logprob: float | None = None) -> None:
+    def append(
+        self, token_id: int, logprob: float | None = None, top: TopLogprobs | None = None
+    ) -> None:
         """Append a sampled token and check whether it ends the request.
 
         A token that the tokenizer cannot decode ends it with an error.
 
         Args:
             logprob: required, and kept, when the request asked for logprobs.
+            top: the likeliest tokens, the same.
         """
         self.token_ids.append(token_id)
         if self.logprobs is not None:
             assert logprob is not None, "the request asked for logprobs"
             self.logprobs.append(logprob)
+        if self.top_logprobs is not None:
+            assert top is not None, "the request asked for top_logprobs"
+            self.top_logprobs.append(top)
         if self.timing.first_token is None:
             self.timing.first_token = time.monotonic()
         try:
@@ -127,7 +144,9 @@ class Sequence:
     def completion(self) -> Completion:
         """Return the outcome of a finished sequence; an error where its text cannot be decoded."""
         assert self.finish_reason is not None, f"request {self.request.id!r} is not finished"
+        prompt_text = ""
         try:
+            prompt_text = self._prompt_text()
             text = self.text
         except RequestError as problem:
             text = self.stopper.decoded_text
@@ -135,16 +154,69 @@ class Sequence:
         return Completion(
             index=self.request.index,
             id=self.request.id,
-            text=text,
+            text=prompt_text + text,
             token_ids=self.token_ids[self.num_prompt :],
             finish_reason=self.finish_reason,
             prompt_tokens=self.num_prompt,
             completion_tokens=self.num_generated,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            top_logprobs=self.top_logprobs,
+            prompt_top_logprobs=self.prompt_top_logprobs,
+            stop_reason=self.stopper.stop_reason if self.finish_reason == "stop" else None,
+            prompt_text=prompt_text,
             capacity=self.capacity,
             error=None if self.error is None else error_record(self.error),
             timing=self.timing,
             request=self.request,
             cached_tokens=self.num_cached,
         )
+
+    def _prompt_text(self) -> str:
+        """Return the prompt's text where the request asks for it, "" otherwise.
+
+        Raises:
+            RequestError: the tokenizer cannot decode it.
+        """
+        if not self.request.params.echo or self.tokenizer is None:
+            return ""
+        if self.request.prompt_text is not None:
+            return self.request.prompt_text
+        return decode(self.tokenizer, self.token_ids[: self.num_prompt])
+
+
+class ChoiceGroup:
+    """The sequences of a line that asks for several completions, in the order of its choices."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._sequences = sequences
+        self._num_left = len(sequences)
+        self._failed: Sequence | None = None  # the first choice that failed
+        for sequence in sequences:
+            sequence.group = self
+
+    def unfinished(self) -> list[Sequence]:
+        """Return the sequences that still run or wait."""
+        return [each for each in self._sequences if each.status is not Status.FINISHED]
+
+    def finish(self, sequence: Sequence) -> bool:
+        """Count a finished sequence; return whether it was the last."""
+        if sequence.error is not None and self._failed is None:
+            self._failed = sequence
+        self._num_left -= 1
+        return self._num_left == 0
+
+    def completion(self) -> Completion:
+        """Return the line's completion; an error, with no text, where a choice has failed."""
+        first, *others = [each.completion() for each in self._sequences]
+        # The end of a text is decoded only now, and may fail too.
+        failed = [self._failed] if self._failed is not None else self._sequences
+        for each in failed:
+            if each.error is not None:
+                message = f"choice {each.request.choice}: {each.error}"
+                error = RequestError(each.error.code, message, each.num_prompt)
+                record = Completion.failure(first.index, first.id, error)
+                record.request = first.request
+                return record
+        first.others = others
+        return first

@@ -561,3 +561,66 @@ def test_a_source_that_gives_an_id_past_the_vocabulary_gets_an_error(checkpoint,
     done, _ = run_ranks(run_requests, 2, checkpoint, parallel)
     assert [item.finish_reason for item in done] == ["error", "length", "error"]
     assert "[1] = 97: must be from 0 to 96, the model's vocabulary" in done[0].error["message"]
+
+
+def generate_every_setting(
+    rank: int, path: Path, parallel: dict[str, Any], scheduler: dict[str, Any], policy: str
+) -> list[Completion]:
+    """Complete the prompts with every setting that changes or reports logits, three times each."""
+    config = config_of(path, scheduler, parallel)
+    if policy != "none":
+        moe = MoEConfig(capacity=CapacityConfig(policy=policy, factor=100.0))
+        config = replace(config, moe=moe)
+    llm = LLM(config)
+    each = [
+        {"repetition_penalty": 1.5, "top_k": 20},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"logit_bias": {5: 4.0, 6: -100.0}, "min_p": 0.05},
+        {"min_tokens": 4, "stop_token_ids": list(range(50))},
+        {"prompt_logprobs": 2, "min_p": 0.1, "top_p": 0.9},
+    ]
+    params = [
+        SamplingParams(
+            max_new_tokens=8, temperature=1.0, seed=3, logprobs=2, n=number % 3 + 1, **extra
+        )
+        for number, extra in enumerate([*each, *each][: len(PROMPTS)])
+    ]
+    done = llm.generate(PROMPTS, params)
+    llm.close()
+    return done
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "scheduler", "policy"),
+    [
+        (1, {}, {"max_batch_tokens": 7, "max_sequences": 2}, "none"),
+        (2, {}, {}, "none"),
+        (2, {"tensor": 2}, {}, "none"),
+        (2, {}, {}, "token_drop"),
+    ],
+)
+def test_every_setting_and_choice_is_the_same_on_any_ranks_and_in_any_batch(
+    checkpoint, world, parallel, scheduler, policy
+):
+    (alone,) = run_ranks(generate_every_setting, 1, checkpoint, {}, {}, "none", timeout=90)
+    done = run_ranks(
+        generate_every_setting, world, checkpoint, parallel, scheduler, policy, timeout=90
+    )[0]
+    assert [len(item.choices) for item in done] == [n % 3 + 1 for n in range(len(PROMPTS))]
+    for item, other in zip(done, alone, strict=True):
+        assert_same(item.choices, other.choices)
+        for one, two in zip(item.choices, other.choices, strict=True):
+            assert [[t for t, _ in top] for top in one.top_logprobs or ()] == [
+                [t for t, _ in top] for top in two.top_logprobs or ()
+            ]
+            assert (one.finish_reason, one.stop_reason) == (two.finish_reason, two.stop_reason)
+    several = [item for item in alone if item.others]
+    assert all(a.token_ids != b.token_ids for a, b in [item.choices[:2] for item in several])
+
+
+def test_the_first_of_several_choices_is_the_completion_of_one(checkpoint):
+    one = SamplingParams(max_new_tokens=6, temperature=1.0, logprobs=True)
+    first, _ = run(checkpoint, params=one)
+    several, _ = run(checkpoint, params=replace(one, n=3))
+    assert [item.token_ids for item in several] == [item.token_ids for item in first]
+    assert all(len({tuple(c.token_ids) for c in item.choices}) > 1 for item in several)

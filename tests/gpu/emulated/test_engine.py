@@ -178,3 +178,27 @@ def test_completions_equal_the_cpus_to_the_bit(name: str, on_both_devices) -> No
 
 def test_two_replicas_of_two_expert_parallel_ranks(on_both_devices) -> None:
     on_both_devices(Job("mixtral", {"parallel": {"expert": 2}}), world=4)
+
+
+def test_no_setting_of_sampling_adds_a_sync(on_both_devices) -> None:
+    every = {
+        "temperature": 0.8,
+        "min_p": 0.05,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": {3: 2.0, 4: -100.0},
+        "stop_token_ids": (7, 8),
+        "min_tokens": 8,
+        "top_logprobs": 3,
+    }
+    plain = on_both_devices(Job("mixtral", sampling={"temperature": 0.8}))
+    asked = on_both_devices(Job("mixtral", sampling=every))
+    for (_, one), (_, other) in zip(plain, asked, strict=True):
+        assert sum(one.syncs.values()) == sum(other.syncs.values()) > 0
+
+
+def test_choices_and_likeliest_tokens_of_prompts_are_the_cpus(on_both_devices) -> None:
+    sampling = {"temperature": 0.8, "n": 2, "prompt_logprobs": 2, "frequency_penalty": 1.0}
+    for _, cuda in on_both_devices(Job("mixtral", sampling=sampling)):
+        assert all(len(record["choices"]) == 2 for record in cuda.done)

@@ -123,6 +123,8 @@ def test_openai_chat_line():
         ({"stop_token_ids": [3]}, "stop_token_ids", (3,)),
         ({"logprobs": True}, "logprobs", True),
         ({"logprobs": 1}, "logprobs", True),
+        ({"logprobs": 3}, "top_logprobs", 3),
+        ({"echo": True}, "echo", True),
         ({"prompt_logprobs": True}, "prompt_logprobs", True),
         ({"ignore_eos": True}, "ignore_eos", True),
     ],
@@ -162,7 +164,7 @@ def test_a_misspelt_setting_is_an_error_with_the_nearest_name(key, meant):
         ({"id": 1, "prompt": "a", "messages": []}, "the line has prompt and messages"),
         ({"id": 1, "prompt": ""}, "prompt: is empty"),
         ({"id": 1, "prompt": 5}, "prompt = 5: must be text"),
-        ({"id": 1, "prompt": ["a", "b"]}, 'prompt[0] = "a": must be a whole number'),
+        ({"id": 1, "prompt": ["a", 3]}, "prompt[1] = 3: must be text or a list of token ids"),
         ({"id": 1, "prompt": "\ud800"}, "half of a surrogate pair"),
         ({"id": 1, "prompt_token_ids": []}, "prompt_token_ids: is empty"),
         ({"id": 1, "prompt_token_ids": "ab"}, "must be a list of token ids"),
@@ -186,10 +188,13 @@ def test_a_misspelt_setting_is_an_error_with_the_nearest_name(key, meant):
         ({"id": 1, "prompt": "a", "top_p": "x"}, "top_p = 'x': must be"),
         ({"id": 1, "prompt": "a", "max_tokens": 1.5}, "max_new_tokens = 1.5: must be"),
         ({"id": 1, "prompt": "a", "max_tokens": 1, "max_new_tokens": 2}, "give one of them"),
-        ({"id": 1, "prompt": "a", "n": 2}, "n = 2: n is not supported"),
+        ({"id": 1, "prompt": "a", "n": 0}, "n = 0: must be from 1 to 128"),
+        ({"id": 1, "prompt": "a", "n": 2, "best_of": 3}, "best_of = 3: best_of above n = 2"),
+        ({"id": 1, "prompt": ["a"] * 17, "n": 128}, "17 prompts and n = 128 are 2176 completions"),
+        ({"id": 1, "prompt": [[3], [1, -1]]}, "prompt[1][1] = -1: must be from 0"),
         ({"id": 1, "prompt": "a", "stream": True}, "stream is not supported"),
-        ({"id": 1, "prompt": "a", "presence_penalty": 0.5}, "presence_penalty is not supported"),
-        ({"id": 1, "prompt": "a", "logprobs": 5}, "logprobs = 5: must be true or false"),
+        ({"id": 1, "prompt": "a", "suffix": "x"}, "suffix is not supported"),
+        ({"id": 1, "prompt": "a", "logprobs": 5.0}, "logprobs = 5.0: must be true or false"),
         (b"{", "is not valid JSON"),
         (b"hello", "is not valid JSON"),
         (b"[1, 2]", "[1, 2]: must be a JSON object"),
@@ -214,8 +219,14 @@ def test_error_records_of_bad_lines_name_what_is_wrong(record, part):
         ({"body": [1]}, "body = [1]: must be an object"),
         ({"id": "b"}, "both id and custom_id"),
         ({"body": {"messages": [{"role": "u", "content": "a"}]}}, "body.messages is not supported"),
-        ({"body": {"prompt": "a", "echo": True}}, "echo is not supported"),
-        ({"body": {"prompt": "a", "top_logprobs": 5}}, "top_logprobs is not supported"),
+        ({"body": {"prompt": "a", "top_logprobs": 5}}, "top_logprobs = 5: needs logprobs: true"),
+        (
+            {
+                "url": "/v1/chat/completions",
+                "body": {"messages": [{"role": "user", "content": "a"}], "logprobs": 5},
+            },
+            "logprobs = 5: must be true or false with messages",
+        ),
         ({"body": {"prompt": "a", "tools": [{}]}}, "tools is not supported"),
         ({"body": {"prompt": "a", "bananas": 1}}, "body.bananas is not supported"),
         ({"body": {"prompt": "a", "max_token": 1}}, "did you mean 'max_tokens'"),
@@ -425,3 +436,28 @@ def test_no_depth_of_nesting_raises(around, opening, closing):
     for depth in [*range(60, 1100, 7), 5000, 100_000]:
         parsed = parse((around % (opening * depth + "1" + closing * depth)).encode())
         assert isinstance(parsed, Completion | Request)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ([3, 4], [[3, 4]]),
+        ([[3, 4]], [[3, 4]]),
+        (["a", [3, 4]], [[1, 97], [3, 4]]),
+        (["a", "b"], [[1, 97], [1, 98]]),
+    ],
+)
+def test_a_list_of_prompts_is_one_request_with_a_choice_per_prompt(prompt, expected):
+    parsed = parse({"id": 1, "prompt": prompt})
+    assert isinstance(parsed, Request)
+    assert [list(each.prompt_token_ids) for each in parsed.choices] == expected
+    assert [each.choice for each in parsed.choices] == list(range(len(expected)))
+
+
+def test_choices_of_a_line_are_prompt_after_prompt():
+    parsed = parse({"id": 1, "prompt": ["a", "b"], "n": 2, "best_of": 2, "echo": True})
+    assert isinstance(parsed, Request)
+    found = [(each.choice, each.prompt_token_ids[1], each.prompt_text) for each in parsed.choices]
+    assert found == [(0, 97, "a"), (1, 97, "a"), (2, 98, "b"), (3, 98, "b")]
+    assert len({each.key for each in parsed.choices}) == 4
+    assert parsed.key == parsed.index

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.generation import sampler
-from engine.generation.sampler import NonFiniteLogitsError, sample, token_logprobs, uniform
+from engine.generation.sampler import (
+    NonFiniteLogitsError,
+    sample,
+    sample_rows,
+    token_logprobs,
+    uniform,
+)
 from engine.request import SamplingParams
 
 LOG = [math.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
@@ -26,6 +32,7 @@ def oracle(logits: list[float], params: SamplingParams, u: float) -> int:
     top = logits[order[0]]
     weight = [math.exp((value - top) / params.temperature) for value in logits]
     order = order[: params.top_k or None]
+    order = [token for token in order if weight[token] >= params.min_p]
     total = math.fsum(weight[token] for token in order)
     kept, mass = [], 0.0
     for token in order:
@@ -131,12 +138,17 @@ def test_uniform_is_even_and_its_three_keys_are_independent():
         ({"top_p": 0.3}, [0, 1, 0, 0]),
         ({"top_k": 2, "top_p": 0.5}, [0, 1, 0, 0]),  # 0.4 of 0.7 is more than half
         ({"top_k": 2, "top_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.4, "top_p": 0.8}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"min_p": 0.4, "top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"min_p": 0.6, "temperature": 2.0}, [0, 0.4**0.5, 0.2**0.5, 0.3**0.5]),
     ],
 )
 def test_frequencies_match_the_filtered_softmax(params, expected):
     n = 20_000
     tokens = draws(SamplingParams(**{"temperature": 1.0, "seed": 11, **params}), LOG, n)
     counts = np.bincount(tokens, minlength=4)
+    expected = [share / sum(expected) for share in expected]
     for count, probability in zip(counts, expected, strict=True):
         # Four standard deviations; exactly none where the probability is 0.
         assert abs(count - n * probability) <= 4 * math.sqrt(n * probability * (1 - probability))
@@ -155,6 +167,7 @@ def test_every_draw_is_the_one_of_the_oracle(candidates, data):
             temperature=data.draw(st.sampled_from([0.0, 0.7, 1.0, 2.5])),
             top_k=data.draw(st.sampled_from([0, 0, 1, 2, 3, 30])),
             top_p=data.draw(st.sampled_from([1.0, 1.0, 0.37, 0.77, 0.96])),
+            min_p=data.draw(st.sampled_from([0.0, 0.0, 0.1, 0.4])),
             seed=data.draw(st.integers(0, 3)),
         )
         for _ in range(size)
@@ -217,6 +230,8 @@ def mixed_batch(size: int) -> tuple[torch.Tensor, list[SamplingParams]]:
         {"temperature": 1.2, "top_p": 0.9},
         {"temperature": 1.0, "top_p": 0.8, "top_k": 20},
         {"temperature": 3.0, "top_p": 0.95, "seed": 9},
+        {"temperature": 2.0, "min_p": 0.1},
+        {"temperature": 2.0, "min_p": 0.02, "top_p": 0.9},
     ]
     return logits, [SamplingParams(**kinds[row % len(kinds)]) for row in range(size)]
 
@@ -295,6 +310,34 @@ def test_token_logprobs_pick_one_token_per_row_in_float32():
     torch.testing.assert_close(result, logits.log_softmax(1)[range(5), targets])
     assert torch.equal(token_logprobs(logits, torch.tensor(targets)), result)
     assert token_logprobs(logits[:0], []).shape == (0,)
+
+
+def test_the_likeliest_tokens_are_those_that_a_row_asks_for_and_of_equals_the_lower_ids():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 5.0, 1.0]])
+    params = [SamplingParams(logprobs=3), SamplingParams(), SamplingParams(logprobs=1)]
+    sampled = sample_rows(logits, params, [0] * 3, range(3))
+    exact = logits.double().log_softmax(1)
+    assert sampled.top is not None
+    assert [[token for token, _ in row] for row in sampled.top] == [[1, 3, 2], [], [2]]
+    for row in (0, 2):
+        for token, logprob in sampled.top[row]:
+            assert logprob == pytest.approx(exact[row, token].item(), abs=1e-6)
+
+
+def test_the_likeliest_tokens_do_not_depend_on_the_other_rows():
+    logits, _ = mixed_batch(8)
+    params = [SamplingParams(logprobs=row) for row in range(8)]
+    whole = sample_rows(logits, params, [0] * 8, range(8)).top
+    assert whole is not None
+    for row in range(1, 8):
+        one = sample_rows(logits[row : row + 1], [params[row]], [0], [row])
+        assert one.top == [whole[row]]
+
+
+def test_more_likeliest_tokens_than_there_are_gives_all():
+    sampled = sample_rows(torch.zeros(1, 3), [SamplingParams(logprobs=20)], [0], [0])
+    assert sampled.top is not None
+    assert [token for token, _ in sampled.top[0]] == [0, 1, 2]
 
 
 # --- bad logits -------------------------------------------------------------------------------

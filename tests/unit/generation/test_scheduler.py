@@ -552,6 +552,7 @@ def test_every_request_finishes_once_with_the_tokens_it_has_alone(workload):
     for completion in done:
         expected = alone(requests[completion.index], limits["max_model_len"])
         expected.timing, expected.cached_tokens = completion.timing, completion.cached_tokens
+        expected.request = completion.request
         assert completion == expected
     capacity = limits["blocks"] * limits["block_size"]
     for request in requests:

@@ -5,7 +5,7 @@ Run: pytest tests/unit/generation/test_sequence.py
 
 import pytest
 
-from engine.generation.sequence import Sequence, Status
+from engine.generation.sequence import ChoiceGroup, Sequence, Status
 from engine.request import Request, RequestError, SamplingParams
 
 
@@ -139,3 +139,112 @@ def test_a_prompt_that_cannot_be_decoded_is_the_error_of_its_request():
     seq = Sequence(request, tokenizer=Broken(IndexError("no such piece")))
     seq.append(1)
     assert seq.completion().finish_reason == "error"
+
+
+class Letters:
+    """A tokenizer whose token n is the nth letter."""
+
+    def decode(self, ids, *, skip_special_tokens):
+        return "".join(chr(ord("a") + token) for token in ids)
+
+
+def test_the_likeliest_tokens_are_kept_one_list_per_token():
+    seq = make(max_new_tokens=2, logprobs=2, prompt_logprobs=1)
+    assert seq.prompt_top_logprobs == [None]
+    seq.append(1, -0.25, [(1, -0.25), (0, -2.0)])
+    seq.append(2, -0.5, [(2, -0.5), (0, -1.0)])
+    assert seq.completion().top_logprobs == [[(1, -0.25), (0, -2.0)], [(2, -0.5), (0, -1.0)]]
+
+
+@pytest.mark.parametrize(("prompt_text", "expected"), [("Hij", "Hij"), (None, "hij")])
+def test_echo_puts_the_prompts_text_before_the_new_text(prompt_text, expected):
+    params = SamplingParams(max_new_tokens=1, echo=True)
+    ids = (7, 8, 9)
+    request = Request(index=0, id="r", prompt_token_ids=ids, params=params, prompt_text=prompt_text)
+    seq = Sequence(request, tokenizer=Letters())
+    seq.append(1)
+    done = seq.completion()
+    assert (done.text, done.prompt_text, done.token_ids) == (f"{expected}b", expected, [1])
+
+
+def test_the_stop_reason_is_the_text_or_id_that_the_request_named():
+    reasons = []
+    for eos, params, token in (
+        ((5,), {}, 5),
+        ((), {"stop_token_ids": [5]}, 5),
+        ((), {"stop": ["bc", "b"]}, 1),
+        ((), {}, 1),
+    ):
+        request = Request(
+            index=0,
+            id="r",
+            prompt_token_ids=[3],
+            params=SamplingParams(max_new_tokens=1, **params),
+        )
+        seq = Sequence(request, tokenizer=Letters(), eos_token_ids=eos)
+        seq.append(token)
+        reasons.append(seq.completion().stop_reason)
+    assert reasons == [None, 5, "b", None]
+
+
+def stopped_at(stop: list[str], tokens: list[int], min_tokens: int) -> tuple[int, str]:
+    """Return how many tokens a request has when a stop text ends it, and its text."""
+    params = SamplingParams(max_new_tokens=20, stop=stop, min_tokens=min_tokens)
+    request = Request(index=0, id="r", prompt_token_ids=[3], params=params)
+    seq = Sequence(request, tokenizer=Letters())
+    for token in tokens:
+        if seq.finish_reason is None:
+            seq.append(token)
+    return seq.num_generated, seq.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "expected"),
+    [
+        (["b"], 0, (2, "a")),
+        (["b"], 2, (5, "abca")),
+        (["b"], 4, (5, "abca")),
+        (["bc"], 2, (3, "a")),  # completed by the third token
+        (["bc"], 3, (6, "abca")),
+        (["a", "bc"], 5, (6, "abca")),
+    ],
+)
+def test_a_stop_text_ends_nothing_within_the_minimum_number_of_tokens(stop, min_tokens, expected):
+    assert stopped_at(stop, [0, 1, 2, 0, 1, 2], min_tokens) == expected
+
+
+def group_of(eos=()) -> tuple[ChoiceGroup, list[Sequence]]:
+    params = SamplingParams(max_new_tokens=2, n=2)
+    line = Request.of_line(4, "r", [[7, 8], [9]], params)
+    sequences = [Sequence(each, eos_token_ids=eos) for each in line.choices]
+    return ChoiceGroup(sequences), sequences
+
+
+def test_the_choices_of_a_line_are_one_record_in_their_order_when_the_last_has_finished():
+    group, sequences = group_of(eos={0})
+    whole = []
+    for token, each in enumerate(reversed(sequences)):
+        each.append(token)
+        if each.finish_reason is None:
+            each.append(token)
+        whole.append(group.finish(each))
+    assert whole == [False, False, False, True]
+    record = group.completion().record()
+    assert [each["token_ids"] for each in record["choices"]] == [[3, 3], [2, 2], [1, 1], [0]]
+    assert [each["finish_reason"] for each in record["choices"]] == ["length"] * 3 + ["stop"]
+    assert [each["index"] for each in record["choices"]] == [0, 1, 2, 3]
+    assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 7}
+    assert "text" not in record
+
+
+def test_a_line_with_a_choice_that_fails_is_an_error_record_that_names_it():
+    group, sequences = group_of()
+    sequences[2].finish("error", RequestError("non_finite_logits", "bad"))
+    group.finish(sequences[2])
+    for each in group.unfinished():
+        each.finish("error", RequestError("non_finite_logits", "bad"))
+        group.finish(each)
+    record = group.completion().record()
+    assert record["error"]["code"] == "non_finite_logits"
+    assert record["error"]["message"] == "choice 2: bad"
+    assert (record["finish_reason"], record["token_ids"]) == ("error", [])

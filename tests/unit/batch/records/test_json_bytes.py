@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from engine.batch.records.json_bytes import own_record, to_json
 from engine.batch.records.marks import is_error, line_of
 from engine.batch.strict_json import parse_object
-from engine.request import Completion, RequestError
+from engine.request import Completion, Request, RequestError, SamplingParams
 
 
 @pytest.mark.parametrize("text", ["é", "\ud800", "\udfff\ud800", "a\nb", "\x00", "𝄞", ""])
@@ -66,14 +67,12 @@ def test_a_record_of_our_own_form_has_no_line_number_whatever_its_id():
         assert line_of(own_record(completion(name=name))) is None
 
 
-def test_a_line_of_several_choices_has_them_in_a_list():
-    first = completion("x")
-    first.others = [completion("y")]
+def test_a_line_of_several_choices_has_them_in_a_list_and_its_prompt_once():
+    first, other = completion("x"), completion("y")
+    asked = Request(index=0, id="a", prompt_token_ids=[7], params=SamplingParams(n=2))
+    first.request, other.request = asked, replace(asked, choice=1)
+    first.others = [other]
     record = json.loads(own_record(first))
     assert list(record) == ["id", "choices", "usage", "capacity"]
-    assert record["usage"] == {"prompt_tokens": 2, "completion_tokens": 2}
+    assert record["usage"] == {"prompt_tokens": 1, "completion_tokens": 2}
     assert [each["text"] for each in record["choices"]] == ["x", "y"]
-    first.others[0].finish_reason = "error"
-    first.others[0].error = {"code": "decoding_failed", "message": "why", "line": 1}
-    failed = own_record(first)
-    assert is_error(failed) and json.loads(failed)["error"]["code"] == "decoding_failed"

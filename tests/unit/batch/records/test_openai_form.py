@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import openai.types as types
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from engine.batch.records.marks import is_error, line_of
 from engine.batch.records.openai_form import OpenAIRecords
-from engine.request import CapacityUse, Completion, Request, RequestError
+from engine.request import CapacityUse, Completion, Request, RequestError, SamplingParams
 
 JOB = "0123456789abcdef"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -164,7 +165,8 @@ def test_of_candidates_that_are_written_alike_the_likeliest_counts(tokenizer):
 def test_choices_of_one_prompt_count_it_once_and_their_capacity_is_added(tokenizer):
     first = completion(capacity=CapacityUse(assignments=4, dropped=1), cached_tokens=2)
     other = completion(text="b", capacity=CapacityUse(assignments=3), cached_tokens=2)
-    other.request, own = first.request, other.request
+    first.request = replace(first.request, params=SamplingParams(n=2))
+    other.request, own = replace(first.request, choice=1), other.request
     third = completion(TEXT, text="c", prompt_tokens=5)
     third.request = own
     first.others = [other, third]

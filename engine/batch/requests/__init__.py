@@ -1,0 +1,1 @@
+"""The accepted fields of a line, and how a conversation becomes a prompt."""
