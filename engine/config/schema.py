@@ -235,6 +235,8 @@ class SchedulerConfig:
     # KV cache; null: what max_sequences needs, within the memory that is free
     kv_cache_blocks: int | None = field(default=None, metadata=_COUNT)  # size of one rank's
     # KV cache in blocks, instead of kv_cache_gib
+    prefix_cache: bool = True  # run the common prefix of several requests once; a request with
+    # prompt_logprobs runs whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
