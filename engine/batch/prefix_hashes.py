@@ -61,8 +61,10 @@ class PrefixHasher:
         self._key = key
 
     def finish(self) -> PrefixHashes:
-        """Return the hashes of all lines."""
-        sizes_n = np.array(self._sizes, dtype=np.int64)
-        return PrefixHashes(
-            _LENGTHS, sizes_n, [np.array(level, dtype=np.int64) for level in self._hashes]
-        )
+        """Return the hashes of all lines, without a copy; no line can be added after it."""
+        hashes = [_as_numpy(level) for level in self._hashes]
+        return PrefixHashes(_LENGTHS, _as_numpy(self._sizes), hashes)
+
+
+def _as_numpy(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, dtype=np.int64) if values else np.empty(0, dtype=np.int64)

@@ -95,8 +95,8 @@ class SharedPrefixes:
 def find_shared(prefixes: PrefixHashes) -> SharedPrefixes | None:
     """Return the prompts in prefix order, None where they share less than `MIN_SAVED`."""
     num, saved = len(prefixes.sizes_n), 0
-    members_m = np.arange(num)  # prompts in a group of the level before
-    groups_m = np.zeros(num, dtype=np.int64)  # the first prompt of that group
+    members_m = np.arange(num, dtype=np.int32)  # prompts in a group of the level before
+    groups_m = np.zeros(num, dtype=np.int32)  # the first prompt of that group
     firsts: list[np.ndarray] = []  # per level int32 [N]: first prompt of the group, or itself
     depths_n = np.zeros(num, dtype=np.uint8)  # levels that a prompt shares with another
     for before, (length, hashes) in zip(
@@ -105,14 +105,17 @@ def find_shared(prefixes: PrefixHashes) -> SharedPrefixes | None:
         reaches_n = prefixes.sizes_n >= length
         long_m = reaches_n[members_m]
         members_m, groups_m = members_m[long_m], groups_m[long_m]
-        places_m = (np.cumsum(reaches_n, dtype=np.int32) - 1)[members_m]
-        keys_m = hashes.view(np.uint64)[places_m] ^ (groups_m.astype(np.uint64) * _MIX)
+        keys_m = groups_m.astype(np.uint64)
+        keys_m *= _MIX
+        keys_m ^= hashes.view(np.uint64)[(np.cumsum(reaches_n, dtype=np.int32) - 1)[members_m]]
         by_key_m = np.argsort(keys_m, kind="stable")
         keys_m = keys_m[by_key_m]
         begins_m = np.ones(len(keys_m), dtype=bool)
         begins_m[1:] = keys_m[1:] != keys_m[:-1]
+        num_keys = len(keys_m)
+        del keys_m  # a million of everything: what is no longer needed makes room
         begins_g = np.flatnonzero(begins_m)
-        counts_g = np.diff(begins_g, append=len(keys_m))
+        counts_g = np.diff(begins_g, append=num_keys)
         saved += int((counts_g - 1).sum()) * (length - before)
         shared_m = np.repeat(counts_g > 1, counts_g)
         if not shared_m.any():
@@ -121,12 +124,14 @@ def find_shared(prefixes: PrefixHashes) -> SharedPrefixes | None:
         # Sorted by a stable sort: the first of a group has the lowest index.
         groups_m = np.repeat(members_m[begins_g], counts_g)[shared_m]
         members_m = members_m[shared_m]
+        del by_key_m, shared_m, begins_m
         firsts_n = np.arange(num, dtype=np.int32)
         firsts_n[members_m] = groups_m
         firsts.append(firsts_n)
         depths_n[members_m] += 1
         ascending_m = np.argsort(members_m)
         members_m, groups_m = members_m[ascending_m], groups_m[ascending_m]
+        del ascending_m
     saved = saved / max(1, int(prefixes.sizes_n.sum()))
     if not firsts or saved < MIN_SAVED:
         return None
