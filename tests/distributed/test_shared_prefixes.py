@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from engine.config import Config, ModelConfig, RuntimeConfig, SchedulerConfig
+from engine.request import SamplingParams
 from tests.helpers.batch_case import committed, infer, infer_each, records, report, run
 from tests.helpers.ranks import RanksFailed, run_ranks
 
@@ -118,3 +120,36 @@ def test_dealt_slices_merge_into_the_records_of_input_order(job, lines, in_order
             assert code == 0, err
     assert results(output) == in_order
     assert [each["shared_prefixes"]["lines"] for each in report(output)["slices"]] == [12, 12]
+
+
+def generate(rank: int, model: Path, prompts: list[list[int]]) -> list[Any]:
+    """The prompts that this rank gets and all new tokens, without and with the prefix cache."""
+    from engine.llm import LLM
+
+    outcomes = []
+    for prefix_cache in (False, True):
+        config = Config(
+            model=ModelConfig(path=str(model)),
+            scheduler=SchedulerConfig(prefix_cache=prefix_cache),
+            runtime=RuntimeConfig(device="cpu"),
+        )
+        llm, given = LLM(config), []
+        run_source = llm.run
+
+        def noting(source: Any, *rest: Any, given=given, run_source=run_source) -> Any:
+            given += [request.index for request in source._remaining]
+            return run_source(source, *rest)
+
+        llm.run = noting
+        done = llm.generate(prompts, SamplingParams(max_new_tokens=3, ignore_eos=True))
+        llm.close()
+        outcomes.append((given, [completion.token_ids for completion in done]))
+    return outcomes
+
+
+def test_generate_keeps_prompts_with_common_blocks_on_one_rank(job):
+    prompts = [[100 + number // 4] * 20 + [number] for number in range(8)]
+    (first, own), (other, others) = run_ranks(generate, 2, job / "model", prompts, timeout=120.0)
+    assert [first[0], other[0]] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [own[0], others[0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert own[1] == first[1] == others[1] and len(own[1]) == 8
