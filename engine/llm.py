@@ -38,6 +38,7 @@ from engine.generation.loop import (
     OnStep,
 )
 from engine.generation.memory import agree_kv_blocks
+from engine.generation.prefix_order import deal_requests
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.replanner import OnChange, Replanner
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
@@ -161,8 +162,9 @@ class LLM:
         """Complete prompts; return all completions, in the prompts' order, on every rank.
 
         With `n` above 1 a completion has the further ones of its prompt under `others`. Prompts are
-        partitioned so that data ranks have about the same number of tokens. A prompt
-        that cannot run has a completion with finish_reason "error".
+        partitioned so that data ranks have about the same number of tokens; those that share
+        prefixes are ordered by them and kept on one rank where that allows it. A prompt that cannot
+        run has a completion with finish_reason "error".
 
         Args:
             prompts: texts or token ids (lists, or of numpy or torch); the same on every rank. A
@@ -193,10 +195,15 @@ class LLM:
                 )
         done: list[Completion] = []
         topology = self.topology
-        own = partition(requests, topology.num_data)[topology.data_rank]
+        scheduler = self.config.scheduler
+        if scheduler.prefix_cache:
+            shares = deal_requests(requests, topology.num_data, scheduler.block_size)
+        else:
+            shares = partition(requests, topology.num_data)
+        own = shares[topology.data_rank]
         self.run(ListSource([*(failed if topology.data_rank == 0 else ()), *own]), done.extend)
-        shares = gather_objects(done, topology.host_world)
-        return sorted((item for share in shares for item in share), key=lambda item: item.index)
+        gathered = gather_objects(done, topology.host_world)
+        return sorted((item for share in gathered for item in share), key=lambda item: item.index)
 
     def encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
         """Return the token ids of a text; token ids are checked and returned.

@@ -46,6 +46,7 @@ from engine.batch.manifest import (
     output_rounds,
 )
 from engine.batch.on_rank_0 import describe, on_rank_0
+from engine.batch.prefix_hashes import PrefixHasher
 from engine.batch.records.job_format import (
     choose_format,
     describe_form,
@@ -59,6 +60,7 @@ from engine.config import Config
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
+from engine.generation.prefix_order import find_shared
 from engine.generation.tokenizer import has_tokenizer
 from engine.request import Completion
 
@@ -73,6 +75,9 @@ class FileJob:
     num_retried = 0  # run again because their record was an error, also by earlier runs
     num_errors = 0  # error records of a job that `open` found complete
     lines: PendingLines  # set by `open`
+    dealt: list[int] | None = None  # queue index at which each data rank's lines begin, and the
+    # number of lines, where they are in prefix order; None: in input order, shared by all ranks
+    shared_prefixes: dict[str, Any] | None = None  # of these lines, for the report
 
     def __init__(
         self,
@@ -146,6 +151,8 @@ class FileJob:
                 "form": describe_form(self._manifest),
                 "input": str(self.input_path),
                 "starts": self._files.starts,
+                "dealt": self.dealt,
+                "shared_prefixes": self.shared_prefixes,
             }
 
         reporter = self._reporter
@@ -160,6 +167,7 @@ class FileJob:
         self.num_retried = opened["retried"]
         self.input_path = Path(opened["input"])
         names = LineNames(opened["starts"])
+        self.dealt, self.shared_prefixes = opened["dealt"], opened["shared_prefixes"]
         table = _broadcast_table(table, opened["pending"], topology)
         problem = None
         try:
@@ -283,7 +291,9 @@ class FileJob:
         self._files.prepare(self._reporter.advance)
         self.input_path = self._files.path
         self._check_tokenizer()
-        index = scan_input(self.input_path, self._reporter.advance)
+        hasher = PrefixHasher() if self._config.scheduler.prefix_cache else None
+        on_lines = None if hasher is None else hasher.add
+        index = scan_input(self.input_path, self._reporter.advance, on_lines)
         self._manifest = make_manifest(index, self._config, self._reporter.advance)
         if self.input_path == self._files.spool:
             self._manifest["input"]["path"] = self._files.names()
@@ -326,7 +336,21 @@ class FileJob:
             ledger.close()
             raise
         self._ledger = ledger
-        return PendingLines.select(index, done_n, self._own_lines)
+        table = PendingLines.select(index, done_n, self._own_lines)
+        return table if hasher is None else self._deal(table, hasher)
+
+    def _deal(self, table: np.ndarray, hasher: PrefixHasher) -> np.ndarray:
+        """Return the pending lines rank by rank in prefix order, if they share prefixes."""
+        prefixes = hasher.finish().select(table[:, 0])
+        if (shared := find_shared(prefixes)) is None:
+            return table
+        dealt_n, self.dealt = shared.deal(prefixes.sizes_n, self._topology.num_data)
+        self.shared_prefixes = {
+            "lines": shared.num_sharing,
+            "prefixes": shared.num_prefixes,
+            "prompt_share": round(shared.saved, 4),
+        }
+        return table[dealt_n]
 
     def _begin_retry(self, ledger: Ledger, index: InputIndex) -> None:
         """Turn the finished output into an unfinished job without its error records."""

@@ -34,6 +34,7 @@ _LEADING_ID = re.compile(
 _CHUNK = 1 << 20
 
 Format = Literal["openai", "lockstep"]  # of a line or of records: OpenAI's or our own
+OnLines = Callable[[list[bytes]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,15 @@ class InputIndex:
         return len(self.offsets_n)
 
 
-def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
+def scan_input(
+    path: Path, report: OnProgress = ignore_progress, on_lines: OnLines | None = None
+) -> InputIndex:
     """Read the file once, front to back, and return its index.
 
     Args:
         path: a JSONL file, one request per line.
         report: called once per MiB or so.
+        on_lines: called as often with the next lines that are not blank.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,6 +90,7 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
     with naming(path), path.open("rb", buffering=0) as file:
         modified_ns = os.fstat(file.fileno()).st_mtime_ns
         for lines in _line_blocks(file, digest.update, report):
+            texts = []
             for raw in lines:
                 number += 1
                 skip = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
@@ -99,7 +104,10 @@ def scan_input(path: Path, report: OnProgress = ignore_progress) -> InputIndex:
                     offsets.append(offset + skip)
                     numbers.append(number)
                     hashes.append(_hash(name))
+                    texts.append(text)
                 offset += len(raw) + 1
+            if on_lines is not None:
+                on_lines(texts)
         size = file.tell()
     offsets_n = np.array(offsets, dtype=np.int64)
     numbers_n = np.array(numbers, dtype=np.int64)
@@ -216,13 +224,14 @@ class PendingLines:
 
         Args:
             path: the input.
-            table: from `select`, equal on every rank.
+            table: from `select`, in any order; equal on every rank.
             names: where its lines are in the user's files.
         """
         self.names = names or LineNames()
         self._path = path
         self._file = path.open("rb")
         self._table = table
+        self._by_index: np.ndarray | None = None  # queue indices, ascending by the lines' index
 
     @staticmethod
     def select(index: InputIndex, done_n: np.ndarray, lines: range | None = None) -> np.ndarray:
@@ -257,8 +266,10 @@ class PendingLines:
 
     def number_of(self, index: int) -> int:
         """Return the line number of the pending request `index`."""
-        row = int(np.searchsorted(self._table[:, 0], index))
-        return int(self._table[row, 2])
+        if self._by_index is None:
+            self._by_index = np.argsort(self._table[:, 0])
+        row = int(np.searchsorted(self._table[:, 0], index, sorter=self._by_index))
+        return int(self._table[self._by_index[row], 2])
 
     def close(self) -> None:
         """Close the input file."""

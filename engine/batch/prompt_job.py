@@ -52,6 +52,8 @@ class PromptJob:
     num_resumed = 0
     num_retried = 0
     num_errors = 0  # before it has run
+    dealt = None
+    shared_prefixes = None
 
     def __init__(
         self, topology: Topology, console: Console, output: Path | None, reporter: ProgressReporter

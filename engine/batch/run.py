@@ -4,8 +4,9 @@
 
     1. open     rank 0 indexes the input (`input_index.py`), decides whether to start, resume or
                 refuse (`manifest.py`) and reads which records the ledger has (`ledger.py`)
-    2. take     each data rank takes work-queue indices from one counter in the store, reads that
-                line and parses it (`line_parser.py`): a request, or an error record
+    2. take     each data rank takes work-queue indices from one counter in the store, or where
+                lines share prefixes its own ones (`dealt_queue.py`), reads that line and parses it
+                (`line_parser.py`): a request, or an error record
     3. run      the engine finishes requests and passes them to `write`, which makes them durable
     4. merge    rank 0 writes the output in input order and removes the ledger
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.batch.atomic_files import write_text
+from engine.batch.dealt_queue import DealtQueue
 from engine.batch.file_job import FileJob
 from engine.batch.input_index import WorkQueue
 from engine.batch.input_shards import InputShard
@@ -47,7 +49,7 @@ from engine.distributed.store_barrier import barrier
 from engine.generation.builder import import_libraries
 from engine.generation.interrupts import Interrupts, Stopped, StopRequest
 from engine.profiling.report import RunReport, StepReport
-from engine.reporting.summary import Summary, make_console, print_summary
+from engine.reporting.summary import Summary, describe_shared, make_console, print_summary
 from engine.request import Completion
 
 
@@ -196,6 +198,7 @@ def _run(
                 user_keys=dict(sum((each.user_keys for each in all_counts), Counter())),
                 run=run,
                 capacity=config.moe.capacity,
+                shared_prefixes=job.shared_prefixes,
             )
             if job.output is not None:
                 write_text(sibling_path(job.output, "config.yaml"), to_yaml(config))
@@ -238,7 +241,11 @@ def _generate(
         max_model_len=llm.max_model_len,
     )
     store, progress_bar = topology.store, None
-    queue = WorkQueue(job.lines, parse, store, f"{key}/queue", topology.num_data)
+    if job.dealt is None:
+        queue = WorkQueue(job.lines, parse, store, f"{key}/queue", topology.num_data)
+    else:
+        data_rank = topology.data_rank
+        queue = DealtQueue(job.lines, parse, store, f"{key}/queue", job.dealt, data_rank)
     if topology.world.rank == 0:
         progress_bar = ProgressBar(
             make_console(stderr=True),
@@ -246,6 +253,8 @@ def _generate(
             job.num_resumed,
             lambda: store.add(f"{key}/done", 0),
         )
+        if job.shared_prefixes is not None:
+            progress_bar.note(describe_shared(job.shared_prefixes))
 
     def write(completions: list[Completion]) -> None:
         job.write(completions)

@@ -72,14 +72,18 @@ class Summary:
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # of this run
     user_keys: dict[str, int] = field(default_factory=dict)  # lines of this run per key of the
     # user's own, which had no effect
+    shared_prefixes: dict[str, Any] | None = None  # of the lines that were pending when this run
+    # began: lines, prefixes, prompt_share; None where they ran in input order
 
     def to_json(self) -> str:
         """Return everything as JSON, latencies as percentiles."""
         values: dict[str, Any] = {
             key: getattr(self, key)
             for key in self.__dataclass_fields__
-            if key not in ("run", "capacity", "retried")
+            if key not in ("run", "capacity", "retried", "shared_prefixes")
         }
+        if self.shared_prefixes is not None:
+            values["shared_prefixes"] = self.shared_prefixes
         if self.retried:
             values["retried"] = self.retried
         values["capacity"] = asdict(self.capacity)
@@ -133,8 +137,19 @@ def print_summary(console: Console, summary: Summary) -> None:
     if summary.errors:
         counts.append(f"{summary.errors} with an error record")
     console.print(", ".join(counts) + ".", highlight=False)
+    if summary.shared_prefixes is not None:
+        console.print(describe_shared(summary.shared_prefixes), highlight=False, soft_wrap=True)
     if summary.user_keys:
         console.print(_user_keys(summary.user_keys), highlight=False, soft_wrap=True, markup=False)
+
+
+def describe_shared(shared: dict[str, Any]) -> str:
+    """Return a sentence about the lines that share prefixes."""
+    prefixes = "1 prefix" if shared["prefixes"] == 1 else f"{shared['prefixes']:,} prefixes"
+    return (
+        f"{_count(shared['lines'])} share {prefixes}, {shared['prompt_share']:.0%} of all prompts; "
+        "ordered and dealt to the ranks by them."
+    )
 
 
 def _routing(routing: RoutingReport, steps: int) -> str:

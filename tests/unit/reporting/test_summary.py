@@ -186,6 +186,16 @@ def test_requests_that_were_run_again_are_counted_where_there_are_any():
     assert "retried" not in json.loads(summary(None).to_json())
 
 
+def test_shared_prefixes_are_named_and_in_the_file_where_lines_were_dealt_by_them():
+    out = console()
+    shared = {"lines": 1200, "prefixes": 1, "prompt_share": 0.4567}
+    dealt = summary(None, shared_prefixes=shared)
+    print_summary(out, dealt)
+    assert "1,200 lines share 1 prefix, 46% of all prompts" in printed(out)
+    assert json.loads(dealt.to_json())["shared_prefixes"] == shared
+    assert "shared_prefixes" not in json.loads(summary(None).to_json())
+
+
 def test_shared_rows_that_moved_are_in_the_file_only_where_they_may_move():
     layer = LayerReport(0, 1.5, 1.2, 2.0, 1.5, [3, 1], [2, 1])
     layers = [layer, replace(layer, shared_rows_moved=0)]
