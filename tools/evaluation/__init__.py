@@ -1,0 +1,1 @@
+"""Parts of tools/evaluate.py: tasks of lm-evaluation-harness, one setting after another."""
