@@ -8,7 +8,8 @@
 # ARGS="-k capacity -x"        more arguments for pytest, in every target that runs it
 # PYTHON=python3.12            which Python makes the environment (3.10 or newer)
 # LOCKSTEP_TORCH=torch==2.12.0 which torch: any pip requirement; it is installed first
-# LOCKSTEP_EXTRAS=dev,cuda13   which extras of setup.py; te and te13 compile Transformer Engine
+# LOCKSTEP_EXTRAS=dev,cuda13   which extras of setup.py; te and te13 compile Transformer Engine,
+#                              eval is lm-evaluation-harness
 PYTHON ?= python3
 VENV ?= .venv
 PINNED_TORCH := torch==2.13.0

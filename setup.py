@@ -119,6 +119,9 @@ setup(
         # installed torch and CUDA headers (the Makefile sets what that needs).
         "te": ["torch>=2.8,<2.11", "transformer-engine[pytorch,core_cu12]>=2.9,<2.20"],
         "te13": ["torch>=2.11,<2.16", "transformer-engine[pytorch,core_cu13]>=2.18,<2.21"],
+        # Task scores: tools/evaluate.py, engine/interop/lm_eval.py. accelerate: the harness's own
+        # model on transformers, with which tests compare the scores.
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.1,<2"],
         "dev": [
             "setuptools>=77",
             "pytest>=8,<10",
