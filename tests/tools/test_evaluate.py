@@ -15,6 +15,7 @@ import pytest
 from evaluation.cases import make_cases, split_values
 from evaluation.report import Result, report_text
 from evaluation.scores import Score, ratio_error, read_scores
+from evaluation.tasks import check_installed
 
 from engine.interop.lm_eval_tasks import DATA, NAMES, recall_choices, task_config
 from engine.interop.lm_eval_usage import Usage
@@ -107,6 +108,12 @@ def test_the_choices_of_a_question_are_its_second_words():
     for row in rows:
         if row["task"] == "recall":
             assert recall_choices(row).count(row["answer"]) == 1
+
+
+def test_where_the_harness_is_missing_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed; install it with: pip install 'lm-eval"):
+        check_installed()
 
 
 @needs_lm_eval
