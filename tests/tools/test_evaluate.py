@@ -146,7 +146,7 @@ def test_a_sweep_on_two_ranks_ends_in_one_table_and_one_json_line(tmp_path):
 
 
 @needs_lm_eval
-@pytest.mark.slow
+@pytest.mark.long  # the harness indexes thousands of tasks of its own
 def test_an_unknown_task_is_reported_once_and_no_rank_waits():
     result = evaluate_on_2_ranks("--tasks=lockstep_recal,lockstep_sum")
     assert result.returncode != 0
