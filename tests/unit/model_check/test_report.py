@@ -146,6 +146,20 @@ def test_the_stored_format_is_given_by_part_and_scales_go_with_their_weights(tmp
     assert row["stored_bytes"] < 0.75 * row["bytes"]["total"]  # embedding and head are bfloat16
 
 
+def test_packed_weights_of_a_format_that_is_refused_are_neither_missing_nor_unused(tmp_path):
+    config, tensors = olmoe_7b()
+    config["quantization_config"] = {"quant_method": "no-such-method", "bits": 4}
+    for name in [name for name in tensors if ".experts." in name]:
+        _, (rows_, columns) = tensors.pop(name)
+        tensors[f"{name}_packed"] = ("I32", (rows_, columns // 8))
+        tensors[f"{name}_scale"] = ("BF16", (rows_, columns // 32))
+        tensors[f"{name}_shape"] = ("I32", (2,))
+    found = check(write_sparse(tmp_path, config, tensors), (8,))
+    assert [problem.split()[0] for problem in found["problems"]] == ["quantization_config"]
+    assert found["quantization"] == "no-such-method, bits 4" and not found["stored"]["unused"]
+    assert found["stored"]["parts"]["experts"]["I32"] == 16 * 64 * (3 * 2048 * 1024 // 2 + 3 * 8)
+
+
 def test_all_that_is_wrong_with_a_config_is_told_at_once(tmp_path):
     config, tensors = mixtral_8x7b()
     config |= {
