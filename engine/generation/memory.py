@@ -52,7 +52,7 @@ from engine.generation.host_memory import free_memory
 from engine.moe.capacity.speed_weights import MAX_WEIGHT, ONE
 
 _GIB = 1 << 30
-_CUDA_SHARE = 0.92  # of the free device memory; the rest is for fragmentation and libraries
+CUDA_SHARE = 0.92  # of the free device memory; the rest is for fragmentation and libraries
 _CPU_SHARE = 0.25  # of what the host and its cgroups leave, divided by the host's ranks
 
 
@@ -239,6 +239,6 @@ def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, str]:
     cgroup that limits them, "" for none.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE), ""
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE), ""
     free = free_memory()
     return int(free.num_bytes * _CPU_SHARE) // local_world_size, free.limit

@@ -41,6 +41,11 @@ def supported_model_types() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
+def family_module(model_type: str) -> str:
+    """Return the module that reads the configurations of a supported `model_type`."""
+    return _FAMILIES[model_type].__module__
+
+
 def read_config(folder: Path) -> Any:
     """Return the transformers configuration of a checkpoint, after checking that it can run.
 

@@ -19,7 +19,7 @@ from typing import NoReturn
 from engine.distributed.error_file import record_error
 from engine.distributed.launch_agent import die_with_agent
 from engine.distributed.standard_streams import make_streams_safe, safe_streams
-from lockstep import doctor, infer
+from lockstep import check_model, doctor, infer
 
 _REPORTED = "another rank reports the error"
 
@@ -42,6 +42,8 @@ def command_parser() -> CommandParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     infer.add_to(commands.add_parser("infer", help=infer.SUMMARY, allow_abbrev=False))
     doctor.add_to(commands.add_parser("doctor", help=doctor.SUMMARY, allow_abbrev=False))
+    check = commands.add_parser("check-model", help=check_model.SUMMARY, allow_abbrev=False)
+    check_model.add_to(check)
     return parser
 
 

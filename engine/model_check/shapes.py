@@ -1,0 +1,50 @@
+"""Shapes: a model's layers, attention and routing as fields of the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from engine.layers.attention import AttentionSpec
+from engine.models.registry import family_module
+from engine.models.spec import ModelSpec, SparseSpec
+
+
+def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
+    """Return the family and the shapes of a model."""
+    sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
+    attention = spec.layers[0].attention
+    return {
+        "family": family_module(hf_config.model_type),
+        "hidden": spec.hidden,
+        "vocabulary": spec.vocab_size,
+        "context": getattr(hf_config, "max_position_embeddings", None),
+        "tied_embeddings": spec.tied_embeddings,
+        "layers": {"dense": len(spec.layers) - len(sparse), "moe": len(sparse)},
+        "attention": {
+            "kind": "GQA" if isinstance(attention, AttentionSpec) else "MLA",
+            **_fields(attention),
+        },
+        "rope": hf_config.rope_parameters.get("rope_type", "default"),
+        "experts": _experts(sparse),
+    }
+
+
+def _experts(sparse: list[SparseSpec]) -> dict[str, Any] | None:
+    if not sparse:
+        return None
+    first = sparse[0]
+    top_k = Counter(mlp.moe.router.top_k for mlp in sparse)
+    return {
+        "ffn": first.moe.ffn,
+        "shared_ffn": None if first.shared is None else first.shared.ffn,
+        **_fields(first.moe.router),
+        "top_k": max(top_k),
+    }
+
+
+def _fields(spec: Any) -> dict[str, Any]:
+    """Return the plain values of a spec."""
+    plain = (int, float, str, bool, type(None))
+    return {key: value for key, value in asdict(spec).items() if isinstance(value, plain)}
