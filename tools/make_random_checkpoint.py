@@ -61,7 +61,7 @@ SIZES = {
         init_std=0.04,
     ),
 }
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe")
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
@@ -108,6 +108,21 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
         )
     if family in ("deepseek_v2", "deepseek_v3"):
         return fields | _deepseek_fields(family, size)
+    if family == "glm4_moe":
+        return (
+            fields
+            | {name: value for name, value in experts.items() if name != "num_experts"}
+            | {
+                "n_routed_experts": size.experts,
+                "n_shared_experts": 1,
+                "intermediate_size": 2 * size.ffn,
+                "head_dim": size.hidden // size.heads,
+                "first_k_dense_replace": 1,
+                "routed_scaling_factor": 1.5,
+                "attention_bias": True,
+                "use_qk_norm": True,
+            }
+        )
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 
 

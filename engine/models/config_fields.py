@@ -45,6 +45,7 @@ _EVEN = _Rule(  # the rotary embedding rotates pairs
     "an even whole number from 2", lambda v: type(v) is int and 2 <= v <= _MOST and v % 2 == 0
 )
 _POSITIVE = _Rule("a finite number above 0", lambda v: _is_number(v) and v > 0)
+_SHARE = _Rule("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
 _NUMBER = _Rule("a finite number", _is_number)
 _FLAG = _Rule("true or false", lambda v: type(v) is bool)
 _TEXT = _Rule("text", lambda v: isinstance(v, str))
@@ -106,6 +107,7 @@ _FIELDS = {
     "rope_theta": _POSITIVE,
     "routed_scaling_factor": _POSITIVE,
     "clip_qkv": _POSITIVE,
+    "partial_rotary_factor": _SHARE,
     **dict.fromkeys(
         (
             "attention_bias",
@@ -114,6 +116,7 @@ _FIELDS = {
             "qkv_bias",
             "rope_interleave",
             "tie_word_embeddings",
+            "use_qk_norm",
             "use_sliding_window",
         ),
         _FLAG,
@@ -141,7 +144,7 @@ _ROPE_FIELDS = {
     "rope_theta": _POSITIVE,
     "factor": _Rule("a finite number from 1", lambda v: _is_number(v) and v >= 1),
     "original_max_position_embeddings": _whole(1),
-    "partial_rotary_factor": _POSITIVE,
+    "partial_rotary_factor": _SHARE,
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), _POSITIVE),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _POSITIVE),
     **dict.fromkeys(("mscale", "mscale_all_dim"), _NUMBER),

@@ -19,7 +19,15 @@ from engine.config.checkpoint_files import read_json_object
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
-from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from engine.models import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
@@ -33,6 +41,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "qwen3_moe": qwen3_moe.read_spec,
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
+    "glm4_moe": glm4_moe.read_spec,
 }
 
 

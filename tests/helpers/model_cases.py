@@ -123,6 +123,20 @@ def _deepseek_v3(**settings: Any) -> Case:
     return Case("DeepseekV3", common | settings)
 
 
+def _glm4(**settings: Any) -> Case:
+    common = {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+    }
+    return Case("Glm4Moe", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -200,6 +214,20 @@ CASES = {
     "deepseek-v3-split-pairs-unnormalised": _deepseek_v3(
         rope_interleave=False, norm_topk_prob=False, n_group=1, topk_group=1
     ),
+    "glm4-moe": _glm4(head_dim=8, attention_bias=True, num_nextn_predict_layers=1),
+    "glm4-moe-groups-plain-heads-yarn-tied": _glm4(
+        head_dim=16,
+        use_qk_norm=False,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        first_k_dense_replace=0,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+        rope_parameters=_YARN | {"partial_rotary_factor": 0.25},
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -219,6 +247,8 @@ SHARDED_CASES = (
     "deepseek-v2-lite",
     "deepseek-v2-groups-q-lora-biases",
     "deepseek-v3",
+    "glm4-moe",
+    "glm4-moe-groups-plain-heads-yarn-tied",
 )
 
 

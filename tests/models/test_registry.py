@@ -132,6 +132,19 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         ("mixtral", "is_causal", False, "is_causal: False"),
         ("qwen3-moe", "is_causal", False, "is_causal: False"),
+        *(
+            (case, "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, message)
+            for case, message in (
+                ("mixtral", "partial_rotary_factor: 0.5 .* in mixtral models the whole head"),
+                ("deepseek-v3", "partial_rotary_factor: 0.5 .* in deepseek_v3 models"),
+            )
+        ),
+        (
+            "glm4-moe",
+            "rope_parameters",
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.4},
+            "partial_rotary_factor = 0.4 .* rotates 3 of a head's 8 dims: must be an even number",
+        ),
         ("deepseek-v3", "moe_layer_freq", [1], "moe_layer_freq: .* one entry per layer"),
         ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok: 5"),
         ("deepseek-v2-lite", "topk_method", "noaux_tc", "topk_method: 'noaux_tc'"),
@@ -201,6 +214,7 @@ NUM_EXPERTS = {
     "qwen3-moe": "num_experts",
     "deepseek-v2-lite": "n_routed_experts",
     "deepseek-v3": "n_routed_experts",
+    "glm4-moe": "n_routed_experts",
 }
 
 
