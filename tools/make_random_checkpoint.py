@@ -61,7 +61,16 @@ SIZES = {
         init_std=0.04,
     ),
 }
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe")
+FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "minimax_m2",
+)
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
@@ -123,6 +132,14 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
                 "use_qk_norm": True,
             }
         )
+    if family == "minimax_m2":
+        head_dim = size.hidden // size.heads
+        return fields | {
+            "num_local_experts": size.experts,
+            "intermediate_size": size.ffn,
+            "head_dim": head_dim,
+            "rotary_dim": head_dim // 2,
+        }
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 
 

@@ -101,7 +101,7 @@ _FIELDS = {
     "n_routed_experts": _whole(1, _MOST_PARTS),
     # 0 in Qwen: every layer is dense. The others refuse it as fewer than num_experts_per_tok.
     **dict.fromkeys(("num_experts", "num_local_experts"), _whole(0, _MOST_PARTS)),
-    **dict.fromkeys(("head_dim", "qk_rope_head_dim"), _EVEN),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "rotary_dim"), _EVEN),
     "sliding_window": _Rule("a whole number", _is_whole),
     "rms_norm_eps": _POSITIVE,
     "rope_theta": _POSITIVE,
@@ -122,7 +122,7 @@ _FIELDS = {
         _FLAG,
     ),
     **dict.fromkeys(("hidden_act", "model_type", "scoring_func", "topk_method"), _TEXT),
-    "mlp_only_layers": _LIST_OF_WHOLE,
+    **dict.fromkeys(("mlp_only_layers", "attn_type_list"), _LIST_OF_WHOLE),
     "layer_types": _Rule(
         "a list of text", lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v)
     ),

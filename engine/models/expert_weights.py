@@ -34,8 +34,9 @@ def moe_slots(
     aliases = () if alias == gate else (alias,)
     yield WeightSlot(gate, moe.gate_weight_ED, (num_experts, hidden), aliases=aliases)
     if moe.gate_bias_E is not None:
-        name = f"{block}.gate.e_score_correction_bias"
-        yield WeightSlot(name, moe.gate_bias_E, (num_experts,), kind="bias")
+        name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
+        aliases = () if alias == name else (alias,)
+        yield WeightSlot(name, moe.gate_bias_E, (num_experts,), kind="bias", aliases=aliases)
     if f"{prefix}.mlp.experts.gate_up_proj" in checkpoint:
         yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
     else:

@@ -23,6 +23,7 @@ from engine.models import (
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
+    minimax_m2,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -42,6 +43,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
     "glm4_moe": glm4_moe.read_spec,
+    "minimax_m2": minimax_m2.read_spec,
 }
 
 

@@ -51,6 +51,7 @@ class MoENames:
     w3: str = "up_proj"
     w2: str = "down_proj"
     shared: str = "shared_experts"
+    bias: str = "gate.e_score_correction_bias"  # of the choice, below the block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

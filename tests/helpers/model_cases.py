@@ -137,6 +137,17 @@ def _glm4(**settings: Any) -> Case:
     return Case("Glm4Moe", common | settings)
 
 
+def _minimax_m2(**settings: Any) -> Case:
+    common = {
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "rotary_dim": 4,
+    }
+    return Case("MiniMaxM2", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -228,6 +239,15 @@ CASES = {
         rms_norm_eps=1e-3,
         rope_parameters=_YARN | {"partial_rotary_factor": 0.25},
     ),
+    "minimax-m2": _minimax_m2(),
+    "minimax-m2-whole-heads-one-kv-head-tied": _minimax_m2(
+        head_dim=12,
+        rotary_dim=12,
+        num_key_value_heads=1,
+        num_local_experts=5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -249,6 +269,8 @@ SHARDED_CASES = (
     "deepseek-v3",
     "glm4-moe",
     "glm4-moe-groups-plain-heads-yarn-tied",
+    "minimax-m2",
+    "minimax-m2-whole-heads-one-kv-head-tied",
 )
 
 

@@ -132,6 +132,10 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         ("mixtral", "is_causal", False, "is_causal: False"),
         ("qwen3-moe", "is_causal", False, "is_causal: False"),
+        ("minimax-m2", "scoring_func", "softmax", "scoring_func: 'softmax' .* only 'sigmoid'"),
+        ("minimax-m2", "use_qk_norm", False, "use_qk_norm: False"),
+        ("minimax-m2", "shared_intermediate_size", 8, "shared_intermediate_size: 8"),
+        ("minimax-m2", "attn_type_list", [1, 0], "attn_type_list: .* full attention alone"),
         *(
             (case, "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, message)
             for case, message in (
@@ -215,6 +219,7 @@ NUM_EXPERTS = {
     "deepseek-v2-lite": "n_routed_experts",
     "deepseek-v3": "n_routed_experts",
     "glm4-moe": "n_routed_experts",
+    "minimax-m2": "num_local_experts",
 }
 
 
@@ -225,7 +230,7 @@ def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, val
         if value == 0 and field == "num_experts" and case.startswith("qwen"):
             continue  # the next test
         text = refusal(tmp_path, altered(case, **{field: value}))
-        if value == 0 and value is not False and case in ("olmoe", "mixtral"):
+        if value == 0 and value is not False and case in ("olmoe", "mixtral", "minimax-m2"):
             assert "num_experts_per_tok" in text and "must be" in text
             continue
         assert f"{field} = " in text and "in config.json: must be a whole number from" in text

@@ -56,6 +56,7 @@ JOBS = {
     "deepseek-v2 tensor": Job("deepseek_v2", {"parallel": {"tensor": 2}}, uses=TENSOR_SUM),
     "deepseek-v3": Job("deepseek_v3"),
     "glm4": Job("glm4_moe"),
+    "minimax-m2": Job("minimax_m2"),
     "token_drop gather": Job("mixtral", drop("token_drop", "gather"), uses=GATHER),
     "token_drop radix": Job("mixtral", drop("token_drop", "radix"), uses=RADIX),
     "expanded_drop gather": Job("olmoe", drop("expanded_drop", "gather"), uses=GATHER),

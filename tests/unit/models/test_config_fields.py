@@ -22,6 +22,7 @@ FAMILIES = (
     "deepseek-v2-lite",
     "deepseek-v3",
     "glm4-moe",
+    "minimax-m2",
 )
 ODD = (None, "64", 64.5, 64.0, True, [64], {"a": 1}, 0, -1, 10**30, float("inf"))
 
