@@ -70,6 +70,7 @@ FAMILIES = (
     "deepseek_v3",
     "glm4_moe",
     "minimax_m2",
+    "ernie4_5_moe",
 )
 
 
@@ -139,6 +140,15 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
             "intermediate_size": size.ffn,
             "head_dim": head_dim,
             "rotary_dim": head_dim // 2,
+        }
+    if family == "ernie4_5_moe":
+        less = {name: value for name, value in fields.items() if name != "num_experts_per_tok"}
+        return less | {
+            "moe_num_experts": size.experts,
+            "moe_k": size.top_k,
+            "moe_num_shared_experts": 1,
+            "moe_intermediate_size": size.ffn,
+            "intermediate_size": 2 * size.ffn,
         }
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 

@@ -22,6 +22,7 @@ from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models import (
     deepseek_v2,
     deepseek_v3,
+    ernie4_5_moe,
     glm4_moe,
     minimax_m2,
     mixtral,
@@ -43,6 +44,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
     "glm4_moe": glm4_moe.read_spec,
+    "ernie4_5_moe": ernie4_5_moe.read_spec,
     "minimax_m2": minimax_m2.read_spec,
 }
 

@@ -148,6 +148,18 @@ def _minimax_m2(**settings: Any) -> Case:
     return Case("MiniMaxM2", common | settings)
 
 
+def _ernie(**settings: Any) -> Case:
+    common = {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "num_key_value_heads": 2,
+    }
+    return Case("Ernie4_5_Moe", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -248,6 +260,18 @@ CASES = {
         tie_word_embeddings=True,
         rms_norm_eps=1e-3,
     ),
+    "ernie4-5-moe": _ernie(),
+    "ernie4-5-moe-interval-untied-no-shared": _ernie(
+        num_hidden_layers=6,
+        moe_num_experts=5,
+        moe_k=3,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=1,
+        moe_layer_end_index=4,
+        moe_layer_interval=2,
+        moe_norm_min=0.7,
+        tie_word_embeddings=False,
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -271,6 +295,8 @@ SHARDED_CASES = (
     "glm4-moe-groups-plain-heads-yarn-tied",
     "minimax-m2",
     "minimax-m2-whole-heads-one-kv-head-tied",
+    "ernie4-5-moe",
+    "ernie4-5-moe-interval-untied-no-shared",
 )
 
 

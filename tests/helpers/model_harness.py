@@ -70,6 +70,7 @@ def load_model(config: Config, topology: Topology) -> CausalLM:
         ignored=model.ignored_weights(names),
         group=topology.control,
     )
+    model.finalize_weights()
     return model
 
 

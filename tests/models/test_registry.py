@@ -132,6 +132,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         ("mixtral", "is_causal", False, "is_causal: False"),
         ("qwen3-moe", "is_causal", False, "is_causal: False"),
+        ("ernie4-5-moe", "use_bias", True, "use_bias: True .* the head would have a bias"),
         ("minimax-m2", "scoring_func", "softmax", "scoring_func: 'softmax' .* only 'sigmoid'"),
         ("minimax-m2", "use_qk_norm", False, "use_qk_norm: False"),
         ("minimax-m2", "shared_intermediate_size", 8, "shared_intermediate_size: 8"),

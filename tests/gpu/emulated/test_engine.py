@@ -57,6 +57,7 @@ JOBS = {
     "deepseek-v3": Job("deepseek_v3"),
     "glm4": Job("glm4_moe"),
     "minimax-m2": Job("minimax_m2"),
+    "ernie": Job("ernie4_5_moe"),
     "token_drop gather": Job("mixtral", drop("token_drop", "gather"), uses=GATHER),
     "token_drop radix": Job("mixtral", drop("token_drop", "radix"), uses=RADIX),
     "expanded_drop gather": Job("olmoe", drop("expanded_drop", "gather"), uses=GATHER),

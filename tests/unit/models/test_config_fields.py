@@ -23,6 +23,7 @@ FAMILIES = (
     "deepseek-v3",
     "glm4-moe",
     "minimax-m2",
+    "ernie4-5-moe",
 )
 ODD = (None, "64", 64.5, 64.0, True, [64], {"a": 1}, 0, -1, 10**30, float("inf"))
 
