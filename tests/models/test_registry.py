@@ -272,6 +272,14 @@ def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, 
     assert message in refusal(tmp_path, text)
 
 
+def test_a_wrong_kimi_k2_config_json_is_refused_by_field_too(tmp_path):
+    settings = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "own.Own"}}
+    text = refusal(tmp_path, altered("deepseek-v3", **settings, n_routed_experts="8"))
+    assert "n_routed_experts = '8' in config.json: must be a whole number" in text
+    text = refusal(tmp_path, altered("deepseek-v3", **settings, num_experts_per_tok=1000))
+    assert "num_experts_per_tok: 1000 must be between 1 and the number of experts" in text
+
+
 def test_a_config_json_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(
