@@ -8,18 +8,20 @@ result (K or K + e).
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from engine.ops import native, triton_support
 from engine.ops.sigmoid import sigmoid_by_row
 
-Score = Literal["softmax", "sigmoid"]
+Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
+SCORES: tuple[Score, ...] = ("softmax", "sigmoid", "sqrt_softplus")  # by the compiled ops' numbers
 
 
 class SelectionRule(NamedTuple):
     """How logits become a choice and weights. normalize: divide a token's weights by the sum of its
-    top_k scores plus normalize_eps; scale multiplies them after that. Only experts of a token's
-    top_groups best of num_groups equal groups may be chosen; a group's score is its largest one,
-    or the sum of its two largest (top2).
+    top_k scores plus normalize_eps, which normalize_min raises where it is less; scale multiplies
+    them after that. Only experts of a token's top_groups best of num_groups equal groups may be
+    chosen; a group's score is its largest one, or the sum of its two largest (top2).
     """
 
     top_k: int
@@ -30,6 +32,7 @@ class SelectionRule(NamedTuple):
     num_groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
+    normalize_min: float = 0.0
 
 
 def select_experts(
@@ -53,9 +56,10 @@ def select_experts(
             logits_TE,
             bias_E,
             rule.top_k,
-            rule.score == "softmax",
+            SCORES.index(rule.score),
             rule.normalize,
             rule.normalize_eps,
+            rule.normalize_min,
             rule.scale,
         )
     return select_experts_reference(logits_TE, bias_E, rule)
@@ -66,13 +70,19 @@ def select_experts_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Plain torch form of `select_experts`."""
     logits_TE = logits_TE.float()
-    scores_TE = logits_TE.softmax(-1) if rule.score == "softmax" else sigmoid_by_row(logits_TE)
+    scores_TE = _score(logits_TE, rule.score)
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if rule.num_groups > 1:
         choice_TE = _mask_groups(choice_TE, rule)
     topk_ids_TK = choice_TE.topk(rule.top_k, dim=-1).indices
     topk_TK = scores_TE.gather(1, topk_ids_TK)
     return scores_TE, topk_ids_TK, weigh_scores(topk_TK, topk_TK, rule)
+
+
+def _score(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
+    if score == "softmax":
+        return logits_TE.softmax(-1)
+    return sigmoid_by_row(logits_TE) if score == "sigmoid" else F.softplus(logits_TE).sqrt()
 
 
 def _mask_groups(choice_TE: torch.Tensor, rule: SelectionRule) -> torch.Tensor:
@@ -97,7 +107,10 @@ def weigh_scores(
     """
     weights_TX = scores_TX
     if rule.normalize:
-        weights_TX = weights_TX / (topk_scores_TK.sum(-1, keepdim=True) + rule.normalize_eps)
+        sum_T1 = topk_scores_TK.sum(-1, keepdim=True) + rule.normalize_eps
+        if rule.normalize_min > 0.0:
+            sum_T1 = sum_T1.clamp(min=rule.normalize_min)
+        weights_TX = weights_TX / sum_T1
     return weights_TX if rule.scale == 1.0 else weights_TX * rule.scale
 
 

@@ -93,9 +93,9 @@ def make_items(config: Config, options: argparse.Namespace) -> list[Item]:
 
 def num_experts_of(config: Config) -> int:
     """Return experts of each MoE layer, from the checkpoint's config.json."""
-    from transformers import AutoConfig
+    from engine.models.registry import read_config
 
-    hf_config = AutoConfig.from_pretrained(config.model.path)
+    hf_config = read_config(Path(config.model.path))
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if (value := getattr(hf_config, name, None)) is not None:
             return int(value)

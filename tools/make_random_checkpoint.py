@@ -61,7 +61,17 @@ SIZES = {
         init_std=0.04,
     ),
 }
-FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "minimax_m2",
+    "ernie4_5_moe",
+)
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
@@ -108,6 +118,38 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
         )
     if family in ("deepseek_v2", "deepseek_v3"):
         return fields | _deepseek_fields(family, size)
+    if family == "glm4_moe":
+        return (
+            fields
+            | {name: value for name, value in experts.items() if name != "num_experts"}
+            | {
+                "n_routed_experts": size.experts,
+                "n_shared_experts": 1,
+                "intermediate_size": 2 * size.ffn,
+                "head_dim": size.hidden // size.heads,
+                "first_k_dense_replace": 1,
+                "routed_scaling_factor": 1.5,
+                "attention_bias": True,
+                "use_qk_norm": True,
+            }
+        )
+    if family == "minimax_m2":
+        head_dim = size.hidden // size.heads
+        return fields | {
+            "num_local_experts": size.experts,
+            "intermediate_size": size.ffn,
+            "head_dim": head_dim,
+            "rotary_dim": head_dim // 2,
+        }
+    if family == "ernie4_5_moe":
+        less = {name: value for name, value in fields.items() if name != "num_experts_per_tok"}
+        return less | {
+            "moe_num_experts": size.experts,
+            "moe_k": size.top_k,
+            "moe_num_shared_experts": 1,
+            "moe_intermediate_size": size.ffn,
+            "intermediate_size": 2 * size.ffn,
+        }
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 
 

@@ -28,7 +28,7 @@ TINY_COMMAND = f"torchrun --nproc-per-node 2 {_INFER} --config tiny_mixtral_ep2.
 _BUNDLED = "configs/checkpoints"
 _CLOSED = "the folder cannot be read: Permission denied; make it readable for this user (chmod +rx)"
 # Names of the number of experts in the model families' config.json.
-_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 # More threads than this per core may not start at all: a container limits their number.
 _THREADS_PER_CORE = 16

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.config.checkpoint_files import is_there
+from engine.config.checkpoint_files import is_there, read_json_object
 from engine.config.tokenizer_files import FILES, check_tokenizer_files
 from engine.request import ErrorCode, RequestError
+
+_SETTINGS = "tokenizer_config.json"
 
 
 def has_tokenizer(config: ModelConfig) -> bool:
     """Return whether there are tokenizer files to load, or model.tokenizer names where."""
-    return config.tokenizer is not None or any(is_there(Path(config.path, name)) for name in FILES)
+    return config.tokenizer is not None or _holds_tokenizer(Path(config.path))
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a tokenizer, other than code of its own (Kimi-K2)."""
+    held = [name for name in FILES if is_there(folder / name)]
+    if held != [_SETTINGS]:
+        return bool(held)
+    try:
+        settings = read_json_object(folder / _SETTINGS)
+    except ValueError:
+        return True  # which `load_tokenizer` explains
+    auto_map = settings.get("auto_map")
+    return not (isinstance(auto_map, Mapping) and "AutoTokenizer" in auto_map)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """Return the transformers tokenizer of model.tokenizer, by default that of model.path.
 
-    None when model.path has no tokenizer files and model.tokenizer is not set.
+    None when model.path has no tokenizer files, or no tokenizer but code of its own, and
+    model.tokenizer is not set.
 
     Raises:
         ValueError: when model.tokenizer has no tokenizer files, or one cannot be read; names the
             file.
     """
     path = Path(config.tokenizer or config.path)
+    if not has_tokenizer(config):
+        return None
     if not any(is_there(path / name) for name in FILES):
-        if config.tokenizer is None:
-            return None
         raise ValueError(
             f"model.tokenizer: {config.tokenizer!r} holds none of {', '.join(FILES)}; name a "
             "Hugging Face tokenizer directory"
@@ -45,7 +62,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         if "trust_remote_code" in str(error):  # transformers' advice to run it
             raise ValueError(
                 f"model.tokenizer: the tokenizer in {path} is code of its own, which is never run; "
-                "name one with a tokenizer.json"
+                "name one with a tokenizer.json, or give prompt_token_ids"
             ) from error
         what = f"model.tokenizer: cannot read {_file_at_fault(path)}"
         failure = tokenizer_failure("tokenizer_failed", what, error)

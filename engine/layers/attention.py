@@ -41,6 +41,7 @@ class AttentionSpec:
     qk_norm: Literal["none", "head", "projection"] = "none"
     norm_eps: float = 1e-6  # of qk_norm
     clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
+    interleaved: bool = False  # rotary pairs are (2i, 2i + 1); otherwise (i, i + Dh / 2)
     window: int | None = None  # keys that a query attends to, its own included; None: all
 
 
@@ -167,7 +168,16 @@ class Attention(nn.Module):
         return q, k
 
     def finalize_weights(self) -> None:
-        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest."""
+        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest.
+
+        Rows of queries and keys whose rotary pairs are neighbours are sorted into halves, which the
+        rotation takes as pairs; their products do not change. Call it once.
+        """
+        if self.spec.interleaved:
+            assert self.spec.qk_norm == "none" and self.qkv_bias_O is None, "to be sorted too"
+            turned = self.qkv_OD[: self.q_width + self.kv_width]
+            pairs = turned.unflatten(0, (-1, self.spec.head_dim // 2, 2))
+            turned.copy_(pairs.transpose(1, 2).flatten(0, 2))
         for weight in (self.qkv_OD, self.out_DO):
             to_panels(weight)
 

@@ -31,7 +31,7 @@ class RotaryTable(nn.Module):
     original context.
 
     Raises:
-        ValueError: on a scaling type or a partial rotation that this engine does not support.
+        ValueError: on a scaling type that this engine does not support.
     """
 
     table_PR: torch.Tensor
@@ -65,17 +65,13 @@ def rope_frequencies(hf_config: Any, rotary_dim: int, max_len: int) -> tuple[tor
     """
     parameters = hf_config.rope_parameters
     rope_type = parameters.get("rope_type", "default")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor: {parameters['partial_rotary_factor']} in config.json is not "
-            "supported, only 1.0: in every model family of this engine the whole head is rotated"
-        )
     if rope_type == "default":
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
     # transformers reads the width from `head_dim`, which a configuration may carry as None.
     config = copy.copy(hf_config)
     config.head_dim = rotary_dim
+    config.rope_parameters = parameters | {"partial_rotary_factor": 1.0}  # R has it already
     return _scaling_function(rope_type)(config, seq_len=max_len)
 
 

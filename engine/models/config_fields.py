@@ -45,6 +45,7 @@ _EVEN = _Rule(  # the rotary embedding rotates pairs
     "an even whole number from 2", lambda v: type(v) is int and 2 <= v <= _MOST and v % 2 == 0
 )
 _POSITIVE = _Rule("a finite number above 0", lambda v: _is_number(v) and v > 0)
+_SHARE = _Rule("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
 _NUMBER = _Rule("a finite number", _is_number)
 _FLAG = _Rule("true or false", lambda v: type(v) is bool)
 _TEXT = _Rule("text", lambda v: isinstance(v, str))
@@ -84,6 +85,8 @@ _FIELDS = {
             "kv_lora_rank",
             "qk_nope_head_dim",
             "v_head_dim",
+            "moe_k",
+            "moe_layer_interval",
         ),
         _whole(1),
     ),
@@ -93,19 +96,21 @@ _FIELDS = {
             "shared_expert_intermediate_size",
             "first_k_dense_replace",
             "max_window_layers",
+            "moe_num_shared_experts",
+            "moe_layer_start_index",
         ),
         _whole(0),
     ),
     "num_hidden_layers": _whole(1, _MOST_PARTS),
-    "n_routed_experts": _whole(1, _MOST_PARTS),
+    **dict.fromkeys(("n_routed_experts", "moe_num_experts"), _whole(1, _MOST_PARTS)),
+    "moe_layer_end_index": _whole(-1),
     # 0 in Qwen: every layer is dense. The others refuse it as fewer than num_experts_per_tok.
     **dict.fromkeys(("num_experts", "num_local_experts"), _whole(0, _MOST_PARTS)),
-    **dict.fromkeys(("head_dim", "qk_rope_head_dim"), _EVEN),
+    **dict.fromkeys(("head_dim", "qk_rope_head_dim", "rotary_dim"), _EVEN),
     "sliding_window": _Rule("a whole number", _is_whole),
-    "rms_norm_eps": _POSITIVE,
-    "rope_theta": _POSITIVE,
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "clip_qkv", "moe_norm_min"), _POSITIVE),
     "routed_scaling_factor": _POSITIVE,
-    "clip_qkv": _POSITIVE,
+    "partial_rotary_factor": _SHARE,
     **dict.fromkeys(
         (
             "attention_bias",
@@ -114,12 +119,14 @@ _FIELDS = {
             "qkv_bias",
             "rope_interleave",
             "tie_word_embeddings",
+            "use_bias",
+            "use_qk_norm",
             "use_sliding_window",
         ),
         _FLAG,
     ),
     **dict.fromkeys(("hidden_act", "model_type", "scoring_func", "topk_method"), _TEXT),
-    "mlp_only_layers": _LIST_OF_WHOLE,
+    **dict.fromkeys(("mlp_only_layers", "attn_type_list"), _LIST_OF_WHOLE),
     "layer_types": _Rule(
         "a list of text", lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v)
     ),
@@ -141,7 +148,7 @@ _ROPE_FIELDS = {
     "rope_theta": _POSITIVE,
     "factor": _Rule("a finite number from 1", lambda v: _is_number(v) and v >= 1),
     "original_max_position_embeddings": _whole(1),
-    "partial_rotary_factor": _POSITIVE,
+    "partial_rotary_factor": _SHARE,
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), _POSITIVE),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _POSITIVE),
     **dict.fromkeys(("mscale", "mscale_all_dim"), _NUMBER),

@@ -12,7 +12,16 @@ from engine.moe.router import RouterSpec
 
 def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers DeepseekV3Config into a `ModelSpec`."""
-    router = RouterSpec(
+    return deepseek_spec(
+        hf_config,
+        sigmoid_router(hf_config),
+        interleaved=read_flag(hf_config, "rope_interleave", False),
+    )
+
+
+def sigmoid_router(hf_config: Any) -> RouterSpec:
+    """Return V3's routing, which GLM-4.5 shares: sigmoid, correction bias, groups by best two."""
+    return RouterSpec(
         num_experts=read(hf_config, "n_routed_experts"),
         top_k=read(hf_config, "num_experts_per_tok"),
         score="sigmoid",
@@ -24,7 +33,4 @@ def read_spec(hf_config: Any) -> ModelSpec:
         group_score="top2",
         correction_bias=True,
         float32_logits=True,
-    )
-    return deepseek_spec(
-        hf_config, router, interleaved=read_flag(hf_config, "rope_interleave", False)
     )

@@ -34,8 +34,10 @@ def moe_slots(
     aliases = () if alias == gate else (alias,)
     yield WeightSlot(gate, moe.gate_weight_ED, (num_experts, hidden), aliases=aliases)
     if moe.gate_bias_E is not None:
-        name = f"{block}.gate.e_score_correction_bias"
-        yield WeightSlot(name, moe.gate_bias_E, (num_experts,), kind="bias")
+        name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
+        aliases = () if alias == name else (alias,)
+        bias = moe.gate_bias_E if names.bias_rows is None else moe.gate_bias_E.unsqueeze(0)
+        yield WeightSlot(name, bias, tuple(bias.shape), kind="bias", aliases=aliases)
     if f"{prefix}.mlp.experts.gate_up_proj" in checkpoint:
         yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
     else:

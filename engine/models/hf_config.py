@@ -5,7 +5,7 @@ Used by the family files (`mixtral.py`, `olmoe.py`, ...).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.layers.attention import AttentionSpec
@@ -41,6 +41,23 @@ def window_of(hf_config: Any) -> int | None:
     return window if window is not None and window > 0 else None
 
 
+def partial_rotary_dim(hf_config: Any, head_dim: int) -> int:
+    """Return the rotated dims of a head, of which partial_rotary_factor is the share.
+
+    Raises:
+        ValueError: naming partial_rotary_factor where that is no even number of dims of the head.
+    """
+    factor = (hf_config.rope_parameters or {}).get("partial_rotary_factor") or 1.0
+    rotary_dim = int(head_dim * factor)
+    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+        raise ValueError(
+            f"partial_rotary_factor = {factor} in config.json rotates {rotary_dim} of a head's "
+            f"{head_dim} dims: must be an even number from 2 to {head_dim}; compare it with the "
+            "published config.json"
+        )
+    return rotary_dim
+
+
 def moe_spec(hf_config: Any, ffn: int) -> MoESpec:
     """Return the routed experts of OLMoE and Qwen: softmax scores, normalised if norm_topk_prob."""
     router = RouterSpec(
@@ -52,12 +69,30 @@ def moe_spec(hf_config: Any, ffn: int) -> MoESpec:
 
 
 def model_spec(
-    hf_config: Any, layers: Iterable[LayerSpec], *, rotary_dim: int, **family: Any
+    hf_config: Any,
+    layers: Iterable[LayerSpec],
+    *,
+    rotary_dim: int,
+    partial_rotary: bool = False,
+    **family: Any,
 ) -> ModelSpec:
     """Return a model of these layers, with the fields that every configuration has.
 
-    family: the other fields of `ModelSpec`.
+    Args:
+        rotary_dim: rotated dims of a head.
+        partial_rotary: whether the family has `rotary_dim` from `partial_rotary_dim`.
+        family: the other fields of `ModelSpec`.
+
+    Raises:
+        ValueError: naming partial_rotary_factor where the family rotates whole heads.
     """
+    rope = hf_config.rope_parameters
+    factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    if not partial_rotary and factor not in (None, 1.0):
+        raise ValueError(
+            f"partial_rotary_factor: {factor} in config.json is not supported, only 1.0: in "
+            f"{hf_config.model_type} models the whole head is rotated"
+        )
     return ModelSpec(
         vocab_size=read(hf_config, "vocab_size"),
         hidden=read(hf_config, "hidden_size"),

@@ -19,7 +19,17 @@ from engine.config.checkpoint_files import read_json_object
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
-from engine.models import deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from engine.models import (
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5_moe,
+    glm4_moe,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
@@ -33,7 +43,14 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "qwen3_moe": qwen3_moe.read_spec,
     "deepseek_v2": deepseek_v2.read_spec,
     "deepseek_v3": deepseek_v3.read_spec,
+    "kimi_k2": deepseek_v3.read_spec,
+    "glm4_moe": glm4_moe.read_spec,
+    "ernie4_5_moe": ernie4_5_moe.read_spec,
+    "minimax_m2": minimax_m2.read_spec,
 }
+# Model types without a class in transformers whose config.json is that of another one. Their own
+# classes are code in the checkpoint, which is never run.
+_READ_AS = {"kimi_k2": "deepseek_v3"}
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -54,7 +71,7 @@ def read_config(folder: Path) -> Any:
     Raises:
         ValueError: naming model.path and what is wrong in config.json.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
         values = read_json_object(folder / "config.json")
@@ -64,7 +81,12 @@ def read_config(folder: Path) -> Any:
         raise _refused(folder, problem)
     try:
         check_fields(values)
-        hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if (model_type := _READ_AS.get(values["model_type"])) is not None:
+            values = {name: value for name, value in values.items() if name != "auto_map"}
+            values["model_type"] = model_type
+            hf_config = CONFIG_MAPPING[model_type].from_dict(values)
+        else:
+            hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         rotary_dim = read_spec(hf_config).rotary_dim
         check_rope(hf_config, rotary_dim)
         rope_frequencies(hf_config, rotary_dim, 1)

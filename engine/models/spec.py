@@ -51,6 +51,8 @@ class MoENames:
     w3: str = "up_proj"
     w2: str = "down_proj"
     shared: str = "shared_experts"
+    bias: str = "gate.e_score_correction_bias"  # of the choice, below the block
+    bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ class MoELayer(nn.Module):
             moe.shared_expert is balanced and there is none.
     """
 
-    gate_weight_ED: nn.Parameter  # model dtype
+    gate_weight_ED: nn.Parameter  # float32 where the logits are, else model dtype
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
     experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
@@ -150,7 +150,8 @@ class MoELayer(nn.Module):
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
-        self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=dtype)
+        gate_dtype = torch.float32 if spec.router.float32_logits else dtype
+        self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=gate_dtype)
         self.gate_bias_E = (
             _empty(num_experts, device=device, dtype=torch.float32)
             if spec.router.correction_bias

@@ -9,6 +9,9 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | Qwen2/3-MoE | softmax | config    | 1                     | no                        | no   |
 | DeepSeek-V2 | softmax | no        | routed_scaling_factor | max of a group            | no   |
 | DeepSeek-V3 | sigmoid | config    | routed_scaling_factor | sum of a group's best two | yes  |
+| GLM-4.5     | sigmoid | config    | routed_scaling_factor | sum of a group's best two | yes  |
+| MiniMax-M2  | sigmoid | yes       | 1                     | no                        | yes  |
+| ERNIE-4.5   | softmax | yes, min  | 1                     | no                        | yes  |
 
 Legend: T tokens on this rank, D model dim, E experts, K top-k.
 """
@@ -21,7 +24,7 @@ from typing import Literal
 import torch
 
 from engine.ops.linear import linear
-from engine.ops.select_experts import SelectionRule, select_experts, weigh_scores
+from engine.ops.select_experts import Score, SelectionRule, select_experts, weigh_scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +33,10 @@ class RouterSpec:
 
     num_experts: int  # E
     top_k: int  # K
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Score = "softmax"
     normalize: bool = False  # divide a token's top-k scores by their sum + normalize_eps
     normalize_eps: float = 0.0
+    normalize_min: float = 0.0  # that sum is at least this (ERNIE-4.5)
     scale: float = 1.0  # of the combine weights, after `normalize` (routed_scaling_factor)
     num_groups: int = 1
     top_groups: int = 1  # only experts of that many best groups may be chosen
@@ -81,6 +85,7 @@ class RouterSpec:
             self.num_groups,
             self.top_groups,
             self.group_score,
+            self.normalize_min,
         )
 
 

@@ -92,8 +92,8 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("sort_by_expert(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("select_top(Tensor[] words, Tensor pool, Tensor need) -> (Tensor, Tensor)");
   m.def(
-      "select_experts(Tensor logits, Tensor? bias, int top_k, bool softmax, bool normalize, "
-      "float eps, float scale) -> (Tensor, Tensor, Tensor)");
+      "select_experts(Tensor logits, Tensor? bias, int top_k, int score, bool normalize, "
+      "float eps, float least, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("combine_rows(Tensor rows, Tensor slot, Tensor weights) -> Tensor");
   m.def(
       "split_rows(Tensor hosts, Tensor load, Tensor? speeds, Tensor? limit, bool fewest_moved) -> "

@@ -82,8 +82,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert(const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> select_top(at::TensorList words, const at::Tensor& pool,
                                               const at::Tensor& need);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
-    const at::Tensor& logits, const std::optional<at::Tensor>& bias, int64_t top_k, bool softmax,
-    bool normalize, double eps, double scale);
+    const at::Tensor& logits, const std::optional<at::Tensor>& bias, int64_t top_k, int64_t score,
+    bool normalize, double eps, double least, double scale);
 at::Tensor combine_rows(const at::Tensor& rows, const at::Tensor& slot, const at::Tensor& weights);
 at::Tensor split_rows(const at::Tensor& packed, const at::Tensor& load,
                       const std::optional<at::Tensor>& speeds,

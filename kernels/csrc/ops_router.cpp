@@ -23,13 +23,23 @@ void top_of(const float* choice, int64_t count, int64_t top_k, int64_t* ids) {
   }
 }
 
+// The number of `select_experts`'s argument `score`, as in SCORES of select_experts.py.
+enum Score : int64_t { kSoftmax, kSigmoid, kSqrtSoftplus };
+
+void sqrt_softplus(const float* x, int64_t count, float* out) {
+  // From 20 on softplus is the identity in float32, as in torch.
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = std::sqrt(x[i] > 20.0f ? x[i] : std::log1p(std::exp(x[i])));
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
     const at::Tensor& logits_in, const std::optional<at::Tensor>& bias_in, int64_t top_k,
-    bool softmax, bool normalize, double eps, double scale) {
+    int64_t score, bool normalize, double eps, double least, double scale) {
   TORCH_CHECK(logits_in.dim() == 2 && top_k >= 1 && top_k <= logits_in.size(1),
               "select_experts: top_k ", top_k, " of logits ", logits_in.sizes());
+  TORCH_CHECK(score >= kSoftmax && score <= kSqrtSoftplus, "select_experts: score ", score);
   const at::Tensor logits = logits_in.contiguous();
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   TORCH_CHECK(!bias_in || (bias_in->dim() == 1 && bias_in->size(0) == experts),
@@ -42,22 +52,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
   const float* x = logits.const_data_ptr<float>();
   float *score_of = scores.mutable_data_ptr<float>(), *weight_of = weights.mutable_data_ptr<float>();
   int64_t* id_of = ids.mutable_data_ptr<int64_t>();
-  const auto score_row = softmax ? kernels().softmax : kernels().sigmoid;
+  const auto score_row = score == kSoftmax   ? kernels().softmax
+                         : score == kSigmoid ? kernels().sigmoid
+                                             : &sqrt_softplus;
   // A score costs about what a dozen floats that are only moved do.
   for_each_row(tokens, 12 * experts, [&](int64_t first, int64_t last) {
     float* biased = bias ? scratch(experts) : nullptr;
     for (int64_t t = first; t < last; ++t) {
-      float *score = score_of + t * experts, *weight = weight_of + t * top_k;
+      float *score_e = score_of + t * experts, *weight = weight_of + t * top_k;
       int64_t* id = id_of + t * top_k;
-      score_row(x + t * experts, experts, score);
+      score_row(x + t * experts, experts, score_e);
       if (bias)
-        for (int64_t e = 0; e < experts; ++e) biased[e] = score[e] + bias[e];
-      top_of(bias ? biased : score, experts, top_k, id);
+        for (int64_t e = 0; e < experts; ++e) biased[e] = score_e[e] + bias[e];
+      top_of(bias ? biased : score_e, experts, top_k, id);
       float sum = 0.0f;
-      for (int64_t k = 0; k < top_k; ++k) sum += score[id[k]];
+      for (int64_t k = 0; k < top_k; ++k) sum += score_e[id[k]];
       sum += static_cast<float>(eps);
+      if (sum < static_cast<float>(least)) sum = static_cast<float>(least);  // NaN stays
       for (int64_t k = 0; k < top_k; ++k) {
-        weight[k] = normalize ? score[id[k]] / sum : score[id[k]];
+        weight[k] = normalize ? score_e[id[k]] / sum : score_e[id[k]];
         if (scale != 1.0) weight[k] *= static_cast<float>(scale);
       }
     }

@@ -28,6 +28,7 @@ def _apply_selection_kernel(
     num_tokens,
     first_expert,
     eps,
+    least,
     scale,
     keep_stride,
     scores_stride,
@@ -59,7 +60,8 @@ def _apply_selection_kernel(
             chosen_id_TC = tl.load(topk_ids + token_T1 * TOP_K + column_1C, mask=chosen_TC, other=0)
             at_TC = scores + token_T1 * scores_stride + chosen_id_TC
             sum_T = tl.sum(tl.load(at_TC, mask=chosen_TC, other=0.0), axis=1)
-            more_TC = more_TC / (sum_T[:, None] + eps)
+            sum_T1 = sum_T[:, None] + eps
+            more_TC = more_TC / tl.where(sum_T1 < least, least, sum_T1)
         weight_TC = tl.where(added_TC, more_TC * scale, weight_TC)
         id_TC = tl.where(added_TC, expert_1C.to(tl.int64), id_TC)
         changed_TC |= added_TC
@@ -110,6 +112,7 @@ def apply_selection_triton(
         num_tokens,
         first_expert,
         rule.normalize_eps,
+        rule.normalize_min,
         rule.scale,
         keep_TK.stride(0),
         scores_TE.stride(0),

@@ -23,9 +23,10 @@ def _select_experts_kernel(
     logits_stride,
     num_experts,
     eps,
+    least,
     scale,
     TOP_K: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
@@ -40,11 +41,18 @@ def _select_experts_kernel(
     exists = expert < num_experts
     x = tl.load(logits + token * logits_stride + expert, mask=exists, other=-float("inf"))
     x = x.to(tl.float32)
-    if SOFTMAX:
+    if SCORE == "softmax":
         e = tl.exp(x - tl.max(x, axis=0))
         score = e / tl.sum(tl.where(exists, e, 0.0), axis=0)
-    else:
+    elif SCORE == "sigmoid":
         score = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        # log(1 + e^x) without the loss of log near 1, by the larger of its two terms.
+        tail = tl.exp(-tl.abs(x))
+        near = 1.0 + tail
+        over = tl.where(near == 1.0, 1.0, near - 1.0)
+        log = tl.where(near == 1.0, tail, tl.log(near) * tail / over)
+        score = tl.sqrt(tl.where(x > 0.0, x, 0.0) + log)
     tl.store(scores + token * num_experts + expert, score, mask=exists)
     choice = score
     if HAS_BIAS:
@@ -87,7 +95,8 @@ def _select_experts_kernel(
         choice = tl.where(is_winner, -float("inf"), choice)
     weight = chosen_score
     if NORMALIZE:
-        weight = weight / (tl.sum(chosen_score, axis=0) + eps)
+        total = tl.sum(chosen_score, axis=0) + eps
+        weight = weight / tl.where(total < least, least, total)
     weight = weight * scale
     tl.store(ids + token * TOP_K + place, chosen, mask=place < TOP_K)
     tl.store(weights + token * TOP_K + place, weight, mask=place < TOP_K)
@@ -113,9 +122,10 @@ def select_experts_triton(
         logits_TE.stride(0),
         num_experts,
         rule.normalize_eps,
+        rule.normalize_min,
         rule.scale,
         TOP_K=top_k,
-        SOFTMAX=rule.score == "softmax",
+        SCORE=rule.score,
         HAS_BIAS=bias_E is not None,
         NORMALIZE=rule.normalize,
         NUM_GROUPS=rule.num_groups,
@@ -144,3 +154,7 @@ def variants() -> Iterator[Variant]:
         yield variant(f"fp32 softmax, {experts} experts", experts, rule)
     sigmoid = SelectionRule(8, "sigmoid", normalize=True, normalize_eps=1e-20, scale=2.5)
     yield variant("fp32 sigmoid, 256 experts", 256, sigmoid, bias=True)
+    softplus = SelectionRule(6, "sqrt_softplus", normalize=True, normalize_eps=1e-20, scale=1.5)
+    yield variant("fp32 sqrt_softplus, 256 experts", 256, softplus, bias=True)
+    least = SelectionRule(6, "softmax", normalize=True, normalize_min=1e-12)
+    yield variant("fp32 softmax with a bias, 64 experts", 64, least, bias=True)

@@ -103,7 +103,7 @@ def test_what_is_left_of_the_assignments_equals_the_reference(tokens, extras, re
     scores = scores.abs() + 0.01
     keep = torch.rand(tokens, TOP_K + 5) < 0.6
     extra = keep[:, TOP_K:] if extras else None
-    rule = SelectionRule(TOP_K, normalize=extras, normalize_eps=1e-3, scale=2.5)
+    rule = SelectionRule(TOP_K, normalize=extras, normalize_eps=1e-3, scale=2.5, normalize_min=0.4)
     weights = scores.gather(1, ids)
     arguments = [keep[:, :TOP_K], scores, ids, weights, rule, LOCAL.start, renormalize, extra]
     got_ids, got_weights = apply_selection_triton(*on_device(arguments))

@@ -156,16 +156,17 @@ def test_silu_and_mul_matches_the_reference(dtype, shape):
 
 
 @kernel
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("least", [0.0, 1.5])
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"), [(0, 4, 2), (3, 8, 2), (5, 60, 4), (1, 1, 1), (2, 6, 6)]
 )
-def test_select_experts_matches_the_reference(tokens, experts, top_k, score):
+def test_select_experts_matches_the_reference(tokens, experts, top_k, least, score):
     from engine.ops.gpu.select_experts import select_experts_triton
 
     logits = torch.randn(tokens, experts + 3)[:, :experts]
-    bias = torch.rand(experts) if score == "sigmoid" else None
-    rule = SelectionRule(top_k, score, normalize=True, normalize_eps=1e-3, scale=2.5)
+    bias = torch.rand(experts) if score == "sigmoid" or least else None
+    rule = SelectionRule(top_k, score, True, 1e-3, 2.5, normalize_min=least)
     given = [logits.to(DEVICE), None if bias is None else bias.to(DEVICE)]
     got = select_experts_triton(*given, rule)
     expected = select_experts_reference(logits, bias, rule)

@@ -32,6 +32,9 @@ FAMILIES = {
     "qwen3_moe": {"qk_rotary_store"},
     "deepseek_v2": {"latent_rotary_store", "silu_and_mul"},
     "deepseek_v3": {"latent_rotary_store", "silu_and_mul"},
+    "minimax_m2": {"qk_rotary_store"},
+    "ernie4_5_moe": {"qk_rotary_store", "silu_and_mul"},
+    "glm4_moe": {"qk_rotary_store", "silu_and_mul"},
 }
 
 

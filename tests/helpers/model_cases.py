@@ -123,6 +123,43 @@ def _deepseek_v3(**settings: Any) -> Case:
     return Case("DeepseekV3", common | settings)
 
 
+def _glm4(**settings: Any) -> Case:
+    common = {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+    }
+    return Case("Glm4Moe", common | settings)
+
+
+def _minimax_m2(**settings: Any) -> Case:
+    common = {
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "rotary_dim": 4,
+    }
+    return Case("MiniMaxM2", common | settings)
+
+
+def _ernie(**settings: Any) -> Case:
+    common = {
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "num_key_value_heads": 2,
+    }
+    return Case("Ernie4_5_Moe", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -200,6 +237,41 @@ CASES = {
     "deepseek-v3-split-pairs-unnormalised": _deepseek_v3(
         rope_interleave=False, norm_topk_prob=False, n_group=1, topk_group=1
     ),
+    "glm4-moe": _glm4(head_dim=8, attention_bias=True, num_nextn_predict_layers=1),
+    "glm4-moe-groups-plain-heads-yarn-tied": _glm4(
+        head_dim=16,
+        use_qk_norm=False,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        first_k_dense_replace=0,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+        rope_parameters=_YARN | {"partial_rotary_factor": 0.25},
+    ),
+    "minimax-m2": _minimax_m2(),
+    "minimax-m2-whole-heads-one-kv-head-tied": _minimax_m2(
+        head_dim=12,
+        rotary_dim=12,
+        num_key_value_heads=1,
+        num_local_experts=5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
+    "ernie4-5-moe": _ernie(),
+    "ernie4-5-moe-interval-untied-no-shared": _ernie(
+        num_hidden_layers=6,
+        moe_num_experts=5,
+        moe_k=3,
+        moe_num_shared_experts=0,
+        moe_layer_start_index=1,
+        moe_layer_end_index=4,
+        moe_layer_interval=2,
+        moe_norm_min=0.7,
+        tie_word_embeddings=False,
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -219,6 +291,12 @@ SHARDED_CASES = (
     "deepseek-v2-lite",
     "deepseek-v2-groups-q-lora-biases",
     "deepseek-v3",
+    "glm4-moe",
+    "glm4-moe-groups-plain-heads-yarn-tied",
+    "minimax-m2",
+    "minimax-m2-whole-heads-one-kv-head-tied",
+    "ernie4-5-moe",
+    "ernie4-5-moe-interval-untied-no-shared",
 )
 
 

@@ -20,7 +20,7 @@ from engine.distributed.groups import Topology
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM
-from engine.models.registry import build_model
+from engine.models.registry import build_model, read_config
 from engine.weights.loader import load_weights
 from engine.weights.safetensors_header import read_catalog
 
@@ -59,9 +59,7 @@ def make_config(path: Path, **parallel: Any) -> Config:
 
 def load_model(config: Config, topology: Topology) -> CausalLM:
     """Build this rank's share of a checkpoint in float32 and fill it."""
-    from transformers import AutoConfig
-
-    hf_config = AutoConfig.from_pretrained(config.model.path)
+    hf_config = read_config(Path(config.model.path))
     model = build_model(hf_config, config, topology, topology.device, torch.float32)
     names = read_catalog(Path(config.model.path)).entries.keys()
     load_weights(
@@ -70,6 +68,7 @@ def load_model(config: Config, topology: Topology) -> CausalLM:
         ignored=model.ignored_weights(names),
         group=topology.control,
     )
+    model.finalize_weights()
     return model
 
 

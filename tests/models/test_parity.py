@@ -8,6 +8,7 @@ are tiny and random (`model_cases.py`), written by transformers itself.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -148,6 +149,17 @@ def test_experts_stacked_in_two_tensors_load_as_well(case, tmp_path):
     reference = make_reference(CASES[case], tmp_path, save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in read_catalog(tmp_path).entries
     check_ranks(reference, 2)
+
+
+def test_a_kimi_k2_checkpoint_is_run_as_deepseek_v3_without_its_code(references, tmp_path):
+    reference = references("deepseek-v3")
+    shutil.copytree(reference.path, tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["model_type"] = "kimi_k2"
+    values["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    check_ranks(Reference(tmp_path, reference.sequences, reference.logits), 2)
 
 
 def test_multi_token_prediction_layers_are_left_unread(references, one_rank, tmp_path):

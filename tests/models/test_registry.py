@@ -132,6 +132,24 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         ("mixtral", "is_causal", False, "is_causal: False"),
         ("qwen3-moe", "is_causal", False, "is_causal: False"),
+        ("ernie4-5-moe", "use_bias", True, "use_bias: True .* the head would have a bias"),
+        ("minimax-m2", "scoring_func", "softmax", "scoring_func: 'softmax' .* only 'sigmoid'"),
+        ("minimax-m2", "use_qk_norm", False, "use_qk_norm: False"),
+        ("minimax-m2", "shared_intermediate_size", 8, "shared_intermediate_size: 8"),
+        ("minimax-m2", "attn_type_list", [1, 0], "attn_type_list: .* full attention alone"),
+        *(
+            (case, "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, message)
+            for case, message in (
+                ("mixtral", "partial_rotary_factor: 0.5 .* in mixtral models the whole head"),
+                ("deepseek-v3", "partial_rotary_factor: 0.5 .* in deepseek_v3 models"),
+            )
+        ),
+        (
+            "glm4-moe",
+            "rope_parameters",
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.4},
+            "partial_rotary_factor = 0.4 .* rotates 3 of a head's 8 dims: must be an even number",
+        ),
         ("deepseek-v3", "moe_layer_freq", [1], "moe_layer_freq: .* one entry per layer"),
         ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok: 5"),
         ("deepseek-v2-lite", "topk_method", "noaux_tc", "topk_method: 'noaux_tc'"),
@@ -201,6 +219,8 @@ NUM_EXPERTS = {
     "qwen3-moe": "num_experts",
     "deepseek-v2-lite": "n_routed_experts",
     "deepseek-v3": "n_routed_experts",
+    "glm4-moe": "n_routed_experts",
+    "minimax-m2": "num_local_experts",
 }
 
 
@@ -211,7 +231,7 @@ def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, val
         if value == 0 and field == "num_experts" and case.startswith("qwen"):
             continue  # the next test
         text = refusal(tmp_path, altered(case, **{field: value}))
-        if value == 0 and value is not False and case in ("olmoe", "mixtral"):
+        if value == 0 and value is not False and case in ("olmoe", "mixtral", "minimax-m2"):
             assert "num_experts_per_tok" in text and "must be" in text
             continue
         assert f"{field} = " in text and "in config.json: must be a whole number from" in text
@@ -250,6 +270,14 @@ def test_more_experts_per_token_than_experts_are_refused_by_field(tmp_path, case
 )
 def test_a_wrong_config_json_is_refused_by_checkpoint_and_field(tmp_path, text, message):
     assert message in refusal(tmp_path, text)
+
+
+def test_a_wrong_kimi_k2_config_json_is_refused_by_field_too(tmp_path):
+    settings = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "own.Own"}}
+    text = refusal(tmp_path, altered("deepseek-v3", **settings, n_routed_experts="8"))
+    assert "n_routed_experts = '8' in config.json: must be a whole number" in text
+    text = refusal(tmp_path, altered("deepseek-v3", **settings, num_experts_per_tok=1000))
+    assert "num_experts_per_tok: 1000 must be between 1 and the number of experts" in text
 
 
 def test_a_config_json_that_is_no_text_is_refused(tmp_path):

@@ -79,6 +79,7 @@ ROWS = (
     Row("qwen3_moe decode, two chunks", "qwen3_moe", {"overlap": {"chunks": 2}}),
     Row("deepseek_v2 decode", "deepseek_v2", _PLAIN),
     Row("deepseek_v3 decode", "deepseek_v3", _PLAIN),
+    Row("glm4_moe decode", "glm4_moe", _PLAIN),
     *(
         Row(f"mixtral prefill, {policy} {selection}", "mixtral", _drop(policy, selection), {}, True)
         for policy in ("token_drop", "expanded_drop")

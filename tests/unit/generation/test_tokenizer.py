@@ -27,6 +27,18 @@ def test_a_tokenizer_that_is_code_is_refused_without_advice_to_run_it(tmp_path):
     assert "name one with a tokenizer.json" in text and "trust_remote_code" not in text
 
 
+def test_a_checkpoint_whose_tokenizer_is_code_alone_takes_token_ids(tmp_path):
+    (tmp_path / "tiktoken.model").touch()
+    settings = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    config = ModelConfig(path=str(tmp_path))
+    assert not has_tokenizer(config) and load_tokenizer(config) is None
+    del settings["auto_map"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert has_tokenizer(config)
+
+
 def test_a_folder_without_a_tokenizer_is_refused_by_its_name(tmp_path):
     assert f"{str(tmp_path)!r} holds none of tokenizer.json" in refusal(tmp_path)
 

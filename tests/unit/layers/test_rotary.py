@@ -95,12 +95,23 @@ def test_the_softmax_factor_of_deepseek_v2_is_its_published_one():
     assert yarn_softmax_factor({"rope_type": "default"}) == 1.0
 
 
-def test_unknown_and_partial_rotations_are_refused():
+def test_unknown_rotations_are_refused():
     config = mixtral_config("default")
     config.rope_parameters["rope_type"] = "spiral"
     with pytest.raises(ValueError, match=r"rope_type: 'spiral' .* default, dynamic, linear"):
         rope_frequencies(config, 8, LENGTH)
-    config = mixtral_config("default")
-    config.rope_parameters["partial_rotary_factor"] = 0.5
-    with pytest.raises(ValueError, match=r"partial_rotary_factor: 0\.5"):
-        rope_frequencies(config, 8, LENGTH)
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_the_rotated_part_of_a_head_has_the_frequencies_of_transformers(rope_type):
+    from transformers import Glm4MoeConfig
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
+
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0} | SCALED[rope_type]
+    config = Glm4MoeConfig(head_dim=16, max_position_embeddings=LENGTH, rope_parameters=parameters)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
+    # longrope has its short factors up to the context of the checkpoint
+    embedding = Glm4MoeRotaryEmbedding(config)
+    frequencies, scaling = rope_frequencies(config, 8, 16 if rope_type == "longrope" else LENGTH)
+    torch.testing.assert_close(frequencies, embedding.inv_freq)
+    assert scaling == pytest.approx(embedding.attention_scaling)

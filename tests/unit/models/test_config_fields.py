@@ -14,7 +14,17 @@ import pytest
 from engine.models.registry import read_config
 from tests.helpers.model_cases import CASES
 
-FAMILIES = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe", "deepseek-v2-lite", "deepseek-v3")
+FAMILIES = (
+    "mixtral",
+    "olmoe",
+    "qwen2-moe",
+    "qwen3-moe",
+    "deepseek-v2-lite",
+    "deepseek-v3",
+    "glm4-moe",
+    "minimax-m2",
+    "ernie4-5-moe",
+)
 ODD = (None, "64", 64.5, 64.0, True, [64], {"a": 1}, 0, -1, 10**30, float("inf"))
 
 

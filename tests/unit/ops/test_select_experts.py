@@ -13,7 +13,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 @each_isa
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"),
@@ -22,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 def test_it_equals_its_reference(isa, score, normalize, tokens, experts, top_k):
     torch.manual_seed(0)
     logits = torch.randn(experts, tokens).t() * 3  # a strided view
-    bias = torch.rand(experts) if score == "sigmoid" else None
+    bias = None if score == "softmax" and normalize else torch.rand(experts)
     rule = SelectionRule(top_k, score, normalize, normalize_eps=1e-3, scale=2.5)
     with on_isa(isa):
         scores, ids, weights = select_experts(logits, bias, rule)
@@ -30,6 +30,25 @@ def test_it_equals_its_reference(isa, score, normalize, tokens, experts, top_k):
     assert torch.equal(ids, expected[1]) and ids.dtype == torch.int64
     torch.testing.assert_close(scores, expected[0], rtol=2e-6, atol=1e-30)
     torch.testing.assert_close(weights, expected[2], rtol=4e-6, atol=1e-30)
+
+
+@each_isa
+def test_a_normaliser_below_its_minimum_is_raised_to_it(isa):
+    logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 0.0], [NAN, 0.0, 0.0]])
+    bias = torch.tensor([0.0, 1.0, 1.0])  # chooses the second and the third
+    rule = SelectionRule(2, normalize=True, normalize_min=0.5)
+    with on_isa(isa):
+        scores, ids, weights = select_experts(logits, bias, rule)
+    assert ids[:2].tolist() == [[1, 2], [1, 2]]
+    torch.testing.assert_close(weights[0], 2 * scores[0, 1:])
+    assert weights[1].tolist() == [0.5, 0.5] and weights[2].isnan().all()
+
+
+def test_square_roots_of_softplus_are_those_of_torch_far_from_zero_too():
+    logits = torch.tensor([[-80.0, -20.0, -1e-3, 0.0, 5.0, 19.9, 20.1, 90.0]])
+    scores = select_experts(logits, None, SelectionRule(2, "sqrt_softplus"))[0]
+    expected = torch.nn.functional.softplus(logits.double()).sqrt()
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=0.0)
 
 
 def test_the_bias_changes_the_choice_and_never_the_weights():
