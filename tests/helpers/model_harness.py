@@ -21,8 +21,8 @@ from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
+from engine.weights.formats.grouping import read_weights
 from engine.weights.loader import load_weights
-from engine.weights.safetensors_header import read_catalog
 
 BLOCK_SIZE = 4
 
@@ -63,7 +63,7 @@ def load_model(config: Config, topology: Topology) -> CausalLM:
 
     hf_config = AutoConfig.from_pretrained(config.model.path)
     model = build_model(hf_config, config, topology, topology.device, torch.float32)
-    names = read_catalog(Path(config.model.path)).entries.keys()
+    names = read_weights(Path(config.model.path)).entries.keys()
     load_weights(
         config.model.path,
         model.weight_slots(names),

@@ -129,7 +129,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
     ("case", "field", "value", "message"),
     [
         ("mixtral", "hidden_act", "gelu", "hidden_act: 'gelu'"),
-        ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("mixtral", "quantization_config", {"quant_method": "hqq"}, "quant_method = 'hqq'"),
         ("mixtral", "is_causal", False, "is_causal: False"),
         ("qwen3-moe", "is_causal", False, "is_causal: False"),
         ("deepseek-v3", "moe_layer_freq", [1], "moe_layer_freq: .* one entry per layer"),
