@@ -10,7 +10,7 @@ import torch
 
 from engine.weights.entry import Span, TensorEntry
 
-_PIECE_VALUES = 1 << 20  # of one piece: 4 MiB in float32, a few of which live per reading thread
+_PIECE_VALUES = 1 << 19  # of one piece: 2 MiB in float32, a few of which live per reading thread
 
 
 def split(span: Span, width: int) -> Iterator[Span]:
@@ -18,7 +18,7 @@ def split(span: Span, width: int) -> Iterator[Span]:
 
     Args:
         span: to cut.
-        width: values that each of its lines holds; a range has about a million values.
+        width: values that each of its lines holds; a range has about `_PIECE_VALUES` values.
     """
     start, stop = span
     step = max(2, _PIECE_VALUES // max(1, width) // 2 * 2)

@@ -34,6 +34,20 @@ def read_weights(folder: Path) -> Catalog:
     return catalog if scheme is None else group(catalog, scheme)
 
 
+def example_of(folder: Path) -> str:
+    """Return the first tensor of a folder that is of no floating-point dtype, in words; "" where
+    there is none, or the files cannot be read.
+    """
+    try:
+        entries = read_catalog(folder).entries
+    except CheckpointError:  # loading reports it
+        return ""
+    for name, entry in sorted(entries.items()):
+        if entry.dtype not in ("F64", "F32", "BF16", "F16"):
+            return f" (such as {name} in {entry.file.name}, {entry.dtype} {list(entry.shape)})"
+    return ""
+
+
 def group(catalog: Catalog, scheme: Scheme) -> Catalog:
     """Return a catalog with one entry per weight. Raises CheckpointError: parts do not fit."""
     entries: dict[str, TensorEntry] = {}

@@ -48,7 +48,7 @@ class ScaledWeight:
         for part in split(rows, weight.shape[1]):
             scales = as_float(fetch(scale, covering(part, height), across))
             scales = spread(spread(scales, part, height, 0), columns, width, 1)
-            yield Piece(part, columns, fetch(weight, part, columns).float().mul_(scales))
+            yield Piece(part, columns, decode(fetch(weight, part, columns)).mul_(scales))
 
 
 def scaled_weight(
@@ -102,6 +102,19 @@ def _block(
     if not across or not down or rows % down or columns % across:
         return None
     return max(1, rows // down), max(1, columns // across)
+
+
+def decode(values: torch.Tensor) -> torch.Tensor:
+    """Return E4M3 values in float32, as `float()` does, some 15 times faster on a CPU.
+
+    Their bits, moved, are those of a float16 that is 2 ** 8 times smaller, also where it is
+    subnormal. All but the largest exponent of float16 occur, so NaN is put back by hand.
+    """
+    bits = values.view(torch.uint8).to(torch.int16)
+    codes = bits & 0x7F
+    halves = (codes << 7) | ((bits & 0x80) << 8)
+    result = halves.view(torch.float16).float().mul_(256.0)
+    return result.masked_fill_(codes == 0x7F, torch.nan) if codes.max() == 0x7F else result
 
 
 def as_float(scales: torch.Tensor) -> torch.Tensor:

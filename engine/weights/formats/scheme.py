@@ -23,6 +23,10 @@ MODELOPT = "hf_quant_config.json"  # of modelopt's older exports
 _REMEDY = "use such a checkpoint, or one in bfloat16"
 
 
+class UnsupportedScheme(ValueError):
+    """A quantisation that is not read; the text names it and what is supported."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How a checkpoint is quantised."""
@@ -72,7 +76,7 @@ def read_scheme(values: Mapping[str, Any]) -> Scheme:
     """Return what a `quantization_config` means.
 
     Raises:
-        ValueError: naming the scheme and what is supported.
+        UnsupportedScheme: naming the scheme and what is supported.
     """
     method = values.get("quant_method")
     if method is None and "config_groups" in values:
@@ -90,8 +94,8 @@ def read_scheme(values: Mapping[str, Any]) -> Scheme:
     return readers[method](values)
 
 
-def _unsupported(what: str) -> ValueError:
-    return ValueError(
+def _unsupported(what: str) -> UnsupportedScheme:
+    return UnsupportedScheme(
         f"quantization_config in config.json: {what} is not supported; supported are {SUPPORTED}; "
         f"{_REMEDY}"
     )

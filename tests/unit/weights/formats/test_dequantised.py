@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.weights import stored_reader
 from engine.weights.formats import blocks
+from engine.weights.formats.scaled import decode
 from engine.weights.loader import CheckpointError, LoadReport, load_weights
 from engine.weights.slot import WeightSlot
 from tests.helpers import packers
@@ -183,6 +185,19 @@ def test_a_weight_is_read_once_and_no_other_with_it(tmp_path, kind):
     assert own <= report.bytes_read - header <= 1.02 * own
 
 
+@pytest.mark.parametrize("kind", PACKERS)
+def test_a_weight_is_dequantised_in_pieces_of_a_few_mib(tmp_path, monkeypatch, kind):
+    sizes = []
+
+    def check(piece, where, dtype):
+        sizes.append(piece.values.numel())
+
+    monkeypatch.setattr(stored_reader, "_check", check)
+    save(tmp_path, "m.", stored_as(kind, 640, 2048), CONFIGS[kind])
+    read(tmp_path, "m.weight", (640, 2048))
+    assert sum(sizes) == 640 * 2048 and max(sizes) <= 1 << 20
+
+
 def test_a_weight_without_scales_is_read_as_it_is(tmp_path):
     stored = stored_as("fp8-block")
     plain = torch.randn(5, 7)
@@ -192,6 +207,14 @@ def test_a_weight_without_scales_is_read_as_it_is(tmp_path):
     slots = [WeightSlot("lm_head.weight", found, (5, 7)), WeightSlot("m.weight", target, (88, 96))]
     load_weights(tmp_path, slots)
     assert torch.equal(found, plain)
+
+
+def test_all_256_codes_of_fp8_are_decoded_as_torch_does():
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found, expected = decode(codes), codes.float()
+    assert torch.equal(found.isnan(), expected.isnan())
+    bits = [each.nan_to_num().view(torch.int32) for each in (found, expected)]
+    assert torch.equal(*bits), "the sign of zero too"
 
 
 # --- What is wrong --------------------------------------------------------------------------------
