@@ -17,7 +17,7 @@ def sigmoid_by_row(x_TE: torch.Tensor) -> torch.Tensor:
     """Returns sigmoid(x_TE): [T, E] in x's dtype; with the compiled CPU kernels row by row."""
     if native.serves(x_TE) and x_TE.numel():
         # The router's kernel scores each row by itself; what it selects is not needed.
-        return torch.ops.lockstep_cpu.select_experts(
-            x_TE, None, 1, _SIGMOID, False, 0.0, 0.0, 1.0
-        )[0]
+        return torch.ops.lockstep_cpu.select_experts(x_TE, None, 1, _SIGMOID, False, 0.0, 0.0, 1.0)[
+            0
+        ]
     return x_TE.sigmoid()

@@ -49,6 +49,9 @@ GROUPS: dict[str, list[str]] = {
         "tests/models/test_contradictions.py",
         "tests/unit/models/test_specs.py",
         "tests/unit/weights/test_loader.py",
+        "tests/unit/weights/formats/test_scheme.py",
+        "tests/unit/weights/formats/test_dequantised.py",
+        "tests/distributed/test_quantised_checkpoints.py",
         "tests/unit/generation/test_tokenizer.py",
     ],
     "Launch environments": [

@@ -89,6 +89,10 @@ class ModelConfig:
     # null: the one in path
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and activations;
     # auto: float32 on the CPU, the checkpoint's own on CUDA
+    quantization: Literal["auto", "keep", "dequantize", "int8", "int4", "fp8"] = "auto"  # of a
+    # quantised checkpoint's weights; dequantize: read them into dtype; keep: compute on them as
+    # stored; auto: keep where the experts' backend can (today none can), else dequantize; int8,
+    # int4 and fp8 are refused until a backend computes on requantised experts
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
     # dummy: seeded random numbers
     max_model_len: int | None = field(default=None, metadata=_COUNT)  # prompt and new tokens

@@ -31,7 +31,8 @@ from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
 from engine.moe.placement.placement import Placement
 from engine.weights import loader
-from engine.weights.safetensors_header import read_catalog
+from engine.weights.formats.grouping import read_weights
+from engine.weights.formats.scheme import resolve_quantization, scheme_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where profiler.every is auto: a stamp on CUDA takes the host some microseconds.
@@ -69,12 +70,25 @@ def build(
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
+    quantization = model_quantization(config)
     dtype = model_dtype(config.model.dtype, hf_config, topology.device)
     config, topology = measured_at_start(config, read_spec(hf_config), topology, dtype)
     model = build_model(hf_config, config, topology, topology.device, dtype, placement)
+    model.quantization = quantization
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
     return model
+
+
+def model_quantization(config: Config) -> str:
+    """Return how the weights are held, by model.quantization and the checkpoint's config.json.
+
+    Raises:
+        ValueError: when the setting asks for what no backend computes.
+    """
+    model = config.model
+    scheme = None if model.load_format == "dummy" else scheme_of(Path(model.path))
+    return resolve_quantization(model.quantization, scheme)
 
 
 def checkpoint_names(config: Config) -> frozenset[str]:
@@ -85,7 +99,7 @@ def checkpoint_names(config: Config) -> frozenset[str]:
     """
     if config.model.load_format == "dummy":
         return frozenset()
-    return frozenset(read_catalog(Path(config.model.path)).entries)
+    return frozenset(read_weights(Path(config.model.path)).entries)
 
 
 def load_weights(
@@ -184,6 +198,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
         "runtime.threads": torch.get_num_threads(),
         "runtime.shared_memory": isinstance(topology.control.handle, SharedMemoryGroup),
         "model.dtype": str(model.dtype).removeprefix("torch."),
+        "model.quantization": model.quantization,
         "model.max_model_len": model.max_model_len,
         "parallel.expert": topology.expert.size,
         "scheduler.kv_cache_blocks": kv_cache_blocks,

@@ -88,6 +88,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.spec, self.dtype = spec, dtype
         self.placement = placement
+        self.quantization = "none"  # how a quantised checkpoint's weights are held, for reports
         self.max_model_len = max_model_len  # positions it can run
         self.vocab_size, self.num_layers = spec.vocab_size, len(spec.layers)
         self.telemetry, self.rotary = Telemetry(), rotary

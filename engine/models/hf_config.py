@@ -13,6 +13,7 @@ from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.spec import LayerSpec, ModelSpec
 from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.weights.formats.scheme import read_scheme
 
 
 def attention_spec(hf_config: Any, **family: Any) -> AttentionSpec:
@@ -120,8 +121,7 @@ def check_config(hf_config: Any) -> None:
             f"is_causal: {hf_config.is_causal!r} in config.json is not supported: a token would "
             "attend to later ones, and this engine only generates; use a causal checkpoint"
         )
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantization_config in config.json: quantized checkpoints are not supported; use one "
-            "in float32, bfloat16 or float16"
-        )
+    quantization = getattr(hf_config, "quantization_config", None)
+    if quantization is not None:
+        values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        read_scheme(values)

@@ -35,6 +35,8 @@ from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
 from engine.moe.placement.placement import Placement
+from engine.weights.formats.grouping import example_of
+from engine.weights.formats.scheme import UnsupportedScheme
 
 _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "mixtral": mixtral.read_spec,
@@ -91,7 +93,8 @@ def read_config(folder: Path) -> Any:
         check_rope(hf_config, rotary_dim)
         rope_frequencies(hf_config, rotary_dim, 1)
     except Exception as error:  # transformers computes with the values before it checks them
-        raise _refused(folder, explain(error, values)) from error
+        example = example_of(folder) if isinstance(error, UnsupportedScheme) else ""
+        raise _refused(folder, explain(error, values) + example) from error
     return hf_config
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from engine.config import ModelConfig
 from engine.distributed.health.progress import OnProgress, ignore_progress
+from engine.weights.formats.scheme import MODELOPT
 from engine.weights.safetensors_header import INDEX, SINGLE, CheckpointError, read_header
 
 _TOKENIZER_PATTERNS = (
@@ -70,6 +71,7 @@ def model_fingerprint(model: ModelConfig) -> str:
     names = ["config.json"]
     if model.load_format == "safetensors":
         names += _weight_files(Path(model.path))
+        names += [MODELOPT] if Path(model.path, MODELOPT).exists() else []
     entries = {name: _entry(Path(model.path, name)) for name in names}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -114,7 +116,7 @@ def _files(model: ModelConfig) -> Iterator[tuple[str, Path]]:
     folder = Path(model.path)
     names = ["config.json", "generation_config.json"]
     if model.load_format == "safetensors":
-        names += _weight_files(folder)
+        names += [MODELOPT, *_weight_files(folder)]
     for name in names:
         yield f"model.path/{name}", folder / name
     key = "model.path"

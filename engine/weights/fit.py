@@ -35,7 +35,7 @@ class Want:
     @classmethod
     def of(cls, slot: WeightSlot) -> Want:
         """Return what one slot needs."""
-        return cls(tuple(slot.full_shape), slot.aliases, slot.tied_to)
+        return cls(tuple(slot.file_shape or slot.full_shape), slot.aliases, slot.tied_to)
 
 
 def name_in(catalog: Catalog, name: str, aliases: tuple[str, ...]) -> str | None:
@@ -66,7 +66,7 @@ def mismatches(
             misshapen.append(
                 f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(want.shape)}"
             )
-        if entry.dtype not in DTYPES:
+        if entry.stored is None and entry.dtype not in DTYPES:
             refused.setdefault(_why_refused(entry.dtype), []).append(
                 f"{found} in {entry.file.name} is {entry.dtype}"
             )
@@ -148,11 +148,12 @@ def _tied_hint(missing: Sequence[str], catalog: Catalog) -> str:
 def _why_refused(dtype: str) -> str:
     """Return what to say of tensors that have a dtype that is not read."""
     if dtype.startswith(("F8", "F6", "F4")):
-        kind = f"quantised to {dtype[1]} bits, which needs scales that this engine does not apply"
-        remedy = "convert the checkpoint to bfloat16"
+        kind = f"quantised to {dtype[1]} bits, and no quantization_config in config.json says how "
+        kind += "to read them"
+        remedy = "use the config.json of these files, or convert the checkpoint to bfloat16"
     elif dtype in ("I8", "U8", "I32"):
-        kind = "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes, whose scales "
-        kind += "this engine does not apply"
+        kind = "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes, and no "
+        kind += "quantization_config in config.json says how to read them"
         remedy = "convert the checkpoint to bfloat16, or use the one it was made from"
     elif dtype in _NO_FLOATS:
         kind = "true or false" if dtype == "BOOL" else "integers"

@@ -3,7 +3,8 @@
 A model yields one `WeightSlot` for each tensor of the checkpoint that this rank needs. Loading
 compares the names of all ranks with the headers of all files (`fit.py`, `safetensors_header.py`),
 so that every mistake is found before data is read and equally on all ranks, then reads this rank's
-shards (`reader.py`). `fill_dummy` fills the slots with random weights instead.
+shards (`reader.py`), quantised ones through their format (`formats/`). `fill_dummy` fills the slots
+with random weights instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors, name_ranks
 from engine.distributed.groups import Group
 from engine.distributed.health.progress import OnProgress, ProgressReporter, ignore_progress
+from engine.weights.entry import TensorEntry
 from engine.weights.fit import (
     Want,
     holds_values,
@@ -33,8 +35,9 @@ from engine.weights.fit import (
     shorten,
     unknown_tensors,
 )
+from engine.weights.formats.grouping import read_weights
 from engine.weights.reader import ReadJob, hold_equal_values, read_all
-from engine.weights.safetensors_header import Catalog, CheckpointError, read_catalog
+from engine.weights.safetensors_header import Catalog, CheckpointError
 from engine.weights.slot import WeightSlot
 
 __all__ = ["CheckpointError", "LoadReport", "WeightSlot", "fill_dummy", "load_weights"]
@@ -86,12 +89,16 @@ def load_weights(
         log_unlisted(Path(path), unknown_tensors(wanted, catalog, ignored), catalog)
     slots, bytes_compared = _resolve_tied(catalog, wanted, slots, group, reporter)
     jobs = [
-        ReadJob(name, catalog.entries[name], slot.target, slot.bounds())
+        ReadJob(name, _as_wanted(catalog.entries[name], slot), slot.target, slot.bounds())
         for slot in slots
         if (name := name_in(catalog, slot.name, slot.aliases)) is not None
     ]
     bytes_read = catalog.bytes_read + bytes_compared + read_all(jobs, group, reporter)
     return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
+
+
+def _as_wanted(entry: TensorEntry, slot: WeightSlot) -> TensorEntry:
+    return entry if slot.file_shape is None else replace(entry, shape=tuple(slot.full_shape))
 
 
 def _resolve_tied(
@@ -151,6 +158,8 @@ def _is_tied(
     reporter: ProgressReporter,
 ) -> tuple[bool, int]:
     """Return whether this rank's share of rows is equal in both tensors, and the bytes read."""
+    if any(catalog.entries[name].stored is not None for name in (slot.name, tied_to)):
+        return False, 0  # quantised apart, so the files hold two
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     rows, *others = slot.full_shape
     bounds = ((rows * rank // size, rows * (rank + 1) // size), *((0, n) for n in others))
@@ -169,7 +178,7 @@ def _agree_on_catalog(
     """
     catalog, error = Catalog({}, 0), None
     try:
-        catalog = read_catalog(path)
+        catalog = read_weights(path)
     except CheckpointError as caught:
         error = str(caught)
     names = {slot.name: Want.of(slot) for slot in slots}
@@ -206,10 +215,12 @@ def _digest(catalog: Catalog) -> str:
 def _digest_files(catalog: Catalog) -> dict[str, str]:
     """Return a digest per file name of which tensors the file holds and where."""
     states: dict[str, Any] = {}
-    for name, entry in sorted(catalog.entries.items()):
-        line = (name, entry.dtype, entry.shape, entry.offset)
-        state = states.setdefault(entry.file.name, hashlib.sha256())
-        state.update(repr(line).encode(errors="backslashreplace"))
+    for name, whole in sorted(catalog.entries.items()):
+        parts = {name: whole} if whole.stored is None else whole.stored.parts
+        for part, entry in sorted(parts.items()):
+            line = (part, entry.dtype, entry.shape, entry.offset)
+            state = states.setdefault(entry.file.name, hashlib.sha256())
+            state.update(repr(line).encode(errors="backslashreplace"))
     return {file: state.hexdigest() for file, state in sorted(states.items())}
 
 

@@ -26,7 +26,9 @@ from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import merge_errors
 from engine.distributed.groups import Group
 from engine.distributed.health.progress import OnProgress, ProgressReporter
-from engine.weights.safetensors_header import CheckpointError, TensorEntry
+from engine.weights.entry import TensorEntry
+from engine.weights.safetensors_header import CheckpointError
+from engine.weights.stored_reader import read_stored
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -164,9 +166,16 @@ def _read_jobs(queue: deque[ReadJob], files: _Files, report: OnProgress) -> int:
 def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: OnProgress) -> int:
     """Read one tensor's shard; return the bytes read."""
     entry, target = job.entry, job.target.detach()
-    dtype = DTYPES[entry.dtype]
     if target.numel() == 0:
         return 0
+    if entry.stored is not None:
+
+        def read(part: TensorEntry, memory: torch.Tensor, begin: int) -> None:
+            where = f"{job.name} in {part.file}"
+            _read_bytes(files.open(part.file), memory.numpy(), part.offset + begin, where)
+
+        return read_stored(job.name, entry.stored, target, job.bounds, read, report)
+    dtype = DTYPES[entry.dtype]
     # The rows that hold the shard are contiguous bytes; its columns are selected in memory.
     (first, last), *columns = job.bounds or ((0, 1),)
     row_shape = entry.shape[1:]
@@ -204,16 +213,8 @@ class _Run:
 
     def read(self, memory: np.ndarray, low: int) -> None:
         """Fill `memory` (uint8) with the bytes from byte `low` of the run."""
-        filled, where = 0, f"{self._job.name} in {self._job.entry.file}"
-        while filled < len(memory):
-            try:
-                rest = memoryview(memory)[filled:]  # type: ignore[arg-type]
-                count = os.preadv(self._descriptor, [rest], self._begin + low + filled)
-            except OSError as error:
-                raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(f"{where}: the file became shorter while it was read")
-            filled += count
+        where = f"{self._job.name} in {self._job.entry.file}"
+        _read_bytes(self._descriptor, memory, self._begin + low, where)
         worst = _largest_bits(memory, DTYPES[self._job.entry.dtype].itemsize)
         if worst >= self._not_finite:
             raise CheckpointError(
@@ -224,6 +225,20 @@ class _Run:
                 f"{where}: holds values too large for {self._job.target.dtype}; set "
                 "model.dtype to bfloat16 or float32"
             )
+
+
+def _read_bytes(descriptor: int, memory: np.ndarray, begin: int, where: str) -> None:
+    """Fill `memory` (uint8) with the bytes from byte `begin` of a file."""
+    filled = 0
+    while filled < len(memory):
+        try:
+            rest = memoryview(memory)[filled:]  # type: ignore[arg-type]
+            count = os.preadv(descriptor, [rest], begin + filled)
+        except OSError as error:
+            raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
+        if count == 0:
+            raise CheckpointError(f"{where}: the file became shorter while it was read")
+        filled += count
 
 
 def _largest_bits(memory: np.ndarray, itemsize: int) -> int:

@@ -31,6 +31,7 @@ from engine.config.checkpoint_files import (
     read_text,
     why_unreadable,
 )
+from engine.weights.entry import TensorEntry
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BITS = {
@@ -48,18 +49,6 @@ _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the text names tensor, file and remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor is stored."""
-
-    file: Path
-    dtype: str  # name in the file, such as BF16
-    shape: tuple[int, ...]
-    offset: int  # byte of the file at which its data begins
-    num_bytes: int
-    is_listed: bool = True  # by the index, where there is one
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class WeightSlot:
 
     name: str
     target: torch.Tensor  # destination view, of the shard's shape
-    full_shape: tuple[int, ...]  # in the file
+    full_shape: tuple[int, ...]  # of the tensor in the file
     shard: tuple[slice, ...] | None = None  # this rank's share: slices without step of the first
     # dimensions; None: all of it
     kind: Literal["matrix", "norm", "bias"] = "matrix"
@@ -27,6 +27,9 @@ class WeightSlot:
     # files hold another tensor under `name`, and `untie` returns memory of its own for it.
     tied_to: str | None = None
     untie: Callable[[], torch.Tensor] | None = None
+    # Shape in the file where `full_shape` cuts its dimensions further: a fused gate_up whose rows
+    # alternate is [E, 2F, D] there and [E, F, 2, D] here. Only the first dimension is then sharded.
+    file_shape: tuple[int, ...] | None = None
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Return [start, stop) of the shard in every dimension of the file's tensor."""

@@ -283,6 +283,7 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
             "runtime.shared_memory": lane.available(),
             "model.dtype": "float32",
             "model.max_model_len": 64,
+            "model.quantization": "none",
             "parallel.expert": 2,
             "scheduler.kv_cache_blocks": 64,
             "moe.experts.backend": "torch",

@@ -21,8 +21,8 @@ from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model, read_config
+from engine.weights.formats.grouping import read_weights
 from engine.weights.loader import load_weights
-from engine.weights.safetensors_header import read_catalog
 
 BLOCK_SIZE = 4
 
@@ -61,7 +61,7 @@ def load_model(config: Config, topology: Topology) -> CausalLM:
     """Build this rank's share of a checkpoint in float32 and fill it."""
     hf_config = read_config(Path(config.model.path))
     model = build_model(hf_config, config, topology, topology.device, torch.float32)
-    names = read_catalog(Path(config.model.path)).entries.keys()
+    names = read_weights(Path(config.model.path)).entries.keys()
     load_weights(
         config.model.path,
         model.weight_slots(names),

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, GPT2Config
 
 from engine.config import Config, ModelConfig
@@ -129,7 +130,7 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
     ("case", "field", "value", "message"),
     [
         ("mixtral", "hidden_act", "gelu", "hidden_act: 'gelu'"),
-        ("mixtral", "quantization_config", {"quant_method": "fp8"}, "quantization_config"),
+        ("mixtral", "quantization_config", {"quant_method": "hqq"}, "quant_method = 'hqq'"),
         ("mixtral", "is_causal", False, "is_causal: False"),
         ("qwen3-moe", "is_causal", False, "is_causal: False"),
         ("ernie4-5-moe", "use_bias", True, "use_bias: True .* the head would have a bias"),
@@ -209,6 +210,19 @@ def test_a_good_config_json_is_read_as_transformers_reads_it(case, tmp_path):
     (tmp_path / "config.json").write_text(altered(case))
     expected = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     assert read_config(tmp_path).to_dict() == expected.to_dict()
+
+
+def test_a_quantisation_that_is_not_read_is_refused_with_scheme_tensor_and_what_is_read(tmp_path):
+    packed = {
+        "m.weight": torch.zeros(4, 4),
+        "m.weight_packed": torch.zeros(4, 2, dtype=torch.uint8),
+    }
+    save_file(packed, tmp_path / "model.safetensors")
+    scheme = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    text = refusal(tmp_path, altered(quantization_config=scheme))
+    assert "modelopt with quant_algo = 'NVFP4' is not supported" in text
+    assert "supported are FP8 E4M3" in text
+    assert "m.weight_packed in model.safetensors, U8 [4, 2]" in text
 
 
 # The name of the number of experts in each family's config.json.

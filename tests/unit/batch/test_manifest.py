@@ -204,6 +204,7 @@ def test_how_a_job_runs_may_change_between_runs(sections):
     [
         {"model": {"path": "other"}},
         {"model": {"path": "model", "dtype": "bfloat16"}},
+        {"model": {"path": "model", "quantization": "dequantize"}},
         {"sampling": {"seed": 1}},
         {"sampling": {"stop": ["x"]}},
         {"moe": {"capacity": {"policy": "token_drop", "factor": 1.1}}},
@@ -216,8 +217,8 @@ def test_what_changes_results_makes_another_job(sections):
     assert result_settings(config(**sections)) != result_settings(config())
 
 
-def test_dispatch_settings_are_included_only_where_they_differ_so_that_older_ledgers_resume(output):
-    optional = ("moe.dispatch", "moe.shared_expert")
+def test_newer_settings_are_included_only_where_they_differ_so_that_older_ledgers_resume(output):
+    optional = ("moe.dispatch", "moe.shared_expert", "model.quantization")
     assert not [key for key in result_settings(config()) if key.startswith(optional)]
     run(output, manifest(output), records=1)
     other = manifest(output, moe={"dispatch": {"dtype": "fp8"}})

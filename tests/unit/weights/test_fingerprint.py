@@ -20,6 +20,7 @@ from engine.weights.fingerprint import changed_files, fingerprint, model_fingerp
 
 TEXTS = {
     "config.json": '{"model_type": "mixtral"}',
+    "hf_quant_config.json": '{"quantization": {"quant_algo": "FP8"}}',
     "generation_config.json": '{"eos_token_id": 1}',
     "tokenizer.json": '{"model": {}}',
     "tokenizer.model": "pieces",

@@ -294,7 +294,10 @@ def test_float64_is_read_as_torch_converts_it_and_too_large_values_are_errors(tm
 @pytest.mark.parametrize(
     ("dtype", "text"),
     [
-        ("F8_E4M3", "quantised to 8 bits, which needs scales that this engine does not apply"),
+        (
+            "F8_E4M3",
+            "quantised to 8 bits, and no quantization_config in config.json says how to read them",
+        ),
         ("F8_E5M2", "quantised to 8 bits"),
         ("F4", "quantised to 4 bits"),
         ("I8", "integers, as in checkpoints quantised by GPTQ, AWQ or bitsandbytes"),

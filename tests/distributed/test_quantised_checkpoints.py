@@ -1,0 +1,100 @@
+"""Quantised checkpoints, end to end: the tokens of their dequantised weights, on any ranks.
+
+python -m pytest tests/distributed/test_quantised_checkpoints.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig, SchedulerConfig
+from engine.llm import LLM
+from engine.request import SamplingParams
+from tests.helpers.packers import PACKERS, quantise_checkpoint
+from tests.helpers.ranks import run_ranks
+from tools.make_random_checkpoint import make_checkpoint
+
+PROMPTS = [[5, 9, 1, 44], [7], [80, 2, 2, 31, 6, 17, 90], [3, 3, 60]]
+KINDS = [*PACKERS, "mxfp4"]
+UNUSED = ("_shape", "input_scale")  # of no use for dequantised weights, so never read
+Outcome = tuple[list[list[int]], list[list[float]], int, dict[str, Any]]
+
+
+def generate(rank: int, path: Path, tensor: int, setting: str = "auto") -> Outcome:
+    """Return tokens, log-probabilities, the bytes of weights read and the resolved settings."""
+    config = Config(
+        runtime=RuntimeConfig(device="cpu", timeout_s=30.0, threads=1),
+        model=ModelConfig(path=str(path), max_model_len=64, quantization=setting),  # pyright: ignore
+        scheduler=SchedulerConfig(kv_cache_blocks=64, block_size=4),
+        parallel=ParallelConfig(tensor=tensor),
+    )
+    llm = LLM(config)
+    try:
+        params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
+        done = llm.generate(PROMPTS, params)
+        assert llm.weights_report is not None and llm.report is not None
+        read, settings = llm.weights_report.bytes_read, llm.report.ranks[rank].resolved_settings
+        return [each.token_ids for each in done], [each.logprobs for each in done], read, settings
+    finally:
+        llm.close()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("source")
+    overrides = {"num_experts": 4, "num_attention_heads": 4, "vocab_size": 97}
+    make_checkpoint("qwen3_moe", path, overrides=overrides)
+    return path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, source, tmp_path_factory) -> tuple[Path, Path]:
+    """A quantised checkpoint, and one of its dequantised weights in float32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    quantise_checkpoint(source, request.param, folder / "quantised", folder / "plain")
+    return folder / "quantised", folder / "plain"
+
+
+def test_tokens_are_those_of_the_dequantised_weights_on_one_rank_and_on_two(pair):
+    quantised, plain = pair
+    (expected,) = run_ranks(generate, 1, plain, 1)
+    (alone,) = run_ranks(generate, 1, quantised, 1)
+    assert alone[:2] == expected[:2], "the same bits on the same ranks"
+    assert alone[3]["model.quantization"] == "dequantize"
+    assert expected[3]["model.quantization"] == "none"
+    of_tensor, of_expert = (run_ranks(generate, 2, quantised, tensor) for tensor in (2, 1))
+    for each in (*of_tensor, *of_expert):
+        assert each[0] == expected[0]
+    # Each rank has read its own experts, with their scales, and nothing twice.
+    own, header = bytes_of_half(quantised / "model.safetensors")
+    for _, _, read, _ in of_expert:
+        assert own <= read - header <= 1.02 * own
+
+
+def bytes_of_half(file: Path) -> tuple[int, int]:
+    """Return the bytes of half of the experts and all else, and those of the header."""
+    header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+    experts = others = 0
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():
+            num_bytes = 0 if name.endswith(UNUSED) else tensors.get_tensor(name).nbytes
+            experts += num_bytes if ".experts." in name else 0
+            others += num_bytes if ".experts." not in name else 0
+    return others + experts // 2, header
+
+
+@pytest.mark.parametrize("setting", ["keep", "int4"])
+def test_settings_without_a_backend_are_refused_in_words(source, tmp_path, setting):
+    quantise_checkpoint(source, "mxfp4", tmp_path / "quantised", tmp_path / "plain")
+    (message,) = run_ranks(refusal, 1, tmp_path / "quantised", setting)
+    assert message.startswith(f"model.quantization: '{setting}'")
+
+
+def refusal(rank: int, path: Path, setting: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        generate(rank, path, 1, setting)
+    return str(caught.value)
