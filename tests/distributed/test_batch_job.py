@@ -254,9 +254,11 @@ def test_an_empty_input_makes_an_empty_output_without_loading_the_model(job, tmp
 def test_what_is_wrong_with_the_files_is_reported_once_before_anything_runs(job, tmp_path):
     config, real = ["--config", str(job / "config.yaml")], str(job / "in.jsonl")
     (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
     cases = {
         f"--input {tmp_path}/no.jsonl: does not exist": (f"{tmp_path}/no.jsonl", "out"),
-        f"--input {tmp_path}: is not a regular file": (str(tmp_path), "out"),
+        f"--output {tmp_path}/out: is in the folder that is the input": (str(tmp_path), "out"),
+        f"--input {tmp_path}/empty: ": (f"{tmp_path}/empty", "out"),
         f"the directory {tmp_path}/missing does not exist": (real, "missing/out"),
         f"the directory {tmp_path}/file does not exist": (real, "file/out"),
         f"--output {tmp_path}: is not a regular file": (real, "."),
@@ -272,7 +274,7 @@ def test_what_is_wrong_with_the_files_is_reported_once_before_anything_runs(job,
     for message, (code, _, err), (other, _, quiet) in zip(cases, outcomes, others, strict=True):
         assert (code, other) == (2, 2), err + quiet
         assert message in err and err.startswith("error: ") and quiet == "", err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_a_rank_whose_peer_never_arrives_names_it_and_exits(job):

@@ -128,7 +128,9 @@ class SimulatedRank(MoELayer):
         """Route and agree; return the plan, or the first collective without an answer."""
         self.answered.rewind(answers)
         try:
-            _, (plan,) = self.agree(self.route(self.x_TD), step)  # one chunk
+            _, (plan,) = self.agreement.agree(
+                self.route(self.x_TD), step, self.telemetry
+            )  # one chunk
             return plan
         except Unanswered as asked:
             return asked
