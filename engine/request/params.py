@@ -1,6 +1,6 @@
 """`SamplingParams`: how one request's tokens are chosen and when they end.
 
-The fields, their defaults and rules are those of `config/schema.py:SamplingConfig`, except that a
+The fields, their defaults and rules are those of `config/sampling.py:SamplingConfig`, except that a
 request may ask for no new tokens.
 """
 
