@@ -23,9 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.batch.input_files import STDIN, InputFiles, LineNames
-from engine.batch.input_format import count_text_lines
-from engine.batch.input_index import InputIndex, PendingLines, scan_input
+from engine.batch.input.files import STDIN, InputFiles, LineNames
+from engine.batch.input.format import count_text_lines
+from engine.batch.input.index import InputIndex, scan_input
+from engine.batch.input.pending import PendingLines
+from engine.batch.input.prefix_hashes import PrefixHasher
 from engine.batch.input_shards import (
     InputShard,
     is_merged,
@@ -46,7 +48,6 @@ from engine.batch.manifest import (
     output_rounds,
 )
 from engine.batch.on_rank_0 import describe, on_rank_0
-from engine.batch.prefix_hashes import PrefixHasher
 from engine.batch.records.job_format import (
     choose_format,
     describe_form,

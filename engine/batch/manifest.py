@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.batch.atomic_files import read_json, write_json
-from engine.batch.input_index import InputIndex
+from engine.batch.input.index import InputIndex
 from engine.batch.ledger import Ledger, shards_dir
 from engine.batch.records.job_format import error_file, error_file_of, format_of
 from engine.batch.retry_rounds import KEY, RetryRequest, finished, rounds_of

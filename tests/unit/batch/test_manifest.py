@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch.input_index import scan_input
+from engine.batch.input.index import scan_input
 from engine.batch.ledger import Ledger, ShardWriter
 from engine.batch.manifest import (
     JobError,
