@@ -70,8 +70,8 @@ def make_input(path: Path, lines: int, words: tuple[int, int], new_tokens: tuple
 def fill_ledger(source: Path, output: Path, left: int) -> None:
     """Put a record into the ledger for every line but the last `left`, out of order, as runs do."""
     from engine.batch.input.index import scan_input
+    from engine.batch.job_identity import make_manifest
     from engine.batch.ledger import Ledger, encode, shard_path
-    from engine.batch.manifest import make_manifest
     from engine.config.loader import load_config
     from engine.request import Completion
 

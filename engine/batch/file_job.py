@@ -7,7 +7,7 @@ Every rank holds one `FileJob`; rank 0's also holds the ledger. The steps, in or
     close     no more records                                          each rank alone
     merge, finalize   the output, once every rank has closed           rank 0 alone
 
-With an input shard (`input_shards.py`), the output is the shard's own until `finalize` finds all
+With an input shard (`input/shards.py`), the output is the shard's own until `finalize` finds all
 shards complete.
 """
 
@@ -28,14 +28,8 @@ from engine.batch.input.format import count_text_lines
 from engine.batch.input.index import InputIndex, scan_input
 from engine.batch.input.pending import PendingLines
 from engine.batch.input.prefix_hashes import PrefixHasher
-from engine.batch.input_shards import (
-    InputShard,
-    is_merged,
-    merge_if_complete,
-    merge_lock,
-    refuse_retry_of_shards,
-    shard_outputs,
-)
+from engine.batch.input.shards import InputShard, refuse_retry_of_shards, shard_outputs
+from engine.batch.job_identity import make_manifest
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import (
     JobError,
@@ -43,7 +37,6 @@ from engine.batch.manifest import (
     earlier_manifests,
     finalize,
     finished_errors,
-    make_manifest,
     note_placement,
     output_rounds,
 )
@@ -57,6 +50,7 @@ from engine.batch.records.job_format import (
 )
 from engine.batch.retry import ShardIsMerged, begin_from_output, continue_or_begin
 from engine.batch.retry_rounds import RetryRequest, num_records
+from engine.batch.shard_merge import is_merged, merge_if_complete, merge_lock
 from engine.config import Config
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology

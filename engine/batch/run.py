@@ -29,7 +29,7 @@ from pathlib import Path
 from engine.batch.atomic_files import write_text
 from engine.batch.dealt_queue import DealtQueue
 from engine.batch.file_job import FileJob
-from engine.batch.input_shards import InputShard
+from engine.batch.input.shards import InputShard
 from engine.batch.line_parser import LineParser
 from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import describe, on_rank_0

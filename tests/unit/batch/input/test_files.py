@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from engine.batch.input.files import STDIN, LineNames
-from engine.batch.input_shards import InputShard
+from engine.batch.input.shards import InputShard
 from engine.batch.ledger import shards_dir
 from engine.batch.manifest import JobError
 from tests.unit.batch.test_retry import IDS, attempts, killed, logged, records, run, topology
