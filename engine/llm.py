@@ -13,7 +13,7 @@ with the same text on every rank, before the next collective, in which the other
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,19 +30,15 @@ from engine.generation import builder
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import Stopped, StopRequest
-from engine.generation.loop import (
-    NUM_COLLECTIVES,
-    NUM_TENSOR_COLLECTIVES,
-    CopiesUse,
-    GenerationLoop,
-    OnStep,
-)
+from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop
 from engine.generation.memory import agree_kv_blocks
+from engine.generation.moe_step import CopiesUse
 from engine.generation.prefix_order import deal_requests
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.replanner import OnChange, Replanner
 from engine.generation.request_source import ListSource, RequestSource, Sink, partition
 from engine.generation.tokenizer import load_tokenizer
+from engine.generation.totals import OnStep
 from engine.models.placement import resolve_placement
 from engine.models.registry import read_config
 from engine.profiling.decisions import LayerDecision
@@ -56,7 +52,8 @@ from engine.reporting.open_exporters import (
     join_routing_ends,
     open_exporters,
 )
-from engine.request import Completion, Request, RequestError, SamplingParams, show, whole_number
+from engine.request import Completion, Request, RequestError, SamplingParams
+from engine.request.arguments import list_prompts, list_sampling
 
 _T = TypeVar("_T")
 
@@ -177,10 +174,10 @@ class LLM:
 
         Collective over all ranks: every rank must call.
         """
-        each_prompt = _list_prompts(prompts)
+        each_prompt = list_prompts(prompts)
         if sampling is None:
             sampling = SamplingParams.from_config(self.config.sampling)
-        each = _list_sampling(sampling, len(each_prompt))
+        each = list_sampling(sampling, len(each_prompt))
         requests: list[Request] = []
         failed: list[Completion] = []
         for index, (prompt, params) in enumerate(zip(each_prompt, each, strict=True)):
@@ -333,44 +330,3 @@ class LLM:
         self._reporter.begin("loading the model")
         assert made is not None or error is None
         return made  # pyright: ignore[reportReturnType]
-
-
-def _list_prompts(prompts: Any) -> list[Any]:
-    """Return the prompts one by one; a text, or token ids that are in no list, is one prompt.
-
-    Raises:
-        ValueError: they are neither, or in no order that is the same on every rank.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    is_list = isinstance(prompts, Iterable) and not isinstance(
-        prompts, bytes | bytearray | memoryview | Mapping | Set
-    )
-    if not is_list or getattr(prompts, "ndim", 1) == 0:
-        raise ValueError(
-            f"prompts = {show(prompts)}: must be a list of prompts, each text or a list of token "
-            "ids, or one prompt"
-        )
-    each = list(prompts)
-    one = bool(each) and all(whole_number(item) is not None for item in each)
-    return [each] if one else each
-
-
-def _list_sampling(sampling: Any, num_prompts: int) -> Sequence[SamplingParams]:
-    """Return the parameters of each prompt.
-
-    Raises:
-        ValueError: not as many as prompts, or something else.
-    """
-    is_list = isinstance(sampling, Sequence) and not isinstance(sampling, str)
-    each = sampling if is_list else [sampling] * num_prompts
-    if len(each) != num_prompts:
-        raise ValueError(
-            f"sampling: {len(each)} parameters for {num_prompts} prompts; give one for all, or one "
-            "per prompt"
-        )
-    for index, params in enumerate(each):
-        if not isinstance(params, SamplingParams):
-            key = f"sampling[{index}]" if is_list else "sampling"
-            raise ValueError(f"{key} = {show(params)}: must be SamplingParams")
-    return each

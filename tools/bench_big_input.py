@@ -69,9 +69,9 @@ def make_input(path: Path, lines: int, words: tuple[int, int], new_tokens: tuple
 
 def fill_ledger(source: Path, output: Path, left: int) -> None:
     """Put a record into the ledger for every line but the last `left`, out of order, as runs do."""
-    from engine.batch.input_index import scan_input
+    from engine.batch.input.index import scan_input
+    from engine.batch.job_identity import make_manifest
     from engine.batch.ledger import Ledger, encode, shard_path
-    from engine.batch.manifest import make_manifest
     from engine.config.loader import load_config
     from engine.request import Completion
 
@@ -91,7 +91,8 @@ def fill_ledger(source: Path, output: Path, left: int) -> None:
 
 def scan_seconds(source: Path, output: Path) -> tuple[float, float]:
     """Return seconds to index the input and to read the ledger, as rank 0 does before it runs."""
-    from engine.batch.input_index import PendingLines, scan_input
+    from engine.batch.input.index import scan_input
+    from engine.batch.input.pending import PendingLines
     from engine.batch.ledger import Ledger
 
     taken: list[tuple[float, float]] = []

@@ -49,8 +49,9 @@ def prepare(path: Path, ordered: bool, ranks: int) -> tuple[float, float, int, f
     """Return seconds to scan and to order, the lines that share prefixes, and the peak in MiB."""
     import numpy as np
 
-    from engine.batch.input_index import PendingLines, scan_input
-    from engine.batch.prefix_hashes import PrefixHasher
+    from engine.batch.input.index import scan_input
+    from engine.batch.input.pending import PendingLines
+    from engine.batch.input.prefix_hashes import PrefixHasher
     from engine.generation.prefix_order import find_shared
 
     begin, sharing = time.process_time(), 0

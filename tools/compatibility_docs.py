@@ -31,8 +31,9 @@ Nothing here ran on a GPU, except where [Benchmarks](benchmarks.md) names one.
 """
 GROUPS: dict[str, list[str]] = {
     "Inputs": [
-        "tests/unit/batch/test_input_format.py",
-        "tests/unit/batch/test_input_index.py",
+        "tests/unit/batch/input/test_format.py",
+        "tests/unit/batch/input/test_index.py",
+        "tests/unit/batch/test_work_queue.py",
         "tests/unit/batch/test_line_parser.py",
         "tests/unit/batch/test_line_settings.py",
         "tests/unit/batch/test_strict_json.py",

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch.distributed as dist
 
-from engine.batch.input_index import Line, Lines
+from engine.batch.input.pending import Line, Lines
 from engine.request import Completion, Request
 
 

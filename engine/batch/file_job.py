@@ -7,7 +7,7 @@ Every rank holds one `FileJob`; rank 0's also holds the ledger. The steps, in or
     close     no more records                                          each rank alone
     merge, finalize   the output, once every rank has closed           rank 0 alone
 
-With an input shard (`input_shards.py`), the output is the shard's own until `finalize` finds all
+With an input shard (`input/shards.py`), the output is the shard's own until `finalize` finds all
 shards complete.
 """
 
@@ -23,17 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.batch.input_files import STDIN, InputFiles, LineNames
-from engine.batch.input_format import count_text_lines
-from engine.batch.input_index import InputIndex, PendingLines, scan_input
-from engine.batch.input_shards import (
-    InputShard,
-    is_merged,
-    merge_if_complete,
-    merge_lock,
-    refuse_retry_of_shards,
-    shard_outputs,
-)
+from engine.batch.finished_job import FinishedJob
+from engine.batch.input.files import InputFiles, LineNames
+from engine.batch.input.index import InputIndex, scan_input
+from engine.batch.input.pending import PendingLines
+from engine.batch.input.prefix_hashes import PrefixHasher
+from engine.batch.input.shards import InputShard, refuse_retry_of_shards, shard_outputs
+from engine.batch.job_checks import check_output, check_tokenizer
+from engine.batch.job_identity import make_manifest
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import (
     JobError,
@@ -41,12 +38,9 @@ from engine.batch.manifest import (
     earlier_manifests,
     finalize,
     finished_errors,
-    make_manifest,
     note_placement,
-    output_rounds,
 )
 from engine.batch.on_rank_0 import describe, on_rank_0
-from engine.batch.prefix_hashes import PrefixHasher
 from engine.batch.records.job_format import (
     choose_format,
     describe_form,
@@ -56,12 +50,12 @@ from engine.batch.records.job_format import (
 )
 from engine.batch.retry import ShardIsMerged, begin_from_output, continue_or_begin
 from engine.batch.retry_rounds import RetryRequest, num_records
+from engine.batch.shard_merge import is_merged, merge_if_complete, merge_lock
 from engine.config import Config
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.generation.prefix_order import find_shared
-from engine.generation.tokenizer import has_tokenizer
 from engine.request import Completion
 
 logger = logging.getLogger(__name__)
@@ -290,7 +284,7 @@ class FileJob:
             refuse_retry_of_shards(self._whole_output)
         self._files.prepare(self._reporter.advance)
         self.input_path = self._files.path
-        self._check_tokenizer()
+        check_tokenizer(self._config.model, self.input_path, self._files.names())
         hasher = PrefixHasher() if self._config.scheduler.prefix_cache else None
         on_lines = None if hasher is None else hasher.add
         index = scan_input(self.input_path, self._reporter.advance, on_lines)
@@ -314,7 +308,7 @@ class FileJob:
             if is_merged(self._whole_output, self._shard, self._manifest):
                 self.num_total = len(index)
                 self.num_errors = finished_errors(self._whole_output)
-                return self._merged_already()
+                return self._finished().merged_already()
         self.num_total = len(self._own_lines)
         ledger = Ledger(self.output)
         ledger.error_file = error_file_of(self.output, self._manifest)
@@ -325,7 +319,7 @@ class FileJob:
             if action == "complete":
                 ledger.close()
                 self.num_errors = finished_errors(self.output)
-                return self._complete_already()
+                return self._finished().complete_already(self._merge_shards)
             if action == "retry":
                 self._begin_retry(ledger, index)
             ledger.create_shards(self._topology.num_data)
@@ -361,85 +355,17 @@ class FileJob:
         try:
             begin_from_output(ledger, self._manifest, self._retry, index, lines, lock, report)
         except ShardIsMerged as error:
-            raise JobError(self._merged_refusal()) from error
+            raise JobError(self._finished().merged_refusal()) from error
 
-    def _complete_already(self) -> str:
-        """Return what to print where the job, or its shard, is complete; merge the shards."""
-        rounds, shard = output_rounds(self.output), self._shard
-        if shard is None:
-            found = self._errors_left(rounds, "--retry-errors", "its")
-            again = "--overwrite runs the job again"
-            join = ", " if self.num_errors else "; "
-            return f"{self.output} is already complete{found and '; '}{found}{join}{again}"
-        found = self._errors_left(rounds, f"--slice {shard} --retry-errors", "the slice's")
-        outcome = self._merge_shards()
-        # Merged, the errors are counted where the output is found complete.
-        return f"{outcome}; {found}" if found and self.output.exists() else outcome
-
-    def _merged_already(self) -> str:
-        """Return what to print where the shards are merged. Raises JobError for errors to retry."""
-        rounds = output_rounds(self._whole_output)
-        if self._retry is not None and self.num_errors and not self._retry.is_restart_of(rounds):
-            raise JobError(self._merged_refusal())
-        found = self._errors_left(rounds, "--retry-errors without --slice", "the")
-        return f"{found}{found and '; '}{self._whole_output} is already complete"
-
-    def _merged_refusal(self) -> str:
-        return (
-            f"--slice {self._shard} --retry-errors: the slices are merged into "
-            f"{self._whole_output}; give --retry-errors without --slice"
+    def _finished(self) -> FinishedJob:
+        return FinishedJob(
+            output=self.output,
+            whole_output=self._whole_output,
+            shard=self._shard,
+            retry=self._retry,
+            num_total=self.num_total,
+            num_errors=self.num_errors,
         )
-
-    def _errors_left(self, rounds: list[dict[str, Any]], flags: str, whose: str) -> str:
-        """Return what to print about the error records of a complete output, "" for nothing.
-
-        Args:
-            rounds: that the output has had.
-            flags: run the lines again.
-            whose: records these are.
-        """
-        if not self.num_errors:
-            return "" if self._retry is None else "no error records to run again"
-        done = self._retry is not None and self._retry.is_restart_of(rounds)
-        before = "after this request's retry, " if done else ""
-        are = f"{self.num_errors} of {whose} {self.num_total} records are errors"
-        return f"{before}{are}: {flags} runs their lines again"
-
-    def _check_tokenizer(self) -> None:
-        """Raise JobError where the first lines are all text and there is no tokenizer for it."""
-        model = self._config.model
-        if not has_tokenizer(model) and (num_lines := count_text_lines(self.input_path)):
-            raise JobError(
-                f"--input {self._files.names()}: its first {num_lines} requests are text and "
-                f"model.path = {model.path!r} has no tokenizer; set model.tokenizer to a folder "
-                "that has one, or give prompt_token_ids"
-            )
-
-
-def check_output(output: Path, input_path: Path | None = None) -> None:
-    """Raise JobError where no output can be written."""
-    if input_path == STDIN:
-        input_path = None
-    if input_path is not None and input_path.is_dir() and output.parent.is_dir():
-        if output.parent.samefile(input_path):
-            raise JobError(
-                f"--output {output}: is in the folder that is the input, and would be read as "
-                "input by the next run; name another folder"
-            )
-    elif input_path is not None and input_path.exists():
-        errors = error_file(output)
-        if errors.exists() and errors.samefile(input_path):
-            raise JobError(
-                f"--output {output}: its error records would go to {errors}, which is the input; "
-                "name another file"
-            )
-    if not output.parent.is_dir():
-        raise JobError(f"--output {output}: the directory {output.parent} does not exist; make it")
-    if output.exists():
-        if not output.is_file():
-            raise JobError(f"--output {output}: is not a regular file; name a file")
-        if input_path is not None and input_path.exists() and output.samefile(input_path):
-            raise JobError(f"--output {output}: is the input; name another file")
 
 
 def _broadcast_table(table: np.ndarray, length: int, topology: Topology) -> np.ndarray:

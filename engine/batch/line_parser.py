@@ -1,6 +1,6 @@
 """Line parser: one line of a batch input -> a `Request`, or a `Completion` with the error.
 
-Input are the lines of `input_index.py`, in four forms:
+Input are the lines of `input/pending.py`, in four forms:
 
     {"id": 1, "prompt": "..."}
     {"id": 1, "prompt_token_ids": [..]}
@@ -22,7 +22,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engine.batch.input_index import Line, line_id
+from engine.batch.input.index import line_id
+from engine.batch.input.pending import Line
 from engine.batch.line_settings import (
     UserKeys,
     check_outside_body,

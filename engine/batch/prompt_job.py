@@ -14,8 +14,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from engine.batch.atomic_files import write_text
-from engine.batch.file_job import check_output
-from engine.batch.input_index import Line
+from engine.batch.input.pending import Line
+from engine.batch.job_checks import check_output
 from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import on_rank_0
 from engine.distributed.groups import Topology

@@ -30,7 +30,7 @@ from engine.batch.atomic_files import (
     read_json,
     write_json,
 )
-from engine.batch.input_index import InputIndex, line_id
+from engine.batch.input.index import InputIndex, line_id
 from engine.batch.ledger import Ledger, encode_record, shard_path
 from engine.batch.manifest import JobError, sibling_path, warn_without_files
 from engine.batch.records.job_format import error_file_of, job_number

@@ -2,7 +2,7 @@
 
 `run_batch` runs on every rank. From input to output:
 
-    1. open     rank 0 indexes the input (`input_index.py`), decides whether to start, resume or
+    1. open     rank 0 indexes the input (`input/index.py`), decides whether to start, resume or
                 refuse (`manifest.py`) and reads which records the ledger has (`ledger.py`)
     2. take     each data rank takes work-queue indices from one counter in the store, or where
                 lines share prefixes its own ones (`dealt_queue.py`), reads that line and parses it
@@ -29,14 +29,14 @@ from pathlib import Path
 from engine.batch.atomic_files import write_text
 from engine.batch.dealt_queue import DealtQueue
 from engine.batch.file_job import FileJob
-from engine.batch.input_index import WorkQueue
-from engine.batch.input_shards import InputShard
+from engine.batch.input.shards import InputShard
 from engine.batch.line_parser import LineParser
 from engine.batch.manifest import JobError, sibling_path
 from engine.batch.on_rank_0 import describe, on_rank_0
 from engine.batch.progress import ProgressBar
 from engine.batch.prompt_job import PromptJob
 from engine.batch.retry_rounds import RetryRequest
+from engine.batch.work_queue import WorkQueue
 from engine.config import Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects

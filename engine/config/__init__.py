@@ -1,19 +1,16 @@
 """Settings: schema, validation, YAML loading."""
 
-from engine.config.schema import (
+from engine.config.moe import (
     CONTIGUOUS,
     CapacityConfig,
-    Config,
     CopiesConfig,
     DispatchConfig,
     ExpertsConfig,
-    ModelConfig,
     MoEConfig,
     OverlapConfig,
-    ParallelConfig,
-    ProfilerConfig,
     RequestPhase,
-    RuntimeConfig,
-    SamplingConfig,
-    SchedulerConfig,
 )
+from engine.config.profiler import ProfilerConfig
+from engine.config.runtime import RuntimeConfig, SchedulerConfig
+from engine.config.sampling import SamplingConfig
+from engine.config.schema import Config, ModelConfig, ParallelConfig

@@ -1,7 +1,8 @@
 """Type and rule checks of a settings dataclass, field by field; no setting is named here.
 
-`schema.py` declares the fields: an annotation gives the type, `field(metadata=rule(...))` what else
-must hold. `field_problems` walks an instance and describes each violation in one sentence.
+`schema.py` and the sections it names declare the fields: an annotation gives the type,
+`field(metadata=rule(...))` what else must hold. `field_problems` walks an instance and describes
+each violation in one sentence.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 One iteration on every rank:
 
-    1. admit      pull requests from the source while the           request_source.py
-                  scheduler has room and no rank is to stop
+    1. admit      pull requests from the source while the           request_source.py,
+                  scheduler has room and no rank is to stop         admission.py
                   (tensor rank 0, which broadcasts them)
     2. schedule   decode tokens first, then chunks of prompts       scheduler.py
     3. control    exchange control messages: is there a step,       control.py
                   does any rank have work
     4. forward    run the model, also with zero tokens              runner.py, moe_step.py
-    5. sample     next tokens, log probabilities                    sampler.py, sampling/
+    5. sample     next tokens, log probabilities                    sampling/
     6. commit     append tokens; pass finished requests to the sink scheduler.py, sequence.py
 
 A rank never leaves the loop alone: step 3 has the same outcome on all of them.
@@ -19,16 +19,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 from engine.config import RequestPhase
 from engine.distributed.collectives import broadcast_object
 from engine.distributed.groups import Topology
+from engine.generation.admission import Admission
 from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
 from engine.generation.interrupts import Stopped, StopRequest
-from engine.generation.moe_step import build_moe_step, capacity_uses, count_eligible
+from engine.generation.moe_step import (
+    CopiesUse,
+    build_moe_step,
+    capacity_uses,
+    count_eligible,
+)
 from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
 from engine.generation.runner import Runner
@@ -37,47 +42,21 @@ from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import ChoiceGroup, Sequence
 from engine.generation.step import Step
 from engine.generation.step_profiler import StepProfiler
+from engine.generation.totals import OnStep, Totals, step_report
 from engine.models.decoder import GroupTokens
 from engine.profiling.phase_clock import Phase
-from engine.profiling.report import StepReport
 from engine.profiling.telemetry import Telemetry
 from engine.request import (
     CapacityUse,
     Completion,
     Request,
     RequestError,
-    check_logit_bias,
-    check_token_ids,
 )
 
 # Collectives of a step outside of the model: the control message; in a tensor group the requests,
 # the outcomes and, under a capacity policy or with low-bit copies, the dropped assignments and the
 # copies' in the last layer.
 NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES = 1, 4
-
-# Most requests that a rank takes from its source before one step, and for how long: the other ranks
-# wait for it, and errors reach the sink only afterwards. One line may take a slow tokenizer long.
-_MAX_TAKEN, _MAX_TAKING_S = 1024, 0.1
-
-OnStep = Callable[[StepReport], None]
-
-
-@dataclass(frozen=True, slots=True)
-class CopiesUse:
-    """When copies of experts take rows."""
-
-    phases: Collection[RequestPhase]  # moe.copies.phases
-    low_bit: bool  # copies are less precise than homes
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counts of one rank over a run; tokens and requests on the first rank of a tensor group."""
-
-    steps: int = 0
-    tokens_prefill: int = 0
-    tokens_decode: int = 0
-    finished: int = 0  # requests, failed ones included
 
 
 class GenerationLoop:
@@ -118,8 +97,7 @@ class GenerationLoop:
         self._control = control
         self._topology = topology
         self._telemetry = telemetry
-        self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
+        self._admission = Admission(scheduler, runner.model.vocab_size, tokenizer, eos_token_ids)
         self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
         self._limited, self._copies = bool(capacity_phases), copies
         self._counts_copies = copies is not None and copies.low_bit
@@ -170,7 +148,7 @@ class GenerationLoop:
                 self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
-            report = _report(self.totals.steps, messages, loads.reset_step(), started_at)
+            report = step_report(self.totals.steps, messages, loads.reset_step(), started_at)
             self._step_profiler.update(report)
             if on_step is not None:
                 on_step(report)
@@ -185,66 +163,18 @@ class GenerationLoop:
         arrivals: list[Request] = []
         failed: list[Completion] = []
         exhausted = False
-        scheduler = self._scheduler
-        num_left, until = _MAX_TAKEN, time.monotonic() + _MAX_TAKING_S
         if self._is_leader and closed:
             exhausted = source.is_exhausted()
         elif self._is_leader:
-            in_flight = len(scheduler.running) + len(scheduler.waiting)
-            # One at a time: a request that cannot start at once is left to the other ranks.
-            while in_flight < source.limit and scheduler.room() > 0 and num_left:
-                item = source.take()
-                num_left = num_left - 1 if time.monotonic() < until else 0
-                if item is None:
-                    exhausted = True
-                    break
-                if isinstance(item, Completion):
-                    failed.append(item)
-                elif (failure := self._add(item)) is not None:
-                    failed.append(failure)
-                else:
-                    arrivals.append(item)
-                    in_flight += len(item.choices)
+            arrivals, failed, exhausted = self._admission.take(source)
         arrivals, exhausted = self._broadcast((arrivals, exhausted))
         if not self._is_leader:
             for request in arrivals:
-                self._add(request)
+                self._admission.add(request)
         elif failed:
             self.totals.finished += len(failed)
             sink(failed)
         return exhausted
-
-    def _add(self, request: Request) -> Completion | None:
-        """Add a request to the scheduler, all its choices or none; return its failure when it can
-        never run.
-        """
-        added: list[Sequence] = []
-        try:
-            for each in request.choices:
-                added.append(self._add_choice(each))
-        except RequestError as error:
-            error.prompt_tokens = len(request.prompt_token_ids)
-            for sequence in added:
-                self._scheduler.abort(sequence, error)
-            failed = Completion.failure(request.index, request.id, error)
-            failed.request = request
-            return failed
-        if request.others:
-            ChoiceGroup(added)
-        return None
-
-    def _add_choice(self, request: Request) -> Sequence:
-        """Add one choice to the scheduler. Raises RequestError when it can never run."""
-        # A source of a user's own may give what no parser has checked.
-        check_token_ids(
-            f"request {request.id!r}: prompt_token_ids",
-            request.prompt_token_ids,
-            self._runner.model.vocab_size,
-        )
-        check_logit_bias(request.params, self._runner.model.vocab_size)
-        sequence = Sequence(request, tokenizer=self._tokenizer, eos_token_ids=self._eos_token_ids)
-        self._scheduler.add(sequence)
-        return sequence
 
     def _exchange_control(
         self, step: Step, exhausted: bool, stop: StopRequest
@@ -282,7 +212,7 @@ class GenerationLoop:
         group = GroupTokens(
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
             read=sum(message.tokens_read for message in messages),
-            use_copies=self._uses_copies(messages),
+            use_copies=self._copies is not None and self._copies.take_rows(messages),
         )
         may_split = any(message.running > 1 for message in messages)
         hidden = self._runner.forward(step, moe_step, group, may_split)
@@ -318,16 +248,6 @@ class GenerationLoop:
             outcome.prompt_top,
         )
 
-    def _uses_copies(self, messages: list[ControlMessage]) -> bool:
-        """Return whether the step has tokens of a phase whose rows copies take."""
-        if self._copies is None:
-            return False
-        counts = {
-            "prefill": sum(message.tokens_prefill for message in messages),
-            "decode": sum(message.tokens_decode for message in messages),
-        }
-        return any(counts[phase] for phase in self._copies.phases)
-
     def _broadcast(self, value: Any) -> Any:
         """Return the value of the first rank of the tensor group. Collective over TP."""
         tensor, clock = self._topology.tensor, self._telemetry.clock
@@ -356,19 +276,3 @@ class GenerationLoop:
         self.totals.finished += len(lines)
         if lines and self._is_leader:
             sink([line.completion() for line in lines])
-
-
-def _report(
-    step: int, messages: list[ControlMessage], max_over_mean: float, started_at: float
-) -> StepReport:
-    """Add up the ranks' messages; `started_at` is the run's start on the monotonic clock."""
-    return StepReport(
-        step=step,
-        tokens_prefill=sum(message.tokens_prefill for message in messages),
-        tokens_decode=sum(message.tokens_decode for message in messages),
-        running=sum(message.running for message in messages),
-        waiting=sum(message.waiting for message in messages),
-        finished=sum(message.finished for message in messages),
-        max_over_mean=max_over_mean,
-        elapsed=time.monotonic() - started_at,
-    )

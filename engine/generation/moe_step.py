@@ -10,8 +10,8 @@ Legend: T tokens of this data rank's step, t of this rank's slice, W expert-para
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
@@ -26,6 +26,26 @@ from engine.moe.token_shard import TokenShard, part_bounds
 from engine.ops.to_device import all_to_device
 from engine.profiling.phase_clock import PhaseClock
 from engine.request import CapacityUse
+
+
+@dataclass(frozen=True, slots=True)
+class CopiesUse:
+    """When copies of experts take rows."""
+
+    phases: Collection[RequestPhase]  # moe.copies.phases
+    low_bit: bool  # copies are less precise than homes
+
+    def take_rows(self, messages: list[ControlMessage]) -> bool:
+        """Return whether a step has tokens of a phase whose rows copies take.
+
+        Args:
+            messages: of all ranks.
+        """
+        counts = {
+            "prefill": sum(message.tokens_prefill for message in messages),
+            "decode": sum(message.tokens_decode for message in messages),
+        }
+        return any(counts[phase] for phase in self.phases)
 
 
 def count_eligible(step: Step, phases: Sequence[RequestPhase]) -> int:

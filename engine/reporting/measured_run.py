@@ -21,10 +21,10 @@ import numpy as np
 from engine.config import Config
 from engine.distributed.groups import Topology
 from engine.generation import latency
-from engine.generation.loop import Totals
 from engine.generation.request_source import Sink
 from engine.generation.scheduler import Scheduler
 from engine.generation.step_profiler import StepProfiler
+from engine.generation.totals import Totals
 from engine.models.decoder import CausalLM
 from engine.profiling.collector import Collector
 from engine.profiling.exporters import Exporters

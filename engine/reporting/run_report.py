@@ -16,7 +16,7 @@ import numpy as np
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
 from engine.generation.latency import Sampled, pooled
-from engine.generation.loop import Totals
+from engine.generation.totals import Totals
 from engine.moe.capacity.speed_weights import ONE
 from engine.profiling.collector import Collector, PhaseTotals, WaitAttribution
 from engine.profiling.cost_model import ExpertCost

@@ -18,7 +18,7 @@ from engine.config.preflight import check_runnable
 from engine.distributed.standard_streams import check_printed
 
 if TYPE_CHECKING:
-    from engine.batch.input_shards import InputShard
+    from engine.batch.input.shards import InputShard
 
 SUMMARY = "batch inference: a JSONL file of requests in, a JSONL file of completions out"
 _OVERRIDE = (
@@ -66,7 +66,7 @@ def prepare(
     Raises:
         ValueError: a wrong command line or config, or a config that cannot run on this host.
     """
-    from engine.batch.input_shards import InputShard
+    from engine.batch.input.shards import InputShard
 
     if args.config is None:
         names = sorted(path.stem for path in (PROJECT_ROOT / "configs").glob("*.yaml"))

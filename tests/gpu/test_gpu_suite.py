@@ -148,7 +148,7 @@ def test_a_wait_is_found_with_its_line_and_allowed_where_the_source_says_so() ->
         warnings.warn("another warning", stacklevel=1)
     assert places == {(place, 3): 1}
     assert not may_wait(place, 3)
-    sampler = REPOSITORY / "engine" / "generation" / "sampler.py"
+    sampler = REPOSITORY / "engine" / "generation" / "sampling" / "sampler.py"
     lines = sampler.read_text().splitlines()
     marked = next(number for number, line in enumerate(lines, 1) if "# SYNC:" in line)
     assert may_wait(str(sampler), marked + 1) and not may_wait(str(sampler), 1)

@@ -26,7 +26,7 @@ SEEN_S = 0.4  # longer than the heartbeat period: the others have received its p
 HANGS = {
     "hang loading": ("engine.weights.reader", "_read_job"),
     "hang scanning": ("engine.batch.file_job", "scan_input"),
-    "hang merging": ("engine.batch.ledger", "DurableWriter"),
+    "hang merging": ("engine.batch.ledger.ledger", "DurableWriter"),
 }
 
 

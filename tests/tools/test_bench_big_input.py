@@ -11,7 +11,7 @@ from pathlib import Path
 import bench_big_input
 import pytest
 
-from engine.batch.input_index import scan_input
+from engine.batch.input.index import scan_input
 from engine.batch.ledger import Ledger
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.batch.input_files import LineNames
-from engine.batch.input_index import Format, InputIndex
+from engine.batch.input.files import LineNames
+from engine.batch.input.index import Format, InputIndex
 from engine.batch.records.json_bytes import own_record
 from engine.batch.records.openai_form import OpenAIRecords
 from engine.request import Completion

@@ -1,8 +1,8 @@
 """Field tables: what a line of our own form and the bodies of OpenAI's two endpoints may have.
 
-The tables say which names a line may use and what their values are; `request.py:SamplingParams`
-has the rules of sampling settings, with their messages. Null leaves a field out. Prompts are
-checked where they are encoded, fields of chat in `chat.py`.
+The tables say which names a line may use and what their values are;
+`request/params.py:SamplingParams` has the rules of sampling settings, with their messages. Null
+leaves a field out. Prompts are checked where they are encoded, fields of chat in `chat.py`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a step reads of its logits besides the draw: logits' adjustments, log probabilities."""
+"""What a step reads of its logits: new tokens, with the logits' adjustments, and logprobs."""

@@ -11,13 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.generation.sampler import (
-    Likeliest,
-    NonFiniteLogitsError,
-    Sampled,
-    sample_rows,
-    token_logprobs,
-)
+from engine.generation.sampling.likeliest import Likeliest, token_logprobs
+from engine.generation.sampling.sampler import NonFiniteLogitsError, Sampled, sample_rows
 from engine.generation.step import Step
 from engine.request import TopLogprobs
 

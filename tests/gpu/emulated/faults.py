@@ -6,6 +6,7 @@ Each takes the patch to plant it with. `FAULTS` has what the emulation says of e
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from engine.distributed.collectives import Done, GroupCollectives, Started
-from engine.generation import loop, runner
+from engine.generation import runner
+from engine.generation.sampling import step_outcome
 from engine.moe.capacity import claim_split
 from engine.moe.capacity.consensus_global import GatheredClaims
 from engine.moe.dispatch.exchange import AllToAll, Exchange
@@ -95,14 +97,14 @@ def pageable_copy(patch: pytest.MonkeyPatch) -> None:
 
 def unread_copy_to_the_host(patch: pytest.MonkeyPatch) -> None:
     """Read the tokens from pinned memory before they have arrived there."""
-    sample = loop.sample
+    sample_rows = step_outcome.sample_rows
 
     def sample_early(logits_SV: torch.Tensor, *rest: Any) -> Any:
-        _, logprobs = sample(logits_SV, *rest)
+        sampled = sample_rows(logits_SV, *rest)
         tokens_S = logits_SV.argmax(1).to("cpu", non_blocking=True)
-        return (tokens_S % logits_SV.shape[1]).tolist(), logprobs
+        return replace(sampled, tokens=(tokens_S % logits_SV.shape[1]).tolist())
 
-    patch.setattr(loop, "sample", sample_early)
+    patch.setattr(step_outcome, "sample_rows", sample_early)
 
 
 def item_in_a_layer(patch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.batch.dealt_queue import DealtQueue
-from engine.batch.input_index import Line
+from engine.batch.input.pending import Line
 from engine.request import Completion, Request
 
 

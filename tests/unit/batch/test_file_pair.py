@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.batch.input_shards import InputShard
+from engine.batch.input.shards import InputShard
 from engine.batch.ledger import shards_dir
 from engine.batch.manifest import JobError, sibling_path
 from engine.batch.records.job_format import error_file

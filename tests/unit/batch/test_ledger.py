@@ -12,9 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import ledger as ledger_module
 from engine.batch.atomic_files import Busy
-from engine.batch.ledger import Ledger, ShardWriter, encode, scan_shard, shard_path, shards_dir
+from engine.batch.ledger import (
+    Ledger,
+    ShardWriter,
+    encode,
+    scan_shard,
+    shard_file,
+    shard_path,
+    shards_dir,
+)
+from engine.batch.ledger import ledger as ledger_class
 from engine.request import Completion, RequestError
 
 BAD_LINE = RequestError("invalid_json", "bad line")
@@ -98,7 +106,7 @@ def test_a_torn_shard_is_truncated_at_its_last_line_end_and_continued(tmp_path):
 
 
 def test_a_torn_tail_longer_than_a_chunk_is_truncated(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module, "_CHUNK", 16)
+    monkeypatch.setattr(shard_file, "CHUNK", 16)
     ledger = open_ledger(tmp_path, num_data=1)
     path = shard_path(ledger.directory, 0)
     line = encode(completion(0))
@@ -246,7 +254,7 @@ def test_a_second_run_of_the_same_output_is_refused_until_the_first_ends(tmp_pat
 
 
 def test_a_shard_that_a_rank_of_a_dead_run_still_writes_is_not_touched(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module, "_SHARD_LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(shard_file, "_SHARD_LOCK_TIMEOUT_S", 0.1)
     ledger = open_ledger(tmp_path, num_data=1)
     orphan = ShardWriter(ledger.directory, 0)
     with pytest.raises(Busy, match="part-00000.jsonl: is being written by another process"):
@@ -285,9 +293,7 @@ def test_start_over_discards_records_before_it_writes_the_manifest(tmp_path, mon
     ledger = open_ledger(tmp_path)
     append(ledger, 0, 0, 1)
     seen = []
-    monkeypatch.setattr(
-        ledger_module, "write_json", lambda path, value: seen.append(ledger.count())
-    )
+    monkeypatch.setattr(ledger_class, "write_json", lambda path, value: seen.append(ledger.count()))
     ledger.start_over({"job": 2})
     assert seen == [0]
     ledger.close()

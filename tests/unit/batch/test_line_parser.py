@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch.input_index import Line
+from engine.batch.input.pending import Line
 from engine.batch.line_parser import LineParser
 from engine.config import SamplingConfig
 from engine.request import Completion, Request

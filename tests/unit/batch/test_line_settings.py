@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from engine.batch.input_index import Line
+from engine.batch.input.pending import Line
 from engine.batch.line_parser import LineParser
 from engine.config import SamplingConfig
 from engine.request import Completion, ErrorCode, Request

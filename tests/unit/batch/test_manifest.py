@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch.input_index import scan_input
+from engine.batch.input.index import scan_input
+from engine.batch.job_identity import differences, make_manifest, result_settings
 from engine.batch.ledger import Ledger, ShardWriter
 from engine.batch.manifest import (
     JobError,
     decide_start_or_resume,
-    differences,
     finalize,
-    make_manifest,
-    result_settings,
     sibling_path,
 )
 from engine.config.loader import config_from_tree

@@ -25,7 +25,8 @@ from engine.batch.atomic_files import (
     read_json,
     write_text,
 )
-from engine.batch.input_index import PendingLines, scan_input
+from engine.batch.input.index import scan_input
+from engine.batch.input.pending import PendingLines
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.on_rank_0 import describe
 from engine.request import Completion

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from engine.batch import atomic_files, ledger
 from engine.batch.file_job import FileJob
-from engine.batch.input_shards import InputShard
+from engine.batch.input.shards import InputShard
 from engine.batch.ledger import shards_dir
 from engine.batch.manifest import JobError, sibling_path
 from engine.batch.retry_rounds import RetryRequest

@@ -23,7 +23,7 @@ import pytest
 
 import engine.reporting.run_report
 from engine.generation.latency import Sample
-from engine.generation.loop import Totals
+from engine.generation.totals import Totals
 from engine.moe.placement.placement import LayerPlacement, Placement, PlannedLoads
 from engine.profiling.collector import Collector
 from engine.profiling.findings import HotExpert

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from engine.batch.input_index import Line
+from engine.batch.input.pending import Line
 from engine.batch.line_parser import LineParser
 from engine.batch.requests.chat import ChatFields, render
 from engine.config import SamplingConfig

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
-from engine.generation.sampler import sample_rows
 from engine.generation.sampling.logit_adjustments import History, TokenCounts, adjust
+from engine.generation.sampling.sampler import sample_rows
 from engine.request import SamplingParams
 
 VOCAB = 23

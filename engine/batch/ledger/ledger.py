@@ -16,116 +16,28 @@ run, on any number of ranks, appends 4; merged: 0 1 2 3 4 5.
 
 from __future__ import annotations
 
-import errno
 import os
-import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from engine.batch.atomic_files import (
-    Busy,
-    DurableWriter,
-    fsync_directory,
-    fsync_file,
-    lock,
-    naming,
-    warn_of_missing,
-    write_json,
+from engine.batch.atomic_files import DurableWriter, fsync_directory, naming, write_json
+from engine.batch.ledger.directory_lock import lock_directory, remove_empty
+from engine.batch.ledger.shard_file import (
+    CHUNK,
+    RECORDS_PER_REPORT,
+    lock_shard,
+    read_record,
+    scan_shard,
+    shard_path,
+    shards_dir,
+    truncate_torn_tail,
 )
-from engine.batch.records.json_bytes import own_record
 from engine.batch.records.marks import is_error
 from engine.distributed.health.progress import OnProgress, ignore_progress
-from engine.request import Completion
-
-_HEAD = re.compile(rb'\{"index": (\d{1,18}), "crc32": (\d{1,10}), "record": ')
-_TAIL = b"}\n"
-_CHUNK = 1 << 20
-_RECORDS_PER_REPORT = 4096
-_LOCK_ATTEMPTS = 100  # runs that end while this one begins are few
-_SHARD_LOCK_TIMEOUT_S = 10.0  # for ranks of a run that was just killed to exit
-
-RecordWriter = Callable[[Completion], bytes]  # the record that the output has, without a line end
-
-
-def encode(completion: Completion, to_record: RecordWriter = own_record) -> bytes:
-    """Return the line of a ledger shard that holds a completion's record."""
-    return encode_record(completion.index, to_record(completion))
-
-
-def encode_record(index: int, body: bytes) -> bytes:
-    """Return the line of a ledger shard that holds a record as the output has it."""
-    head = b'{"index": %d, "crc32": %d, "record": ' % (index, _checksum(index, body))
-    return head + body + _TAIL
-
-
-def _checksum(index: int, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(b"%d" % index))
-
-
-def scan_shard(
-    file: IO[bytes], report: OnProgress = ignore_progress
-) -> Iterator[tuple[int, int, int]]:
-    """Yield (index, offset, length) of a ledger shard's whole records; skip torn or damaged ones.
-
-    Offset and length, in bytes, are those of the record's JSON without the line around it.
-
-    Args:
-        file: opened for reading.
-        report: called once per 4096 lines.
-    """
-    offset = 0
-    for number, line in enumerate(file):
-        if number % _RECORDS_PER_REPORT == 0:
-            report()
-        if (head := _HEAD.match(line)) and line.endswith(_TAIL):
-            index, body = int(head[1]), line[head.end() : -len(_TAIL)]
-            if _checksum(index, body) == int(head[2]):
-                yield index, offset + head.end(), len(body)
-        offset += len(line)
-
-
-class ShardWriter:
-    """Appends one data rank's records, those that finish together in one write and one fsync."""
-
-    def __init__(self, directory: Path, data_rank: int) -> None:
-        """Open the ledger shard of a data rank, which `Ledger.create_shards` has created.
-
-        Raises:
-            OSError: it cannot be opened.
-            Busy: a rank of an earlier run still holds its lock.
-        """
-        self.path = shard_path(directory, data_rank)
-        self.to_record: RecordWriter = own_record
-        self._warns = data_rank == 0  # all shards are on one file system
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            what = f"{self.path}: is being written"
-            lock(self._fd, what, _SHARD_LOCK_TIMEOUT_S, warns=self._warns)
-        except (Busy, OSError):
-            os.close(self._fd)
-            raise
-
-    def append(self, completions: Iterable[Completion]) -> None:
-        """Make the records durable before returning.
-
-        Raises OSError, after which nothing may be appended: the shard may end in half a line, which
-        only `Ledger.create_shards` truncates.
-        """
-        rest = memoryview(b"".join(encode(each, self.to_record) for each in completions))
-        with naming(self.path):
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        fsync_file(self._fd, self.path, warns=self._warns)
-
-    def close(self) -> None:
-        """Close the ledger shard and release its lock. Raises OSError."""
-        with naming(self.path):
-            os.close(self._fd)
 
 
 class Ledger:
@@ -140,19 +52,19 @@ class Ledger:
         self.error_file: Path | None = None  # where `merge` writes error records; None: the output
         self.output_crc32: int | None = None  # of what `merge` has written
         self.error_crc32 = 0
-        self._lock_fd = _lock_directory(self.directory)
+        self._lock_fd = lock_directory(self.directory)
 
     def close(self) -> None:
         """Release the lock."""
         os.close(self._lock_fd)
         # Some network file systems keep the name of a removed file for as long as it is open.
-        _remove_empty(self.directory)
+        remove_empty(self.directory)
 
     def count(self) -> int:
         """Return how many records the ledger holds."""
         num_records = 0
         for path in self._shard_files():
-            with naming(path), path.open("rb", buffering=_CHUNK) as file:
+            with naming(path), path.open("rb", buffering=CHUNK) as file:
                 num_records += sum(1 for _ in scan_shard(file))
         return num_records
 
@@ -167,9 +79,9 @@ class Ledger:
         """
         errors: set[int] = set()
         for path in self._shard_files():
-            with naming(path), path.open("rb", buffering=_CHUNK) as file:
+            with naming(path), path.open("rb", buffering=CHUNK) as file:
                 for index, offset, length in scan_shard(file, report):
-                    if is_error(_read(file.fileno(), path, length, offset)):
+                    if is_error(read_record(file.fileno(), path, length, offset)):
                         errors.add(index)
         return len(errors)
 
@@ -199,8 +111,8 @@ class Ledger:
             shard_path(self.directory, data_rank).touch()
         for path in self._shard_files():
             with naming(path), path.open("r+b") as file:
-                lock(file.fileno(), f"{path}: is being written", _SHARD_LOCK_TIMEOUT_S)
-                _truncate_torn_tail(file)
+                lock_shard(file.fileno(), path)
+                truncate_torn_tail(file)
         fsync_directory(self.directory)
 
     def done(self, num_lines: int, report: OnProgress = ignore_progress) -> np.ndarray:
@@ -253,7 +165,8 @@ class Ledger:
                 fds.append(os.open(path, os.O_RDONLY))
                 opened.callback(os.close, fds[-1])
             bodies = (
-                _read(fds[number], paths[number], length, offset) for number, offset, length in rows
+                read_record(fds[number], paths[number], length, offset)
+                for number, offset, length in rows
             )
             return self._write(bodies, report)
 
@@ -273,7 +186,7 @@ class Ledger:
                 if others is not None:
                     errors = opened.enter_context(_durable(others, report))
                 for row, body in enumerate(bodies):
-                    if row % _RECORDS_PER_REPORT == 0:
+                    if row % RECORDS_PER_REPORT == 0:
                         report()
                     failed = is_error(body)
                     num_errors += failed
@@ -303,18 +216,18 @@ class Ledger:
         manifests = self.directory.glob("manifest.json*")
         for path in [*self._shard_files(), *manifests, self.directory / "lock"]:
             path.unlink()
-        _remove_empty(self.directory)
+        remove_empty(self.directory)
 
     def _records(self, path: Path, report: OnProgress) -> Iterator[tuple[int, int, int]]:
         """Yield what `scan_shard` does of the records of a ledger shard that count."""
         void_before = self.void_before.get(path.name, 0)
-        with naming(path), path.open("rb", buffering=_CHUNK) as file:
+        with naming(path), path.open("rb", buffering=CHUNK) as file:
             if not void_before:  # of a million records: no call more for each
                 yield from scan_shard(file, report)
                 return
             for index, offset, length in scan_shard(file, report):
                 is_old = offset < void_before
-                if not (is_old and is_error(_read(file.fileno(), path, length, offset))):
+                if not (is_old and is_error(read_record(file.fileno(), path, length, offset))):
                     yield index, offset, length
 
     def _shard_files(self) -> list[Path]:
@@ -327,84 +240,5 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def _durable(path: Path, report: OnProgress) -> Iterator[DurableWriter]:
-    with naming(path), path.open("wb", buffering=_CHUNK) as file:
+    with naming(path), path.open("wb", buffering=CHUNK) as file:
         yield DurableWriter(file, report)
-
-
-def shards_dir(output: Path) -> Path:
-    """Return the directory of an output's ledger shards."""
-    return output.with_name(output.name + ".parts")
-
-
-def shard_path(directory: Path, data_rank: int) -> Path:
-    """Return the ledger shard of one data rank."""
-    return directory / f"part-{data_rank:05d}.jsonl"
-
-
-def _lock_directory(directory: Path) -> int:
-    """Lock `directory`, created if missing, and return the open lock file.
-
-    A holder that finishes removes lock file and directory, so a lock counts only while the locked
-    file still has its name.
-    """
-    path = directory / "lock"
-    for attempt in range(_LOCK_ATTEMPTS + 1):
-        directory.mkdir(exist_ok=True)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the directory was removed in between
-            if attempt == _LOCK_ATTEMPTS:
-                raise
-            continue
-        try:
-            lock(fd, f"{directory}: the job is being run")
-            if os.fstat(fd).st_ino == os.stat(path).st_ino:
-                return fd
-            if attempt == _LOCK_ATTEMPTS:
-                warn_of_missing(
-                    directory,
-                    "the inode number of a file changes on this file system; a second run of the "
-                    "same output may not be detected: do not start two",
-                )
-                return fd
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-    raise Busy(f"{directory}: other processes keep removing it; use another --output")
-
-
-def _read(fd: int, path: Path, length: int, offset: int) -> bytes:
-    """Return a part of a file: network file systems may answer a read with less than asked for."""
-    with naming(path):
-        body = os.pread(fd, length, offset)
-        while len(body) < length:
-            more = os.pread(fd, length - len(body), offset + len(body))
-            if not more:
-                raise OSError(errno.EIO, "was truncated while it was read")
-            body += more
-    return body
-
-
-def _remove_empty(directory: Path) -> None:
-    try:
-        directory.rmdir()
-    except OSError:
-        pass  # it is in use again, holds other files, or is removed already
-
-
-def _truncate_torn_tail(file: IO[bytes]) -> None:
-    """Truncate a ledger shard after its last line end, so that the next record starts a line."""
-    position = end = file.seek(0, os.SEEK_END)
-    while position:
-        start = max(0, position - _CHUNK)
-        file.seek(start)
-        if (found := file.read(position - start).rfind(b"\n")) >= 0:
-            position = start + found + 1
-            break
-        position = start
-    if position < end:
-        file.truncate(position)
-        fsync_file(file.fileno(), file.name)

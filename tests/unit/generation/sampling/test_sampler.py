@@ -1,4 +1,4 @@
-"""Greedy and seeded sampling. Run: pytest tests/unit/generation/test_sampler.py
+"""Greedy and seeded sampling. Run: pytest tests/unit/generation/sampling/test_sampler.py
 
 A slow oracle in float64, one row at a time in plain Python, gives the token of each draw.
 """
@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.generation import sampler
-from engine.generation.sampler import (
+from engine.generation.sampling import sampler
+from engine.generation.sampling.likeliest import token_logprobs
+from engine.generation.sampling.sampler import (
     NonFiniteLogitsError,
     sample,
     sample_rows,
-    token_logprobs,
     uniform,
 )
 from engine.request import SamplingParams

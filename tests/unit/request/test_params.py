@@ -1,17 +1,13 @@
-"""Requests are checked, completions become records. Run: pytest tests/unit/test_request.py"""
+"""Sampling parameters are checked. Run: pytest tests/unit/request/test_params.py"""
 
-import json
-from array import array
-from collections import deque
 from dataclasses import fields
-from decimal import Decimal
 
 import numpy as np
 import pytest
 import torch
 
 from engine.config import SamplingConfig
-from engine.request import CapacityUse, Completion, Request, RequestError, SamplingParams
+from engine.request import SamplingParams
 
 
 def test_sampling_params_have_exactly_the_fields_and_defaults_of_the_config():
@@ -117,119 +113,6 @@ def test_the_widest_values_are_accepted():
     assert not params.greedy
     assert SamplingParams(temperature=2.0, top_k=1).greedy
     assert SamplingParams(temperature=0).greedy
-
-
-@pytest.mark.parametrize("prompt", [[], [3, -1], [1.0], [True], ["a"]])
-def test_a_prompt_that_is_empty_or_no_token_ids_is_refused(prompt):
-    with pytest.raises(ValueError, match="request 'r'.*(no tokens|must be a whole number)"):
-        Request(index=0, id="r", prompt_token_ids=prompt)
-
-
-def test_gate_mass_kept_is_the_share_of_all_mass_subject_to_capacity():
-    use = CapacityUse()
-    assert use.gate_mass_kept == 1.0, "without capacity nothing is dropped"
-    use.add(CapacityUse(assignments=30, dropped=3, added=1, mass=3.0, mass_kept=3.0))
-    use.add(CapacityUse(assignments=10, dropped=5, added=0, mass=1.0, mass_kept=0.6))
-    use.add(CapacityUse(assignments=7))
-    assert (use.assignments, use.dropped, use.added) == (47, 8, 1)
-    assert use.gate_mass_kept == pytest.approx(0.9)
-
-
-def test_the_share_of_gate_mass_does_not_depend_on_the_prefill_chunks():
-    # Token sums are float32 and added in float64, which holds their sum exactly: a request's record
-    # has the same digits for any chunks, and survives being written and read.
-    generator = np.random.default_rng(0)
-    mass_T = generator.uniform(0.5, 2.0, 500).astype(np.float32).astype(np.float64)
-    kept_T = (mass_T * generator.uniform(0.0, 1.0, 500)).astype(np.float32).astype(np.float64)
-    records = set()
-    for chunk in (1, 7, 64, 500):
-        use = CapacityUse()
-        for start in range(0, 500, chunk):
-            part = slice(start, start + chunk)
-            mass, kept = mass_T[part].sum(), kept_T[part].sum()
-            use.add(CapacityUse(2, 1, 0, mass=mass.item(), mass_kept=kept.item()))
-        records.add(json.dumps(use.gate_mass_kept))
-        assert json.loads(json.dumps(use.gate_mass_kept)) == use.gate_mass_kept
-    assert len(records) == 1
-
-
-def test_a_record_has_optional_keys_only_when_present():
-    done = Completion(
-        index=4, id="a", text="hi", token_ids=[5, 6], finish_reason="stop",
-        prompt_tokens=3, completion_tokens=2,
-    )  # fmt: skip
-    capacity = {"assignments": 0, "dropped": 0, "added": 0, "gate_mass_kept": 1.0}
-    assert done.record() == {
-        "id": "a",
-        "text": "hi",
-        "token_ids": [5, 6],
-        "finish_reason": "stop",
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2},
-        "capacity": capacity,
-    }
-    done.logprobs, done.prompt_logprobs = [-0.5, -1.0], [None, -2.0, -3.0]
-    assert done.record()["logprobs"] == [-0.5, -1.0]
-    assert done.record()["prompt_logprobs"] == [None, -2.0, -3.0]
-    assert "error" not in done.record()
-
-
-def test_a_failure_has_message_and_line():
-    record = Completion.failure(
-        2, "b", RequestError("invalid_json", "bad line", 9), line=7
-    ).record()
-    assert record["finish_reason"] == "error"
-    assert record["error"] == {"code": "invalid_json", "message": "bad line", "line": 7}
-    assert record["usage"] == {"prompt_tokens": 9, "completion_tokens": 0}
-    assert (record["text"], record["token_ids"]) == ("", [])
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        np.array([3, 1]),
-        np.array([3, 1], dtype=np.uint8),
-        [np.int64(3), np.int32(1)],
-        torch.tensor([3, 1]),
-        [torch.tensor(3), torch.tensor(1)],
-        array("i", [3, 1]),
-        range(3, 0, -2),
-        deque([3, 1]),
-    ],
-    ids=lambda prompt: type(prompt).__name__,
-)
-def test_token_ids_of_numpy_torch_and_others_are_whole_numbers(prompt):
-    ids = Request(index=0, id="r", prompt_token_ids=prompt).prompt_token_ids
-    assert list(ids) == [3, 1] and all(type(token) is int for token in ids)
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        np.array([3.0]),
-        np.array([True]),
-        np.array([[3, 1]]),
-        np.array(3),
-        torch.tensor([3.5]),
-        torch.tensor([True]),
-        torch.tensor([[3]]),
-        [torch.tensor(True)],
-        [np.bool_(True)],
-        [np.float32(1)],
-        [[3, 1]],
-        [None],
-        [Decimal(3)],
-        "ab",
-        b"ab",
-        {3: 1},
-        {3},
-        5,
-        None,
-    ],
-    ids=repr,
-)
-def test_what_is_no_row_of_token_ids_is_refused_in_words(prompt):
-    with pytest.raises(ValueError, match=r"^request 'r': prompt_token_ids.* must be "):
-        Request(index=0, id="r", prompt_token_ids=prompt)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,7 @@
-"""Input shards: one input over several runs that do not communicate, such as a job array.
+"""Merge of input shards (`input/shards.py`): the run that finishes the last one makes the output.
 
-    launch/infer.py --slice 3/16     the fourth of 16 equal, contiguous shards of the requests
-
-A shard is a job of its own, with the output `<output>.slice-00003-of-00016` and a ledger next to
-it. Requests keep their index in the whole input: seeds, duplicates and line numbers are those of a
-run without shards. A run that finishes its shard checks, under the lock of the whole output,
-whether all shards are complete; the last one copies them, in order, into the output and removes
-them:
+A run that finishes its shard checks, under the lock of the whole output, whether all shards are
+complete; the last one copies them, in order, into the output and removes them:
 
     1. copy      <output>.merge-<host>-<pid>-<random>.tmp, synced, renamed to <output>
     2. finalize  if it is as long as the shards, <output>.job.json: now the output is complete
@@ -28,7 +23,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +33,14 @@ from engine.batch.atomic_files import (
     naming,
     read_json,
     write_text,
+)
+from engine.batch.input.shards import (
+    SHARD_SUFFIX,
+    InputShard,
+    counts_beside,
+    files_like,
+    has_unsharded_run,
+    refuse_unsharded_run,
 )
 from engine.batch.ledger import Ledger, shards_dir
 from engine.batch.manifest import (
@@ -54,43 +56,9 @@ from engine.distributed.health.progress import OnProgress, ignore_progress
 
 _COPY_BYTES = 4 << 20
 _MERGE_LOCK_TIMEOUT_S = 600.0  # another run may be merging
-_SHARD_SUFFIX = re.compile(r"\.slice-(\d{5})-of-(\d{5})(.*)")
 _COPY_SUFFIX = re.compile(r"\.merge-(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
 _TOKENS = ("prompt_tokens", "generated_tokens", "cached_tokens")
 _SUMS = ("total", "resumed", "errors", "requests", *_TOKENS)
-MAX_SHARDS = 99_999
-
-
-@dataclass(frozen=True, slots=True)
-class InputShard:
-    """One of `count` contiguous shards of an input."""
-
-    index: int  # from 0
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> InputShard:
-        """Return the shard that `I/N` names. Raises JobError."""
-        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
-        if match is None or int(match[1]) >= int(match[2]):
-            raise JobError(
-                f"--slice {text}: must be I/N with 0 <= I < N <= {MAX_SHARDS}; the first of 16 is "
-                "0/16"
-            )
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-    def lines(self, total: int) -> range:
-        """Return the shard's share of `total` requests; a remainder goes to the first shards."""
-        size, more = divmod(total, self.count)
-        first = self.index * size + min(self.index, more)
-        return range(first, first + size + (self.index < more))
-
-    def output(self, output: Path) -> Path:
-        """Return the path of the shard's own output."""
-        return output.with_name(f"{output.name}.slice-{self.index:05d}-of-{self.count:05d}")
 
 
 def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool:
@@ -109,8 +77,8 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
     if differences == []:
         _remove_shards(output)
         return True
-    counts = _counts(output)
-    _refuse_unsharded_run(output)
+    counts = counts_beside(output)
+    refuse_unsharded_run(output)
     if differences is not None and not counts:
         raise JobError(
             f"--slice {shard}: --output {output} exists and is not this job's: "
@@ -130,15 +98,6 @@ def is_merged(output: Path, shard: InputShard, manifest: dict[str, Any]) -> bool
     return False
 
 
-def refuse_retry_of_shards(output: Path) -> None:
-    """Raise JobError where a retry without a shard would begin a job that has shards already."""
-    if not output.exists() and not _has_unsharded_run(output) and (counts := _counts(output)):
-        raise JobError(
-            f"--retry-errors: next to {output} are slices of {min(counts)}, not merged yet; give "
-            f"--slice I/{min(counts)} too, or first finish the slices with --slice alone"
-        )
-
-
 def merge_if_complete(
     output: Path, count: int, manifest: dict[str, Any], report: OnProgress = ignore_progress
 ) -> str:
@@ -155,7 +114,7 @@ def merge_if_complete(
         JobError: a shard is another job's.
     """
     with merge_lock(output, report) as ledger:
-        _refuse_unsharded_run(output)
+        refuse_unsharded_run(output)
         if output_differences(output, manifest) == []:
             _remove_shards(output)
             return f"{output} is complete"
@@ -230,39 +189,9 @@ def merge_lock(output: Path, report: OnProgress) -> Iterator[Ledger]:
     try:
         yield ledger
     finally:
-        if ledger.directory.exists() and not _has_unsharded_run(output):
+        if ledger.directory.exists() and not has_unsharded_run(output):
             ledger.remove()
         ledger.close()
-
-
-def shard_outputs(output: Path) -> list[Path]:
-    """Return the outputs of the shards that are next to the whole output, also unfinished ones."""
-    names = {path.name[: len(path.name) - len(match[3])] for path, match in _shard_files(output)}
-    return [output.with_name(name) for name in sorted(names)]
-
-
-def _counts(output: Path) -> set[int]:
-    """Return into how many shards those next to the output, unfinished or complete, divide it."""
-    return {int(match[2]) for _, match in _shard_files(output)}
-
-
-def _shard_files(output: Path) -> list[tuple[Path, re.Match[str]]]:
-    """Return the files of shards; a copy of the input tells nothing about what has been done."""
-    found = _files_like(_SHARD_SUFFIX, output)
-    return [(path, match) for path, match in found if not match[3].startswith(".input.json")]
-
-
-def _has_unsharded_run(output: Path) -> bool:
-    """Return whether a run without shards has records of this output."""
-    return shards_dir(output).joinpath("manifest.json").exists()
-
-
-def _refuse_unsharded_run(output: Path) -> None:
-    if _has_unsharded_run(output):
-        raise JobError(
-            f"--slice: {shards_dir(output)} belongs to a run without --slice; finish that one with "
-            "its own command, or use another --output"
-        )
 
 
 def _is_complete(shard: InputShard, output: Path, manifest: dict[str, Any]) -> bool:
@@ -280,7 +209,7 @@ def _is_complete(shard: InputShard, output: Path, manifest: dict[str, Any]) -> b
 def _copy(sources: list[Path], output: Path, report: OnProgress) -> int:
     """Copy the sources, in order, to the output; return its checksum."""
     host = socket.gethostname()
-    for path, match in _files_like(_COPY_SUFFIX, output):
+    for path, match in files_like(_COPY_SUFFIX, output):
         if match[1] == host and not _is_alive(int(match[2])):
             path.unlink(missing_ok=True)  # before it takes the space that this copy needs
     own = f"{output.name}.merge-{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -322,20 +251,9 @@ def _total(reports: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 def _remove_shards(output: Path) -> None:
     """Remove the shards of a finalized output, and copies that other merges left."""
-    copies = _files_like(_COPY_SUFFIX, output) + _files_like(_COPY_SUFFIX, error_file(output))
-    for path, _ in _files_like(_SHARD_SUFFIX, output) + copies:
+    copies = files_like(_COPY_SUFFIX, output) + files_like(_COPY_SUFFIX, error_file(output))
+    for path, _ in files_like(SHARD_SUFFIX, output) + copies:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # a ledger that another run has just left
         else:
             path.unlink(missing_ok=True)
-
-
-def _files_like(suffix: re.Pattern[str], output: Path) -> list[tuple[Path, re.Match[str]]]:
-    """Return the files next to the output whose name is the output's with such a suffix."""
-    found = []
-    for path in output.parent.iterdir():
-        if path.name.startswith(output.name):
-            match = suffix.fullmatch(path.name, len(output.name))
-            if match is not None:
-                found.append((path, match))
-    return found

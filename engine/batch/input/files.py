@@ -25,7 +25,7 @@ from engine.batch.atomic_files import (
     read_json,
     write_json,
 )
-from engine.batch.input_format import check_head, check_is_jsonl
+from engine.batch.input.format import check_head, check_is_jsonl
 from engine.distributed.health.progress import OnProgress, ignore_progress
 
 STDIN = Path("-")

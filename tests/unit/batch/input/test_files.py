@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from engine.batch.input_files import STDIN, LineNames
-from engine.batch.input_shards import InputShard
+from engine.batch.input.files import STDIN, LineNames
+from engine.batch.input.shards import InputShard
 from engine.batch.ledger import shards_dir
 from engine.batch.manifest import JobError
 from tests.unit.batch.test_retry import IDS, attempts, killed, logged, records, run, topology

@@ -1,6 +1,6 @@
 """Hashes of prompts' beginnings: equal for prompts that begin alike, whatever the line around them.
 
-Run: pytest tests/unit/batch/test_prefix_hashes.py
+Run: pytest tests/unit/batch/input/test_prefix_hashes.py
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from engine.batch.input_index import scan_input
-from engine.batch.prefix_hashes import PrefixHasher
+from engine.batch.input.index import scan_input
+from engine.batch.input.prefix_hashes import PrefixHasher
 from engine.generation.prefix_order import PrefixHashes, find_shared
 
 TEXT = "".join(random.Random(0).choices("abcdefghij klmnop", k=9000))
@@ -69,7 +69,7 @@ def test_lines_without_a_prompt_have_no_hashes_and_change_no_others():
 
 
 def test_the_scan_gives_every_line_that_is_not_blank_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.batch.input_index._CHUNK", 64)
+    monkeypatch.setattr("engine.batch.input.index._CHUNK", 64)
     lines = [b'{"id": %d, "prompt": "%s"}' % (n, b"x" * n * 30) for n in range(8)]
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n \n".join(lines))

@@ -1,6 +1,6 @@
 """A file that is no JSONL is refused by its beginning; wrong lines among others are not.
 
-python -m pytest tests/unit/batch/test_input_format.py
+python -m pytest tests/unit/batch/input/test_format.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch.input_format import check_is_jsonl, count_text_lines
+from engine.batch.input.format import check_is_jsonl, count_text_lines
 
 RECORDS = [{"id": number, "prompt": f"text {number}, with a comma"} for number in range(3)]
 JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS)

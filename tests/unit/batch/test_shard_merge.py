@@ -1,6 +1,6 @@
 """Input shards: which lines each has, and a merge killed at any operation on the file system.
 
-python -m pytest tests/unit/batch/test_input_shards.py
+python -m pytest tests/unit/batch/test_shard_merge.py
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from engine.batch import atomic_files, input_shards
-from engine.batch.input_shards import InputShard, is_merged, merge_if_complete
+from engine.batch import atomic_files, shard_merge
+from engine.batch.input.shards import InputShard
 from engine.batch.ledger import Ledger, ShardWriter, shards_dir
 from engine.batch.manifest import JobError, decide_start_or_resume, finalize
+from engine.batch.shard_merge import is_merged, merge_if_complete
 from engine.request import Completion, RequestError
 
 BAD_LINE = RequestError("invalid_json", "bad line")
@@ -32,7 +33,7 @@ TOTAL = 5
 COUNT = 3
 
 
-WRITE = input_shards.DurableWriter.write
+WRITE = shard_merge.DurableWriter.write
 
 
 class Died(BaseException):
@@ -147,9 +148,9 @@ def operations(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "replace", guard(os.replace))
     monkeypatch.setattr(os, "fsync", guard(os.fsync))
     monkeypatch.setattr(Path, "unlink", guard(Path.unlink))
-    monkeypatch.setattr(input_shards.DurableWriter, "write", guard(WRITE))
-    monkeypatch.setattr(input_shards, "write_text", guard(input_shards.write_text))
-    monkeypatch.setattr(input_shards.shutil, "rmtree", guard(input_shards.shutil.rmtree))
+    monkeypatch.setattr(shard_merge.DurableWriter, "write", guard(WRITE))
+    monkeypatch.setattr(shard_merge, "write_text", guard(shard_merge.write_text))
+    monkeypatch.setattr(shard_merge.shutil, "rmtree", guard(shard_merge.shutil.rmtree))
 
 
 def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch):
@@ -157,7 +158,7 @@ def test_a_merge_that_dies_anywhere_is_done_by_the_next_one(output, monkeypatch)
     while not survived:
         number += 1
         for path in output.parent.iterdir():
-            path.unlink() if path.is_file() else input_shards.shutil.rmtree(path)
+            path.unlink() if path.is_file() else shard_merge.shutil.rmtree(path)
         for index in range(COUNT):
             finish(output, InputShard(index, COUNT))
         with monkeypatch.context() as patch:
@@ -193,7 +194,7 @@ def test_a_copy_of_another_size_than_its_shards_is_not_finalized_and_they_stay(o
             WRITE(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(input_shards.DurableWriter, "write", drop_the_second)
+        patch.setattr(shard_merge.DurableWriter, "write", drop_the_second)
         with pytest.raises(JobError, match=r"is \d+ bytes, its slices are \d+.*slices are kept"):
             merge_if_complete(output, COUNT, MANIFEST)
     assert {name for name in files(output) if "slice" in name} == shards
@@ -222,7 +223,7 @@ def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monke
     replace, reached, place = os.replace, True, 0
     while reached:
         for path in output.parent.iterdir():
-            path.unlink() if path.is_file() else input_shards.shutil.rmtree(path)
+            path.unlink() if path.is_file() else shard_merge.shutil.rmtree(path)
         finish_all(output)
         left = place
 
@@ -241,7 +242,7 @@ def test_two_merges_at_once_where_locks_do_not_work_lose_no_record(output, monke
             replace(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(input_shards.DurableWriter, "write", copying)
+            patch.setattr(shard_merge.DurableWriter, "write", copying)
             patch.setattr(os, "replace", replacing)
             assert str(output) in merge_if_complete(output, COUNT, MANIFEST)
         assert ids(output) == [f"r{index}" for index in range(TOTAL)]

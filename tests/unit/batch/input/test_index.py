@@ -1,21 +1,16 @@
-"""The index of a batch input and the work queue: every line once, found again by its offset."""
+"""The index of a batch input: every line once, found again by its offset."""
 
 import hashlib
 import json
-import threading
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch.input_index import Line, PendingLines, WorkQueue, line_id, scan_input
-from engine.request import Completion, Request, RequestError
-
-BAD_LINE = RequestError("invalid_json", "bad line")
+from engine.batch.input.index import line_id, scan_input
+from engine.batch.input.pending import Line, PendingLines
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -129,7 +124,7 @@ def test_lines_without_an_id_are_no_duplicates_of_each_other(tmp_path):
 
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.batch.input_index._hash", lambda name: 42)
+    monkeypatch.setattr("engine.batch.input.index._hash", lambda name: 42)
     index = scan_input(write(tmp_path / "in.jsonl", b'{"id": 1}\n{"id": 2}\n{"x": 3}\n{"id": 1}'))
     assert index.duplicates == {3: 1}
 
@@ -154,62 +149,6 @@ def test_pending_lines_are_those_not_done_with_their_line_numbers(tmp_path):
     assert lines[0] == Line(1, 3, b'{"id": 2}\n')
     assert lines[1] == Line(2, 4, b'{"id": 1}\n', duplicate_of=1)
     assert lines.number_of(2) == 4
-
-
-class Numbers:
-    """Lines 0 to n - 1."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, queue_index: int) -> Line:
-        return Line(queue_index, queue_index + 1, b"")
-
-
-def parse(line: Line) -> Request | Completion:
-    if line.index % 5 == 4:
-        return Completion.failure(line.index, "bad", BAD_LINE, line=line.number)
-    return Request(index=line.index, id="x", prompt_token_ids=[1])
-
-
-def test_eight_requests_on_two_ranks_go_four_and_four():
-    queue = WorkQueue(Numbers(8), parse, dist.HashStore(), "queue", num_data=2)
-    assert queue.limit == 4
-
-
-@pytest.mark.parametrize("count, num_data, limit", [(0, 2, 1), (1, 4, 1), (9, 2, 5), (9, 9, 1)])
-def test_the_limit_is_a_fair_share_and_at_least_one(count, num_data, limit):
-    queue = WorkQueue(Numbers(count), parse, dist.HashStore(), "queue", num_data)
-    assert queue.limit == limit
-
-
-def test_an_exhausted_queue_does_not_use_the_store_again():
-    store = dist.HashStore()
-    queue = WorkQueue(Numbers(1), parse, store, "queue", 1)
-    assert isinstance(queue.take(), Request)
-    assert [queue.take() for _ in range(5)] == [None] * 5
-    assert store.add("queue", 0) == 2
-
-
-def test_ranks_that_take_at_once_share_every_line_exactly_once():
-    server = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=30))
-    taken: list[list[int]] = [[] for _ in range(4)]
-
-    def pull(place: int) -> None:
-        store = dist.TCPStore("localhost", server.port, timeout=timedelta(seconds=30))
-        queue = WorkQueue(Numbers(200), parse, store, "queue", 4)
-        while (item := queue.take()) is not None:
-            taken[place].append(item.index)
-
-    threads = [threading.Thread(target=pull, args=(place,)) for place in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(index for share in taken for index in share) == list(range(200))
 
 
 def plain_index(content: bytes) -> tuple[list[int], list[int], dict[int, int]]:
@@ -245,7 +184,7 @@ def test_the_index_is_that_of_reading_line_by_line(tmp_path_factory, lines, last
     content = b"\xef\xbb\xbf" * bom + b"".join(line + end for line, end in lines) + last
     path = write(tmp_path_factory.mktemp("input") / "in.jsonl", content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.batch.input_index._CHUNK", block)
+        patch.setattr("engine.batch.input.index._CHUNK", block)
         index = scan_input(path)
     expected = plain_index(content)
     assert (index.offsets_n.tolist(), index.numbers_n.tolist(), index.duplicates) == expected

@@ -1,9 +1,6 @@
-"""Index of a batch input, and the work queue that ranks take its lines from.
+"""Index of a batch input: where each line is, and which ids repeat.
 
 The input is indexed, not loaded: rank 0 scans the JSONL once (`scan_input`), at 32 bytes per line.
-The lines without a record in the ledger are broadcast to every rank as one int64 table
-(`PendingLines`). Ranks then take work-queue indices from a counter in the store (`WorkQueue`) and
-read a line only when they run it. `line_parser.py` turns a line into a request.
 """
 
 from __future__ import annotations
@@ -16,15 +13,12 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO, Literal
 
 import numpy as np
-import torch.distributed as dist
 
 from engine.batch.atomic_files import naming
-from engine.batch.input_files import LineNames
 from engine.distributed.health.progress import OnProgress, ignore_progress
-from engine.request import Completion, Request
 
 _BOM = b"\xef\xbb\xbf"
 # The usual line starts with its id: no need to parse the rest of it to look for duplicates.
@@ -35,17 +29,6 @@ _CHUNK = 1 << 20
 
 Format = Literal["openai", "lockstep"]  # of a line or of records: OpenAI's or our own
 OnLines = Callable[[list[bytes]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of the input."""
-
-    index: int  # among the requests, from 0
-    number: int  # in the file, from 1; blank lines count
-    raw: bytes
-    duplicate_of: int = 0  # number of the earlier line with the same id, 0 without one
-    earlier: str = field(default="", compare=False)  # where that one is, in words
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,119 +197,3 @@ def _verify_duplicates(
             if earlier != number:
                 duplicates[index] = earlier
     return duplicates
-
-
-class PendingLines:
-    """The lines still to run, by work-queue index; each rank reads them from the file itself."""
-
-    def __init__(self, path: Path, table: np.ndarray, names: LineNames | None = None) -> None:
-        """Open the input.
-
-        Args:
-            path: the input.
-            table: from `select`, in any order; equal on every rank.
-            names: where its lines are in the user's files.
-        """
-        self.names = names or LineNames()
-        self._path = path
-        self._file = path.open("rb")
-        self._table = table
-        self._by_index: np.ndarray | None = None  # queue indices, ascending by the lines' index
-
-    @staticmethod
-    def select(index: InputIndex, done_n: np.ndarray, lines: range | None = None) -> np.ndarray:
-        """Return the table of the lines that are not done, in input order.
-
-        Args:
-            index: of the whole input.
-            done_n: bool, per line.
-            lines: indices to choose from; None: all.
-
-        Returns:
-            int64 [P, 4]: index, byte offset, line number, number of the earlier line with the same
-            id or 0.
-        """
-        own = range(len(index)) if lines is None else lines
-        todo = own.start + np.flatnonzero(~done_n[own.start : own.stop])
-        duplicate_of_n = np.zeros(len(index), dtype=np.int64)
-        duplicate_of_n[list(index.duplicates)] = list(index.duplicates.values())
-        columns = (todo, index.offsets_n[todo], index.numbers_n[todo], duplicate_of_n[todo])
-        return np.stack(columns, axis=1)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, queue_index: int) -> Line:
-        index, offset, number, duplicate_of = self._table[queue_index].tolist()
-        with naming(self._path):
-            self._file.seek(offset)
-            raw = self._file.readline()
-        earlier = self.names.describe(duplicate_of) if duplicate_of else ""
-        return Line(index, number, raw, duplicate_of, earlier)
-
-    def number_of(self, index: int) -> int:
-        """Return the line number of the pending request `index`."""
-        if self._by_index is None:
-            self._by_index = np.argsort(self._table[:, 0])
-        row = int(np.searchsorted(self._table[:, 0], index, sorter=self._by_index))
-        return int(self._table[self._by_index[row], 2])
-
-    def close(self) -> None:
-        """Close the input file."""
-        self._file.close()
-
-
-class Lines(Protocol):
-    """Lines by work-queue index: `PendingLines`, or the built-in prompts."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, queue_index: int) -> Line: ...
-
-
-class WorkQueue:
-    """The request source of one data rank; all data ranks take from one counter in the store."""
-
-    limit: int  # requests this rank may hold at once, so that few requests spread over all ranks:
-    # 8 on 2 ranks go 4 and 4
-
-    def __init__(
-        self,
-        lines: Lines,
-        parse: Callable[[Line], Request | Completion],
-        store: dist.Store,
-        key: str,
-        num_data: int,
-    ) -> None:
-        """Build the queue of one data rank.
-
-        Args:
-            lines: what to run, equal on every rank.
-            parse: turns a line into a request, or into an error record.
-            store: holds the counter.
-            key: the counter's; must be unused before this run.
-            num_data: number of data ranks.
-        """
-        self.limit = max(1, -(-len(lines) // num_data))
-        self._lines = lines
-        self._parse = parse
-        self._store = store
-        self._key = key
-        self._exhausted = False
-
-    def take(self) -> Request | Completion | None:
-        """Return the next request, an error record for a bad line, or None when nothing is left.
-
-        Uses the store: only the first rank of each tensor group must call.
-        """
-        if self._exhausted:
-            return None
-        queue_index = self._store.add(self._key, 1) - 1
-        if queue_index >= len(self._lines):
-            self._exhausted = True
-            return None
-        return self._parse(self._lines[queue_index])
-
-    def is_exhausted(self) -> bool:
-        """Return whether all lines have been taken. Takes none."""
-        return self._exhausted or self._store.add(self._key, 0) >= len(self._lines)

@@ -1,0 +1,141 @@
+"""Identity of a job: what its manifest says of it, and in words how two manifests differ.
+
+A job is its input's content, the settings that change results and the files of the checkpoint
+(`weights/fingerprint.py`); the number of ranks, the device and the like may change between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.batch.input.index import InputIndex
+from engine.batch.records.job_format import format_of
+from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig, SamplingConfig
+from engine.distributed.health.progress import OnProgress, ignore_progress
+from engine.moe.placement.placement_file import digest, read_placement
+from engine.weights.fingerprint import changed_files, fingerprint
+
+VERSION = 1
+
+# Where these differ, so do the files, and there is no need to list them.
+_MODEL = ("model.path", "model.tokenizer", "model.load_format")
+
+# Of `sampling`, what every manifest has.
+_FIRST_SAMPLING = frozenset(
+    """
+    ignore_eos logprobs max_new_tokens prompt_logprobs seed stop stop_token_ids temperature top_k
+    top_p
+    """.split()
+)
+
+
+def make_manifest(
+    index: InputIndex, config: Config, report: OnProgress = ignore_progress
+) -> dict[str, Any]:
+    """Return the manifest of a job, JSON-ready: its input and what else makes its results.
+
+    Reads samples of the checkpoint's files.
+
+    Args:
+        index: of the input.
+        config: of the run.
+        report: called once per file of the checkpoint.
+    """
+    settings = result_settings(config)
+    canonical = json.dumps(settings, sort_keys=True).encode()
+    return {
+        "version": VERSION,
+        "input": {
+            "path": str(index.path),
+            "size": index.size,
+            "sha256": index.sha256,
+            "requests": len(index),
+        },
+        "settings": settings,
+        "settings_sha256": hashlib.sha256(canonical).hexdigest(),
+        "files": fingerprint(config.model, report),
+    }
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that change results, by dotted name; JSON-ready.
+
+    Those of moe.dispatch, moe.shared_expert, model.quantization, the placement and later ones of
+    sampling are left out where they have their defaults, so that older ledgers still resume.
+    moe.overlap.by = tokens is left out, though it may change results by rounding where the GEMM
+    library picks its kernel by the number of rows.
+    """
+    tree: dict[str, Any] = {
+        "model": asdict(config.model),
+        "moe": {"capacity": asdict(config.moe.capacity)},
+        "sampling": {
+            key: value
+            for key, value in asdict(config.sampling).items()
+            if key in _FIRST_SAMPLING or value != getattr(SamplingConfig(), key)
+        },
+    }
+    if config.model.quantization == "auto":
+        del tree["model"]["quantization"]
+    for key in ("path", "tokenizer"):
+        if tree["model"][key] is not None:
+            tree["model"][key] = str(Path(tree["model"][key]).resolve())
+    if config.model.load_format == "dummy":
+        tree["runtime"] = {"seed": config.runtime.seed}
+    dispatch, default = config.moe.dispatch, DispatchConfig()
+    tree["moe"]["dispatch"] = {
+        key: getattr(dispatch, key)
+        for key in ("dtype", "partial_sums")  # deduplicate changes no bit
+        if getattr(dispatch, key) != getattr(default, key)
+    }
+    if config.moe.shared_expert != MoEConfig().shared_expert:
+        tree["moe"]["shared_expert"] = config.moe.shared_expert
+    if config.moe.placement != CONTIGUOUS:
+        # What it says, not where it is: a copy of the file elsewhere is the same placement.
+        tree["moe"]["placement"] = digest(read_placement(config.moe.placement))
+        copies = asdict(config.moe.copies)
+        tree["moe"]["copies"] = {key: copies[key] for key in ("phases", "target", "min_rows")}
+    return json.loads(json.dumps(_flat(tree)))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return a sentence for each difference between two manifests; empty for the same job.
+
+    Files are compared where both manifests have them: older versions recorded none.
+    """
+    if old.get("version") != new["version"]:
+        return [f"its format is version {old.get('version')}, this program writes {new['version']}"]
+    found = []
+    before, now = old["input"], new["input"]
+    if (before["size"], before["sha256"]) != (now["size"], now["sha256"]):
+        found.append(
+            f"the input was {before['path']}, {before['size']} bytes, sha256 "
+            f"{before['sha256'][:12]}, is {now['path']}, {now['size']} bytes, sha256 "
+            f"{now['sha256'][:12]}"
+        )
+    if format_of(old) != format_of(new):
+        found.append(f"batch.format was {format_of(old)}, is {format_of(new)}")
+    was, is_ = old["settings"], new["settings"]
+    for key in sorted(was.keys() | is_.keys()):
+        if was.get(key) != is_.get(key):
+            found.append(f"{key} was {json.dumps(was.get(key))}, is {json.dumps(is_.get(key))}")
+    if has_files(old) and has_files(new) and all(was.get(key) == is_.get(key) for key in _MODEL):
+        found += changed_files(old["files"], new["files"], is_)
+    return found
+
+
+def has_files(manifest: dict[str, Any]) -> bool:
+    """Return whether a manifest has the files of the checkpoint: older versions recorded none."""
+    return isinstance(manifest.get("files"), dict)
