@@ -108,11 +108,17 @@ def measure(records: int, tokens: int, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=500, help="new tokens per record")
-    parser.add_argument("--records", type=int, default=200, help="records of a form per round")
+    parser.add_argument("--tokens", type=_count, default=500, help="new tokens per record")
+    parser.add_argument("--records", type=_count, default=200, help="records of a form per round")
     parser.add_argument("--out", type=Path, help="folder for table and JSON line too")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

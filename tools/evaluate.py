@@ -28,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.cases import Case, make_cases
+from evaluation.report import make_folder
 from evaluation.tasks import check_installed, load_tasks
 from lockstep import cli
 
 from engine.config.preflight import check_runnable
+from engine.config.world_rules import validate_world
 
 
 def make_parser() -> cli.CommandParser:
@@ -40,14 +42,30 @@ def make_parser() -> cli.CommandParser:
     parser.add_argument(
         "--config", required=True, metavar="NAME", help="a YAML file, or in configs/"
     )
-    parser.add_argument("--tasks", type=_names, required=True, metavar="NAME,NAME")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--tasks",
+        type=_names,
+        required=True,
+        metavar="NAME,NAME",
+        help="tasks, groups, tags or patterns of the harness, YAML files, or lockstep: the bundled",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one setting of the config; any number of times",
+    )
     parser.add_argument("--sweep", metavar="KEY=V,V", help="run once for each value of a setting")
     parser.add_argument("--limit", type=_limit, metavar="N", help="questions per task, or a share")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question")
+    parser.add_argument(
+        "--num-fewshot", type=_num_examples, metavar="N", help="examples before a question"
+    )
     parser.add_argument("--gen-kwargs", metavar="K=V,K=V", help="over the tasks' own settings")
-    parser.add_argument("--apply-chat-template", action="store_true")
-    parser.add_argument("--system-instruction", metavar="TEXT")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="ask through the tokenizer's template"
+    )
+    parser.add_argument("--system-instruction", metavar="TEXT", help="put it before each question")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="further tasks in YAML")
     parser.add_argument("--confirm-run-unsafe-code", action="store_true", help="of a task")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for text and JSON")
@@ -97,6 +115,11 @@ def evaluate(ranks: Any, options: argparse.Namespace, cases: Sequence[Case]) -> 
 
     from engine.interop.lm_eval import LockstepLM
 
+    # Before the first case runs, which may take hours.
+    for case in cases:
+        validate_world(case.config, ranks.num_ranks)
+    if options.out is not None:
+        make_folder(options.out)
     logging.getLogger("lm_eval").setLevel(logging.INFO if options.verbose else logging.ERROR)
     manager, tasks = load_tasks(options.tasks, options.include_path)
     results = []
@@ -140,10 +163,19 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _num_examples(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 0")
+    return int(text)
+
+
 def _limit(text: str) -> int | float:
-    value = float(text)
-    if value <= 0 or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, or a share below 1")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf") or (value >= 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, or a share below 1")
     return int(value) if value >= 1 else value
 
 

@@ -264,11 +264,13 @@ class FileJob:
         try:
             found = self._scan_files(overwrite)
         except BaseException:
-            if self._files.made:  # an earlier run's is still needed
-                self._files.remove()
+            self._files.discard()
             raise
         if isinstance(found, str):
             self._files.remove()
+        else:
+            self._files.accept()
+            self.input_path = self._files.path
         return found
 
     def _scan_files(self, overwrite: bool) -> np.ndarray | str:
@@ -289,7 +291,7 @@ class FileJob:
         on_lines = None if hasher is None else hasher.add
         index = scan_input(self.input_path, self._reporter.advance, on_lines)
         self._manifest = make_manifest(index, self._config, self._reporter.advance)
-        if self.input_path == self._files.spool:
+        if self._files.is_spooled:
             self._manifest["input"]["path"] = self._files.names()
         wanted, overwritten = self._config.batch.format, overwrite and self._shard is None
         outputs = [self.output]

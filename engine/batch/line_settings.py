@@ -100,6 +100,10 @@ def split_body(
                 hint = f": did you mean {near!r}?"
             elif what := advice(letters(key), value, _settings_in(value)):
                 hint = f": {what}"
+            elif len(key) <= _LONGEST_NAME and (
+                names := difflib.get_close_matches(letters(key), prompts, n=1, cutoff=_NEAR)
+            ):
+                hint = f": did you mean {names[0]!r}?"
             else:
                 hint = f" at {url}" if url else ""
             raise RequestError("unknown_setting", f"body.{key} is not supported{hint}")

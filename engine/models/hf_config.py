@@ -123,5 +123,11 @@ def check_config(hf_config: Any) -> None:
         )
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization is not None:
-        values = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        read_scheme(values)
+        if hasattr(quantization, "to_dict"):
+            quantization = quantization.to_dict()
+        if not isinstance(quantization, dict):
+            raise ValueError(
+                f"quantization_config: {quantization!r} in config.json is no object; use the "
+                "config.json that the checkpoint was published with"
+            )
+        read_scheme(quantization)

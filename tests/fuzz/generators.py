@@ -1,6 +1,7 @@
 """Cases: what a seed makes of a small job. Each generator damages one kind of input.
 
 lines         the input file
+openai        an input of OpenAI's lines, answered in OpenAI's pair of files
 config        config.json
 weights       a safetensors file: its header's JSON, its length, its bytes
 files         generation_config.json, tokenizer files, the index of the weights
@@ -15,7 +16,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.fuzz.mutations import damaged, misspelt, mutated, odd_value, to_json
 
@@ -39,10 +40,46 @@ LINES: list[dict[str, Any]] = [
         "body": {"model": "m", "prompt": "a", "max_tokens": 2, "logprobs": 1},
     },
 ]
+OPENAI_LINES: list[dict[str, Any]] = [
+    *[line for line in LINES if "body" in line],
+    {
+        "custom_id": "choices",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"prompt": ["a", [5, 6]], "n": 2, "temperature": 1, "seed": 1, "stop": ["b", "c"]},
+    },
+    {
+        "custom_id": "echo",
+        "url": "/v1/completions",
+        "body": {"prompt": "ab", "max_tokens": 1, "logprobs": 2, "echo": True, "min_tokens": 1},
+    },
+    {
+        "custom_id": "chat",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "model": "m",
+            "messages": [
+                {"role": "developer", "content": "x"},
+                {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]},
+                {"role": "tool", "content": "7", "tool_call_id": "t"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f"}}],
+            "tool_choice": "auto",
+            "logprobs": True,
+            "top_logprobs": 2,
+            "logit_bias": {"5": 1},
+            "presence_penalty": 0.5,
+            "frequency_penalty": -0.5,
+        },
+    },
+]
 LINE_KEYS = """
     id custom_id prompt prompt_token_ids messages body url method max_tokens max_new_tokens n
     temperature top_p top_k seed stop stop_token_ids logprobs prompt_logprobs ignore_eos stream
     sampling_params parameters guided_json bad_words max_length answer tools response_format
+    top_logprobs echo best_of min_p min_tokens logit_bias presence_penalty frequency_penalty
+    repetition_penalty chat_template_kwargs reasoning_effort tool_choice user store
 """.split()
 CONFIG_KEYS = """
     rope_scaling rope_parameters rope_theta sliding_window quantization_config auto_map layer_types
@@ -66,25 +103,34 @@ SETTINGS = """
 
 @dataclass(slots=True)
 class Case:
-    """One run: the command line's overrides, and whether each line of the input needs a record."""
+    """One run: the command line's overrides, and how many lines of the input need a record."""
 
     overrides: list[str] = field(default_factory=list)
     num_lines: int = 0
+    records: Literal["lockstep", "openai"] = "lockstep"  # batch.format
 
 
 def lines(folder: Path, chance: random.Random) -> Case:
     """Write an input of damaged lines."""
-    raw = [_line(chance) for _ in range(40)]
-    raw = [line.replace(b"\n", b" ") for line in raw]
-    raw = [line for line in raw if line and not line.isspace()]
     # The first lines decide whether the file is JSONL at all.
     good = [to_json({**LINES[0], "id": f"good{number}"}) for number in range(5)]
-    (folder / "in.jsonl").write_bytes(b"\n".join([*good, *raw]) + b"\n")
-    return Case(num_lines=len(good) + len(raw))
+    return Case(num_lines=_write_input(folder, good, _damaged_lines(LINES, chance)))
 
 
-def _line(chance: random.Random) -> bytes:
-    record: Any = chance.choice(LINES)
+def openai(folder: Path, chance: random.Random) -> Case:
+    """Write an input of damaged OpenAI lines."""
+    good = [to_json({**OPENAI_LINES[0], "custom_id": f"good{number}"}) for number in range(5)]
+    raw = [line for line in _damaged_lines(OPENAI_LINES, chance) if not _is_own(line)]
+    return Case(num_lines=_write_input(folder, good, raw), records="openai")
+
+
+def _damaged_lines(originals: list[dict[str, Any]], chance: random.Random) -> list[bytes]:
+    raw = [_line(originals, chance).replace(b"\n", b" ") for _ in range(40)]
+    return [line for line in raw if line and not line.isspace()]
+
+
+def _line(originals: list[dict[str, Any]], chance: random.Random) -> bytes:
+    record: Any = chance.choice(originals)
     for _ in range(chance.choice([0, 1, 1, 2, 5])):
         record = mutated(record, chance, LINE_KEYS)
     raw = to_json(record)
@@ -93,6 +139,20 @@ def _line(chance: random.Random) -> bytes:
     if chance.random() < 0.02:
         raw = raw.replace(b'"hi"', b"[" * 100_000)
     return raw
+
+
+def _is_own(line: bytes) -> bool:
+    """Return whether a line has lost all of OpenAI's form: one is enough to refuse the file."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "custom_id" not in value and "body" not in value
+
+
+def _write_input(folder: Path, good: list[bytes], raw: list[bytes]) -> int:
+    (folder / "in.jsonl").write_bytes(b"\n".join([*good, *raw]) + b"\n")
+    return len(good) + len(raw)
 
 
 def config(folder: Path, chance: random.Random) -> Case:
@@ -164,5 +224,5 @@ def _change_json(path: Path, chance: random.Random, names: list[str]) -> None:
 
 Generator = Callable[[Path, random.Random], Case]
 GENERATORS: dict[str, Generator] = {
-    each.__name__: each for each in (lines, config, weights, files, settings)
+    each.__name__: each for each in (lines, openai, config, weights, files, settings)
 }

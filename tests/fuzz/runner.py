@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.fuzz.generators import GENERATORS, Case
 
@@ -45,21 +46,71 @@ class Base:
             return f"exit code {code} after {seconds:.1f} s:\n{text[-3000:]}"
         if code == 2 and "\nerror: " not in f"\n{text}":  # libraries may warn before it
             return f"exit code 2 without a message:\n{text[-1500:]}"
-        if code != 2 and case.num_lines:
-            return _check_records(folder / "out.jsonl", case.num_lines)
-        return None
+        if not case.num_lines:
+            return None
+        if code == 2:
+            return f"lines that are wrong ended the job:\n{text[-1500:]}"
+        check = _check_pair if case.records == "openai" else _check_records
+        return check(folder / "out.jsonl", case.num_lines)
 
 
 def _check_records(output: Path, num_lines: int) -> str | None:
+    records = _read(output)
+    if len(records) != num_lines:
+        return f"{num_lines} lines have {len(records)} records"
+    return _check_errors([record.get("error") for record in records])
+
+
+def _check_pair(output: Path, num_lines: int) -> str | None:
+    """Return what is wrong with the two files of a job in OpenAI's form, None if nothing."""
+    from engine.batch.records.job_format import error_file
+
+    good, bad = _read(output), _read(error_file(output))
+    for records in (good, bad):
+        if records != sorted(records, key=_index):
+            return "the records are not in the order of the input"
+    if sorted(map(_index, [*good, *bad])) != list(range(num_lines)):
+        return f"{num_lines} lines have {len(good)} records and {len(bad)} error records"
+    try:
+        for record in good:
+            _parse_body(record)
+    except ValueError as error:
+        return f"the types of the package openai refuse a record: {error}"
+    return _check_errors([each["error"] or each["response"]["body"]["error"] for each in bad])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _index(record: dict[str, Any]) -> int:
+    return int(record["id"][-8:], 16)
+
+
+def _parse_body(record: dict[str, Any]) -> None:
+    """Raise ValueError where a body is none that the official package's types describe."""
+    from openai.types import Completion
+    from openai.types.chat import ChatCompletion
+
+    body = record["response"]["body"]
+    if body["object"] == "chat.completion":
+        ChatCompletion.model_validate(body, strict=True)
+        return
+    for choice in body["choices"]:
+        # Of a prompt's first token nothing is known: null in the API, and not in the type.
+        logprobs = choice["logprobs"] or {}
+        if logprobs.get("token_logprobs", [0.0])[:1] == [None]:
+            logprobs["token_logprobs"][0] = 0.0
+            logprobs["top_logprobs"] = [each or {} for each in logprobs["top_logprobs"] or []]
+    Completion.model_validate(body, strict=True)
+
+
+def _check_errors(errors: list[dict[str, Any] | None]) -> str | None:
     from typing import get_args
 
     from engine.request import ErrorCode
 
-    records = [json.loads(line) for line in output.read_text().splitlines()]
-    if len(records) != num_lines:
-        return f"{num_lines} lines have {len(records)} records"
-    for record in records:
-        error = record.get("error")
+    for error in errors:
         if error is not None and error["code"] not in get_args(ErrorCode):
             return f"an unknown code: {error}"
         if error is not None and error["code"] == "unreadable_line":
@@ -97,7 +148,7 @@ def _in_child(folder: Path, case: Case) -> None:
 
         argv = ["--config", "config.yaml", "--set", f"model.path={folder / 'model'}"]
         argv += ["--set", "sampling.max_new_tokens=2", "--set", "runtime.timeout_s=30"]
-        argv += ["--set", "batch.format=lockstep"]  # whose files have lines of any form
+        argv += ["--set", f"batch.format={case.records}"]
         argv += ["--input", "in.jsonl", "--output", "out.jsonl"]
         for override in case.overrides:
             argv += ["--set", override]

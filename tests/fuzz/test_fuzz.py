@@ -7,8 +7,8 @@ from tests.fuzz.runner import Base
 
 pytestmark = pytest.mark.long
 
-# Of each generator; a case of `lines` has 40 lines.
-NUM_CASES = {"lines": 15, "config": 40, "weights": 30, "files": 20, "settings": 25}
+# Of each generator; a case of `lines` or `openai` has 40 lines.
+NUM_CASES = {"lines": 15, "openai": 10, "config": 40, "weights": 30, "files": 20, "settings": 25}
 
 
 @pytest.fixture(scope="module")

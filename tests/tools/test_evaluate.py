@@ -5,12 +5,14 @@ Run: pytest tests/tools/test_evaluate.py
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from math import exp, log, sqrt
 from pathlib import Path
 
+import evaluate
 import pytest
 from evaluation.cases import make_cases, split_values
 from evaluation.report import Result, report_text
@@ -152,6 +154,35 @@ def test_an_unknown_task_is_reported_once_and_no_rank_waits():
     assert result.returncode != 0
     assert result.stderr.count("error: --tasks lockstep_recal: no such task, group or tag") >= 1
     assert "did you mean lockstep_recall?" in result.stderr
+
+
+@needs_lm_eval
+def test_what_a_later_case_or_the_end_would_refuse_is_refused_before_the_first_case(tmp_path):
+    (tmp_path / "file").write_text("")
+    cases = make_cases("tiny_mixtral", [], "parallel.expert=1,7")
+    options = parsed()
+    with pytest.raises(ValueError, match=r"parallel\.expert = 7: must divide the number of ranks"):
+        evaluate.evaluate(Ranks(), options, cases)
+    options = parsed(f"--out={tmp_path / 'file'}")
+    with pytest.raises(ValueError, match="--out .*file: cannot be made: File exists"):
+        evaluate.evaluate(Ranks(), options, cases[:1])
+
+
+@pytest.mark.parametrize("option", ["num-fewshot=-1", "num-fewshot=x", "limit=x", "limit=inf"])
+def test_a_number_of_questions_or_examples_that_is_none_is_refused(option):
+    with pytest.raises(ValueError, match="must be a whole number"):
+        parsed(f"--{option}")
+
+
+class Ranks:
+    """One rank that runs nothing."""
+
+    num_ranks = 1
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    required = ["--config=tiny_mixtral", "--tasks=lockstep_sum"]
+    return evaluate.make_parser().parse_args([*required, *arguments])
 
 
 def evaluate_on_2_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from bench.report import table
@@ -45,6 +47,20 @@ class Result:
             "share_after": usage.share_after,
             "wall_seconds": self.seconds,
         }
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of --out, before anything runs whose results it is for.
+
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {path}: cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"--out {path}: cannot be written to; name another folder")
 
 
 def report_text(head: str, key: str | None, results: Sequence[Result]) -> str:

@@ -74,6 +74,8 @@ class InputFiles:
         self.path = self.given[0]  # the one file to read; final once prepared
         self.spool = output.with_name(f"{output.name}.input.jsonl")
         self._list = output.with_name(f"{output.name}.input.json")
+        self._new = self.spool.with_name(self.spool.name + ".tmp")  # the spool until `accept`
+        self._entry: dict[str, Any] = {}  # of the list, for the new spool
         self.made = False  # whether this run has written the spool
         self.starts: list[tuple[int, str]] = []  # as `LineNames` takes them
 
@@ -112,9 +114,31 @@ class InputFiles:
         """Return what was given, for messages and the manifest."""
         return ", ".join(map(str, self.given))
 
+    @property
+    def is_spooled(self) -> bool:
+        """Whether the one file to read is a copy."""
+        return self.path in (self.spool, self._new)
+
+    def accept(self) -> None:
+        """Put what this run has written in the place of an earlier run's: the job will run.
+
+        The list comes last: alone, neither counts. Raises OSError.
+        """
+        if not self.made:
+            return
+        self._list.unlink(missing_ok=True)
+        os.replace(self._new, self.spool)
+        self.path = self.spool
+        fsync_directory(self.spool.parent)
+        write_json(self._list, self._entry)
+
+    def discard(self) -> None:
+        """Remove what this run has written: it is refused, and an earlier one's is still needed."""
+        self._new.unlink(missing_ok=True)
+
     def remove(self) -> None:
-        """Remove the spool of a job that is complete, or was refused."""
-        for path in (self._list, self.spool):
+        """Remove the spool of a job that is complete."""
+        for path in (self._list, self.spool, self._new):
             path.unlink(missing_ok=True)
 
     def _expand(self) -> Iterator[Path]:
@@ -143,11 +167,10 @@ class InputFiles:
         *,
         keep_if_empty: bool = False,
     ) -> None:
-        """Write the spool and its list, the list last: alone, neither counts."""
-        temporary = self.spool.with_name(self.spool.name + ".tmp")
+        """Write the new spool, which counts when it is accepted."""
         number, starts = 1, []
         try:
-            with naming(temporary), temporary.open("wb", buffering=_CHUNK) as file:
+            with naming(self._new), self._new.open("wb", buffering=_CHUNK) as file:
                 out, size = DurableWriter(file, report), 0
                 for path in paths:
                     starts.append((number, str(path)))
@@ -164,16 +187,15 @@ class InputFiles:
                 out.sync()
             if paths == [STDIN] and not size:
                 if keep_if_empty:  # the same job again, without what was piped into it
+                    self.discard()
                     return
                 raise ValueError("--input -: standard input is empty; pipe requests into it")
-            self._list.unlink(missing_ok=True)
-            os.replace(temporary, self.spool)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self.made = True
+        except BaseException:
+            self.discard()
+            raise
+        self.made, self.path = True, self._new
         self.starts = starts if len(paths) > 1 else []
-        fsync_directory(self.spool.parent)
-        write_json(self._list, {"sources": sources, "size": size, "starts": self.starts})
+        self._entry = {"sources": sources, "size": size, "starts": self.starts}
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -197,6 +197,16 @@ def test_a_prompt_under_another_name_is_refused_with_ours(key, ours):
     assert f"write {ours} instead of {key}" in error({"id": 1, key: "x"})["message"]
 
 
+@pytest.mark.parametrize(
+    ("key", "url", "ours"),
+    [("promt", "/v1/completions", "prompt"), ("mesages", "/v1/chat/completions", "messages"),
+     ("Messages", None, "messages"), ("prompt_token_id", None, "prompt_token_ids")],
+)  # fmt: skip
+def test_a_misspelt_prompt_of_a_body_is_refused_with_the_name_that_is_meant(key, url, ours):
+    record = {"custom_id": "a", "body": {key: "x"}} | ({} if url is None else {"url": url})
+    assert f"body.{key} is not supported: did you mean '{ours}'?" in error(record)["message"]
+
+
 def test_of_a_line_of_many_unknown_keys_few_are_compared_with_every_name(monkeypatch):
     compared: list[str] = []
 

@@ -148,6 +148,18 @@ def test_other_requests_on_standard_input_are_another_job(output, monkeypatch):
     assert run(output, source=STDIN) == "" and set(logged(output, "begun").values()) == {1}
 
 
+def test_a_run_that_is_refused_leaves_the_requests_of_an_earlier_one(output, monkeypatch):
+    pipe(monkeypatch, TEXT)
+    run(output, source=STDIN, limit=2)
+    for refused in (LINES[0], b"[]", b"PAR1"):
+        pipe(monkeypatch, refused)
+        with pytest.raises(JobError):
+            run(output, source=STDIN)
+    pipe(monkeypatch, b"")
+    assert run(output, source=STDIN) == "" and left(output) == set()
+    assert len(attempts(output)) == len(IDS)
+
+
 def test_what_cannot_be_an_input_is_refused_before_anything_is_written(output, monkeypatch):
     pipe(monkeypatch, b"")
     empty, packed = output.with_name("empty"), output.with_name("in.gz")
