@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.weights.fit import Want, mismatches, unknown_tensors
+from engine.weights.formats.grouping import read_weights
 from engine.weights.safetensors_header import Catalog, CheckpointError, read_catalog
 from engine.weights.slot import WeightSlot
 
@@ -92,7 +93,7 @@ def compare(
     Args:
         slots: of a rank that holds the whole model; None: the model is not known.
         ignored: regular expressions of tensors that no rank needs.
-        is_quantised: whether the format as such is refused already, so that neither scales nor the
+        is_quantised: whether they are in a format that is refused, so that neither scales nor the
             dtypes of weights are problems of their own.
     """
     catalog, skip = stored.catalog, [re.compile(pattern) for pattern in ignored]
@@ -108,7 +109,14 @@ def compare(
         return
     wanted: Mapping[str, Want] = {slot.name: Want.of(slot) for slot in slots}
     known = (*ignored, _SCALES) if is_quantised else tuple(ignored)
-    stored.unused = unknown_tensors(wanted, catalog, known)
+    weights = catalog
+    if not is_quantised:  # of a format that is read, one entry per weight
+        try:
+            weights = read_weights(folder)
+        except CheckpointError as error:
+            stored.problems.append(str(error))
+            return
+    stored.unused = unknown_tensors(wanted, weights, known)
     if is_quantised:  # shapes and dtypes are the format's
         missing = [
             slot.name
@@ -119,7 +127,7 @@ def compare(
             shown = "; ".join(missing[:10]) + ("; ..." if len(missing) > 10 else "")
             stored.problems.append(f"{len(missing)} tensors are missing: {shown}")
     else:
-        stored.problems += mismatches(folder, wanted, catalog, known)
+        stored.problems += mismatches(folder, wanted, weights, known)
 
 
 def _is_stored(catalog: Catalog, name: str, aliases: Sequence[str]) -> bool:
