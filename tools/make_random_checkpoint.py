@@ -211,7 +211,7 @@ def make_checkpoint(
         # transformers starts norms at 1 and biases at 0: a loader that forgets one would go unseen.
         # state_dict, because DeepSeek-V3's correction bias is a buffer.
         for name, tensor in model.state_dict().items():
-            if tensor.dim() == 1:
+            if tensor.dim() == 1 or name.endswith("bias"):  # ERNIE's has two dimensions
                 noise = torch.randn_like(tensor) * 0.1
                 tensor.copy_(noise if name.endswith("bias") else 1 + noise)
     model.generation_config.eos_token_id = None

@@ -190,6 +190,11 @@ class FileJob:
         if self._writer is not None:
             self._writer.to_record = make_writer(self._form, tokenizer)
 
+    @property
+    def error_file(self) -> Path | None:
+        """The file next to this job's output that has its error records; None: the output has."""
+        return None if self._form is None else error_file(self.output)
+
     def errors_in(self) -> Path:
         """Return the file with the error records of the whole job; known once it is open."""
         output = self._whole_output

@@ -82,6 +82,11 @@ class PromptJob:
         on_rank_0(self._topology, f"{key}/open", check, JobError, self._reporter)
         return ""
 
+    @property
+    def error_file(self) -> Path | None:
+        """None: error records are printed, or written, with the others."""
+        return None
+
     def errors_in(self) -> Path | None:
         """Return the file with the error records, None without an output."""
         return self.output

@@ -199,6 +199,7 @@ def _run(
                 run=run,
                 capacity=config.moe.capacity,
                 shared_prefixes=job.shared_prefixes,
+                error_file=job.error_file,
             )
             if job.output is not None:
                 write_text(sibling_path(job.output, "config.yaml"), to_yaml(config))

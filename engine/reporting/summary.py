@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -74,13 +75,14 @@ class Summary:
     # user's own, which had no effect
     shared_prefixes: dict[str, Any] | None = None  # of the lines that were pending when this run
     # began: lines, prefixes, prompt_share; None where they ran in input order
+    error_file: Path | None = None  # with the error records, where the output has none
 
     def to_json(self) -> str:
         """Return everything as JSON, latencies as percentiles."""
         values: dict[str, Any] = {
             key: getattr(self, key)
             for key in self.__dataclass_fields__
-            if key not in ("run", "capacity", "retried", "shared_prefixes")
+            if key not in ("run", "capacity", "retried", "shared_prefixes", "error_file")
         }
         if self.shared_prefixes is not None:
             values["shared_prefixes"] = self.shared_prefixes
@@ -135,8 +137,9 @@ def print_summary(console: Console, summary: Summary) -> None:
     if summary.retried:
         counts.append(f"{summary.retried} run again after an error")
     if summary.errors:
-        counts.append(f"{summary.errors} with an error record")
-    console.print(", ".join(counts) + ".", highlight=False)
+        where = "" if summary.error_file is None else f" in {summary.error_file}"
+        counts.append(f"{summary.errors} with an error record{where}")
+    console.print(", ".join(counts) + ".", highlight=False, soft_wrap=True, markup=False)
     if summary.shared_prefixes is not None:
         console.print(describe_shared(summary.shared_prefixes), highlight=False, soft_wrap=True)
     if summary.user_keys:

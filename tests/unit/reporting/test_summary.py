@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -299,3 +300,10 @@ def test_the_plan_is_printed_and_written_where_there_is_one():
     assert run["plan"]["layers"] == [{"layer": 3, "promised": 0.98, "share": 0.8, "distance": 0.25}]
     assert run["ranks"][0]["expert_cost"] == {"calls": [2], "rows": [64.0], "seconds": [0.001]}
     assert "expert_cost" not in run["ranks"][1]
+
+
+def test_the_file_with_the_error_records_is_named_where_it_is_another():
+    out = console()
+    print_summary(out, summary(None, error_file=Path("out.errors.jsonl")))
+    assert "1 with an error record in out.errors.jsonl." in printed(out)
+    assert "error_file" not in summary(None, error_file=Path("x")).to_json()
