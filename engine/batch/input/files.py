@@ -14,7 +14,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -134,7 +134,8 @@ class InputFiles:
 
     def discard(self) -> None:
         """Remove what this run has written: it is refused, and an earlier one's is still needed."""
-        self._new.unlink(missing_ok=True)
+        with suppress(OSError):  # the reason why it is refused counts
+            self._new.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the spool of a job that is complete."""
