@@ -326,7 +326,7 @@ def root_cause(stderr: str) -> str:
     ("arguments", "quoted"),
     [
         (["--set", "moe.capacity.factr=2"], "error: moe.capacity.factr = 2: unknown key"),
-        (["--bogus"], "error: unrecognized arguments: --bogus"),
+        pytest.param(["--bogus"], "error: unrecognized arguments: --bogus", marks=pytest.mark.long),
         (
             ["--input", "in.jsonl", "--output", "/no/such.out"],
             "error: --output /no/such.out: the directory /no does not exist",

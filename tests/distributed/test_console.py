@@ -76,6 +76,11 @@ def start(
             os.close(fd)
 
 
+# Every stream in `make test-long`.
+FIRST, *MORE = STREAMS
+OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in MORE]
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_job_ends_as_usual_when_nothing_can_be_printed(job, undisturbed, tmp_path, name):
     output = tmp_path / "out.jsonl"
@@ -85,7 +90,7 @@ def test_a_job_ends_as_usual_when_nothing_can_be_printed(job, undisturbed, tmp_p
     assert not output.with_name("out.jsonl.parts").exists()
 
 
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("name", [FIRST, *OTHERS])
 def test_progress_that_cannot_be_printed_leaves_the_summary(job, tmp_path, name):
     done = start(command(job, tmp_path / "out.jsonl"), stderr=STREAMS[name]())
     assert done.returncode == 0

@@ -358,7 +358,12 @@ def under_torchrun(folder: Path, output: Path, fault: str, victim: int) -> str:
     ("fault", "rank", "quoted"),
     [
         ("kill", "1", r"Signal 9 \(SIGKILL\) received by PID \d+"),
-        ("raise", "1", "Traceback .*ArithmeticError: the experts summed to 7 and a half"),
+        pytest.param(
+            "raise",
+            "1",
+            "Traceback .*ArithmeticError: the experts summed to 7 and a half",
+            marks=pytest.mark.long,
+        ),
         (
             "hang",
             r"\d",

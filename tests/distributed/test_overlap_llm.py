@@ -70,7 +70,14 @@ TOKENS = {"overlap": {"chunks": 3, "by": "tokens"}}
 SETTINGS = [PLAIN, {}, AUTO, TOKENS, {**PLAIN, **DROP}, {**AUTO, **DROP}, {**TOKENS, **DROP}]
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"tensor": 2}), (4, {"expert": 2})])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, {}),
+        (4, {"tensor": 2}),
+        pytest.param(4, {"expert": 2}, marks=pytest.mark.long),
+    ],
+)
 def test_completions_do_not_depend_on_layout_or_payload(checkpoint, world, parallel):
     results = run_ranks(generate, world, checkpoint, SETTINGS, parallel, timeout=240)
     plain, dropping = results[0][0]["done"], results[0][4]["done"]

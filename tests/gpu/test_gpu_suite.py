@@ -120,6 +120,7 @@ def test_a_stopped_part_keeps_its_checks_fails_and_is_run_again(
     assert gpu_suite.main(argv) == 0
 
 
+@pytest.mark.long
 def test_a_part_that_exceeds_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """Stopped while it makes its first model, whatever has started by then."""
     settings = Settings(device=CPU, families=("mixtral",), is_tiny=True)
@@ -236,7 +237,7 @@ def test_the_pipeline_gives_the_same_in_any_number_of_chunks() -> None:
     assert sum(check.passed is True for check in checks) == 6  # two backends, 1 to 3 chunks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_engine_checks_pass_on_the_cpu() -> None:
     settings = Settings(device=CPU, families=("mixtral",), is_tiny=True)
     checks = list(PARTS["engine"].run(settings))

@@ -128,7 +128,7 @@ def test_every_bundled_task_has_its_questions():
 
 
 @needs_lm_eval
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_on_two_ranks_ends_in_one_table_and_one_json_line(tmp_path):
     result = evaluate_on_2_ranks(
         "--tasks=lockstep_recall,lockstep_recall_choice",

@@ -159,7 +159,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
     [
         ("lockstep",),
         ("python", "-m", "lockstep"),
-        ("python", *TORCHRUN, "-m", "lockstep"),
+        pytest.param(("python", *TORCHRUN, "-m", "lockstep"), marks=pytest.mark.long),
         ("python", *TORCHRUN, "--no-python", "lockstep"),
     ],
     ids=["script", "module", "torchrun -m", "torchrun --no-python"],

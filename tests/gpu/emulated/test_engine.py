@@ -164,7 +164,29 @@ def on_both_devices(guard: Path, checkpoint: Callable[[str], Path]):
     return run
 
 
-@pytest.mark.parametrize("name", JOBS)
+# What combines two features that other jobs have alone runs in `make test-long`.
+LONG = {
+    "copies chunks",
+    "copies chunks by tokens",
+    "copies dedup",
+    "copies two_batch",
+    "deepseek-v2 tensor",
+    "expanded_drop copies",
+    "expanded_drop radix",
+    "bfloat16 int8 copies",
+    "olmoe chunks by tokens",
+    "quota",
+    "shared prefixes capacity",
+    "shared prefixes latent",
+    "shared prefixes two_batch",
+    "token_drop scope expert int4 copies",
+}
+assert LONG <= JOBS.keys()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in JOBS]
+)
 def test_completions_equal_the_cpus_to_the_bit(name: str, on_both_devices) -> None:
     job = JOBS[name]
     results, settings = on_both_devices(job), job.settings.get("moe", {})

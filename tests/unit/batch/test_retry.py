@@ -243,7 +243,7 @@ def test_a_job_that_begins_with_the_flag_does_not_run_its_own_errors_again(outpu
 
 
 @pytest.mark.parametrize("with_flag", [True, False])
-@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize("unfinished", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_retry_that_is_killed_anywhere_is_completed_by_the_next_run(
     output, with_flag, unfinished
 ):

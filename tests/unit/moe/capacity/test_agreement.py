@@ -84,7 +84,7 @@ def test_capacity_shared_out_by_speed_is_the_references(case):
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=1000)
+@settings(MANY, max_examples=250)
 @given(cases(consensus="global"))
 def test_gather_and_radix_find_identical_sets(case):
     tokens = make_tokens(case)
