@@ -64,7 +64,14 @@ def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> C
         ranks=ranks,
         threads=threads,
         # Room for every sequence of the largest job; by default the cache would take what is free.
-        load={"settings": ["scheduler.kv_cache_gib=0.25", *settings]},
+        # As many sequences at once as vLLM runs by default.
+        load={
+            "settings": [
+                "scheduler.kv_cache_gib=0.5",
+                "scheduler.max_sequences=256",
+                *settings,
+            ]
+        },
         needs_engine=True,
     )
 
