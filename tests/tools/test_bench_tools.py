@@ -156,7 +156,7 @@ def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repos
     found = {c.name: c for c in generation_candidates({}, 2, ["a.b=c"], None)}
     two = found["lockstep-2-ranks"]
     assert "torch.distributed.run" in two.command("s") and two.threads == 1
-    assert "scheduler.kv_cache_gib=0.25" in two.load["settings"]
+    assert "scheduler.kv_cache_gib=0.5" in two.load["settings"]
     assert "a.b=c" in two.load["settings"]
     paths = {name: c.environment()["PYTHONPATH"].split(":") for name, c in found.items()}
     assert str(REPOSITORY) in paths["lockstep-1-rank"]
