@@ -150,7 +150,7 @@ def _merge(
         sources = [error_file(path) for path in shards if recorded_error_size(path)]
         size_of_errors = sum(path.stat().st_size for path in sources)
         ledger.error_file = errors
-        if sources:  # before the output, which alone tells whether the job is complete
+        if sources:  # before the output, whose presence means that the job is complete
             ledger.error_crc32 = _copy(sources, errors, report)
             _check_size(errors, size_of_errors)
         else:

@@ -123,7 +123,7 @@ class BlockPool:
             self._hash_of[block] = content_hash
 
     def withdraw(self, block_ids: list[int]) -> None:
-        """Let nobody else find the content of these blocks; those who use them are unaffected."""
+        """Drop the content hashes of these blocks; sequences that use them are unaffected."""
         for block in block_ids:
             if (content_hash := self._hash_of.pop(block, None)) is not None:
                 del self._block_of[content_hash]

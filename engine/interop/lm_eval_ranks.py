@@ -193,14 +193,14 @@ class EvaluationRanks:
                 time.sleep(pause_s)
                 pause_s = min(1.2 * pause_s, _LAST_POLL_S)
             self._num_calls += 1
-            told = json.loads(store.get(key))
-            if told["call"] == "end":
+            message = json.loads(store.get(key))
+            if message["call"] == "end":
                 store.add(f"{self._key}/ended", 1)
-                if told["error"] is not None:
-                    raise (RankError if told["is_users"] else DriverFailed)(told["error"])
+                if message["error"] is not None:
+                    raise (RankError if message["is_users"] else DriverFailed)(message["error"])
                 return
             given = broadcast_object(None, self._topology.host_world)
-            if told["call"] == "use":
+            if message["call"] == "use":
                 self._use(given)
             else:
                 self._run(given)

@@ -200,7 +200,7 @@ class InputFiles:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Return what tells whether a file is the same as before."""
+    """Return path, size and time of a file, by which an unchanged one is recognised."""
     if path == STDIN:
         return {"path": "-"}
     stat = path.stat()

@@ -73,7 +73,7 @@ def counts_beside(output: Path) -> set[int]:
 
 
 def _shard_files(output: Path) -> list[tuple[Path, re.Match[str]]]:
-    """Return the files of shards; a copy of the input tells nothing about what has been done."""
+    """Return the files of shards, without copies of the input, which hold no results."""
     found = files_like(SHARD_SUFFIX, output)
     return [(path, match) for path, match in found if not match[3].startswith(".input.json")]
 

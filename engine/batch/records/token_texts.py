@@ -1,4 +1,4 @@
-"""How single tokens are written beside their log probabilities: text, bytes, JSON, looked up once.
+"""Token texts: what is written of a token next to its log probability: text, bytes, JSON; cached.
 
 A token's text depends on its neighbours, and a token may be a part of a character. So a token has
 the bytes that it adds behind an ordinary word; their text where they are whole characters, else
