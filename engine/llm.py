@@ -289,7 +289,8 @@ class LLM:
         placement = self.model.placement
         if placement is None or not placement.num_copies:
             return None
-        return CopiesUse(self.config.moe.copies.phases, placement.precision != "model")
+        low_bit = any(each.experts.copy_layouts is not None for each in self.model.moe_layers)
+        return CopiesUse(self.config.moe.copies.phases, low_bit)
 
     def set_capacity(self, capacity: CapacityConfig) -> None:
         """Change moe.capacity between runs; every rank must pass the same settings.

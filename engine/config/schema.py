@@ -34,10 +34,10 @@ class ModelConfig:
     # null: the one in path
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and activations;
     # auto: float32 on the CPU, the checkpoint's own on CUDA
-    quantization: Literal["auto", "keep", "dequantize", "int8", "int4", "fp8"] = "auto"  # of a
-    # quantised checkpoint's weights; dequantize: read them into dtype; keep: compute on them as
-    # stored; auto: keep where the experts' backend can (today none can), else dequantize; int8,
-    # int4 and fp8 are refused until a backend computes on requantised experts
+    quantization: Literal["auto", "keep", "dequantize", "int8", "int4", "fp8"] = "auto"  # how
+    # weights are held; dequantize: in dtype; int8, int4: experts as integers, rounded anew, the
+    # rest in dtype; keep: experts as the integers that the checkpoint has; auto: keep where
+    # compiled kernels compute on them (the CPU, in float32), else dequantize; fp8: refused so far
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
     # dummy: seeded random numbers
     max_model_len: int | None = field(default=None, metadata=COUNT)  # prompt and new tokens

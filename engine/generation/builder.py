@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.generation.block_pool import BlockPool
 from engine.generation.memory import MoEShape, num_kv_blocks, row_bound
+from engine.generation.quantization import resolve_quantization
 from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
@@ -32,7 +34,6 @@ from engine.models.warm_up import warm_up
 from engine.moe.placement.placement import Placement
 from engine.weights import loader
 from engine.weights.formats.grouping import read_weights
-from engine.weights.formats.scheme import resolve_quantization, scheme_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where profiler.every is auto: a stamp on CUDA takes the host some microseconds.
@@ -70,25 +71,18 @@ def build(
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
-    quantization = model_quantization(config)
-    dtype = model_dtype(config.model.dtype, hf_config, topology.device)
-    config, topology = measured_at_start(config, read_spec(hf_config), topology, dtype)
-    model = build_model(hf_config, config, topology, topology.device, dtype, placement)
-    model.quantization = quantization
+    dtype, spec = model_dtype(config.model.dtype, hf_config, topology.device), read_spec(hf_config)
+    held = resolve_quantization(config, spec, topology.device, dtype)
+    if held.layouts and config.moe.experts.backend == "auto":  # nothing to measure
+        experts = replace(config.moe.experts, backend="torch")
+        config = replace(config, moe=replace(config.moe, experts=experts))
+    config, topology = measured_at_start(config, spec, topology, dtype)
+    device, layouts = topology.device, held.layouts
+    model = build_model(hf_config, config, topology, device, dtype, placement, layouts)
+    model.quantization = held.name
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
     return model
-
-
-def model_quantization(config: Config) -> str:
-    """Return how the weights are held, by model.quantization and the checkpoint's config.json.
-
-    Raises:
-        ValueError: when the setting asks for what no backend computes.
-    """
-    model = config.model
-    scheme = None if model.load_format == "dummy" else scheme_of(Path(model.path))
-    return resolve_quantization(model.quantization, scheme)
 
 
 def checkpoint_names(config: Config) -> frozenset[str]:

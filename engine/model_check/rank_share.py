@@ -149,7 +149,7 @@ def part_bytes(model: CausalLM, names: Collection[str]) -> dict[str, int]:
     parts: Counter[str] = Counter()
     for slot in model.weight_slots(names):
         if slot.tied_to is None:
-            parts[part_of(slot.name)] += slot.target.numel() * slot.target.element_size()
+            parts[part_of(slot.name)] += slot.num_bytes
     return dict(parts)
 
 

@@ -14,7 +14,7 @@ model dim, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,7 @@ from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
 from engine.moe.dispatch.two_batch import Steps, interleave, run_to_end
 from engine.moe.layer import MoELayer
+from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Placement
 from engine.moe.step import MoEStep
 from engine.ops.linear import linear
@@ -68,6 +69,7 @@ class CausalLM(nn.Module):
     Parameters are uninitialised until the `weight_slots` are filled.
 
     placement: of the experts; None: contiguous homes.
+    layouts: by layer, how experts are held as integers; those of other layers are in `dtype`.
 
     Raises:
         ValueError: when the ranks do not fit the model's heads or experts.
@@ -84,11 +86,12 @@ class CausalLM(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         placement: Placement | None = None,
+        layouts: Mapping[int, ExpertLayouts] | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.dtype = spec, dtype
         self.placement = placement
-        self.quantization = "none"  # how a quantised checkpoint's weights are held, for reports
+        self.quantization = "none"  # how weights are held (model.quantization), for reports
         self.max_model_len = max_model_len  # positions it can run
         self.vocab_size, self.num_layers = spec.vocab_size, len(spec.layers)
         self.telemetry, self.rotary = Telemetry(), rotary
@@ -111,6 +114,7 @@ class CausalLM(nn.Module):
                 row_buffers=self.row_buffers,
                 tuner=tuner,
                 placement=placement,
+                layouts=(layouts or {}).get(i),
             )
             for i, layer in enumerate(spec.layers)
         ]

@@ -15,6 +15,7 @@ from engine.models.spec import DenseSpec, LayerSpec
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
 from engine.moe.layer import MoELayer
+from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Placement
 
 
@@ -33,6 +34,7 @@ class DecoderLayer(nn.Module):
         row_buffers: RowBuffers,
         tuner: ChunkTuner,
         placement: Placement | None = None,
+        layouts: ExpertLayouts | None = None,
     ) -> None:
         super().__init__()
         hidden = spec.attention.hidden
@@ -62,4 +64,5 @@ class DecoderLayer(nn.Module):
             placement=None if placement is None else placement.layer(layer),
             precision="model" if placement is None else placement.precision,
             speeds_W=None if placement is None else placement.speeds_W,
+            layouts=layouts,
         )

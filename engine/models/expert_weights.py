@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from engine.layers.mlp import DenseMLP
-from engine.models.spec import MoENames
-from engine.moe.experts import ExpertWeights
+from engine.models.spec import ModelSpec, MoENames, SparseSpec
 from engine.moe.layer import MoELayer
+from engine.moe.low_bit_experts import Matrix
 from engine.weights.slot import WeightSlot
 
 
@@ -48,42 +48,66 @@ def moe_slots(
         )
 
 
+def expert_names(spec: ModelSpec) -> dict[int, tuple[list[str], list[str]]]:
+    """Return layer -> names of its experts' gate and up weights and of their down weights, in a
+    checkpoint with one matrix per expert and projection.
+    """
+    names, found = spec.names, {}
+    for index, layer in enumerate(spec.layers):
+        if isinstance(layer.mlp, SparseSpec):
+            experts = range(layer.mlp.moe.router.num_experts)
+            prefix = f"model.layers.{index}.{names.block}.experts"
+            found[index] = (
+                [f"{prefix}.{e}.{each}.weight" for e in experts for each in (names.w1, names.w3)],
+                [f"{prefix}.{e}.{names.w2}.weight" for e in experts],
+            )
+    return found
+
+
 def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
-    """Yield three slots per instance; gate and up are views into one stacked tensor."""
+    """Yield three slots per instance; gate and up are rows of one stacked tensor."""
     hidden, ffn = moe.spec.hidden, moe.spec.ffn
+    matrices: tuple[tuple[str, Matrix, int, tuple[int, int]], ...] = (
+        (names.w1, "w13", 0, (ffn, hidden)),
+        (names.w3, "w13", ffn, (ffn, hidden)),
+        (names.w2, "w2", 0, (hidden, ffn)),
+    )
     for local, expert in enumerate(moe.local_experts):
-        name = f"{prefix}.{expert}"
-        w13_2FD, w2_DF = moe.experts.weights_of(local)
-        yield WeightSlot(f"{name}.{names.w1}.weight", w13_2FD[:ffn], (ffn, hidden))
-        yield WeightSlot(f"{name}.{names.w3}.weight", w13_2FD[ffn:], (ffn, hidden))
-        yield WeightSlot(f"{name}.{names.w2}.weight", w2_DF, (hidden, ffn))
+        for name, matrix, first, shape in matrices:
+            target, sink = moe.experts.target(local, matrix, first, shape[0])
+            yield WeightSlot(f"{prefix}.{expert}.{name}.weight", target, shape, sink=sink)
 
 
 def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     """Yield two slots per run of instances, each a range of a tensor that stacks all experts."""
     num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
-    for weights, start, run in _runs(moe):
+    matrices: tuple[tuple[str, Matrix, tuple[int, int]], ...] = (
+        ("gate_up_proj", "w13", (2 * ffn, hidden)),
+        ("down_proj", "w2", (hidden, ffn)),
+    )
+    for start, run in _runs(moe):
         mine, own = slice(run[0], run[-1] + 1), slice(start, start + len(run))
-        for name, target, rows, columns in (
-            ("gate_up_proj", weights.w13_e2FD, 2 * ffn, hidden),
-            ("down_proj", weights.w2_eDF, hidden, ffn),
-        ):
-            full_shape = (num_experts, rows, columns)
-            yield WeightSlot(f"{prefix}.{name}", target[own], full_shape, (mine,))
+        for name, matrix, shape in matrices:
+            stacked = moe.experts.stacked
+            target = (stacked.w13_e2FD if matrix == "w13" else stacked.w2_eDF)[own]
+            sink = None
+            if moe.experts.low_bit_of(start) is not None:
+                target, sink = moe.experts.target(start, matrix, 0, shape[0])
+                target = target[None]
+            yield WeightSlot(f"{prefix}.{name}", target, (num_experts, *shape), (mine,), sink=sink)
 
 
-def _runs(moe: MoELayer) -> Iterator[tuple[ExpertWeights, int, list[int]]]:
-    """Yield the runs of consecutive experts among this rank's instances: the weights that they are
-    stacked in, where the run begins there, and its experts.
+def _runs(moe: MoELayer) -> Iterator[tuple[int, list[int]]]:
+    """Yield the runs of consecutive experts among this rank's instances: the first instance, and
+    the experts. Those that are held as integers are runs of their own.
     """
-    experts = moe.experts
-    for weights, held in (
-        (experts.stacked, moe.local_experts[: experts.num_stacked]),
-        (experts.loading, moe.local_experts[experts.num_stacked :]),
-    ):
-        start = 0
-        for end in range(1, len(held) + 1):
-            if end == len(held) or held[end] != held[end - 1] + 1:
-                assert weights is not None
-                yield weights, start, held[start:end]
-                start = end
+    held, start = moe.local_experts, 0
+    for end in range(1, len(held) + 1):
+        if (
+            end == len(held)
+            or held[end] != held[end - 1] + 1
+            or moe.experts.low_bit_of(end) is not None
+            or moe.experts.low_bit_of(start) is not None
+        ):
+            yield start, held[start:end]
+            start = end

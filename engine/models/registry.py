@@ -34,6 +34,7 @@ from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
+from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Placement
 from engine.weights.formats.grouping import example_of
 from engine.weights.formats.scheme import UnsupportedScheme
@@ -155,10 +156,12 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     placement: Placement | None = None,
+    layouts: Mapping[int, ExpertLayouts] | None = None,
 ) -> CausalLM:
     """Build this rank's share of the model, its weights uninitialised.
 
     placement: of the experts (`resolve_placement`); None: contiguous homes.
+    layouts: by layer, how experts are held as integers.
 
     Raises:
         ValueError: the same on every rank, before any collective.
@@ -179,4 +182,5 @@ def build_model(
         device=device,
         dtype=dtype,
         placement=placement,
+        layouts=layouts,
     )

@@ -1,8 +1,8 @@
 """Copy weights: an expert's weights as the bytes that its copies hold, to move them between ranks.
 
-Copies in the model's precision hold what homes hold, in the layout that the backend uses: the bytes
-of the home are those of the copy. Low-bit copies hold quantised weights, which the home's rank
-makes from its own.
+Copies that are as precise as homes hold what these hold, in the layout that the backend uses: the
+bytes of the home are those of the copy. Copies of fewer bits hold quantised weights, which the
+home's rank makes from what it holds.
 
 Legend: D model dim, F expert hidden dim.
 """
@@ -16,6 +16,7 @@ import torch
 from engine.moe.local_experts import LocalExperts
 from engine.ops.panels import from_panels
 from engine.ops.quantised import quantise
+from engine.ops.quantised_rows import parts_of
 
 
 def read_home(experts: LocalExperts, local: int) -> list[torch.Tensor]:
@@ -25,14 +26,19 @@ def read_home(experts: LocalExperts, local: int) -> list[torch.Tensor]:
         experts: of this rank and layer.
         local: the home's place among its instances.
     """
-    stacked = experts.stacked
-    if experts.bits is None:
-        return [_bytes(weight[local]) for weight in (stacked.w13_e2FD, stacked.w2_eDF)]
+    layouts, held = experts.copy_layouts, experts.low_bit_of(local)
+    if layouts is None:
+        return _parts(experts, local)
+    if held is not None:
+        values = held[0].values(held[1])
+    else:
+        stacked = experts.stacked
+        values = from_panels(stacked.w13_e2FD, local, 2), from_panels(stacked.w2_eDF, local)
     made = [
-        quantise(from_panels(weight, local, parts)[None], experts.bits, experts.group)
-        for weight, parts in ((stacked.w13_e2FD, 2), (stacked.w2_eDF, 1))
+        quantise(weights[None], layout.bits, layout.group)
+        for weights, layout in zip(values, (layouts.w13, layouts.w2), strict=True)
     ]
-    return [_bytes(each) for one in made for each in (one.packed_ePCN, one.scale_ePGN)]
+    return [_bytes(part) for each in made for part in parts_of(each, 0)]
 
 
 def copy_parts(experts: LocalExperts, place: int) -> list[torch.Tensor]:
@@ -42,13 +48,14 @@ def copy_parts(experts: LocalExperts, place: int) -> list[torch.Tensor]:
         experts: of this rank and layer.
         place: of the copy among this rank's copies.
     """
-    if experts.bits is None:
-        local, stacked = experts.num_homes + place, experts.stacked
-        return [_bytes(weight[local]) for weight in (stacked.w13_e2FD, stacked.w2_eDF)]
-    assert experts.low_bit is not None, "copies are quantised once loaded"
-    return [
-        _bytes(each[place]) for one in experts.low_bit for each in (one.packed_ePCN, one.scale_ePGN)
-    ]
+    return _parts(experts, experts.num_homes + place)
+
+
+def _parts(experts: LocalExperts, local: int) -> list[torch.Tensor]:
+    held = experts.low_bit_of(local)
+    if held is not None:
+        return [_bytes(part) for part in held[0].parts(held[1])]
+    return [_bytes(weights) for weights in experts.weights_of(local)]
 
 
 def num_bytes(parts: Sequence[torch.Tensor]) -> int:

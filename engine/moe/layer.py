@@ -53,6 +53,7 @@ from engine.moe.dispatch.shared_rows import SharedWork, shared_rows
 from engine.moe.dispatch.two_batch import Steps, run_to_end
 from engine.moe.layer_agreement import LayerAgreement
 from engine.moe.local_experts import LocalExperts
+from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.placement.row_split import SplitRule
@@ -91,6 +92,7 @@ class MoELayer(nn.Module):
         placement: of the layer's experts; None: contiguous homes.
         precision: of the copies.
         speeds_W: relative speed of each rank, by which rows are split over copies; None: equal.
+        layouts: how the experts are held as integers; None: in `dtype`.
 
     Weights are allocated uninitialised.
 
@@ -121,6 +123,7 @@ class MoELayer(nn.Module):
         placement: LayerPlacement | None = None,
         precision: Precision = "model",
         speeds_W: tuple[int, ...] | None = None,
+        layouts: ExpertLayouts | None = None,
     ) -> None:
         super().__init__()
         num_experts, group = spec.router.num_experts, topology.expert
@@ -165,9 +168,14 @@ class MoELayer(nn.Module):
             precision,
             hidden=spec.hidden,
             ffn=spec.ffn,
-            backend=choose_backend(config.experts.backend, device, dtype, widths),
+            backend=(
+                choose_backend(config.experts.backend, device, dtype, widths)
+                if layouts is None
+                else "torch"
+            ),
             device=device,
             dtype=dtype,
+            layouts=layouts,
         )
         self.shared = shared
         self._pipelines = [  # one per micro-batch
@@ -179,7 +187,9 @@ class MoELayer(nn.Module):
             spec.router,
             layer=layer,
             instances=instances,
-            rule=SplitRule(precision != "model", copies.target, copies.min_rows, speeds_W),
+            rule=SplitRule(
+                self.experts.copy_layouts is not None, copies.target, copies.min_rows, speeds_W
+            ),
             policy=self.layout_policy,
             collectives=self._collectives,
             rank=group.rank,

@@ -1,8 +1,9 @@
 """Local experts: the weights of a rank's instances, homes and copies, and what runs them.
 
-Homes, and copies in the model's precision, are stacked in one set of weights that one backend runs.
-Low-bit copies are loaded in the model's precision and quantised once loaded; a second product runs
-them, on the rows behind those of the homes.
+Homes, and copies that are as precise, are stacked in one set of weights that one backend runs.
+Copies of fewer bits are stacked apart; a second product runs them, on the rows behind those of the
+homes. Experts that are held as integers (`low_bit_experts.py`) are quantised while they are loaded,
+and a copy is made from what its home holds, so that it does not matter when.
 
 Legend: R rows, D model dim, F expert hidden dim, e instances on this rank, h homes, c copies.
 """
@@ -13,14 +14,10 @@ import torch
 from torch import nn
 
 from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
+from engine.moe.low_bit_experts import ExpertLayouts, LowBitExperts, Matrix
 from engine.moe.placement.placement import COPY_GROUP, Precision
 from engine.ops.permute import gather_rows
-from engine.ops.quantised import (
-    QuantisedWeights,
-    grouped_ffn_quantised,
-    num_bytes,
-    quantise,
-)
+from engine.weights.row_sink import RowSink, fill_sink
 
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 
@@ -31,17 +28,17 @@ class LocalExperts(nn.Module):
     Args:
         num_homes: h.
         num_copies: c.
-        precision: of the copies.
+        precision: of the copies; never more than that of the homes.
         hidden, ffn: D and F.
-        backend: the resolved name, never `auto`.
+        backend: the resolved name, never `auto`; of experts in the model's precision.
         device, dtype: of the weights.
+        layouts: how homes are held as integers; None: in `dtype`.
 
     Weights are allocated uninitialised.
     """
 
     takes_some_rows: bool = False
-    stacked: ExpertWeights  # of the homes, and of copies in the model's precision
-    loading: ExpertWeights | None  # of low-bit copies, until they are quantised
+    stacked: ExpertWeights  # of instances in the model's precision; there may be none
 
     def __init__(
         self,
@@ -54,57 +51,96 @@ class LocalExperts(nn.Module):
         backend: str,
         device: torch.device,
         dtype: torch.dtype,
+        layouts: ExpertLayouts | None = None,
     ) -> None:
         super().__init__()
-        self.bits = _BITS.get(precision)  # of low-bit copies, on this rank or others
-        self.group = COPY_GROUP
+        # How copies are held, on this rank or others, where that is not how homes are.
+        self.copy_layouts = _copy_layouts(precision, layouts)
         self.num_homes, self.num_copies = num_homes, num_copies
-        self._shape = hidden, ffn
-        self.num_stacked = num_homes + (num_copies if self.bits is None else 0)
-        self.stacked = ExpertWeights(self.num_stacked, hidden, ffn, device, dtype)
-        self.loading = None
-        if self.bits is not None and num_copies:
-            self.loading = ExpertWeights(num_copies, hidden, ffn, device, dtype)
-        self.low_bit: tuple[QuantisedWeights, QuantisedWeights] | None = None
-        self._run: ExpertsBackend = make_backend(backend, self.stacked)
+        self._shape, self._dtype = (hidden, ffn), dtype
+        self.num_stacked = num_homes + (num_copies if self.copy_layouts is None else 0)
+        num_plain = self.num_stacked if layouts is None else 0
+        self.stacked = ExpertWeights(num_plain, hidden, ffn, device, dtype)
+        self.low_bit: LowBitExperts | None = None  # homes, and copies that are as precise
+        if layouts is not None:
+            self.low_bit = LowBitExperts(self.num_stacked, hidden, ffn, layouts, device, dtype)
+        self.low_bit_copies: LowBitExperts | None = None
+        if self.copy_layouts is not None:
+            # Of integers that are kept the values are what the home holds.
+            is_made = layouts is not None and not layouts.kept
+            self.low_bit_copies = LowBitExperts(
+                num_copies,
+                hidden,
+                ffn,
+                self.copy_layouts,
+                device,
+                torch.float32 if layouts is not None and layouts.kept else dtype,
+                layouts if is_made else None,
+            )
+        self._run: ExpertsBackend = self.low_bit or make_backend(backend, self.stacked)
         self.name = self._run.name  # the backend in use
 
     @property
     def copy_bytes(self) -> int:
         """Bytes of the copies' weights."""
-        if self.low_bit is not None:
-            return sum(each.num_bytes for each in self.low_bit)
-        weights = (self.stacked.w13_e2FD, self.stacked.w2_eDF)
-        each = sum(weight[0].numel() * weight.element_size() for weight in weights)
-        return each * (self.num_stacked - self.num_homes)
+        return self.copy_size * self.num_copies
 
     @property
     def copy_size(self) -> int:
         """Bytes of one copy's weights, of this precision, wherever it is."""
         hidden, ffn = self._shape
-        if self.bits is None:
-            return 3 * hidden * ffn * self.stacked.w13_e2FD.element_size()
-        return num_bytes(1, 2 * ffn, hidden, self.bits, self.group) + num_bytes(
-            1, hidden, ffn, self.bits, self.group
-        )
+        held = self.low_bit_copies or self.low_bit
+        if held is not None:
+            return held.bytes_per_expert
+        return 3 * hidden * ffn * self.stacked.w13_e2FD.element_size()
+
+    def low_bit_of(self, local: int) -> tuple[LowBitExperts, int] | None:
+        """Return the stack of integers that holds an instance and its place there; None where it is
+        in the model's precision.
+        """
+        if local < self.num_stacked:
+            return None if self.low_bit is None else (self.low_bit, local)
+        assert self.low_bit_copies is not None
+        return self.low_bit_copies, local - self.num_stacked
 
     def weights_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights to load of an instance: w13 [2F, D] and w2 [D, F], as views."""
-        weights, index = self.stacked, local
-        if local >= self.num_stacked:
-            assert self.loading is not None, "low-bit copies are quantised"
-            weights, index = self.loading, local - self.num_stacked
-        return weights.w13_e2FD[index], weights.w2_eDF[index]
+        """Return the weights of an instance in the model's precision: w13 [2F, D] and w2 [D, F], as
+        views.
+        """
+        assert self.low_bit_of(local) is None, "held as integers"
+        return self.stacked.w13_e2FD[local], self.stacked.w2_eDF[local]
+
+    def target(
+        self, local: int, matrix: Matrix, first: int, count: int
+    ) -> tuple[torch.Tensor, RowSink | None]:
+        """Return the target and the sink, if any, of a `WeightSlot` for some rows of an instance.
+
+        Args:
+            local: the instance.
+            matrix: w13 [2F, D] or w2 [D, F].
+            first, count: its rows.
+        """
+        held = self.low_bit_of(local)
+        if held is None:
+            weights = self.weights_of(local)[matrix == "w2"]
+            return weights[first : first + count], None
+        experts, place = held
+        sink = experts.rows(matrix, place, first, count)
+        return torch.empty(sink.shape, dtype=experts.dtype, device="meta"), sink
+
+    def set_weights(self, local: int, w13_2FD: torch.Tensor, w2_DF: torch.Tensor) -> None:
+        """Copy weights of any float dtype to an instance, before `finalize_weights`."""
+        matrices: tuple[tuple[Matrix, torch.Tensor], ...] = (("w13", w13_2FD), ("w2", w2_DF))
+        for matrix, weights in matrices:
+            target, sink = self.target(local, matrix, 0, len(weights))
+            if sink is None:
+                target.copy_(weights)
+            else:
+                fill_sink(sink, target, lambda view, weights=weights: view.copy_(weights))
 
     def finalize_weights(self) -> None:
-        """Change the loaded weights to the backend's layout in place, and quantise copies."""
+        """Change the loaded weights to the backend's layout, in place."""
         self._run.finalize_weights()
-        if self.loading is not None and self.bits is not None:
-            self.low_bit = (
-                quantise(self.loading.w13_e2FD, self.bits, COPY_GROUP),
-                quantise(self.loading.w2_eDF, self.bits, COPY_GROUP),
-            )
-            self.loading = None
 
     def forward(
         self,
@@ -136,7 +172,7 @@ class LocalExperts(nn.Module):
         counts_c: list[int],
         out_RD: torch.Tensor,
     ) -> torch.Tensor:
-        """Run homes and low-bit copies on grouped rows; return out_RD."""
+        """Run homes and copies of fewer bits on grouped rows; return out_RD."""
         split = sum(counts_h)
         target_RD = out_RD[:split]
         made_RD = self._run(rows_RD[:split], counts_h, target_RD)
@@ -152,8 +188,16 @@ class LocalExperts(nn.Module):
         out_RD: torch.Tensor | None = None,
         index_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run low-bit copies; the same arguments as those of `ExpertsBackend.__call__`."""
-        assert self.low_bit is not None, "finalize_weights quantises the copies"
-        return grouped_ffn_quantised(rows_RD, *self.low_bit, counts_c, out_RD, index_R)
+        """Run copies of fewer bits; the same arguments as those of `ExpertsBackend.__call__`."""
+        assert self.low_bit_copies is not None
+        return self.low_bit_copies(rows_RD, counts_c, out_RD, index_R)
 
     __call__ = forward  # pyright: ignore[reportAssignmentType]
+
+
+def _copy_layouts(precision: Precision, homes: ExpertLayouts | None) -> ExpertLayouts | None:
+    """Return how copies are held where that is not how homes are."""
+    bits = _BITS.get(precision)
+    if bits is None or (homes is not None and homes.bits <= bits):
+        return None
+    return ExpertLayouts.of_bits(bits, COPY_GROUP)

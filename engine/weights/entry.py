@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -72,5 +72,43 @@ class StoredWeight(Protocol):
             fetch: reads from the files.
 
         Pieces together cover the block. Those of rows begin at an even distance from its first row.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerRows:
+    """Some rows of a matrix of integers: a weight is (q - zero) * scale."""
+
+    first: int  # row of the matrix
+    q_OI: torch.Tensor  # from 0 to 2^bits - 1
+    scale_OG: torch.Tensor  # float32, of each group of consecutive inputs
+    zero_OG: torch.Tensor | None  # of each group; None: 2^(bits - 1) everywhere
+
+
+@runtime_checkable
+class IntegerWeight(StoredWeight, Protocol):
+    """A weight that is a matrix of integers in groups, and may be held as these."""
+
+    @property
+    def bits(self) -> int:
+        """Return the bits of an integer."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Return how many inputs share a scale."""
+        ...
+
+    @property
+    def has_zero(self) -> bool:
+        """Return whether groups have zero points of their own."""
+        ...
+
+    def integers(self, fetch: Fetch) -> Iterator[IntegerRows]:
+        """Yield all rows, piece by piece.
+
+        Raises:
+            CheckpointError: groups that are not consecutive inputs.
         """
         ...

@@ -37,6 +37,7 @@ from engine.weights.fit import (
 )
 from engine.weights.formats.grouping import read_weights
 from engine.weights.reader import ReadJob, hold_equal_values, read_all
+from engine.weights.row_sink import fill_sink
 from engine.weights.safetensors_header import Catalog, CheckpointError
 from engine.weights.slot import WeightSlot
 
@@ -89,7 +90,9 @@ def load_weights(
         log_unlisted(Path(path), unknown_tensors(wanted, catalog, ignored), catalog)
     slots, bytes_compared = _resolve_tied(catalog, wanted, slots, group, reporter)
     jobs = [
-        ReadJob(name, _as_wanted(catalog.entries[name], slot), slot.target, slot.bounds())
+        ReadJob(
+            name, _as_wanted(catalog.entries[name], slot), slot.target, slot.bounds(), slot.sink
+        )
         for slot in slots
         if (name := name_in(catalog, slot.name, slot.aliases)) is not None
     ]
@@ -261,6 +264,11 @@ def fill_dummy(
 
 
 def _fill(slot: WeightSlot, seed: int) -> None:
+    if slot.sink is not None:
+        fill_sink(
+            slot.sink, slot.target, lambda view: _fill(replace(slot, target=view, sink=None), seed)
+        )
+        return
     target, bounds = slot.target.detach(), slot.bounds()
     if slot.kind != "matrix" or not bounds:
         target.fill_(0.0 if slot.kind == "bias" else 1.0)

@@ -16,8 +16,7 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,12 +26,13 @@ from engine.distributed.errors import merge_errors
 from engine.distributed.groups import Group
 from engine.distributed.health.progress import OnProgress, ProgressReporter
 from engine.weights.entry import TensorEntry
+from engine.weights.reading_buffers import CHUNK_BYTES, Files, Staging
+from engine.weights.row_sink import RowSink, fill_sink
 from engine.weights.safetensors_header import CheckpointError
-from engine.weights.stored_reader import read_stored
+from engine.weights.stored_reader import read_integers, read_stored
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
-_CHUNK_BYTES = 4 << 20  # one read: large for a file system, and still in cache when it is checked
 _CHECK_ITEMS = 1 << 16
 _NUM_THREADS = 4  # one thread does not saturate a network or parallel file system
 _STATUS_INTERVAL_S = 5.0  # between two exchanges of the ranks' status
@@ -59,6 +59,7 @@ class ReadJob:
     entry: TensorEntry
     target: torch.Tensor  # of the bounds' shape; float32, bfloat16 or float16, on any device
     bounds: tuple[tuple[int, int], ...]  # [start, stop) per dimension of the file's tensor
+    sink: RowSink | None = None  # where the values go instead
 
 
 def read_all(
@@ -73,7 +74,7 @@ def read_all(
     Raises CheckpointError with the same text on every rank.
     """
     queue = deque(sorted(jobs, key=lambda job: (job.entry.file, job.entry.offset)))
-    files, reporter = _Files(), reporter or ProgressReporter()
+    files, reporter = Files(), reporter or ProgressReporter()
     is_waiting = False
     with ThreadPoolExecutor(_NUM_THREADS, "read-weights") as pool:
         try:
@@ -109,8 +110,8 @@ def hold_equal_values(first: ReadJob, second: ReadJob, report: OnProgress) -> tu
     Raises CheckpointError.
     """
     (start, stop), width, num_bytes = first.bounds[0], math.prod(first.entry.shape[1:]), 0
-    step = max(1, _CHUNK_BYTES // (4 * max(1, width)))
-    files = _Files()
+    step = max(1, CHUNK_BYTES // (4 * max(1, width)))
+    files = Files()
     try:
         for row in range(start, stop, step):
             parts = []
@@ -147,9 +148,9 @@ def _all_done(problem: str | None, done: bool, group: Group | None) -> bool:
     return all(done for _, done in answers)
 
 
-def _read_jobs(queue: deque[ReadJob], files: _Files, report: OnProgress) -> int:
+def _read_jobs(queue: deque[ReadJob], files: Files, report: OnProgress) -> int:
     """Run jobs until none is left, in one thread; return the bytes read."""
-    staging = _Staging()
+    staging = Staging()
     num_bytes = 0
     try:
         while True:
@@ -163,17 +164,25 @@ def _read_jobs(queue: deque[ReadJob], files: _Files, report: OnProgress) -> int:
         raise
 
 
-def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: OnProgress) -> int:
+def _read_job(job: ReadJob, files: Files, staging: Staging, report: OnProgress) -> int:
     """Read one tensor's shard; return the bytes read."""
-    entry, target = job.entry, job.target.detach()
+    entry, target, sink = job.entry, job.target.detach(), job.sink
     if target.numel() == 0:
         return 0
+
+    def read(part: TensorEntry, memory: torch.Tensor, begin: int) -> None:
+        where = f"{job.name} in {part.file}"
+        _read_bytes(files.open(part.file), memory.numpy(), part.offset + begin, where)
+
+    if sink is not None:
+        if sink.keeps_integers and entry.stored is not None:
+            return read_integers(job.name, entry.stored, sink, read, report)
+
+        def fill(view: torch.Tensor) -> int:
+            return _read_job(replace(job, target=view, sink=None), files, staging, report)
+
+        return fill_sink(sink, target, fill)
     if entry.stored is not None:
-
-        def read(part: TensorEntry, memory: torch.Tensor, begin: int) -> None:
-            where = f"{job.name} in {part.file}"
-            _read_bytes(files.open(part.file), memory.numpy(), part.offset + begin, where)
-
         return read_stored(job.name, entry.stored, target, job.bounds, read, report)
     dtype = DTYPES[entry.dtype]
     # The rows that hold the shard are contiguous bytes; its columns are selected in memory.
@@ -187,12 +196,12 @@ def _read_job(job: ReadJob, files: _Files, staging: _Staging, report: OnProgress
         target, row_shape, columns, row_bytes = target.view(-1), (), [], dtype.itemsize
         if target.device.type == "cpu" and target.dtype == dtype:
             memory = target.view(torch.uint8).numpy()
-            for low in range(0, num_bytes, _CHUNK_BYTES):
-                run.read(memory[low : low + _CHUNK_BYTES], low)
+            for low in range(0, num_bytes, CHUNK_BYTES):
+                run.read(memory[low : low + CHUNK_BYTES], low)
                 report()
             return num_bytes
     cut = (slice(None), *(slice(start, stop) for start, stop in columns))
-    step = max(1, _CHUNK_BYTES // row_bytes)
+    step = max(1, CHUNK_BYTES // row_bytes)
     for row in range(0, target.shape[0], step):
         part = target[row : row + step]
         buffer = staging.take(part.shape[0] * row_bytes, target.device)
@@ -249,45 +258,3 @@ def _largest_bits(memory: np.ndarray, itemsize: int) -> int:
         int((values[low : low + _CHECK_ITEMS] & without_sign).max())
         for low in range(0, len(values), _CHECK_ITEMS)
     )
-
-
-class _Staging:
-    """Buffer of one thread between file and target; pinned where the target is on a GPU."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._pinned = False
-
-    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        pinned = device.type == "cuda"
-        if len(self._buffer) < num_bytes or self._pinned != pinned:
-            size = max(num_bytes, _CHUNK_BYTES)
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-            self._pinned = pinned
-        return self._buffer[:num_bytes]
-
-    def give_back(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            # SYNC: the copy must have left the buffer before the next read overwrites it.
-            torch.cuda.current_stream(device).synchronize()
-
-
-class _Files:
-    """File descriptors by path, shared by all readers and opened on first use."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-
-    def open(self, path: Path) -> int:
-        if path not in self._descriptors:
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-            if self._descriptors.setdefault(path, descriptor) != descriptor:
-                os.close(descriptor)  # another reader was faster
-        return self._descriptors[path]
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from engine.weights.row_sink import RowSink
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
@@ -30,6 +32,15 @@ class WeightSlot:
     # Shape in the file where `full_shape` cuts its dimensions further: a fused gate_up whose rows
     # alternate is [E, 2F, D] there and [E, F, 2, D] here. Only the first dimension is then sharded.
     file_shape: tuple[int, ...] | None = None
+    # Where the values go instead of the target, which is then on the meta device (`row_sink.py`).
+    sink: RowSink | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in which this rank holds the tensor's share."""
+        if self.sink is not None:
+            return self.sink.num_bytes
+        return self.target.numel() * self.target.element_size()
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Return [start, stop) of the shard in every dimension of the file's tensor."""

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from engine.distributed.health.progress import OnProgress
-from engine.weights.entry import Piece, Span, StoredWeight, TensorEntry
+from engine.weights.entry import IntegerWeight, Piece, Span, StoredWeight, TensorEntry
+from engine.weights.row_sink import RowSink
 from engine.weights.safetensors_header import CheckpointError
 
 DTYPES = {
@@ -89,6 +90,33 @@ def read_stored(
             _check(piece, where, target.dtype)
             _place(piece, matrix, cut_rows[0], columns[0])
             report()
+    return fetch.num_bytes
+
+
+def read_integers(
+    name: str, stored: StoredWeight, sink: RowSink, read: ReadBytes, report: OnProgress
+) -> int:
+    """Hand the integers of a whole weight to a sink, as they are; return the bytes read.
+
+    Args:
+        name: of the weight, for messages.
+        stored: a matrix of integers (`formats/kept.py`).
+        read: fills a vector of bytes from a byte of a tensor.
+        report: called once per some rows.
+
+    Raises:
+        CheckpointError: scales that are not finite, or groups that are not consecutive inputs.
+    """
+    fetch = _Fetch(read)
+    assert isinstance(stored, IntegerWeight), "no other is kept"
+    for rows in stored.integers(fetch):
+        if not rows.scale_OG.isfinite().all():
+            raise CheckpointError(
+                f"{name} (from {', '.join(stored.parts)}): holds NaN or infinity; the checkpoint "
+                "is damaged or diverged in training"
+            )
+        sink.take_integers(rows.first, rows.q_OI, rows.scale_OG, rows.zero_OG)
+        report()
     return fetch.num_bytes
 
 

@@ -5,6 +5,7 @@ python -m pytest tests/distributed/test_quantised_checkpoints.py
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ UNUSED = ("_shape", "input_scale")  # of no use for dequantised weights, so neve
 Outcome = tuple[list[list[int]], list[list[float]], int, dict[str, Any]]
 
 
-def generate(rank: int, path: Path, tensor: int, setting: str = "auto") -> Outcome:
+def generate(rank: int, path: Path, tensor: int, setting: str = "dequantize") -> Outcome:
     """Return tokens, log-probabilities, the bytes of weights read and the resolved settings."""
     config = Config(
         runtime=RuntimeConfig(device="cpu", timeout_s=30.0, threads=1),
@@ -87,11 +88,74 @@ def bytes_of_half(file: Path) -> tuple[int, int]:
     return others + experts // 2, header
 
 
-@pytest.mark.parametrize("setting", ["keep", "int4"])
-def test_settings_without_a_backend_are_refused_in_words(source, tmp_path, setting):
-    quantise_checkpoint(source, "mxfp4", tmp_path / "quantised", tmp_path / "plain")
+KEPT = ["int4", "int4-zero-point", "awq", "gptq-in-order"]
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_kept_integers_are_those_of_the_dequantised_weights_up_to_rounding(kind, source, tmp_path):
+    quantised, plain = tmp_path / "quantised", tmp_path / "plain"
+    quantise_checkpoint(source, kind, quantised, plain)
+    (expected,) = run_ranks(generate, 1, plain, 1)
+    for setting in ("keep", "auto"):
+        alone, *both = (*run_ranks(generate, 1, quantised, 1, setting),)
+        assert not both and alone[3]["model.quantization"] == "keep"
+        agree(alone, expected)
+    own, header = bytes_of_half(quantised / "model.safetensors")
+    for each in run_ranks(generate, 2, quantised, 1, "keep"):
+        agree(each, expected)
+        assert own <= each[2] - header <= 1.02 * own
+
+
+@pytest.mark.parametrize("setting", ["int8", "int4"])
+def test_requantised_experts_are_the_same_on_one_rank_and_on_two(setting, source, tmp_path):
+    quantise_checkpoint(source, "fp8-block", tmp_path / "quantised", tmp_path / "plain")
+    (expected,) = run_ranks(generate, 1, tmp_path / "plain", 1, setting)
+    assert expected[3]["model.quantization"] == setting
+    assert expected[3]["moe.experts.backend"] == "quantised"
+    stacked = tmp_path / "stacked"
+    quantise_checkpoint(source, "mxfp4", tmp_path / "mxfp4", stacked)
+    (of_stacked,) = run_ranks(generate, 1, stacked, 1, setting)
+    for folder, one in (("quantised", expected), ("mxfp4", of_stacked)):
+        for ranks, tensor in ((1, 1), (2, 1), (2, 2)):
+            for each in run_ranks(generate, ranks, tmp_path / folder, tensor, setting):
+                agree(each, one)
+    (unrounded,) = run_ranks(generate, 1, tmp_path / "plain", 1)
+    assert unrounded[1] != expected[1]
+
+
+def agree(found: Outcome, expected: Outcome) -> None:
+    assert found[0] == expected[0]
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert mine == pytest.approx(theirs, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "words"),
+    [
+        ("mxfp4", "keep", "'keep': mxfp4.*are kept; set model.quantization to auto"),
+        (
+            "fp8-block",
+            "keep",
+            r"'keep': fp8: model\.layers\.0\.mlp\.experts.*no matrix of integers",
+        ),
+        ("int4-g-idx", "keep", r"'keep': compressed-tensors: model\.layers.*g_idx"),
+        ("gptq", "keep", r"'keep': gptq: model\.layers.*g_idx"),
+        ("int4", "fp8", "'fp8': needs an experts backend that computes on FP8"),
+    ],
+)
+def test_what_is_not_computed_is_refused_in_words(kind, setting, words, source, tmp_path):
+    quantise_checkpoint(source, kind, tmp_path / "quantised", tmp_path / "plain")
     (message,) = run_ranks(refusal, 1, tmp_path / "quantised", setting)
-    assert message.startswith(f"model.quantization: '{setting}'")
+    assert re.search(f"model.quantization: {words}", message), message
+
+
+def test_activation_order_that_config_json_denies_is_refused(source, tmp_path):
+    quantise_checkpoint(source, "gptq", tmp_path / "quantised", tmp_path / "plain")
+    config = tmp_path / "quantised" / "config.json"
+    config.write_text(config.read_text().replace('"desc_act": true', '"desc_act": false'))
+    messages = run_ranks(refusal, 2, tmp_path / "quantised", "keep")
+    assert "g_idx" in messages[0] and "set model.quantization to dequantize" in messages[0]
+    assert messages[0] == messages[1]
 
 
 def refusal(rank: int, path: Path, setting: str) -> str:

@@ -86,9 +86,7 @@ def build(
     gate, w13, w2 = weights_of(spec.num_experts)
     layer.gate_weight_ED.copy_(gate)
     for local, expert in enumerate(layer.local_experts):
-        own_w13, own_w2 = layer.experts.weights_of(local)
-        own_w13.copy_(w13[expert])
-        own_w2.copy_(w2[expert])
+        layer.experts.set_weights(local, w13[expert], w2[expert])
     if precision != "model":
         layer.finalize_weights()
     return layer

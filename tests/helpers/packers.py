@@ -140,6 +140,12 @@ def mxfp4(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
     return {"_blocks": blocks, "_scales": (exponents + 127).to(torch.uint8)}
 
 
+def gptq_in_order(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
+    stored = gptq(weight, generator)
+    stored["g_idx"] = (torch.arange(weight.shape[1]) // GROUP).int()
+    return stored
+
+
 PACKERS: dict[str, Callable[[torch.Tensor, torch.Generator], Tensors]] = {
     "fp8-block": fp8_block,
     "fp8-ue8m0": fp8_ue8m0,
@@ -151,6 +157,7 @@ PACKERS: dict[str, Callable[[torch.Tensor, torch.Generator], Tensors]] = {
     "awq": awq,
     "gptq": gptq,
     "gptq-v2": gptq_v2,
+    "gptq-in-order": gptq_in_order,
 }
 
 
@@ -176,6 +183,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
     "gptq": _GPTQ,
     "gptq-v2": {**_GPTQ, "checkpoint_format": "gptq_v2"},
+    "gptq-in-order": {**_GPTQ, "desc_act": False},
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn"]},
 }
 
@@ -229,7 +237,7 @@ def slow_read(kind: str, stored: Tensors) -> torch.Tensor:
             else:
                 assert zero_words is not None
                 value = _nibble(words, k // 8, n, k % 8)
-                zero = _nibble(zero_words, group, n // 8, n % 8) + (kind == "gptq")
+                zero = _nibble(zero_words, group, n // 8, n % 8) + (kind != "gptq-v2")
                 scale = scales[group][n]
             result[n, k] = (value - zero) * scale
     return result.float()

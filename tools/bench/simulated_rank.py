@@ -117,9 +117,8 @@ class SimulatedRank(MoELayer):
         with torch.no_grad():
             self.gate_weight_ED.copy_(weights.gate_ED)
             for local, expert in enumerate(self.local_experts):
-                own_w13, own_w2 = self.experts.weights_of(local)
-                own_w13.copy_(weights.w13_E2FD[expert])
-                own_w2.copy_(weights.w2_EDF[expert])
+                w13_2FD, w2_DF = weights.w13_E2FD[expert], weights.w2_EDF[expert]
+                self.experts.set_weights(local, w13_2FD, w2_DF)
         if device.type == "cuda":
             self.finalize_weights()
         self.x_TD = x_TD

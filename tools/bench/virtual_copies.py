@@ -48,8 +48,9 @@ class _Rank:
             device=torch.device("cpu"),
             dtype=torch.float32,
         )
-        for weight in self._experts.parameters():
-            weight.normal_(std=hidden**-0.5)
+        for local in range(homes + copies):
+            w13_2FD = torch.randn(2 * ffn, hidden) * hidden**-0.5
+            self._experts.set_weights(local, w13_2FD, torch.randn(hidden, ffn) * hidden**-0.5)
         self._experts.finalize_weights()
 
     def seconds(self, counts: list[int], x_RD: torch.Tensor) -> float:

@@ -175,9 +175,10 @@ def _error(device: torch.device, backend: str, precision: Precision) -> float:
     )
     kinds: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for local in range(6):
-        for kind, weight in zip(kinds, experts.weights_of(local), strict=True):
-            weight.copy_(torch.randn(weight.shape) * weight.shape[-1] ** -0.5)
-            kept = weight.cpu().float()
+        made = torch.randn(2 * FFN, HIDDEN) * HIDDEN**-0.5, torch.randn(HIDDEN, FFN) * FFN**-0.5
+        experts.set_weights(local, *made)
+        for kind, weight in zip(kinds, made, strict=True):
+            kept = weight.bfloat16().float()
             if local >= 3:
                 kept = dequantise(quantise(kept[None], 8 if precision == "int8" else 4))[0]
             kind.append(kept.double())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.weights.entry import Fetch, Piece, Span, TensorEntry
+from engine.weights.entry import Fetch, IntegerRows, Piece, Span, TensorEntry
 from engine.weights.formats.blocks import covering, matrix_of, split, spread, unpack
 from engine.weights.safetensors_header import CheckpointError
 
@@ -37,6 +37,25 @@ class PackedWeight:
         """Return the shape of the weight."""
         rows, words = self.packed.shape
         return rows, words * 32 // self.bits
+
+    @property
+    def has_zero(self) -> bool:
+        """Return whether groups have zero points of their own."""
+        return self.zero_point is not None
+
+    def integers(self, fetch: Fetch) -> Iterator[IntegerRows]:
+        """Yield the integers; see `IntegerWeight`."""
+        assert self.group_index is None, "groups of consecutive inputs"
+        rows, columns = self.shape
+        scale, per_word = matrix_of(self.scale, 0, False), 32 // self.bits
+        groups, words = (0, scale.shape[1]), (0, self.packed.shape[1])
+        for part in split((0, rows), columns):
+            q_OI = unpack(fetch(self.packed, part, words), self.bits, (0, columns), 1)
+            zero_OG = None
+            if self.zero_point is not None:
+                stored = fetch(self.zero_point, covering(part, per_word), groups)
+                zero_OG = unpack(stored, self.bits, part, 0)
+            yield IntegerRows(part[0], q_OI, fetch(scale, part, groups).float(), zero_OG)
 
     def pieces(self, index: int, rows: Span, columns: Span, fetch: Fetch) -> Iterator[Piece]:
         """Yield dequantised pieces; see `StoredWeight`."""

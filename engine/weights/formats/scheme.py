@@ -36,6 +36,7 @@ class Scheme:
     bits: int = 4  # of packed integers
     group_size: int | None = None  # inputs per scale of integers; None: all
     zero_offset: int = 0  # added to stored zero points
+    act_order: bool = False  # whether inputs are in groups by their activations
 
 
 def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -181,30 +182,9 @@ def _gptq(values: Mapping[str, Any]) -> Scheme:
             f"gptq with bits = {values.get('bits')!r}, checkpoint_format = {stored!r} (only 4, "
             "gptq or gptq_v2)"
         )
-    return Scheme("gptq", group_size=_group_size(values), zero_offset=stored == "gptq")
-
-
-def resolve_quantization(setting: str, scheme: Scheme | None) -> str:
-    """Return how the weights are held: what model.quantization means for a checkpoint.
-
-    Returns:
-        "none" of a checkpoint that is not quantised, else "dequantize".
-
-    Raises:
-        ValueError: the setting asks for what no backend computes.
-    """
-    if setting in ("int8", "int4", "fp8"):
-        raise ValueError(
-            f"model.quantization: {setting!r}: no experts backend computes on requantised experts "
-            "yet; set model.quantization to auto or dequantize (copies of experts may be int8 or "
-            "int4: moe.copies.precision)"
-        )
-    if scheme is None:
-        return "none"
-    if setting == "keep":
-        raise ValueError(
-            f"model.quantization: 'keep': the checkpoint is quantised ({scheme.name}), and no "
-            "experts backend of this device computes on that format; set model.quantization to "
-            "auto or dequantize"
-        )
-    return "dequantize"
+    return Scheme(
+        "gptq",
+        group_size=_group_size(values),
+        zero_offset=stored == "gptq",
+        act_order=bool(values.get("desc_act")),
+    )

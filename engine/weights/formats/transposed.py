@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.weights.entry import Fetch, Piece, Span, TensorEntry
+from engine.weights.entry import Fetch, IntegerRows, Piece, Span, TensorEntry
 from engine.weights.formats.blocks import covering, matrix_of, split, unpack
 from engine.weights.safetensors_header import CheckpointError
 
@@ -45,10 +45,50 @@ class TransposedWeight:
     zero_offset: int  # added to stored zero points
 
     @property
+    def bits(self) -> int:
+        """Return the bits of an integer."""
+        return BITS
+
+    @property
+    def has_zero(self) -> bool:
+        """Return whether groups have zero points of their own."""
+        return True
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the weight, [outputs, inputs]."""
         rows, columns = self.qweight.shape
         return (columns * _PER_WORD, rows) if self.is_awq else (columns, rows * _PER_WORD)
+
+    def integers(self, fetch: Fetch) -> Iterator[IntegerRows]:
+        """Yield the integers; see `IntegerWeight`. The packed matrix is read at once."""
+        rows, columns = self.shape
+        self._check_order(fetch)
+        groups = 0, self.scales.shape[0]
+        scale_OG = fetch(self.scales, groups, (0, rows)).float().T
+        zeros = self._outputs(fetch(self.qzeros, groups, covering((0, rows), _PER_WORD)), (0, rows))
+        zero_OG = ((zeros + self.zero_offset) & ((1 << BITS) - 1)).T
+        height, width = self.qweight.shape
+        words = fetch(self.qweight, (0, height), (0, width))
+        for part in split((0, rows), columns):
+            if self.is_awq:
+                first, last = covering(part, _PER_WORD)
+                q_IO = self._outputs(words[:, first:last], part)
+            else:
+                q_IO = unpack(words[:, slice(*part)], BITS, (0, columns), 0)
+            yield IntegerRows(part[0], q_IO.T, scale_OG[slice(*part)], zero_OG[slice(*part)])
+
+    def _check_order(self, fetch: Fetch) -> None:
+        if self.group_index is None:
+            return
+        index = fetch(matrix_of(self.group_index, 0, False), (0, self.shape[1]), (0, 1)).flatten()
+        if not torch.equal(index.long(), torch.arange(len(index)) // self.group_size):
+            name = next(key for key, part in self.parts.items() if part is self.group_index)
+            raise CheckpointError(
+                f"model.quantization: {name} in {self.group_index.file} puts inputs into groups by "
+                "their activations, although config.json says desc_act: false; such integers are "
+                "not kept: set model.quantization to dequantize, int8 or int4"
+            )
 
     def pieces(self, index: int, rows: Span, columns: Span, fetch: Fetch) -> Iterator[Piece]:
         """Yield dequantised pieces, of some inputs and all outputs each; see `StoredWeight`."""

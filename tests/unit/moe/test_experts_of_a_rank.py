@@ -74,9 +74,7 @@ def experts_of(backend: str, precision, dtype: torch.dtype, copies: int = COPIES
     )
     w13, w2 = weights_of(dtype)
     for local in range(HOMES + copies):
-        own_w13, own_w2 = experts.weights_of(local)
-        own_w13.copy_(w13[local])
-        own_w2.copy_(w2[local])
+        experts.set_weights(local, w13[local], w2[local])
     experts.finalize_weights()
     return experts
 

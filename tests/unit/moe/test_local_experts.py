@@ -1,21 +1,36 @@
-"""engine/moe/local_experts.py: what copies take, and what is freed before the KV cache is sized."""
+"""engine/moe/local_experts.py: what instances hold, in which memory, and what moves to copies."""
 
 from __future__ import annotations
-
-import weakref
 
 import pytest
 import torch
 
+from engine.moe.copy_weights import copy_parts, read_home
 from engine.moe.local_experts import LocalExperts
+from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Precision
+from engine.ops.grouped_ffn import grouped_ffn_reference
+from engine.ops.quantised import dequantise, quantise
+from engine.ops.quantised_rows import IntegerLayout
+from engine.weights.row_sink import fill_sink
 
-HIDDEN, FFN = 64, 48
+HIDDEN, FFN = 64, 40  # 40 rows of gate end in the middle of a panel
+HOMES = 3
+WEIGHTS = 3 * FFN * HIDDEN  # of an expert
+INT8, INT4 = ExpertLayouts.of_bits(8, 32), ExpertLayouts.of_bits(4, 32)
 
 
-def filled(precision: Precision, copies: int = 2) -> LocalExperts:
-    experts = LocalExperts(
-        3,
+def values_of(local: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(local)
+    return (
+        torch.randn(2 * FFN, HIDDEN, generator=generator) * HIDDEN**-0.5,
+        torch.randn(HIDDEN, FFN, generator=generator) * FFN**-0.5,
+    )
+
+
+def empty(precision: Precision, copies: int, layouts: ExpertLayouts | None) -> LocalExperts:
+    return LocalExperts(
+        HOMES,
         copies,
         precision,
         hidden=HIDDEN,
@@ -23,24 +38,99 @@ def filled(precision: Precision, copies: int = 2) -> LocalExperts:
         backend="torch",
         device=torch.device("cpu"),
         dtype=torch.float32,
+        layouts=layouts,
     )
-    for local in range(3 + copies):
-        for weights in experts.weights_of(local):
-            weights.data.fill_(0.01 * (local + 1))
+
+
+def filled(
+    precision: Precision, copies: int = 2, layouts: ExpertLayouts | None = None
+) -> LocalExperts:
+    """Homes of values 0, 1, 2; copies of the values of homes 0 and on."""
+    experts = empty(precision, copies, layouts)
+    for local in range(HOMES + copies):
+        w13_2FD, w2_DF = values_of(local % HOMES)
+        if local % 2:
+            experts.set_weights(local, w13_2FD, w2_DF)
+            continue
+        # As files have them: gate and up apart.
+        for matrix, first, part in (("w13", 0, w13_2FD[:FFN]), ("w13", FFN, w13_2FD[FFN:])):
+            fill(experts, local, matrix, first, part)
+        fill(experts, local, "w2", 0, w2_DF)
     return experts
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("int4", 5), ("int8", 9)])
-def test_weights_that_low_bit_copies_were_quantised_from_are_freed(precision, bits):
-    experts = filled(precision)
-    assert experts.loading is not None
-    parts = [weakref.ref(each) for each in experts.loading.parameters()]
-    assert parts and all(part() is not None for part in parts)
+def fill(experts: LocalExperts, local: int, matrix, first: int, part: torch.Tensor) -> None:
+    target, sink = experts.target(local, matrix, first, len(part))
+    if sink is None:
+        target.copy_(part)
+    else:
+        assert target.is_meta and target.shape == part.shape
+        fill_sink(sink, target, lambda view: view.copy_(part))
+
+
+def rounded(weights: torch.Tensor, *bits: int | None) -> torch.Tensor:
+    for each in bits:
+        if each is not None:
+            weights = dequantise(quantise(weights[None], each, 32))[0]
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("layouts", "precision", "home", "copy"),
+    [
+        (None, "model", None, None),
+        (None, "int4", None, 4),
+        (INT8, "model", 8, 8),
+        (INT8, "int8", 8, 8),
+        (INT4, "int8", 4, 4),
+        (INT8, "int4", 8, 4),
+    ],
+)
+def test_instances_compute_on_values_of_their_precision(layouts, precision, home, copy):
+    experts = filled(precision, layouts=layouts)
     experts.finalize_weights()
-    assert experts.loading is None and [part() for part in parts] == [None] * len(parts)
-    # A scale of 32 bits for every 32 columns; 48 columns have two groups.
-    weights = 2 * (2 * FFN * HIDDEN + HIDDEN * FFN)
-    assert weights * bits / 8 <= experts.copy_bytes <= weights * (bits + 0.5) / 8
+    counts = [3, 0, 5, 2, 9]
+    rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(9))
+    kinds: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for local in range(5):
+        # A copy is made from what its home holds.
+        bits = (home,) if local < HOMES or copy == home else (home, copy)
+        for kind, weights in zip(kinds, values_of(local % HOMES), strict=True):
+            kind.append(rounded(weights, *bits))
+    expected = grouped_ffn_reference(rows, torch.stack(kinds[0]), torch.stack(kinds[1]), counts)
+    torch.testing.assert_close(experts(rows, counts), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["model", "int8", "int4"])
+@pytest.mark.parametrize("layouts", [None, INT8, INT4], ids=["model", "int8", "int4"])
+def test_a_copy_that_moves_in_is_the_one_that_is_loaded(layouts, precision):
+    experts = filled(precision, layouts=layouts)
+    experts.finalize_weights()
+    for place in range(2):
+        made, loaded = read_home(experts, place), copy_parts(experts, place)
+        assert len(made) == len(loaded)
+        assert all(torch.equal(*pair) for pair in zip(made, loaded, strict=True))
+        assert sum(part.numel() for part in made) == experts.copy_size
+
+
+@pytest.mark.parametrize("layouts", [INT8, INT4], ids=["int8", "int4"])
+def test_homes_of_integers_have_no_memory_for_their_values(layouts):
+    experts = filled("model", copies=0, layouts=layouts)
+    assert sum(each.numel() for each in experts.parameters()) == 0
+    assert experts.low_bit is not None
+    # A scale of 32 bits for every 32 columns; 40 columns have two groups, 80 outputs 5 panels.
+    most = WEIGHTS * (layouts.bits + 1.2) / 8
+    assert experts.low_bit.bytes_per_expert <= most
+    held = [*experts.low_bit.parts(0), *experts.low_bit.parts(1), *experts.low_bit.parts(2)]
+    assert sum(part.nbytes for part in held) == HOMES * experts.low_bit.bytes_per_expert
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int4", 5), ("int8", 9)])
+def test_low_bit_copies_have_no_memory_for_their_values(precision, bits):
+    experts = filled(precision)
+    assert sum(each.numel() for each in experts.parameters()) == HOMES * WEIGHTS
+    # A scale of 32 bits for every 32 columns; 40 columns have two groups, 40 + 40 rows 5 panels.
+    assert 2 * WEIGHTS * bits / 8 <= experts.copy_bytes <= 2 * WEIGHTS * (bits + 0.5) / 8
 
 
 def test_copies_in_the_models_precision_take_as_much_as_homes():
@@ -48,3 +138,23 @@ def test_copies_in_the_models_precision_take_as_much_as_homes():
     experts.finalize_weights()
     assert experts.copy_bytes == 2 * 3 * HIDDEN * FFN * 4
     assert filled("model", copies=0).copy_bytes == filled("int4", copies=0).copy_bytes == 0
+
+
+def test_integers_are_kept_with_their_zero_points_row_by_row():
+    layout = IntegerLayout(4, 8, has_zero=True)
+    layouts = ExpertLayouts(layout, layout, kept=True)
+    experts = empty("model", 0, layouts)
+    generator = torch.Generator().manual_seed(3)
+    q_OI = torch.randint(0, 16, (FFN, HIDDEN), generator=generator, dtype=torch.int32)
+    scale_OG = torch.rand(FFN, HIDDEN // 8, generator=generator)
+    zero_OG = torch.randint(0, 16, (FFN, HIDDEN // 8), generator=generator, dtype=torch.int32)
+    expected = (q_OI - zero_OG.repeat_interleave(8, 1)) * scale_OG.repeat_interleave(8, 1)
+    assert experts.low_bit is not None
+    before, _ = experts.low_bit.values(1)
+    sink = experts.target(1, "w13", FFN, FFN)[1]
+    assert sink is not None and sink.keeps_integers
+    for first in (0, 6, 22):
+        own = slice(first, {0: 6, 6: 22, 22: FFN}[first])
+        sink.take_integers(first, q_OI[own], scale_OG[own], zero_OG[own])
+    after, _ = experts.low_bit.values(1)
+    assert torch.equal(after[FFN:], expected) and torch.equal(after[:FFN], before[:FFN])

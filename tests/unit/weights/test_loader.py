@@ -86,7 +86,7 @@ SHARDS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [24, 4 << 20], ids=["many chunks", "one chunk"])
 def test_a_shard_is_that_part_of_the_whole(tmp_path, monkeypatch, shard, dtype, chunk):
-    monkeypatch.setattr(weight_reader, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(weight_reader, "CHUNK_BYTES", chunk)
     whole = torch.randn(12, 10, 3)
     save(tmp_path, {"w": whole})
     target = torch.full_like(whole[shard], 7, dtype=dtype)
@@ -501,7 +501,7 @@ def tied_slots(embedding: torch.Tensor, made: list[torch.Tensor]) -> list[Weight
 def test_a_tied_tensor_with_values_of_its_own_is_untied_and_named(
     tmp_path, monkeypatch, caplog, place, dtype
 ):
-    monkeypatch.setattr(weight_reader, "_CHUNK_BYTES", 512)
+    monkeypatch.setattr(weight_reader, "CHUNK_BYTES", 512)
     embed = torch.randn(300, 7).to(dtype)
     head = embed.clone()
     head[place] = 3.0

@@ -65,9 +65,8 @@ def build(
     with torch.no_grad():
         layer.gate_weight_ED.copy_(weights.gate_ED)
         for local, expert in enumerate(layer.local_experts):
-            own_w13, own_w2 = layer.experts.weights_of(local)
-            own_w13.copy_(weights.w13_E2FD[expert])
-            own_w2.copy_(weights.w2_EDF[expert])
+            w13_2FD, w2_DF = weights.w13_E2FD[expert], weights.w2_EDF[expert]
+            layer.experts.set_weights(local, w13_2FD, w2_DF)
     layer.finalize_weights()
     return layer
 

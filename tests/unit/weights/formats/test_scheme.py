@@ -14,7 +14,6 @@ from engine.weights.formats.scheme import (
     SUPPORTED,
     Scheme,
     read_scheme,
-    resolve_quantization,
     scheme_of,
 )
 from tests.helpers.packers import CONFIGS
@@ -59,9 +58,10 @@ def grouped(kind: str, bits: int, strategy: str, form: str) -> dict[str, Any]:
         ({"quant_method": "mxfp4"}, Scheme("mxfp4")),
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, Scheme("modelopt")),
         (CONFIGS["awq"], Scheme("awq", group_size=16)),
-        (CONFIGS["gptq"], Scheme("gptq", group_size=16, zero_offset=1)),
-        (CONFIGS["gptq-v2"], Scheme("gptq", group_size=16)),
-        ({**CONFIGS["gptq"], "group_size": -1}, Scheme("gptq", zero_offset=1)),
+        (CONFIGS["gptq"], Scheme("gptq", group_size=16, zero_offset=1, act_order=True)),
+        (CONFIGS["gptq-in-order"], Scheme("gptq", group_size=16, zero_offset=1)),
+        (CONFIGS["gptq-v2"], Scheme("gptq", group_size=16, act_order=True)),
+        ({**CONFIGS["gptq"], "group_size": -1}, Scheme("gptq", zero_offset=1, act_order=True)),
     ],
 )
 def test_published_configurations_are_read(values, expected):
@@ -105,16 +105,3 @@ def test_a_configuration_of_text_inside_another_and_a_file_of_its_own_count_too(
     apart = {"producer": {}, "quantization": {"quant_algo": "FP8", "exclude_modules": []}}
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(apart))
     assert scheme_of(tmp_path) == Scheme("modelopt")
-
-
-def test_auto_and_dequantize_dequantise_what_is_quantised_and_nothing_else():
-    for setting in ("auto", "dequantize"):
-        assert resolve_quantization(setting, Scheme("fp8")) == "dequantize"
-        assert resolve_quantization(setting, None) == "none"
-    assert resolve_quantization("keep", None) == "none"
-
-
-@pytest.mark.parametrize("setting", ["keep", "int8", "int4", "fp8"])
-def test_what_no_backend_computes_is_refused_with_what_to_set(setting):
-    with pytest.raises(ValueError, match=f"model.quantization: '{setting}'.* auto or dequantize"):
-        resolve_quantization(setting, Scheme("fp8"))
