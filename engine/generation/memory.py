@@ -27,11 +27,9 @@ sends K rows per token and, with Expanded Drop, the extras of its own experts. F
           + sent * D                       where there may be rounds, whose results are collected
 
 Copies of experts (moe.placement) take memory before the cache does: their weights are allocated
-with the others, and what is free is read after them, so they need no term here. Low-bit copies are
-read in the model's precision; once all weights are loaded they are quantised layer by layer and
-those in the model's precision freed, before anything is measured. Until then a rank needs room for
-all its copies in the model's precision. e counts homes and copies. The report has the bytes of
-every rank's copies (`ranks[].placement`).
+with the others, and what is free is read after them, so they need no term here. Low-bit experts,
+homes or copies, are quantised row by row while they are read. e counts homes and copies. The report
+has the bytes of every rank's copies (`ranks[].placement`).
 
 Legend: T tokens per step and rank, W expert-parallel ranks, K top-k, E experts, e experts on this
 rank, D model dim, F expert dim.

@@ -41,13 +41,19 @@ def fail(experts: Any, local: int) -> list[torch.Tensor]:
 
 
 def generate(
-    rank: int, path: Path, file: str, replan: int | str, row_bytes: int, failing: int = -1
+    rank: int,
+    path: Path,
+    file: str,
+    replan: int | str,
+    row_bytes: int,
+    failing: int = -1,
+    quantization: str = "auto",
 ) -> dict[str, Any]:
     replanner._ROW_BYTES = row_bytes
     if rank == failing:
         replanner.read_home = fail
     config = Config(
-        model=ModelConfig(path=str(path), max_model_len=64),
+        model=ModelConfig(path=str(path), max_model_len=64, quantization=quantization),  # pyright: ignore
         scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_sequences=2),
         moe=MoEConfig(placement=file, copies=CopiesConfig(replan=replan, target=1.0)),
     )
@@ -81,11 +87,17 @@ def generate(
 
 
 @pytest.mark.parametrize(
-    ("precision", "world", "row_bytes"),
-    [("model", 2, 1 << 20), ("model", 3, 1000), ("int4", 2, 999)],
+    ("precision", "world", "row_bytes", "quantization"),
+    [
+        ("model", 2, 1 << 20, "auto"),
+        ("model", 3, 1000, "auto"),
+        ("int4", 2, 999, "auto"),
+        ("int8", 2, 999, "int8"),  # copies are what homes are
+        ("int4", 2, 1 << 20, "int8"),
+    ],
 )
 def test_copies_follow_the_loads_and_hold_their_experts_weights(
-    precision, world, row_bytes, checkpoint, tmp_path
+    precision, world, row_bytes, quantization, checkpoint, tmp_path
 ):
     homes = tuple(expert * world // EXPERTS for expert in range(EXPERTS))
     # Each rank holds a copy of every expert in turn, whichever is cold is of no use.
@@ -96,8 +108,8 @@ def test_copies_follow_the_loads_and_hold_their_experts_weights(
     start = Placement(world, EXPERTS, {0: layer, 1: layer}, precision)
     write_placement(start, tmp_path / "p.yaml")
     args = (checkpoint, str(tmp_path / "p.yaml"))
-    stays = run_ranks(generate, world, *args, "off", row_bytes, timeout=120)
-    moves = run_ranks(generate, world, *args, 2, row_bytes, timeout=120)
+    stays = run_ranks(generate, world, *args, "off", row_bytes, -1, quantization, timeout=120)
+    moves = run_ranks(generate, world, *args, 2, row_bytes, -1, quantization, timeout=120)
     assert stays[0]["placement"] == start and not stays[0]["changes"]
     changed = moves[0]["placement"]
     assert moves[0]["changes"], "nothing has moved"
@@ -107,7 +119,7 @@ def test_copies_follow_the_loads_and_hold_their_experts_weights(
         assert result["placement"] == changed
         assert result["loads"] == moves[0]["loads"]
         assert sum(result["rows"]) == sum(result["loads"])
-        if precision == "model":
+        if precision in ("model", quantization):
             assert result["tokens"] == stays[0]["tokens"]
     home_of = {
         key: parts
