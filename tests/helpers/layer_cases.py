@@ -35,6 +35,11 @@ def weights_of(num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     )
 
 
+def correction_of(num_experts: int) -> torch.Tensor:
+    """The bias of the choice of a family that has one."""
+    return torch.linspace(-0.3, 0.3, num_experts)
+
+
 def tokens_of(rank: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
@@ -85,6 +90,8 @@ def build(
     )
     gate, w13, w2 = weights_of(spec.num_experts)
     layer.gate_weight_ED.copy_(gate)
+    if layer.gate_bias_E is not None:
+        layer.gate_bias_E.copy_(correction_of(spec.num_experts))
     for local, expert in enumerate(layer.local_experts):
         own_w13, own_w2 = layer.experts.weights_of(local)
         own_w13.copy_(w13[expert])
@@ -119,3 +126,10 @@ OLMOE = RouterSpec(num_experts=10, top_k=3)
 
 
 DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_groups=2)
+
+
+MINIMAX = RouterSpec(num_experts=9, top_k=3, score="sigmoid", normalize=True, correction_bias=True)
+
+
+# A minimum that some tokens' sums do not reach.
+ERNIE = RouterSpec(num_experts=8, top_k=2, normalize=True, normalize_min=0.6, correction_bias=True)

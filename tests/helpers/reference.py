@@ -38,6 +38,7 @@ class Family:
     normalize: bool = False
     eps: float = 0.0
     scale: float = 1.0
+    minimum: float = 0.0  # of the divisor
 
 
 @dataclass
@@ -343,7 +344,7 @@ def _weigh(rank, keep, extras, rules: Rules, family: Family) -> RankOutput:
         }
         divisor = 1.0
         if family.normalize:
-            divisor = float(rank.scores[t, chosen].sum()) + family.eps
+            divisor = max(float(rank.scores[t, chosen].sum()) + family.eps, family.minimum)
         for expert in extras[t]:
             own[expert] = float(rank.scores[t, expert]) / divisor * family.scale
         total, changed = sum(own.values()), not keep[t].all() or bool(extras[t])
