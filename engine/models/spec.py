@@ -1,7 +1,7 @@
 """Model spec: a model's shapes, routing and tensor names, without tensors.
 
-Each family file (`mixtral.py`, `olmoe.py`, ...) turns a Hugging Face configuration into a
-`ModelSpec`, with the helpers of `hf_config.py`; `decoder.py` builds the modules from it.
+Each family file (`families/`) turns a Hugging Face configuration into a `ModelSpec`, with the
+helpers of `hf_config.py`; `decoder.py` builds the modules from it.
 """
 
 from __future__ import annotations
