@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 from contextlib import suppress
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.generation.block_pool import BlockPool
-from engine.generation.memory import MoEShape, num_kv_blocks, row_bound
+from engine.generation.memory import MoEShape, RowBound, num_kv_blocks, row_bound
 from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
@@ -230,8 +232,12 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     """
     if not model.moe_layers:
         return 0
-    # Of the layers, which share the buffers, the one with the widest rows.
-    layer = max(model.moe_layers, key=lambda each: each.instances.most_local)
+    # Of the layers, which share the buffers, the one with the widest rows: deduplicated ones have
+    # the mask of a rank's experts, and tokens of one expert are not deduplicated.
+    layer = max(
+        model.moe_layers,
+        key=lambda each: (each.spec.router.top_k > 1, each.instances.most_local),
+    )
     capacity = config.moe.capacity
     shape = MoEShape(
         num_ranks=topology.expert.size,
@@ -244,7 +250,13 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler
-    bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
+    bounds = {  # by experts per token, in which layers may differ
+        top_k: row_bound(
+            replace(shape, top_k=top_k), capacity, limits.max_batch_tokens, limits.max_sequences
+        )
+        for top_k in {each.spec.router.top_k for each in model.moe_layers}
+    }
+    bound = reduce(RowBound.join, bounds.values())
     dtype = model.embedding_VD.dtype
     is_cuda = topology.device.type == "cuda"
     needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
@@ -255,7 +267,8 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         widths = shape.hidden + layer.shared.ffn
         needed += limits.max_batch_tokens * 3 * widths * dtype.itemsize
     for each in model.moe_layers:
-        each.row_limit = bound.received if bound.has_rounds else None
+        own = bounds[each.spec.router.top_k]
+        each.row_limit = own.received if own.has_rounds else None
     if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
         return needed
     with memory_in_words(

@@ -43,6 +43,7 @@ class AttentionSpec:
     clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
     interleaved: bool = False  # rotary pairs are (2i, 2i + 1); otherwise (i, i + Dh / 2)
     window: int | None = None  # keys that a query attends to, its own included; None: all
+    sinks: bool = False  # a learned logit per head takes part in its softmax, without a value
 
 
 class Attention(nn.Module):
@@ -76,6 +77,9 @@ class Attention(nn.Module):
             self.qkv_bias_O = empty_parameter(rows, device=device, dtype=dtype)
         if spec.out_bias:
             self.out_bias_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
+        self.sinks_H = None
+        if spec.sinks:  # float32, as the softmax is
+            self.sinks_H = empty_parameter(share.num_heads, device=device, dtype=torch.float32)
         if spec.qk_norm != "none":
             whole = spec.qk_norm == "projection"
             q_dim, k_dim = (self.q_width, self.kv_width) if whole else (spec.head_dim,) * 2
@@ -136,6 +140,7 @@ class Attention(nn.Module):
             context_lens=queries.context_lens,
             scale=self.scale,
             window=spec.window,
+            sinks_H=self.sinks_H,
         )
         return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.sums)
 
@@ -199,6 +204,11 @@ class Attention(nn.Module):
                 yield WeightSlot(f"{name}.bias", bias, (full,), (rows,), kind="bias")
             start = end
         yield from out_slots(prefix, self.out_DO, self.out_bias_D, q_rows, q_full)
+        if self.sinks_H is not None:
+            heads = slice(share.first_head, share.first_head + share.num_heads)
+            yield WeightSlot(
+                f"{prefix}.sinks", self.sinks_H, (spec.num_heads,), (heads,), kind="bias"
+            )
         norms = (("q", self.q_norm, q_rows, q_full), ("k", self.k_norm, kv_rows, kv_full))
         for letter, norm, rows, full in norms:
             if norm is not None:

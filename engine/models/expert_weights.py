@@ -30,9 +30,12 @@ def moe_slots(
     """
     spec, block = moe.spec, f"{prefix}.{names.block}"
     num_experts, hidden = spec.router.num_experts, spec.hidden
-    gate, alias = f"{block}.gate.weight", f"{prefix}.mlp.gate.weight"
+    gate, alias = f"{block}.{names.gate}.weight", f"{prefix}.mlp.gate.weight"
     aliases = () if alias == gate else (alias,)
     yield WeightSlot(gate, moe.gate_weight_ED, (num_experts, hidden), aliases=aliases)
+    if moe.logit_bias_E is not None:
+        name = f"{block}.{names.gate}.bias"
+        yield WeightSlot(name, moe.logit_bias_E, (num_experts,), kind="bias")
     if moe.gate_bias_E is not None:
         name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
         aliases = () if alias == name else (alias,)

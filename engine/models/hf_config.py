@@ -1,6 +1,6 @@
 """Hugging Face configuration: the checks and the parts of a `ModelSpec` that families share.
 
-Used by the family files (`mixtral.py`, `olmoe.py`, ...).
+Used by the family files (`families/`).
 """
 
 from __future__ import annotations

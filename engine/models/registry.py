@@ -19,7 +19,9 @@ from engine.config.checkpoint_files import read_json_object
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.layers.rotary import RotaryTable, rope_frequencies
-from engine.models import (
+from engine.models.config_fields import check_fields, check_rope, explain, read
+from engine.models.decoder import CausalLM
+from engine.models.families import (
     deepseek_v2,
     deepseek_v3,
     ernie4_5_moe,
@@ -30,8 +32,6 @@ from engine.models import (
     qwen2_moe,
     qwen3_moe,
 )
-from engine.models.config_fields import check_fields, check_rope, explain, read
-from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
 from engine.moe.placement.placement import Placement

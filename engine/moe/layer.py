@@ -101,6 +101,7 @@ class MoELayer(nn.Module):
 
     gate_weight_ED: nn.Parameter  # float32 where the logits are, else model dtype
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
+    logit_bias_E: nn.Parameter | None  # of the gate, in the dtype of its weights
     experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
     # come in rounds (`rounds.py`); None: no limit
@@ -156,6 +157,9 @@ class MoELayer(nn.Module):
             _empty(num_experts, device=device, dtype=torch.float32)
             if spec.router.correction_bias
             else None
+        )
+        self.logit_bias_E = (
+            _empty(num_experts, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
         )
         widths = (spec.hidden, spec.ffn)
         num_homes = instances.num_homes(group.rank)
@@ -348,7 +352,7 @@ class MoELayer(nn.Module):
 
     def route(self, x_tD: torch.Tensor) -> Routing:
         """Step 2: return the scores, experts and combine weights of this rank's tokens."""
-        logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router)
+        logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router, self.logit_bias_E)
         return route(logits_tE, self.spec.router, self.gate_bias_E)
 
 

@@ -12,6 +12,10 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | GLM-4.5     | sigmoid | config    | routed_scaling_factor | sum of a group's best two | yes  |
 | MiniMax-M2  | sigmoid | yes       | 1                     | no                        | yes  |
 | ERNIE-4.5   | softmax | yes, min  | 1                     | no                        | yes  |
+| gpt-oss     | softmax | yes       | 1                     | no                        | no   |
+
+gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen logits: that is the
+softmax of all, normalised over the chosen.
 
 Legend: T tokens on this rank, D model dim, E experts, K top-k.
 """
@@ -44,6 +48,7 @@ class RouterSpec:
     # added to scores for the choice, never to weights (DeepSeek-V3, arXiv 2412.19437, 2.1.2)
     correction_bias: bool = False
     float32_logits: bool = False
+    logit_bias: bool = False  # the gate has a bias, which the logits include
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -98,11 +103,21 @@ class Routing:
     topk_weights_TK: torch.Tensor  # float32, the combine weights
 
 
-def gate_logits(x_TD: torch.Tensor, gate_weight_ED: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Return gate logits [T, E], in float32 where the family does so, else in the dtype of x."""
+def gate_logits(
+    x_TD: torch.Tensor,
+    gate_weight_ED: torch.Tensor,
+    spec: RouterSpec,
+    logit_bias_E: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return gate logits [T, E], in float32 where the family does so, else in the dtype of x.
+
+    logit_bias_E: the gate's bias in the dtype of its weights, if and only if the spec has one.
+    """
+    assert (logit_bias_E is not None) == spec.logit_bias, "logit bias and spec disagree"
     if spec.float32_logits and x_TD.dtype != torch.float32:
-        return linear(x_TD.float(), gate_weight_ED.float())
-    return linear(x_TD, gate_weight_ED)
+        bias_E = None if logit_bias_E is None else logit_bias_E.float()
+        return linear(x_TD.float(), gate_weight_ED.float(), bias_E)
+    return linear(x_TD, gate_weight_ED, logit_bias_E)
 
 
 def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None) -> Routing:

@@ -50,6 +50,7 @@ struct Attention {
   int64_t heads, group, key_dim, value_dim;  // group: query heads a kv head
   int64_t block_size, window;                // window 0: unlimited
   float scale;
+  const float* sinks;  // a logit per head that weighs in each of its sums, without a value; or null
 };
 
 // A block of (query, head of the group) rows of one sequence and one kv head, over keys in

@@ -57,3 +57,52 @@ def test_every_step_is_timed_whole_on_cuda_where_something_reads_all_of_them(tre
     assert every(CUDA, tree) == 1
     tree = {**tree, "profiler": {**tree.get("profiler", {}), "every": 8}}
     assert every(CUDA, tree) == every(CPU, tree) == 8, "what the user sets holds"
+
+
+def test_row_buffers_hold_the_layer_with_most_experts_per_token():
+    reserved: list[tuple[int, int, int]] = []
+
+    def layer(top_k: int) -> Any:
+        return SimpleNamespace(
+            spec=SimpleNamespace(
+                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, ffn=32
+            ),
+            instances=Instances(LayerPlacement.contiguous(8, 4), 4),
+            reserve=lambda sent, received: reserved.append((top_k, sent, received)),
+            row_limit=None,
+        )
+
+    layers = [layer(1), layer(4), layer(2)]
+    buffers = SimpleNamespace(num_bytes=0)
+    model: Any = SimpleNamespace(
+        moe_layers=layers, embedding_VD=torch.zeros(1), row_buffers=buffers
+    )
+    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=4), device=torch.device("cpu"))
+    tree = {
+        "model": {"path": "x"},
+        "scheduler": {"max_batch_tokens": 100, "max_sequences": 10},
+        "moe": {"capacity": {"policy": "token_drop", "factor": "1.5", "phases": ["prefill"]}},
+    }
+    reserve_rows(model, config_from_tree(tree), topology)
+    # 100 tokens of 4 experts; 2 experts of 1.5 x 400 x 4 / 8 slots, and 40 decode tokens of both.
+    assert reserved == [(4, 400, 680)]
+    assert [each.row_limit for each in layers] == [None, None, None]
+
+
+def test_rows_come_in_rounds_in_layers_that_exceed_their_own_limit_alone():
+    def layer(top_k: int) -> Any:
+        return SimpleNamespace(
+            spec=SimpleNamespace(
+                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, ffn=32
+            ),
+            instances=Instances(LayerPlacement.contiguous(8, 4), 4),
+            row_limit=None,
+        )
+
+    layers = [layer(1), layer(8)]
+    model: Any = SimpleNamespace(moe_layers=layers, embedding_VD=torch.zeros(1))
+    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=4), device=torch.device("cpu"))
+    tree = {"model": {"path": "x"}, "scheduler": {"max_batch_tokens": 100}}
+    reserve_rows(model, config_from_tree(tree), topology)
+    # Of 400 tokens a rank gets at most 400 or 800 rows; the limits are 200 and 1,600.
+    assert [each.row_limit for each in layers] == [200, None]

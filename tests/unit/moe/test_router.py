@@ -76,6 +76,15 @@ def test_normalize_eps_is_added_to_the_sum():
     assert weights.tolist() == [[0.25, 0.25]]
 
 
+def test_a_logit_bias_is_added_in_the_dtype_of_the_logits():
+    x, gate, bias = torch.ones(1, 1).bfloat16(), torch.ones(2, 1).bfloat16(), torch.tensor([0.0, 3])
+    for float32_logits in (False, True):
+        spec = RouterSpec(num_experts=2, top_k=1, logit_bias=True, float32_logits=float32_logits)
+        logits = gate_logits(x, gate, spec, bias.bfloat16())
+        assert logits.tolist() == [[1.0, 4.0]]
+        assert (logits.dtype == torch.float32) == float32_logits
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
