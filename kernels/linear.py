@@ -18,7 +18,7 @@ def linear(
 ) -> torch.Tensor:
     """Returns x_TD @ weight_OD^T (+ bias_O): [T, O] in x's dtype; leading dims of x are kept.
 
-    weight_OD may be in panels (`panels.py`).
+    weight_OD may be in panels (`panels.py`), and narrower than x, which widens it.
     """
     panels = in_panels(weight_OD)
     if native.serves(x_TD, weight_OD) and weight_OD.stride(1) == 1:
@@ -31,4 +31,6 @@ def linear_reference(
     x_TD: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Plain torch form of `linear`."""
+    if weight_OD.dtype != x_TD.dtype:
+        weight_OD = weight_OD.to(x_TD.dtype)
     return F.linear(x_TD, weight_OD, bias_O)

@@ -40,6 +40,11 @@ def serves(*tensors: torch.Tensor) -> bool:
     return available()
 
 
+def has_bfloat16_products() -> bool:
+    """Whether compiled kernels multiply with bfloat16 weights here."""
+    return False
+
+
 @functools.cache
 def _load() -> tuple[bool, str]:
     wanted = os.environ.get("LOCKSTEP_NATIVE", "1")

@@ -146,9 +146,11 @@ class GroupedMMExperts(_GroupedExperts):
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         counts = torch.tensor(expert_counts, dtype=torch.int32)
         ends = to_device(counts.cumsum(0, dtype=torch.int32), rows_RD.device)
-        w13 = self._weights.w13_e2FD.transpose(1, 2)
+        # Widened where the rows are wider, on the CPU: grouped_mm takes one dtype.
+        w13 = self._weights.w13_e2FD.to(rows_RD.dtype).transpose(1, 2)
         hidden = silu_and_mul(self._grouped_mm(rows_RD, w13, offs=ends))
-        return self._grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
+        w2 = self._weights.w2_eDF.to(rows_RD.dtype).transpose(1, 2)
+        return self._grouped_mm(hidden, w2, offs=ends)
 
 
 class TransformerEngineExperts(_GroupedExperts):
