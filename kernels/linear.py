@@ -18,10 +18,11 @@ def linear(
 ) -> torch.Tensor:
     """Returns x_TD @ weight_OD^T (+ bias_O): [T, O] in x's dtype; leading dims of x are kept.
 
-    weight_OD may be in panels (`panels.py`), and narrower than x, which widens it.
+    weight_OD may be in panels (`panels.py`), and bfloat16 where x is
+    float32.
     """
     panels = in_panels(weight_OD)
-    if native.serves(x_TD, weight_OD) and weight_OD.stride(1) == 1:
+    if native.serves(x_TD) and native.serves_weights(weight_OD) and weight_OD.stride(1) == 1:
         return torch.ops.lockstep_cpu.linear(x_TD, weight_OD, bias_O, panels)
     assert not panels, "weights in panels are for the compiled kernels alone"
     return linear_reference(x_TD, weight_OD, bias_O)

@@ -40,8 +40,15 @@ def serves(*tensors: torch.Tensor) -> bool:
     return available()
 
 
+def serves_weights(*weights: torch.Tensor) -> bool:
+    """Whether the compiled `linear` and `grouped_ffn` take these weights for float32 rows: all of one
+    dtype, on CPU, no gradient asked for.
+    """
+    return serves(*weights)
+
+
 def has_bfloat16_products() -> bool:
-    """Whether compiled kernels multiply with bfloat16 weights here."""
+    """Whether products with bfloat16 weights run on the processor's own bfloat16 dot products."""
     return False
 
 
