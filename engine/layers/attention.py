@@ -19,6 +19,7 @@ from torch import nn
 from engine.distributed.groups import Group
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
+from engine.layers.precision import compute_dtype
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
@@ -47,7 +48,7 @@ class AttentionSpec:
 
 
 class Attention(nn.Module):
-    """This tensor rank's heads of one layer.
+    """This tensor rank's heads of one layer; dtype: of the matrices.
 
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
@@ -72,6 +73,7 @@ class Attention(nn.Module):
         # columns of this rank's heads.
         self.qkv_OD = empty_parameter(rows, spec.hidden, device=device, dtype=dtype)
         self.out_DO = empty_parameter(spec.hidden, self.q_width, device=device, dtype=dtype)
+        dtype = compute_dtype(dtype, device)  # of all but the matrices
         self.qkv_bias_O = self.out_bias_D = self.q_norm = self.k_norm = None
         if spec.qkv_bias:
             self.qkv_bias_O = empty_parameter(rows, device=device, dtype=dtype)

@@ -18,6 +18,7 @@ from engine.config import Config
 from engine.config.checkpoint_files import read_json_object
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
+from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
@@ -158,6 +159,7 @@ def build_model(
 ) -> CausalLM:
     """Build this rank's share of the model, its weights uninitialised.
 
+    dtype: of the weight matrices (`layers/precision.py`).
     placement: of the experts (`resolve_placement`); None: contiguous homes.
 
     Raises:
@@ -169,7 +171,8 @@ def build_model(
         f"model.max_model_len = {length}: a table of that many positions does not fit into memory; "
         "lower it"
     ):
-        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, dtype)
+        wide = compute_dtype(dtype, device)
+        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, wide)
     return CausalLM(
         spec,
         rotary,

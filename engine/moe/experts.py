@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import find_grouped_mm, import_transformer_engine
 from engine.moe.expert_form import ExpertForm
 from engine.ops.expert_activation import activate
@@ -58,8 +59,9 @@ class ExpertWeights(nn.Module):
         self.w2_eDF = _empty(num_local, hidden, ffn, device=device, dtype=dtype)
         self.b13_e2F = self.b2_eD = None
         if form.bias:
-            self.b13_e2F = _empty(num_local, inner, device=device, dtype=dtype)
-            self.b2_eD = _empty(num_local, hidden, device=device, dtype=dtype)
+            wide = compute_dtype(dtype, device)
+            self.b13_e2F = _empty(num_local, inner, device=device, dtype=wide)
+            self.b2_eD = _empty(num_local, hidden, device=device, dtype=wide)
 
     @property
     def tensors(self) -> list[nn.Parameter]:
@@ -221,7 +223,11 @@ class GroupedMMExperts(_GroupedExperts):
 
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         ends = _ends(expert_counts, rows_RD.device)
-        w13, w2 = self._weights.w13_e2FD.transpose(1, 2), self._weights.w2_eDF.transpose(1, 2)
+        # Widened where the rows are wider, on the CPU: grouped_mm takes one dtype.
+        w13, w2 = (
+            weight.to(rows_RD.dtype).transpose(1, 2)
+            for weight in (self._weights.w13_e2FD, self._weights.w2_eDF)
+        )
         hidden = self._between(self._grouped_mm(rows_RD, w13, offs=ends), ends)
         return self._after(self._grouped_mm(hidden, w2, offs=ends), ends)
 

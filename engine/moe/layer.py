@@ -42,6 +42,7 @@ from engine.config import CapacityConfig, MoEConfig
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology
 from engine.layers.mlp import DenseMLP
+from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import choose_backend
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner, Trial
@@ -85,7 +86,7 @@ class MoELayer(nn.Module):
         layer: the layer's index.
         topology: the groups of this rank.
         config: moe.
-        device, dtype: of the weights.
+        device, dtype: of the experts' weights.
         shared: the shared expert; a DenseMLP where moe.shared_expert is balanced.
         row_buffers: shared by the layers of a model.
         tuner: shared by the layers of a model, for moe.overlap.chunks: auto.
@@ -101,7 +102,7 @@ class MoELayer(nn.Module):
             moe.shared_expert is balanced and there is none.
     """
 
-    gate_weight_ED: nn.Parameter  # float32 where the logits are, else model dtype
+    gate_weight_ED: nn.Parameter  # float32 where the logits are, else what the model computes in
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
     logit_bias_E: nn.Parameter | None  # of the gate, in the dtype of its weights
     experts: LocalExperts  # of this rank's instances
@@ -141,7 +142,8 @@ class MoELayer(nn.Module):
         instances = Instances(placement, group.size)
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
-        rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
+        wide = compute_dtype(dtype, device)
+        rows = RowFormats.of(spec.hidden, wide, config.dispatch)
         self.layout_policy = LayoutPolicy(
             instances.first_instances,
             spec.router.top_k,
@@ -153,7 +155,7 @@ class MoELayer(nn.Module):
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
-        gate_dtype = torch.float32 if spec.router.float32_logits else dtype
+        gate_dtype = torch.float32 if spec.router.float32_logits else wide
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=gate_dtype)
         self.gate_bias_E = (
             _empty(num_experts, device=device, dtype=torch.float32)

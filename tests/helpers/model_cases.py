@@ -6,6 +6,7 @@ and logits nearly flat, so that many mistakes would not show.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -312,8 +313,13 @@ class Reference:
     logits: list[torch.Tensor]
 
 
-def make_reference(case: Case, path: Path, **save: Any) -> Reference:
-    """Write the checkpoint under `path` and let transformers continue the prompts greedily."""
+def make_reference(
+    case: Case, path: Path, dtype: torch.dtype = torch.float32, **save: Any
+) -> Reference:
+    """Write the checkpoint under `path` and let transformers continue the prompts greedily.
+
+    dtype: of the checkpoint; transformers computes in float32, on the weights as they are stored.
+    """
     import transformers
 
     generator = torch.Generator().manual_seed(1)
@@ -322,7 +328,11 @@ def make_reference(case: Case, path: Path, **save: Any) -> Reference:
     )
     redraw(model, generator)
     model.eval()
-    model.save_pretrained(path, **save)
+    if dtype != torch.float32:
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.copy_(tensor.to(dtype))
+    copy.deepcopy(model).to(dtype).save_pretrained(path, **save)
     sequences, logits = [], []
     for length in PROMPT_LENGTHS:
         tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)

@@ -25,7 +25,7 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
         instances=Instances(LayerPlacement.contiguous(8, 2), 2),
         reserve=reserve,
     )
-    model: Any = SimpleNamespace(moe_layers=[layer], embedding_VD=torch.zeros(1))
+    model: Any = SimpleNamespace(moe_layers=[layer], dtype=torch.float32)
     topology: Any = SimpleNamespace(expert=SimpleNamespace(size=2), device=torch.device("cpu"))
     moe = MoEConfig(capacity=CapacityConfig(policy="token_drop"))
     config = Config(model=ModelConfig(path="x"), moe=moe)
