@@ -38,6 +38,17 @@ def in_panels(weight: torch.Tensor) -> bool:
     return getattr(weight, _MARK, False)
 
 
+def matrices(weights: torch.Tensor) -> list[torch.Tensor]:
+    """Return the matrices [N, K] of weights [e, N, K] as views that `linear` reads, each one panel
+    layout of its own (`stacked` 1) where the weights are in panels.
+    """
+    found = list(weights.detach().unbind())
+    if in_panels(weights):
+        for each in found:
+            setattr(each, _MARK, True)
+    return found
+
+
 def from_panels(weight: torch.Tensor, index: int, stacked: int = 1) -> torch.Tensor:
     """Return a copy of one matrix [N, K] of weights [e, N, K] in its plain layout, whether the
     weights are in panels or not.

@@ -1,10 +1,19 @@
 """Expert weights: which checkpoint tensors fill an MoE layer, as `WeightSlot`s.
 
-Two layouts occur: one matrix per expert and projection (every published checkpoint, and what
-save_pretrained writes), or all experts of a layer stacked in two tensors (transformers' layout in
-memory). Slots exist only for the experts of this rank, homes and copies.
+Three layouts occur: one matrix per expert and projection (most published checkpoints, and what
+save_pretrained writes), all experts of a layer stacked in two tensors (transformers' layout in
+memory), or stacked as gpt-oss stores them (`MoENames.alternating`):
 
-Legend: E experts, e experts on this rank, D model dim, F expert hidden dim.
+| tensor            | in MXFP4, as [E, outputs, inputs]  | unquantised     |
+|-------------------|------------------------------------|-----------------|
+| gate_up_proj      | [E, 2F, D], gate and up alternate  | [E, D, 2F]      |
+| gate_up_proj_bias |                                    | [E, 2F]         |
+| down_proj         | [E, D, F]                          | [E, F, D]       |
+| down_proj_bias    |                                    | [E, D]          |
+
+Slots exist only for the experts of this rank, homes and copies.
+
+Legend: E experts, e experts on this rank, D model dim, F expert hidden dim, N 2F, without a gate F.
 """
 
 from __future__ import annotations
@@ -41,7 +50,9 @@ def moe_slots(
         aliases = () if alias == name else (alias,)
         bias = moe.gate_bias_E if names.bias_rows is None else moe.gate_bias_E.unsqueeze(0)
         yield WeightSlot(name, bias, tuple(bias.shape), kind="bias", aliases=aliases)
-    if f"{prefix}.mlp.experts.gate_up_proj" in checkpoint:
+    if names.alternating:
+        yield from _alternating_slots(moe, f"{block}.experts")
+    elif f"{prefix}.mlp.experts.gate_up_proj" in checkpoint:
         yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
     else:
         yield from _single_slots(moe, f"{block}.experts", names)
@@ -52,27 +63,89 @@ def moe_slots(
 
 
 def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
-    """Yield three slots per instance; gate and up are views into one stacked tensor."""
+    """Yield three slots per instance, without a gate two, and as many of biases; gate and up are
+    views into one stacked tensor.
+    """
     hidden, ffn = moe.spec.hidden, moe.spec.ffn
+    inner = (names.w1, names.w3) if moe.spec.experts.gated else (names.w3,)
     for local, expert in enumerate(moe.local_experts):
         name = f"{prefix}.{expert}"
-        w13_2FD, w2_DF = moe.experts.weights_of(local)
-        yield WeightSlot(f"{name}.{names.w1}.weight", w13_2FD[:ffn], (ffn, hidden))
-        yield WeightSlot(f"{name}.{names.w3}.weight", w13_2FD[ffn:], (ffn, hidden))
+        w13_ND, w2_DF = moe.experts.weights_of(local)
+        for each, part_FD in zip(inner, w13_ND.split(ffn), strict=True):
+            yield WeightSlot(f"{name}.{each}.weight", part_FD, (ffn, hidden))
         yield WeightSlot(f"{name}.{names.w2}.weight", w2_DF, (hidden, ffn))
+        if (biases := moe.experts.biases_of(local)) is not None:
+            b13_N, b2_D = biases
+            for each, part_F in zip(inner, b13_N.split(ffn), strict=True):
+                yield WeightSlot(f"{name}.{each}.bias", part_F, (ffn,), kind="bias")
+            yield WeightSlot(f"{name}.{names.w2}.bias", b2_D, (hidden,), kind="bias")
 
 
 def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
-    """Yield two slots per run of instances, each a range of a tensor that stacks all experts."""
-    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
+    """Yield two slots per run of instances, and two of biases, each a range of a tensor that stacks
+    all experts.
+    """
+    num_experts = moe.spec.router.num_experts
+    first = "gate_up_proj" if moe.spec.experts.gated else "up_proj"
     for weights, start, run in _runs(moe):
         mine, own = slice(run[0], run[-1] + 1), slice(start, start + len(run))
-        for name, target, rows, columns in (
-            ("gate_up_proj", weights.w13_e2FD, 2 * ffn, hidden),
-            ("down_proj", weights.w2_eDF, hidden, ffn),
+        for name, target in (
+            (first, weights.w13_e2FD),
+            ("down_proj", weights.w2_eDF),
+            (f"{first}_bias", weights.b13_e2F),
+            ("down_proj_bias", weights.b2_eD),
         ):
-            full_shape = (num_experts, rows, columns)
-            yield WeightSlot(f"{prefix}.{name}", target[own], full_shape, (mine,))
+            if target is not None:
+                kind = "bias" if target.dim() == 2 else "matrix"
+                full_shape = (num_experts, *target.shape[1:])
+                yield WeightSlot(f"{prefix}.{name}", target[own], full_shape, (mine,), kind=kind)
+
+
+def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+    """Yield the slots of experts stacked as gpt-oss stores them, per run of instances.
+
+    Targets are views of w13 [e, 2, F, D] in the order of the file's dimensions, where F comes
+    before the 2 of gate and up.
+    """
+    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
+    for weights, start, run in _runs(moe):
+        mine, own = (slice(run[0], run[-1] + 1),), slice(start, start + len(run))
+        w13_e2FD, w2_eDF = weights.w13_e2FD[own].unflatten(1, (2, ffn)), weights.w2_eDF[own]
+        name = f"{prefix}.gate_up_proj"
+        plain = WeightSlot(
+            name,
+            w13_e2FD.permute(0, 3, 2, 1),
+            (num_experts, hidden, ffn, 2),
+            mine,
+            file_shape=(num_experts, hidden, 2 * ffn),
+        )
+        yield WeightSlot(
+            name,
+            w13_e2FD.transpose(1, 2),
+            (num_experts, ffn, 2, hidden),
+            mine,
+            file_shape=(num_experts, 2 * ffn, hidden),
+            unquantised=plain,
+        )
+        name = f"{prefix}.down_proj"
+        plain = WeightSlot(name, w2_eDF.transpose(1, 2), (num_experts, ffn, hidden), mine)
+        yield WeightSlot(name, w2_eDF, (num_experts, hidden, ffn), mine, unquantised=plain)
+        if weights.b13_e2F is not None and weights.b2_eD is not None:
+            yield WeightSlot(
+                f"{prefix}.gate_up_proj_bias",
+                weights.b13_e2F[own].unflatten(1, (2, ffn)).transpose(1, 2),
+                (num_experts, ffn, 2),
+                mine,
+                kind="bias",
+                file_shape=(num_experts, 2 * ffn),
+            )
+            yield WeightSlot(
+                f"{prefix}.down_proj_bias",
+                weights.b2_eD[own],
+                (num_experts, hidden),
+                mine,
+                kind="bias",
+            )
 
 
 def _runs(moe: MoELayer) -> Iterator[tuple[ExpertWeights, int, list[int]]]:

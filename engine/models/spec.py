@@ -53,6 +53,9 @@ class MoENames:
     shared: str = "shared_experts"
     gate: str = "gate"  # the router, whose weight and, where it has one, bias are below it
     bias: str = "gate.e_score_correction_bias"  # of the choice, below the block
+    # Whether experts are stacked as gpt-oss stores them: rows of gate and up alternate, and
+    # matrices that are not quantised are transposed.
+    alternating: bool = False
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 

@@ -27,7 +27,7 @@ def read_home(experts: LocalExperts, local: int) -> list[torch.Tensor]:
     """
     stacked = experts.stacked
     if experts.bits is None:
-        return [_bytes(weight[local]) for weight in (stacked.w13_e2FD, stacked.w2_eDF)]
+        return [_bytes(weight[local]) for weight in stacked.tensors]
     made = [
         quantise(from_panels(weight, local, parts)[None], experts.bits, experts.group)
         for weight, parts in ((stacked.w13_e2FD, 2), (stacked.w2_eDF, 1))
@@ -44,7 +44,7 @@ def copy_parts(experts: LocalExperts, place: int) -> list[torch.Tensor]:
     """
     if experts.bits is None:
         local, stacked = experts.num_homes + place, experts.stacked
-        return [_bytes(weight[local]) for weight in (stacked.w13_e2FD, stacked.w2_eDF)]
+        return [_bytes(weight[local]) for weight in stacked.tensors]
     assert experts.low_bit is not None, "copies are quantised once loaded"
     return [
         _bytes(each[place]) for one in experts.low_bit for each in (one.packed_ePCN, one.scale_ePGN)

@@ -51,6 +51,7 @@ from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import SharedWork, shared_rows
 from engine.moe.dispatch.two_batch import Steps, run_to_end
+from engine.moe.expert_form import ExpertForm
 from engine.moe.layer_agreement import LayerAgreement
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.instances import Instances
@@ -72,6 +73,7 @@ class MoESpec:
     router: RouterSpec
     hidden: int  # D
     ffn: int  # F, the experts' hidden dim
+    experts: ExpertForm = ExpertForm()
 
 
 class MoELayer(nn.Module):
@@ -172,6 +174,7 @@ class MoELayer(nn.Module):
             backend=choose_backend(config.experts.backend, device, dtype, widths),
             device=device,
             dtype=dtype,
+            form=spec.experts,
         )
         self.shared = shared
         self._pipelines = [  # one per micro-batch

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.moe.expert_form import ExpertForm
 from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
 from engine.moe.placement.placement import COPY_GROUP, Precision
 from engine.ops.permute import gather_rows
@@ -35,8 +36,12 @@ class LocalExperts(nn.Module):
         hidden, ffn: D and F.
         backend: the resolved name, never `auto`.
         device, dtype: of the weights.
+        form: what the experts compute.
 
     Weights are allocated uninitialised.
+
+    Raises:
+        ValueError: low-bit copies of experts that are not plain SwiGLU.
     """
 
     takes_some_rows: bool = False
@@ -54,14 +59,22 @@ class LocalExperts(nn.Module):
         backend: str,
         device: torch.device,
         dtype: torch.dtype,
+        form: ExpertForm = ExpertForm(),  # noqa: B008
     ) -> None:
         super().__init__()
+        if precision != "model" and not form.is_plain:
+            raise ValueError(
+                f"moe.placement: {precision} copies run plain SwiGLU experts alone, and this "
+                f"model's have {form.words}; plan copies in the model's precision (tools/"
+                "plan_placement.py --precision model)"
+            )
         self.bits = _BITS.get(precision)  # of low-bit copies, on this rank or others
         self.group = COPY_GROUP
         self.num_homes, self.num_copies = num_homes, num_copies
         self._shape = hidden, ffn
+        self.form = form
         self.num_stacked = num_homes + (num_copies if self.bits is None else 0)
-        self.stacked = ExpertWeights(self.num_stacked, hidden, ffn, device, dtype)
+        self.stacked = ExpertWeights(self.num_stacked, hidden, ffn, device, dtype, form)
         self.loading = None
         if self.bits is not None and num_copies:
             self.loading = ExpertWeights(num_copies, hidden, ffn, device, dtype)
@@ -74,16 +87,16 @@ class LocalExperts(nn.Module):
         """Bytes of the copies' weights."""
         if self.low_bit is not None:
             return sum(each.num_bytes for each in self.low_bit)
-        weights = (self.stacked.w13_e2FD, self.stacked.w2_eDF)
-        each = sum(weight[0].numel() * weight.element_size() for weight in weights)
-        return each * (self.num_stacked - self.num_homes)
+        return self.copy_size * (self.num_stacked - self.num_homes)
 
     @property
     def copy_size(self) -> int:
         """Bytes of one copy's weights, of this precision, wherever it is."""
         hidden, ffn = self._shape
         if self.bits is None:
-            return 3 * hidden * ffn * self.stacked.w13_e2FD.element_size()
+            parts = self.form.parts
+            numbers = (parts + 1) * hidden * ffn + self.form.bias * (parts * ffn + hidden)
+            return numbers * self.stacked.w13_e2FD.element_size()
         return num_bytes(1, 2 * ffn, hidden, self.bits, self.group) + num_bytes(
             1, hidden, ffn, self.bits, self.group
         )
@@ -95,6 +108,11 @@ class LocalExperts(nn.Module):
             assert self.loading is not None, "low-bit copies are quantised"
             weights, index = self.loading, local - self.num_stacked
         return weights.w13_e2FD[index], weights.w2_eDF[index]
+
+    def biases_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the biases to load of an instance, [2F] and [D], as views; None: none."""
+        b13_e2F, b2_eD = self.stacked.b13_e2F, self.stacked.b2_eD
+        return None if b13_e2F is None or b2_eD is None else (b13_e2F[local], b2_eD[local])
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the backend's layout in place, and quantise copies."""

@@ -30,6 +30,8 @@ class WeightSlot:
     # Shape in the file where `full_shape` cuts its dimensions further: a fused gate_up whose rows
     # alternate is [E, 2F, D] there and [E, F, 2, D] here. Only the first dimension is then sharded.
     file_shape: tuple[int, ...] | None = None
+    # How to read the tensor where the files hold it unquantised in another layout; None: alike.
+    unquantised: WeightSlot | None = None
 
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """Return [start, stop) of the shard in every dimension of the file's tensor."""
