@@ -27,6 +27,7 @@ from engine.models.families import (
     deepseek_v3,
     ernie4_5_moe,
     glm4_moe,
+    gpt_oss,
     minimax_m2,
     mixtral,
     olmoe,
@@ -50,6 +51,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "glm4_moe": glm4_moe.read_spec,
     "ernie4_5_moe": ernie4_5_moe.read_spec,
     "minimax_m2": minimax_m2.read_spec,
+    "gpt_oss": gpt_oss.read_spec,
 }
 # Model types without a class in transformers whose config.json is that of another one. Their own
 # classes are code in the checkpoint, which is never run.

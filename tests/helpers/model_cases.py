@@ -161,6 +161,18 @@ def _ernie(**settings: Any) -> Case:
     return Case("Ernie4_5_Moe", common | settings)
 
 
+def _gpt_oss(**settings: Any) -> Case:
+    common = {
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 4,
+        "rope_parameters": _YARN | {"truncate": False, "factor": 32.0},
+    }
+    return Case("GptOss", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -273,6 +285,21 @@ CASES = {
         moe_norm_min=0.7,
         tie_word_embeddings=False,
     ),
+    "gpt-oss": _gpt_oss(),
+    "gpt-oss-windows-first-5-experts-one-kv-head-tied": _gpt_oss(
+        num_hidden_layers=3,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=3,
+        num_key_value_heads=1,
+        num_local_experts=5,
+        num_experts_per_tok=5,
+        attention_bias=False,
+        swiglu_alpha=1.3,
+        swiglu_limit=0.5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+        rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -298,6 +325,8 @@ SHARDED_CASES = (
     "minimax-m2-whole-heads-one-kv-head-tied",
     "ernie4-5-moe",
     "ernie4-5-moe-interval-untied-no-shared",
+    "gpt-oss",
+    "gpt-oss-windows-first-5-experts-one-kv-head-tied",
 )
 
 
@@ -353,7 +382,7 @@ def redraw(model: torch.nn.Module, generator: torch.Generator) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
                 tensor.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 tensor.copy_(0.3 * noise)
             elif name.endswith("embed_tokens.weight"):
                 tensor.copy_(noise)
