@@ -53,6 +53,7 @@ class MoENames:
     shared: str = "shared_experts"
     gate: str = "gate"  # the router, whose weight and, where it has one, bias are below it
     bias: str = "gate.e_score_correction_bias"  # of the choice, below the block
+    expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 

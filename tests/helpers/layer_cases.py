@@ -35,6 +35,15 @@ def weights_of(num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     )
 
 
+def logit_bias_of(num_experts: int) -> torch.Tensor:
+    """Brings in experts that the tokens alone would not choose."""
+    return torch.linspace(-2.0, 3.0, num_experts)
+
+
+def expert_scale_of(num_experts: int) -> torch.Tensor:
+    return torch.linspace(0.5, 2.0, num_experts)
+
+
 def tokens_of(rank: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
@@ -85,6 +94,10 @@ def build(
     )
     gate, w13, w2 = weights_of(spec.num_experts)
     layer.gate_weight_ED.copy_(gate)
+    if layer.logit_bias_E is not None:
+        layer.logit_bias_E.copy_(logit_bias_of(spec.num_experts))
+    if layer.expert_scale_E is not None:
+        layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
     for local, expert in enumerate(layer.local_experts):
         own_w13, own_w2 = layer.experts.weights_of(local)
         own_w13.copy_(w13[expert])
@@ -116,6 +129,12 @@ MIXTRAL = RouterSpec(num_experts=8, top_k=2, normalize=True)
 
 
 OLMOE = RouterSpec(num_experts=10, top_k=3)
+
+
+# A bias and a cap of the logits, and a scale of each expert's weight.
+CAPPED = RouterSpec(
+    num_experts=10, top_k=3, normalize=True, logit_bias=True, logit_cap=2.5, expert_scale=True
+)
 
 
 DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_groups=2)

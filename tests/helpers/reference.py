@@ -38,6 +38,7 @@ class Family:
     normalize: bool = False
     eps: float = 0.0
     scale: float = 1.0
+    expert_scale: list[float] | None = None  # multiplies what capacity has left
 
 
 @dataclass
@@ -350,5 +351,7 @@ def _weigh(rank, keep, extras, rules: Rules, family: Family) -> RankOutput:
         if rules.renormalize and changed and total > 0:
             wanted = float(rank.weights[t].sum())
             own = {expert: weight * wanted / total for expert, weight in own.items()}
+        if family.expert_scale is not None:
+            own = {expert: weight * family.expert_scale[expert] for expert, weight in own.items()}
         weights.append(own)
     return RankOutput(keep, extras, weights)
