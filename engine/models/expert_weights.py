@@ -45,6 +45,9 @@ def moe_slots(
     if moe.logit_bias_E is not None:
         name = f"{block}.{names.gate}.bias"
         yield WeightSlot(name, moe.logit_bias_E, (num_experts,), kind="bias")
+    if moe.expert_scale_E is not None:
+        name = f"{block}.{names.expert_scale}"
+        yield WeightSlot(name, moe.expert_scale_E, (num_experts,), kind="norm")
     if moe.gate_bias_E is not None:
         name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
         aliases = () if alias == name else (alias,)

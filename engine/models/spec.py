@@ -56,6 +56,7 @@ class MoENames:
     # Whether experts are stacked as gpt-oss stores them: rows of gate and up alternate, and
     # matrices that are not quantised are transposed.
     alternating: bool = False
+    expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 

@@ -105,6 +105,7 @@ class MoELayer(nn.Module):
     gate_weight_ED: nn.Parameter  # float32 where the logits are, else what the model computes in
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
     logit_bias_E: nn.Parameter | None  # of the gate, in the dtype of its weights
+    expert_scale_E: nn.Parameter | None  # float32, multiplies the combine weights
     experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
     # come in rounds (`rounds.py`); None: no limit
@@ -164,6 +165,11 @@ class MoELayer(nn.Module):
         )
         self.logit_bias_E = (
             _empty(num_experts, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
+        )
+        self.expert_scale_E = (
+            _empty(num_experts, device=device, dtype=torch.float32)
+            if spec.router.expert_scale
+            else None
         )
         widths = (spec.hidden, spec.ffn)
         num_homes = instances.num_homes(group.rank)
@@ -322,6 +328,8 @@ class MoELayer(nn.Module):
         decision, plans = self.agreement.agree(
             routing, step, self.telemetry, early, layout, micro_batch, on_order, uses_copies
         )
+        if self.expert_scale_E is not None:
+            decision = self.agreement.scaled(decision, self.expert_scale_E)
         with trial:
             terms = plans[0].terms(decision.weights_TM)
             moves = plans[0].shared_moves

@@ -10,6 +10,9 @@ Legend: T tokens of this rank, K top-k, E experts, W expert-parallel ranks, n ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
 
 from engine.config import CapacityConfig
 from engine.config.world_rules import validate_capacity
@@ -177,6 +180,11 @@ class LayerAgreement:
         plans = layout.plans(decision.order, decision.exchanged_Wn, self._rank)
         self._stats.add(telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans
+
+    def scaled(self, decision: Decision, scale_E: torch.Tensor) -> Decision:
+        """Return a decision with combine weights multiplied by their experts' numbers, float32."""
+        scale_TM = scale_E[self.instances.experts(decision.ids_TM)]
+        return replace(decision, weights_TM=decision.weights_TM * scale_TM)
 
     def plan_rounds(
         self,

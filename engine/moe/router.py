@@ -15,13 +15,15 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | gpt-oss     | softmax | yes       | 1                     | no                        | no   |
 
 gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen logits: that is the
-softmax of all, normalised over the chosen.
+softmax of all, normalised over the chosen. The weights here are before the scales of single experts
+(`expert_scale`), by which `layer_agreement.py` multiplies what capacity has left of them.
 
 Legend: T tokens on this rank, D model dim, E experts, K top-k.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +31,7 @@ import torch
 
 from engine.ops.linear import linear
 from engine.ops.select_experts import Score, SelectionRule, select_experts, weigh_scores
+from engine.ops.sigmoid import soft_cap_by_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class RouterSpec:
     correction_bias: bool = False
     float32_logits: bool = False
     logit_bias: bool = False  # the gate has a bias, which the logits include
+    logit_cap: float | None = None  # logits, float32 then, become cap * tanh(logits / cap)
+    expert_scale: bool = False  # each expert's combine weight is multiplied by a number of its own
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -70,6 +75,11 @@ class RouterSpec:
             raise ValueError(
                 f"topk_group: {self.top_groups} must be between 1 and n_group "
                 f"({self.num_groups}); check the checkpoint's config.json"
+            )
+        if self.logit_cap is not None and not 0.0 < self.logit_cap < math.inf:
+            raise ValueError(
+                f"router_logit_softcapping: {self.logit_cap} must be a positive number; check the "
+                "checkpoint's config.json"
             )
         reachable = self.top_groups * (self.num_experts // self.num_groups)
         if self.top_k > reachable:
@@ -113,6 +123,17 @@ def gate_logits(
 
     logit_bias_E: the gate's bias in the dtype of its weights, if and only if the spec has one.
     """
+    logits_TE = _gate(x_TD, gate_weight_ED, spec, logit_bias_E)
+    return logits_TE if spec.logit_cap is None else soft_cap_by_row(logits_TE, spec.logit_cap)
+
+
+def _gate(
+    x_TD: torch.Tensor,
+    gate_weight_ED: torch.Tensor,
+    spec: RouterSpec,
+    logit_bias_E: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what the gate's weights and bias give, [T, E]."""
     assert (logit_bias_E is not None) == spec.logit_bias, "logit bias and spec disagree"
     if spec.float32_logits and x_TD.dtype != torch.float32:
         bias_E = None if logit_bias_E is None else logit_bias_E.float()

@@ -40,6 +40,15 @@ def correction_of(num_experts: int) -> torch.Tensor:
     return torch.linspace(-0.3, 0.3, num_experts)
 
 
+def logit_bias_of(num_experts: int) -> torch.Tensor:
+    """Brings in experts that the tokens alone would not choose."""
+    return torch.linspace(-2.0, 3.0, num_experts)
+
+
+def expert_scale_of(num_experts: int) -> torch.Tensor:
+    return torch.linspace(0.5, 2.0, num_experts)
+
+
 def tokens_of(rank: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
@@ -92,6 +101,10 @@ def build(
     layer.gate_weight_ED.copy_(gate)
     if layer.gate_bias_E is not None:
         layer.gate_bias_E.copy_(correction_of(spec.num_experts))
+    if layer.logit_bias_E is not None:
+        layer.logit_bias_E.copy_(logit_bias_of(spec.num_experts))
+    if layer.expert_scale_E is not None:
+        layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
     for local, expert in enumerate(layer.local_experts):
         own_w13, own_w2 = layer.experts.weights_of(local)
         own_w13.copy_(w13[expert])
@@ -123,6 +136,12 @@ MIXTRAL = RouterSpec(num_experts=8, top_k=2, normalize=True)
 
 
 OLMOE = RouterSpec(num_experts=10, top_k=3)
+
+
+# A bias and a cap of the logits, and a scale of each expert's weight.
+CAPPED = RouterSpec(
+    num_experts=10, top_k=3, normalize=True, logit_bias=True, logit_cap=2.5, expert_scale=True
+)
 
 
 DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_groups=2)

@@ -39,6 +39,7 @@ class Family:
     eps: float = 0.0
     scale: float = 1.0
     minimum: float = 0.0  # of the divisor
+    expert_scale: list[float] | None = None  # multiplies what capacity has left
 
 
 @dataclass
@@ -351,5 +352,7 @@ def _weigh(rank, keep, extras, rules: Rules, family: Family) -> RankOutput:
         if rules.renormalize and changed and total > 0:
             wanted = float(rank.weights[t].sum())
             own = {expert: weight * wanted / total for expert, weight in own.items()}
+        if family.expert_scale is not None:
+            own = {expert: weight * family.expert_scale[expert] for expert, weight in own.items()}
         weights.append(own)
     return RankOutput(keep, extras, weights)

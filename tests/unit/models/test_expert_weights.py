@@ -43,7 +43,7 @@ def layer_of(form: ExpertForm) -> Any:
     gate = torch.empty(EXPERTS, HIDDEN)
     return SimpleNamespace(
         spec=spec, experts=experts, local_experts=LOCAL, gate_weight_ED=gate, gate_bias_E=None,
-        logit_bias_E=None, shared=None,
+        logit_bias_E=None, expert_scale_E=None, shared=None,
     )  # fmt: skip
 
 

@@ -46,6 +46,13 @@ def test_a_family_names_its_gate_whose_bias_is_beside_the_weight():
     assert (bias.full_shape, bias.kind) == ((EXPERTS,), "bias")
 
 
+def test_the_scales_of_experts_are_float32_below_the_block():
+    layer, slots = router_slots(MoENames(expert_scale="router.per_expert_scale"), expert_scale=True)
+    scale = slots["model.layers.0.mlp.router.per_expert_scale"]
+    assert scale.target is layer.expert_scale_E and scale.target.dtype == torch.float32
+    assert scale.full_shape == (EXPERTS,)
+
+
 def test_without_a_logit_bias_the_gate_is_its_weight_alone():
     layer, slots = router_slots(MoENames())
     assert list(slots) == ["model.layers.0.mlp.gate.weight"]

@@ -85,10 +85,22 @@ def test_a_logit_bias_is_added_in_the_dtype_of_the_logits():
         assert (logits.dtype == torch.float32) == float32_logits
 
 
+def test_a_logit_cap_bounds_the_logits_and_leaves_the_choice():
+    spec = RouterSpec(num_experts=4, top_k=2, normalize=True, logit_cap=1.5)
+    logits = gate_logits(LOGITS, torch.eye(4), spec)
+    torch.testing.assert_close(logits, 1.5 * (LOGITS / 1.5).tanh())
+    routing = route(logits, spec)
+    assert routing.topk_ids_TK.tolist() == [[1, 2], [1, 0]]
+    chosen = (1.5 * (LOGITS / 1.5).tanh()).gather(1, routing.topk_ids_TK)
+    torch.testing.assert_close(routing.topk_weights_TK, chosen.softmax(1))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"top_k": 5}, "num_experts_per_tok: 5"),
+        ({"top_k": 1, "logit_cap": 0.0}, "router_logit_softcapping: 0.0"),
+        ({"top_k": 1, "logit_cap": float("inf")}, "router_logit_softcapping: inf"),
         ({"top_k": 0}, "num_experts_per_tok: 0"),
         ({"top_k": 1, "num_groups": 3}, "n_group: 3"),
         ({"top_k": 1, "num_groups": 2, "top_groups": 3}, "topk_group: 3"),
