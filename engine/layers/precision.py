@@ -4,7 +4,7 @@ On CUDA the two are one. On a CPU weights in bfloat16 take half the memory, and 
 memory sets it, while arithmetic in float32 is what its kernels do best: so the matrices of the
 projections, the dense MLPs, the experts, the embedding and the head are held in bfloat16, and all
 else is float32: hidden states, norms, biases, gates, the KV cache and the rows that travel. So is
-MLA's up-projection, which plain products read.
+MLA's up-projection, which plain products read. What products round is in `engine/ops/native.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Weights in bfloat16 on the CPU: the model computes in float32, on their values and no others.
 
 The checkpoints are in bfloat16; transformers computes the reference in float32 from the same
-values, so that only the order of sums differs.
+values, so that only the order of sums differs: where the weights are widened, which the processor's
+own products of bfloat16 do not do.
 
     python -m pytest tests/models/test_bfloat16_weights.py
 """
@@ -17,6 +18,7 @@ import torch
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
 from engine.models.decoder import CausalLM
+from engine.ops import native
 from tests.helpers.model_cases import CASES, NEW_TOKENS, Reference, make_reference
 from tests.helpers.model_harness import (
     load_model,
@@ -26,6 +28,7 @@ from tests.helpers.model_harness import (
     run_schedule,
     whole,
 )
+from tests.helpers.ops_cases import on_isa
 from tests.helpers.ranks import run_ranks
 
 BFLOAT16 = torch.bfloat16
@@ -38,6 +41,17 @@ FAMILIES = [
     "deepseek-v3",
 ]
 SHARDED = ["mixtral", "qwen2-moe", "deepseek-v3"]
+
+
+@pytest.fixture(autouse=True)
+def widened(monkeypatch: pytest.MonkeyPatch):
+    """Use kernels that widen the weights, here and on ranks that a test starts."""
+    if not native.available():
+        yield
+        return
+    monkeypatch.setenv("LOCKSTEP_NATIVE", "generic")
+    with on_isa("generic"):
+        yield
 
 
 @pytest.fixture(scope="module")

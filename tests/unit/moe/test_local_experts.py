@@ -7,13 +7,16 @@ import weakref
 import pytest
 import torch
 
+from engine.moe.copy_weights import copy_parts, read_home
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.placement import Precision
 
 HIDDEN, FFN = 64, 48
 
 
-def filled(precision: Precision, copies: int = 2) -> LocalExperts:
+def filled(
+    precision: Precision, copies: int = 2, dtype: torch.dtype = torch.float32
+) -> LocalExperts:
     experts = LocalExperts(
         3,
         copies,
@@ -22,7 +25,7 @@ def filled(precision: Precision, copies: int = 2) -> LocalExperts:
         ffn=FFN,
         backend="torch",
         device=torch.device("cpu"),
-        dtype=torch.float32,
+        dtype=dtype,
     )
     for local in range(3 + copies):
         for weights in experts.weights_of(local):
@@ -48,3 +51,29 @@ def test_copies_in_the_models_precision_take_as_much_as_homes():
     experts.finalize_weights()
     assert experts.copy_bytes == 2 * 3 * HIDDEN * FFN * 4
     assert filled("model", copies=0).copy_bytes == filled("int4", copies=0).copy_bytes == 0
+
+
+def test_copies_of_bfloat16_weights_take_half_of_float32_ones():
+    wide, narrow = filled("model"), filled("model", dtype=torch.bfloat16)
+    assert narrow.copy_bytes * 2 == wide.copy_bytes and narrow.copy_size * 2 == wide.copy_size
+    assert filled("int8", dtype=torch.bfloat16).copy_size == filled("int8").copy_size
+
+
+@pytest.mark.parametrize("precision", ["model", "int8", "int4"])
+def test_a_copy_moved_from_bfloat16_weights_is_the_one_that_was_loaded(precision):
+    experts = LocalExperts(
+        1,
+        1,
+        precision,
+        hidden=HIDDEN,
+        ffn=FFN,
+        backend="torch",
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for home, copy in zip(experts.weights_of(0), experts.weights_of(1), strict=True):
+        copy.copy_(home.copy_(torch.randn(home.shape, generator=generator)))
+    experts.finalize_weights()
+    parts = zip(read_home(experts, 0), copy_parts(experts, 0), strict=True)
+    assert all(torch.equal(home, copy) for home, copy in parts)
