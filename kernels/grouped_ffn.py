@@ -30,7 +30,8 @@ def grouped_ffn(
     has that order instead, and nothing is moved to make it. It may name some of the rows
     (sum(counts_e) of them, each once): results of the others are left as they are in out_RD.
     w13_e2FD [e, 2F, D]: w1 is the first F rows, w3 the other F. w2_eDF is [e, D, F]. Both may be in
-    panels (`panels.py`): w13_e2FD each half by itself. Both may be bfloat16 where x is float32.
+    panels (`panels.py`): w13_e2FD each half by itself. Both may be bfloat16 where x is float32
+    (`native.py` says what is rounded).
     out_RD: where to write the result, x's shape and dtype, not x itself; a new tensor by default.
     """
     panels = in_panels(w13_e2FD)

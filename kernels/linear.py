@@ -19,7 +19,7 @@ def linear(
     """Returns x_TD @ weight_OD^T (+ bias_O): [T, O] in x's dtype; leading dims of x are kept.
 
     weight_OD may be in panels (`panels.py`), and bfloat16 where x is
-    float32.
+    float32 (`native.py` says what is rounded).
     """
     panels = in_panels(weight_OD)
     if native.serves(x_TD) and native.serves_weights(weight_OD) and weight_OD.stride(1) == 1:
