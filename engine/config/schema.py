@@ -33,7 +33,8 @@ class ModelConfig:
     tokenizer: str | None = field(default=None, metadata=TEXT)  # a directory with a tokenizer;
     # null: the one in path
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and activations;
-    # auto: float32 on the CPU, the checkpoint's own on CUDA
+    # bfloat16 on the CPU: of weight matrices, all else is float32; auto: on the CPU float32, or
+    # bfloat16 where the checkpoint is and the processor multiplies it; the checkpoint's own on CUDA
     quantization: Literal["auto", "keep", "dequantize", "int8", "int4", "fp8"] = "auto"  # of a
     # quantised checkpoint's weights; dequantize: read them into dtype; keep: compute on them as
     # stored; auto: keep where the experts' backend can (today none can), else dequantize; int8,
