@@ -44,6 +44,7 @@ class RouterSpec:
     # added to scores for the choice, never to weights (DeepSeek-V3, arXiv 2412.19437, 2.1.2)
     correction_bias: bool = False
     float32_logits: bool = False
+    weights_on_input: bool = False  # they multiply the experts' input, not their output (Llama 4)
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -55,6 +56,11 @@ class RouterSpec:
             raise ValueError(
                 f"num_experts_per_tok: {self.top_k} must be between 1 and the number of experts "
                 f"({self.num_experts}); check the checkpoint's config.json"
+            )
+        if self.weights_on_input and self.top_k != 1:
+            raise ValueError(
+                f"num_experts_per_tok: {self.top_k} is not supported, only 1, where combine "
+                "weights multiply the experts' input: a row is sent once for all experts of a rank"
             )
         if self.num_experts % self.num_groups:
             raise ValueError(
