@@ -283,7 +283,7 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         num_local_experts=max(each.instances.most_local for each in model.moe_layers),
         num_homes=max(each.instances.most_homes for each in model.moe_layers),
         has_copies=any(each.instances.has_copies for each in model.moe_layers),
-        hidden=layer.spec.hidden,
+        hidden=layer.spec.width,
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler

@@ -121,7 +121,7 @@ def _weigh(
     for layer in model.moe_layers:
         moe = layer.spec
         unchosen = moe.router.num_experts - moe.router.top_k
-        idle += unchosen * 3 * moe.hidden * moe.ffn
+        idle += unchosen * (moe.experts.parts + 1) * moe.width * moe.ffn
     shares = [
         share_of_rank(
             reading.hf_config,

@@ -53,9 +53,11 @@ def moe_slots(
         aliases = () if alias == name else (alias,)
         bias = moe.gate_bias_E if names.bias_rows is None else moe.gate_bias_E.unsqueeze(0)
         yield WeightSlot(name, bias, tuple(bias.shape), kind="bias", aliases=aliases)
+    for name, weight in zip(names.latent, moe.rows.parameters(), strict=False):
+        yield WeightSlot(f"{block}.{name}.weight", weight, tuple(weight.shape))
     if names.alternating:
         yield from _alternating_slots(moe, f"{block}.experts")
-    elif f"{prefix}.mlp.experts.gate_up_proj" in checkpoint:
+    elif f"{prefix}.mlp.experts.{_first(moe)}" in checkpoint:
         yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
     else:
         yield from _single_slots(moe, f"{block}.experts", names)
@@ -69,7 +71,7 @@ def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[Weigh
     """Yield three slots per instance, without a gate two, and as many of biases; gate and up are
     views into one stacked tensor.
     """
-    hidden, ffn = moe.spec.hidden, moe.spec.ffn
+    hidden, ffn = moe.spec.width, moe.spec.ffn
     inner = (names.w1, names.w3) if moe.spec.experts.gated else (names.w3,)
     for local, expert in enumerate(moe.local_experts):
         name = f"{prefix}.{expert}"
@@ -89,7 +91,7 @@ def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     all experts.
     """
     num_experts = moe.spec.router.num_experts
-    first = "gate_up_proj" if moe.spec.experts.gated else "up_proj"
+    first = _first(moe)
     for weights, start, run in _runs(moe):
         mine, own = slice(run[0], run[-1] + 1), slice(start, start + len(run))
         for name, target in (
@@ -104,13 +106,18 @@ def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
                 yield WeightSlot(f"{prefix}.{name}", target[own], full_shape, (mine,), kind=kind)
 
 
+def _first(moe: MoELayer) -> str:
+    """Return the name of the first projection of experts that are stacked."""
+    return "gate_up_proj" if moe.spec.experts.gated else "up_proj"
+
+
 def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     """Yield the slots of experts stacked as gpt-oss stores them, per run of instances.
 
     Targets are views of w13 [e, 2, F, D] in the order of the file's dimensions, where F comes
     before the 2 of gate and up.
     """
-    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
+    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.width, moe.spec.ffn
     for weights, start, run in _runs(moe):
         mine, own = (slice(run[0], run[-1] + 1),), slice(start, start + len(run))
         w13_e2FD, w2_eDF = weights.w13_e2FD[own].unflatten(1, (2, ffn)), weights.w2_eDF[own]

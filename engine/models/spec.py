@@ -52,6 +52,7 @@ class MoENames:
     w2: str = "down_proj"
     shared: str = "shared_experts"
     gate: str = "gate"  # the router, whose weight and, where it has one, bias are below it
+    latent: tuple[str, str] = ("fc1_latent_proj", "fc2_latent_proj")  # to latent rows, and back
     bias: str = "gate.e_score_correction_bias"  # of the choice, below the block
     # Whether experts are stacked as gpt-oss stores them: rows of gate and up alternate, and
     # matrices that are not quantised are transposed.

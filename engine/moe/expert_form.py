@@ -10,7 +10,7 @@
 
 `limit` bounds both before that: gate at most limit, up between -limit and limit. Biases are added
 to an expert's rows where the expert is, before the combine weight, so a dropped assignment takes
-its weighted bias along.
+its weighted bias along. `expert_rows.py` says what `latent` means.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class ExpertForm:
     bias: bool = False  # on both projections
     limit: float | None = None  # bound of gate and up before the activation; None: none
     alpha: float = 1.702  # of gpt_oss (swiglu_alpha)
+    latent: int | None = None  # width of the rows that experts take and return; None: the model's
 
     def __post_init__(self) -> None:
         """Check the fields against each other.

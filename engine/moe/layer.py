@@ -53,6 +53,7 @@ from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import SharedWork, shared_rows
 from engine.moe.dispatch.two_batch import Steps, run_to_end
 from engine.moe.expert_form import ExpertForm
+from engine.moe.expert_rows import ExpertRows
 from engine.moe.layer_agreement import LayerAgreement
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.instances import Instances
@@ -75,6 +76,11 @@ class MoESpec:
     hidden: int  # D
     ffn: int  # F, the experts' hidden dim
     experts: ExpertForm = ExpertForm()
+
+    @property
+    def width(self) -> int:
+        """Numbers of a dispatched row: the model dim, or the experts' latent width."""
+        return self.experts.latent or self.hidden
 
 
 class MoELayer(nn.Module):
@@ -99,7 +105,8 @@ class MoELayer(nn.Module):
 
     Raises:
         ValueError: more expert-parallel ranks than experts, a backend that cannot run here, or
-            moe.shared_expert is balanced and there is none.
+            moe.shared_expert is balanced and there is none, or its rows are not those of the
+            experts.
     """
 
     gate_weight_ED: nn.Parameter  # float32 where the logits are, else what the model computes in
@@ -134,6 +141,14 @@ class MoELayer(nn.Module):
                 f"parallel.expert: {group.size} exceeds the model's {num_experts} experts; start "
                 f"at most {num_experts} ranks or set parallel.expert to a divisor of the ranks"
             )
+        if config.shared_expert == "balanced" and (
+            spec.experts.latent is not None or spec.router.weights_on_input
+        ):
+            raise ValueError(
+                "moe.shared_expert = balanced: this model's experts take other rows than its "
+                "shared expert (latent ones, or rows multiplied by their weights), which then "
+                "cannot travel with them; set moe.shared_expert to replicated"
+            )
         self.spec = spec
         self.layer = layer
         self.telemetry = Telemetry()
@@ -144,7 +159,7 @@ class MoELayer(nn.Module):
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
         wide = compute_dtype(dtype, device)
-        rows = RowFormats.of(spec.hidden, wide, config.dispatch)
+        rows = RowFormats.of(spec.width, wide, config.dispatch)
         self.layout_policy = LayoutPolicy(
             instances.first_instances,
             spec.router.top_k,
@@ -171,18 +186,21 @@ class MoELayer(nn.Module):
             if spec.router.expert_scale
             else None
         )
-        widths = (spec.hidden, spec.ffn)
+        widths = (spec.width, spec.ffn)
         num_homes = instances.num_homes(group.rank)
         self.experts = LocalExperts(
             num_homes,
             len(instances.local_experts(group.rank)) - num_homes,
             precision,
-            hidden=spec.hidden,
+            hidden=spec.width,
             ffn=spec.ffn,
             backend=choose_backend(config.experts.backend, device, dtype, widths),
             device=device,
             dtype=dtype,
             form=spec.experts,
+        )
+        self.rows = ExpertRows(
+            spec.hidden, spec.experts.latent, spec.router.weights_on_input, device, dtype
         )
         self.shared = shared
         self._pipelines = [  # one per micro-batch
@@ -222,6 +240,7 @@ class MoELayer(nn.Module):
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""
         self.experts.finalize_weights()
+        self.rows.finalize_weights()
         if isinstance(self.shared, DenseMLP):
             self.shared.finalize_weights()
 
@@ -311,6 +330,7 @@ class MoELayer(nn.Module):
         clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
         routing = self.route(x_tD)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
+        x_tD, routing = self.rows.before(x_tD, routing)
         trial = Trial(1)
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
@@ -356,7 +376,7 @@ class MoELayer(nn.Module):
                 moved = 0 if moves is None else moves.num_moved_all
                 self.telemetry.loads.add_shared(self.layer, moved)
             clock.enter(Phase.PLAN, self.layer)
-            out_tD = combine_rows(rows_SD, *terms)
+            out_tD = self.rows.after(combine_rows(rows_SD, *terms))
         if shared is not None:
             out_tD = shared.add_to(out_tD)
         out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)

@@ -106,6 +106,12 @@ class LayerAgreement:
                 "moe.shared_expert = balanced: moe.capacity.policy = expanded_drop adds rows of "
                 "which other ranks do not know; use replicated"
             )
+        if self._router.weights_on_input and config.policy == "expanded_drop":
+            raise ValueError(
+                "moe.capacity.policy = expanded_drop: this model's combine weights multiply the "
+                "experts' input, so a row cannot serve a second expert of another weight; use "
+                "token_drop or none"
+            )
         validate_capacity(
             config,
             num_experts=self._router.num_experts,

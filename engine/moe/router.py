@@ -54,6 +54,7 @@ class RouterSpec:
     logit_bias: bool = False  # the gate has a bias, which the logits include
     logit_cap: float | None = None  # logits, float32 then, become cap * tanh(logits / cap)
     expert_scale: bool = False  # each expert's combine weight is multiplied by a number of its own
+    weights_on_input: bool = False  # they multiply the experts' input, not their output (Llama 4)
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -65,6 +66,11 @@ class RouterSpec:
             raise ValueError(
                 f"num_experts_per_tok: {self.top_k} must be between 1 and the number of experts "
                 f"({self.num_experts}); check the checkpoint's config.json"
+            )
+        if self.weights_on_input and self.top_k != 1:
+            raise ValueError(
+                f"num_experts_per_tok: {self.top_k} is not supported, only 1, where combine "
+                "weights multiply the experts' input: a row is sent once for all experts of a rank"
             )
         if self.num_experts % self.num_groups:
             raise ValueError(

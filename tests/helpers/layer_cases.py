@@ -8,6 +8,7 @@ from torch import nn
 from engine.config import Config
 from engine.distributed.collectives import GroupCollectives
 from engine.moe.dispatch.exchange import Exchange
+from engine.moe.expert_form import ExpertForm
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.router import RouterSpec
@@ -52,6 +53,28 @@ def expert_scale_of(num_experts: int) -> torch.Tensor:
 def tokens_of(rank: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
+
+
+def activated(hidden: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+    """What a form is defined to compute of one row's first product."""
+    gate, up = hidden.chunk(2) if form.gated else (hidden, torch.ones_like(hidden))
+    if form.limit is not None:
+        limit = torch.tensor(form.limit)
+        gate = torch.minimum(gate, limit)
+        if form.gated:
+            up = torch.maximum(torch.minimum(up, limit), -limit)
+        else:
+            gate = torch.maximum(gate, -limit)
+    if form.activation == "gpt_oss":
+        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+    if form.activation == "relu2":
+        return torch.where(gate > 0, gate * gate, 0) * up
+    if form.activation == "silu":
+        return gate / (1 + torch.exp(-gate)) * up
+    if form.activation == "gelu":
+        return gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + torch.tanh(inner)) * up
 
 
 class WatchedExchange(Exchange):

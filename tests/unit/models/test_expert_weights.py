@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import MoENames
 from engine.moe.expert_form import ExpertForm
+from engine.moe.expert_rows import ExpertRows
 from engine.moe.layer import MoESpec
 from engine.moe.local_experts import LocalExperts
 from engine.moe.router import RouterSpec
@@ -31,20 +32,27 @@ PREFIX = "model.layers.0.mlp.experts"
 
 def layer_of(form: ExpertForm) -> Any:
     """What `moe_slots` reads of a layer that has three of five experts."""
+    device, dtype = torch.device("cpu"), torch.float32
+    router = RouterSpec(num_experts=EXPERTS, top_k=2)
+    spec = MoESpec(router=router, hidden=HIDDEN, ffn=FFN, experts=form)
     experts = LocalExperts(
-        3, 0, "model", hidden=HIDDEN, ffn=FFN, backend="torch", device=torch.device("cpu"),
-        dtype=torch.float32, form=form,
+        3, 0, "model", hidden=spec.width, ffn=FFN, backend="torch", device=device, dtype=dtype,
+        form=form,
     )  # fmt: skip
-    for weight in experts.stacked.tensors:
+    rows = ExpertRows(HIDDEN, form.latent, False, device, dtype)
+    for weight in (*experts.stacked.tensors, *rows.parameters()):
         weight.fill_(torch.nan)
-    spec = MoESpec(
-        router=RouterSpec(num_experts=EXPERTS, top_k=2), hidden=HIDDEN, ffn=FFN, experts=form
-    )
-    gate = torch.empty(EXPERTS, HIDDEN)
     return SimpleNamespace(
-        spec=spec, experts=experts, local_experts=LOCAL, gate_weight_ED=gate, gate_bias_E=None,
-        logit_bias_E=None, expert_scale_E=None, shared=None,
-    )  # fmt: skip
+        spec=spec,
+        experts=experts,
+        rows=rows,
+        local_experts=LOCAL,
+        gate_weight_ED=torch.empty(EXPERTS, HIDDEN),
+        gate_bias_E=None,
+        logit_bias_E=None,
+        expert_scale_E=None,
+        shared=None,
+    )
 
 
 def load(folder, form: ExpertForm, tensors: Tensors, names=None, config=None):
@@ -54,10 +62,11 @@ def load(folder, form: ExpertForm, tensors: Tensors, names=None, config=None):
     )
     if config is not None:
         (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
-    every = moe_slots(cast(Any, layer), "model.layers.0", names or MoENames(), tensors)
+    every = list(moe_slots(cast(Any, layer), "model.layers.0", names or MoENames(), tensors))
     slots = [slot for slot in every if ".experts." in slot.name]
+    slots += [slot for slot in every if "_latent_" in slot.name]
     load_weights(folder, slots, ignored=[r"experts\.[03]\."])
-    return layer.experts.stacked
+    return layer
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -88,7 +97,7 @@ def test_gpt_oss_unquantised_is_turned_and_its_rows_parted(tmp_path):
         f"{PREFIX}.gate_up_proj": drawn(EXPERTS, HIDDEN, 2 * FFN),
         f"{PREFIX}.down_proj": drawn(EXPERTS, FFN, HIDDEN),
     }
-    weights = load(tmp_path, GPT_OSS, tensors, MoENames(alternating=True))
+    weights = load(tmp_path, GPT_OSS, tensors, MoENames(alternating=True)).experts.stacked
     expected = apart(tensors[f"{PREFIX}.gate_up_proj"].mT, 1)[LOCAL]
     assert torch.equal(weights.w13_e2FD, expected)
     assert torch.equal(weights.w2_eDF, tensors[f"{PREFIX}.down_proj"].mT[LOCAL])
@@ -107,7 +116,7 @@ def test_gpt_oss_in_mxfp4_has_its_rows_parted(tmp_path):
         for suffix, value in parts.items()
     }
     names = MoENames(alternating=True)
-    weights = load(tmp_path, GPT_OSS, tensors, names, CONFIGS["mxfp4"])
+    weights = load(tmp_path, GPT_OSS, tensors, names, CONFIGS["mxfp4"]).experts.stacked
     expected = apart(slow_mxfp4(stored["gate_up_proj"]), 1)[LOCAL]
     assert torch.equal(weights.w13_e2FD, expected)
     assert torch.equal(weights.w2_eDF, slow_mxfp4(stored["down_proj"])[LOCAL])
@@ -130,7 +139,7 @@ def test_stacked_experts_have_stacked_biases(tmp_path):
         f"{PREFIX}.gate_up_proj": drawn(EXPERTS, 2 * FFN, HIDDEN),
         f"{PREFIX}.down_proj": drawn(EXPERTS, HIDDEN, FFN),
     }
-    weights = load(tmp_path, ExpertForm(bias=True), tensors)
+    weights = load(tmp_path, ExpertForm(bias=True), tensors).experts.stacked
     for weight, (_, stored) in zip(weights.tensors[2:], biases().items(), strict=True):
         assert torch.equal(weight, stored[LOCAL])
     assert torch.equal(weights.w13_e2FD, tensors[f"{PREFIX}.gate_up_proj"][LOCAL])
@@ -147,7 +156,7 @@ def test_single_experts_have_a_bias_per_projection(tmp_path, gated):
             shift = len(tensors)
             tensors[f"{PREFIX}.{expert}.{name}.weight"] = drawn(*shape) + shift
             tensors[f"{PREFIX}.{expert}.{name}.bias"] = drawn(shape[0]) + shift
-    weights = load(tmp_path, ExpertForm(gated=gated, bias=True), tensors)
+    weights = load(tmp_path, ExpertForm(gated=gated, bias=True), tensors).experts.stacked
     for local, expert in enumerate(LOCAL):
         for kind, (w13, w2) in {
             "weight": (weights.w13_e2FD, weights.w2_eDF),
@@ -156,3 +165,20 @@ def test_single_experts_have_a_bias_per_projection(tmp_path, gated):
             *inner, down = (tensors[f"{PREFIX}.{expert}.{name}.{kind}"] for name in shapes)
             assert torch.equal(w13[local], torch.cat(inner))
             assert torch.equal(w2[local], down)
+
+
+def test_latent_experts_have_matrices_of_the_latent_width_and_two_projections(tmp_path):
+    form = ExpertForm(activation="relu2", gated=False, latent=16)
+    block = PREFIX.removesuffix(".experts")
+    tensors = {
+        f"{PREFIX}.up_proj": drawn(EXPERTS, FFN, 16),
+        f"{PREFIX}.down_proj": drawn(EXPERTS, 16, FFN),
+        f"{block}.fc1_latent_proj.weight": drawn(16, HIDDEN),
+        f"{block}.fc2_latent_proj.weight": drawn(HIDDEN, 16),
+    }
+    layer = load(tmp_path, form, tensors)
+    found = (layer.experts.stacked.w13_e2FD, layer.experts.stacked.w2_eDF)
+    for weight, stored in zip(found, tensors.values(), strict=False):
+        assert torch.equal(weight, stored[LOCAL])
+    assert torch.equal(layer.rows.down_LD, tensors[f"{block}.fc1_latent_proj.weight"])
+    assert torch.equal(layer.rows.up_DL, tensors[f"{block}.fc2_latent_proj.weight"])

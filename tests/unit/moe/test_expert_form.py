@@ -17,6 +17,7 @@ from engine.moe.expert_form import ExpertForm
 from engine.moe.experts import ExpertWeights, make_backend
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.placement import Precision
+from tests.helpers.layer_cases import activated
 from tests.helpers.ops_cases import each_isa, on_isa
 
 EXPERTS, HIDDEN, FFN = 4, 40, 24
@@ -87,27 +88,6 @@ def expected_of(weights: ExpertWeights, rows_RD: torch.Tensor, counts: list[int]
             outputs[-1] += biases[1][expert] if biases else 0
         row += count
     return torch.stack(outputs)
-
-
-def activated(hidden: torch.Tensor, form: ExpertForm) -> torch.Tensor:
-    gate, up = hidden.chunk(2) if form.gated else (hidden, torch.ones_like(hidden))
-    if form.limit is not None:
-        limit = torch.tensor(form.limit)
-        gate = torch.minimum(gate, limit)
-        if form.gated:
-            up = torch.maximum(torch.minimum(up, limit), -limit)
-        else:
-            gate = torch.maximum(gate, -limit)
-    if form.activation == "gpt_oss":
-        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
-    if form.activation == "relu2":
-        return torch.where(gate > 0, gate * gate, 0) * up
-    if form.activation == "silu":
-        return gate / (1 + torch.exp(-gate)) * up
-    if form.activation == "gelu":
-        return gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up
-    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
-    return 0.5 * gate * (1 + torch.tanh(inner)) * up
 
 
 @each_form
