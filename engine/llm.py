@@ -96,8 +96,12 @@ class LLM:
             lambda: load_eos_token_ids(config.model.path, self.tokenizer)
         )
         placement = self._on_all_ranks(lambda: resolve_placement(config, hf_config, topology))
+        own = self._on_all_ranks(
+            lambda: builder.model_dtype(config.model.dtype, hf_config, topology.device)
+        )
+        dtype = builder.agree_dtype(own, config, topology)
         self.model = self._on_all_ranks(
-            lambda: builder.build(config, hf_config, topology, placement)
+            lambda: builder.build(config, hf_config, topology, dtype, placement)
         )
         self.model.set_telemetry(self._telemetry)
         names = self._on_all_ranks(lambda: builder.checkpoint_names(config))

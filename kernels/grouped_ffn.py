@@ -30,12 +30,13 @@ def grouped_ffn(
     has that order instead, and nothing is moved to make it. It may name some of the rows
     (sum(counts_e) of them, each once): results of the others are left as they are in out_RD.
     w13_e2FD [e, 2F, D]: w1 is the first F rows, w3 the other F. w2_eDF is [e, D, F]. Both may be in
-    panels (`panels.py`): w13_e2FD each half by itself.
+    panels (`panels.py`): w13_e2FD each half by itself. Both may be bfloat16 where x is float32
+    (`native.py` says what is rounded).
     out_RD: where to write the result, x's shape and dtype, not x itself; a new tensor by default.
     """
     panels = in_panels(w13_e2FD)
     assert panels == in_panels(w2_eDF), "both weights in panels, or none"
-    if native.serves(x_RD, w13_e2FD, w2_eDF):
+    if native.serves(x_RD) and native.serves_weights(w13_e2FD, w2_eDF):
         return torch.ops.lockstep_cpu.grouped_ffn(
             x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, panels, index_R
         )
@@ -60,7 +61,7 @@ def grouped_ffn_reference(
         rows = slice(start, start + count)
         if index_R is not None:
             rows = index_R[rows]
-        gate_CF, up_CF = F.linear(x_RD[rows], w13_e2FD[expert]).chunk(2, dim=-1)
-        y_RD[rows] = F.linear(F.silu(gate_CF) * up_CF, w2_eDF[expert])
+        gate_CF, up_CF = F.linear(x_RD[rows], w13_e2FD[expert].to(x_RD.dtype)).chunk(2, dim=-1)
+        y_RD[rows] = F.linear(F.silu(gate_CF) * up_CF, w2_eDF[expert].to(x_RD.dtype))
         start += count
     return y_RD

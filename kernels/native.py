@@ -3,7 +3,15 @@
 Every op in this folder has a plain torch reference. On CPU in float32 it goes to the torch
 library `lockstep_cpu` instead (sources in csrc/, compiled at install time by build.py) whenever
 that library is present. The environment variable LOCKSTEP_NATIVE chooses: 0 switches it off;
-avx512, avx2 or generic forces one instruction set; 1 (the default) takes the processor's best.
+avx512_bf16, avx512, avx2 or generic forces one instruction set; 1 (the default) takes the
+processor's best.
+
+`linear` and `grouped_ffn` take bfloat16 weights too, for float32 rows, with float32 results. With
+avx512_bf16 they use the processor's dot products of bfloat16 pairs: every row of x, and the hidden
+rows between the two products of an expert, are rounded to bfloat16 (8 bits of significand, to the
+nearest even; magnitudes below 2^-126 become 0), as on a GPU that computes in bfloat16. Products are
+exact, sums and results float32. The other sets widen the weights and round nothing: the same bits
+as with `weight.float()`.
 
     python -c "from engine.ops import native; print(native.reason())"
 """
@@ -17,7 +25,7 @@ import torch
 import engine
 from engine.ops.build import source_digest
 
-ISAS = ("avx512", "avx2", "generic")
+ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 
 
 def available() -> bool:
@@ -32,8 +40,26 @@ def reason() -> str:
 
 def serves(*tensors: torch.Tensor) -> bool:
     """Whether the compiled kernels take these tensors: float32, on CPU, no gradient asked for."""
+    return _serve(tensors, torch.float32)
+
+
+def serves_weights(*weights: torch.Tensor) -> bool:
+    """Whether the compiled `linear` and `grouped_ffn` take these weights for float32 rows:
+    float32 or bfloat16, all the same, on CPU, no gradient asked for.
+    """
+    return _serve(weights, torch.bfloat16 if weights[0].dtype is torch.bfloat16 else torch.float32)
+
+
+def has_bfloat16_products() -> bool:
+    """Whether products with bfloat16 weights run on the processor's dot products, which round the
+    rows of x to bfloat16; otherwise the weights are widened.
+    """
+    return available() and torch.ops.lockstep_cpu.has_bfloat16_products()
+
+
+def _serve(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> bool:
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+        if tensor.dtype is not dtype or not tensor.is_cpu:
             return False
         if tensor.requires_grad and torch.is_grad_enabled():
             return False

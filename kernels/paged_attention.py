@@ -25,6 +25,7 @@ def paged_attention(
     context_lens: list[int],
     scale: float,
     window: int | None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns softmax(q k^T * scale) v for every query token: [T, H, Dv], in q's dtype.
 
@@ -33,11 +34,20 @@ def paged_attention(
     [num_blocks, G, block_size, Dk], v_cache [num_blocks, G, block_size, Dv], either may be a
     strided view; block_table_SB (int32) lists each context's blocks in order. A query at position
     p sees keys 0 .. p, or p - window + 1 .. p with a window. The two lists are the host copies of
-    the two tensors. T and S may be 0.
+    the two tensors. T and S may be 0. sinks_H (float32) are logits that take part in their head's
+    softmax as a key without a value would, in every window.
     """
     if native.serves(q_THD, k_cache, v_cache):
         return torch.ops.lockstep_cpu.paged_attention(
-            q_THD, k_cache, v_cache, block_table_SB, query_lens, context_lens, scale, window or 0
+            q_THD,
+            k_cache,
+            v_cache,
+            block_table_SB,
+            query_lens,
+            context_lens,
+            scale,
+            window or 0,
+            sinks_H,
         )
     attend = paged_attention_reference
     if triton_support.serves(q_THD):
@@ -53,6 +63,7 @@ def paged_attention(
         context_lens=context_lens,
         scale=scale,
         window=window,
+        sinks_H=sinks_H,
     )
 
 
@@ -68,6 +79,7 @@ def paged_attention_reference(
     context_lens: list[int],
     scale: float,
     window: int | None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain torch form of `paged_attention`: one dense masked softmax a sequence."""
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -87,7 +99,11 @@ def paged_attention_reference(
         hidden_QC = key_1C > position_Q1
         if window is not None:
             hidden_QC |= key_1C <= position_Q1 - window
-        weights_HQC = scores_HQC.masked_fill(hidden_QC, float("-inf")).softmax(-1)
+        scores_HQC = scores_HQC.masked_fill(hidden_QC, float("-inf"))
+        if sinks_H is not None:
+            sinks_HQ1 = sinks_H.float()[:, None, None].expand(-1, queries, 1)
+            scores_HQC = torch.cat((scores_HQC, sinks_HQ1), dim=-1)
+        weights_HQC = scores_HQC.softmax(-1)[..., :context]
         out_HQD = torch.matmul(weights_HQC, v_HCD.float())
         out_THD[start : start + queries] = out_HQD.transpose(0, 1).to(q_THD.dtype)
         start += queries

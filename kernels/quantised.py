@@ -14,18 +14,21 @@ sixteen outputs at a time lie together as a panel, word by word:
 Outputs are padded to whole panels and columns to whole words, with zeros that no product reads.
 The compiled kernels take float32 rows: few rows of an expert read nothing but the packed bytes,
 many share a panel that is dequantised once. A row's result does not depend on the others, bit for
-bit. Elsewhere, and in other dtypes, one expert at a time is dequantised into x's dtype.
+bit. On CUDA a Triton kernel dequantises on the way (`grouped_low_bit.py`). Elsewhere, and on the
+CPU in other dtypes, one expert at a time is dequantised into x's dtype.
 
 Legend: e experts, O outputs, I input columns, G groups of a row, P panels, N = 16 outputs of a
 panel, C words of a row, R rows, D model dim, F expert hidden dim.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from engine.ops import native
+from engine.ops import native, triton_support
+from engine.ops.grouped_low_bit import grouped_ffn_low_bit
 
 PANEL = 16  # outputs of a panel, as in csrc/kernels.h
 # An int4 group's largest weight in steps of its scale: quantise takes the best for each group.
@@ -46,6 +49,11 @@ class QuantisedWeights:
     zero_ePGN: torch.Tensor | None = None  # float32; None: symmetric
 
     @property
+    def format(self) -> Literal["int"]:
+        """What the bits of a weight are."""
+        return "int"
+
+    @property
     def num_experts(self) -> int:
         """How many matrices there are."""
         return self.packed_ePCN.shape[0]
@@ -55,6 +63,10 @@ class QuantisedWeights:
         """Memory of words, scales and zero points."""
         tensors = (self.packed_ePCN, self.scale_ePGN, self.zero_ePGN)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def dequantised(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the matrix [O, I] of one expert."""
+        return dequantise(self, expert, dtype)
 
 
 def num_bytes(experts: int, outputs: int, inputs: int, bits: int, group: int = 32) -> int:
@@ -128,21 +140,35 @@ def pack(
                 f"{group} columns need {expected}"
             )
     columns = 32 // bits  # of a word
-    panels, words = -(-outputs // PANEL), -(-inputs // columns)
-    padded = F.pad(q_eOI.int(), (0, -inputs % columns, 0, -outputs % PANEL))
-    q_ePNCj = padded.view(experts, panels, PANEL, words, columns)
-    packed_ePNC = q_ePNCj[..., 0].clone()
+    padded = F.pad(q_eOI.int(), (0, -inputs % columns))
+    q_eOCj = padded.view(experts, outputs, -(-inputs // columns), columns)
+    packed_eOC = q_eOCj[..., 0].clone()
     for j in range(1, columns):
-        packed_ePNC |= q_ePNCj[..., j] << bits * j
+        packed_eOC |= q_eOCj[..., j] << bits * j
     return QuantisedWeights(
         bits,
         group,
         outputs,
         inputs,
-        packed_ePNC.transpose(2, 3).contiguous(),
-        _in_panels(scale_eOG),
-        None if zero_eOG is None else _in_panels(zero_eOG),
+        to_panels(packed_eOC),
+        to_panels(scale_eOG.float()),
+        None if zero_eOG is None else to_panels(zero_eOG.float()),
     )
+
+
+def to_panels(rows_eOC: torch.Tensor) -> torch.Tensor:
+    """Return words or scales of each output as panels [e, P, C, N]; zeros fill the last one."""
+    experts, outputs, length = rows_eOC.shape
+    padded = F.pad(rows_eOC, (0, 0, 0, -outputs % PANEL))
+    panels = padded.view(experts, -(-outputs // PANEL), PANEL, length)
+    return panels.transpose(2, 3).contiguous()
+
+
+def unpack(packed_ePCN: torch.Tensor, bits: int, outputs: int, inputs: int) -> torch.Tensor:
+    """Return the unsigned integers of panels of words: int32 [e, O, I]."""
+    shifts_j = torch.arange(0, 32, bits, dtype=torch.int32, device=packed_ePCN.device)
+    q_ePNCj = (packed_ePCN.transpose(2, 3).unsqueeze(-1) >> shifts_j) & (2**bits - 1)
+    return q_ePNCj.flatten(3).flatten(1, 2)[:, :outputs, :inputs]
 
 
 def dequantise(
@@ -155,13 +181,8 @@ def dequantise(
         tensors = (weights.packed_ePCN[one], weights.scale_ePGN[one], zero_ePGN)
         sizes = (weights.bits, weights.group, weights.outputs, weights.inputs)
         return dequantise(QuantisedWeights(*sizes, *tensors), None, dtype)[0]
-    bits, columns = weights.bits, 32 // weights.bits
-    packed_ePNC1 = weights.packed_ePCN.transpose(2, 3).unsqueeze(-1)
-    shifts_j = torch.arange(0, 32, bits, dtype=torch.int32, device=packed_ePNC1.device)
-    q_ePNCj = (packed_ePNC1 >> shifts_j) & (2**bits - 1)
-    experts, panels, _, words, _ = q_ePNCj.shape
-    q_eOI = q_ePNCj.reshape(experts, panels * PANEL, words * columns)
-    q_eOI = q_eOI[:, : weights.outputs, : weights.inputs].float()
+    bits = weights.bits
+    q_eOI = unpack(weights.packed_ePCN, bits, weights.outputs, weights.inputs).float()
     if weights.zero_ePGN is None:
         q_eOI -= 2.0 ** (bits - 1)
     else:
@@ -182,6 +203,8 @@ def grouped_ffn_quantised(
         return torch.ops.lockstep_cpu.grouped_ffn_quantised(
             x_RD, *_native(w13_e2FD), *_native(w2_eDF), counts_e, out_RD, index_R
         )
+    if triton_support.serves(x_RD):
+        return grouped_ffn_low_bit(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
     return grouped_ffn_quantised_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
 
 
@@ -260,13 +283,6 @@ def _best_of_candidates(
         best_scale = torch.where(better, scale, best_scale)
         best_q = torch.where(better, q, best_q)
     return best_q, best_scale
-
-
-def _in_panels(scale_eOG: torch.Tensor) -> torch.Tensor:
-    """[e, O, G] as float32 [e, P, G, N]."""
-    experts, outputs, groups = scale_eOG.shape
-    padded = F.pad(scale_eOG.float(), (0, 0, 0, -outputs % PANEL))
-    return padded.view(experts, -(-outputs // PANEL), PANEL, groups).transpose(2, 3).contiguous()
 
 
 def _by_column(scale_ePGN: torch.Tensor, weights: QuantisedWeights) -> torch.Tensor:

@@ -71,6 +71,7 @@ FAMILIES = (
     "glm4_moe",
     "minimax_m2",
     "ernie4_5_moe",
+    "gpt_oss",
 )
 
 
@@ -149,6 +150,13 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
             "moe_num_shared_experts": 1,
             "moe_intermediate_size": size.ffn,
             "intermediate_size": 2 * size.ffn,
+        }
+    if family == "gpt_oss":
+        return fields | {
+            "num_local_experts": size.experts,
+            "intermediate_size": size.ffn,
+            "head_dim": size.hidden // size.heads,
+            "sliding_window": 8,
         }
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 

@@ -33,11 +33,12 @@ class ModelConfig:
     tokenizer: str | None = field(default=None, metadata=TEXT)  # a directory with a tokenizer;
     # null: the one in path
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of weights and activations;
-    # auto: float32 on the CPU, the checkpoint's own on CUDA
+    # bfloat16 on the CPU: of weight matrices, all else is float32; auto: on the CPU float32, or
+    # bfloat16 where the checkpoint is and the processor multiplies it; the checkpoint's own on CUDA
     quantization: Literal["auto", "keep", "dequantize", "int8", "int4", "fp8"] = "auto"  # how
     # weights are held; dequantize: in dtype; int8, int4: experts as integers, rounded anew, the
     # rest in dtype; keep: experts as the integers that the checkpoint has; auto: keep where
-    # compiled kernels compute on them (the CPU, in float32), else dequantize; fp8: refused so far
+    # compiled kernels compute on them (the CPU), else dequantize; fp8: refused so far
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
     # dummy: seeded random numbers
     max_model_len: int | None = field(default=None, metadata=COUNT)  # prompt and new tokens

@@ -21,7 +21,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.doctor.checks import check_installed, check_works
 from engine.doctor.findings import Finding, check_one, table_lines
-from engine.generation.builder import model_dtype
+from engine.generation.builder import dtype_in_words, model_dtype
 from engine.models.registry import read_config, read_spec
 from engine.models.spec import SparseSpec
 from engine.moe.backend_choice import choose_backend
@@ -110,7 +110,7 @@ def _chosen(config: Config, device: torch.device, num_ranks: int) -> Iterator[Fi
         name = choose_backend(config.moe.experts.backend, device, dtype, widths)
         measured = device.type == "cuda" and config.moe.experts.backend == "auto"
         more = ", or te where it is measured to be faster" if measured else ""
-        return f"{name} in {str(dtype).removeprefix('torch.')}{more}"
+        return f"{name} in {dtype_in_words(dtype, device)}{more}"
 
     def comms() -> str:
         if importlib.util.find_spec("deepspeed") is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,25 @@ import torch
 
 from engine.config import Config
 from engine.config.world_rules import validate_world
+from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.generation.block_pool import BlockPool
-from engine.generation.memory import MoEShape, num_kv_blocks, row_bound
+from engine.generation.memory import MoEShape, RowBound, num_kv_blocks, row_bound
 from engine.generation.quantization import resolve_quantization
 from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler
 from engine.layers.kv_cache import KVCache
 from engine.layers.mlp import DenseMLP
+from engine.layers.precision import compute_dtype
 from engine.models.decoder import CausalLM
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
 from engine.moe.placement.placement import Placement
+from engine.ops import native
 from engine.weights import loader
 from engine.weights.formats.grouping import read_weights
 
@@ -58,12 +62,17 @@ def import_libraries(config: Config, device: torch.device) -> None:
 
 
 def build(
-    config: Config, hf_config: Any, topology: Topology, placement: Placement | None = None
+    config: Config,
+    hf_config: Any,
+    topology: Topology,
+    dtype: torch.dtype,
+    placement: Placement | None = None,
 ) -> CausalLM:
     """Build this rank's part of the model, its weights uninitialised.
 
     Args:
         hf_config: the checkpoint's transformers configuration.
+        dtype: of the weights, the same on every rank (`agree_dtype`).
         placement: of the experts; None: contiguous homes.
 
     Collective over EP on CUDA: every rank must call.
@@ -71,14 +80,14 @@ def build(
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
-    dtype, spec = model_dtype(config.model.dtype, hf_config, topology.device), read_spec(hf_config)
-    held = resolve_quantization(config, spec, topology.device, dtype)
+    spec = read_spec(hf_config)
+    device = topology.device
+    held = resolve_quantization(config, spec, device, compute_dtype(dtype, device))
     if held.layouts and config.moe.experts.backend == "auto":  # nothing to measure
         experts = replace(config.moe.experts, backend="torch")
         config = replace(config, moe=replace(config.moe, experts=experts))
     config, topology = measured_at_start(config, spec, topology, dtype)
-    device, layouts = topology.device, held.layouts
-    model = build_model(hf_config, config, topology, device, dtype, placement, layouts)
+    model = build_model(hf_config, config, topology, device, dtype, placement, held.layouts)
     model.quantization = held.name
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
@@ -191,7 +200,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
         "runtime.device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "runtime.threads": torch.get_num_threads(),
         "runtime.shared_memory": isinstance(topology.control.handle, SharedMemoryGroup),
-        "model.dtype": str(model.dtype).removeprefix("torch."),
+        "model.dtype": dtype_in_words(model.weight_dtype, device),
         "model.quantization": model.quantization,
         "model.max_model_len": model.max_model_len,
         "parallel.expert": topology.expert.size,
@@ -206,11 +215,41 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
 
 
 def model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
-    """Resolve model.dtype: `auto` is the checkpoint's dtype on CUDA and float32 on CPU."""
+    """Resolve model.dtype on this rank: `auto` is the checkpoint's own on CUDA; on a CPU bfloat16
+    where that is the checkpoint's and the compiled kernels multiply with it, else float32.
+    """
     if name != "auto":
         return getattr(torch, name)
     own = getattr(hf_config, "dtype", None)
-    return own if device.type == "cuda" and own in _DTYPES else torch.float32
+    if device.type == "cuda":
+        return own if own in _DTYPES else torch.float32
+    narrow = own == torch.bfloat16 and native.has_bfloat16_products()
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def agree_dtype(dtype: torch.dtype, config: Config, topology: Topology) -> torch.dtype:
+    """Return the dtype of the weights on every rank, given each rank's `model_dtype`.
+
+    With model.dtype = auto the CPUs of several hosts may differ: float32 then, which all of them
+    multiply, since weights and copies of experts move between ranks.
+
+    Collective over all ranks on the CPU with model.dtype = auto: every rank must call.
+    """
+    if config.model.dtype != "auto" or topology.device.type == "cuda":
+        return dtype
+    found = set(gather_objects(dtype, topology.host_world))
+    return dtype if len(found) == 1 else torch.float32
+
+
+def dtype_in_words(dtype: torch.dtype, device: torch.device) -> str:
+    """Return the dtype of the weights, and where it is another one that of what is computed."""
+    wide = compute_dtype(dtype, device)
+    more = "" if wide == dtype else f" (weights), computes in {_name(wide)}"
+    return f"{_name(dtype)}{more}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
@@ -224,8 +263,12 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
     """
     if not model.moe_layers:
         return 0
-    # Of the layers, which share the buffers, the one with the widest rows.
-    layer = max(model.moe_layers, key=lambda each: each.instances.most_local)
+    # Of the layers, which share the buffers, the one with the widest rows: deduplicated ones have
+    # the mask of a rank's experts, and tokens of one expert are not deduplicated.
+    layer = max(
+        model.moe_layers,
+        key=lambda each: (each.spec.router.top_k > 1, each.instances.most_local),
+    )
     capacity = config.moe.capacity
     shape = MoEShape(
         num_ranks=topology.expert.size,
@@ -234,12 +277,18 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         num_local_experts=max(each.instances.most_local for each in model.moe_layers),
         num_homes=max(each.instances.most_homes for each in model.moe_layers),
         has_copies=any(each.instances.has_copies for each in model.moe_layers),
-        hidden=layer.spec.hidden,
+        hidden=layer.spec.width,
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler
-    bound = row_bound(shape, capacity, limits.max_batch_tokens, limits.max_sequences)
-    dtype = model.embedding_VD.dtype
+    bounds = {  # by experts per token, in which layers may differ
+        top_k: row_bound(
+            replace(shape, top_k=top_k), capacity, limits.max_batch_tokens, limits.max_sequences
+        )
+        for top_k in {each.spec.router.top_k for each in model.moe_layers}
+    }
+    bound = reduce(RowBound.join, bounds.values())
+    dtype = model.dtype
     is_cuda = topology.device.type == "cuda"
     needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
     if config.moe.shared_expert == "balanced" and isinstance(layer.shared, DenseMLP):
@@ -249,7 +298,8 @@ def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
         widths = shape.hidden + layer.shared.ffn
         needed += limits.max_batch_tokens * 3 * widths * dtype.itemsize
     for each in model.moe_layers:
-        each.row_limit = bound.received if bound.has_rounds else None
+        own = bounds[each.spec.router.top_k]
+        each.row_limit = own.received if own.has_rounds else None
     if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
         return needed
     with memory_in_words(

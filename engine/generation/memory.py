@@ -76,6 +76,14 @@ class RowBound:
     received: int
     has_rounds: bool = False  # whether more rows come, in rounds of `received`
 
+    def join(self, other: RowBound) -> RowBound:
+        """Return the bound of calls that keep either."""
+        return RowBound(
+            max(self.sent, other.sent),
+            max(self.received, other.received),
+            self.has_rounds or other.has_rounds,
+        )
+
     def activation_bytes(self, shape: MoEShape, dtype: torch.dtype, *, is_cuda: bool) -> int:
         """Return the bytes of the row buffers and of the experts' inner activations."""
         rows = self.sent * (2 if self.has_rounds else 1) + self.received * (3 if is_cuda else 2)

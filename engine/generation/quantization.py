@@ -19,7 +19,7 @@ import torch
 
 from engine.config import Config
 from engine.models.expert_weights import expert_names
-from engine.models.spec import ModelSpec
+from engine.models.spec import ModelSpec, SparseSpec
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import COPY_GROUP
 from engine.ops import native
@@ -50,7 +50,8 @@ def resolve_quantization(
     Args:
         config: of the run.
         spec: of the model.
-        device, dtype: of the weights.
+        device: of the weights.
+        dtype: of hidden states.
 
     Raises:
         ValueError: the setting asks for what no backend computes, or contradicts another.
@@ -67,6 +68,14 @@ def resolve_quantization(
             f"model.quantization = {setting} holds the experts as integers; set "
             "moe.experts.backend to auto, or model.quantization to dequantize"
         )
+    forms = [layer.mlp.moe.experts for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
+    is_plain = all(form.is_plain for form in forms)
+    if setting in ("int8", "int4", "keep") and not is_plain:
+        words = next(form.words for form in forms if not form.is_plain)
+        raise ValueError(
+            f"model.quantization: {setting!r}: integers run plain SwiGLU experts alone, and this "
+            f"model's have {words}; set model.quantization to auto or dequantize"
+        )
     folder = Path(config.model.path)
     scheme = None if config.model.load_format == "dummy" else scheme_of(folder)
     if setting in _BITS:
@@ -74,7 +83,7 @@ def resolve_quantization(
         return Held(setting, dict.fromkeys(expert_names(spec), layouts))
     if scheme is None:
         return Held("none")
-    computes = device.type == "cpu" and native.available() and dtype == torch.float32
+    computes = device.type == "cpu" and native.available() and dtype == torch.float32 and is_plain
     if setting == "keep" or (setting == "auto" and computes and backend in ("auto", "torch")):
         try:
             found = kept_layouts(read_weights(folder).entries, expert_names(spec), scheme)

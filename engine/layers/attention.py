@@ -19,6 +19,7 @@ from torch import nn
 from engine.distributed.groups import Group
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
+from engine.layers.precision import compute_dtype
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
@@ -43,10 +44,11 @@ class AttentionSpec:
     clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
     interleaved: bool = False  # rotary pairs are (2i, 2i + 1); otherwise (i, i + Dh / 2)
     window: int | None = None  # keys that a query attends to, its own included; None: all
+    sinks: bool = False  # a learned logit per head takes part in its softmax, without a value
 
 
 class Attention(nn.Module):
-    """This tensor rank's heads of one layer.
+    """This tensor rank's heads of one layer; dtype: of the matrices.
 
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
@@ -71,11 +73,15 @@ class Attention(nn.Module):
         # columns of this rank's heads.
         self.qkv_OD = empty_parameter(rows, spec.hidden, device=device, dtype=dtype)
         self.out_DO = empty_parameter(spec.hidden, self.q_width, device=device, dtype=dtype)
+        dtype = compute_dtype(dtype, device)  # of all but the matrices
         self.qkv_bias_O = self.out_bias_D = self.q_norm = self.k_norm = None
         if spec.qkv_bias:
             self.qkv_bias_O = empty_parameter(rows, device=device, dtype=dtype)
         if spec.out_bias:
             self.out_bias_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
+        self.sinks_H = None
+        if spec.sinks:  # float32, as the softmax is
+            self.sinks_H = empty_parameter(share.num_heads, device=device, dtype=torch.float32)
         if spec.qk_norm != "none":
             whole = spec.qk_norm == "projection"
             q_dim, k_dim = (self.q_width, self.kv_width) if whole else (spec.head_dim,) * 2
@@ -136,6 +142,7 @@ class Attention(nn.Module):
             context_lens=queries.context_lens,
             scale=self.scale,
             window=spec.window,
+            sinks_H=self.sinks_H,
         )
         return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.sums)
 
@@ -199,6 +206,11 @@ class Attention(nn.Module):
                 yield WeightSlot(f"{name}.bias", bias, (full,), (rows,), kind="bias")
             start = end
         yield from out_slots(prefix, self.out_DO, self.out_bias_D, q_rows, q_full)
+        if self.sinks_H is not None:
+            heads = slice(share.first_head, share.first_head + share.num_heads)
+            yield WeightSlot(
+                f"{prefix}.sinks", self.sinks_H, (spec.num_heads,), (heads,), kind="bias"
+            )
         norms = (("q", self.q_norm, q_rows, q_full), ("k", self.k_norm, kv_rows, kv_full))
         for letter, norm, rows, full in norms:
             if norm is not None:

@@ -27,6 +27,7 @@ from torch import nn
 from engine.distributed.groups import Group
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
+from engine.layers.precision import compute_dtype
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.latent_rotary_store import latent_rotary_store
 from engine.ops.linear import linear
@@ -56,7 +57,7 @@ class MLASpec:
 
 
 class LatentAttention(nn.Module):
-    """This tensor rank's heads of one layer.
+    """This tensor rank's heads of one layer; dtype: of the matrices that `linear` reads.
 
     Raises:
         ValueError: when the tensor ranks do not divide the heads.
@@ -75,20 +76,23 @@ class LatentAttention(nn.Module):
         self.latent_width = spec.kv_rank + spec.rope_dim
         self.down_q = self.q_width if spec.q_rank is None else spec.q_rank
 
-        def empty(*shape: int) -> nn.Parameter:
+        wide = compute_dtype(dtype, device)
+
+        def empty(*shape: int, dtype: torch.dtype = wide) -> nn.Parameter:
             return empty_parameter(*shape, device=device, dtype=dtype)
 
         # All projections of x in one matrix: queries (or the query latent, Q rows), then latent and
         # rotary key (C + R rows).
-        self.down_OD = empty(self.down_q + self.latent_width, spec.hidden)
+        self.down_OD = empty(self.down_q + self.latent_width, spec.hidden, dtype=dtype)
         self.kv_norm_C = empty(spec.kv_rank)
-        # Each head's key rows (N), then its value rows (V).
+        # Each head's key rows (N), then its value rows (V). Small, and read by plain products that
+        # would widen it in every step: held in the dtype that they compute in.
         self.kv_up_HOC = empty(heads, spec.nope_dim + spec.value_dim, spec.kv_rank)
-        self.out_DO = empty(spec.hidden, heads * spec.value_dim)
+        self.out_DO = empty(spec.hidden, heads * spec.value_dim, dtype=dtype)
         self.down_bias_O = self.out_bias_D = self.q_norm_Q = self.q_up_OQ = None
         if spec.q_rank is not None:
             self.q_norm_Q = empty(spec.q_rank)
-            self.q_up_OQ = empty(self.q_width, spec.q_rank)
+            self.q_up_OQ = empty(self.q_width, spec.q_rank, dtype=dtype)
         if spec.bias:
             self.down_bias_O = empty(self.down_q + self.latent_width)
             # A direct query projection has no bias in any DeepSeek model: its rows stay zero.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.layers.parallel import empty_parameter
+from engine.layers.precision import compute_dtype
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
 from engine.ops.silu_and_mul import gate_output, silu_and_mul
@@ -35,17 +36,20 @@ class DenseMLP(nn.Module):
         Args:
             hidden: D.
             ffn: F.
+            device, dtype: of the matrices.
             bias: on the three projections (DeepSeek-V2's mlp_bias).
             output_gate: whether the output has a gate (Qwen2-MoE's shared expert).
         """
         super().__init__()
         self.hidden, self.ffn = hidden, ffn
 
-        def empty(*shape: int) -> nn.Parameter:
+        wide = compute_dtype(dtype, device)
+
+        def empty(*shape: int, dtype: torch.dtype = wide) -> nn.Parameter:
             return empty_parameter(*shape, device=device, dtype=dtype)
 
-        self.gate_up_2FD = empty(2 * ffn, hidden)  # gate rows, then up rows
-        self.down_DF = empty(hidden, ffn)
+        self.gate_up_2FD = empty(2 * ffn, hidden, dtype=dtype)  # gate rows, then up rows
+        self.down_DF = empty(hidden, ffn, dtype=dtype)
         self.gate_up_bias_2F = empty(2 * ffn) if bias else None
         self.down_bias_D = empty(hidden) if bias else None
         self.output_gate_1D = empty(1, hidden) if output_gate else None

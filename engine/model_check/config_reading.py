@@ -42,7 +42,6 @@ _FOREIGN = {
     "mamba_d_state": "Mamba layers, a recurrent state per sequence",
     "attn_logit_softcapping": "a soft cap on the attention's logits",
     "final_logit_softcapping": "a soft cap on the model's logits",
-    "swiglu_limit": "a clamp inside the experts",
     "moe_latent_size": "experts in a latent width",
     "zero_expert_num": "experts that compute nothing",
     "num_hash_layers": "routing by a table of token ids",

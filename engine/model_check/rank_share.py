@@ -162,7 +162,7 @@ def _row_bytes(model: CausalLM, ranks: int, most: int, dtype: torch.dtype) -> in
             top_k=layer.spec.router.top_k,
             num_experts=layer.spec.router.num_experts,
             num_local_experts=most,
-            hidden=layer.spec.hidden,
+            hidden=layer.spec.width,
             ffn=layer.spec.ffn,
         )
         bound = row_bound(shape, CapacityConfig(), limits.max_batch_tokens, limits.max_sequences)

@@ -121,7 +121,7 @@ def _weigh(
     for layer in model.moe_layers:
         moe = layer.spec
         unchosen = moe.router.num_experts - moe.router.top_k
-        idle += unchosen * 3 * moe.hidden * moe.ffn
+        idle += unchosen * (moe.experts.parts + 1) * moe.width * moe.ffn
     shares = [
         share_of_rank(
             reading.hf_config,
@@ -142,7 +142,11 @@ def _capacity(spec: ModelSpec, shares: Sequence[RankShare]) -> dict[str, Any] | 
     """Return what capacity can do on the largest number of ranks that the model runs on."""
     sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
     fitting = [share.ranks for share in shares if not share.problem]
-    return capacity_of(sparse[0], max(fitting)) if sparse and fitting else None
+    if not sparse or not fitting:
+        return None
+    # Of layers with unequal top-k the one that needs the largest factor to drop nothing.
+    fewest = min(sparse, key=lambda mlp: mlp.moe.router.top_k)
+    return capacity_of(fewest, max(fitting))
 
 
 def _scheme(reading: ConfigReading) -> str | None:

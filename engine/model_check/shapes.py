@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -35,12 +34,13 @@ def _experts(sparse: list[SparseSpec]) -> dict[str, Any] | None:
     if not sparse:
         return None
     first = sparse[0]
-    top_k = Counter(mlp.moe.router.top_k for mlp in sparse)
+    top_k = {mlp.moe.router.top_k for mlp in sparse}
     return {
         "ffn": first.moe.ffn,
         "shared_ffn": None if first.shared is None else first.shared.ffn,
         **_fields(first.moe.router),
         "top_k": max(top_k),
+        "least_top_k": min(top_k),
     }
 
 

@@ -109,7 +109,7 @@ _FIELDS = {
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "rotary_dim"), _EVEN),
     "sliding_window": _Rule("a whole number", _is_whole),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "clip_qkv", "moe_norm_min"), _POSITIVE),
-    "routed_scaling_factor": _POSITIVE,
+    **dict.fromkeys(("routed_scaling_factor", "swiglu_alpha", "swiglu_limit"), _POSITIVE),
     "partial_rotary_factor": _SHARE,
     **dict.fromkeys(
         (
@@ -151,6 +151,7 @@ _ROPE_FIELDS = {
     "partial_rotary_factor": _SHARE,
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), _POSITIVE),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), _POSITIVE),
+    "truncate": _FLAG,
     **dict.fromkeys(("mscale", "mscale_all_dim"), _NUMBER),
     **dict.fromkeys(("short_factor", "long_factor"), _LIST_OF_POSITIVE),
 }

@@ -25,6 +25,7 @@ from engine.config import MoEConfig
 from engine.distributed.groups import Topology
 from engine.layers.kv_cache import KVCache
 from engine.layers.parallel import empty_parameter
+from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import StepTensors
 from engine.models.decoder_layer import DecoderLayer
@@ -68,8 +69,10 @@ class CausalLM(nn.Module):
 
     Parameters are uninitialised until the `weight_slots` are filled.
 
-    placement: of the experts; None: contiguous homes.
-    layouts: by layer, how experts are held as integers; those of other layers are in `dtype`.
+    Args:
+        dtype: of the weight matrices; the model computes in `CausalLM.dtype`.
+        placement: of the experts; None: contiguous homes.
+        layouts: by layer, how experts are held as integers; those of other layers are in `dtype`.
 
     Raises:
         ValueError: when the ranks do not fit the model's heads or experts.
@@ -89,7 +92,8 @@ class CausalLM(nn.Module):
         layouts: Mapping[int, ExpertLayouts] | None = None,
     ) -> None:
         super().__init__()
-        self.spec, self.dtype = spec, dtype
+        self.spec, self.weight_dtype = spec, dtype
+        self.dtype = compute_dtype(dtype, device)  # of hidden states, KV cache and norms
         self.placement = placement
         self.quantization = "none"  # how weights are held (model.quantization), for reports
         self.max_model_len = max_model_len  # positions it can run
@@ -100,7 +104,7 @@ class CausalLM(nn.Module):
         self.head_VD = self.embedding_VD
         if not spec.tied_embeddings:
             self.head_VD = empty_parameter(*shape, device=device, dtype=dtype)
-        self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=dtype)
+        self.final_norm_D = empty_parameter(spec.hidden, device=device, dtype=self.dtype)
         self.row_buffers = RowBuffers()
         tuner = ChunkTuner(device)
         self._layers = [
@@ -218,7 +222,7 @@ class CausalLM(nn.Module):
         group_tokens, tunes = None if group is None else group.all, True
         uses_copies = group is None or group.use_copies
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
-        residual_TD = F.embedding(step.token_ids_T, self.embedding_VD)
+        residual_TD = F.embedding(step.token_ids_T, self.embedding_VD).to(self.dtype)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
         next_norms = [*(layer.input_norm_D for layer in layers[1:]), self.final_norm_D]
         read = None

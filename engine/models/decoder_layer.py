@@ -11,6 +11,7 @@ from engine.layers.attention import Attention, AttentionSpec
 from engine.layers.mla import LatentAttention
 from engine.layers.mlp import DenseMLP
 from engine.layers.parallel import empty_parameter
+from engine.layers.precision import compute_dtype
 from engine.models.spec import DenseSpec, LayerSpec
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
@@ -38,8 +39,9 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         hidden = spec.attention.hidden
-        self.input_norm_D = empty_parameter(hidden, device=device, dtype=dtype)
-        self.mlp_norm_D = empty_parameter(hidden, device=device, dtype=dtype)
+        wide = compute_dtype(dtype, device)
+        self.input_norm_D = empty_parameter(hidden, device=device, dtype=wide)
+        self.mlp_norm_D = empty_parameter(hidden, device=device, dtype=wide)
         if isinstance(spec.attention, AttentionSpec):
             self.attention = Attention(spec.attention, topology.tensor, device, dtype)
         else:

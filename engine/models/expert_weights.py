@@ -1,10 +1,19 @@
 """Expert weights: which checkpoint tensors fill an MoE layer, as `WeightSlot`s.
 
-Two layouts occur: one matrix per expert and projection (every published checkpoint, and what
-save_pretrained writes), or all experts of a layer stacked in two tensors (transformers' layout in
-memory). Slots exist only for the experts of this rank, homes and copies.
+Three layouts occur: one matrix per expert and projection (most published checkpoints, and what
+save_pretrained writes), all experts of a layer stacked in two tensors (transformers' layout in
+memory), or stacked as gpt-oss stores them (`MoENames.alternating`):
 
-Legend: E experts, e experts on this rank, D model dim, F expert hidden dim.
+| tensor            | in MXFP4, as [E, outputs, inputs]  | unquantised     |
+|-------------------|------------------------------------|-----------------|
+| gate_up_proj      | [E, 2F, D], gate and up alternate  | [E, D, 2F]      |
+| gate_up_proj_bias |                                    | [E, 2F]         |
+| down_proj         | [E, D, F]                          | [E, F, D]       |
+| down_proj_bias    |                                    | [E, D]          |
+
+Slots exist only for the experts of this rank, homes and copies.
+
+Legend: E experts, e experts on this rank, D model dim, F expert hidden dim, N 2F, without a gate F.
 """
 
 from __future__ import annotations
@@ -30,15 +39,25 @@ def moe_slots(
     """
     spec, block = moe.spec, f"{prefix}.{names.block}"
     num_experts, hidden = spec.router.num_experts, spec.hidden
-    gate, alias = f"{block}.gate.weight", f"{prefix}.mlp.gate.weight"
+    gate, alias = f"{block}.{names.gate}.weight", f"{prefix}.mlp.gate.weight"
     aliases = () if alias == gate else (alias,)
     yield WeightSlot(gate, moe.gate_weight_ED, (num_experts, hidden), aliases=aliases)
+    if moe.logit_bias_E is not None:
+        name = f"{block}.{names.gate}.bias"
+        yield WeightSlot(name, moe.logit_bias_E, (num_experts,), kind="bias")
+    if moe.expert_scale_E is not None:
+        name = f"{block}.{names.expert_scale}"
+        yield WeightSlot(name, moe.expert_scale_E, (num_experts,), kind="norm")
     if moe.gate_bias_E is not None:
         name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
         aliases = () if alias == name else (alias,)
         bias = moe.gate_bias_E if names.bias_rows is None else moe.gate_bias_E.unsqueeze(0)
         yield WeightSlot(name, bias, tuple(bias.shape), kind="bias", aliases=aliases)
-    if f"{prefix}.mlp.experts.gate_up_proj" in checkpoint:
+    for name, weight in zip(names.latent, moe.rows.parameters(), strict=False):
+        yield WeightSlot(f"{block}.{name}.weight", weight, tuple(weight.shape))
+    if names.alternating:
+        yield from _alternating_slots(moe, f"{block}.experts")
+    elif f"{prefix}.mlp.experts.{_first(moe)}" in checkpoint:
         yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
     else:
         yield from _single_slots(moe, f"{block}.experts", names)
@@ -65,36 +84,114 @@ def expert_names(spec: ModelSpec) -> dict[int, tuple[list[str], list[str]]]:
 
 
 def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
-    """Yield three slots per instance; gate and up are rows of one stacked tensor."""
-    hidden, ffn = moe.spec.hidden, moe.spec.ffn
-    matrices: tuple[tuple[str, Matrix, int, tuple[int, int]], ...] = (
-        (names.w1, "w13", 0, (ffn, hidden)),
-        (names.w3, "w13", ffn, (ffn, hidden)),
-        (names.w2, "w2", 0, (hidden, ffn)),
-    )
+    """Yield three slots per instance, without a gate two, and as many of biases; gate and up are
+    rows of one stacked tensor.
+    """
+    hidden, ffn = moe.spec.width, moe.spec.ffn
+    inner = (names.w1, names.w3) if moe.spec.experts.gated else (names.w3,)
+    matrices: list[tuple[str, Matrix, int, tuple[int, int]]] = [
+        (each, "w13", index * ffn, (ffn, hidden)) for index, each in enumerate(inner)
+    ]
+    matrices.append((names.w2, "w2", 0, (hidden, ffn)))
     for local, expert in enumerate(moe.local_experts):
         for name, matrix, first, shape in matrices:
             target, sink = moe.experts.target(local, matrix, first, shape[0])
             yield WeightSlot(f"{prefix}.{expert}.{name}.weight", target, shape, sink=sink)
+        if (biases := moe.experts.biases_of(local)) is not None:
+            b13_N, b2_D = biases
+            for each, part_F in zip(inner, b13_N.split(ffn), strict=True):
+                yield WeightSlot(f"{prefix}.{expert}.{each}.bias", part_F, (ffn,), kind="bias")
+            name = f"{prefix}.{expert}.{names.w2}.bias"
+            yield WeightSlot(name, b2_D, (hidden,), kind="bias")
 
 
 def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
-    """Yield two slots per run of instances, each a range of a tensor that stacks all experts."""
-    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.hidden, moe.spec.ffn
+    """Yield two slots per run of instances, and two of biases, each a range of a tensor that stacks
+    all experts.
+    """
+    num_experts, first = moe.spec.router.num_experts, _first(moe)
+    for start, run in _runs(moe):
+        mine = slice(run[0], run[-1] + 1)
+        if moe.experts.low_bit_of(start) is not None:
+            yield from _stacked_sinks(moe, prefix, start, mine)
+            continue
+        own, weights = slice(start, start + len(run)), moe.experts.stacked
+        for name, target in (
+            (first, weights.w13_e2FD),
+            ("down_proj", weights.w2_eDF),
+            (f"{first}_bias", weights.b13_e2F),
+            ("down_proj_bias", weights.b2_eD),
+        ):
+            if target is not None:
+                kind = "bias" if target.dim() == 2 else "matrix"
+                full_shape = (num_experts, *target.shape[1:])
+                yield WeightSlot(f"{prefix}.{name}", target[own], full_shape, (mine,), kind=kind)
+
+
+def _stacked_sinks(moe: MoELayer, prefix: str, local: int, mine: slice) -> Iterator[WeightSlot]:
+    """Yield the two slots of one instance that is held as integers."""
+    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.width, moe.spec.ffn
     matrices: tuple[tuple[str, Matrix, tuple[int, int]], ...] = (
-        ("gate_up_proj", "w13", (2 * ffn, hidden)),
+        (_first(moe), "w13", (2 * ffn, hidden)),
         ("down_proj", "w2", (hidden, ffn)),
     )
+    for name, matrix, shape in matrices:
+        target, sink = moe.experts.target(local, matrix, 0, shape[0])
+        full_shape = (num_experts, *shape)
+        yield WeightSlot(f"{prefix}.{name}", target[None], full_shape, (mine,), sink=sink)
+
+
+def _first(moe: MoELayer) -> str:
+    """Return the name of the first projection of experts that are stacked."""
+    return "gate_up_proj" if moe.spec.experts.gated else "up_proj"
+
+
+def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+    """Yield the slots of experts stacked as gpt-oss stores them, per run of instances.
+
+    Targets are views of w13 [e, 2, F, D] in the order of the file's dimensions, where F comes
+    before the 2 of gate and up.
+    """
+    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.width, moe.spec.ffn
+    weights = moe.experts.stacked
     for start, run in _runs(moe):
-        mine, own = slice(run[0], run[-1] + 1), slice(start, start + len(run))
-        for name, matrix, shape in matrices:
-            stacked = moe.experts.stacked
-            target = (stacked.w13_e2FD if matrix == "w13" else stacked.w2_eDF)[own]
-            sink = None
-            if moe.experts.low_bit_of(start) is not None:
-                target, sink = moe.experts.target(start, matrix, 0, shape[0])
-                target = target[None]
-            yield WeightSlot(f"{prefix}.{name}", target, (num_experts, *shape), (mine,), sink=sink)
+        mine, own = (slice(run[0], run[-1] + 1),), slice(start, start + len(run))
+        w13_e2FD, w2_eDF = weights.w13_e2FD[own].unflatten(1, (2, ffn)), weights.w2_eDF[own]
+        name = f"{prefix}.gate_up_proj"
+        plain = WeightSlot(
+            name,
+            w13_e2FD.permute(0, 3, 2, 1),
+            (num_experts, hidden, ffn, 2),
+            mine,
+            file_shape=(num_experts, hidden, 2 * ffn),
+        )
+        yield WeightSlot(
+            name,
+            w13_e2FD.transpose(1, 2),
+            (num_experts, ffn, 2, hidden),
+            mine,
+            file_shape=(num_experts, 2 * ffn, hidden),
+            unquantised=plain,
+        )
+        name = f"{prefix}.down_proj"
+        plain = WeightSlot(name, w2_eDF.transpose(1, 2), (num_experts, ffn, hidden), mine)
+        yield WeightSlot(name, w2_eDF, (num_experts, hidden, ffn), mine, unquantised=plain)
+        if weights.b13_e2F is not None and weights.b2_eD is not None:
+            yield WeightSlot(
+                f"{prefix}.gate_up_proj_bias",
+                weights.b13_e2F[own].unflatten(1, (2, ffn)).transpose(1, 2),
+                (num_experts, ffn, 2),
+                mine,
+                kind="bias",
+                file_shape=(num_experts, 2 * ffn),
+            )
+            yield WeightSlot(
+                f"{prefix}.down_proj_bias",
+                weights.b2_eD[own],
+                (num_experts, hidden),
+                mine,
+                kind="bias",
+            )
 
 
 def _runs(moe: MoELayer) -> Iterator[tuple[int, list[int]]]:

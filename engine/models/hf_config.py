@@ -1,11 +1,11 @@
 """Hugging Face configuration: the checks and the parts of a `ModelSpec` that families share.
 
-Used by the family files (`mixtral.py`, `olmoe.py`, ...).
+Used by the family files (`families/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from engine.layers.attention import AttentionSpec
@@ -105,16 +105,19 @@ def model_spec(
     )
 
 
-def check_config(hf_config: Any) -> None:
+def check_config(hf_config: Any, activations: Collection[str] = ("silu", "swish")) -> None:
     """Check the settings that no family supports.
+
+    activations: what the family takes as hidden_act.
 
     Raises:
         ValueError: naming the field of config.json, its value and the rule.
     """
-    if read(hf_config, "hidden_act") not in ("silu", "swish"):
+    if read(hf_config, "hidden_act") not in activations:
+        takes = " or ".join(repr(each) for each in activations if each != "swish")
         raise ValueError(
-            f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only 'silu': "
-            "the experts' kernels compute silu(gate) * up"
+            f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only {takes}: "
+            "the family's experts are computed with no other activation"
         )
     if not getattr(hf_config, "is_causal", True):  # any false value counts for transformers
         raise ValueError(

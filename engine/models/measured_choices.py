@@ -44,7 +44,7 @@ def _with_faster_backend(
     group = topology.expert
     shape = TrialShape(
         num_local=expert_range(moe.router.num_experts, group.size, group.rank)[1],
-        hidden=moe.hidden,
+        hidden=moe.width,
         ffn=moe.ffn,
         rows=config.scheduler.max_sequences * moe.router.top_k,
     )

@@ -18,20 +18,22 @@ from engine.config import Config
 from engine.config.checkpoint_files import read_json_object
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
+from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable, rope_frequencies
-from engine.models import (
+from engine.models.config_fields import check_fields, check_rope, explain, read
+from engine.models.decoder import CausalLM
+from engine.models.families import (
     deepseek_v2,
     deepseek_v3,
     ernie4_5_moe,
     glm4_moe,
+    gpt_oss,
     minimax_m2,
     mixtral,
     olmoe,
     qwen2_moe,
     qwen3_moe,
 )
-from engine.models.config_fields import check_fields, check_rope, explain, read
-from engine.models.decoder import CausalLM
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
 from engine.moe.low_bit_experts import ExpertLayouts
@@ -50,6 +52,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "glm4_moe": glm4_moe.read_spec,
     "ernie4_5_moe": ernie4_5_moe.read_spec,
     "minimax_m2": minimax_m2.read_spec,
+    "gpt_oss": gpt_oss.read_spec,
 }
 # Model types without a class in transformers whose config.json is that of another one. Their own
 # classes are code in the checkpoint, which is never run.
@@ -160,6 +163,7 @@ def build_model(
 ) -> CausalLM:
     """Build this rank's share of the model, its weights uninitialised.
 
+    dtype: of the weight matrices (`layers/precision.py`).
     placement: of the experts (`resolve_placement`); None: contiguous homes.
     layouts: by layer, how experts are held as integers.
 
@@ -172,7 +176,8 @@ def build_model(
         f"model.max_model_len = {length}: a table of that many positions does not fit into memory; "
         "lower it"
     ):
-        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, dtype)
+        wide = compute_dtype(dtype, device)
+        rotary = RotaryTable(hf_config, spec.rotary_dim, length, device, wide)
     return CausalLM(
         spec,
         rotary,

@@ -1,7 +1,7 @@
 """Model spec: a model's shapes, routing and tensor names, without tensors.
 
-Each family file (`mixtral.py`, `olmoe.py`, ...) turns a Hugging Face configuration into a
-`ModelSpec`, with the helpers of `hf_config.py`; `decoder.py` builds the modules from it.
+Each family file (`families/`) turns a Hugging Face configuration into a `ModelSpec`, with the
+helpers of `hf_config.py`; `decoder.py` builds the modules from it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ class MoENames:
     w3: str = "up_proj"
     w2: str = "down_proj"
     shared: str = "shared_experts"
+    gate: str = "gate"  # the router, whose weight and, where it has one, bias are below it
+    latent: tuple[str, str] = ("fc1_latent_proj", "fc2_latent_proj")  # to latent rows, and back
     bias: str = "gate.e_score_correction_bias"  # of the choice, below the block
+    # Whether experts are stacked as gpt-oss stores them: rows of gate and up alternate, and
+    # matrices that are not quantised are transposed.
+    alternating: bool = False
+    expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 

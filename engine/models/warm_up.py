@@ -41,8 +41,7 @@ def warm_up(model: CausalLM, topology: Topology, block_size: int) -> None:
         return
     prompt = max(1, min(_PROMPT, model.max_model_len - 1))
     blocks = -(-(prompt + 1) // block_size)
-    dtype = model.embedding_VD.dtype
-    cache = KVCache(model.kv_spec, _SEQUENCES * blocks, block_size, device, dtype)
+    cache = KVCache(model.kv_spec, _SEQUENCES * blocks, block_size, device, model.dtype)
     num_data = topology.expert.size // topology.tensor.size
     telemetry = model.telemetry
     model.set_telemetry(Telemetry())

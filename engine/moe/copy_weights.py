@@ -55,7 +55,7 @@ def _parts(experts: LocalExperts, local: int) -> list[torch.Tensor]:
     held = experts.low_bit_of(local)
     if held is not None:
         return [_bytes(part) for part in held[0].parts(held[1])]
-    return [_bytes(weights) for weights in experts.weights_of(local)]
+    return [_bytes(weight[local]) for weight in experts.stacked.tensors]
 
 
 def num_bytes(parts: Sequence[torch.Tensor]) -> int:

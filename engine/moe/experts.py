@@ -11,7 +11,10 @@ second copy. Once they are loaded, `finalize_weights` lets the backend change th
 
 `backend_choice.py` says which one a setting means on a device.
 
-Legend: R rows, D model dim, F expert hidden dim, e experts on this rank.
+The table is of plain SwiGLU. Other forms (`expert_form.py`) run on the same backends: `torch`
+expert by expert, the others with an activation and biases between and after their products.
+
+Legend: R rows, D model dim, F expert hidden dim, e experts on this rank, N 2F, without a gate F.
 """
 
 from __future__ import annotations
@@ -23,36 +26,60 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import find_grouped_mm, import_transformer_engine
+from engine.moe.expert_form import ExpertForm
+from engine.ops.expert_activation import activate
+from engine.ops.expert_ffn import expert_ffn
 from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.huge_pages import prefer_huge_pages
-from engine.ops.panels import to_panels
+from engine.ops.panels import matrices, to_panels
 from engine.ops.permute import gather_rows
-from engine.ops.silu_and_mul import silu_and_mul
 from engine.ops.to_device import to_device
 
 
 class ExpertWeights(nn.Module):
-    """The stacked weights of this rank's experts: w13_e2FD [e, 2F, D] and w2_eDF [e, D, F]."""
+    """The stacked weights of this rank's experts: w13_e2FD [e, 2F, D], without a gate [e, F, D],
+    and w2_eDF [e, D, F]; where the form has biases, b13_e2F [e, 2F] and b2_eD [e, D].
+    """
 
     def __init__(
-        self, num_local: int, hidden: int, ffn: int, device: torch.device, dtype: torch.dtype
+        self,
+        num_local: int,
+        hidden: int,
+        ffn: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        form: ExpertForm = ExpertForm(),  # noqa: B008
     ) -> None:
         super().__init__()
-        self.w13_e2FD = _empty(num_local, 2 * ffn, hidden, device=device, dtype=dtype)
+        self.form = form
+        inner = form.parts * ffn
+        self.w13_e2FD = _empty(num_local, inner, hidden, device=device, dtype=dtype)
         self.w2_eDF = _empty(num_local, hidden, ffn, device=device, dtype=dtype)
+        self.b13_e2F = self.b2_eD = None
+        if form.bias:
+            wide = compute_dtype(dtype, device)
+            self.b13_e2F = _empty(num_local, inner, device=device, dtype=wide)
+            self.b2_eD = _empty(num_local, hidden, device=device, dtype=wide)
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """All of them, each [e, ...]."""
+        each = (self.w13_e2FD, self.w2_eDF, self.b13_e2F, self.b2_eD)
+        return [weight for weight in each if weight is not None]
 
     def to_panels(self) -> None:
         """Change them to the packed layout of the compiled CPU kernels, where those run: in place,
-        and for `grouped_ffn` alone from then on.
+        and for `grouped_ffn` alone from then on, for other forms for `expert_ffn`.
         """
-        to_panels(self.w13_e2FD, stacked=2)
+        to_panels(self.w13_e2FD, stacked=2 if self.form.is_plain else 1)
         to_panels(self.w2_eDF)
 
 
 class ExpertsBackend(Protocol):
     """Runs the local experts' feed-forward: y = (silu(x w1^T) * (x w3^T)) w2^T for each expert's
-    rows.
+    rows, or what the model's `ExpertForm` puts in its place.
     """
 
     name: str
@@ -106,10 +133,46 @@ class TorchExperts:
         return grouped_ffn(rows_RD, w13_e2FD, w2_eDF, expert_counts, out_RD, index_R)
 
 
+class FormedExperts:
+    """engine.ops.expert_ffn: experts of any form, one after the other."""
+
+    name = "torch"
+    takes_some_rows = True
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self._weights = weights
+        self._list()
+
+    def finalize_weights(self) -> None:
+        """Change to the packed layout, where the native kernels run."""
+        self._weights.to_panels()
+        self._list()
+
+    def _list(self) -> None:
+        """List the matrices and biases per expert, as views."""
+        weights = self._weights
+        self._w13, self._w2 = matrices(weights.w13_e2FD), matrices(weights.w2_eDF)
+        self._b13 = None if weights.b13_e2F is None else weights.b13_e2F.detach().unbind()
+        self._b2 = None if weights.b2_eD is None else weights.b2_eD.detach().unbind()
+
+    def __call__(
+        self,
+        rows_RD: torch.Tensor,
+        expert_counts: list[int],
+        out_RD: torch.Tensor | None = None,
+        index_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the experts; see `ExpertsBackend`."""
+        weights, biases = (self._w13, self._w2), (self._b13, self._b2)
+        rule = self._weights.form.rule
+        return expert_ffn(rows_RD, weights, biases, rule, expert_counts, out_RD, index_R)
+
+
 class _GroupedExperts(ExpertsBackend):
     """A backend that needs the rows grouped by expert. The weights stay as loaded."""
 
     takes_some_rows = False
+    _weights: ExpertWeights
 
     def __call__(
         self,
@@ -131,6 +194,21 @@ class _GroupedExperts(ExpertsBackend):
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         """Return the outputs [R, D] of grouped rows, R > 0."""
 
+    def _between(self, hidden_RN: torch.Tensor, ends_e: torch.Tensor | None) -> torch.Tensor:
+        """Return what the second product takes, of the results of the first.
+
+        ends_e: int32, the end of each expert's rows, on their device; where there are biases.
+        """
+        if self._weights.b13_e2F is not None:
+            _add_bias(hidden_RN, self._weights.b13_e2F, ends_e)
+        return activate(hidden_RN, self._weights.form.rule)
+
+    def _after(self, out_RD: torch.Tensor, ends_e: torch.Tensor | None) -> torch.Tensor:
+        """Return the experts' outputs, of the results of the second product."""
+        if self._weights.b2_eD is not None:
+            _add_bias(out_RD, self._weights.b2_eD, ends_e)
+        return out_RD
+
 
 class GroupedMMExperts(_GroupedExperts):
     """torch's grouped_mm: one call per projection for any number of experts."""
@@ -144,11 +222,14 @@ class GroupedMMExperts(_GroupedExperts):
         self._grouped_mm = grouped_mm
 
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
-        counts = torch.tensor(expert_counts, dtype=torch.int32)
-        ends = to_device(counts.cumsum(0, dtype=torch.int32), rows_RD.device)
-        w13 = self._weights.w13_e2FD.transpose(1, 2)
-        hidden = silu_and_mul(self._grouped_mm(rows_RD, w13, offs=ends))
-        return self._grouped_mm(hidden, self._weights.w2_eDF.transpose(1, 2), offs=ends)
+        ends = _ends(expert_counts, rows_RD.device)
+        # Widened where the rows are wider, on the CPU: grouped_mm takes one dtype.
+        w13, w2 = (
+            weight.to(rows_RD.dtype).transpose(1, 2)
+            for weight in (self._weights.w13_e2FD, self._weights.w2_eDF)
+        )
+        hidden = self._between(self._grouped_mm(rows_RD, w13, offs=ends), ends)
+        return self._after(self._grouped_mm(hidden, w2, offs=ends), ends)
 
 
 class TransformerEngineExperts(_GroupedExperts):
@@ -158,6 +239,7 @@ class TransformerEngineExperts(_GroupedExperts):
 
     def __init__(self, weights: ExpertWeights) -> None:
         te = import_transformer_engine()
+        self._weights = weights
         self._up = _grouped_linear(te, weights.w13_e2FD)
         self._down = _grouped_linear(te, weights.w2_eDF)
         # From 2.17 the splits are a tensor; a list is what earlier releases take.
@@ -166,17 +248,32 @@ class TransformerEngineExperts(_GroupedExperts):
 
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
         splits: Any = torch.tensor(expert_counts) if self._splits_as_tensor else expert_counts
-        return self._down(silu_and_mul(self._up(rows_RD, splits)), splits)
+        ends = _ends(expert_counts, rows_RD.device) if self._weights.form.bias else None
+        hidden = self._between(self._up(rows_RD, splits), ends)
+        return self._after(self._down(hidden, splits), ends)
 
 
 def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:
     """Build a resolved backend (never `auto`) over the weights."""
     backends = {
-        "torch": TorchExperts,
+        "torch": TorchExperts if weights.form.is_plain else FormedExperts,
         "grouped_mm": GroupedMMExperts,
         "te": TransformerEngineExperts,
     }
     return backends[name](weights)
+
+
+def _ends(expert_counts: list[int], device: torch.device) -> torch.Tensor:
+    """Return the end of each expert's rows, int32, without waiting for the device."""
+    counts = torch.tensor(expert_counts, dtype=torch.int32)
+    return to_device(counts.cumsum(0, dtype=torch.int32), device)
+
+
+def _add_bias(out_RO: torch.Tensor, bias_eO: torch.Tensor, ends_e: torch.Tensor | None) -> None:
+    """Add to each row the bias of its expert, in place."""
+    assert ends_e is not None
+    place_R = torch.arange(out_RO.shape[0], dtype=torch.int32, device=out_RO.device)
+    out_RO.add_(bias_eO[torch.searchsorted(ends_e, place_R, right=True)])
 
 
 def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:

@@ -42,6 +42,7 @@ from engine.config import CapacityConfig, MoEConfig
 from engine.distributed.collectives import GroupCollectives
 from engine.distributed.groups import Topology
 from engine.layers.mlp import DenseMLP
+from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import choose_backend
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner, Trial
@@ -51,6 +52,8 @@ from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import SharedWork, shared_rows
 from engine.moe.dispatch.two_batch import Steps, run_to_end
+from engine.moe.expert_form import ExpertForm
+from engine.moe.expert_rows import ExpertRows
 from engine.moe.layer_agreement import LayerAgreement
 from engine.moe.local_experts import LocalExperts
 from engine.moe.low_bit_experts import ExpertLayouts
@@ -73,6 +76,12 @@ class MoESpec:
     router: RouterSpec
     hidden: int  # D
     ffn: int  # F, the experts' hidden dim
+    experts: ExpertForm = ExpertForm()
+
+    @property
+    def width(self) -> int:
+        """Numbers of a dispatched row: the model dim, or the experts' latent width."""
+        return self.experts.latent or self.hidden
 
 
 class MoELayer(nn.Module):
@@ -84,7 +93,7 @@ class MoELayer(nn.Module):
         layer: the layer's index.
         topology: the groups of this rank.
         config: moe.
-        device, dtype: of the weights.
+        device, dtype: of the experts' weights.
         shared: the shared expert; a DenseMLP where moe.shared_expert is balanced.
         row_buffers: shared by the layers of a model.
         tuner: shared by the layers of a model, for moe.overlap.chunks: auto.
@@ -98,11 +107,14 @@ class MoELayer(nn.Module):
 
     Raises:
         ValueError: more expert-parallel ranks than experts, a backend that cannot run here, or
-            moe.shared_expert is balanced and there is none.
+            moe.shared_expert is balanced and there is none, or its rows are not those of the
+            experts.
     """
 
-    gate_weight_ED: nn.Parameter  # float32 where the logits are, else model dtype
+    gate_weight_ED: nn.Parameter  # float32 where the logits are, else what the model computes in
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
+    logit_bias_E: nn.Parameter | None  # of the gate, in the dtype of its weights
+    expert_scale_E: nn.Parameter | None  # float32, multiplies the combine weights
     experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
     # come in rounds (`rounds.py`); None: no limit
@@ -132,6 +144,14 @@ class MoELayer(nn.Module):
                 f"parallel.expert: {group.size} exceeds the model's {num_experts} experts; start "
                 f"at most {num_experts} ranks or set parallel.expert to a divisor of the ranks"
             )
+        if config.shared_expert == "balanced" and (
+            spec.experts.latent is not None or spec.router.weights_on_input
+        ):
+            raise ValueError(
+                "moe.shared_expert = balanced: this model's experts take other rows than its "
+                "shared expert (latent ones, or rows multiplied by their weights), which then "
+                "cannot travel with them; set moe.shared_expert to replicated"
+            )
         self.spec = spec
         self.layer = layer
         self.telemetry = Telemetry()
@@ -141,7 +161,8 @@ class MoELayer(nn.Module):
         instances = Instances(placement, group.size)
         exchange = exchange or Exchange(group, GroupCollectives(topology.counts))
         self._collectives = exchange.collectives
-        rows = RowFormats.of(spec.hidden, dtype, config.dispatch)
+        wide = compute_dtype(dtype, device)
+        rows = RowFormats.of(spec.width, wide, config.dispatch)
         self.layout_policy = LayoutPolicy(
             instances.first_instances,
             spec.router.top_k,
@@ -153,20 +174,28 @@ class MoELayer(nn.Module):
         control = GroupCollectives(topology.control)
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
-        gate_dtype = torch.float32 if spec.router.float32_logits else dtype
+        gate_dtype = torch.float32 if spec.router.float32_logits else wide
         self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=gate_dtype)
         self.gate_bias_E = (
             _empty(num_experts, device=device, dtype=torch.float32)
             if spec.router.correction_bias
             else None
         )
-        widths = (spec.hidden, spec.ffn)
+        self.logit_bias_E = (
+            _empty(num_experts, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
+        )
+        self.expert_scale_E = (
+            _empty(num_experts, device=device, dtype=torch.float32)
+            if spec.router.expert_scale
+            else None
+        )
+        widths = (spec.width, spec.ffn)
         num_homes = instances.num_homes(group.rank)
         self.experts = LocalExperts(
             num_homes,
             len(instances.local_experts(group.rank)) - num_homes,
             precision,
-            hidden=spec.hidden,
+            hidden=spec.width,
             ffn=spec.ffn,
             backend=(
                 choose_backend(config.experts.backend, device, dtype, widths)
@@ -176,6 +205,10 @@ class MoELayer(nn.Module):
             device=device,
             dtype=dtype,
             layouts=layouts,
+            form=spec.experts,
+        )
+        self.rows = ExpertRows(
+            spec.hidden, spec.experts.latent, spec.router.weights_on_input, device, dtype
         )
         self.shared = shared
         self._pipelines = [  # one per micro-batch
@@ -217,6 +250,7 @@ class MoELayer(nn.Module):
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""
         self.experts.finalize_weights()
+        self.rows.finalize_weights()
         if isinstance(self.shared, DenseMLP):
             self.shared.finalize_weights()
 
@@ -306,6 +340,7 @@ class MoELayer(nn.Module):
         clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
         routing = self.route(x_tD)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
+        x_tD, routing = self.rows.before(x_tD, routing)
         trial = Trial(1)
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
@@ -323,6 +358,8 @@ class MoELayer(nn.Module):
         decision, plans = self.agreement.agree(
             routing, step, self.telemetry, early, layout, micro_batch, on_order, uses_copies
         )
+        if self.expert_scale_E is not None:
+            decision = self.agreement.scaled(decision, self.expert_scale_E)
         with trial:
             terms = plans[0].terms(decision.weights_TM)
             moves = plans[0].shared_moves
@@ -349,7 +386,7 @@ class MoELayer(nn.Module):
                 moved = 0 if moves is None else moves.num_moved_all
                 self.telemetry.loads.add_shared(self.layer, moved)
             clock.enter(Phase.PLAN, self.layer)
-            out_tD = combine_rows(rows_SD, *terms)
+            out_tD = self.rows.after(combine_rows(rows_SD, *terms))
         if shared is not None:
             out_tD = shared.add_to(out_tD)
         out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)
@@ -358,7 +395,7 @@ class MoELayer(nn.Module):
 
     def route(self, x_tD: torch.Tensor) -> Routing:
         """Step 2: return the scores, experts and combine weights of this rank's tokens."""
-        logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router)
+        logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router, self.logit_bias_E)
         return route(logits_tE, self.spec.router, self.gate_bias_E)
 
 

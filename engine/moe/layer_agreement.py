@@ -10,6 +10,9 @@ Legend: T tokens of this rank, K top-k, E experts, W expert-parallel ranks, n ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
 
 from engine.config import CapacityConfig
 from engine.config.world_rules import validate_capacity
@@ -103,6 +106,12 @@ class LayerAgreement:
                 "moe.shared_expert = balanced: moe.capacity.policy = expanded_drop adds rows of "
                 "which other ranks do not know; use replicated"
             )
+        if self._router.weights_on_input and config.policy == "expanded_drop":
+            raise ValueError(
+                "moe.capacity.policy = expanded_drop: this model's combine weights multiply the "
+                "experts' input, so a row cannot serve a second expert of another weight; use "
+                "token_drop or none"
+            )
         validate_capacity(
             config,
             num_experts=self._router.num_experts,
@@ -177,6 +186,11 @@ class LayerAgreement:
         plans = layout.plans(decision.order, decision.exchanged_Wn, self._rank)
         self._stats.add(telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans
+
+    def scaled(self, decision: Decision, scale_E: torch.Tensor) -> Decision:
+        """Return a decision with combine weights multiplied by their experts' numbers, float32."""
+        scale_TM = scale_E[self.instances.experts(decision.ids_TM)]
+        return replace(decision, weights_TM=decision.weights_TM * scale_TM)
 
     def plan_rounds(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from engine.moe.expert_form import ExpertForm
 from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
 from engine.moe.low_bit_experts import ExpertLayouts, LowBitExperts, Matrix
 from engine.moe.placement.placement import COPY_GROUP, Precision
@@ -33,8 +34,12 @@ class LocalExperts(nn.Module):
         backend: the resolved name, never `auto`; of experts in the model's precision.
         device, dtype: of the weights.
         layouts: how homes are held as integers; None: in `dtype`.
+        form: what the experts compute.
 
     Weights are allocated uninitialised.
+
+    Raises:
+        ValueError: low-bit copies of experts that are not plain SwiGLU.
     """
 
     takes_some_rows: bool = False
@@ -52,15 +57,23 @@ class LocalExperts(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         layouts: ExpertLayouts | None = None,
+        form: ExpertForm = ExpertForm(),  # noqa: B008
     ) -> None:
         super().__init__()
+        if precision != "model" and not form.is_plain:
+            raise ValueError(
+                f"moe.placement: {precision} copies run plain SwiGLU experts alone, and this "
+                f"model's have {form.words}; plan copies in the model's precision (tools/"
+                "plan_placement.py --precision model)"
+            )
+        assert layouts is None or form.is_plain, "model.quantization is refused"
         # How copies are held, on this rank or others, where that is not how homes are.
         self.copy_layouts = _copy_layouts(precision, layouts)
         self.num_homes, self.num_copies = num_homes, num_copies
-        self._shape, self._dtype = (hidden, ffn), dtype
+        self._shape, self.form = (hidden, ffn), form
         self.num_stacked = num_homes + (num_copies if self.copy_layouts is None else 0)
         num_plain = self.num_stacked if layouts is None else 0
-        self.stacked = ExpertWeights(num_plain, hidden, ffn, device, dtype)
+        self.stacked = ExpertWeights(num_plain, hidden, ffn, device, dtype, form)
         self.low_bit: LowBitExperts | None = None  # homes, and copies that are as precise
         if layouts is not None:
             self.low_bit = LowBitExperts(self.num_stacked, hidden, ffn, layouts, device, dtype)
@@ -92,7 +105,9 @@ class LocalExperts(nn.Module):
         held = self.low_bit_copies or self.low_bit
         if held is not None:
             return held.bytes_per_expert
-        return 3 * hidden * ffn * self.stacked.w13_e2FD.element_size()
+        parts = self.form.parts
+        numbers = (parts + 1) * hidden * ffn + self.form.bias * (parts * ffn + hidden)
+        return numbers * self.stacked.w13_e2FD.element_size()
 
     def low_bit_of(self, local: int) -> tuple[LowBitExperts, int] | None:
         """Return the stack of integers that holds an instance and its place there; None where it is
@@ -137,6 +152,11 @@ class LocalExperts(nn.Module):
                 target.copy_(weights)
             else:
                 fill_sink(sink, target, lambda view, weights=weights: view.copy_(weights))
+
+    def biases_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the biases to load of an instance, [2F] and [D], as views; None: none."""
+        b13_e2F, b2_eD = self.stacked.b13_e2F, self.stacked.b2_eD
+        return None if b13_e2F is None or b2_eD is None else (b13_e2F[local], b2_eD[local])
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the backend's layout, in place."""

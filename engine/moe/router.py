@@ -12,12 +12,18 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | GLM-4.5     | sigmoid | config    | routed_scaling_factor | sum of a group's best two | yes  |
 | MiniMax-M2  | sigmoid | yes       | 1                     | no                        | yes  |
 | ERNIE-4.5   | softmax | yes, min  | 1                     | no                        | yes  |
+| gpt-oss     | softmax | yes       | 1                     | no                        | no   |
+
+gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen logits: that is the
+softmax of all, normalised over the chosen. The weights here are before the scales of single experts
+(`expert_scale`), by which `layer_agreement.py` multiplies what capacity has left of them.
 
 Legend: T tokens on this rank, D model dim, E experts, K top-k.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +31,7 @@ import torch
 
 from engine.ops.linear import linear
 from engine.ops.select_experts import Score, SelectionRule, select_experts, weigh_scores
+from engine.ops.sigmoid import soft_cap_by_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,10 @@ class RouterSpec:
     # added to scores for the choice, never to weights (DeepSeek-V3, arXiv 2412.19437, 2.1.2)
     correction_bias: bool = False
     float32_logits: bool = False
+    logit_bias: bool = False  # the gate has a bias, which the logits include
+    logit_cap: float | None = None  # logits, float32 then, become cap * tanh(logits / cap)
+    expert_scale: bool = False  # each expert's combine weight is multiplied by a number of its own
+    weights_on_input: bool = False  # they multiply the experts' input, not their output (Llama 4)
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -56,6 +67,11 @@ class RouterSpec:
                 f"num_experts_per_tok: {self.top_k} must be between 1 and the number of experts "
                 f"({self.num_experts}); check the checkpoint's config.json"
             )
+        if self.weights_on_input and self.top_k != 1:
+            raise ValueError(
+                f"num_experts_per_tok: {self.top_k} is not supported, only 1, where combine "
+                "weights multiply the experts' input: a row is sent once for all experts of a rank"
+            )
         if self.num_experts % self.num_groups:
             raise ValueError(
                 f"n_group: {self.num_groups} must divide the number of experts "
@@ -65,6 +81,11 @@ class RouterSpec:
             raise ValueError(
                 f"topk_group: {self.top_groups} must be between 1 and n_group "
                 f"({self.num_groups}); check the checkpoint's config.json"
+            )
+        if self.logit_cap is not None and not 0.0 < self.logit_cap < math.inf:
+            raise ValueError(
+                f"router_logit_softcapping: {self.logit_cap} must be a positive number; check the "
+                "checkpoint's config.json"
             )
         reachable = self.top_groups * (self.num_experts // self.num_groups)
         if self.top_k > reachable:
@@ -98,11 +119,32 @@ class Routing:
     topk_weights_TK: torch.Tensor  # float32, the combine weights
 
 
-def gate_logits(x_TD: torch.Tensor, gate_weight_ED: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """Return gate logits [T, E], in float32 where the family does so, else in the dtype of x."""
+def gate_logits(
+    x_TD: torch.Tensor,
+    gate_weight_ED: torch.Tensor,
+    spec: RouterSpec,
+    logit_bias_E: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return gate logits [T, E], in float32 where the family does so, else in the dtype of x.
+
+    logit_bias_E: the gate's bias in the dtype of its weights, if and only if the spec has one.
+    """
+    logits_TE = _gate(x_TD, gate_weight_ED, spec, logit_bias_E)
+    return logits_TE if spec.logit_cap is None else soft_cap_by_row(logits_TE, spec.logit_cap)
+
+
+def _gate(
+    x_TD: torch.Tensor,
+    gate_weight_ED: torch.Tensor,
+    spec: RouterSpec,
+    logit_bias_E: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what the gate's weights and bias give, [T, E]."""
+    assert (logit_bias_E is not None) == spec.logit_bias, "logit bias and spec disagree"
     if spec.float32_logits and x_TD.dtype != torch.float32:
-        return linear(x_TD.float(), gate_weight_ED.float())
-    return linear(x_TD, gate_weight_ED)
+        bias_E = None if logit_bias_E is None else logit_bias_E.float()
+        return linear(x_TD.float(), gate_weight_ED.float(), bias_E)
+    return linear(x_TD, gate_weight_ED, logit_bias_E)
 
 
 def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None) -> Routing:

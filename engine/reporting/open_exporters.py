@@ -156,7 +156,7 @@ def _open_routing(
         fingerprint=end.fingerprint,
         layers=[layer.layer for layer in layers],
         num_experts=router.num_experts,
-        top_k=router.top_k,
+        top_k=max(layer.spec.router.top_k for layer in layers),
     )
     # The claims of a rank and the loads of its group have half of the bound each.
     num_bytes = int(profiler.routing_mib * 2**20) // (2 if profiler.routing_claims else 1)

@@ -31,11 +31,15 @@ class Want:
     shape: tuple[int, ...]
     aliases: tuple[str, ...]
     tied_to: str | None
+    unquantised: tuple[int, ...]  # the shape of a tensor that is not quantised
 
     @classmethod
     def of(cls, slot: WeightSlot) -> Want:
         """Return what one slot needs."""
-        return cls(tuple(slot.file_shape or slot.full_shape), slot.aliases, slot.tied_to)
+        shapes = [
+            tuple(each.file_shape or each.full_shape) for each in (slot, slot.unquantised or slot)
+        ]
+        return cls(shapes[0], slot.aliases, slot.tied_to, shapes[1])
 
 
 def name_in(catalog: Catalog, name: str, aliases: tuple[str, ...]) -> str | None:
@@ -62,9 +66,10 @@ def mismatches(
             (lost if placed else missing).append((placed or [name])[0])
             continue
         entry = catalog.entries[found]
-        if entry.shape != want.shape:
+        shape = want.unquantised if entry.stored is None else want.shape
+        if entry.shape != shape:
             misshapen.append(
-                f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(want.shape)}"
+                f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(shape)}"
             )
         if entry.stored is None and entry.dtype not in DTYPES:
             refused.setdefault(_why_refused(entry.dtype), []).append(

@@ -90,9 +90,7 @@ def load_weights(
         log_unlisted(Path(path), unknown_tensors(wanted, catalog, ignored), catalog)
     slots, bytes_compared = _resolve_tied(catalog, wanted, slots, group, reporter)
     jobs = [
-        ReadJob(
-            name, _as_wanted(catalog.entries[name], slot), slot.target, slot.bounds(), slot.sink
-        )
+        _read_job(name, catalog.entries[name], slot)
         for slot in slots
         if (name := name_in(catalog, slot.name, slot.aliases)) is not None
     ]
@@ -100,8 +98,12 @@ def load_weights(
     return LoadReport(bytes_read, len(jobs), time.perf_counter() - began)
 
 
-def _as_wanted(entry: TensorEntry, slot: WeightSlot) -> TensorEntry:
-    return entry if slot.file_shape is None else replace(entry, shape=tuple(slot.full_shape))
+def _read_job(name: str, entry: TensorEntry, slot: WeightSlot) -> ReadJob:
+    if entry.stored is None and slot.unquantised is not None:
+        slot = slot.unquantised
+    if slot.file_shape is not None:
+        entry = replace(entry, shape=tuple(slot.full_shape))
+    return ReadJob(name, entry, slot.target, slot.bounds(), slot.sink)
 
 
 def _resolve_tied(

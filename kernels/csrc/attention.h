@@ -64,5 +64,6 @@ void attention_merge(const Attention& a, const AttentionItem& item, float* later
 }
 
 void attention_finish(const Attention& a, const AttentionItem& item) {
+  if (a.sinks) add_sinks(a, item, item.state);
   with_form(a, item, nullptr, [&](auto form, auto) { form.finish(item.state); });
 }

@@ -51,6 +51,19 @@ INLINE float* out_of(const Attention& a, const AttentionItem& item, int64_t row)
   return a.out + ((item.query_start + row / a.group) * a.heads + head) * a.value_dim;
 }
 
+// Adds the sinks of the rows' heads to their sums. Once, when all keys are in: a sink belongs to no
+// chunk. One that is far above every score leaves a sum of 2^126, whose quotients are 0 to float32.
+INLINE void add_sinks(const Attention& a, const AttentionItem& item, float* state) {
+  for (int64_t lane = 0; lane < item.rows; lane += W) {
+    vf sink{};
+    for (int64_t i = 0; i < W && lane + i < item.rows; ++i)
+      sink[i] = a.sinks[item.kv_head * a.group + (item.first_row + lane + i) % a.group];
+    const vf above = sink * splat(1.44269504f) - base_of(load(state_max(state) + lane));
+    const vf sum = load(state_sum(state) + lane) + exp2_of(vmin(splat(126.0f), above));
+    store(state_sum(state) + lane, sum);
+  }
+}
+
 // The keys a row sees, [first, last] as positions of the context, for each lane of a block.
 template <int MV>
 struct Visible {

@@ -9,6 +9,8 @@ namespace {
 #include "narrow.h"
 #include "matmul.h"
 #include "panels.h"
+#include "bfloat16.h"
+#include "bfloat16_products.h"
 #include "quantised.h"
 #include "quantised_products.h"
 #include "attention_state.h"
@@ -33,6 +35,10 @@ const Kernels table = {
     gate_up_panels,
     linear_quantised,
     gate_up_quantised,
+    PAIRS,
+    pack,
+    linear_bfloat16,
+    gate_up_bfloat16,
     CHUNK,
     attention_state,
     attention_scratch,

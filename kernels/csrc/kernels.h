@@ -1,13 +1,13 @@
 // What the compiled kernels offer to library.cpp: plain functions on raw float pointers, one table
-// an instruction set. The same sources (simd.h, matmul.h, panels.h, quantised.h, attention.h, elementwise.h)
-// are compiled once a set, in isa_*.cpp, and the table is picked when the library is loaded, so a library built
-// on one host of a cluster runs on every other.
+// an instruction set. The same sources (simd.h, matmul.h, panels.h, bfloat16.h, quantised.h,
+// attention.h, elementwise.h) are compiled once a set, in isa_*.cpp, and the table is picked when the
+// library is loaded, so a library built on one host of a cluster runs on every other.
 //
 // Rows travel packed: a block of up to `block_rows` rows of x lies transposed, [depth][rows of the
 // block], so that one vector holds the same column of `lanes` rows. Every output element is then
 // one chain of fused multiply-adds over the depth in ascending order, whatever the number of rows,
 // the block a row falls in and the number of threads: a row's result never depends on its
-// neighbours.
+// neighbours. The bfloat16 dot products of avx512_bf16 take two columns a step, in the same order.
 #pragma once
 #include <stdint.h>
 
@@ -37,6 +37,13 @@ struct Quantised {
   int64_t bits, group, outputs, inputs;  // group: a multiple of 8, or all inputs
 };
 
+// bfloat16 weights of one matrix: in panels (bfloat16.h; stride is inputs), or row-major.
+struct Bfloat16 {
+  const uint16_t* weight;
+  int64_t outputs, inputs, stride;
+  bool panels;
+};
+
 // One call of paged attention. Strides count floats; the last dimension of q, k and v is
 // contiguous.
 struct Attention {
@@ -50,6 +57,7 @@ struct Attention {
   int64_t heads, group, key_dim, value_dim;  // group: query heads a kv head
   int64_t block_size, window;                // window 0: unlimited
   float scale;
+  const float* sinks;  // a logit per head that weighs in each of its sums, without a value; or null
 };
 
 // A block of (query, head of the group) rows of one sequence and one kv head, over keys in
@@ -91,6 +99,16 @@ struct Kernels {
   void (*gate_up_quantised)(const float* packed, int64_t rows, const Quantised& w13, int64_t first,
                             int64_t count, float* hidden, float* scratch);
 
+  // The same for bfloat16 weights (bfloat16.h), on rows from pack_bfloat16; `own` holds three panels
+  // of floats. pairs: rows are packed as pairs of bfloat16, two columns in a float's place.
+  bool pairs;
+  void (*pack_bfloat16)(Rows<const float> x, int64_t rows, int64_t depth, float* packed);
+  void (*linear_bfloat16)(const float* packed, int64_t rows, const Bfloat16& w, const float* bias,
+                          int64_t first, int64_t count, Rows<float> out, float* own);
+  void (*gate_up_bfloat16)(const float* packed, int64_t rows, const Bfloat16& w1,
+                           const Bfloat16& w3, int64_t first, int64_t count, float* hidden,
+                           float* own);
+
   int64_t chunk;  // keys of one chunk of a context
   int64_t (*attention_state)(const Attention&);    // floats of one state
   int64_t (*attention_scratch)(const Attention&);  // floats a thread needs besides
@@ -111,5 +129,6 @@ const Kernels* generic_kernels();
 // Null where the compiler does not target x86-64.
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 
 }  // namespace lockstep

@@ -2,6 +2,9 @@
 #include "lane.h"
 #include "library.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -12,13 +15,25 @@
 namespace lockstep {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+
+// By the bit itself: not every compiler knows the name.
+bool has_bfloat16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
 const Kernels* supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("fma"))
-    return avx512_kernels();
+  if (name == "avx512_bf16" && has_avx512() && has_bfloat16()) return avx512_bf16_kernels();
+  if (name == "avx512" && has_avx512()) return avx512_kernels();
   if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return avx2_kernels();
 #endif
@@ -30,7 +45,7 @@ const Kernels* chosen = nullptr;
 // Chooses `isa`, or the best the processor has when it is empty; returns its name.
 std::string select(std::string_view isa) {
   const Kernels* found = nullptr;
-  for (const char* name : {"avx512", "avx2", "generic"})
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "generic"})
     if (!found && (isa.empty() || isa == name)) found = supported(name);
   TORCH_CHECK(found, "this processor has no ", std::string(isa));
   chosen = found;
@@ -42,6 +57,8 @@ std::string select(std::string_view isa) {
 
 // "torch version, digest of the sources": what native.py compares with what it finds.
 std::string built_from() { return TORCH_VERSION " " LOCKSTEP_QUOTE(LOCKSTEP_SOURCES); }
+
+bool has_bfloat16_products() { return kernels().pairs; }
 
 struct Free {
   void operator()(float* memory) const { std::free(memory); }
@@ -70,6 +87,7 @@ float* scratch(int64_t floats) {
 
 TORCH_LIBRARY(lockstep_cpu, m) {
   m.def("select(str isa) -> str", &lockstep::select);
+  m.def("has_bfloat16_products() -> bool", &lockstep::has_bfloat16_products);
   m.def("built_from() -> str", &lockstep::built_from);
   m.def("to_panels(Tensor(a!) weight) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, bool panels=False) -> Tensor");
@@ -82,7 +100,8 @@ TORCH_LIBRARY(lockstep_cpu, m) {
       "Tensor(a!)? into=None, Tensor? index=None) -> Tensor(a!)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
-      "int[] query_lens, int[] context_lens, float scale, int window) -> Tensor");
+      "int[] query_lens, int[] context_lens, float scale, int window, "
+      "Tensor? sinks=None) -> Tensor");
   m.def(
       "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");

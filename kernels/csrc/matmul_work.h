@@ -30,6 +30,20 @@ inline int64_t rows_within(int64_t bytes, int64_t depth) {
   return std::max(block, rows / block * block);
 }
 
+// How rows are packed for products with float32 or quantised weights, or with bfloat16 weights.
+struct Packing {
+  void (*pack)(Rows<const float> x, int64_t rows, int64_t depth, float* packed);
+  bool pairs;
+
+  // Floats that so many columns of a row take.
+  int64_t words(int64_t columns) const { return pairs ? (columns + 1) / 2 : columns; }
+};
+
+inline Packing packing_for(at::ScalarType weights) {
+  if (weights == at::kBFloat16) return {kernels().pack_bfloat16, kernels().pairs};
+  return {kernels().pack, false};
+}
+
 // Consecutive rows of one expert inside a wave. `packed` counts rows before it in the packed
 // buffer, where every segment starts on a whole vector.
 struct Segment {
@@ -67,7 +81,7 @@ void run(int64_t items, int64_t work, const F& f) {
 }
 
 inline void pack_segments(const std::vector<Segment>& segments, Rows<const float> x, int64_t depth,
-                   float* packed) {
+                          const Packing& packing, float* packed) {
   const int64_t block = kernels().block_rows;
   std::vector<Piece> pieces;
   int64_t rows = 0;
@@ -79,8 +93,8 @@ inline void pack_segments(const std::vector<Segment>& segments, Rows<const float
   // Packing moves a float where the products do a multiply-add an output: weigh it alike.
   run(pieces.size(), rows * depth, [&](int64_t i) {
     const Piece& p = pieces[i];
-    kernels().pack(x.from(p.segment->first + p.row), p.rows, depth,
-                   packed + (p.segment->packed + p.row) * depth);
+    packing.pack(x.from(p.segment->first + p.row), p.rows, depth,
+                 packed + (p.segment->packed + p.row) * packing.words(depth));
   });
 }
 
@@ -91,8 +105,8 @@ inline void pack_segments(const std::vector<Segment>& segments, Rows<const float
 template <typename Up, typename Down>
 at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, int64_t width,
                         at::IntArrayRef counts, const std::optional<at::Tensor>& into,
-                        const std::optional<at::Tensor>& index, int64_t own, const Up& up,
-                        const Down& down) {
+                        const std::optional<at::Tensor>& index, const Packing& packing, int64_t own,
+                        const Up& up, const Down& down) {
   const at::Tensor in = x.stride(1) == 1 ? x : x.contiguous();
   TORCH_CHECK(!into || (into->sizes() == x.sizes() && into->is_contiguous() &&
                         into->scalar_type() == at::kFloat),
@@ -109,7 +123,8 @@ at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, in
       TORCH_CHECK(places[i] >= 0 && places[i] < x.size(0), name, ": index ", places[i], " of ",
                   x.size(0));
   }
-  const int64_t lanes = kernels().lanes, wave = rows_within(WAVE_BYTES, depth + width);
+  const int64_t in_words = packing.words(depth), hidden_words = packing.words(width);
+  const int64_t lanes = kernels().lanes, wave = rows_within(WAVE_BYTES, in_words + hidden_words);
 
   // Greedy waves of at most `wave` packed rows; an expert with more rows continues in the next one.
   std::vector<std::vector<Segment>> waves;
@@ -131,10 +146,10 @@ at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, in
   }
   TORCH_CHECK(row == total, name, ": counts sum to ", row, " of ", total, " rows");
 
-  const int64_t rows_floats = round_up(largest * (depth + width), 16);
+  const int64_t rows_floats = round_up(largest * (in_words + hidden_words), 16);
   own = round_up(own, 16);
   float* packed = scratch(rows_floats + own * at::get_num_threads());
-  float* hidden = packed + largest * depth;
+  float* hidden = packed + largest * in_words;
   const auto own_scratch = [&] { return packed + rows_floats + own * at::get_thread_num(); };
   const Rows<const float> from = {in.const_data_ptr<float>(), in.stride(0), places};
   const Rows<float> to = {out.mutable_data_ptr<float>(), depth, places};
@@ -142,18 +157,18 @@ at::Tensor ffn_in_waves(const char* name, const at::Tensor& x, int64_t depth, in
     int64_t rows = 0;
     for (const Segment& segment : segments) rows += segment.rows;
     const int64_t work = rows * depth * width;
-    pack_segments(segments, from, depth, packed);
-    const std::vector<Piece> up_pieces = cut(segments, depth, width);
+    pack_segments(segments, from, depth, packing, packed);
+    const std::vector<Piece> up_pieces = cut(segments, in_words, width);
     run(up_pieces.size(), work, [&](int64_t i) {
       const Piece& p = up_pieces[i];
       const int64_t at = p.segment->packed + p.row;
-      up(p, packed + at * depth, hidden + at * width, own_scratch());
+      up(p, packed + at * in_words, hidden + at * hidden_words, own_scratch());
     });
-    const std::vector<Piece> down_pieces = cut(segments, width, depth);
+    const std::vector<Piece> down_pieces = cut(segments, hidden_words, depth);
     run(down_pieces.size(), work, [&](int64_t i) {
       const Piece& p = down_pieces[i];
       const int64_t at = p.segment->packed + p.row;
-      down(p, hidden + at * width, to.from(p.segment->first + p.row), own_scratch());
+      down(p, hidden + at * hidden_words, to.from(p.segment->first + p.row), own_scratch());
     });
   }
   return out;

@@ -53,7 +53,7 @@ std::vector<AttentionItem> blocks_of(const Attention& a, int64_t kv_heads,
 at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
                            const at::Tensor& v_cache, const at::Tensor& block_table,
                            at::IntArrayRef query_lens, at::IntArrayRef context_lens, double scale,
-                           int64_t window) {
+                           int64_t window, const std::optional<at::Tensor>& sinks) {
   check_cache("paged_attention", k_cache, v_cache);
   const at::Tensor q = rows_contiguous(q_in) ? q_in : q_in.contiguous();
   const int64_t kv_heads = k_cache.size(1);
@@ -69,6 +69,9 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
   for (const int64_t queries : query_lens) tokens += queries;
   TORCH_CHECK(tokens == q.size(0), "paged_attention: query_lens sum to ", tokens, ", q has ",
               q.size(0), " tokens");
+  TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == q.size(1) &&
+                         sinks->scalar_type() == at::kFloat && sinks->is_contiguous()),
+              "paged_attention: sinks must be ", q.size(1), " contiguous float32 numbers, one per head");
   const at::Tensor out = at::empty({q.size(0), q.size(1), v_cache.size(3)}, q.options());
   const Attention a = {q.const_data_ptr<float>(),
                        k_cache.const_data_ptr<float>(),
@@ -88,7 +91,8 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
                        v_cache.size(3),
                        k_cache.size(2),
                        window,
-                       static_cast<float>(scale)};
+                       static_cast<float>(scale),
+                       sinks ? sinks->const_data_ptr<float>() : nullptr};
   std::vector<AttentionItem> items =
       blocks_of(a, kv_heads, block_table, k_cache.size(0), query_lens, context_lens);
   const int64_t state = kernels().attention_state(a), work = kernels().attention_scratch(a);

@@ -64,7 +64,7 @@ at::Tensor grouped_ffn_quantised(const at::Tensor& x, const at::Tensor& packed13
               "grouped_ffn_quantised: x ", x.sizes(), ", w13 of ", w13.experts, " experts ",
               sizes13, ", w2 of ", w2.experts, " ", sizes2, ", counts of ", counts.size());
   return ffn_in_waves(
-      "grouped_ffn_quantised", x, depth, width, counts, into, index,
+      "grouped_ffn_quantised", x, depth, width, counts, into, index, packing_for(at::kFloat),
       3 * PANEL * std::max(depth, width),
       [&](const Piece& p, const float* packed, float* hidden, float* own) {
         kernels().gate_up_quantised(packed, p.rows, w13.of(p.segment->expert), p.first, p.count,

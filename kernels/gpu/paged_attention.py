@@ -37,7 +37,12 @@ def _sequence_of(
 # What changes from step to step must not choose a kernel: compiling one stops every rank.
 @triton.jit(
     do_not_specialize=["first_sequence", "num_sequences", "window", "table_row"],
-    do_not_specialize_on_alignment=["query_start_S1", "context_lens_S", "block_table_SB"],
+    do_not_specialize_on_alignment=[
+        "query_start_S1",
+        "context_lens_S",
+        "block_table_SB",
+        "sinks_H",
+    ],
 )
 def _paged_attention_kernel(
     q,
@@ -62,6 +67,7 @@ def _paged_attention_kernel(
     out_token,
     out_head,
     table_row,
+    sinks_H,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -71,6 +77,7 @@ def _paged_attention_kernel(
     VALUE_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -140,6 +147,11 @@ def _paged_attention_kernel(
         acc_MD += tl.dot(weights_MN.to(v_ND.dtype), v_ND, input_precision="ieee")
         peak_M = new_peak_M
 
+    if HAS_SINKS:
+        # A sink far above every score leaves a sum of 2^126: quotients of 0, and no overflow.
+        sink_M = tl.load(sinks_H + head_M) * 1.4426950408889634
+        above_M = sink_M - tl.where(peak_M == float("-inf"), 0.0, peak_M)
+        sum_M += tl.exp2(tl.where(above_M > 126.0, 126.0, above_M))
     out_MD = out + (token_M * out_token + head_M * out_head)[:, None] + value_D[None, :]
     # Rows past the last one saw no key: their sum is 0 and they are not stored.
     result_MD = acc_MD / tl.where(sum_M == 0.0, 1.0, sum_M)[:, None]
@@ -158,6 +170,7 @@ def paged_attention_triton(
     context_lens: list[int],
     scale: float,
     window: int | None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Triton form of `paged_attention`: same arguments and result; needs no copy to the host."""
     num_tokens, num_heads, key_dim = q_THD.shape
@@ -205,6 +218,7 @@ def paged_attention_triton(
             out_THD.stride(0),
             out_THD.stride(1),
             block_table_SB.stride(0),
+            query_start_S1 if sinks_H is None else sinks_H,
             GROUP=group,
             BLOCK_SIZE=block_size,
             KEY_DIM=key_dim,
@@ -214,6 +228,7 @@ def paged_attention_triton(
             VALUE_PAD=max(16, triton.next_power_of_2(value_dim)),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
+            HAS_SINKS=sinks_H is not None,
             num_warps=8 if wide else 4,
             num_stages=1 if wide else 2,
         )
@@ -232,7 +247,13 @@ def variants() -> Iterator[Variant]:
     """Yield the calls to compile: decode and prefill with the usual heads, a latent cache, both."""
 
     def variant(
-        label: str, dtype: str, queries: list[int], heads: int, kv_heads: int, dim: int
+        label: str,
+        dtype: str,
+        queries: list[int],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        sinks: bool = False,
     ) -> Variant:
         def call(num: int) -> None:
             query_lens = queries[:1] * num + queries[1:]
@@ -251,6 +272,7 @@ def variants() -> Iterator[Variant]:
                 context_lens=[context] * sequences,
                 scale=dim**-0.5,
                 window=None,
+                sinks_H=meta(heads, dtype=torch.float32) if sinks else None,
             )
 
         return Variant(f"{dtype} {label}", call)
@@ -262,5 +284,6 @@ def variants() -> Iterator[Variant]:
     yield variant("decode and prefill, group 8, head 128", "bf16", [1, 300], 32, 4, 128)
     yield variant("decode, group 20, head 128", "bf16", [1], 20, 1, 128)
     yield variant("latent 576, 128 heads", "bf16", [1], 128, 1, 576)
+    yield variant("decode and prefill, group 8, head 64, sinks", "bf16", [1, 300], 64, 8, 64, True)
     for head in (64, 80, 256):
         yield variant(f"prefill, group 1, head {head}", "bf16", [300], 16, 16, head)

@@ -18,13 +18,19 @@ from engine.generation.memory import MoEShape, row_bound
 from engine.moe.router import RouterSpec, gate_logits, route
 from tests.helpers import reference
 from tests.helpers.layer_cases import (
+    CAPPED,
     DEEPSEEK,
+    ERNIE,
     FFN,
     HIDDEN,
+    MINIMAX,
     MIXTRAL,
     OLMOE,
     Doubled,
     build,
+    correction_of,
+    expert_scale_of,
+    logit_bias_of,
     step_of,
     tokens_of,
     weights_of,
@@ -77,7 +83,9 @@ def expected(
     world, inputs, xs = len(counts), [], []
     for rank, count in enumerate(counts):
         x = tokens_of(rank, count)
-        routing = route(gate_logits(x, gate, spec), spec)
+        bias = logit_bias_of(spec.num_experts) if spec.logit_bias else None
+        correction = correction_of(spec.num_experts) if spec.correction_bias else None
+        routing = route(gate_logits(x, gate, spec, bias), spec, correction)
         inputs.append(
             reference.RankInput(
                 scores=routing.scores_TE.numpy(),
@@ -93,7 +101,13 @@ def expected(
     outcome = reference.decide(
         inputs,
         reference.Rules(**settings, layer=3),
-        reference.Family(normalize=spec.normalize, eps=spec.normalize_eps, scale=spec.scale),
+        reference.Family(
+            normalize=spec.normalize,
+            eps=spec.normalize_eps,
+            scale=spec.scale,
+            minimum=spec.normalize_min,
+            expert_scale=expert_scale_of(spec.num_experts).tolist() if spec.expert_scale else None,
+        ),
         [*starts, spec.num_experts],
         spec.num_experts,
         spec.top_k,
@@ -129,6 +143,9 @@ SETTINGS = [
         ([7, 0, 12], OLMOE),
         ([6, 11, 3, 8], DEEPSEEK),
         ([20], MIXTRAL),
+        ([8, 5, 10], MINIMAX),
+        ([9, 12], ERNIE),
+        ([8, 5, 11], CAPPED),
     ],
 )
 def test_layers_compute_what_the_reference_decides(counts, spec):

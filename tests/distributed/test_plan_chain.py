@@ -26,7 +26,7 @@ CODE = [f"def read_file(self, path_{n}):\n    with open(path_{n}) as file:\n" fo
 def run(rank: int, prompts: list[str], moe: dict[str, Any], routing: str | None) -> dict[str, Any]:
     llm = LLM(
         Config(
-            model=ModelConfig(path=str(CHECKPOINT), max_model_len=128),
+            model=ModelConfig(path=str(CHECKPOINT), dtype="float32", max_model_len=128),
             scheduler=SchedulerConfig(kv_cache_blocks=256, block_size=16),
             moe=MoEConfig(**moe),
             profiler=ProfilerConfig(routing=routing),

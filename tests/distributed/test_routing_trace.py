@@ -53,7 +53,7 @@ def run(rank: int, folder: Path, settings: dict[str, Any], times: int = 1) -> di
     profiler = {"routing": str(folder), "routing_claims": True, "every": 4}
     llm = LLM(
         Config(
-            model=ModelConfig(path=str(CHECKPOINT), max_model_len=64),
+            model=ModelConfig(path=str(CHECKPOINT), dtype="float32", max_model_len=64),
             scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, prefix_cache=False),
             moe=settings.get("moe", MoEConfig()),
             parallel=settings.get("parallel", ParallelConfig()),

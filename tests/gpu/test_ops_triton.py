@@ -21,13 +21,21 @@ def run_attention(case: PagedCase, **arguments) -> torch.Tensor:
     return paged_attention_triton(*(x.to(DEVICE) for x in case.tensors), **case.lens, **arguments)
 
 
-def compare(case: PagedCase, window: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+def compare(
+    case: PagedCase,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    sinks_H: torch.Tensor | None = None,
+) -> None:
     case.q_THD, case.k_cache = case.q_THD.to(dtype), case.k_cache.to(dtype)
     shared = case.v_cache.shape[3] < case.k_cache.shape[3]
     case.v_cache = case.k_cache[..., : case.v_cache.shape[3]] if shared else case.v_cache.to(dtype)
     scale = case.q_THD.shape[-1] ** -0.5
-    got = run_attention(case, scale=scale, window=window).cpu()
-    expected = paged_attention_reference(*case.tensors, **case.lens, scale=scale, window=window)
+    on_device = None if sinks_H is None else sinks_H.to(DEVICE)
+    got = run_attention(case, scale=scale, window=window, sinks_H=on_device).cpu()
+    expected = paged_attention_reference(
+        *case.tensors, **case.lens, scale=scale, window=window, sinks_H=sinks_H
+    )
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
@@ -53,6 +61,16 @@ def test_dtypes_match_the_reference(dtype, lens):
 def test_sliding_windows_match_the_reference(window, dtype):
     case = paged_case([(1, 70), (20, 60)], heads=2, kv_heads=2, key_dim=16, value_dim=16)
     compare(case, window, dtype=dtype)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("scale", [1.0, 1e4], ids=["near the scores", "far from them"])
+def test_sinks_match_the_reference(window, dtype, scale):
+    case = paged_case([(1, 70), (20, 60), (1, 1)], heads=10, kv_heads=2, key_dim=16, value_dim=16)
+    sinks_H = torch.randn(10, generator=torch.Generator().manual_seed(1)) * scale
+    compare(case, window, dtype, sinks_H)
 
 
 @kernel

@@ -35,6 +35,7 @@ FAMILIES = {
     "minimax_m2": {"qk_rotary_store"},
     "ernie4_5_moe": {"qk_rotary_store", "silu_and_mul"},
     "glm4_moe": {"qk_rotary_store", "silu_and_mul"},
+    "gpt_oss": {"qk_rotary_store"},
 }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from engine.config import Config
 from engine.distributed.collectives import GroupCollectives
 from engine.moe.dispatch.exchange import Exchange
+from engine.moe.expert_form import ExpertForm
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.router import RouterSpec
@@ -35,9 +36,45 @@ def weights_of(num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     )
 
 
+def correction_of(num_experts: int) -> torch.Tensor:
+    """The bias of the choice of a family that has one."""
+    return torch.linspace(-0.3, 0.3, num_experts)
+
+
+def logit_bias_of(num_experts: int) -> torch.Tensor:
+    """Brings in experts that the tokens alone would not choose."""
+    return torch.linspace(-2.0, 3.0, num_experts)
+
+
+def expert_scale_of(num_experts: int) -> torch.Tensor:
+    return torch.linspace(0.5, 2.0, num_experts)
+
+
 def tokens_of(rank: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
+
+
+def activated(hidden: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+    """What a form is defined to compute of one row's first product."""
+    gate, up = hidden.chunk(2) if form.gated else (hidden, torch.ones_like(hidden))
+    if form.limit is not None:
+        limit = torch.tensor(form.limit)
+        gate = torch.minimum(gate, limit)
+        if form.gated:
+            up = torch.maximum(torch.minimum(up, limit), -limit)
+        else:
+            gate = torch.maximum(gate, -limit)
+    if form.activation == "gpt_oss":
+        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+    if form.activation == "relu2":
+        return torch.where(gate > 0, gate * gate, 0) * up
+    if form.activation == "silu":
+        return gate / (1 + torch.exp(-gate)) * up
+    if form.activation == "gelu":
+        return gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + torch.tanh(inner)) * up
 
 
 class WatchedExchange(Exchange):
@@ -85,6 +122,12 @@ def build(
     )
     gate, w13, w2 = weights_of(spec.num_experts)
     layer.gate_weight_ED.copy_(gate)
+    if layer.gate_bias_E is not None:
+        layer.gate_bias_E.copy_(correction_of(spec.num_experts))
+    if layer.logit_bias_E is not None:
+        layer.logit_bias_E.copy_(logit_bias_of(spec.num_experts))
+    if layer.expert_scale_E is not None:
+        layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
     for local, expert in enumerate(layer.local_experts):
         layer.experts.set_weights(local, w13[expert], w2[expert])
     if precision != "model":
@@ -116,4 +159,17 @@ MIXTRAL = RouterSpec(num_experts=8, top_k=2, normalize=True)
 OLMOE = RouterSpec(num_experts=10, top_k=3)
 
 
+# A bias and a cap of the logits, and a scale of each expert's weight.
+CAPPED = RouterSpec(
+    num_experts=10, top_k=3, normalize=True, logit_bias=True, logit_cap=2.5, expert_scale=True
+)
+
+
 DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_groups=2)
+
+
+MINIMAX = RouterSpec(num_experts=9, top_k=3, score="sigmoid", normalize=True, correction_bias=True)
+
+
+# A minimum that some tokens' sums do not reach.
+ERNIE = RouterSpec(num_experts=8, top_k=2, normalize=True, normalize_min=0.6, correction_bias=True)

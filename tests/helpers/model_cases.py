@@ -6,6 +6,7 @@ and logits nearly flat, so that many mistakes would not show.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,18 @@ def _ernie(**settings: Any) -> Case:
     return Case("Ernie4_5_Moe", common | settings)
 
 
+def _gpt_oss(**settings: Any) -> Case:
+    common = {
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 4,
+        "rope_parameters": _YARN | {"truncate": False, "factor": 32.0},
+    }
+    return Case("GptOss", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -272,6 +285,21 @@ CASES = {
         moe_norm_min=0.7,
         tie_word_embeddings=False,
     ),
+    "gpt-oss": _gpt_oss(),
+    "gpt-oss-windows-first-5-experts-one-kv-head-tied": _gpt_oss(
+        num_hidden_layers=3,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        sliding_window=3,
+        num_key_value_heads=1,
+        num_local_experts=5,
+        num_experts_per_tok=5,
+        attention_bias=False,
+        swiglu_alpha=1.3,
+        swiglu_limit=0.5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+        rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -297,6 +325,8 @@ SHARDED_CASES = (
     "minimax-m2-whole-heads-one-kv-head-tied",
     "ernie4-5-moe",
     "ernie4-5-moe-interval-untied-no-shared",
+    "gpt-oss",
+    "gpt-oss-windows-first-5-experts-one-kv-head-tied",
 )
 
 
@@ -312,8 +342,13 @@ class Reference:
     logits: list[torch.Tensor]
 
 
-def make_reference(case: Case, path: Path, **save: Any) -> Reference:
-    """Write the checkpoint under `path` and let transformers continue the prompts greedily."""
+def make_reference(
+    case: Case, path: Path, dtype: torch.dtype = torch.float32, **save: Any
+) -> Reference:
+    """Write the checkpoint under `path` and let transformers continue the prompts greedily.
+
+    dtype: of the checkpoint; transformers computes in float32, on the weights as they are stored.
+    """
     import transformers
 
     generator = torch.Generator().manual_seed(1)
@@ -322,7 +357,11 @@ def make_reference(case: Case, path: Path, **save: Any) -> Reference:
     )
     redraw(model, generator)
     model.eval()
-    model.save_pretrained(path, **save)
+    if dtype != torch.float32:
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.copy_(tensor.to(dtype))
+    copy.deepcopy(model).to(dtype).save_pretrained(path, **save)
     sequences, logits = [], []
     for length in PROMPT_LENGTHS:
         tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
@@ -343,7 +382,7 @@ def redraw(model: torch.nn.Module, generator: torch.Generator) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
                 tensor.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 tensor.copy_(0.3 * noise)
             elif name.endswith("embed_tokens.weight"):
                 tensor.copy_(noise)

@@ -57,10 +57,10 @@ def make_config(path: Path, **parallel: Any) -> Config:
     )
 
 
-def load_model(config: Config, topology: Topology) -> CausalLM:
-    """Build this rank's share of a checkpoint in float32 and fill it."""
+def load_model(config: Config, topology: Topology, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """Build this rank's share of a checkpoint, its weights in dtype, and fill it."""
     hf_config = read_config(Path(config.model.path))
-    model = build_model(hf_config, config, topology, topology.device, torch.float32)
+    model = build_model(hf_config, config, topology, topology.device, dtype)
     names = read_weights(Path(config.model.path)).entries.keys()
     load_weights(
         config.model.path,
@@ -151,13 +151,14 @@ def logits_on_this_rank(
     schedules: dict[str, Schedule],
     parallel: dict[str, int],
     last: int,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[tuple[str, int | None], dict[int, torch.Tensor]]:
     """Load the checkpoint and run every schedule; return this rank's logits, of all tokens and of
     the `last` ones.
     """
     config = make_config(path, **parallel)
     topology = bootstrap.start(config, os.environ)
-    model = load_model(config, topology)
+    model = load_model(config, topology, dtype)
     found = {
         (name, read): run_schedule(model, topology, sequences, schedule, read)
         for name, schedule in schedules.items()

@@ -24,7 +24,9 @@ def _supported(isa: str) -> bool:
     return True
 
 
-ISAS_HERE = [isa for isa in native.ISAS if _supported(isa)]
+BFLOAT16_ISAS_HERE = [isa for isa in native.ISAS if _supported(isa)]
+# Those of the float32 kernels: only products with bfloat16 weights differ in avx512_bf16.
+ISAS_HERE = [isa for isa in BFLOAT16_ISAS_HERE if isa != "avx512_bf16"]
 
 
 @contextlib.contextmanager
@@ -39,10 +41,19 @@ def on_isa(isa: str) -> Iterator[None]:
 
 
 def each_isa(function):
-    """Run a test once for every instruction set that this processor has."""
-    if not ISAS_HERE:
+    """Run a test once for every instruction set of the float32 kernels that this processor has."""
+    return _each(ISAS_HERE, function)
+
+
+def each_bfloat16_isa(function):
+    """Run a test once for every instruction set of the products with bfloat16 weights."""
+    return _each(BFLOAT16_ISAS_HERE, function)
+
+
+def _each(isas: list[str], function):
+    if not isas:
         return needs_native(function)
-    return pytest.mark.parametrize("isa", ISAS_HERE)(function)
+    return pytest.mark.parametrize("isa", isas)(function)
 
 
 @dataclass

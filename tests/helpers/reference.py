@@ -38,6 +38,8 @@ class Family:
     normalize: bool = False
     eps: float = 0.0
     scale: float = 1.0
+    minimum: float = 0.0  # of the divisor
+    expert_scale: list[float] | None = None  # multiplies what capacity has left
 
 
 @dataclass
@@ -343,12 +345,14 @@ def _weigh(rank, keep, extras, rules: Rules, family: Family) -> RankOutput:
         }
         divisor = 1.0
         if family.normalize:
-            divisor = float(rank.scores[t, chosen].sum()) + family.eps
+            divisor = max(float(rank.scores[t, chosen].sum()) + family.eps, family.minimum)
         for expert in extras[t]:
             own[expert] = float(rank.scores[t, expert]) / divisor * family.scale
         total, changed = sum(own.values()), not keep[t].all() or bool(extras[t])
         if rules.renormalize and changed and total > 0:
             wanted = float(rank.weights[t].sum())
             own = {expert: weight * wanted / total for expert, weight in own.items()}
+        if family.expert_scale is not None:
+            own = {expert: weight * family.expert_scale[expert] for expert, weight in own.items()}
         weights.append(own)
     return RankOutput(keep, extras, weights)

@@ -13,7 +13,7 @@ from typing import Any
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype in the file, shape
 
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I32": 4, "U8": 1}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I32": 4, "U8": 1}
 
 
 def write_sparse(
@@ -38,7 +38,7 @@ def write_header(path: Path, tensors: Tensors) -> None:
     """Write one file: its header, then nothing, as long as the data would be."""
     header, position = {}, 0
     for name, (dtype, shape) in tensors.items():
-        size = math.prod(shape) * _BYTES[dtype]
+        size = math.prod(shape) * BYTES[dtype]
         offsets = [position, position + size]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         position += size

@@ -126,6 +126,11 @@ def test_three_ranks_share_five_experts(references):
     check_ranks(references("mixtral-5-experts-top-1"), 3)
 
 
+@pytest.mark.parametrize("case", ["glm4-moe", "minimax-m2", "ernie4-5-moe"])
+def test_three_expert_parallel_ranks_agree_with_transformers(case, references):
+    check_ranks(references(case), 3)
+
+
 def test_key_value_heads_are_replicated_over_four_tensor_ranks(references):
     check_ranks(references("olmoe-clip-bias-normalised-top-k-all"), 4, tensor=4)
 

@@ -22,6 +22,55 @@ from engine.models.registry import model_length, read_config, read_spec, support
 from engine.models.spec import DenseSpec, SparseSpec
 from tests.helpers.model_cases import CASES
 
+GPT_OSS_120B = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "num_local_experts": 128,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 201088,
+}
+
 
 def published(tmp_path: Path, **settings: Any) -> Any:
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -113,6 +162,26 @@ def test_the_published_qwen15_moe_configuration_does_not_slide(tmp_path):
     assert layer.mlp.shared_gate and not layer.mlp.moe.router.normalize
 
 
+def test_the_published_gpt_oss_120b_configuration_is_understood(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GPT_OSS_120B))
+    config = read_config(tmp_path)
+    spec = read_spec(config)
+    assert len(spec.layers) == 36 and not spec.tied_embeddings and spec.rotary_dim == 64
+    windows = []
+    for layer in spec.layers:
+        attention = layer.attention
+        assert isinstance(attention, AttentionSpec) and attention.sinks
+        assert attention.qkv_bias and attention.out_bias and attention.head_dim == 64
+        windows.append(attention.window)
+    assert windows == [128, None] * 18
+    sparse = spec.layers[0].mlp
+    assert isinstance(sparse, SparseSpec) and sparse.shared is None
+    assert (sparse.moe.router.num_experts, sparse.moe.router.top_k) == (128, 4)
+    assert sparse.moe.router.logit_bias and sparse.moe.router.normalize
+    assert (sparse.moe.experts.limit, sparse.moe.experts.alpha) == (7.0, 1.702)
+    assert model_length(config, None) == 131072
+
+
 def test_layers_follow_moe_layer_freq():
     config = CASES["deepseek-v2-lite"].config()
     config.num_hidden_layers, config.moe_layer_freq = 6, 2
@@ -137,6 +206,11 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("minimax-m2", "scoring_func", "softmax", "scoring_func: 'softmax' .* only 'sigmoid'"),
         ("minimax-m2", "use_qk_norm", False, "use_qk_norm: False"),
         ("minimax-m2", "shared_intermediate_size", 8, "shared_intermediate_size: 8"),
+        ("gpt-oss", "layer_types", ["full_attention"] * 3, "layer_types"),
+        ("gpt-oss", "layer_types", ["chunked_attention"] * 2, "layer_types: .* 'full_attention'"),
+        ("gpt-oss", "sliding_window", None, "sliding_window: None .* whole number from 1"),
+        ("gpt-oss", "sliding_window", 0, "sliding_window: 0 .* whole number from 1"),
+        ("gpt-oss", "hidden_act", "gelu", "hidden_act: 'gelu'"),
         ("minimax-m2", "attn_type_list", [1, 0], "attn_type_list: .* full attention alone"),
         *(
             (case, "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, message)
@@ -235,6 +309,7 @@ NUM_EXPERTS = {
     "deepseek-v3": "n_routed_experts",
     "glm4-moe": "n_routed_experts",
     "minimax-m2": "num_local_experts",
+    "gpt-oss": "num_local_experts",
 }
 
 
@@ -245,7 +320,11 @@ def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, val
         if value == 0 and field == "num_experts" and case.startswith("qwen"):
             continue  # the next test
         text = refusal(tmp_path, altered(case, **{field: value}))
-        if value == 0 and value is not False and case in ("olmoe", "mixtral", "minimax-m2"):
+        if (
+            value == 0
+            and value is not False
+            and case in ("olmoe", "mixtral", "minimax-m2", "gpt-oss")
+        ):
             assert "num_experts_per_tok" in text and "must be" in text
             continue
         assert f"{field} = " in text and "in config.json: must be a whole number from" in text

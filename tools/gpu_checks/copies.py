@@ -16,6 +16,7 @@ import torch
 
 from engine.config import CapacityConfig
 from engine.distributed.collectives import Done
+from engine.layers.precision import compute_dtype
 from engine.moe.capacity.copies_agreement import CopiesAgreement
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.local_experts import LocalExperts
@@ -183,7 +184,7 @@ def _error(device: torch.device, backend: str, precision: Precision) -> float:
                 kept = dequantise(quantise(kept[None], 8 if precision == "int8" else 4))[0]
             kind.append(kept.double())
     experts.finalize_weights()
-    rows_RD = torch.randn(sum(COUNTS), HIDDEN).to(device, torch.bfloat16)
+    rows_RD = torch.randn(sum(COUNTS), HIDDEN).to(device, compute_dtype(torch.bfloat16, device))
     index_R = torch.randperm(len(rows_RD)).to(device)
     apart_RD = torch.empty_like(rows_RD).index_copy_(0, index_R, rows_RD)
     made_RD = experts(apart_RD, COUNTS, None, index_R).index_select(0, index_R)

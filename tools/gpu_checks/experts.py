@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import choose_backend
 from engine.moe.experts import ExpertWeights, make_backend
 from engine.ops.grouped_ffn import grouped_ffn_reference
@@ -60,7 +61,7 @@ def _check(
     weights = ExpertWeights(len(counts), HIDDEN, FFN, device, dtype)
     for parameter in weights.parameters():
         parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5)
-    rows_RD = torch.randn(sum(counts), HIDDEN).to(device, dtype)
+    rows_RD = torch.randn(sum(counts), HIDDEN).to(device, compute_dtype(dtype, device))
     # As they arrive from other ranks: not grouped, and every result goes where its row lies.
     index_R = torch.randperm(len(rows_RD)).to(device)
     apart_RD = torch.empty_like(rows_RD).index_copy_(0, index_R, rows_RD)

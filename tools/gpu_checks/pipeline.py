@@ -16,6 +16,7 @@ import torch
 
 from engine.config import ExpertsConfig, MoEConfig, OverlapConfig
 from engine.distributed.groups import Group
+from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import choose_backend
 from engine.moe.dispatch.two_batch import run_to_end
 from engine.moe.layer import MoELayer, MoESpec
@@ -64,7 +65,8 @@ def _difference(device: torch.device, backend: str, chunks: int) -> float:
 def _run(device: torch.device, backend: str, chunks: int) -> torch.Tensor:
     layer = _layer(device, backend, chunks)
     generator = torch.Generator().manual_seed(1)
-    x_TD = torch.randn(TOKENS, HIDDEN, generator=generator).to(device, torch.bfloat16)
+    dtype = compute_dtype(torch.bfloat16, device)
+    x_TD = torch.randn(TOKENS, HIDDEN, generator=generator).to(device, dtype)
     routing = layer.route(x_TD)
     decision, plans = layer.agreement.agree(routing, None, layer.telemetry)
     weights_TM = decision.weights_TM

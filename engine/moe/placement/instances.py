@@ -155,6 +155,10 @@ class Instances:
         """Return `host_table` with a row per instance instead, that of its expert at the home."""
         return self._table(device)[5]
 
+    def experts(self, ids_TM: torch.Tensor) -> torch.Tensor:
+        """Return the model's experts of instances; expert 0 where the instance is -1."""
+        return self._table(ids_TM.device)[6][ids_TM]
+
     def is_copy(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Return which instances are copies, bool; not -1."""
         return self._table(ids_TK.device)[4][ids_TK]
@@ -172,7 +176,7 @@ class Instances:
     def _table(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Return the place of every expert and -1 at the end, the experts in home order, the
         instance of every expert's home and -1 at the end, `host_table`, whether an instance is a
-        copy, and `host_table_of_homes`.
+        copy, `host_table_of_homes`, and the expert of every instance and 0 at the end.
         """
         if device not in self._tables:
             hosts_EH1 = np.pad(self.hosts_EH, ((0, 0), (0, 1)), constant_values=-1)
@@ -185,6 +189,7 @@ class Instances:
                 hosts_EH1,
                 np.append(~self.is_home_I, False),
                 hosts_IH1,
+                np.append(self.expert_I, 0),
             )
             self._tables[device] = tuple(
                 to_device(torch.from_numpy(np.ascontiguousarray(each)), device) for each in tables

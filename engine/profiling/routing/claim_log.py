@@ -7,7 +7,7 @@ Legend: T tokens on this rank, K top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -25,6 +25,38 @@ class LayerClaims:
     eligible_T: np.ndarray  # bool, subject to capacity; all where there is no policy
     topk_ids_TK: np.ndarray  # int32, the model's expert numbers, best first
     scores_TK: np.ndarray  # float32, the router's scores of these experts
+
+
+def join_claims(parts: list[LayerClaims], top_k: int) -> LayerClaims:
+    """Return the claims of all parts, one after the other, with so many columns: those that a part
+    has not are expert -1 with the score 0.
+    """
+    names = [each.name for each in fields(LayerClaims)]
+    parts = [_widened(part, top_k) for part in parts]
+    values = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return LayerClaims(**values)
+
+
+def without_padding(claims: LayerClaims) -> LayerClaims:
+    """Return claims without the columns that no token has."""
+    used = int((claims.topk_ids_TK >= 0).any(0).sum())
+    if not used or used == claims.topk_ids_TK.shape[1]:
+        return claims
+    return replace(
+        claims, topk_ids_TK=claims.topk_ids_TK[:, :used], scores_TK=claims.scores_TK[:, :used]
+    )
+
+
+def _widened(claims: LayerClaims, top_k: int) -> LayerClaims:
+    missing = top_k - claims.topk_ids_TK.shape[1]
+    if missing == 0:
+        return claims
+    columns = ((0, 0), (0, missing))
+    return replace(
+        claims,
+        topk_ids_TK=np.pad(claims.topk_ids_TK, columns, constant_values=-1),
+        scores_TK=np.pad(claims.scores_TK, columns),
+    )
 
 
 class ClaimLog:

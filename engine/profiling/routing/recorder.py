@@ -12,10 +12,7 @@ import numpy as np
 
 from engine.profiling.loads import StepLoads
 from engine.profiling.report import RoutingReport, StepReport
-from engine.profiling.routing.claim_log import ClaimLog, LayerClaims
-from engine.profiling.routing.trace import (
-    join_claims,
-)
+from engine.profiling.routing.claim_log import ClaimLog, LayerClaims, join_claims
 from engine.profiling.routing.trace_file import (
     NUM_COLUMNS,
     TraceHeader,
@@ -121,7 +118,9 @@ class RoutingRecorder:
         columns = (*columns, sum(counts))
         parts = [np.array([*columns, *counts], dtype="<i4")]
         if step:
-            joined = join_claims([each for layer in layers for each in step.get(layer, ())])
+            joined = join_claims(
+                [each for layer in layers for each in step.get(layer, ())], self._header.top_k
+            )
             parts += [
                 joined.request_T.astype("<i4"),
                 joined.position_T.astype("<i4"),

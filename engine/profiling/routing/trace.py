@@ -6,13 +6,17 @@ Legend: S steps, L MoE layers, E experts, T tokens, K top-k, N tokens of all lay
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from engine.profiling.routing.claim_log import LayerClaims
+from engine.profiling.routing.claim_log import (
+    LayerClaims,
+    join_claims,
+    without_padding,
+)
 from engine.profiling.routing.trace_file import (
     CLAIMS,
     INT,
@@ -64,7 +68,7 @@ class RoutingTrace:
 
     @property
     def top_k(self) -> int:
-        """Experts of each token."""
+        """Experts of each token, in the layer in which it has most."""
         return self.header.top_k
 
     @property
@@ -175,7 +179,7 @@ def _claims(trace: RoutingTrace) -> Iterator[StepClaims]:
                     rank: _read_claims(*streams[rank], offset)
                     for rank, offset in sorted(found[key].items())
                 }
-                yield _join(key, parts, trace.layers)
+                yield _join(key, parts, trace)
     finally:
         for stream, _ in streams.values():
             stream.close()
@@ -212,21 +216,14 @@ def _read_claims(stream: BinaryIO, header: TraceHeader, offset: int) -> list[Lay
 
 
 def _join(
-    key: tuple[int, int, int], parts: dict[int, list[LayerClaims]], layers: tuple[int, ...]
+    key: tuple[int, int, int], parts: dict[int, list[LayerClaims]], trace: RoutingTrace
 ) -> StepClaims:
     """Join the ranks' claims of one step."""
     joined: dict[int, LayerClaims] = {}
     ranks: dict[int, np.ndarray] = {}
-    for place, layer in enumerate(layers):
+    for place, layer in enumerate(trace.layers):
         each = [claims[place] for claims in parts.values()]
-        joined[layer] = join_claims(each)
+        joined[layer] = without_padding(join_claims(each, trace.top_k))
         sizes = [len(part.request_T) for part in each]
         ranks[layer] = np.repeat(np.array(list(parts), dtype=np.int32), sizes)
     return StepClaims(*key, layers=joined, ranks=ranks)
-
-
-def join_claims(parts: list[LayerClaims]) -> LayerClaims:
-    """Return the claims of all parts, one after the other."""
-    names = [each.name for each in fields(LayerClaims)]
-    values = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return LayerClaims(**values)

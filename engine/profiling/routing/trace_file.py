@@ -53,7 +53,7 @@ class TraceHeader:
     fingerprint: str  # of the model (`weights/fingerprint.py`)
     layers: list[int]  # numbers of the MoE layers in the model
     num_experts: int
-    top_k: int
+    top_k: int  # of the layer in which a token has most
     every: int = 1  # of so many steps one was kept; a power of two
     format: str = FORMAT
     version: int = VERSION

@@ -13,6 +13,7 @@ import torch
 from engine.ops import (
     claims,
     deal,
+    grouped_low_bit,
     latent_rotary_store,
     order_claims,
     paged_attention,
@@ -51,6 +52,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "extra_claims": claims.extra_claims_reference,
     "gate_output": silu_and_mul.gate_output_reference,
     "gather_rows": permute.gather_rows_reference,
+    "grouped_low_bit": grouped_low_bit.grouped_low_bit_reference,
     "latent_rotary_store": latent_rotary_store.latent_rotary_store_reference,
     "list_claims": deal.list_claims_reference,
     "make_claims": claims.make_claims_reference,

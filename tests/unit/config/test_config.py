@@ -85,6 +85,7 @@ def test_the_documented_configs_are_shipped():
         "deepseek_v2_lite_ep8",
         "ernie45_21b_ep4",
         "glm45_air_ep8",
+        "gpt_oss_120b_ep8",
         "kimi_k2_ep32",
         "minimax_m2_ep8",
         "mixtral_ep8",

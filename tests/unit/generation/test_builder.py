@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig
+from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig, RuntimeConfig
 from engine.config.loader import config_from_tree
-from engine.generation.builder import profiler_every, reserve_rows
+from engine.distributed import bootstrap
+from engine.generation.builder import (
+    agree_dtype,
+    dtype_in_words,
+    model_dtype,
+    profiler_every,
+    reserve_rows,
+)
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement
+from engine.ops import native
+from tests.helpers.ranks import run_ranks
 
 
 def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
@@ -25,7 +34,7 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
         instances=Instances(LayerPlacement.contiguous(8, 2), 2),
         reserve=reserve,
     )
-    model: Any = SimpleNamespace(moe_layers=[layer], embedding_VD=torch.zeros(1))
+    model: Any = SimpleNamespace(moe_layers=[layer], dtype=torch.float32)
     topology: Any = SimpleNamespace(expert=SimpleNamespace(size=2), device=torch.device("cpu"))
     moe = MoEConfig(capacity=CapacityConfig(policy="token_drop"))
     config = Config(model=ModelConfig(path="x"), moe=moe)
@@ -57,3 +66,92 @@ def test_every_step_is_timed_whole_on_cuda_where_something_reads_all_of_them(tre
     assert every(CUDA, tree) == 1
     tree = {**tree, "profiler": {**tree.get("profiler", {}), "every": 8}}
     assert every(CUDA, tree) == every(CPU, tree) == 8, "what the user sets holds"
+
+
+def test_row_buffers_hold_the_layer_with_most_experts_per_token():
+    reserved: list[tuple[int, int, int]] = []
+
+    def layer(top_k: int) -> Any:
+        return SimpleNamespace(
+            spec=SimpleNamespace(
+                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, ffn=32
+            ),
+            instances=Instances(LayerPlacement.contiguous(8, 4), 4),
+            reserve=lambda sent, received: reserved.append((top_k, sent, received)),
+            row_limit=None,
+        )
+
+    layers = [layer(1), layer(4), layer(2)]
+    buffers = SimpleNamespace(num_bytes=0)
+    model: Any = SimpleNamespace(moe_layers=layers, dtype=torch.float32, row_buffers=buffers)
+    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=4), device=torch.device("cpu"))
+    tree = {
+        "model": {"path": "x"},
+        "scheduler": {"max_batch_tokens": 100, "max_sequences": 10},
+        "moe": {"capacity": {"policy": "token_drop", "factor": "1.5", "phases": ["prefill"]}},
+    }
+    reserve_rows(model, config_from_tree(tree), topology)
+    # 100 tokens of 4 experts; 2 experts of 1.5 x 400 x 4 / 8 slots, and 40 decode tokens of both.
+    assert reserved == [(4, 400, 680)]
+    assert [each.row_limit for each in layers] == [None, None, None]
+
+
+def test_rows_come_in_rounds_in_layers_that_exceed_their_own_limit_alone():
+    def layer(top_k: int) -> Any:
+        return SimpleNamespace(
+            spec=SimpleNamespace(
+                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, ffn=32
+            ),
+            instances=Instances(LayerPlacement.contiguous(8, 4), 4),
+            row_limit=None,
+        )
+
+    layers = [layer(1), layer(8)]
+    model: Any = SimpleNamespace(moe_layers=layers, dtype=torch.float32)
+    topology: Any = SimpleNamespace(expert=SimpleNamespace(size=4), device=torch.device("cpu"))
+    tree = {"model": {"path": "x"}, "scheduler": {"max_batch_tokens": 100}}
+    reserve_rows(model, config_from_tree(tree), topology)
+    # Of 400 tokens a rank gets at most 400 or 800 rows; the limits are 200 and 1,600.
+    assert [each.row_limit for each in layers] == [200, None]
+
+
+@pytest.mark.parametrize(
+    ("own", "has_products", "on_cpu"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+        (torch.float32, True, torch.float32),
+        (None, True, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_with_it_and_the_checkpoints_on_cuda(
+    monkeypatch, own, has_products, on_cpu
+):
+    monkeypatch.setattr(native, "has_bfloat16_products", lambda: has_products)
+    hf_config = SimpleNamespace(dtype=own)
+    assert model_dtype("auto", hf_config, CPU) == on_cpu
+    assert model_dtype("auto", hf_config, CUDA) == (own or torch.float32)
+    assert model_dtype("bfloat16", hf_config, CPU) == torch.bfloat16
+
+
+def agreed(rank: int, setting: str, dtypes: list[torch.dtype]) -> torch.dtype:
+    model = ModelConfig(path="unused", dtype=setting)  # pyright: ignore[reportArgumentType]
+    config = Config(model=model, runtime=RuntimeConfig(device="cpu"))
+    topology = bootstrap.start(config)
+    found = agree_dtype(dtypes[rank], config, topology)
+    bootstrap.stop(topology)
+    return found
+
+
+def test_ranks_whose_processors_differ_agree_on_float32():
+    differ = [torch.bfloat16, torch.float32]
+    assert run_ranks(agreed, 2, "auto", differ) == [torch.float32] * 2
+    assert run_ranks(agreed, 2, "auto", [torch.bfloat16] * 2) == [torch.bfloat16] * 2
+
+
+def test_the_report_says_what_is_computed_in_float32():
+    assert dtype_in_words(torch.bfloat16, CPU) == "bfloat16 (weights), computes in float32"
+    assert dtype_in_words(torch.bfloat16, CUDA) == "bfloat16"
+    assert dtype_in_words(torch.float16, CPU) == "float16"
+    assert dtype_in_words(torch.float32, CPU) == "float32"

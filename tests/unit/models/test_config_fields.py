@@ -24,6 +24,7 @@ FAMILIES = (
     "glm4-moe",
     "minimax-m2",
     "ernie4-5-moe",
+    "gpt-oss",
 )
 ODD = (None, "64", 64.5, 64.0, True, [64], {"a": 1}, 0, -1, 10**30, float("inf"))
 

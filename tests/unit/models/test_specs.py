@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine.layers.attention import AttentionSpec
+from engine.models.hf_config import check_config
 from engine.models.registry import read_config, read_spec
 from engine.models.spec import ModelSpec, SparseSpec
 from tests.helpers.model_cases import CASES
@@ -58,3 +60,10 @@ def test_a_shared_expert_of_size_0_is_none(tmp_path):
     for layer in spec.layers:
         assert isinstance(layer.mlp, SparseSpec)
         assert layer.mlp.shared is None and not layer.mlp.shared_gate
+
+
+def test_a_family_says_which_activations_it_takes():
+    config = SimpleNamespace(hidden_act="relu2", is_causal=True, quantization_config=None)
+    check_config(config, ("relu2",))
+    with pytest.raises(ValueError, match="hidden_act: 'relu2' .* only 'gelu' or 'silu'"):
+        check_config(config, ("gelu", "silu", "swish"))

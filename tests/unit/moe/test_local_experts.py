@@ -28,7 +28,12 @@ def values_of(local: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def empty(precision: Precision, copies: int, layouts: ExpertLayouts | None) -> LocalExperts:
+def empty(
+    precision: Precision,
+    copies: int,
+    layouts: ExpertLayouts | None,
+    dtype: torch.dtype = torch.float32,
+) -> LocalExperts:
     return LocalExperts(
         HOMES,
         copies,
@@ -37,16 +42,19 @@ def empty(precision: Precision, copies: int, layouts: ExpertLayouts | None) -> L
         ffn=FFN,
         backend="torch",
         device=torch.device("cpu"),
-        dtype=torch.float32,
+        dtype=dtype,
         layouts=layouts,
     )
 
 
 def filled(
-    precision: Precision, copies: int = 2, layouts: ExpertLayouts | None = None
+    precision: Precision,
+    copies: int = 2,
+    layouts: ExpertLayouts | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LocalExperts:
     """Homes of values 0, 1, 2; copies of the values of homes 0 and on."""
-    experts = empty(precision, copies, layouts)
+    experts = empty(precision, copies, layouts, dtype)
     for local in range(HOMES + copies):
         w13_2FD, w2_DF = values_of(local % HOMES)
         if local % 2:
@@ -158,3 +166,17 @@ def test_integers_are_kept_with_their_zero_points_row_by_row():
         sink.take_integers(first, q_OI[own], scale_OG[own], zero_OG[own])
     after, _ = experts.low_bit.values(1)
     assert torch.equal(after[FFN:], expected) and torch.equal(after[:FFN], before[:FFN])
+
+
+def test_copies_of_bfloat16_weights_take_half_of_float32_ones():
+    wide, narrow = filled("model"), filled("model", dtype=torch.bfloat16)
+    assert narrow.copy_bytes * 2 == wide.copy_bytes and narrow.copy_size * 2 == wide.copy_size
+    assert filled("int8", dtype=torch.bfloat16).copy_size == filled("int8").copy_size
+
+
+@pytest.mark.parametrize("precision", ["model", "int8", "int4"])
+def test_a_copy_moved_from_bfloat16_weights_is_the_one_that_was_loaded(precision):
+    experts = filled(precision, 1, dtype=torch.bfloat16)
+    experts.finalize_weights()
+    parts = zip(read_home(experts, 0), copy_parts(experts, 0), strict=True)
+    assert all(torch.equal(home, copy) for home, copy in parts)

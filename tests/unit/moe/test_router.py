@@ -76,10 +76,31 @@ def test_normalize_eps_is_added_to_the_sum():
     assert weights.tolist() == [[0.25, 0.25]]
 
 
+def test_a_logit_bias_is_added_in_the_dtype_of_the_logits():
+    x, gate, bias = torch.ones(1, 1).bfloat16(), torch.ones(2, 1).bfloat16(), torch.tensor([0.0, 3])
+    for float32_logits in (False, True):
+        spec = RouterSpec(num_experts=2, top_k=1, logit_bias=True, float32_logits=float32_logits)
+        logits = gate_logits(x, gate, spec, bias.bfloat16())
+        assert logits.tolist() == [[1.0, 4.0]]
+        assert (logits.dtype == torch.float32) == float32_logits
+
+
+def test_a_logit_cap_bounds_the_logits_and_leaves_the_choice():
+    spec = RouterSpec(num_experts=4, top_k=2, normalize=True, logit_cap=1.5)
+    logits = gate_logits(LOGITS, torch.eye(4), spec)
+    torch.testing.assert_close(logits, 1.5 * (LOGITS / 1.5).tanh())
+    routing = route(logits, spec)
+    assert routing.topk_ids_TK.tolist() == [[1, 2], [1, 0]]
+    chosen = (1.5 * (LOGITS / 1.5).tanh()).gather(1, routing.topk_ids_TK)
+    torch.testing.assert_close(routing.topk_weights_TK, chosen.softmax(1))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"top_k": 5}, "num_experts_per_tok: 5"),
+        ({"top_k": 1, "logit_cap": 0.0}, "router_logit_softcapping: 0.0"),
+        ({"top_k": 1, "logit_cap": float("inf")}, "router_logit_softcapping: inf"),
         ({"top_k": 0}, "num_experts_per_tok: 0"),
         ({"top_k": 1, "num_groups": 3}, "n_group: 3"),
         ({"top_k": 1, "num_groups": 2, "top_groups": 3}, "topk_group: 3"),

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from engine.moe.router import RouterSpec, route
+from engine.moe.router import RouterSpec, gate_logits, route
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 40, 16, 12, 3
 CONFIG = SimpleNamespace(
@@ -94,6 +93,24 @@ def test_softmax_after_top_k_is_the_normalised_full_softmax_as_in_gpt_oss(scale:
 
     router, x = drawn(GptOssTopKRouter(CONFIG))
     logits, weights, ids = router(x * scale)
-    torch.testing.assert_close(logits, F.linear(x * scale, router.weight, router.bias))
-    spec = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, normalize=True)
+    spec = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, normalize=True, logit_bias=True)
+    mine = gate_logits(x * scale, router.weight, spec, router.bias)
+    torch.testing.assert_close(mine, logits)
     check(spec, logits, None, weights, ids)
+
+
+@torch.no_grad()
+def test_sigmoid_of_capped_logits_with_a_bias_is_laguna() -> None:
+    from transformers.models.laguna.modeling_laguna import LagunaTopKRouter
+
+    config = SimpleNamespace(**vars(CONFIG), moe_router_logit_softcapping=0.9)
+    router, x = drawn(LagunaTopKRouter(config))
+    logits, weights, ids = router(x)
+    spec = RouterSpec(
+        num_experts=EXPERTS, top_k=TOP_K, score="sigmoid", normalize=True, correction_bias=True,
+        logit_cap=0.9,
+    )  # fmt: skip
+    mine = gate_logits(x, router.weight, spec)
+    torch.testing.assert_close(mine, logits)
+    assert mine.abs().max() > 0.85, "the cap is in use"
+    check(spec, mine, router.e_score_correction_bias, weights, ids)

@@ -15,11 +15,11 @@ PREFILL = [(5, 5), (33, 33), (64, 64), (100, 100)]
 MIXED = [(1, 40), (1, 129), (7, 90), (70, 70), (2, 2)]
 
 
-def compare(case, isa: str, window: int | None = None) -> None:
-    scale = case.q_THD.shape[-1] ** -0.5
-    expected = paged_attention_reference(*case.tensors, **case.lens, scale=scale, window=window)
+def compare(case, isa: str, window: int | None = None, sinks_H: torch.Tensor | None = None) -> None:
+    options = {"scale": case.q_THD.shape[-1] ** -0.5, "window": window, "sinks_H": sinks_H}
+    expected = paged_attention_reference(*case.tensors, **case.lens, **options)
     with on_isa(isa):
-        got = paged_attention(*case.tensors, **case.lens, scale=scale, window=window)
+        got = paged_attention(*case.tensors, **case.lens, **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -39,6 +39,43 @@ def test_reference_window_of_one_returns_the_own_value():
     got = paged_attention_reference(*case.tensors, **case.lens, scale=0.25, window=1)
     block = int(case.block_table_SB[0, 0])
     torch.testing.assert_close(got, case.v_cache[block, :, :6].transpose(0, 1))
+
+
+def test_reference_sink_shrinks_the_output_by_its_share_of_the_softmax():
+    case = paged_case([(1, 3)], heads=2, kv_heads=2, key_dim=16, value_dim=16)
+    case.q_THD[:] = 0.0  # three scores of 0, so weights of 1/3
+    plain = paged_attention_reference(*case.tensors, **case.lens, scale=1.0, window=None)
+    sinks_H = torch.tensor([0.0, 3.0]).log()  # weighs as much as one key, as three keys
+    got = paged_attention_reference(
+        *case.tensors, **case.lens, scale=1.0, window=None, sinks_H=sinks_H.clamp(min=-1e4)
+    )
+    torch.testing.assert_close(got[:, 0], plain[:, 0])  # log(0): no weight
+    torch.testing.assert_close(got[:, 1], plain[:, 1] / 2)
+
+
+@each_isa
+@pytest.mark.parametrize("lens", [DECODE, PREFILL, MIXED, [(1, 2500), (3, 1030)]])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (14, 2), (40, 2)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_sinks_match_the_reference(isa, lens, heads, kv_heads, window):
+    case = paged_case(lens, heads=heads, kv_heads=kv_heads, key_dim=24, value_dim=24)
+    compare(case, isa, window, torch.randn(heads, generator=torch.Generator().manual_seed(1)) * 3)
+
+
+@each_isa
+@pytest.mark.parametrize("sink", [-1e4, -100.0, 100.0, 1e4])
+def test_sinks_far_from_every_score_neither_overflow_nor_hide_keys(isa, sink):
+    case = paged_case(MIXED, heads=4, kv_heads=2, key_dim=16, value_dim=16)
+    compare(case, isa, None, torch.full((4,), sink))
+
+
+@each_isa
+def test_a_sink_that_is_not_a_number_stays_visible(isa):
+    case = paged_case([(2, 9)], heads=2, kv_heads=1, key_dim=16, value_dim=16)
+    sinks_H = torch.tensor([0.0, float("nan")])
+    with on_isa(isa):
+        got = paged_attention(*case.tensors, **case.lens, scale=1.0, window=None, sinks_H=sinks_H)
+    assert got[:, 0].isfinite().all() and got[:, 1].isnan().all()
 
 
 @each_isa
@@ -104,16 +141,18 @@ def test_steps_without_tokens_for_a_sequence_are_fine(lens):
 @each_isa
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(isa, threads, window):
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(isa, threads, window, sinks):
+    options = {"scale": 0.2, "window": window, "sinks_H": torch.randn(6) if sinks else None}
     lens = [(1, 2600), (1, 3), (90, 90), (4, 1100)]
     case = paged_case(lens, heads=6, kv_heads=2, key_dim=24, value_dim=24)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with on_isa(isa):
-            whole = paged_attention(*case.tensors, **case.lens, scale=0.2, window=window)
+            whole = paged_attention(*case.tensors, **case.lens, **options)
             alone = [
-                paged_attention(*one.tensors, **one.lens, scale=0.2, window=window)
+                paged_attention(*one.tensors, **one.lens, **options)
                 for one in map(case.only, range(len(lens)))
             ]
     finally:
@@ -123,7 +162,9 @@ def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(isa, threads, win
 
 @each_isa
 @pytest.mark.parametrize("window", [None, 40])
-def test_prefill_in_chunks_and_token_by_token_gives_the_same_bits(isa, window):
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_prefill_in_chunks_and_token_by_token_gives_the_same_bits(isa, window, sinks):
+    options = {"scale": 0.2, "window": window, "sinks_H": torch.randn(4) if sinks else None}
     case = paged_case([(150, 150)], heads=4, kv_heads=2, key_dim=32, value_dim=32)
 
     def run(first: int, last: int) -> torch.Tensor:
@@ -131,7 +172,7 @@ def test_prefill_in_chunks_and_token_by_token_gives_the_same_bits(isa, window):
         part.q_THD, part.k_cache, part.v_cache = case.q_THD[first:last], case.k_cache, case.v_cache
         part.block_table_SB, part.query_lens = case.block_table_SB, [last - first]
         part.context_lens = [last]
-        return paged_attention(*part.tensors, **part.lens, scale=0.2, window=window)
+        return paged_attention(*part.tensors, **part.lens, **options)
 
     with on_isa(isa):
         whole = run(0, 150)
@@ -168,3 +209,10 @@ def test_a_block_outside_the_cache_is_refused_before_anything_is_read():
     case.block_table_SB[0, 1] = 10_000
     with pytest.raises(RuntimeError, match="names block 10000"):
         paged_attention(*case.tensors, **case.lens, scale=1.0, window=None)
+
+
+@needs_native
+def test_sinks_that_are_not_one_per_head_are_refused():
+    case = paged_case([(1, 4)], heads=2, kv_heads=1, key_dim=8, value_dim=8)
+    with pytest.raises(RuntimeError, match="sinks must be 2"):
+        paged_attention(*case.tensors, **case.lens, scale=1.0, window=None, sinks_H=torch.zeros(3))

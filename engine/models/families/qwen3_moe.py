@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from engine.models.config_fields import read
+from engine.models.families.qwen2_moe import dense_spec, routed_layers
 from engine.models.hf_config import attention_spec, model_spec, moe_spec, window_of
-from engine.models.qwen2_moe import dense_spec, routed_layers
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
 
 

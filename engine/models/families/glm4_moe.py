@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.models.config_fields import read, read_flag, read_optional
-from engine.models.deepseek_v3 import sigmoid_router
+from engine.models.families.deepseek_v3 import sigmoid_router
 from engine.models.hf_config import attention_spec, model_spec, partial_rotary_dim
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
 from engine.moe.layer import MoESpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.models.config_fields import read, read_flag, read_optional
-from engine.models.deepseek_v2 import deepseek_spec
+from engine.models.families.deepseek_v2 import deepseek_spec
 from engine.models.spec import ModelSpec
 from engine.moe.router import RouterSpec
 

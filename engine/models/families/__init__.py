@@ -1,0 +1,1 @@
+"""Families: one short file each, which turns a Hugging Face configuration into a `ModelSpec`."""
