@@ -30,7 +30,7 @@ def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
 
     router = SimpleNamespace(top_k=2, num_experts=8)
     layer = SimpleNamespace(
-        spec=SimpleNamespace(router=router, hidden=16, ffn=32),
+        spec=SimpleNamespace(router=router, hidden=16, width=16, ffn=32),
         instances=Instances(LayerPlacement.contiguous(8, 2), 2),
         reserve=reserve,
     )
@@ -74,7 +74,7 @@ def test_row_buffers_hold_the_layer_with_most_experts_per_token():
     def layer(top_k: int) -> Any:
         return SimpleNamespace(
             spec=SimpleNamespace(
-                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, ffn=32
+                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, width=16, ffn=32
             ),
             instances=Instances(LayerPlacement.contiguous(8, 4), 4),
             reserve=lambda sent, received: reserved.append((top_k, sent, received)),
@@ -100,7 +100,7 @@ def test_rows_come_in_rounds_in_layers_that_exceed_their_own_limit_alone():
     def layer(top_k: int) -> Any:
         return SimpleNamespace(
             spec=SimpleNamespace(
-                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, ffn=32
+                router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, width=16, ffn=32
             ),
             instances=Instances(LayerPlacement.contiguous(8, 4), 4),
             row_limit=None,
