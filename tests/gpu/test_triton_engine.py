@@ -74,7 +74,7 @@ def test_completions_are_those_of_the_torch_references(
         module = importlib.import_module(f"engine.ops.gpu.{op}")
         launcher = counted(getattr(module, f"{op}_triton"), op, launched)
         monkeypatch.setattr(module, f"{op}_triton", launcher)
-    monkeypatch.setattr(native, "serves", lambda *_: False)
+    monkeypatch.setattr(native, "_serve", lambda *_: False)
     expected = generate(tmp_path)
     assert not launched
     monkeypatch.setattr(triton_support, "serves", lambda _: True)

@@ -152,6 +152,15 @@ JOBS = {
 }
 
 
+def assert_close(cuda: list[dict[str, Any]], cpu: list[dict[str, Any]]) -> None:
+    """The CPU computes in float32 on bfloat16 weights, CUDA in bfloat16: the first tokens of the
+    same requests are about as likely.
+    """
+    assert [each["id"] for each in cuda] == [each["id"] for each in cpu]
+    for one, other in zip(cuda, cpu, strict=True):
+        assert abs(one["logprobs"][0] - other["logprobs"][0]) < 0.05
+
+
 @pytest.fixture
 def on_both_devices(guard: Path, checkpoint: Callable[[str], Path]):
     def run(job: Job, world: int = 2) -> list[tuple[Result, Result]]:
@@ -159,7 +168,10 @@ def on_both_devices(guard: Path, checkpoint: Callable[[str], Path]):
         results = run_ranks(on_both, world, guard, checkpoint(job.family), job, timeout=120)
         for cpu, cuda in results:
             assert cuda.kernels > 0 == cpu.kernels
-            assert cuda.done == cpu.done
+            if job.settings.get("model", {}).get("dtype") == "bfloat16":
+                assert_close(cuda.done, cpu.done)
+            else:
+                assert cuda.done == cpu.done
             assert not any("error" in record for record in cuda.done)
         return results
 
