@@ -22,6 +22,7 @@ from engine.ops.quantised import (
     quantise,
 )
 from engine.ops.quantised_rows import IntegerLayout, empty_quantised, parts_of, set_rows
+from engine.ops.to_device import to_device
 
 Matrix = Literal["w13", "w2"]
 
@@ -153,7 +154,7 @@ class SinkOfRows:
     ) -> None:
         """Take some of the rows as integers; see `RowSink`."""
         weights = self._weights
-        zero_1OG = None if zero_OG is None else zero_OG[None].to(self.device)
-        q_1OI, scale_1OG = q_OI[None].to(self.device), scale_OG[None].to(self.device)
+        zero_1OG = None if zero_OG is None else to_device(zero_OG[None], self.device)
+        q_1OI, scale_1OG = (to_device(each[None], self.device) for each in (q_OI, scale_OG))
         made = pack(q_1OI, scale_1OG, zero_1OG, weights.bits, weights.group)
         set_rows(weights, self._local, self._first + first, made)
