@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.ops import native, triton_support
-from engine.ops.grouped_low_bit import grouped_ffn_low_bit
+from engine.ops.grouped_low_bit import grouped_ffn_low_bit, grouped_ffn_low_bit_reference
 
 PANEL = 16  # outputs of a panel, as in csrc/kernels.h
 # An int4 group's largest weight in steps of its scale: quantise takes the best for each group.
@@ -217,19 +217,7 @@ def grouped_ffn_quantised_reference(
     index_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain torch form of `grouped_ffn_quantised`: dequantises one expert at a time."""
-    y_RD = torch.empty_like(x_RD) if out_RD is None else out_RD
-    start = 0
-    for expert, count in enumerate(counts_e):
-        if count == 0:
-            continue
-        rows = slice(start, start + count)
-        if index_R is not None:
-            rows = index_R[rows]
-        gate_up_C2F = F.linear(x_RD[rows], dequantise(w13_e2FD, expert, x_RD.dtype))
-        gate_CF, up_CF = gate_up_C2F.chunk(2, dim=-1)
-        y_RD[rows] = F.linear(F.silu(gate_CF) * up_CF, dequantise(w2_eDF, expert, x_RD.dtype))
-        start += count
-    return y_RD
+    return grouped_ffn_low_bit_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
 
 
 def _native(weights: QuantisedWeights) -> tuple[torch.Tensor | list[int] | None, ...]:
