@@ -25,11 +25,18 @@ UNUSED = ("_shape", "input_scale")  # of no use for dequantised weights, so neve
 Outcome = tuple[list[list[int]], list[list[float]], int, dict[str, Any]]
 
 
-def generate(rank: int, path: Path, tensor: int, setting: str = "dequantize") -> Outcome:
+def generate(
+    rank: int, path: Path, tensor: int, setting: Any = "dequantize", dtype: Any = "auto"
+) -> Outcome:
     """Return tokens, log-probabilities, the bytes of weights read and the resolved settings."""
     config = Config(
         runtime=RuntimeConfig(device="cpu", timeout_s=30.0, threads=1),
-        model=ModelConfig(path=str(path), max_model_len=64, quantization=setting),  # pyright: ignore
+        model=ModelConfig(
+            path=str(path),
+            max_model_len=64,
+            quantization=setting,
+            dtype=dtype,
+        ),
         scheduler=SchedulerConfig(kv_cache_blocks=64, block_size=4),
         parallel=ParallelConfig(tensor=tensor),
     )
@@ -121,6 +128,19 @@ def test_requantised_experts_are_the_same_on_one_rank_and_on_two(setting, source
                 agree(each, one)
     (unrounded,) = run_ranks(generate, 1, tmp_path / "plain", 1)
     assert unrounded[1] != expected[1]
+
+
+@pytest.mark.parametrize("setting", ["auto", "int8", "int4"])
+def test_integers_beside_bfloat16_weights_are_computed_in_float32(setting, source, tmp_path):
+    quantise_checkpoint(source, "int4-zero-point", tmp_path / "quantised", tmp_path / "plain")
+    (wide,) = run_ranks(generate, 1, tmp_path / "quantised", 1, setting, "float32")
+    (alone,) = run_ranks(generate, 1, tmp_path / "quantised", 1, setting, "bfloat16")
+    assert alone[3]["model.quantization"] == wide[3]["model.quantization"]
+    assert alone[3]["model.dtype"] == "bfloat16 (weights), computes in float32"
+    for mine, theirs in zip(alone[1], wide[1], strict=True):
+        assert mine[0] == pytest.approx(theirs[0], abs=0.05)
+    for each in run_ranks(generate, 2, tmp_path / "quantised", 1, setting, "bfloat16"):
+        agree(each, alone)
 
 
 def agree(found: Outcome, expected: Outcome) -> None:
