@@ -14,6 +14,7 @@ from engine.config import CapacityConfig
 from engine.config.validation import ConfigError
 from engine.config.world_rules import validate_capacity
 from engine.models.spec import SparseSpec
+from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
 
 
@@ -47,7 +48,7 @@ def capacity_of(sparse: SparseSpec, ranks: int) -> dict[str, Any]:
         "dropless_factor": {"expert": float(by_expert), "rank": float(by_rank)},
         "token_drop": "yes",
         "expanded_drop": _expanded_drop(router, ranks, most_local),
-        "copies": _copies(router, ranks),
+        "copies": _copies(sparse.moe, ranks),
         "shared_expert": _shared(sparse),
     }
 
@@ -72,7 +73,8 @@ def _expanded_drop(router: RouterSpec, ranks: int, most_local: int) -> str:
     return text
 
 
-def _copies(router: RouterSpec, ranks: int) -> str:
+def _copies(moe: MoESpec, ranks: int) -> str:
+    router = moe.router
     if ranks == 1:
         return "no: one rank has all experts"
     try:
@@ -85,7 +87,8 @@ def _copies(router: RouterSpec, ranks: int) -> str:
         )
     except ConfigError as error:
         return f"no: {error}"
-    return "yes, in the model's precision, int8 or int4; with a policy: consensus global"
+    low_bit = ", int8 or int4" if moe.experts.is_plain else ""
+    return f"yes, in the model's precision{low_bit}; with a policy: consensus global"
 
 
 def _shared(sparse: SparseSpec) -> str:

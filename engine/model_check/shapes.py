@@ -14,6 +14,7 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
     """Return the family and the shapes of a model."""
     sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
     attention = spec.layers[0].attention
+    windows = [getattr(layer.attention, "window", None) for layer in spec.layers]
     return {
         "family": family_module(hf_config.model_type),
         "hidden": spec.hidden,
@@ -24,6 +25,8 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
         "attention": {
             "kind": "GQA" if isinstance(attention, AttentionSpec) else "MLA",
             **_fields(attention),
+            "window": next((window for window in windows if window), None),
+            "window_layers": sum(window is not None for window in windows),
         },
         "rope": hf_config.rope_parameters.get("rope_type", "default"),
         "experts": _experts(sparse),

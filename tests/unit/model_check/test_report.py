@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.model_check import report
+from engine.model_check.text import lines_of
 from tests.helpers.sparse_checkpoint import (
     deepseek_v3,
     mixtral_8x7b,
@@ -278,6 +279,17 @@ def test_config_json_alone_tells_the_shapes(tmp_path):
     found = check(tmp_path)
     assert not found["runs"] and "neither model.safetensors nor" in found["problems"][0]
     assert rows(found)[8]["bytes"]["total"] / GIB == pytest.approx(67.77, abs=0.01)
+
+
+def test_gpt_oss_has_windows_in_half_of_its_layers_and_copies_in_its_own_precision(tmp_path):
+    from transformers import GptOssConfig
+
+    config = GptOssConfig(num_hidden_layers=4).to_dict() | {"model_type": "gpt_oss"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = check(tmp_path, (8,))
+    assert (found["attention"]["window"], found["attention"]["window_layers"]) == (128, 2)
+    assert "window 128 in 2 of 4 layers" in "\n".join(lines_of(found))
+    assert found["capacity"]["copies"].startswith("yes, in the model's precision; ")
 
 
 def test_shapes_beyond_any_memory_are_a_problem(tmp_path):
