@@ -25,6 +25,8 @@ from engine.ops.quantised_rows import IntegerLayout, empty_quantised, parts_of, 
 from engine.ops.to_device import to_device
 
 Matrix = Literal["w13", "w2"]
+# Quantised at a time: what that takes stays with the allocator, once per thread that reads.
+_MOST_WEIGHTS = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +140,15 @@ class SinkOfRows:
         self.num_bytes = words + scales_of * 4 * count * weights.scale_ePGN.shape[2]
 
     def take(self, rows_OI: torch.Tensor) -> None:
-        """Quantise all rows; see `RowSink`."""
-        weights, rows_1OI = self._weights, rows_OI[None]
-        if self._source is not None:
-            rows_1OI = dequantise(quantise(rows_1OI, self._source.bits, self._source.group))
-        made = quantise(rows_1OI, weights.bits, weights.group)
-        set_rows(weights, self._local, self._first, made)
+        """Quantise all rows, some at a time; see `RowSink`."""
+        weights, first = self._weights, self._first
+        for part_OI in rows_OI.split(max(1, _MOST_WEIGHTS // max(1, weights.inputs))):
+            part_1OI = part_OI[None]
+            if self._source is not None:
+                part_1OI = dequantise(quantise(part_1OI, self._source.bits, self._source.group))
+            made = quantise(part_1OI, weights.bits, weights.group)
+            set_rows(weights, self._local, first, made)
+            first += len(part_OI)
 
     def take_integers(
         self,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.config import Config, ModelConfig, RuntimeConfig
 from engine.distributed import bootstrap
@@ -163,35 +164,41 @@ def status(field: str) -> int:
     raise KeyError(field)
 
 
-def load(rank: int, folder: Path) -> tuple[int, int, int]:
+def load(rank: int, folder: Path, setting: Any) -> tuple[int, int, int]:
     """Return the bytes of this rank's weights, those that loading added at most, and those read."""
     config = Config(
         model=ModelConfig(
-            path=str(folder), dtype="bfloat16", max_model_len=64, quantization="dequantize"
+            path=str(folder), dtype="bfloat16", max_model_len=64, quantization=setting
         ),
         runtime=RuntimeConfig(device="cpu", timeout_s=60.0, threads=1),
     )
     topology = bootstrap.start(config)
-    model = build(config, read_config(folder), topology)
-    names = checkpoint_names(config)
+    hf_config = read_config(folder)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
+    model = build(config, hf_config, topology, torch.bfloat16)
+    names = checkpoint_names(config)
     report = load_weights(model, config, topology, names, ProgressReporter())
     assert report is not None
-    weights = sum(weight.nbytes for weight in model.parameters())
+    weights = sum(slot.num_bytes for slot in model.weight_slots(names))
     added = status("VmHWM") - before
     bootstrap.stop(topology)
     return weights, added, report.bytes_read
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", FORMATS)
-def test_a_rank_holds_its_weights_its_largest_tensor_and_little_more(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [*((kind, "dequantize") for kind in FORMATS), ("int4", "keep"), ("bfloat16", "int8")],
+)
+def test_a_rank_holds_its_weights_its_largest_tensor_and_little_more(kind, setting, tmp_path):
     write(tmp_path, kind)
     largest, own = largest_and_half(tmp_path)
-    for weights, added, read in run_ranks(load, 2, tmp_path):
-        print(f"{kind}: MiB of weights, peak, read: {weights >> 20}, {added >> 20}, {read >> 20}")
-        assert weights > 1.5 * 1024 * MIB
+    for weights, added, read in run_ranks(load, 2, tmp_path, setting):
+        sizes = [size >> 20 for size in (weights, added, read)]
+        print(f"{kind}, {setting}: MiB of weights, peak, read: {sizes}")
+        least = {"dequantize": 1536, "int8": 768, "keep": 384}  # MiB: 16, 8 and 4 bits
+        assert weights > least[setting] * MIB
         assert added <= weights + SPARE + largest
         assert own <= read <= 1.02 * own
 
