@@ -149,7 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     chosen = select(
         generation_candidates(
-            dict(options.peer), options.threads, options.set, options.transformers_batch
+            dict(options.peer),
+            options.threads,
+            options.set,
+            options.transformers_batch,
+            options.peer_dtype,
         ),
         options.candidates,
     )
@@ -281,6 +285,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="let transformers run batches of N prompts sorted by length",
+    )
+    parser.add_argument(
+        "--peer-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of vLLM and transformers",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a config key for lockstep"

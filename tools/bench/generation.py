@@ -17,7 +17,11 @@ COMPARED = "lockstep-1-rank"  # --against also runs that of the other commit
 
 
 def generation_candidates(
-    peers: Mapping[str, str], threads: int, settings: Sequence[str], transformers_batch: int | None
+    peers: Mapping[str, str],
+    threads: int,
+    settings: Sequence[str],
+    transformers_batch: int | None,
+    peer_dtype: str = "float32",
 ) -> list[Candidate]:
     """Return all candidates that can run here, in the order of the table.
 
@@ -26,10 +30,11 @@ def generation_candidates(
         threads: CPU threads per candidate, shared by its ranks.
         settings: config keys for this engine.
         transformers_batch: see `workers/generate_transformers.py`.
+        peer_dtype: of vLLM and transformers.
     """
     python = peers.get("transformers", sys.executable)
     half = max(1, threads // 2)
-    batch: dict[str, Any] = {"batch": transformers_batch}
+    batch: dict[str, Any] = {"batch": transformers_batch, "dtype": peer_dtype}
     found = [
         _lockstep(COMPARED, 1, threads, settings),
         _lockstep("lockstep-2-ranks", 2, half, settings),
@@ -42,7 +47,7 @@ def generation_candidates(
             name = f"transformers-2-ranks-{how}"
             found.append(_transformers(name, python, half, expert_parallel=how, **split))
     if "vllm" in peers:
-        found.append(_vllm(peers["vllm"], threads))
+        found.append(_vllm(peers["vllm"], threads, peer_dtype))
     return found
 
 
@@ -89,13 +94,14 @@ def _transformers(
     )
 
 
-def _vllm(python: str, threads: int) -> Candidate:
+def _vllm(python: str, threads: int, dtype: str) -> Candidate:
     cores = sorted(os.sched_getaffinity(0))[:threads]
     return Candidate(
         name="vllm",
         module="bench.workers.generate_vllm",
         python=python,
         threads=threads,
+        load={"dtype": dtype},
         env={
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),

@@ -25,6 +25,7 @@ class Worker:
         experts: str,
         expert_parallel: str | None = None,
         batch: int | None = None,
+        dtype: str = "float32",
     ) -> dict[str, Any]:
         """Load the model.
 
@@ -32,6 +33,7 @@ class Worker:
             experts: 'eager' or 'grouped_mm'.
             expert_parallel: 'all_to_all' or 'all_reduce'; None: one process.
             batch: prompts per call of `generate`; None: all.
+            dtype: of the weights and of what is computed.
         """
         import torch
         import transformers
@@ -50,7 +52,7 @@ class Worker:
                 tp_size=ranks, ep_size=ranks, ep_implementation=expert_parallel
             )
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, experts_implementation=experts, **extra
+            checkpoint, dtype=getattr(torch, dtype), experts_implementation=experts, **extra
         )
         self._model = model.eval()
         self._model.generation_config.eos_token_id = None

@@ -14,7 +14,7 @@ from bench.protocol import memory_mib, serve
 class Worker:
     """Holds the engine between requests."""
 
-    def load(self, checkpoint: str, threads: int) -> dict[str, Any]:
+    def load(self, checkpoint: str, threads: int, dtype: str = "float32") -> dict[str, Any]:
         """Load the model. `threads` is ignored: VLLM_CPU_OMP_THREADS_BIND has set them."""
         import torch
         import vllm  # pyright: ignore[reportMissingImports]
@@ -23,7 +23,7 @@ class Worker:
         self._llm = vllm.LLM(
             model=checkpoint,
             skip_tokenizer_init=True,
-            dtype="float32",
+            dtype=dtype,
             enable_prefix_caching=True,
         )
         return {"versions": {"torch": torch.__version__, "vllm": vllm.__version__}, "idle": before}
