@@ -56,6 +56,12 @@ def of_commit(candidate: Candidate, name: str, root: Path) -> Candidate:
     return replace(candidate, name=f"{candidate.name}@{name}", root=root)
 
 
+def with_settings(candidate: Candidate, more: Sequence[str]) -> Candidate:
+    """Return the same candidate of this engine with further config keys, named after them."""
+    load = {**candidate.load, "settings": [*candidate.load["settings"], *more]}
+    return replace(candidate, name=f"{candidate.name} {' '.join(more)}", load=load)
+
+
 def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> Candidate:
     return Candidate(
         name=name,
