@@ -37,6 +37,12 @@ git worktree (`bench/other_commit.py`). A third table has the paired ratios, thi
 generated tokens per second over that commit's round by round, their mean and its 95% confidence
 interval (Student's t); an interval that holds 1 shows no difference.
 
+    python tools/bench_generate.py --also model.quantization=int8 --also model.dtype=bfloat16
+
+adds lockstep-1-rank with another setting to the same rounds, once per --also, and its paired ratios
+to lockstep-1-rank without it; several settings of one candidate are one argument, with spaces
+between them.
+
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first candidate). Peak MiB is each rank's VmHWM so far.
 """
@@ -57,18 +63,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.barrier_cost import BarrierCost
-from bench.candidate import Running, WorkerError, add_candidates_option, select, start
+from bench.candidate import Running, WorkerError, select, start
 from bench.environment_record import environment_record
-from bench.generation import COMPARED, REFERENCE, generation_candidates, of_commit
+from bench.generation import (
+    COMPARED,
+    REFERENCE,
+    generation_candidates,
+    of_commit,
+    with_settings,
+)
+from bench.generation_options import add_options
 from bench.generation_tables import job_table, paired_ratios, rank_table, ratio_table
 from bench.interleave import interleave
-from bench.jobs import JOBS, Job, make_job
+from bench.jobs import Job, make_job
 from bench.other_commit import checkout
 from bench.report import emit, spread
 from bench.roofline import measure_rates, roofline_bound
 from make_random_checkpoint import make_checkpoint
-
-DEFAULT_CHECKPOINT = Path.home() / ".cache" / "lockstep-bench" / "mixtral-57.7m"
 
 
 def measure(
@@ -157,11 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         options.candidates,
     )
-    if options.against is not None:
+    compares = [f"--also {' '.join(each)}" for each in dict.fromkeys(options.also)]
+    compares += [] if options.against is None else [f"--against {options.against}"]
+    if compares:
         if COMPARED not in [candidate.name for candidate in chosen]:
-            raise ValueError(f"--against {options.against}: --candidates must name {COMPARED}, too")
+            raise ValueError(f"{compares[0]}: --candidates must name {COMPARED}, too")
         if options.rounds < 2:
-            raise ValueError(f"--rounds {options.rounds}: --against needs at least 2")
+            raise ValueError(f"--rounds {options.rounds}: {compares[0]} needs at least 2")
     if not (options.checkpoint / "config.json").exists():
         make_checkpoint("mixtral", options.checkpoint, size=options.size)
     model = json.loads((options.checkpoint / "config.json").read_text())
@@ -177,14 +190,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "options": _plain(options),
     }
     record |= {"contenders": {}, "jobs": {}, "floors": {}}
+    if options.also:
+        record["also"] = {"ratios": {}}
     record["rates"] = None if rates is None else asdict(rates)
     texts = []
     with contextlib.ExitStack() as stack:
         running: dict[str, Running] = {}
         barrier_cost = other = None
+        own = next((place for place, each in enumerate(chosen) if each.name == COMPARED), 0)
+        also = [with_settings(chosen[own], each) for each in dict.fromkeys(options.also)]
+        chosen[own + 1 : own + 1] = also
         if options.against is not None:
             tree = stack.enter_context(checkout(options.against))
-            own = next(place for place, each in enumerate(chosen) if each.name == COMPARED)
             other = of_commit(chosen[own], tree.commit[:12], tree.folder)
             chosen.insert(own + 1, other)
             record["against"] = {"commit": tree.commit, "kernels": tree.kernels, "ratios": {}}
@@ -229,7 +246,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if other is not None:
                 ratios = paired_ratios(figures, COMPARED, other.name)
                 record["against"]["ratios"][name] = ratios
-                texts.append(ratio_table(ratios, COMPARED, other.name))
+                texts.append(ratio_table({f"{COMPARED} / {other.name}": ratios}))
+            if also:
+                by_name = {each.name: paired_ratios(figures, each.name, COMPARED) for each in also}
+                record["also"]["ratios"][name] = by_name
+                texts.append(
+                    ratio_table({f"{each} / {COMPARED}": by_name[each] for each in by_name})
+                )
     emit("\n\n".join(texts), record, options.out, "bench_generate")
     return 0
 
@@ -241,61 +264,9 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name != "out"}
 
 
-def _peer(text: str) -> tuple[str, str]:
-    name, separator, python = text.partition("=")
-    if name not in ("vllm", "transformers") or not separator:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be vllm=PYTHON or transformers=PYTHON")
-    if not Path(python).exists():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no interpreter at {python}")
-    return name, python
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peer", type=_peer, action="append", default=[], metavar="NAME=PYTHON")
-    add_candidates_option(parser)
-    parser.add_argument(
-        "--jobs",
-        type=lambda text: text.split(","),
-        default=["batch8", "ragged"],
-        metavar=f"of {','.join(JOBS)}",
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--against",
-        metavar="COMMIT",
-        help=f"also run {COMPARED} of this commit, in the same rounds",
-    )
-    parser.add_argument("--pause", type=float, default=0.3, help="seconds before each measurement")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="CPU threads per candidate, shared by its ranks",
-    )
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
-    parser.add_argument(
-        "--size",
-        choices=("bench", "tiny"),
-        default="bench",
-        help="of the checkpoint, when it has to be made",
-    )
-    parser.add_argument(
-        "--transformers-batch",
-        type=int,
-        metavar="N",
-        help="let transformers run batches of N prompts sorted by length",
-    )
-    parser.add_argument(
-        "--peer-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of vLLM and transformers",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a config key for lockstep"
-    )
-    parser.add_argument("--out", type=Path, help="folder for bench_generate.txt and .json")
+    add_options(parser)
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""bench_generate --against: another commit as a candidate, and the paired ratios.
+"""bench_generate --against and --also: another commit, other settings, and the paired ratios.
 
 python -m pytest tests/tools/test_bench_other_commit.py
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import bench_generate
 import pytest
 from bench.candidate import TOOLS, Candidate, WorkerError, start
-from bench.generation import of_commit
+from bench.generation import COMPARED, generation_candidates, of_commit, with_settings
 from bench.generation_tables import paired_ratios, ratio_table
 from bench.other_commit import checkout
 from bench.report import mean_interval
@@ -127,7 +127,7 @@ def test_ratios_pair_the_rounds() -> None:
     # Their standard deviation is 1; Student's t of two degrees of freedom is 4.303.
     assert ratios["mean"] == 2.0
     assert ratios["high"] - 2.0 == 2.0 - ratios["low"] == pytest.approx(4.303 / 3**0.5)
-    assert ratio_table(ratios, "new", "old").splitlines()[2].split() == [
+    assert ratio_table({"new / old": ratios}).splitlines()[2].split() == [
         *["new", "/", "old", "3", "2.0000", "-0.4843", "4.4843"]
     ]
 
@@ -142,9 +142,39 @@ def test_the_interval_of_many_values_nears_the_normal_one() -> None:
         mean_interval([1.0])
 
 
+def test_several_ratios_are_one_table() -> None:
+    ratios = {name: {"all": [1.5, 2.5], "mean": 2.0, "low": 1.0, "high": 3.0} for name in "ab"}
+    lines = ratio_table(ratios).splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["a", "b"]
+    assert lines[4:] == [f"per round, {name}: 1.5000 2.5000" for name in "ab"]
+
+
+def test_also_is_the_candidate_of_one_rank_with_further_settings() -> None:
+    given = ["--also", "model.quantization=int8", "--also", "model.dtype=bfloat16 a.b.c='x y'"]
+    options = bench_generate._parse(["--set", "a.b.c=z", *given])
+    assert options.also == [
+        ("model.quantization=int8",),
+        ("model.dtype=bfloat16", "a.b.c=x y"),
+    ]
+    own = generation_candidates({}, 2, options.set, None)[0]
+    other = with_settings(own, options.also[1])
+    assert other.name == f"{COMPARED} model.dtype=bfloat16 a.b.c=x y"
+    # The last of two values counts.
+    assert other.load["settings"] == [*own.load["settings"], *options.also[1]]
+    assert (other.ranks, other.threads) == (own.ranks, own.threads)
+
+
+@pytest.mark.parametrize("text", ["", "int8", "dtype=int8", "model.dtype=", "a.b=c d", "a.b='c"])
+def test_also_refuses_what_is_no_setting(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_generate._parse(["--also", text])
+    assert f"{text!r}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options", [["--contenders", "transformers-eager"], ["--rounds", "1"]], ids=lambda o: o[0]
 )
-def test_a_comparison_needs_its_own_side_and_two_rounds(options: list[str]) -> None:
-    with pytest.raises(ValueError, match="--against"):
-        bench_generate.main(["--against", "HEAD", *options])
+@pytest.mark.parametrize("compare", ["--against HEAD", "--also model.dtype=float32"])
+def test_a_comparison_needs_its_own_side_and_two_rounds(compare: str, options: list[str]) -> None:
+    with pytest.raises(ValueError, match=compare):
+        bench_generate.main([*compare.split(), *options])

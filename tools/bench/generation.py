@@ -13,6 +13,7 @@ from typing import Any
 from bench.candidate import Candidate
 
 REFERENCE = "transformers-eager"  # whose greedy tokens are right by definition
+PEERS = ("vllm", "transformers", "llama.cpp")
 COMPARED = "lockstep-1-rank"  # --against also runs that of the other commit
 
 
@@ -26,7 +27,7 @@ def generation_candidates(
     """Return all candidates that can run here, in the order of the table.
 
     Args:
-        peers: interpreters of 'vllm' and 'transformers' (default: this one).
+        peers: interpreters of `PEERS`; of transformers by default this one.
         threads: CPU threads per candidate, shared by its ranks.
         settings: config keys for this engine.
         transformers_batch: see `workers/generate_transformers.py`.
@@ -48,6 +49,8 @@ def generation_candidates(
             found.append(_transformers(name, python, half, expert_parallel=how, **split))
     if "vllm" in peers:
         found.append(_vllm(peers["vllm"], threads, peer_dtype))
+    if "llama.cpp" in peers:
+        found += [_llama_cpp(peers["llama.cpp"], threads, each) for each in ("q8_0", "q4_0")]
     return found
 
 
@@ -59,6 +62,12 @@ def of_commit(candidate: Candidate, name: str, root: Path) -> Candidate:
         root: folder of the checkout.
     """
     return replace(candidate, name=f"{candidate.name}@{name}", root=root)
+
+
+def with_settings(candidate: Candidate, more: Sequence[str]) -> Candidate:
+    """Return the same candidate of this engine with further config keys, named after them."""
+    load = {**candidate.load, "settings": [*candidate.load["settings"], *more]}
+    return replace(candidate, name=f"{candidate.name} {' '.join(more)}", load=load)
 
 
 def _lockstep(name: str, ranks: int, threads: int, settings: Sequence[str]) -> Candidate:
@@ -108,6 +117,16 @@ def _vllm(python: str, threads: int, dtype: str) -> Candidate:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
         },
+    )
+
+
+def _llama_cpp(python: str, threads: int, kind: str) -> Candidate:
+    return Candidate(
+        name=f"llama.cpp-{kind}",
+        module="bench.workers.generate_llama_cpp",
+        python=python,
+        threads=threads,
+        load={"kind": kind},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 from bench.jobs import Job
@@ -63,12 +64,15 @@ def paired_ratios(figures: dict[str, Any], name: str, other: str) -> dict[str, A
     return mean_interval([theirs / mine for mine, theirs in zip(own, others, strict=True)])
 
 
-def ratio_table(ratios: dict[str, Any], name: str, other: str) -> str:
-    """Return the table of `paired_ratios`, and every ratio below it."""
-    numbers = [f"{ratios[key]:.4f}" for key in ("mean", "low", "high")]
-    rows = [[f"{name} / {other}", len(ratios["all"]), *numbers]]
-    every = " ".join(f"{ratio:.4f}" for ratio in ratios["all"])
-    return f"{table(_RATIO_HEADER, rows)}\nper round: {every}"
+def ratio_table(ratios: Mapping[str, dict[str, Any]]) -> str:
+    """Return the table of `paired_ratios` by name, and every ratio below it."""
+    rows, every = [], []
+    for name, each in ratios.items():
+        numbers = [f"{each[key]:.4f}" for key in ("mean", "low", "high")]
+        rows.append([name, len(each["all"]), *numbers])
+        which = f", {name}" if len(ratios) > 1 else ""
+        every.append(f"per round{which}: " + " ".join(f"{ratio:.4f}" for ratio in each["all"]))
+    return "\n".join([table(_RATIO_HEADER, rows), *every])
 
 
 def rank_table(figures: dict[str, Any]) -> str:
