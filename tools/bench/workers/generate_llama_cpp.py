@@ -82,7 +82,7 @@ class Worker:
         rows: list[tuple[int, int, int, bool]],
         tokens: list[list[int]],
     ) -> None:
-        """Run rows (token, position, sequence, is read); append the likeliest token of each read."""
+        """Run rows (token, position, sequence, is read); append the likeliest tokens of those."""
         import numpy as np
 
         batch.n_tokens = len(rows)
