@@ -72,6 +72,7 @@ FAMILIES = (
     "minimax_m2",
     "ernie4_5_moe",
     "gpt_oss",
+    "llama4_text",
 )
 
 
@@ -157,6 +158,18 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
             "intermediate_size": size.ffn,
             "head_dim": size.hidden // size.heads,
             "sliding_window": 8,
+        }
+    if family == "llama4_text":
+        return fields | {
+            "num_local_experts": size.experts,
+            "num_experts_per_tok": 1,
+            "intermediate_size": size.ffn,
+            "intermediate_size_mlp": 2 * size.ffn,
+            "interleave_moe_layer_step": 2,
+            "head_dim": size.hidden // size.heads,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
         }
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 

@@ -9,7 +9,7 @@ and key/value heads on this rank, Dh head dim, R rotated dims.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ from engine.distributed.groups import Group
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
 from engine.layers.precision import compute_dtype
+from engine.layers.query_scale import QueryScale
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
@@ -38,12 +39,17 @@ class AttentionSpec:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    # "head" normalises each head (Qwen3), "projection" all queries and all keys as one (OLMoE).
-    qk_norm: Literal["none", "head", "projection"] = "none"
+    # "head" normalises each head (Qwen3), "unit" too, but without weights (Llama 4), "projection"
+    # all queries and all keys as one (OLMoE).
+    qk_norm: Literal["none", "head", "unit", "projection"] = "none"
     norm_eps: float = 1e-6  # of qk_norm
     clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
     interleaved: bool = False  # rotary pairs are (2i, 2i + 1); otherwise (i, i + Dh / 2)
+    rotary: bool = True  # False: queries and keys are not rotated (NoPE)
     window: int | None = None  # keys that a query attends to, its own included; None: all
+    # Positions are cut into chunks of that many, and a query attends to keys of its own; None: all.
+    chunk: int | None = None
+    query_scale: QueryScale | None = None
     sinks: bool = False  # a learned logit per head takes part in its softmax, without a value
 
 
@@ -64,7 +70,7 @@ class Attention(nn.Module):
         self.scale = spec.head_dim**-0.5
         # The norm of a projection that tensor ranks share needs a sum over them.
         self.splits_norm = spec.qk_norm == "projection" and tensor.size > 1
-        norm = "none" if self.splits_norm else spec.qk_norm
+        norm = "none" if self.splits_norm else "head" if spec.qk_norm == "unit" else spec.qk_norm
         self.qk_rule = QKRule(norm, spec.norm_eps, spec.clip_qkv)
         self.q_width = share.num_heads * spec.head_dim
         self.kv_width = share.num_kv_heads * spec.head_dim
@@ -87,6 +93,11 @@ class Attention(nn.Module):
             q_dim, k_dim = (self.q_width, self.kv_width) if whole else (spec.head_dim,) * 2
             self.q_norm = empty_parameter(q_dim, device=device, dtype=dtype)
             self.k_norm = empty_parameter(k_dim, device=device, dtype=dtype)
+            if spec.qk_norm == "unit":  # which no checkpoint fills
+                for norm in (self.q_norm, self.k_norm):
+                    norm.fill_(1.0)
+        # Float32 [P], by position, where the queries are scaled; shared by layers (`CausalLM`).
+        self.query_scale_P: torch.Tensor | None = None
 
     def forward(
         self,
@@ -116,6 +127,8 @@ class Attention(nn.Module):
         q, k, v = qkv_TO.split_with_sizes(widths, dim=1)  # a third of what `split` costs
         if self.splits_norm:
             q, k = self._norm_projections(q, k)
+        if not spec.rotary:
+            cos_TR, sin_TR = cos_TR[:, :0], sin_TR[:, :0]
         q_THD = qk_rotary_store(
             q,
             k,
@@ -129,6 +142,8 @@ class Attention(nn.Module):
             step.slots_T,
             self.qk_rule,
         )
+        if self.query_scale_P is not None:
+            q_THD.mul_(self.query_scale_P.index_select(0, step.positions_T)[:, None, None])
         if read is not None:
             q_THD = q_THD.index_select(0, read.rows_R)
         out_THD = paged_attention(
@@ -143,6 +158,7 @@ class Attention(nn.Module):
             scale=self.scale,
             window=spec.window,
             sinks_H=self.sinks_H,
+            chunk=spec.chunk,
         )
         return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.sums)
 
@@ -181,10 +197,12 @@ class Attention(nn.Module):
         rotation takes as pairs; their products do not change. Call it once.
         """
         if self.spec.interleaved:
-            assert self.spec.qk_norm == "none" and self.qkv_bias_O is None, "to be sorted too"
-            turned = self.qkv_OD[: self.q_width + self.kv_width]
-            pairs = turned.unflatten(0, (-1, self.spec.head_dim // 2, 2))
-            turned.copy_(pairs.transpose(1, 2).flatten(0, 2))
+            assert self.spec.qk_norm in ("none", "unit"), "weights of a norm are to be sorted too"
+            for rows in (self.qkv_OD, self.qkv_bias_O):
+                if rows is not None:
+                    turned = rows[: self.q_width + self.kv_width]
+                    pairs = turned.unflatten(0, (-1, self.spec.head_dim // 2, 2))
+                    turned.copy_(pairs.transpose(1, 2).flatten(0, 2))
         for weight in (self.qkv_OD, self.out_DO):
             to_panels(weight)
 
@@ -213,6 +231,19 @@ class Attention(nn.Module):
             )
         norms = (("q", self.q_norm, q_rows, q_full), ("k", self.k_norm, kv_rows, kv_full))
         for letter, norm, rows, full in norms:
-            if norm is not None:
+            if norm is not None and spec.qk_norm != "unit":
                 shape, shard = ((dim,), None) if spec.qk_norm == "head" else ((full,), (rows,))
                 yield WeightSlot(f"{prefix}.{letter}_norm.weight", norm, shape, shard, kind="norm")
+
+
+def share_query_scales(attentions: Iterable[nn.Module], max_len: int, device: torch.device) -> None:
+    """Give each layer that scales its queries the table it needs, equal ones once.
+
+    max_len: P, the positions that the model can run.
+    """
+    tables: dict[QueryScale, torch.Tensor] = {}
+    for attention in attentions:
+        if isinstance(attention, Attention) and (scale := attention.spec.query_scale) is not None:
+            if scale not in tables:
+                tables[scale] = scale.table(max_len, device)
+            attention.query_scale_P = tables[scale]

@@ -87,6 +87,11 @@ _FIELDS = {
             "v_head_dim",
             "moe_k",
             "moe_layer_interval",
+            "intermediate_size_mlp",
+            "attention_chunk_size",
+            "floor_scale",
+            "interleave_moe_layer_step",
+            "no_rope_layer_interval",
         ),
         _whole(1),
     ),
@@ -114,6 +119,7 @@ _FIELDS = {
     **dict.fromkeys(
         (
             "attention_bias",
+            "attn_temperature_tuning",
             "mlp_bias",
             "norm_topk_prob",
             "qkv_bias",
@@ -126,7 +132,10 @@ _FIELDS = {
         _FLAG,
     ),
     **dict.fromkeys(("hidden_act", "model_type", "scoring_func", "topk_method"), _TEXT),
-    **dict.fromkeys(("mlp_only_layers", "attn_type_list"), _LIST_OF_WHOLE),
+    **dict.fromkeys(
+        ("mlp_only_layers", "attn_type_list", "moe_layers", "no_rope_layers"), _LIST_OF_WHOLE
+    ),
+    "attn_scale": _NUMBER,
     "layer_types": _Rule(
         "a list of text", lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v)
     ),

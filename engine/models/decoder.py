@@ -23,6 +23,7 @@ from torch import nn
 
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
+from engine.layers.attention import share_query_scales
 from engine.layers.kv_cache import KVCache
 from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
@@ -52,7 +53,6 @@ _BUFFERS = (
     r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|position_ids)$",
     r"(^|\.)(masked_bias|causal_mask|_extra_state)$",
 )
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,7 @@ class CausalLM(nn.Module):
         # The MoE layers in order, and the cache that the model needs on this rank.
         self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
         self.kv_spec = self._layers[0].attention.kv_spec(self.num_layers)
+        share_query_scales((layer.attention for layer in self._layers), max_model_len, device)
 
     def set_telemetry(self, telemetry: Telemetry) -> None:
         """Set where this model and its layers record their measurements."""
@@ -277,23 +278,24 @@ class CausalLM(nn.Module):
             checkpoint: names of the tensors in the checkpoint; they decide whether experts are read
                 one by one or stacked, and which tensor fills a tied head.
         """
-        shape, tied = (self.spec.vocab_size, self.spec.hidden), self.spec.tied_embeddings
-        embedding = self.embedding_VD
-        yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
+        spec, embedding_VD = self.spec, self.embedding_VD
+        shape, tied = (spec.vocab_size, spec.hidden), spec.tied_embeddings
+        embedding, head = f"{spec.body}.embed_tokens.weight", f"{spec.head}.weight"
+        yield WeightSlot(embedding, embedding_VD, shape, aliases=(head,) if tied else ())
         for index, layer in enumerate(self._layers):
-            prefix = f"model.layers.{index}"
+            prefix = f"{spec.body}.layers.{index}"
             yield _norm_slot(f"{prefix}.input_layernorm.weight", layer.input_norm_D)
             yield _norm_slot(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm_D)
             yield from layer.attention.weight_slots(f"{prefix}.self_attn")
             if isinstance(layer.mlp, MoELayer):
-                yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
+                yield from moe_slots(layer.mlp, prefix, spec.names, checkpoint)
             else:
-                yield from layer.mlp.weight_slots(f"{prefix}.mlp")
-        yield _norm_slot("model.norm.weight", self.final_norm_D)
+                yield from layer.mlp.weight_slots(f"{prefix}.{spec.names.block}")
+        yield _norm_slot(f"{spec.body}.norm.weight", self.final_norm_D)
         if not tied:
-            yield WeightSlot(_HEAD, self.head_VD, shape)
-        elif _HEAD in checkpoint and _EMBEDDING in checkpoint:
-            yield WeightSlot(_HEAD, embedding, shape, tied_to=_EMBEDDING, untie=self.untie_head)
+            yield WeightSlot(head, self.head_VD, shape)
+        elif head in checkpoint and embedding in checkpoint:
+            yield WeightSlot(head, embedding_VD, shape, tied_to=embedding, untie=self.untie_head)
 
     def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
         """Return regular expressions of checkpoint tensors that no rank needs.
@@ -302,11 +304,11 @@ class CausalLM(nn.Module):
             checkpoint: names of the tensors in the checkpoint; they decide which layers past the
                 last one are multi-token prediction heads.
         """
-        found = (
-            re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name) for name in checkpoint
-        )
+        body = re.escape(self.spec.body)
+        pattern = re.compile(rf"{body}\.layers\.(\d+)\.eh_proj\.weight")
+        found = (pattern.fullmatch(name) for name in checkpoint)
         layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
-        heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
+        heads = [rf"^{body}\.layers\.{n}\." for n in layers if n >= self.num_layers]
         return (*_BUFFERS, *self.spec.ignored, *heads)
 
 

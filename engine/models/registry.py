@@ -28,6 +28,7 @@ from engine.models.families import (
     ernie4_5_moe,
     glm4_moe,
     gpt_oss,
+    llama4,
     minimax_m2,
     mixtral,
     olmoe,
@@ -53,10 +54,16 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "ernie4_5_moe": ernie4_5_moe.read_spec,
     "minimax_m2": minimax_m2.read_spec,
     "gpt_oss": gpt_oss.read_spec,
+    "llama4_text": llama4.read_spec,
+    "llama4": llama4.read_spec_with_images,
 }
 # Model types without a class in transformers whose config.json is that of another one. Their own
 # classes are code in the checkpoint, which is never run.
 _READ_AS = {"kimi_k2": "deepseek_v3"}
+# Model types with images besides: the text model is what config.json has as text_config, of this
+# type. A checkpoint's own fields hold where that part has none.
+_TEXT_OF = {"llama4": "llama4_text"}
+_OUTER = ("dtype", "torch_dtype", "quantization_config")
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -87,7 +94,12 @@ def read_config(folder: Path) -> Any:
         raise _refused(folder, problem)
     try:
         check_fields(values)
-        if (model_type := _READ_AS.get(values["model_type"])) is not None:
+        if (text_type := _TEXT_OF.get(outer_type := values["model_type"])) is not None:
+            values = _text_values(values)
+            check_fields(values)
+            hf_config: Any = CONFIG_MAPPING[text_type].from_dict(values)
+            hf_config.model_type = outer_type  # by which the family is found
+        elif (model_type := _READ_AS.get(values["model_type"])) is not None:
             values = {name: value for name, value in values.items() if name != "auto_map"}
             values["model_type"] = model_type
             hf_config = CONFIG_MAPPING[model_type].from_dict(values)
@@ -100,6 +112,25 @@ def read_config(folder: Path) -> Any:
         example = example_of(folder) if isinstance(error, UnsupportedScheme) else ""
         raise _refused(folder, explain(error, values) + example) from error
     return hf_config
+
+
+def _text_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the text model of a config.json with images besides.
+
+    Raises:
+        ValueError: naming text_config where it is no object.
+    """
+    inner = values.get("text_config")
+    if not isinstance(inner, Mapping):
+        raise ValueError(
+            f"text_config = {inner!r} in config.json: must be an object, the text model of "
+            f"{values['model_type']}; compare it with the published config.json"
+        )
+    outer = {name: values[name] for name in _OUTER if values.get(name) is not None}
+    found = {**outer, **{name: value for name, value in inner.items() if value is not None}}
+    if type(tuned := found.get("attn_temperature_tuning")) is int:  # as Llama 4 was published
+        found["attn_temperature_tuning"] = bool(tuned)
+    return {**found, "model_type": _TEXT_OF[values["model_type"]]}
 
 
 def _refused(folder: Path, why: str) -> ValueError:

@@ -57,6 +57,8 @@ class MoENames:
     # Whether experts are stacked as gpt-oss stores them: rows of gate and up alternate, and
     # matrices that are not quantised are transposed.
     alternating: bool = False
+    # Whether experts that are stacked have their matrices transposed (Llama 4).
+    transposed: bool = False
     expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
@@ -72,6 +74,8 @@ class ModelSpec:
     rotary_dim: int  # rotated dims of a head
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
+    body: str = "model"  # names in the checkpoint: the decoder's prefix, and the head's
+    head: str = "lm_head"
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
     # Whether layers past the last may be multi-token prediction heads, which are not needed.
     mtp_layers: bool = False

@@ -173,6 +173,22 @@ def _gpt_oss(**settings: Any) -> Case:
     return Case("GptOss", common | settings)
 
 
+def _llama4(**settings: Any) -> Case:
+    common = {
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 40,
+        "num_hidden_layers": 4,
+        "num_local_experts": 6,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
+    return Case("Llama4Text", common | settings)
+
+
 CASES = {
     "mixtral": _mixtral(),
     "mixtral-5-experts-top-1": _mixtral(
@@ -300,6 +316,34 @@ CASES = {
         rms_norm_eps=1e-3,
         rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
     ),
+    "llama4": _llama4(),
+    "llama4-scout-llama3-rope-odd-chunk-5-experts": _llama4(
+        num_hidden_layers=3,
+        interleave_moe_layer_step=1,
+        no_rope_layers=[0, 1, 1],
+        num_local_experts=5,
+        attention_chunk_size=5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama4-plain-heads-own-kinds-bias-tied": _llama4(
+        num_hidden_layers=3,
+        moe_layers=[1],
+        layer_types=["full_attention", "chunked_attention", "chunked_attention"],
+        no_rope_layers=[1, 0, 1],
+        use_qk_norm=False,
+        attn_temperature_tuning=False,
+        attention_bias=True,
+        attention_chunk_size=3,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -327,6 +371,8 @@ SHARDED_CASES = (
     "ernie4-5-moe-interval-untied-no-shared",
     "gpt-oss",
     "gpt-oss-windows-first-5-experts-one-kv-head-tied",
+    "llama4",
+    "llama4-plain-heads-own-kinds-bias-tied",
 )
 
 

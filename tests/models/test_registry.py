@@ -211,6 +211,11 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("gpt-oss", "sliding_window", None, "sliding_window: None .* whole number from 1"),
         ("gpt-oss", "sliding_window", 0, "sliding_window: 0 .* whole number from 1"),
         ("gpt-oss", "hidden_act", "gelu", "hidden_act: 'gelu'"),
+        ("llama4", "layer_types", ["full_attention"] * 3, "layer_types: .* must have 4 entries"),
+        ("llama4", "layer_types", ["sliding_attention"] * 4, "layer_types: .* 'chunked_attention'"),
+        ("llama4", "no_rope_layers", [1, 0], "no_rope_layers: .* one entry per layer, 4"),
+        ("llama4", "attention_chunk_size", None, "attention_chunk_size .*null"),
+        ("llama4", "num_experts_per_tok", 2, "num_experts_per_tok: 2 .* only 1"),
         ("minimax-m2", "attn_type_list", [1, 0], "attn_type_list: .* full attention alone"),
         *(
             (case, "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, message)
@@ -310,6 +315,7 @@ NUM_EXPERTS = {
     "glm4-moe": "n_routed_experts",
     "minimax-m2": "num_local_experts",
     "gpt-oss": "num_local_experts",
+    "llama4": "num_local_experts",
 }
 
 
@@ -323,7 +329,7 @@ def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, val
         if (
             value == 0
             and value is not False
-            and case in ("olmoe", "mixtral", "minimax-m2", "gpt-oss")
+            and case in ("olmoe", "mixtral", "minimax-m2", "gpt-oss", "llama4")
         ):
             assert "num_experts_per_tok" in text and "must be" in text
             continue

@@ -63,6 +63,8 @@ JOBS = {
     "minimax-m2": Job("minimax_m2"),
     "ernie": Job("ernie4_5_moe"),
     "gpt-oss": Job("gpt_oss"),
+    "llama4": Job("llama4_text"),
+    "llama4 token_drop": Job("llama4_text", drop("token_drop", "gather"), uses=GATHER),
     "gpt-oss token_drop": Job("gpt_oss", drop("token_drop", "gather"), uses=GATHER),
     "token_drop gather": Job("mixtral", drop("token_drop", "gather"), uses=GATHER),
     "token_drop radix": Job("mixtral", drop("token_drop", "radix"), uses=RADIX),
