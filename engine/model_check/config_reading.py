@@ -34,6 +34,7 @@ _FOREIGN = {
     "vision_config": "images; only text runs",
     "audio_config": "sound; only text runs",
     "index_topk": "sparse attention that an indexer chooses",
+    "attention_chunk_size": "attention in chunks",
     "linear_num_key_heads": "linear attention (gated DeltaNet), a recurrent state per sequence",
     "linear_attn_config": "linear attention, a recurrent state per sequence",
     "mamba_num_heads": "Mamba layers, a recurrent state per sequence",

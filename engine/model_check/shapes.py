@@ -15,6 +15,7 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
     sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
     attention = spec.layers[0].attention
     windows = [getattr(layer.attention, "window", None) for layer in spec.layers]
+    chunks = [getattr(layer.attention, "chunk", None) for layer in spec.layers]
     return {
         "family": family_module(hf_config.model_type),
         "hidden": spec.hidden,
@@ -27,6 +28,8 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
             **_fields(attention),
             "window": next((window for window in windows if window), None),
             "window_layers": sum(window is not None for window in windows),
+            "chunk": next((chunk for chunk in chunks if chunk), None),
+            "chunk_layers": sum(chunk is not None for chunk in chunks),
         },
         "rope": hf_config.rope_parameters.get("rope_type", "default"),
         "experts": _experts(sparse),

@@ -40,10 +40,12 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         latent = f"latent {attention['kv_rank']} + rotary key {attention['rope_dim']}"
         yield "attention", f"MLA: {attention['num_heads']} heads, {latent}"
     else:
-        every, windowed = layers["moe"] + layers["dense"], attention["window_layers"]
-        window = f", window {attention['window']}" if windowed else ""
-        if 0 < windowed < every:
-            window += f" in {windowed} of {every} layers"
+        every, window = layers["moe"] + layers["dense"], ""
+        for kind in ("window", "chunk"):
+            limited = attention[f"{kind}_layers"]
+            window += f", {kind} {attention[kind]}" if limited else ""
+            if 0 < limited < every:
+                window += f" in {limited} of {every} layers"
         yield (
             "attention",
             f"GQA: {attention['num_heads']} heads, {attention['num_kv_heads']} key/value heads of "
