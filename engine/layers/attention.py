@@ -88,14 +88,13 @@ class Attention(nn.Module):
         self.sinks_H = None
         if spec.sinks:  # float32, as the softmax is
             self.sinks_H = empty_parameter(share.num_heads, device=device, dtype=torch.float32)
-        if spec.qk_norm != "none":
+        if spec.qk_norm == "unit":  # no parameters: no checkpoint fills them
+            self.q_norm = self.k_norm = torch.ones(spec.head_dim, device=device, dtype=dtype)
+        elif spec.qk_norm != "none":
             whole = spec.qk_norm == "projection"
             q_dim, k_dim = (self.q_width, self.kv_width) if whole else (spec.head_dim,) * 2
             self.q_norm = empty_parameter(q_dim, device=device, dtype=dtype)
             self.k_norm = empty_parameter(k_dim, device=device, dtype=dtype)
-            if spec.qk_norm == "unit":  # which no checkpoint fills
-                for norm in (self.q_norm, self.k_norm):
-                    norm.fill_(1.0)
         # Float32 [P], by position, where the queries are scaled; shared by layers (`CausalLM`).
         self.query_scale_P: torch.Tensor | None = None
 

@@ -6,14 +6,19 @@ python -m pytest tests/models/test_llama4_checkpoints.py
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from engine.config.loader import config_from_tree
+from engine.llm import LLM
 from engine.models.registry import model_length, read_config, read_spec
 from engine.models.spec import DenseSpec, SparseSpec
+from engine.request import SamplingParams
 from engine.weights.safetensors_header import read_catalog
 from tests.helpers.model_cases import CASES, NEW_TOKENS, redraw
 from tests.helpers.model_harness import chunked, logits_on_this_rank, one_by_one, whole
@@ -143,3 +148,45 @@ def test_a_checkpoint_with_images_gives_the_logits_of_transformers(with_images, 
         for s, logits in together.items():
             wanted = expected[s][-len(logits) :]
             assert (logits - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def part_experts(source: Path, folder: Path) -> Path:
+    """Copy a checkpoint, its experts one by one as in those that others have quantised."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors, parted = load_file(folder / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        base, experts, last = name.rpartition(".experts.")
+        for expert, matrix in enumerate(tensor.mT if experts else ()):
+            parts = {"down_proj": matrix}
+            if last == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True))
+            for part, rows in parts.items():
+                parted[f"{base}.experts.{expert}.{part}.weight"] = rows.contiguous()
+    tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    save_file(tensors | parted, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def completions(path: Path, quantization: str) -> list[Any]:
+    llm = LLM(
+        config_from_tree(
+            {
+                "model": {"path": str(path), "dtype": "float32", "quantization": quantization},
+                "scheduler": {"kv_cache_blocks": 32, "block_size": 4},
+                "runtime": {"device": "cpu"},
+            }
+        )
+    )
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
+    done = llm.generate([[5, 60, 7, 90, 12], [3, 1, 4, 1, 5, 9, 2, 6, 53]], params)
+    llm.close()
+    return [(each.token_ids, each.logprobs) for each in done]
+
+
+def test_experts_stacked_or_one_by_one_are_the_same_also_as_integers(with_images, tmp_path):
+    stacked, _, _ = with_images
+    parted = part_experts(stacked, tmp_path)
+    found = {held: completions(parted, held) for held in ("auto", "int8")}
+    assert found["auto"] == completions(stacked, "auto")
+    assert found["int8"] == completions(stacked, "int8")
+    assert found["int8"] != found["auto"]
