@@ -26,7 +26,7 @@ from engine.generation.block_pool import BlockPool
 from engine.generation.memory import MoEShape, RowBound, num_kv_blocks, row_bound
 from engine.generation.quantization import resolve_quantization
 from engine.generation.runner import Runner
-from engine.generation.scheduler import Scheduler
+from engine.generation.scheduler import Scheduler, most_running
 from engine.layers.kv_cache import KVCache
 from engine.layers.mlp import DenseMLP
 from engine.layers.precision import compute_dtype
@@ -168,14 +168,17 @@ def build_cache(
     Raises:
         ValueError: when the memory does not suffice.
     """
-    settings, device = config.scheduler, topology.device
+    settings, device, spec = config.scheduler, topology.device, model.kv_spec
     with memory_in_words(
         f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated; lower it, or "
         "scheduler.kv_cache_gib"
     ):
-        cache = KVCache(model.kv_spec, num_blocks, settings.block_size, device, model.dtype)
+        cache = KVCache(
+            spec, num_blocks, settings.block_size, device, model.dtype, most_running(settings)
+        )
     pool = BlockPool(num_blocks, settings.block_size)
-    return Runner(model, cache, device), Scheduler(settings, pool, model.max_model_len)
+    scheduler = Scheduler(settings, pool, model.max_model_len, has_states=spec.has_states)
+    return Runner(model, cache, device), scheduler
 
 
 def profiler_every(config: Config, device: torch.device) -> int:
