@@ -46,7 +46,7 @@ class AttentionSpec:
     clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
     interleaved: bool = False  # rotary pairs are (2i, 2i + 1); otherwise (i, i + Dh / 2)
     window: int | None = None  # keys that a query attends to, its own included; None: all
-    # Each head's output is multiplied by the sigmoid of as many numbers more of its query projection.
+    # The query projection has as many numbers more per head: their sigmoid multiplies its output.
     output_gate: bool = False
     sinks: bool = False  # a learned logit per head takes part in its softmax, without a value
 

@@ -28,8 +28,8 @@ CONFIG = Qwen3NextConfig(
     num_key_value_heads=KV_HEADS,
     head_dim=DIM,
     attention_bias=True,
-    attn_implementation="eager",
 )
+CONFIG._attn_implementation = "eager"
 
 
 def load(ours: Attention, tensors: dict[str, torch.Tensor]) -> None:
