@@ -45,6 +45,7 @@ _BITS = {
 }
 _DAMAGED = "the file is damaged; download or copy it again"
 _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
+_NESTED = "model.language_model."  # of the language model, beside one that sees images
 
 
 class CheckpointError(ValueError):
@@ -94,15 +95,20 @@ def read_catalog(folder: Path) -> Catalog:
 
 
 def _with_prefix(catalog: Catalog) -> Catalog:
-    """Return the catalog under the names of a model with a head.
+    """Return the catalog under the names of a language model with a head.
 
     A checkpoint that was saved from the base model alone lacks the prefix "model."; transformers
-    adds it.
+    adds it. One that also sees images has the language model under a longer prefix.
     """
-    if _PREFIX + _EMBEDDING in catalog.entries or _EMBEDDING not in catalog.entries:
+    is_nested = _NESTED + _EMBEDDING in catalog.entries
+    if _PREFIX + _EMBEDDING in catalog.entries:
+        return catalog
+    if not is_nested and _EMBEDDING not in catalog.entries:
         return catalog
 
     def full(name: str) -> str:
+        if is_nested:
+            return name.replace(_NESTED, _PREFIX, 1) if name.startswith(_NESTED) else name
         return name if name.startswith((_PREFIX, "lm_head.")) else _PREFIX + name
 
     entries = {full(name): entry for name, entry in catalog.entries.items()}

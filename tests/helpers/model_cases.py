@@ -53,6 +53,17 @@ _LATENT = {
     "v_head_dim": 6,
     "num_experts_per_tok": 2,
 }
+_LINEAR = {
+    "num_hidden_layers": 4,  # three of linear attention, then one of full attention
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 28,
+    "num_experts_per_tok": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,15 @@ def _gpt_oss(**settings: Any) -> Case:
         "rope_parameters": _YARN | {"truncate": False, "factor": 32.0},
     }
     return Case("GptOss", common | settings)
+
+
+def _qwen3_next(**settings: Any) -> Case:
+    common = _LINEAR | {"intermediate_size": 40, "num_experts": 6}
+    return Case("Qwen3Next", common | settings)
+
+
+def _qwen3_5(**settings: Any) -> Case:
+    return Case("Qwen3_5MoeText", _LINEAR | {"num_experts": 6} | settings)
 
 
 CASES = {
@@ -300,6 +320,41 @@ CASES = {
         rms_norm_eps=1e-3,
         rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
     ),
+    "qwen3-next": _qwen3_next(),
+    "qwen3-next-linear-last-dense-layer-bias-tied": _qwen3_next(
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_conv_kernel_dim=3,
+        mlp_only_layers=[0],
+        attention_bias=True,
+        norm_topk_prob=False,
+        num_key_value_heads=4,
+        num_experts=5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
+    "qwen3-5-moe": _qwen3_5(
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [1, 1, 0],
+            "mrope_interleaved": True,
+        }
+    ),
+    "qwen3-5-moe-one-kv-head-5-experts-tied": _qwen3_5(
+        num_hidden_layers=3,
+        layer_types=["full_attention", "linear_attention", "linear_attention"],
+        num_key_value_heads=1,
+        linear_num_value_heads=6,
+        linear_value_head_dim=5,
+        num_experts=5,
+        num_experts_per_tok=5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -327,6 +382,10 @@ SHARDED_CASES = (
     "ernie4-5-moe-interval-untied-no-shared",
     "gpt-oss",
     "gpt-oss-windows-first-5-experts-one-kv-head-tied",
+    "qwen3-next",
+    "qwen3-next-linear-last-dense-layer-bias-tied",
+    "qwen3-5-moe",
+    "qwen3-5-moe-one-kv-head-5-experts-tied",
 )
 
 
@@ -382,7 +441,7 @@ def redraw(model: torch.nn.Module, generator: torch.Generator) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
                 tensor.copy_(1 + 0.3 * noise)
-            elif name.endswith(("bias", "sinks")):
+            elif name.endswith(("bias", "sinks", "A_log")):
                 tensor.copy_(0.3 * noise)
             elif name.endswith("embed_tokens.weight"):
                 tensor.copy_(noise)

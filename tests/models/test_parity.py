@@ -126,7 +126,9 @@ def test_three_ranks_share_five_experts(references):
     check_ranks(references("mixtral-5-experts-top-1"), 3)
 
 
-@pytest.mark.parametrize("case", ["glm4-moe", "minimax-m2", "ernie4-5-moe"])
+@pytest.mark.parametrize(
+    "case", ["glm4-moe", "minimax-m2", "ernie4-5-moe", "qwen3-next", "qwen3-5-moe"]
+)
 def test_three_expert_parallel_ranks_agree_with_transformers(case, references):
     check_ranks(references(case), 3)
 
@@ -149,7 +151,7 @@ def test_more_ranks_than_sequences_leaves_some_with_nothing_to_do(references):
     check_ranks(alone, 2)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2-moe", "qwen3-5-moe"])
 def test_experts_stacked_in_two_tensors_load_as_well(case, tmp_path):
     reference = make_reference(CASES[case], tmp_path, save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in read_catalog(tmp_path).entries
