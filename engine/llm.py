@@ -141,8 +141,8 @@ class LLM:
 
         With moe.overlap.chunks = auto its value is a mapping: tokens of a step, from -> chunks.
         """
-        num_blocks = self._runner.cache.num_blocks
-        found = builder.resolved_settings(self.model, self.topology, num_blocks)
+        num_blocks, shares = self._runner.cache.num_blocks, self._scheduler.prefixes.enabled
+        found = builder.resolved_settings(self.model, self.topology, num_blocks, shares)
         if self.config.profiler.enabled:
             found["profiler.every"] = self._telemetry.clock.every
         return found
@@ -202,7 +202,7 @@ class LLM:
         done: list[Completion] = []
         topology = self.topology
         scheduler = self.config.scheduler
-        if scheduler.prefix_cache:
+        if self._scheduler.prefixes.enabled:
             shares = deal_requests(requests, topology.num_data, scheduler.block_size)
         else:
             shares = partition(requests, topology.num_data)

@@ -44,7 +44,8 @@ class Scheduler:
     At most `max_batch_tokens` sequences run at once: each needs one token per step.
 
     Args:
-        has_states: whether a sequence needs a row of recurrent states while it runs.
+        has_states: whether a sequence needs a row of recurrent states while it runs; then nothing
+            is shared between sequences.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Scheduler:
         has_states: bool = False,
     ) -> None:
         self.pool = pool
-        self.prefixes = PrefixCache(pool, config.prefix_cache and not has_states)
+        self.prefixes = PrefixCache(pool, bool(config.prefix_cache) and not has_states)
         self.max_model_len = max_model_len
         self.max_batch_tokens = config.max_batch_tokens
         self.max_sequences = most_running(config)
