@@ -58,7 +58,7 @@ def check(reference: Reference, world: int) -> None:
             assert (together[s] - want).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_the_language_model_gives_the_logits_of_the_whole(published: Reference, world: int):
     names = load_file(published.path / "model.safetensors").keys()
     assert {name.split(".")[1] for name in names} >= {"visual", "language_model"}
