@@ -24,7 +24,7 @@ _SCALES = r"(_scale_inv|_scale|_scales|_packed|_shape|_zero_point|\.scales|\.qze
 
 def part_of(name: str) -> str:
     """Return the part of the model, one of `PARTS`, that a tensor belongs to, by its name."""
-    if "embed_tokens" in name or "lm_head" in name:
+    if "embed_tokens" in name or name.startswith("lm_head"):
         return "embedding, head"
     if "norm" in name.rpartition("layers.")[2]:
         return "norms"

@@ -92,6 +92,10 @@ _FIELDS = {
             "floor_scale",
             "interleave_moe_layer_step",
             "no_rope_layer_interval",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
         ),
         _whole(1),
     ),
@@ -109,6 +113,7 @@ _FIELDS = {
     "num_hidden_layers": _whole(1, _MOST_PARTS),
     **dict.fromkeys(("n_routed_experts", "moe_num_experts"), _whole(1, _MOST_PARTS)),
     "moe_layer_end_index": _whole(-1),
+    "linear_conv_kernel_dim": _whole(2),  # taps: the token's own, and of those before it
     # 0 in Qwen: every layer is dense. The others refuse it as fewer than num_experts_per_tok.
     **dict.fromkeys(("num_experts", "num_local_experts"), _whole(0, _MOST_PARTS)),
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "rotary_dim"), _EVEN),

@@ -29,7 +29,7 @@ from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import StepTensors
-from engine.models.decoder_layer import DecoderLayer
+from engine.models.decoder_layer import DecoderLayer, cache_of
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import ModelSpec
 from engine.moe.dispatch.buffers import RowBuffers
@@ -53,6 +53,7 @@ _BUFFERS = (
     r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|position_ids)$",
     r"(^|\.)(masked_bias|causal_mask|_extra_state)$",
 )
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(self._layers)
         # The MoE layers in order, and the cache that the model needs on this rank.
         self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
-        self.kv_spec = self._layers[0].attention.kv_spec(self.num_layers)
+        self.kv_spec = cache_of(self._layers)
         share_query_scales((layer.attention for layer in self._layers), max_model_len, device)
 
     def set_telemetry(self, telemetry: Telemetry) -> None:
@@ -172,7 +173,7 @@ class CausalLM(nn.Module):
         """Return the hidden states after the final norm of the rows that are read, [R, D].
 
         Args:
-            kv: written with the keys and values of all T tokens.
+            kv: written with the keys and values, or the states, of all T tokens.
             moe_step: which of this rank's tokens are subject to expert capacity; None: none.
             group: tokens of this step over all ranks of the expert-parallel group, where known.
 
@@ -278,24 +279,26 @@ class CausalLM(nn.Module):
             checkpoint: names of the tensors in the checkpoint; they decide whether experts are read
                 one by one or stacked, and which tensor fills a tied head.
         """
-        spec, embedding_VD = self.spec, self.embedding_VD
-        shape, tied = (spec.vocab_size, spec.hidden), spec.tied_embeddings
-        embedding, head = f"{spec.body}.embed_tokens.weight", f"{spec.head}.weight"
-        yield WeightSlot(embedding, embedding_VD, shape, aliases=(head,) if tied else ())
+        shape, tied = (self.spec.vocab_size, self.spec.hidden), self.spec.tied_embeddings
+        embedding, offset = self.embedding_VD, self.spec.norm_offset
+        yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
         for index, layer in enumerate(self._layers):
-            prefix = f"{spec.body}.layers.{index}"
-            yield _norm_slot(f"{prefix}.input_layernorm.weight", layer.input_norm_D)
-            yield _norm_slot(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm_D)
-            yield from layer.attention.weight_slots(f"{prefix}.self_attn")
+            prefix = f"model.layers.{index}"
+            for name, norm_D in (
+                ("input_layernorm", layer.input_norm_D),
+                ("post_attention_layernorm", layer.mlp_norm_D),
+            ):
+                yield _norm_slot(f"{prefix}.{name}.weight", norm_D, offset)
+            yield from layer.attention.weight_slots(f"{prefix}.{layer.attention_name}")
             if isinstance(layer.mlp, MoELayer):
-                yield from moe_slots(layer.mlp, prefix, spec.names, checkpoint)
+                yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
             else:
-                yield from layer.mlp.weight_slots(f"{prefix}.{spec.names.block}")
-        yield _norm_slot(f"{spec.body}.norm.weight", self.final_norm_D)
+                yield from layer.mlp.weight_slots(f"{prefix}.{self.spec.names.block}")
+        yield _norm_slot("model.norm.weight", self.final_norm_D, offset)
         if not tied:
-            yield WeightSlot(head, self.head_VD, shape)
-        elif head in checkpoint and embedding in checkpoint:
-            yield WeightSlot(head, embedding_VD, shape, tied_to=embedding, untie=self.untie_head)
+            yield WeightSlot(_HEAD, self.head_VD, shape)
+        elif _HEAD in checkpoint and _EMBEDDING in checkpoint:
+            yield WeightSlot(_HEAD, embedding, shape, tied_to=_EMBEDDING, untie=self.untie_head)
 
     def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
         """Return regular expressions of checkpoint tensors that no rank needs.
@@ -304,13 +307,13 @@ class CausalLM(nn.Module):
             checkpoint: names of the tensors in the checkpoint; they decide which layers past the
                 last one are multi-token prediction heads.
         """
-        body = re.escape(self.spec.body)
-        pattern = re.compile(rf"{body}\.layers\.(\d+)\.eh_proj\.weight")
-        found = (pattern.fullmatch(name) for name in checkpoint)
+        found = (
+            re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name) for name in checkpoint
+        )
         layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
-        heads = [rf"^{body}\.layers\.{n}\." for n in layers if n >= self.num_layers]
+        heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
         return (*_BUFFERS, *self.spec.ignored, *heads)
 
 
-def _norm_slot(name: str, target: torch.Tensor) -> WeightSlot:
-    return WeightSlot(name, target, tuple(target.shape), kind="norm")
+def _norm_slot(name: str, target: torch.Tensor, offset: float) -> WeightSlot:
+    return WeightSlot(name, target, tuple(target.shape), kind="norm", offset=offset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.layers.attention import AttentionSpec
+from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
 from engine.moe.layer import MoESpec
 
@@ -34,7 +35,7 @@ class SparseSpec:
 class LayerSpec:
     """One decoder layer."""
 
-    attention: AttentionSpec | MLASpec
+    attention: AttentionSpec | MLASpec | GatedDeltaSpec
     mlp: DenseSpec | SparseSpec
 
 
@@ -70,12 +71,11 @@ class ModelSpec:
     vocab_size: int
     hidden: int
     norm_eps: float  # of the layers' RMS norms and the final one
+    norm_offset: float = 0.0  # added to the weights of these norms as they are read
     tied_embeddings: bool  # the head is the embedding
     rotary_dim: int  # rotated dims of a head
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
-    body: str = "model"  # names in the checkpoint: the decoder's prefix, and the head's
-    head: str = "lm_head"
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
     # Whether layers past the last may be multi-token prediction heads, which are not needed.
     mtp_layers: bool = False

@@ -140,9 +140,9 @@ def log_unlisted(path: Path, unknown: Sequence[str], catalog: Catalog) -> None:
 
 def _tied_hint(missing: Sequence[str], catalog: Catalog) -> str:
     """Return what to do where the files hold one of embedding and head, "" otherwise."""
-    pair = ("lm_head.weight", "embed_tokens.weight")
-    lacking = [name for name in missing if name.endswith(pair)]
-    if len(lacking) != 1 or not any(name.endswith(pair) for name in catalog.entries):
+    pair = ("lm_head.weight", "model.embed_tokens.weight")
+    lacking = [name for name in pair if name in missing]
+    if len(lacking) != 1 or not any(name in catalog.entries for name in pair):
         return ""
     return (
         f" For {lacking[0]}: if head and embedding are the same tensor, set tie_word_embeddings to "

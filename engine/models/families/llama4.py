@@ -4,7 +4,7 @@ Layers without rotary embedding (NoPE) attend to everything before, with queries
 their position. Sigmoid of the best expert's logit multiplies the expert's input; a shared expert
 without gate; layers may be dense in turn.
 
-Checkpoints with images (`llama4`) hold the text model under a prefix of its own; only it is read.
+Of checkpoints with images (`llama4`) the text model is read, which is under a prefix of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from engine.moe.router import RouterSpec
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
 
 
-def read_spec(hf_config: Any, **names: Any) -> ModelSpec:
+def read_spec(hf_config: Any) -> ModelSpec:
     """Turn a transformers Llama4TextConfig into a `ModelSpec`.
-
-    names: fields of `ModelSpec` that say where the checkpoint has the text model.
 
     Raises:
         ValueError: naming the field that does not say of each layer what it is.
@@ -55,16 +53,6 @@ def read_spec(hf_config: Any, **names: Any) -> ModelSpec:
         names=MoENames(
             block="feed_forward", gate="router", shared="shared_expert", transposed=True
         ),
-        **names,
-    )
-
-
-def read_spec_with_images(hf_config: Any) -> ModelSpec:
-    """Turn the text configuration of a checkpoint with images into a `ModelSpec`."""
-    return read_spec(
-        hf_config,
-        body="language_model.model",
-        head="language_model.lm_head",
         ignored=(r"^vision_model\.", r"^multi_modal_projector\."),
     )
 
