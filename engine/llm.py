@@ -12,6 +12,7 @@ with the same text on every rank, before the next collective, in which the other
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -40,7 +41,7 @@ from engine.generation.request_source import ListSource, RequestSource, Sink, pa
 from engine.generation.tokenizer import load_tokenizer
 from engine.generation.totals import OnStep
 from engine.models.placement import resolve_placement
-from engine.models.registry import read_config
+from engine.models.registry import read_config, unread_parts
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
 from engine.profiling.report import RunReport
@@ -54,6 +55,8 @@ from engine.reporting.open_exporters import (
 )
 from engine.request import Completion, Request, RequestError, SamplingParams
 from engine.request.arguments import list_prompts, list_sampling
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -88,6 +91,8 @@ class LLM:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
         self._on_all_ranks(lambda: check_exporters(config, topology))
         hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
+        if topology.world.rank == 0 and (unread := unread_parts(Path(config.model.path))):
+            logger.warning("model.path = %r: %s", config.model.path, unread)
         every = builder.profiler_every(config, topology.device)
         self._telemetry = Telemetry(make_clock(topology.device, config.profiler.enabled, every))
         # The checkpoint's tokenizer, None where it has none.
@@ -136,8 +141,8 @@ class LLM:
 
         With moe.overlap.chunks = auto its value is a mapping: tokens of a step, from -> chunks.
         """
-        num_blocks = self._runner.cache.num_blocks
-        found = builder.resolved_settings(self.model, self.topology, num_blocks)
+        num_blocks, shares = self._runner.cache.num_blocks, self._scheduler.prefixes.enabled
+        found = builder.resolved_settings(self.model, self.topology, num_blocks, shares)
         if self.config.profiler.enabled:
             found["profiler.every"] = self._telemetry.clock.every
         return found
@@ -197,7 +202,7 @@ class LLM:
         done: list[Completion] = []
         topology = self.topology
         scheduler = self.config.scheduler
-        if scheduler.prefix_cache:
+        if self._scheduler.prefixes.enabled:
             shares = deal_requests(requests, topology.num_data, scheduler.block_size)
         else:
             shares = partition(requests, topology.num_data)

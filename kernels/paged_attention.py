@@ -26,6 +26,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     sinks_H: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Returns softmax(q k^T * scale) v for every query token: [T, H, Dv], in q's dtype.
 
@@ -33,7 +34,8 @@ def paged_attention(
     they are the last query_lens[s] positions of a context of context_lens[s] tokens. k_cache is
     [num_blocks, G, block_size, Dk], v_cache [num_blocks, G, block_size, Dv], either may be a
     strided view; block_table_SB (int32) lists each context's blocks in order. A query at position
-    p sees keys 0 .. p, or p - window + 1 .. p with a window. The two lists are the host copies of
+    p sees keys 0 .. p, or p - window + 1 .. p with a window; with a chunk, of these only the ones
+    of its own chunk, p - p % chunk .. p (chunked attention). The two lists are the host copies of
     the two tensors. T and S may be 0. sinks_H (float32) are logits that take part in their head's
     softmax as a key without a value would, in every window.
     """
@@ -48,6 +50,7 @@ def paged_attention(
             scale,
             window or 0,
             sinks_H,
+            chunk or 0,
         )
     attend = paged_attention_reference
     if triton_support.serves(q_THD):
@@ -64,6 +67,7 @@ def paged_attention(
         scale=scale,
         window=window,
         sinks_H=sinks_H,
+        chunk=chunk,
     )
 
 
@@ -80,6 +84,7 @@ def paged_attention_reference(
     scale: float,
     window: int | None,
     sinks_H: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Plain torch form of `paged_attention`: one dense masked softmax a sequence."""
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -99,6 +104,8 @@ def paged_attention_reference(
         hidden_QC = key_1C > position_Q1
         if window is not None:
             hidden_QC |= key_1C <= position_Q1 - window
+        if chunk is not None:
+            hidden_QC |= key_1C < position_Q1 - position_Q1 % chunk
         scores_HQC = scores_HQC.masked_fill(hidden_QC, float("-inf"))
         if sinks_H is not None:
             sinks_HQ1 = sinks_H.float()[:, None, None].expand(-1, queries, 1)

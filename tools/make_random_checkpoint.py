@@ -72,6 +72,9 @@ FAMILIES = (
     "minimax_m2",
     "ernie4_5_moe",
     "gpt_oss",
+    "llama4_text",
+    "qwen3_next",
+    "qwen3_5_moe_text",
 )
 
 
@@ -158,6 +161,20 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
             "head_dim": size.hidden // size.heads,
             "sliding_window": 8,
         }
+    if family == "llama4_text":
+        return fields | {
+            "num_local_experts": size.experts,
+            "num_experts_per_tok": 1,
+            "intermediate_size": size.ffn,
+            "intermediate_size_mlp": 2 * size.ffn,
+            "interleave_moe_layer_step": 2,
+            "head_dim": size.hidden // size.heads,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+        }
+    if family in ("qwen3_next", "qwen3_5_moe_text"):
+        return fields | experts | _linear_fields(family, size)
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 
 
@@ -182,6 +199,21 @@ def _deepseek_fields(family: str, size: Size) -> dict[str, Any]:
     if family == "deepseek_v2":
         return fields | {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
     return fields | {"norm_topk_prob": True}
+
+
+def _linear_fields(family: str, size: Size) -> dict[str, Any]:
+    head_dim = size.hidden // size.heads
+    fields: dict[str, Any] = {
+        "head_dim": head_dim,
+        "full_attention_interval": 2,  # every other layer has keys; by default every fourth
+        "linear_num_key_heads": size.kv_heads,
+        "linear_num_value_heads": size.heads,
+        "linear_key_head_dim": head_dim,
+        "linear_value_head_dim": head_dim,
+        "shared_expert_intermediate_size": size.ffn,
+    }
+    dense = {"intermediate_size": 2 * size.ffn}
+    return fields | (dense if family == "qwen3_next" else {})
 
 
 def make_checkpoint(
@@ -221,7 +253,7 @@ def make_checkpoint(
         for name, tensor in model.state_dict().items():
             if tensor.dim() == 1 or name.endswith("bias"):  # ERNIE's has two dimensions
                 noise = torch.randn_like(tensor) * 0.1
-                tensor.copy_(noise if name.endswith("bias") else 1 + noise)
+                tensor.copy_(noise if name.endswith(("bias", "A_log")) else 1 + noise)
     model.generation_config.eos_token_id = None
     model.save_pretrained(out)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -55,6 +55,7 @@ from engine.config import Config
 from engine.distributed.errors import raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
+from engine.generation.prefix_cache import may_share_prefixes
 from engine.generation.prefix_order import find_shared
 from engine.request import Completion
 
@@ -343,7 +344,7 @@ class FileJob:
     def _deal(self, table: np.ndarray, hasher: PrefixHasher) -> np.ndarray:
         """Return the pending lines rank by rank in prefix order, if they share prefixes."""
         prefixes = hasher.finish().select(table[:, 0])
-        if (shared := find_shared(prefixes)) is None:
+        if (shared := find_shared(prefixes)) is None or not may_share_prefixes(self._config):
             return table
         dealt_n, self.dealt = shared.deal(prefixes.sizes_n, self._topology.num_data)
         self.shared_prefixes = {

@@ -28,8 +28,8 @@ class SchedulerConfig:
     # KV cache; null: what max_sequences needs, within the memory that is free
     kv_cache_blocks: int | None = field(default=None, metadata=COUNT)  # size of one rank's
     # KV cache in blocks, instead of kv_cache_gib
-    prefix_cache: bool = True  # run the common prefix of several requests once; a request with
-    # prompt_logprobs runs whole
+    prefix_cache: bool | Literal["auto"] = "auto"  # run the common prefix of several requests once;
+    # a request with prompt_logprobs runs whole; auto: on, off for models with recurrent states
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,9 +24,10 @@ from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.generation.block_pool import BlockPool
 from engine.generation.memory import MoEShape, RowBound, num_kv_blocks, row_bound
+from engine.generation.prefix_cache import resolve_prefix_cache
 from engine.generation.quantization import resolve_quantization
 from engine.generation.runner import Runner
-from engine.generation.scheduler import Scheduler
+from engine.generation.scheduler import Scheduler, most_running
 from engine.layers.kv_cache import KVCache
 from engine.layers.mlp import DenseMLP
 from engine.layers.precision import compute_dtype
@@ -81,6 +82,7 @@ def build(
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
     spec = read_spec(hf_config)
+    resolve_prefix_cache(config.scheduler.prefix_cache, spec)
     device = topology.device
     held = resolve_quantization(config, spec, device, compute_dtype(dtype, device))
     if held.layouts and config.moe.experts.backend == "auto":  # nothing to measure
@@ -143,12 +145,13 @@ def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
     Raises:
         ValueError: when the memory does not suffice.
     """
-    settings = config.scheduler
+    settings, spec = config.scheduler, model.kv_spec
     warm_up(model, topology, settings.block_size)
     reserve = reserve_rows(model, config, topology)
     return num_kv_blocks(
         settings,
-        bytes_per_block=model.kv_spec.bytes_per_block(settings.block_size, model.dtype),
+        bytes_per_block=spec.bytes_per_block(settings.block_size, model.dtype),
+        state_bytes=spec.state_bytes,
         max_model_len=model.max_model_len,
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
         device=topology.device,
@@ -168,14 +171,17 @@ def build_cache(
     Raises:
         ValueError: when the memory does not suffice.
     """
-    settings, device = config.scheduler, topology.device
+    settings, device, spec = config.scheduler, topology.device, model.kv_spec
     with memory_in_words(
         f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated; lower it, or "
         "scheduler.kv_cache_gib"
     ):
-        cache = KVCache(model.kv_spec, num_blocks, settings.block_size, device, model.dtype)
+        cache = KVCache(
+            spec, num_blocks, settings.block_size, device, model.dtype, most_running(settings)
+        )
     pool = BlockPool(num_blocks, settings.block_size)
-    return Runner(model, cache, device), Scheduler(settings, pool, model.max_model_len)
+    scheduler = Scheduler(settings, pool, model.max_model_len, has_states=spec.has_states)
+    return Runner(model, cache, device), scheduler
 
 
 def profiler_every(config: Config, device: torch.device) -> int:
@@ -188,7 +194,9 @@ def profiler_every(config: Config, device: torch.device) -> int:
     return _CUDA_EVERY if device.type == "cuda" and not reads_all else 1
 
 
-def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int) -> dict[str, Any]:
+def resolved_settings(
+    model: CausalLM, topology: Topology, kv_cache_blocks: int, prefix_cache: bool
+) -> dict[str, Any]:
     """Return the values that the engine chose for settings left to it: setting -> value.
 
     With moe.overlap.chunks = auto its value is itself a mapping, from a step's tokens to the chunks
@@ -205,6 +213,7 @@ def resolved_settings(model: CausalLM, topology: Topology, kv_cache_blocks: int)
         "model.max_model_len": model.max_model_len,
         "parallel.expert": topology.expert.size,
         "scheduler.kv_cache_blocks": kv_cache_blocks,
+        "scheduler.prefix_cache": prefix_cache,
     }
     if layers:
         found["moe.experts.backend"] = layers[0].backend

@@ -300,7 +300,10 @@ def load_eos_token_ids(model_path: str | Path, tokenizer: Any = None) -> frozens
         file = Path(model_path) / name
         if not is_there(file):
             continue
-        value = read_json_object(file).get("eos_token_id")
+        values = read_json_object(file)
+        if "eos_token_id" not in values and isinstance(values.get("text_config"), dict):
+            values = values["text_config"]  # the language model's, of a model that has more parts
+        value = values.get("eos_token_id")
         found = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(item) is int for item in found):
             raise ValueError(

@@ -47,6 +47,7 @@ from engine.config import CapacityConfig, SchedulerConfig
 from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Group
 from engine.generation.host_memory import free_memory
+from engine.generation.scheduler import most_running
 from engine.moe.capacity.speed_weights import MAX_WEIGHT, ONE
 
 _GIB = 1 << 30
@@ -149,27 +150,33 @@ def num_kv_blocks(
     device: torch.device,
     local_world_size: int,
     copy_bytes: int = 0,
+    state_bytes: int = 0,
 ) -> int:
     """Return the number of KV cache blocks of this rank.
 
     By scheduler.kv_cache_blocks or scheduler.kv_cache_gib if set; otherwise what max_sequences
     sequences of `max_model_len` tokens need, within the free memory of the device less
-    `reserve_bytes`.
+    `reserve_bytes`. Recurrent states of all sequences that may run at once come first.
 
     Args:
         copy_bytes: memory that copies of experts have taken, named where none is left.
+        state_bytes: of the recurrent states of one sequence.
 
     Raises:
-        ValueError: when not even one block fits, or fewer than the settings ask for.
+        ValueError: when not even one block fits, or fewer than the settings ask for, or not the
+            states.
     """
-    if config.kv_cache_blocks is not None:
-        setting = f"kv_cache_blocks: {config.kv_cache_blocks}"
-        _check_fits(setting, config.kv_cache_blocks, bytes_per_block, device, local_world_size)
-        return config.kv_cache_blocks
-    if config.kv_cache_gib is not None:
-        blocks = int(Fraction(config.kv_cache_gib) * _GIB) // bytes_per_block
-        setting = f"kv_cache_gib: {config.kv_cache_gib}"
-        _check_fits(setting, blocks, bytes_per_block, device, local_world_size)
+    if config.kv_cache_blocks is not None or config.kv_cache_gib is not None:
+        total, sharers, limit = _all_bytes(device, local_world_size)
+        place = _place(device, limit, sharers)
+        share = total // sharers
+        states = _check_states(config, state_bytes, bytes_per_block, share, place)
+        if config.kv_cache_blocks is not None:
+            blocks, setting = config.kv_cache_blocks, f"kv_cache_blocks: {config.kv_cache_blocks}"
+        else:
+            blocks = int(Fraction(config.kv_cache_gib or 0) * _GIB) // bytes_per_block
+            setting = f"kv_cache_gib: {config.kv_cache_gib}"
+        _check_fits(setting, blocks, bytes_per_block, share, states, place)
         if blocks < 1:
             raise ValueError(
                 f"scheduler.kv_cache_gib: {config.kv_cache_gib} is less than one block of "
@@ -178,9 +185,10 @@ def num_kv_blocks(
         return blocks
     wanted = config.max_sequences * -(-max_model_len // config.block_size)
     free, limit = _free_bytes(device, local_world_size)
-    fits = (free - reserve_bytes) // bytes_per_block
+    place, left = _place(device, limit), free - reserve_bytes
+    left -= _check_states(config, state_bytes, bytes_per_block, left, place)
+    fits = left // bytes_per_block
     if fits < 1:
-        place = f"{device} (limited by {limit})" if limit else f"{device}"
         copies, fewer = "", ""
         if copy_bytes:
             copies = f", copies of experts have taken {copy_bytes / _GIB:.2f} GiB"
@@ -209,30 +217,49 @@ def agree_kv_blocks(num_blocks: int, group: Group) -> int:
     return min(gather_objects(num_blocks, group))
 
 
-def _check_fits(
-    setting: str, blocks: int, bytes_per_block: int, device: torch.device, local_world_size: int
-) -> None:
-    """Raise ValueError where a number of blocks that a setting asks for exceeds what is free.
+def _check_states(
+    config: SchedulerConfig, state_bytes: int, bytes_per_block: int, free: int, place: str
+) -> int:
+    """Return the bytes of the recurrent states of all sequences that may run at once.
 
-    The memory of the host is shared by its ranks: no rank has touched its cache yet.
+    Raises:
+        ValueError: they leave no room for a block of the KV cache, which without them has some.
     """
-    if device.type == "cuda":
-        total, sharers, limit = torch.cuda.mem_get_info(device)[0], 1, ""
-    else:
-        free = free_memory()
-        total, sharers, limit = free.num_bytes, local_world_size, free.limit
+    rows = most_running(config)
+    states, most = rows * state_bytes, free - bytes_per_block
+    if states and 0 <= most < states:
+        most //= state_bytes
+        advice = f"give at most {most}, or use more ranks" if most else "use more ranks"
+        raise ValueError(
+            f"scheduler.max_sequences: {config.max_sequences} does not fit: the recurrent states "
+            f"of {rows} sequences would take {_gib(states)} GiB, and {free / _GIB:.2f} GiB are "
+            f"free for them and the KV cache on {place}; {advice}"
+        )
+    return states
+
+
+def _check_fits(
+    setting: str, blocks: int, bytes_per_block: int, share: int, states: int, place: str
+) -> None:
+    """Raise ValueError where a number of blocks that a setting asks for exceeds this rank's share
+    of what is free.
+    """
     needed = blocks * bytes_per_block
-    if needed <= total // sharers:
+    if needed <= share - states:
         return
-    each = f" for each of the {sharers} ranks here" if sharers > 1 else ""
-    by = f" (limited by {limit})" if limit else ""
-    fits = total // sharers // bytes_per_block
+    beside = f" beside {_gib(states)} GiB of recurrent states" if states else ""
+    fits = max(0, share - states) // bytes_per_block
     most = fits if "blocks" in setting else f"{fits * bytes_per_block / _GIB:.2f}"
     raise ValueError(
-        f"scheduler.{setting} does not fit: the KV cache would take {_gib(needed)} GiB and "
-        f"{total / sharers / _GIB:.2f} GiB are free on {device}{each}{by}; give at most {most}, or "
-        "null to use what is free"
+        f"scheduler.{setting} does not fit: the KV cache would take {_gib(needed)} GiB{beside} and "
+        f"{share / _GIB:.2f} GiB are free on {place}; give at most {most}, or null to use what is "
+        "free"
     )
+
+
+def _place(device: torch.device, limit: str, sharers: int = 1) -> str:
+    each = f" for each of the {sharers} ranks here" if sharers > 1 else ""
+    return f"{device}{each}" + (f" (limited by {limit})" if limit else "")
 
 
 def _gib(num_bytes: int) -> str:
@@ -248,3 +275,13 @@ def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, str]:
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE), ""
     free = free_memory()
     return int(free.num_bytes * _CPU_SHARE) // local_world_size, free.limit
+
+
+def _all_bytes(device: torch.device, local_world_size: int) -> tuple[int, int, str]:
+    """Return the bytes that are free, among how many ranks they are shared, and the limit's file as
+    `_free_bytes` does. The memory of the host is shared: no rank has touched its cache yet.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], 1, ""
+    free = free_memory()
+    return free.num_bytes, local_world_size, free.limit

@@ -22,9 +22,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as List
 from hashlib import blake2b
+from pathlib import Path
 
+from engine.config import Config
 from engine.generation.block_pool import BlockPool
 from engine.generation.sequence import Sequence
+from engine.layers.gated_delta import GatedDeltaSpec
+from engine.models.registry import read_config, read_spec
+from engine.models.spec import ModelSpec
 
 # 128 bits, so that the tokens need not be compared: among 2**40 blocks two of different content
 # have the same hash with a probability below 2**-48.
@@ -47,10 +52,44 @@ def extend_hashes(hashes: list[bytes], token_ids: List[int], block_size: int, en
         hashes.append(previous)
 
 
+def resolve_prefix_cache(setting: bool | str, spec: ModelSpec) -> bool:
+    """Return whether sequences share blocks, by scheduler.prefix_cache and what the model allows.
+
+    A recurrent state is of one sequence at its newest token; that of a prefix is gone, so a
+    sequence could not start behind it.
+
+    Raises:
+        ValueError: it is to be on for a model with recurrent states.
+    """
+    has_states = any(isinstance(layer.attention, GatedDeltaSpec) for layer in spec.layers)
+    if has_states and setting is True:
+        raise ValueError(
+            "scheduler.prefix_cache = true: this model has layers with a recurrent state per "
+            "sequence (linear attention), which requests with a common prefix cannot share; set it "
+            "to auto or false"
+        )
+    return bool(setting) and not has_states
+
+
+def may_share_prefixes(config: Config) -> bool:
+    """Return what `resolve_prefix_cache` does for the checkpoint of a config, before it is loaded.
+
+    True where its config cannot be read or the setting is wrong: loading it says so.
+    """
+    try:
+        spec = read_spec(read_config(Path(config.model.path)))
+        return resolve_prefix_cache(config.scheduler.prefix_cache, spec)
+    except (ValueError, OSError):
+        return True
+
+
 class PrefixCache:
     """What the scheduler of one data rank shares between its sequences.
 
     Every tensor rank has one of its own and makes the same decisions.
+
+    Args:
+        enabled: whether anything is shared, see `resolve_prefix_cache`.
     """
 
     def __init__(self, pool: BlockPool, enabled: bool) -> None:

@@ -2,7 +2,8 @@
 
 Input is a `Step` (`step.py`), output the final hidden states of the rows that are read, from which
 `logits` makes logits. Holds the KV cache tensors; a sequence's `block_ids` say which blocks are
-its own. A step without tokens still runs the MoE layers, whose collectives need every rank.
+its own, its `state_row` which row of the recurrent states where layers have any. A step without
+tokens still runs the MoE layers, whose collectives need every rank.
 
 Legend: T tokens of the step, R of them that are read, S sequences, B columns of the block table, D
 model dim.
@@ -44,6 +45,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.device = device
+        self._has_states = cache.spec.has_states
 
     @torch.inference_mode()
     def forward(
@@ -117,8 +119,11 @@ class Runner:
         some = read_S > 0
         if rows_R is not None:
             arrays += [rows_R, *_query_arrays(read_S[some], ends_S[some], table_SB[some])]
+        if self._has_states:
+            arrays.append(np.array([piece.seq.state_row for piece in slices], dtype=np.int64))
         # One copy to the device for all of them.
         sent = all_to_device([torch.from_numpy(array) for array in arrays], self.device)
+        states_S = sent.pop() if self._has_states else None
         read = None
         if rows_R is not None:
             read = ReadRows(rows_R=sent[6], queries=_queries(read_S[some], ends_S[some], *sent[7:]))
@@ -126,7 +131,7 @@ class Runner:
             token_ids_T=sent[0],
             positions_T=sent[1],
             slots_T=sent[2],
-            queries=_queries(lens_S, ends_S, *sent[3:6]),
+            queries=_queries(lens_S, ends_S, *sent[3:6], states_S=states_S),
             read=read,
         )
 
@@ -148,6 +153,7 @@ def _queries(
     start_S1: torch.Tensor,
     context_lens_S: torch.Tensor,
     table_SB: torch.Tensor,
+    states_S: torch.Tensor | None = None,
 ) -> Queries:
     """Return the queries of a step, with the tensors of `_query_arrays`."""
     return Queries(
@@ -156,6 +162,7 @@ def _queries(
         context_lens=contexts_S.tolist(),
         context_lens_S=context_lens_S,
         block_table_SB=table_SB,
+        states_S=states_S,
     )
 
 

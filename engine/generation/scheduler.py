@@ -18,11 +18,17 @@ budget is left over. So arrival order puts decode before prefill with no sorting
 A sequence starts with the blocks of its tokens that are cached (`prefix_cache.py`), shared with
 others: only what is behind them runs, and only what is behind them needs blocks. Cached blocks that
 no sequence uses count as free, and are dropped before a sequence is preempted.
+
+Where layers have recurrent states (`layers/kv_cache.py`) a sequence also has a row of them, from
+its admission until it ends or is preempted: the lowest that is free, the same on every tensor rank.
+A state sums up all tokens before it and cannot be shared, so there every sequence starts at its
+first token.
 """
 
 from __future__ import annotations
 
 from collections import abc, deque
+from heapq import heappop, heappush
 
 from engine.config import SchedulerConfig
 from engine.generation.block_pool import BlockPool
@@ -36,14 +42,27 @@ class Scheduler:
     """The running and waiting sequences of one data rank.
 
     At most `max_batch_tokens` sequences run at once: each needs one token per step.
+
+    Args:
+        has_states: whether a sequence needs a row of recurrent states while it runs; then nothing
+            is shared between sequences.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        max_model_len: int,
+        *,
+        has_states: bool = False,
+    ) -> None:
         self.pool = pool
-        self.prefixes = PrefixCache(pool, config.prefix_cache)
+        self.prefixes = PrefixCache(pool, bool(config.prefix_cache) and not has_states)
         self.max_model_len = max_model_len
         self.max_batch_tokens = config.max_batch_tokens
-        self.max_sequences = min(config.max_sequences, config.max_batch_tokens)
+        self.max_sequences = most_running(config)
+        self._has_states = has_states
+        self._free_rows = list(range(self.max_sequences if has_states else 0))  # a heap
         self.running: list[Sequence] = []  # those that own blocks
         self.waiting: deque[Sequence] = deque()  # not admitted yet, or preempted
         self.num_preemptions = 0
@@ -140,6 +159,8 @@ class Scheduler:
             self.pool.share(shared)
             seq.block_ids = shared + self.pool.allocate(needed)
             seq.num_published = len(shared)
+            if self._has_states:
+                seq.state_row = heappop(self._free_rows)
             seq.num_computed = start = len(shared) * block_size
             if not seq.num_computed_before:
                 seq.num_cached = start
@@ -238,3 +259,11 @@ class Scheduler:
         self.pool.free(seq.block_ids)
         seq.block_ids = []
         seq.num_published = 0
+        if seq.state_row is not None:
+            heappush(self._free_rows, seq.state_row)
+            seq.state_row = None
+
+
+def most_running(config: SchedulerConfig) -> int:
+    """Return how many sequences of one data rank run at once, at most."""
+    return min(config.max_sequences, config.max_batch_tokens)

@@ -38,10 +38,10 @@ class Status(Enum):
 class Sequence:
     """The state of one request.
 
-    Written from outside: `num_computed`, `num_computed_before`, `num_cached`, `block_ids`, `status`
-    and `max_length` by the scheduler, `block_hashes`, `num_expected` and `num_published` by its
-    prefix cache too, `prompt_logprobs` and `prompt_top_logprobs` (extended) by its `commit`,
-    `capacity` by the loop. Everything else is written by this class alone.
+    Written from outside: `num_computed`, `num_computed_before`, `num_cached`, `block_ids`,
+    `state_row`, `status` and `max_length` by the scheduler, `block_hashes`, `num_expected` and
+    `num_published` by its prefix cache too, `prompt_logprobs` and `prompt_top_logprobs` (extended)
+    by its `commit`, `capacity` by the loop. Everything else is written by this class alone.
 
     Raises:
         RequestError: for stop strings without a tokenizer.
@@ -51,7 +51,8 @@ class Sequence:
         "block_hashes", "block_ids", "capacity", "error", "finish_reason", "group", "history",
         "logprobs", "max_length", "num_cached", "num_computed", "num_computed_before",
         "num_expected", "num_prompt", "num_published", "prompt_logprobs", "prompt_top_logprobs",
-        "request", "status", "stopper", "timing", "token_ids", "tokenizer", "top_logprobs",
+        "request", "state_row", "status", "stopper", "timing", "token_ids", "tokenizer",
+        "top_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,7 @@ class Sequence:
         self.num_published = 0  # leading blocks that others may share
         self.block_hashes: list[bytes] = []  # of its leading full blocks, as far as computed
         self.block_ids: list[int] = []  # block i holds tokens [i * block_size, (i+1) * block_size)
+        self.state_row: int | None = None  # of the recurrent states, while it runs
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.error: RequestError | None = None

@@ -9,7 +9,7 @@ and key/value heads on this rank, Dh head dim, R rotated dims.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +20,13 @@ from engine.distributed.groups import Group
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
 from engine.layers.precision import compute_dtype
+from engine.layers.query_scale import QueryScale
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
 from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
 from engine.ops.qk_rotary_store import QKRule, qk_rotary_store
+from engine.ops.sigmoid import sigmoid_by_row
 from engine.weights.slot import WeightSlot
 
 
@@ -38,12 +40,20 @@ class AttentionSpec:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    # "head" normalises each head (Qwen3), "projection" all queries and all keys as one (OLMoE).
-    qk_norm: Literal["none", "head", "projection"] = "none"
+    # "head" normalises each head (Qwen3), "unit" too, but without weights (Llama 4), "projection"
+    # all queries and all keys as one (OLMoE).
+    qk_norm: Literal["none", "head", "unit", "projection"] = "none"
     norm_eps: float = 1e-6  # of qk_norm
+    norm_offset: float = 0.0  # added to the weights of qk_norm as they are read
     clip_qkv: float | None = None  # bound on the absolute value of queries, keys and values
     interleaved: bool = False  # rotary pairs are (2i, 2i + 1); otherwise (i, i + Dh / 2)
+    rotary: bool = True  # False: queries and keys are not rotated (NoPE)
     window: int | None = None  # keys that a query attends to, its own included; None: all
+    # Positions are cut into chunks of that many, and a query attends to keys of its own; None: all.
+    chunk: int | None = None
+    query_scale: QueryScale | None = None
+    # The query projection has as many numbers more per head: their sigmoid multiplies its output.
+    output_gate: bool = False
     sinks: bool = False  # a learned logit per head takes part in its softmax, without a value
 
 
@@ -64,13 +74,15 @@ class Attention(nn.Module):
         self.scale = spec.head_dim**-0.5
         # The norm of a projection that tensor ranks share needs a sum over them.
         self.splits_norm = spec.qk_norm == "projection" and tensor.size > 1
-        norm = "none" if self.splits_norm else spec.qk_norm
+        norm = "none" if self.splits_norm else "head" if spec.qk_norm == "unit" else spec.qk_norm
         self.qk_rule = QKRule(norm, spec.norm_eps, spec.clip_qkv)
         self.q_width = share.num_heads * spec.head_dim
         self.kv_width = share.num_kv_heads * spec.head_dim
-        rows = self.q_width + 2 * self.kv_width
-        # Query, key and value rows in one matrix, O = (H + 2 G) * Dh; of the output projection the
-        # columns of this rank's heads.
+        gates = (self.q_width,) if spec.output_gate else ()
+        self.widths = (self.q_width, *gates, self.kv_width, self.kv_width)
+        rows = sum(self.widths)
+        # Query, key and value rows in one matrix, O = (H + 2 G) * Dh, behind the queries those of
+        # output gates, H * Dh more; of the output projection the columns of this rank's heads.
         self.qkv_OD = empty_parameter(rows, spec.hidden, device=device, dtype=dtype)
         self.out_DO = empty_parameter(spec.hidden, self.q_width, device=device, dtype=dtype)
         dtype = compute_dtype(dtype, device)  # of all but the matrices
@@ -82,11 +94,15 @@ class Attention(nn.Module):
         self.sinks_H = None
         if spec.sinks:  # float32, as the softmax is
             self.sinks_H = empty_parameter(share.num_heads, device=device, dtype=torch.float32)
-        if spec.qk_norm != "none":
+        if spec.qk_norm == "unit":  # no parameters: no checkpoint fills them
+            self.q_norm = self.k_norm = torch.ones(spec.head_dim, device=device, dtype=dtype)
+        elif spec.qk_norm != "none":
             whole = spec.qk_norm == "projection"
             q_dim, k_dim = (self.q_width, self.kv_width) if whole else (spec.head_dim,) * 2
             self.q_norm = empty_parameter(q_dim, device=device, dtype=dtype)
             self.k_norm = empty_parameter(k_dim, device=device, dtype=dtype)
+        # Float32 [P], by position, where the queries are scaled; shared by layers (`CausalLM`).
+        self.query_scale_P: torch.Tensor | None = None
 
     def forward(
         self,
@@ -112,10 +128,11 @@ class Attention(nn.Module):
         spec = self.spec
         queries = (step if read is None else read).queries
         qkv_TO = linear(x_TD, self.qkv_OD, self.qkv_bias_O)
-        widths = (self.q_width, self.kv_width, self.kv_width)
-        q, k, v = qkv_TO.split_with_sizes(widths, dim=1)  # a third of what `split` costs
+        q, *gates, k, v = qkv_TO.split_with_sizes(self.widths, dim=1)  # a third of `split`'s cost
         if self.splits_norm:
             q, k = self._norm_projections(q, k)
+        if not spec.rotary:
+            cos_TR, sin_TR = cos_TR[:, :0], sin_TR[:, :0]
         q_THD = qk_rotary_store(
             q,
             k,
@@ -129,6 +146,8 @@ class Attention(nn.Module):
             step.slots_T,
             self.qk_rule,
         )
+        if self.query_scale_P is not None:
+            q_THD.mul_(self.query_scale_P.index_select(0, step.positions_T)[:, None, None])
         if read is not None:
             q_THD = q_THD.index_select(0, read.rows_R)
         out_THD = paged_attention(
@@ -143,8 +162,13 @@ class Attention(nn.Module):
             scale=self.scale,
             window=spec.window,
             sinks_H=self.sinks_H,
+            chunk=spec.chunk,
         )
-        return project_out(out_THD.flatten(1), self.out_DO, self.out_bias_D, self.sums)
+        out_TO = out_THD.flatten(1)
+        for gate_TO in gates:
+            gate_TO = gate_TO if read is None else gate_TO.index_select(0, read.rows_R)
+            out_TO = out_TO * sigmoid_by_row(gate_TO.contiguous())
+        return project_out(out_TO, self.out_DO, self.out_bias_D, self.sums)
 
     def kv_spec(self, num_layers: int) -> KVSpec:
         """Return the shape of the cache of `num_layers` such layers on this rank."""
@@ -178,13 +202,23 @@ class Attention(nn.Module):
         """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest.
 
         Rows of queries and keys whose rotary pairs are neighbours are sorted into halves, which the
-        rotation takes as pairs; their products do not change. Call it once.
+        rotation takes as pairs; their products do not change. Output gates are sorted behind the
+        queries: the files have each head's query, then its gate. Call it once.
         """
+        if self.spec.output_gate:
+            for rows_O in (self.qkv_OD, self.qkv_bias_O):
+                if rows_O is not None:
+                    sorted_rows = rows_O[: 2 * self.q_width]
+                    by_head = sorted_rows.unflatten(0, (-1, 2, self.spec.head_dim))
+                    sorted_rows.copy_(by_head.transpose(0, 1).flatten(0, 2))
         if self.spec.interleaved:
-            assert self.spec.qk_norm == "none" and self.qkv_bias_O is None, "to be sorted too"
-            turned = self.qkv_OD[: self.q_width + self.kv_width]
-            pairs = turned.unflatten(0, (-1, self.spec.head_dim // 2, 2))
-            turned.copy_(pairs.transpose(1, 2).flatten(0, 2))
+            assert self.spec.qk_norm in ("none", "unit"), "weights of a norm are to be sorted too"
+            assert not self.spec.output_gate, "keys are not behind the queries"
+            for rows in (self.qkv_OD, self.qkv_bias_O):
+                if rows is not None:
+                    turned = rows[: self.q_width + self.kv_width]
+                    pairs = turned.unflatten(0, (-1, self.spec.head_dim // 2, 2))
+                    turned.copy_(pairs.transpose(1, 2).flatten(0, 2))
         for weight in (self.qkv_OD, self.out_DO):
             to_panels(weight)
 
@@ -194,7 +228,13 @@ class Attention(nn.Module):
         q_rows = slice(share.first_head * dim, share.first_head * dim + self.q_width)
         kv_rows = slice(share.first_kv_head * dim, share.first_kv_head * dim + self.kv_width)
         q_full, kv_full = spec.num_heads * dim, spec.num_kv_heads * dim
-        parts = (("q", q_rows, q_full), ("k", kv_rows, kv_full), ("v", kv_rows, kv_full))
+        per_query = 2 if spec.output_gate else 1
+        wide_rows = slice(q_rows.start * per_query, q_rows.stop * per_query)
+        parts = (
+            ("q", wide_rows, q_full * per_query),
+            ("k", kv_rows, kv_full),
+            ("v", kv_rows, kv_full),
+        )
         start = 0
         for letter, rows, full in parts:
             end = start + rows.stop - rows.start
@@ -213,6 +253,26 @@ class Attention(nn.Module):
             )
         norms = (("q", self.q_norm, q_rows, q_full), ("k", self.k_norm, kv_rows, kv_full))
         for letter, norm, rows, full in norms:
-            if norm is not None:
+            if norm is not None and spec.qk_norm != "unit":
                 shape, shard = ((dim,), None) if spec.qk_norm == "head" else ((full,), (rows,))
-                yield WeightSlot(f"{prefix}.{letter}_norm.weight", norm, shape, shard, kind="norm")
+                yield WeightSlot(
+                    f"{prefix}.{letter}_norm.weight",
+                    norm,
+                    shape,
+                    shard,
+                    kind="norm",
+                    offset=spec.norm_offset,
+                )
+
+
+def share_query_scales(attentions: Iterable[nn.Module], max_len: int, device: torch.device) -> None:
+    """Give each layer that scales its queries the table it needs, equal ones once.
+
+    max_len: P, the positions that the model can run.
+    """
+    tables: dict[QueryScale, torch.Tensor] = {}
+    for attention in attentions:
+        if isinstance(attention, Attention) and (scale := attention.spec.query_scale) is not None:
+            if scale not in tables:
+                tables[scale] = scale.table(max_len, device)
+            attention.query_scale_P = tables[scale]

@@ -31,6 +31,9 @@ class Queries:
     context_lens: list[int]  # tokens per sequence in the cache after this step
     context_lens_S: torch.Tensor  # int32, the same on the device
     block_table_SB: torch.Tensor  # int32, the blocks of each sequence in order
+    # int64, the row of each sequence in the recurrent states; None where the model has none, and of
+    # the rows that are read: a layer with states advances all T tokens.
+    states_S: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

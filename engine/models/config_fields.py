@@ -87,6 +87,15 @@ _FIELDS = {
             "v_head_dim",
             "moe_k",
             "moe_layer_interval",
+            "intermediate_size_mlp",
+            "attention_chunk_size",
+            "floor_scale",
+            "interleave_moe_layer_step",
+            "no_rope_layer_interval",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
         ),
         _whole(1),
     ),
@@ -104,6 +113,7 @@ _FIELDS = {
     "num_hidden_layers": _whole(1, _MOST_PARTS),
     **dict.fromkeys(("n_routed_experts", "moe_num_experts"), _whole(1, _MOST_PARTS)),
     "moe_layer_end_index": _whole(-1),
+    "linear_conv_kernel_dim": _whole(2),  # taps: the token's own, and of those before it
     # 0 in Qwen: every layer is dense. The others refuse it as fewer than num_experts_per_tok.
     **dict.fromkeys(("num_experts", "num_local_experts"), _whole(0, _MOST_PARTS)),
     **dict.fromkeys(("head_dim", "qk_rope_head_dim", "rotary_dim"), _EVEN),
@@ -114,6 +124,7 @@ _FIELDS = {
     **dict.fromkeys(
         (
             "attention_bias",
+            "attn_temperature_tuning",
             "mlp_bias",
             "norm_topk_prob",
             "qkv_bias",
@@ -126,7 +137,10 @@ _FIELDS = {
         _FLAG,
     ),
     **dict.fromkeys(("hidden_act", "model_type", "scoring_func", "topk_method"), _TEXT),
-    **dict.fromkeys(("mlp_only_layers", "attn_type_list"), _LIST_OF_WHOLE),
+    **dict.fromkeys(
+        ("mlp_only_layers", "attn_type_list", "moe_layers", "no_rope_layers"), _LIST_OF_WHOLE
+    ),
+    "attn_scale": _NUMBER,
     "layer_types": _Rule(
         "a list of text", lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v)
     ),

@@ -23,12 +23,13 @@ from torch import nn
 
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
+from engine.layers.attention import share_query_scales
 from engine.layers.kv_cache import KVCache
 from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import StepTensors
-from engine.models.decoder_layer import DecoderLayer
+from engine.models.decoder_layer import DecoderLayer, cache_of
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import ModelSpec
 from engine.moe.dispatch.buffers import RowBuffers
@@ -125,7 +126,8 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(self._layers)
         # The MoE layers in order, and the cache that the model needs on this rank.
         self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
-        self.kv_spec = self._layers[0].attention.kv_spec(self.num_layers)
+        self.kv_spec = cache_of(self._layers)
+        share_query_scales((layer.attention for layer in self._layers), max_model_len, device)
 
     def set_telemetry(self, telemetry: Telemetry) -> None:
         """Set where this model and its layers record their measurements."""
@@ -171,7 +173,7 @@ class CausalLM(nn.Module):
         """Return the hidden states after the final norm of the rows that are read, [R, D].
 
         Args:
-            kv: written with the keys and values of all T tokens.
+            kv: written with the keys and values, or the states, of all T tokens.
             moe_step: which of this rank's tokens are subject to expert capacity; None: none.
             group: tokens of this step over all ranks of the expert-parallel group, where known.
 
@@ -278,18 +280,21 @@ class CausalLM(nn.Module):
                 one by one or stacked, and which tensor fills a tied head.
         """
         shape, tied = (self.spec.vocab_size, self.spec.hidden), self.spec.tied_embeddings
-        embedding = self.embedding_VD
+        embedding, offset = self.embedding_VD, self.spec.norm_offset
         yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
         for index, layer in enumerate(self._layers):
             prefix = f"model.layers.{index}"
-            yield _norm_slot(f"{prefix}.input_layernorm.weight", layer.input_norm_D)
-            yield _norm_slot(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm_D)
-            yield from layer.attention.weight_slots(f"{prefix}.self_attn")
+            for name, norm_D in (
+                ("input_layernorm", layer.input_norm_D),
+                ("post_attention_layernorm", layer.mlp_norm_D),
+            ):
+                yield _norm_slot(f"{prefix}.{name}.weight", norm_D, offset)
+            yield from layer.attention.weight_slots(f"{prefix}.{layer.attention_name}")
             if isinstance(layer.mlp, MoELayer):
                 yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
             else:
-                yield from layer.mlp.weight_slots(f"{prefix}.mlp")
-        yield _norm_slot("model.norm.weight", self.final_norm_D)
+                yield from layer.mlp.weight_slots(f"{prefix}.{self.spec.names.block}")
+        yield _norm_slot("model.norm.weight", self.final_norm_D, offset)
         if not tied:
             yield WeightSlot(_HEAD, self.head_VD, shape)
         elif _HEAD in checkpoint and _EMBEDDING in checkpoint:
@@ -310,5 +315,5 @@ class CausalLM(nn.Module):
         return (*_BUFFERS, *self.spec.ignored, *heads)
 
 
-def _norm_slot(name: str, target: torch.Tensor) -> WeightSlot:
-    return WeightSlot(name, target, tuple(target.shape), kind="norm")
+def _norm_slot(name: str, target: torch.Tensor, offset: float) -> WeightSlot:
+    return WeightSlot(name, target, tuple(target.shape), kind="norm", offset=offset)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
 from engine.layers.attention import Attention, AttentionSpec
+from engine.layers.gated_delta import GatedDelta, GatedDeltaSpec
+from engine.layers.kv_cache import KVSpec
 from engine.layers.mla import LatentAttention
 from engine.layers.mlp import DenseMLP
 from engine.layers.parallel import empty_parameter
@@ -44,8 +49,13 @@ class DecoderLayer(nn.Module):
         self.mlp_norm_D = empty_parameter(hidden, device=device, dtype=wide)
         if isinstance(spec.attention, AttentionSpec):
             self.attention = Attention(spec.attention, topology.tensor, device, dtype)
+        elif isinstance(spec.attention, GatedDeltaSpec):
+            self.attention = GatedDelta(spec.attention, topology.tensor, device, dtype)
         else:
             self.attention = LatentAttention(spec.attention, topology.tensor, device, dtype)
+        self.attention_name = (
+            "linear_attn" if isinstance(self.attention, GatedDelta) else "self_attn"
+        )
         if isinstance(spec.mlp, DenseSpec):
             self.mlp = DenseMLP(hidden, spec.mlp.ffn, device, dtype, bias=spec.mlp.bias)
             return
@@ -68,3 +78,17 @@ class DecoderLayer(nn.Module):
             speeds_W=None if placement is None else placement.speeds_W,
             layouts=layouts,
         )
+
+
+def cache_of(layers: Sequence[DecoderLayer]) -> KVSpec:
+    """Return the cache of these layers on this rank: keys of some, recurrent states of the others.
+
+    Layers with keys have them of one shape.
+    """
+    kinds = [layer.attention for layer in layers]
+    cached = [each for each in kinds if not isinstance(each, GatedDelta)]
+    spec = cached[0].kv_spec(len(cached))
+    if len(cached) == len(kinds):
+        return spec
+    states = (each.state_spec() if isinstance(each, GatedDelta) else None for each in kinds)
+    return replace(spec, states=tuple(states))

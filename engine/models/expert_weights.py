@@ -1,6 +1,6 @@
 """Expert weights: which checkpoint tensors fill an MoE layer, as `WeightSlot`s.
 
-Three layouts occur: one matrix per expert and projection (most published checkpoints, and what
+Four layouts occur: one matrix per expert and projection (most published checkpoints, and what
 save_pretrained writes), all experts of a layer stacked in two tensors (transformers' layout in
 memory), or stacked as gpt-oss stores them (`MoENames.alternating`):
 
@@ -10,6 +10,9 @@ memory), or stacked as gpt-oss stores them (`MoENames.alternating`):
 | gate_up_proj_bias |                                    | [E, 2F]         |
 | down_proj         | [E, D, F]                          | [E, F, D]       |
 | down_proj_bias    |                                    | [E, D]          |
+
+Llama 4 (`MoENames.transposed`) stacks as in the last column, gate before up, without biases; what
+others have quantised of it has one matrix per expert and projection.
 
 Slots exist only for the experts of this rank, homes and copies.
 
@@ -57,6 +60,8 @@ def moe_slots(
         yield WeightSlot(f"{block}.{name}.weight", weight, tuple(weight.shape))
     if names.alternating:
         yield from _alternating_slots(moe, f"{block}.experts")
+    elif names.transposed and f"{block}.experts.0.{names.w2}.weight" not in checkpoint:
+        yield from _transposed_slots(moe, f"{block}.experts")
     elif f"{prefix}.mlp.experts.{_first(moe)}" in checkpoint:
         yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
     else:
@@ -139,6 +144,29 @@ def _stacked_sinks(moe: MoELayer, prefix: str, local: int, mine: slice) -> Itera
         target, sink = moe.experts.target(local, matrix, 0, shape[0])
         full_shape = (num_experts, *shape)
         yield WeightSlot(f"{prefix}.{name}", target[None], full_shape, (mine,), sink=sink)
+
+
+def _transposed_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+    """Yield two slots per run of instances, each a range of a tensor that stacks all experts with
+    their matrices transposed.
+    """
+    num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.width, moe.spec.ffn
+    matrices: tuple[tuple[str, Matrix, tuple[int, int]], ...] = (
+        ("gate_up_proj", "w13", (2 * ffn, hidden)),
+        ("down_proj", "w2", (hidden, ffn)),
+    )
+    weights = moe.experts.stacked
+    for start, run in _runs(moe):
+        mine, own = (slice(run[0], run[-1] + 1),), slice(start, start + len(run))
+        for name, matrix, (rows, columns) in matrices:
+            sink = None
+            if moe.experts.low_bit_of(start) is None:
+                target = (weights.w13_e2FD if matrix == "w13" else weights.w2_eDF)[own]
+            else:
+                held, sink = moe.experts.target(start, matrix, 0, rows)
+                target = held[None]
+            shape = (num_experts, columns, rows)
+            yield WeightSlot(f"{prefix}.{name}", target.transpose(1, 2), shape, mine, sink=sink)
 
 
 def _first(moe: MoELayer) -> str:

@@ -59,12 +59,15 @@ def partial_rotary_dim(hf_config: Any, head_dim: int) -> int:
     return rotary_dim
 
 
-def moe_spec(hf_config: Any, ffn: int) -> MoESpec:
-    """Return the routed experts of OLMoE and Qwen: softmax scores, normalised if norm_topk_prob."""
+def moe_spec(hf_config: Any, ffn: int, normalize: bool | None = None) -> MoESpec:
+    """Return the routed experts of OLMoE and Qwen: softmax scores, normalised if norm_topk_prob.
+
+    normalize: what the family does instead of what norm_topk_prob says.
+    """
     router = RouterSpec(
         num_experts=read(hf_config, "num_experts"),
         top_k=read(hf_config, "num_experts_per_tok"),
-        normalize=read(hf_config, "norm_topk_prob"),
+        normalize=read(hf_config, "norm_topk_prob") if normalize is None else normalize,
     )
     return MoESpec(router=router, hidden=read(hf_config, "hidden_size"), ffn=ffn)
 

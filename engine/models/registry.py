@@ -28,11 +28,14 @@ from engine.models.families import (
     ernie4_5_moe,
     glm4_moe,
     gpt_oss,
+    llama4,
     minimax_m2,
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from engine.models.hf_config import check_config
 from engine.models.spec import ModelSpec
@@ -53,10 +56,20 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "ernie4_5_moe": ernie4_5_moe.read_spec,
     "minimax_m2": minimax_m2.read_spec,
     "gpt_oss": gpt_oss.read_spec,
+    "llama4_text": llama4.read_spec,
+    "llama4": llama4.read_spec,
+    "qwen3_next": qwen3_next.read_spec,
+    "qwen3_5_moe_text": qwen3_5_moe.read_spec,
+    "qwen3_5_moe": qwen3_5_moe.read_spec,
 }
 # Model types without a class in transformers whose config.json is that of another one. Their own
 # classes are code in the checkpoint, which is never run.
 _READ_AS = {"kimi_k2": "deepseek_v3"}
+# Model types whose config.json has the language model in text_config, and its own model type. Only
+# that part is run.
+_TEXT_OF = {"qwen3_5_moe": "qwen3_5_moe_text", "llama4": "llama4_text"}
+# Of these a config.json has fields beside text_config: about the files, or about the head.
+_BESIDE = ("quantization_config", "tie_word_embeddings")
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -86,8 +99,10 @@ def read_config(folder: Path) -> Any:
     if problem := _problem(values):
         raise _refused(folder, problem)
     try:
+        values = _language_model(values)
         check_fields(values)
-        if (model_type := _READ_AS.get(values["model_type"])) is not None:
+        model_type = values["model_type"]
+        if (model_type := _READ_AS.get(model_type, _TEXT_OF.get(model_type))) is not None:
             values = {name: value for name, value in values.items() if name != "auto_map"}
             values["model_type"] = model_type
             hf_config = CONFIG_MAPPING[model_type].from_dict(values)
@@ -100,6 +115,35 @@ def read_config(folder: Path) -> Any:
         example = example_of(folder) if isinstance(error, UnsupportedScheme) else ""
         raise _refused(folder, explain(error, values) + example) from error
     return hf_config
+
+
+def _language_model(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the language model, where a config.json has other parts besides."""
+    if values["model_type"] not in _TEXT_OF:
+        return values
+    if not isinstance(inner := values.get("text_config"), Mapping):
+        shown = "null" if inner is None else repr(inner)
+        raise ValueError(
+            f"text_config = {shown} in config.json: must be an object, the fields of the language "
+            "model; compare it with the published config.json"
+        )
+    beside = {name: values[name] for name in _BESIDE if values.get(name) is not None}
+    dtypes = {name: values[name] for name in ("dtype", "torch_dtype") if name in values}
+    found = {**dtypes, **inner, **beside, "model_type": values["model_type"]}
+    if type(tuned := found.get("attn_temperature_tuning")) is int:  # as Llama 4 was published
+        found["attn_temperature_tuning"] = bool(tuned)
+    return found
+
+
+def unread_parts(folder: Path) -> str:
+    """Return what of a checkpoint that can run is never used, in words; "" where there is none."""
+    model_type = read_json_object(folder / "config.json").get("model_type")
+    if model_type not in _TEXT_OF:
+        return ""
+    return (
+        f"the checkpoint is a {model_type}: its language model alone is read and run; prompts are "
+        "text, images and videos are not read"
+    )
 
 
 def _refused(folder: Path, why: str) -> ValueError:

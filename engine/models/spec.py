@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.layers.attention import AttentionSpec
+from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
 from engine.moe.layer import MoESpec
 
@@ -34,7 +35,7 @@ class SparseSpec:
 class LayerSpec:
     """One decoder layer."""
 
-    attention: AttentionSpec | MLASpec
+    attention: AttentionSpec | MLASpec | GatedDeltaSpec
     mlp: DenseSpec | SparseSpec
 
 
@@ -57,6 +58,8 @@ class MoENames:
     # Whether experts are stacked as gpt-oss stores them: rows of gate and up alternate, and
     # matrices that are not quantised are transposed.
     alternating: bool = False
+    # Whether experts that are stacked have their matrices transposed (Llama 4).
+    transposed: bool = False
     expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
@@ -68,6 +71,7 @@ class ModelSpec:
     vocab_size: int
     hidden: int
     norm_eps: float  # of the layers' RMS norms and the final one
+    norm_offset: float = 0.0  # added to the weights of these norms as they are read
     tied_embeddings: bool  # the head is the embedding
     rotary_dim: int  # rotated dims of a head
     layers: tuple[LayerSpec, ...]

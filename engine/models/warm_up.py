@@ -41,14 +41,15 @@ def warm_up(model: CausalLM, topology: Topology, block_size: int) -> None:
         return
     prompt = max(1, min(_PROMPT, model.max_model_len - 1))
     blocks = -(-(prompt + 1) // block_size)
-    cache = KVCache(model.kv_spec, _SEQUENCES * blocks, block_size, device, model.dtype)
+    spec = model.kv_spec
+    cache = KVCache(spec, _SEQUENCES * blocks, block_size, device, model.dtype, _SEQUENCES)
     num_data = topology.expert.size // topology.tensor.size
     telemetry = model.telemetry
     model.set_telemetry(Telemetry())
     for start, end in ((0, prompt), (prompt, min(prompt + 1, model.max_model_len))):
         if start == end:  # a model of one position
             continue
-        step = _step(start, end, block_size, blocks, model.vocab_size, device)
+        step = _step(start, end, block_size, blocks, model.vocab_size, device, spec.has_states)
         tokens = _SEQUENCES * (end - start) * num_data
         hidden_RD = model(step, cache, None, GroupTokens(tokens, _SEQUENCES * num_data))
         model.logits(hidden_RD)
@@ -78,7 +79,13 @@ def _deal(instances: Instances, device: torch.device) -> None:
 
 
 def _step(
-    start: int, end: int, block_size: int, blocks: int, vocab_size: int, device: torch.device
+    start: int,
+    end: int,
+    block_size: int,
+    blocks: int,
+    vocab_size: int,
+    device: torch.device,
+    has_states: bool,
 ) -> StepTensors:
     """Return the step that runs the positions from `start` to `end` of every sequence."""
     length = end - start
@@ -87,6 +94,8 @@ def _step(
     positions = torch.arange(start, end)
     table_SB = torch.arange(_SEQUENCES * blocks, dtype=torch.int32).view(_SEQUENCES, blocks)
     slots = torch.cat([each * blocks * block_size + positions for each in range(_SEQUENCES)])
+
+    states_S = to_device(torch.arange(_SEQUENCES), device) if has_states else None
 
     def queries(query_lens: list[int]) -> Queries:
         starts = torch.tensor([0, *query_lens]).cumsum(0, dtype=torch.int32)
@@ -97,6 +106,7 @@ def _step(
             context_lens=contexts,
             context_lens_S=to_device(torch.tensor(contexts, dtype=torch.int32), device),
             block_table_SB=to_device(table_SB, device),
+            states_S=states_S,
         )
 
     read = None

@@ -13,6 +13,7 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | MiniMax-M2  | sigmoid | yes       | 1                     | no                        | yes  |
 | ERNIE-4.5   | softmax | yes, min  | 1                     | no                        | yes  |
 | gpt-oss     | softmax | yes       | 1                     | no                        | no   |
+| Llama 4     | sigmoid | no        | 1                     | no                        | no   |
 
 gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen logits: that is the
 softmax of all, normalised over the chosen. The weights here are before the scales of single experts

@@ -98,6 +98,8 @@ class RankReport:
     process_stall_seconds: float = 0.0  # time in which its process did not run
     placement: RankPlacement | None = None  # None: without moe.placement
     expert_cost: ExpertCost | None = None  # None: no call was timed
+    # Memory of the recurrent states of all sequences that may run at once; None: the model has none
+    state_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ class MeasuredRun:
             process_stalls=(self._stalls.count, self._stalls.seconds),
             routing=self.exporters.routing_report(),
             placement=own_placement(self.model, self.config.moe.placement),
+            state_bytes=self.model.kv_spec.state_bytes * self.scheduler.max_sequences or None,
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
         return run_report(measured, collector, loads, self.topology, self._plan)

@@ -69,6 +69,7 @@ class Measurements:
     process_stalls: tuple[int, float] = (0, 0.0)  # number of them, seconds of all
     routing: RoutingReport | None = None  # of the steps that this rank has recorded
     placement: OwnPlacement | None = None  # None: without moe.placement
+    state_bytes: int | None = None  # as in `RankReport`
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,7 @@ def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
         process_stall_seconds=measured.process_stalls[1],
         placement=rank_placement(measured.placement, profile.loads_after),
         expert_cost=ExpertCost.of(profile.experts),
+        state_bytes=measured.state_bytes,
     )
 
 

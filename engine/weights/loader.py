@@ -103,7 +103,7 @@ def _read_job(name: str, entry: TensorEntry, slot: WeightSlot) -> ReadJob:
         slot = slot.unquantised
     if slot.file_shape is not None:
         entry = replace(entry, shape=tuple(slot.full_shape))
-    return ReadJob(name, entry, slot.target, slot.bounds(), slot.sink)
+    return ReadJob(name, entry, slot.target, slot.bounds(), slot.sink, slot.offset)
 
 
 def _resolve_tied(

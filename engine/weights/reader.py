@@ -60,6 +60,7 @@ class ReadJob:
     target: torch.Tensor  # of the bounds' shape; float32, bfloat16 or float16, on any device
     bounds: tuple[tuple[int, int], ...]  # [start, stop) per dimension of the file's tensor
     sink: RowSink | None = None  # where the values go instead
+    offset: float = 0.0  # added to every value, in float32
 
 
 def read_all(
@@ -169,6 +170,11 @@ def _read_job(job: ReadJob, files: Files, staging: Staging, report: OnProgress) 
     entry, target, sink = job.entry, job.target.detach(), job.sink
     if target.numel() == 0:
         return 0
+    if job.offset:
+        wide = torch.empty(target.shape, dtype=torch.float32)
+        num_bytes = _read_job(replace(job, target=wide, offset=0.0), files, staging, report)
+        target.copy_(wide.add_(job.offset))
+        return num_bytes
 
     def read(part: TensorEntry, memory: torch.Tensor, begin: int) -> None:
         where = f"{job.name} in {part.file}"

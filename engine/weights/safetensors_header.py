@@ -45,6 +45,8 @@ _BITS = {
 }
 _DAMAGED = "the file is damaged; download or copy it again"
 _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
+# Prefixes of the language model beside one that sees images, and what stands for them here.
+_NESTED = {"model.language_model.": _PREFIX, "language_model.": ""}
 
 
 class CheckpointError(ValueError):
@@ -94,15 +96,29 @@ def read_catalog(folder: Path) -> Catalog:
 
 
 def _with_prefix(catalog: Catalog) -> Catalog:
-    """Return the catalog under the names of a model with a head.
+    """Return the catalog under the names of a language model with a head.
 
     A checkpoint that was saved from the base model alone lacks the prefix "model."; transformers
-    adds it.
+    adds it. One that also sees images has the language model under a longer prefix.
     """
-    if _PREFIX + _EMBEDDING in catalog.entries or _EMBEDDING not in catalog.entries:
+    embedding = _PREFIX + _EMBEDDING
+    if embedding in catalog.entries:
+        return catalog
+    nested = next(
+        (
+            outer
+            for outer, inner in _NESTED.items()
+            if outer + embedding.removeprefix(inner) in catalog.entries
+        ),
+        None,
+    )
+    if nested is None and _EMBEDDING not in catalog.entries:
         return catalog
 
     def full(name: str) -> str:
+        if nested is not None:
+            inner = _NESTED[nested]
+            return name.replace(nested, inner, 1) if name.startswith(nested) else name
         return name if name.startswith((_PREFIX, "lm_head.")) else _PREFIX + name
 
     entries = {full(name): entry for name, entry in catalog.entries.items()}

@@ -34,6 +34,8 @@ class WeightSlot:
     file_shape: tuple[int, ...] | None = None
     # Where the values go instead of the target, which is then on the meta device (`row_sink.py`).
     sink: RowSink | None = None
+    # Added to every value, in float32: norms whose weights the files hold as what is above 1.
+    offset: float = 0.0
     # How to read the tensor where the files hold it unquantised in another layout; None: alike.
     unquantised: WeightSlot | None = None
 

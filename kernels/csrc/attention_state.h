@@ -64,6 +64,13 @@ INLINE void add_sinks(const Attention& a, const AttentionItem& item, float* stat
   }
 }
 
+// The first key that a query at a position sees; never falls as positions rise.
+INLINE int64_t first_key(const Attention& a, int64_t position) {
+  const int64_t reached = a.window && position >= a.window ? position - a.window + 1 : 0;
+  const int64_t begun = a.span ? position - position % a.span : 0;
+  return reached > begun ? reached : begun;
+}
+
 // The keys a row sees, [first, last] as positions of the context, for each lane of a block.
 template <int MV>
 struct Visible {
@@ -75,16 +82,15 @@ struct Visible {
     const int64_t computed = item.context_len - item.query_len;
     const int64_t top = computed + item.first_row / a.group;
     highest = computed + (item.first_row + item.rows - 1) / a.group;
-    const int64_t reach = a.window ? a.window - 1 : highest;
-    lowest = top > reach ? top - reach : 0;
-    all_from = highest > reach ? highest - reach : 0;
+    lowest = first_key(a, top);
+    all_from = first_key(a, highest);
     all_to = top;
     for (int m = 0; m < MV; ++m) {
       for (int i = 0; i < W; ++i) {
         const int64_t row = item.first_row + (m * W + i < item.rows ? m * W + i : item.rows - 1);
         const int64_t position = computed + row / a.group;
         last[m][i] = static_cast<int32_t>(position);
-        first[m][i] = static_cast<int32_t>(position > reach ? position - reach : 0);
+        first[m][i] = static_cast<int32_t>(first_key(a, position));
       }
     }
   }

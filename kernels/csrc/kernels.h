@@ -55,7 +55,7 @@ struct Attention {
   int64_t k_block, k_head, k_slot;           // strides of k
   int64_t v_block, v_head, v_slot;           // strides of v
   int64_t heads, group, key_dim, value_dim;  // group: query heads a kv head
-  int64_t block_size, window;                // window 0: unlimited
+  int64_t block_size, window, span;          // 0: unlimited; span: of chunked attention
   float scale;
   const float* sinks;  // a logit per head that weighs in each of its sums, without a value; or null
 };

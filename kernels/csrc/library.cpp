@@ -101,7 +101,7 @@ TORCH_LIBRARY(lockstep_cpu, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, "
       "int[] query_lens, int[] context_lens, float scale, int window, "
-      "Tensor? sinks=None) -> Tensor");
+      "Tensor? sinks=None, int span=0) -> Tensor");
   m.def(
       "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");

@@ -69,7 +69,7 @@ at::Tensor grouped_ffn_quantised(const at::Tensor& x, const at::Tensor& packed13
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                            const at::Tensor& block_table, at::IntArrayRef query_lens,
                            at::IntArrayRef context_lens, double scale, int64_t window,
-                           const std::optional<at::Tensor>& sinks);
+                           const std::optional<at::Tensor>& sinks, int64_t span);
 void store_kv(const at::Tensor& k, const at::Tensor& v, const at::Tensor& k_cache,
               const at::Tensor& v_cache, const at::Tensor& slots);
 at::Tensor silu_and_mul(const at::Tensor& gate_up);

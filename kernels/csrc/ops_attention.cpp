@@ -53,7 +53,8 @@ std::vector<AttentionItem> blocks_of(const Attention& a, int64_t kv_heads,
 at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
                            const at::Tensor& v_cache, const at::Tensor& block_table,
                            at::IntArrayRef query_lens, at::IntArrayRef context_lens, double scale,
-                           int64_t window, const std::optional<at::Tensor>& sinks) {
+                           int64_t window, const std::optional<at::Tensor>& sinks,
+                           int64_t span) {
   check_cache("paged_attention", k_cache, v_cache);
   const at::Tensor q = rows_contiguous(q_in) ? q_in : q_in.contiguous();
   const int64_t kv_heads = k_cache.size(1);
@@ -91,6 +92,7 @@ at::Tensor paged_attention(const at::Tensor& q_in, const at::Tensor& k_cache,
                        v_cache.size(3),
                        k_cache.size(2),
                        window,
+                       span,
                        static_cast<float>(scale),
                        sinks ? sinks->const_data_ptr<float>() : nullptr};
   std::vector<AttentionItem> items =

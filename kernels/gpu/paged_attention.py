@@ -36,7 +36,7 @@ def _sequence_of(
 
 # What changes from step to step must not choose a kernel: compiling one stops every rank.
 @triton.jit(
-    do_not_specialize=["first_sequence", "num_sequences", "window", "table_row"],
+    do_not_specialize=["first_sequence", "num_sequences", "window", "chunk", "table_row"],
     do_not_specialize_on_alignment=[
         "query_start_S1",
         "context_lens_S",
@@ -56,6 +56,7 @@ def _paged_attention_kernel(
     num_sequences,
     scale_log2,
     window,
+    chunk,
     q_token,
     q_head,
     k_block,
@@ -116,7 +117,10 @@ def _paged_attention_kernel(
     acc_MD = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, rows) - 1
     end = computed + last_row // GROUP + 1
-    begin = tl.maximum(computed + first_row // GROUP - window + 1, 0) // BLOCK_N * BLOCK_N
+    # The first key that a row sees; a window or chunk that reaches past position 0 hides none.
+    first_M = tl.maximum(position_M - window + 1, position_M // chunk * chunk)
+    top = computed + first_row // GROUP
+    begin = tl.maximum(top - window + 1, top // chunk * chunk) // BLOCK_N * BLOCK_N
     for key in range(begin, end, BLOCK_N):
         key_N = key + tl.arange(0, BLOCK_N)
         loaded_N = key_N < end
@@ -131,8 +135,7 @@ def _paged_attention_kernel(
             rest_D1 = (rest_D < KEY_DIM)[:, None]
             k_DN = tl.load(k_1N + rest_D[:, None], mask=rest_D1 & loaded_N[None, :], other=0.0)
             scores_MN += tl.dot(q_rest_MD, k_DN, input_precision="ieee")
-        distance_MN = position_M[:, None] - key_N[None, :]
-        seen_MN = (distance_MN >= 0) & (distance_MN < window)
+        seen_MN = (key_N[None, :] <= position_M[:, None]) & (key_N[None, :] >= first_M[:, None])
         scores_MN = tl.where(seen_MN, scores_MN * scale_log2, float("-inf"))
 
         new_peak_M = tl.maximum(peak_M, tl.max(scores_MN, 1))
@@ -171,6 +174,7 @@ def paged_attention_triton(
     scale: float,
     window: int | None,
     sinks_H: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Triton form of `paged_attention`: same arguments and result; needs no copy to the host."""
     num_tokens, num_heads, key_dim = q_THD.shape
@@ -207,6 +211,7 @@ def paged_attention_triton(
             last - first,
             scale * 1.4426950408889634,
             window if window is not None else 2**30,
+            chunk if chunk is not None else 2**30,
             q_THD.stride(0),
             q_THD.stride(1),
             k_cache.stride(0),

@@ -1,4 +1,6 @@
-"""Windows that alternate by layer (gpt-oss) through the whole engine, against transformers.
+"""Windows (gpt-oss) and chunks (Llama 4) of some layers, through the whole engine.
+
+Against transformers.
 
 Run: pytest tests/distributed/test_mixed_windows.py
 """
@@ -18,18 +20,18 @@ from tests.helpers.model_cases import CASES, redraw
 from tests.helpers.ranks import run_ranks
 
 NEW_TOKENS = 9
-# Prompts of several windows (4) and blocks (4), the first of which they share.
+# Prompts of several windows or chunks (4) and blocks (4), the first of which they share.
 SHARED = [(7 * i + 3) % 97 for i in range(14)]
 PROMPTS = [[*SHARED, *own] for own in ([5, 9, 1], [44], [80, 2, 2, 31, 6, 17, 90], [], [3, 3])]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> tuple[Path, list[list[int]]]:
+@pytest.fixture(scope="module", params=["gpt-oss", "llama4"])
+def checkpoint(request, tmp_path_factory) -> tuple[Path, list[list[int]]]:
     """A checkpoint, and how transformers continues the prompts."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_config(
-        CASES["gpt-oss"].config(), attn_implementation="eager"
+        CASES[request.param].config(), attn_implementation="eager"
     )
     redraw(model, torch.Generator().manual_seed(1))
     path, found = tmp_path_factory.mktemp("checkpoint"), []

@@ -26,16 +26,16 @@ def compare(
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
     sinks_H: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> None:
     case.q_THD, case.k_cache = case.q_THD.to(dtype), case.k_cache.to(dtype)
     shared = case.v_cache.shape[3] < case.k_cache.shape[3]
     case.v_cache = case.k_cache[..., : case.v_cache.shape[3]] if shared else case.v_cache.to(dtype)
     scale = case.q_THD.shape[-1] ** -0.5
     on_device = None if sinks_H is None else sinks_H.to(DEVICE)
-    got = run_attention(case, scale=scale, window=window, sinks_H=on_device).cpu()
-    expected = paged_attention_reference(
-        *case.tensors, **case.lens, scale=scale, window=window, sinks_H=sinks_H
-    )
+    masks = {"scale": scale, "window": window, "chunk": chunk}
+    got = run_attention(case, sinks_H=on_device, **masks).cpu()
+    expected = paged_attention_reference(*case.tensors, **case.lens, sinks_H=sinks_H, **masks)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
@@ -61,6 +61,16 @@ def test_dtypes_match_the_reference(dtype, lens):
 def test_sliding_windows_match_the_reference(window, dtype):
     case = paged_case([(1, 70), (20, 60)], heads=2, kv_heads=2, key_dim=16, value_dim=16)
     compare(case, window, dtype=dtype)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 5, 32, 100])
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_match_the_reference(chunk, window, dtype):
+    lens = [(1, 70), (1, 64), (1, 65), (20, 60)]
+    case = paged_case(lens, heads=2, kv_heads=2, key_dim=16, value_dim=16)
+    compare(case, window, dtype, chunk=chunk)
 
 
 @kernel

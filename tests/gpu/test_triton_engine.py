@@ -36,6 +36,9 @@ FAMILIES = {
     "ernie4_5_moe": {"qk_rotary_store", "silu_and_mul"},
     "glm4_moe": {"qk_rotary_store", "silu_and_mul"},
     "gpt_oss": {"qk_rotary_store"},
+    "llama4_text": {"qk_rotary_store", "silu_and_mul"},
+    "qwen3_next": {"qk_rotary_store", "silu_and_mul", "gate_output"},
+    "qwen3_5_moe_text": {"qk_rotary_store", "silu_and_mul", "gate_output"},
 }
 
 

@@ -17,9 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine.distributed.groups import Group
-from engine.layers.attention import Attention, AttentionSpec
+from engine.layers.attention import Attention, AttentionSpec, share_query_scales
 from engine.layers.mla import LatentAttention, MLASpec
 from engine.layers.mlp import DenseMLP
+from engine.layers.query_scale import QueryScale
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.ops import native, triton_support
 from tests.helpers.triton_cases import DEVICE, kernel
@@ -82,7 +83,14 @@ ATTENTION = {
     "olmoe": AttentionSpec(
         hidden=24, num_heads=3, num_kv_heads=3, head_dim=8, qk_norm="projection", clip_qkv=0.7
     ),
-}
+    "llama4 rotary": AttentionSpec(
+        hidden=24, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm="unit", chunk=4
+    ),
+    "llama4 nope": AttentionSpec(
+        hidden=24, num_heads=4, num_kv_heads=2, head_dim=8, rotary=False,
+        query_scale=QueryScale(interval=3, strength=0.5),
+    ),
+}  # fmt: skip
 LATENT = {
     "deepseek direct": MLASpec(
         hidden=24, num_heads=3, q_rank=None, kv_rank=16, nope_dim=6, rope_dim=8, value_dim=5,
@@ -101,6 +109,7 @@ def attention_of(name: str) -> Attention | LatentAttention:
     layer = kind(cast(Any, spec[name]), ALONE, torch.device(DEVICE), torch.float32)
     for parameter in layer.parameters():
         parameter.copy_(torch.randn(parameter.shape) * 0.4)
+    share_query_scales([layer], 16, torch.device(DEVICE))
     return layer
 
 
@@ -178,6 +187,8 @@ def test_attention_is_that_of_the_torch_references(name, lens, reads, monkeypatc
         ("qwen2", 4),
         ("qwen3", 4),
         ("olmoe", 4),
+        ("llama4 rotary", 4),
+        ("llama4 nope", 6),  # the positions' factors, and a product of queries and them
         ("deepseek direct", 7),  # two products with the up-projection and a copy between heads
         ("deepseek latent queries", 9),  # norm and up-projection of the queries
     ],

@@ -53,6 +53,17 @@ _LATENT = {
     "v_head_dim": 6,
     "num_experts_per_tok": 2,
 }
+_LINEAR = {
+    "num_hidden_layers": 4,  # three of linear attention, then one of full attention
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 28,
+    "num_experts_per_tok": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,33 @@ class Case:
         import transformers
 
         return getattr(transformers, f"{self.family}Config")(**{**_SMALL, **self.settings})
+
+    def model(self) -> Any:
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_config(
+            self.config(), attn_implementation="eager"
+        )
+
+
+@dataclass(frozen=True)
+class SeeingCase(Case):
+    """A language model of these settings in a checkpoint of a model that sees images too."""
+
+    def config(self) -> Any:
+        import transformers
+
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+        vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+        return getattr(transformers, f"{self.family}Config")(
+            text_config={**_SMALL, **self.settings}, vision_config=vision
+        )
+
+    def model(self) -> Any:
+        import transformers
+
+        family = getattr(transformers, f"{self.family}ForConditionalGeneration")
+        return family._from_config(self.config(), attn_implementation="eager")
 
 
 def _mixtral(**settings: Any) -> Case:
@@ -171,6 +209,36 @@ def _gpt_oss(**settings: Any) -> Case:
         "rope_parameters": _YARN | {"truncate": False, "factor": 32.0},
     }
     return Case("GptOss", common | settings)
+
+
+def _llama4(**settings: Any) -> Case:
+    common = {
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 40,
+        "num_hidden_layers": 4,
+        "num_local_experts": 6,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 4,
+        "floor_scale": 3,
+        "attn_scale": 0.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    }
+    return Case("Llama4Text", common | settings)
+
+
+def _qwen3_next(**settings: Any) -> Case:
+    common = _LINEAR | {"intermediate_size": 40, "num_experts": 6}
+    return Case("Qwen3Next", common | settings)
+
+
+def _qwen3_5(**settings: Any) -> Case:
+    return Case("Qwen3_5MoeText", _LINEAR | {"num_experts": 6} | settings)
+
+
+def qwen3_5_with_images(**settings: Any) -> Case:
+    """Qwen3.5 as it is published."""
+    return SeeingCase("Qwen3_5Moe", _LINEAR | {"num_experts": 6} | settings)
 
 
 CASES = {
@@ -300,6 +368,69 @@ CASES = {
         rms_norm_eps=1e-3,
         rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
     ),
+    "llama4": _llama4(),
+    "llama4-scout-llama3-rope-odd-chunk-5-experts": _llama4(
+        num_hidden_layers=3,
+        interleave_moe_layer_step=1,
+        no_rope_layers=[0, 1, 1],
+        num_local_experts=5,
+        attention_chunk_size=5,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama4-plain-heads-own-kinds-bias-tied": _llama4(
+        num_hidden_layers=3,
+        moe_layers=[1],
+        layer_types=["full_attention", "chunked_attention", "chunked_attention"],
+        no_rope_layers=[1, 0, 1],
+        use_qk_norm=False,
+        attn_temperature_tuning=False,
+        attention_bias=True,
+        attention_chunk_size=3,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
+    "qwen3-next": _qwen3_next(),
+    "qwen3-next-linear-last-dense-layer-bias-tied": _qwen3_next(
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_conv_kernel_dim=3,
+        mlp_only_layers=[0],
+        attention_bias=True,
+        norm_topk_prob=False,
+        num_key_value_heads=4,
+        num_experts=5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
+    "qwen3-5-moe": _qwen3_5(
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [1, 1, 0],
+            "mrope_interleaved": True,
+        }
+    ),
+    "qwen3-5-moe-one-kv-head-5-experts-tied": _qwen3_5(
+        num_hidden_layers=3,
+        layer_types=["full_attention", "linear_attention", "linear_attention"],
+        num_key_value_heads=1,
+        linear_num_value_heads=6,
+        linear_value_head_dim=5,
+        num_experts=5,
+        num_experts_per_tok=5,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-3,
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -327,6 +458,12 @@ SHARDED_CASES = (
     "ernie4-5-moe-interval-untied-no-shared",
     "gpt-oss",
     "gpt-oss-windows-first-5-experts-one-kv-head-tied",
+    "llama4",
+    "llama4-plain-heads-own-kinds-bias-tied",
+    "qwen3-next",
+    "qwen3-next-linear-last-dense-layer-bias-tied",
+    "qwen3-5-moe",
+    "qwen3-5-moe-one-kv-head-5-experts-tied",
 )
 
 
@@ -349,12 +486,8 @@ def make_reference(
 
     dtype: of the checkpoint; transformers computes in float32, on the weights as they are stored.
     """
-    import transformers
-
     generator = torch.Generator().manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(
-        case.config(), attn_implementation="eager"
-    )
+    model = case.model()
     redraw(model, generator)
     model.eval()
     if dtype != torch.float32:
@@ -364,7 +497,8 @@ def make_reference(
     copy.deepcopy(model).to(dtype).save_pretrained(path, **save)
     sequences, logits = [], []
     for length in PROMPT_LENGTHS:
-        tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
+        vocab_size = model.config.get_text_config().vocab_size
+        tokens = torch.randint(0, vocab_size, (1, length), generator=generator)
         with torch.inference_mode():
             for _ in range(NEW_TOKENS):
                 # Without a cache: the reference is the whole sequence at once.
@@ -382,7 +516,7 @@ def redraw(model: torch.nn.Module, generator: torch.Generator) -> None:
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
                 tensor.copy_(1 + 0.3 * noise)
-            elif name.endswith(("bias", "sinks")):
+            elif name.endswith(("bias", "sinks", "A_log")):
                 tensor.copy_(0.3 * noise)
             elif name.endswith("embed_tokens.weight"):
                 tensor.copy_(noise)

@@ -89,7 +89,12 @@ def run_schedule(
     numbers = list(range(sum(needed)))
     random.Random(0).shuffle(numbers)
     tables = [[numbers.pop() for _ in range(count)] for count in needed]
-    cache = KVCache(model.kv_spec, sum(needed), BLOCK_SIZE, topology.device, model.dtype)
+    spec, state_rows = model.kv_spec, None
+    if spec.has_states:  # not in the order of the sequences
+        state_rows = list(range(len(sequences)))[::-1]
+    cache = KVCache(
+        spec, sum(needed), BLOCK_SIZE, topology.device, model.dtype, num_sequences=len(sequences)
+    )
     logits: dict[int, list[torch.Tensor]] = {s: [] for s in mine}
     for step in schedule:
         pieces = sorted((p for p in step if p[0] in mine), key=lambda p: p[2] != 1 or p[1] == 0)
@@ -97,7 +102,7 @@ def run_schedule(
             length if last is None else min(length, max(0, b + length - len(sequences[s]) + last))
             for s, b, length in pieces
         ]
-        hidden_RD = model(build_step(pieces, sequences, tables, reads), cache)
+        hidden_RD = model(build_step(pieces, sequences, tables, reads, state_rows), cache)
         assert hidden_RD.shape[0] == sum(reads)
         rows = model.logits(hidden_RD).split(reads)
         for (s, _, _), part in zip(pieces, rows, strict=True):
@@ -106,9 +111,18 @@ def run_schedule(
 
 
 def build_step(
-    pieces: list[Piece], sequences: list[list[int]], tables: list[list[int]], reads: list[int]
+    pieces: list[Piece],
+    sequences: list[list[int]],
+    tables: list[list[int]],
+    reads: list[int],
+    state_rows: list[int] | None = None,
 ) -> StepTensors:
-    """Flatten pieces, decodes first, into the model's input. reads: how many of each are read."""
+    """Flatten pieces, decodes first, into the model's input.
+
+    Args:
+        reads: how many of each are read.
+        state_rows: of each sequence, where the model has recurrent states.
+    """
     tokens, positions, slots, start = [], [], [], [0]
     for s, begin, length in pieces:
         span = range(begin, begin + length)
@@ -119,9 +133,12 @@ def build_step(
     context = [begin + length for _, begin, length in pieces]
     width = max((len(tables[s]) for s, _, _ in pieces), default=0)
     some = [i for i, count in enumerate(reads) if count]
+    rows_S = None
+    if state_rows is not None:
+        rows_S = torch.tensor([state_rows[s] for s, _, _ in pieces], dtype=torch.int64)
     ends = [range(start[i + 1] - reads[i], start[i + 1]) for i in some]
 
-    def queries(of: list[int], lens: list[int]) -> Queries:
+    def queries(of: list[int], lens: list[int], states_S: torch.Tensor | None = None) -> Queries:
         padded = [tables[s] + [0] * (width - len(tables[s])) for s, _, _ in (pieces[i] for i in of)]
         return Queries(
             query_start_S1=torch.tensor([0, *lens]).cumsum(0).int(),
@@ -129,6 +146,7 @@ def build_step(
             context_lens=[context[i] for i in of],
             context_lens_S=torch.tensor([context[i] for i in of], dtype=torch.int32),
             block_table_SB=torch.tensor(padded, dtype=torch.int32).view(len(of), width),
+            states_S=states_S,
         )
 
     read = ReadRows(
@@ -139,7 +157,7 @@ def build_step(
         token_ids_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
         slots_T=torch.tensor(slots, dtype=torch.int64),
-        queries=queries(list(range(len(pieces))), [length for _, _, length in pieces]),
+        queries=queries(list(range(len(pieces))), [length for _, _, length in pieces], rows_S),
         read=None if sum(reads) == len(tokens) else read,
     )
 

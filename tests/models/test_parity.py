@@ -112,12 +112,19 @@ def check_ranks(reference: Reference, world: int, **parallel: int) -> None:
         check(reference, together)
 
 
-@pytest.mark.parametrize("case", SHARDED_CASES)
+# Of two cases of one family, one runs in `make test-long`.
+LONG = ("qwen3-next", "qwen3-5-moe-one-kv-head-5-experts-tied")
+SHARDED = [
+    pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in SHARDED_CASES
+]
+
+
+@pytest.mark.parametrize("case", SHARDED)
 def test_two_expert_parallel_ranks_agree_with_transformers(case, references):
     check_ranks(references(case), 2)
 
 
-@pytest.mark.parametrize("case", SHARDED_CASES)
+@pytest.mark.parametrize("case", SHARDED)
 def test_two_tensor_parallel_ranks_agree_with_transformers(case, references):
     check_ranks(references(case), 2, tensor=2)
 
@@ -126,7 +133,7 @@ def test_three_ranks_share_five_experts(references):
     check_ranks(references("mixtral-5-experts-top-1"), 3)
 
 
-@pytest.mark.parametrize("case", ["glm4-moe", "minimax-m2", "ernie4-5-moe"])
+@pytest.mark.parametrize("case", ["glm4-moe", "minimax-m2", "ernie4-5-moe", "qwen3-next", "llama4"])
 def test_three_expert_parallel_ranks_agree_with_transformers(case, references):
     check_ranks(references(case), 3)
 
@@ -149,7 +156,7 @@ def test_more_ranks_than_sequences_leaves_some_with_nothing_to_do(references):
     check_ranks(alone, 2)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2-moe", "qwen3-5-moe"])
 def test_experts_stacked_in_two_tensors_load_as_well(case, tmp_path):
     reference = make_reference(CASES[case], tmp_path, save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in read_catalog(tmp_path).entries

@@ -16,6 +16,7 @@ from transformers import AutoConfig, GPT2Config
 
 from engine.config import Config, ModelConfig
 from engine.layers.attention import AttentionSpec
+from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
 from engine.models import registry
 from engine.models.registry import model_length, read_config, read_spec, supported_model_types
@@ -182,6 +183,53 @@ def test_the_published_gpt_oss_120b_configuration_is_understood(tmp_path):
     assert model_length(config, None) == 131072
 
 
+def test_the_published_qwen3_next_configuration_is_understood(tmp_path):
+    config = published(
+        tmp_path,
+        architectures=["Qwen3NextForCausalLM"],
+        model_type="qwen3_next",
+        attention_bias=False,
+        decoder_sparse_step=1,
+        full_attention_interval=4,
+        head_dim=256,
+        hidden_act="silu",
+        hidden_size=2048,
+        intermediate_size=5120,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_value_head_dim=128,
+        max_position_embeddings=262144,
+        mlp_only_layers=[],
+        moe_intermediate_size=512,
+        norm_topk_prob=True,
+        num_attention_heads=16,
+        num_experts=512,
+        num_experts_per_tok=10,
+        num_hidden_layers=48,
+        num_key_value_heads=2,
+        partial_rotary_factor=0.25,
+        rms_norm_eps=1e-06,
+        rope_scaling=None,
+        rope_theta=10000000,
+        shared_expert_intermediate_size=512,
+        tie_word_embeddings=False,
+        vocab_size=151936,
+    )
+    spec = read_spec(config)
+    linear, full = spec.layers[0].attention, spec.layers[3].attention
+    assert isinstance(linear, GatedDeltaSpec) and isinstance(full, AttentionSpec)
+    assert [layer.attention for layer in spec.layers] == [linear, linear, linear, full] * 12
+    assert linear.by_key_head and (linear.channels, linear.values) == (8192, 4096)
+    assert full.output_gate and full.qk_norm == "head" and full.norm_offset == 1.0
+    assert spec.rotary_dim == 64 and spec.norm_offset == 1.0
+    sparse = spec.layers[0].mlp
+    assert isinstance(sparse, SparseSpec) and sparse.shared == DenseSpec(ffn=512)
+    assert sparse.shared_gate and sparse.moe.router.normalize
+    assert (sparse.moe.router.num_experts, sparse.moe.router.top_k) == (512, 10)
+
+
 def test_layers_follow_moe_layer_freq():
     config = CASES["deepseek-v2-lite"].config()
     config.num_hidden_layers, config.moe_layer_freq = 6, 2
@@ -211,6 +259,11 @@ def test_an_unknown_model_type_is_refused_with_the_known_ones():
         ("gpt-oss", "sliding_window", None, "sliding_window: None .* whole number from 1"),
         ("gpt-oss", "sliding_window", 0, "sliding_window: 0 .* whole number from 1"),
         ("gpt-oss", "hidden_act", "gelu", "hidden_act: 'gelu'"),
+        ("llama4", "layer_types", ["full_attention"] * 3, "layer_types: .* must have 4 entries"),
+        ("llama4", "layer_types", ["sliding_attention"] * 4, "layer_types: .* 'chunked_attention'"),
+        ("llama4", "no_rope_layers", [1, 0], "no_rope_layers: .* one entry per layer, 4"),
+        ("llama4", "attention_chunk_size", None, "attention_chunk_size .*null"),
+        ("llama4", "num_experts_per_tok", 2, "num_experts_per_tok: 2 .* only 1"),
         ("minimax-m2", "attn_type_list", [1, 0], "attn_type_list: .* full attention alone"),
         *(
             (case, "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, message)
@@ -310,6 +363,9 @@ NUM_EXPERTS = {
     "glm4-moe": "n_routed_experts",
     "minimax-m2": "num_local_experts",
     "gpt-oss": "num_local_experts",
+    "llama4": "num_local_experts",
+    "qwen3-next": "num_experts",
+    "qwen3-5-moe": "num_experts",
 }
 
 
@@ -323,14 +379,14 @@ def test_numbers_of_experts_are_whole_numbers_named_by_field(tmp_path, case, val
         if (
             value == 0
             and value is not False
-            and case in ("olmoe", "mixtral", "minimax-m2", "gpt-oss")
+            and case in ("olmoe", "mixtral", "minimax-m2", "gpt-oss", "llama4")
         ):
             assert "num_experts_per_tok" in text and "must be" in text
             continue
         assert f"{field} = " in text and "in config.json: must be a whole number from" in text
 
 
-@pytest.mark.parametrize("case", ["qwen2-moe", "qwen3-moe"])
+@pytest.mark.parametrize("case", ["qwen2-moe", "qwen3-moe", "qwen3-next"])
 def test_a_qwen_model_of_0_experts_is_dense_as_in_transformers(tmp_path, case):
     zero = {"num_local_experts": 0} if case == "qwen3-moe" else {"num_experts": 0}
     (tmp_path / "config.json").write_text(altered(case, **zero))

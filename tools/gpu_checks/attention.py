@@ -33,6 +33,12 @@ class Heads:
     width: int
     value_width: int | None = None  # latent attention: the value is the first part of the key
     window: int | None = None
+    chunk: int | None = None
+
+    def seen(self, context: int) -> int:
+        """Return how many keys the last query of a context sees."""
+        in_window = min(context, self.window or context)
+        return min(in_window, (context - 1) % self.chunk + 1) if self.chunk else in_window
 
 
 HEADS = (
@@ -42,6 +48,7 @@ HEADS = (
     ),
     Heads(name="latent 576/512", heads=16, kv_heads=1, width=576, value_width=512),
     Heads(name="head size 128, window 4096", heads=16, kv_heads=4, width=128, window=4096),
+    Heads(name="head size 128, chunk 8192", heads=16, kv_heads=4, width=128, chunk=8192),
 )
 
 
@@ -89,9 +96,9 @@ def _bandwidth(settings: Settings, heads: Heads, contexts: list[int], name: str)
     inputs, options = _inputs(settings.device, heads, [1] * len(contexts), contexts)
     run = lambda: paged_attention.paged_attention(*inputs, **options)  # noqa: E731
     seconds = seconds_of(run, settings.device, rounds=2 if settings.is_tiny else 9)
-    # A latent key holds the value; a window reads no more than its tokens.
+    # A latent key holds the value; a window and a chunk read no more than their tokens.
     values = heads.width if heads.value_width is None else 0
-    read = sum(min(context, heads.window or context) for context in contexts)
+    read = sum(heads.seen(context) for context in contexts)
     total = read * heads.kv_heads * (heads.width + values) * BYTES
     return figure(GROUP, name, total / seconds / 1e9, f"{total / 1e6:.0f} MB in {seconds:.2e} s")
 
@@ -126,4 +133,5 @@ def _inputs(
         "context_lens": context_lens,
         "scale": heads.width**-0.5,
         "window": heads.window,
+        "chunk": heads.chunk,
     }

@@ -55,7 +55,8 @@ def started(
 
 
 @pytest.mark.parametrize(
-    ("family", "parallel"), [("qwen3_moe", {}), ("deepseek_v2", {"tensor": 2})]
+    ("family", "parallel"),
+    [("qwen3_moe", {}), ("deepseek_v2", {"tensor": 2}), ("llama4_text", {})],
 )
 def test_every_kernel_and_collective_runs_once_before_the_cache_is_sized(
     guard, checkpoint, family, parallel

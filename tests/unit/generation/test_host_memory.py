@@ -201,6 +201,57 @@ def test_a_kv_cache_larger_than_what_is_free_is_refused_with_what_is(monkeypatch
     assert (blocks(kv_cache_gib=4.0), blocks(kv_cache_blocks=4096)) == (4096, 4096)
 
 
+def test_recurrent_states_take_their_memory_before_the_kv_cache(monkeypatch):
+    free = FreeMemory(8 * GIB, "/box/memory.max")
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+
+    def blocks(state_mib: int, **settings) -> int:
+        return memory.num_kv_blocks(
+            SchedulerConfig(**settings),
+            bytes_per_block=1 << 20,
+            max_model_len=4096,
+            reserve_bytes=0,
+            device=torch.device("cpu"),
+            local_world_size=2,
+            state_bytes=state_mib << 20,
+        )
+
+    # A quarter of 8 GiB for two ranks is 1,024 MiB, and all of it 4,096 MiB per rank.
+    assert (blocks(0), blocks(8), blocks(8, max_sequences=100)) == (1024, 512, 224)
+    assert blocks(8, max_batch_tokens=20) == 864, "no more sequences run than a step has tokens"
+    assert blocks(8, kv_cache_blocks=3584) == 3584 and blocks(8, kv_cache_gib=3.5) == 3584
+    for settings, text in (
+        (
+            {"max_sequences": 128},
+            "scheduler.max_sequences: 128 does not fit: the recurrent states of 128 sequences "
+            "would take 1.00 GiB, and 1.00 GiB are free for them and the KV cache on cpu (limited "
+            "by /box/memory.max); give at most 127, or use more ranks",
+        ),
+        (
+            {"max_sequences": 512, "kv_cache_blocks": 1},
+            "scheduler.max_sequences: 512 does not fit: the recurrent states of "
+            "512 sequences would take 4.00 GiB, and 4.00 GiB are free for them and the KV cache on "
+            "cpu for each of the 2 ranks here (limited by /box/memory.max); give at most 511",
+        ),
+        (
+            {"kv_cache_blocks": 3585},
+            "scheduler.kv_cache_blocks: 3585 does not fit: the KV cache would take 3.50 GiB beside "
+            "0.50 GiB of recurrent states and 4.00 GiB are free",
+        ),
+        ({"kv_cache_gib": 3.6}, "give at most 3.50, or null"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            blocks(8, **settings)
+        assert text in str(caught.value)
+    with pytest.raises(
+        ValueError, match=r"^scheduler\.max_sequences: 64 .* cpu .*; use more ranks"
+    ):
+        blocks(1024)
+    free = FreeMemory(1 << 20)
+    with pytest.raises(ValueError, match=r"^scheduler\.kv_cache_gib: no memory is left"):
+        blocks(8)
+
+
 def test_a_real_limit_of_this_machine_is_seen(tmp_path):
     tree = Path("/sys/fs/cgroup/memory")
     if not tree.is_dir():

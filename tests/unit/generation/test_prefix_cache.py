@@ -9,15 +9,25 @@ prefixes.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Literal, cast
 
 import pytest
 
+from engine.config import Config, ModelConfig, SchedulerConfig
 from engine.generation.block_pool import BlockPool
-from engine.generation.prefix_cache import extend_hashes
+from engine.generation.prefix_cache import (
+    extend_hashes,
+    may_share_prefixes,
+    resolve_prefix_cache,
+)
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import Sequence
 from engine.generation.step import Step
+from engine.layers.attention import AttentionSpec
+from engine.layers.gated_delta import GatedDeltaSpec
+from engine.models.spec import ModelSpec
 from engine.request import Request, RequestError, SamplingParams
+from tools.make_random_checkpoint import make_checkpoint
 
 PREFIX = list(range(100, 112))  # three blocks of 4
 
@@ -224,3 +234,43 @@ def test_cached_tokens_of_a_completion_are_prompt_tokens_that_did_not_run(length
         assert own + done.cached_tokens == length + 3
         assert done.record()["usage"].get("cached_tokens", 0) == done.cached_tokens
     assert sequences[1].completion().cached_tokens == 12
+
+
+# --- the setting ------------------------------------------------------------------------------
+
+
+def spec_of(*attentions: object) -> ModelSpec:
+    return cast(
+        ModelSpec, SimpleNamespace(layers=[SimpleNamespace(attention=x) for x in attentions])
+    )
+
+
+def test_auto_is_off_where_a_layer_has_recurrent_states_and_true_is_refused():
+    linear = GatedDeltaSpec(
+        hidden=8,
+        num_key_heads=1,
+        num_value_heads=1,
+        key_dim=4,
+        value_dim=4,
+        conv_width=4,
+        norm_eps=1e-6,
+    )
+    plain = AttentionSpec(hidden=8, num_heads=1, num_kv_heads=1, head_dim=8)
+    found = [resolve_prefix_cache(each, spec_of(plain)) for each in ("auto", True, False)]
+    assert found == [True, True, False]
+    mixed = spec_of(linear, plain)
+    assert not resolve_prefix_cache("auto", mixed) and not resolve_prefix_cache(False, mixed)
+    with pytest.raises(ValueError, match=r"^scheduler\.prefix_cache = true: .*auto or false"):
+        resolve_prefix_cache(True, mixed)
+
+
+def test_a_job_shares_prefixes_by_the_config_of_its_checkpoint(tmp_path):
+    missing = Config(model=ModelConfig(path=str(tmp_path / "none")))
+    assert may_share_prefixes(missing), "loading the model says what is wrong"
+    path = tmp_path / "mixtral"
+    make_checkpoint("mixtral", path)
+    settings: list[tuple[bool | Literal["auto"], bool]] = [("auto", True), (False, False)]
+    for setting, expected in settings:
+        scheduler = SchedulerConfig(prefix_cache=setting)
+        config = Config(model=ModelConfig(path=str(path)), scheduler=scheduler)
+        assert may_share_prefixes(config) is expected

@@ -16,14 +16,15 @@ BLOCK_SIZE = 4
 
 
 def piece(blocks: list[int], start: int, length: int, read: int) -> Slice:
-    """Tokens 100 * first block + position."""
+    """Tokens 100 * first block + position; the row of states is the last block."""
     tokens = [100 * blocks[0] + p for p in range(BLOCK_SIZE * len(blocks))]
-    seq = SimpleNamespace(token_ids=tokens, block_ids=blocks)
+    seq = SimpleNamespace(token_ids=tokens, block_ids=blocks, state_row=blocks[-1])
     return cast(Slice, SimpleNamespace(seq=seq, start=start, length=length, num_read=read))
 
 
-def runner(model: Any = None) -> Runner:
-    cache: Any = SimpleNamespace(block_size=BLOCK_SIZE)
+def runner(model: Any = None, has_states: bool = False) -> Runner:
+    spec = SimpleNamespace(has_states=has_states)
+    cache: Any = SimpleNamespace(block_size=BLOCK_SIZE, spec=spec)
     return Runner(model, cache, torch.device("cpu"))
 
 
@@ -56,6 +57,31 @@ def test_a_step_is_flattened_with_the_slots_of_its_keys():
     on_device = (all_of.query_start_S1, all_of.context_lens_S, all_of.block_table_SB)
     assert {tensor.dtype for tensor in on_device} == {torch.int32}
     assert {step.token_ids_T.dtype, step.positions_T.dtype, step.slots_T.dtype} == {torch.int64}
+
+
+def test_every_sequence_of_a_step_has_its_row_of_the_states_in_the_one_copy(monkeypatch):
+    copies = []
+
+    def all_to_device(hosts, device):
+        copies.append(len(hosts))
+        return list(hosts)
+
+    monkeypatch.setattr("engine.generation.runner.all_to_device", all_to_device)
+    for slices in (STEP, STEP[:2], STEP[2:3], []):  # read in part, whole, not at all, empty
+        plain = runner().build(slices)
+        assert plain.queries.states_S is None
+        step = runner(has_states=True).build(slices)
+        states_S = step.queries.states_S
+        assert states_S is not None and states_S.dtype == torch.int64
+        assert states_S.tolist() == [piece.seq.block_ids[-1] for piece in slices]
+        assert copies[-1] == copies[-2] + 1
+        assert step.slots_T.tolist() == plain.slots_T.tolist()
+        assert (step.read is None) == (plain.read is None)
+        if step.read is not None and plain.read is not None:
+            assert step.read.queries.states_S is None
+            assert step.read.rows_R.tolist() == plain.read.rows_R.tolist()
+            contexts = step.read.queries.context_lens_S.tolist()
+            assert contexts == plain.read.queries.context_lens_S.tolist()
 
 
 def test_sequences_that_are_not_read_have_no_queries_in_the_last_layer():

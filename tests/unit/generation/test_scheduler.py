@@ -4,7 +4,8 @@ Run: pytest tests/unit/generation/test_scheduler.py
 
 `PagedModel` keeps token ids where a real one keeps keys and values; its next token is a hash of the
 context read back through the sequence's blocks. So a block shared, lost, misplaced or not computed
-again after a preemption changes the tokens. `alone` is the same without cache or scheduler.
+again after a preemption changes the tokens. Where sequences have a row of recurrent states, its
+state is all the tokens that have run on it. `alone` is the same without cache or scheduler.
 """
 
 from __future__ import annotations
@@ -47,10 +48,20 @@ class PagedModel:
     def __init__(self, pool: BlockPool) -> None:
         self.block_size = pool.block_size
         self.cache: list[int | None] = [None] * (pool.num_blocks * pool.block_size)
+        self.states: dict[int, list[int]] = {}  # row -> tokens
 
     def slot(self, seq: Sequence, position: int) -> int:
         block = seq.block_ids[position // self.block_size]
         return block * self.block_size + position % self.block_size
+
+    def advance(self, piece: Slice) -> None:
+        row, end = piece.seq.state_row, piece.start + piece.length
+        if row is None:
+            return
+        if not piece.start:
+            self.states[row] = []  # whatever it held
+        self.states[row] += piece.seq.token_ids[piece.start : end]
+        assert self.states[row] == piece.seq.token_ids[:end]
 
     def run(self, step: Step) -> tuple[list[int], list[float], list[float]]:
         contexts: list[tuple[Sequence, int]] = []  # of every row
@@ -58,6 +69,7 @@ class PagedModel:
             for position in range(piece.start, piece.start + piece.length):
                 self.cache[self.slot(piece.seq, position)] = piece.seq.token_ids[position]
                 contexts.append((piece.seq, position))
+            self.advance(piece)
         assert len(contexts) == step.num_tokens
 
         def read(row: int) -> list:
@@ -100,9 +112,18 @@ def alone(request: Request, max_model_len: int) -> Completion:
     )
 
 
-def make_scheduler(blocks=64, block_size=4, tokens=64, sequences=8, max_model_len=1000, cache=True):
+def make_scheduler(
+    blocks=64,
+    block_size=4,
+    tokens=64,
+    sequences=8,
+    max_model_len=1000,
+    cache=True,
+    has_states=False,
+):
     config = SimpleNamespace(max_batch_tokens=tokens, max_sequences=sequences, prefix_cache=cache)
-    return Scheduler(config, BlockPool(blocks, block_size), max_model_len)  # type: ignore[arg-type]
+    pool = BlockPool(blocks, block_size)
+    return Scheduler(config, pool, max_model_len, has_states=has_states)  # type: ignore[arg-type]
 
 
 def make(index: int, prompt: int | list[int], **params) -> Sequence:
@@ -318,6 +339,72 @@ def test_an_empty_scheduler_gives_an_empty_step():
     assert not scheduler.has_work
 
 
+# --- recurrent states --------------------------------------------------------------------------
+
+
+def test_a_sequence_keeps_its_row_of_states_over_chunks_and_the_lowest_free_row_comes_next():
+    scheduler = make_scheduler(tokens=6, sequences=4, has_states=True)
+    for index, (prompt, new) in enumerate([(1, 9), (1, 2), (9, 9)]):
+        scheduler.add(make(index, prompt, max_new_tokens=new))
+    rows = []
+    for _ in range(4):
+        step = scheduler.schedule()
+        rows.append([(piece.seq.request.index, piece.seq.state_row) for piece in step.slices])
+        commit(scheduler, step)
+        if len(rows) == 2:
+            scheduler.add(make(3, 2, max_new_tokens=9))
+    assert rows == [
+        [(0, 0), (1, 1), (2, 2)],
+        [(0, 0), (1, 1), (2, 2)],  # the second ends
+        [(0, 0), (2, 2), (3, 1)],
+        [(0, 0), (2, 2), (3, 1)],
+    ]
+
+
+def test_a_row_of_states_is_given_back_when_a_sequence_ends_fails_or_is_preempted():
+    scheduler = make_scheduler(blocks=8, block_size=2, tokens=8, sequences=3, has_states=True)
+    seqs = [make(index, 2, max_new_tokens=2 if index == 1 else 6) for index in range(5)]
+    for seq in seqs:
+        scheduler.add(seq)
+    step = scheduler.schedule()
+    assert [seq.state_row for seq in seqs] == [0, 1, 2, None, None]
+    scheduler.abort(seqs[0], NOT_FINITE)
+    assert seqs[0].state_row is None
+    commit(scheduler, step)
+    step = scheduler.schedule()
+    assert [seq.state_row for seq in seqs] == [None, 1, 2, 0, None]
+    commit(scheduler, step)  # the second ends
+    scheduler._preempt(scheduler.running.pop())
+    assert [seq.state_row for seq in seqs] == [None, None, 2, None, None]
+    step = scheduler.schedule()
+    assert [(seqs[3].state_row, piece.start) for piece in step.slices if piece.seq is seqs[3]] == [
+        (0, 0)
+    ]
+    while scheduler.has_work:
+        commit(scheduler, step)
+        step = scheduler.schedule()
+    assert sorted(scheduler._free_rows) == [0, 1, 2]
+
+
+def test_models_without_states_hand_out_no_rows():
+    scheduler = make_scheduler()
+    seq = make(0, 3)
+    scheduler.add(seq)
+    scheduler.schedule()
+    assert seq.state_row is None and scheduler._free_rows == []
+
+
+def test_nothing_is_shared_between_sequences_with_states():
+    prompt = list(range(12))
+    for has_states in (False, True):
+        scheduler = make_scheduler(has_states=has_states)
+        for index in range(2):
+            scheduler.add(make(index, prompt, max_new_tokens=1))
+        step = scheduler.schedule()
+        assert [piece.start for piece in step.slices] == ([0, 0] if has_states else [0, 8])
+        assert [piece.seq.num_cached for piece in step.slices] == [p.start for p in step.slices]
+
+
 # --- what can never run, and what ends early --------------------------------------------------
 
 
@@ -459,6 +546,7 @@ def workloads(draw):
         "sequences": draw(st.integers(1, 8)),
         "max_model_len": max_model_len,
         "cache": draw(st.booleans()),
+        "has_states": draw(st.booleans()),
     }
     arrivals = [draw(st.integers(0, 20)) for _ in requests]
     return limits, requests, sorted(arrivals)
@@ -476,7 +564,11 @@ def check_blocks(scheduler: Scheduler) -> None:
             known = seq.token_ids[: (index + 1) * size]
             assert owned.setdefault(block, known) == known
     assert len(owned) == pool.num_blocks - pool.num_free
+    has_states = scheduler._has_states
+    rows = [seq.state_row for seq in scheduler.running if seq.state_row is not None]
+    assert len(set(rows)) == len(rows) == (len(scheduler.running) if has_states else 0)
     for seq in scheduler.waiting:
+        assert seq.state_row is None
         assert (seq.block_ids, seq.num_computed, seq.status) == ([], 0, Status.WAITING)
     for seq in scheduler.running:
         assert seq.status is Status.RUNNING
@@ -563,7 +655,8 @@ def test_every_request_finishes_once_with_the_tokens_it_has_alone(workload):
         assert (request.index in refused) == (too_long or too_large)
 
 
-def test_heavy_preemption_loses_nothing():
+@pytest.mark.parametrize("has_states", [False, True])
+def test_heavy_preemption_loses_nothing(has_states):
     requests = [
         Request(
             index=index,
@@ -574,6 +667,7 @@ def test_heavy_preemption_loses_nothing():
         for index in range(12)
     ]
     limits = {"blocks": 20, "block_size": 2, "tokens": 16, "sequences": 8, "max_model_len": 100}
+    limits["has_states"] = has_states
     done, refused, scheduler = drive(limits, requests, [0] * 12)
     assert refused == []
     assert scheduler.num_preemptions >= 5

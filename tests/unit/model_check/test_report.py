@@ -292,6 +292,18 @@ def test_gpt_oss_has_windows_in_half_of_its_layers_and_copies_in_its_own_precisi
     assert found["capacity"]["copies"].startswith("yes, in the model's precision; ")
 
 
+def test_llama4_has_chunks_in_its_rotary_layers_and_its_head_beside_the_embedding(tmp_path):
+    text = {"num_hidden_layers": 4, "num_local_experts": 8, "tie_word_embeddings": False}
+    config = {"model_type": "llama4", "text_config": text, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = check(tmp_path, (8,))
+    assert found["family"] == "engine.models.families.llama4"
+    assert "chunk 8192 in 3 of 4 layers" in "\n".join(lines_of(found))
+    sizes = rows(found)[8]["bytes"]
+    assert sizes["embedding, head"] == 2 * 202048 * 5120 * 2
+    assert sizes["experts"] == 4 * 3 * 5120 * 8192 * 2
+
+
 def test_shapes_beyond_any_memory_are_a_problem(tmp_path):
     config, tensors = olmoe_7b()
     config |= {"hidden_size": 2**31 - 1, "intermediate_size": 2**31 - 1, "head_dim": 128}

@@ -123,6 +123,30 @@ def test_gpt_oss_in_mxfp4_has_its_rows_parted(tmp_path):
     assert_biases_are_apart(weights, tensors)
 
 
+def test_llama4s_stacked_experts_are_turned(tmp_path):
+    tensors = {
+        f"{PREFIX}.gate_up_proj": drawn(EXPERTS, HIDDEN, 2 * FFN),
+        f"{PREFIX}.down_proj": drawn(EXPERTS, FFN, HIDDEN),
+    }
+    weights = load(tmp_path, ExpertForm(), tensors, MoENames(transposed=True)).experts.stacked
+    assert torch.equal(weights.w13_e2FD, tensors[f"{PREFIX}.gate_up_proj"].mT[LOCAL])
+    assert torch.equal(weights.w2_eDF, tensors[f"{PREFIX}.down_proj"].mT[LOCAL])
+
+
+def test_llama4s_experts_one_by_one_are_as_any_others(tmp_path):
+    parts = {"gate_proj": (FFN, HIDDEN), "up_proj": (FFN, HIDDEN), "down_proj": (HIDDEN, FFN)}
+    tensors = {
+        f"{PREFIX}.{e}.{name}.weight": drawn(*shape) + e
+        for e in range(EXPERTS)
+        for name, shape in parts.items()
+    }
+    weights = load(tmp_path, ExpertForm(), tensors, MoENames(transposed=True)).experts.stacked
+    for local, e in enumerate(LOCAL):
+        gate, up, down = (tensors[f"{PREFIX}.{e}.{name}.weight"] for name in parts)
+        assert torch.equal(weights.w13_e2FD[local], torch.cat((gate, up)))
+        assert torch.equal(weights.w2_eDF[local], down)
+
+
 def test_gpt_oss_of_another_width_is_refused_with_the_shape_of_its_layout(tmp_path):
     tensors = biases() | {
         f"{PREFIX}.gate_up_proj": drawn(EXPERTS, HIDDEN, 2 * FFN),

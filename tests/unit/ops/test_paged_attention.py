@@ -15,8 +15,15 @@ PREFILL = [(5, 5), (33, 33), (64, 64), (100, 100)]
 MIXED = [(1, 40), (1, 129), (7, 90), (70, 70), (2, 2)]
 
 
-def compare(case, isa: str, window: int | None = None, sinks_H: torch.Tensor | None = None) -> None:
+def compare(
+    case,
+    isa: str,
+    window: int | None = None,
+    sinks_H: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> None:
     options = {"scale": case.q_THD.shape[-1] ** -0.5, "window": window, "sinks_H": sinks_H}
+    options["chunk"] = chunk
     expected = paged_attention_reference(*case.tensors, **case.lens, **options)
     with on_isa(isa):
         got = paged_attention(*case.tensors, **case.lens, **options)
@@ -100,6 +107,35 @@ def test_sliding_windows_match_the_reference(isa, window):
     compare(case, isa, window)
 
 
+def test_reference_chunks_are_those_of_masked_attention():
+    case = paged_case([(9, 9)], heads=2, kv_heads=2, key_dim=16, value_dim=16)
+    got = paged_attention_reference(*case.tensors, **case.lens, scale=0.25, window=None, chunk=4)
+    block = int(case.block_table_SB[0, 0])
+    k, v = case.k_cache[block, :, :9], case.v_cache[block, :, :9]
+    number = torch.arange(9)
+    seen = (number[:, None] // 4 == number // 4) & (number[:, None] >= number)
+    expected = F.scaled_dot_product_attention(case.q_THD.transpose(0, 1), k, v, seen)
+    torch.testing.assert_close(got, expected.transpose(0, 1))
+
+
+@each_isa
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64, 65, 130, 1000])
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_match_the_reference(isa, chunk, window):
+    case = paged_case(
+        [(1, 300), (1, 256), (1, 257), (130, 130), (40, 200)],
+        heads=4, kv_heads=2, key_dim=16, value_dim=16,
+    )  # fmt: skip
+    compare(case, isa, window, chunk=chunk)
+
+
+@each_isa
+@pytest.mark.parametrize("lens", [[(1, 2500)], [(60, 1030)], [(1, 3000), (3, 20)]])
+def test_chunks_of_long_contexts_match_the_reference(isa, lens):
+    case = paged_case(lens, heads=2, kv_heads=1, key_dim=16, value_dim=16)
+    compare(case, isa, chunk=1027)
+
+
 @each_isa
 @pytest.mark.parametrize("block_size", [1, 4, 10, 16, 32, 100])
 def test_block_sizes_match_the_reference(isa, block_size):
@@ -161,10 +197,11 @@ def test_a_sequence_gives_the_same_bits_alone_and_in_any_batch(isa, threads, win
 
 
 @each_isa
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (40, None), (None, 40)])
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-def test_prefill_in_chunks_and_token_by_token_gives_the_same_bits(isa, window, sinks):
+def test_prefill_in_chunks_and_token_by_token_gives_the_same_bits(isa, window, chunk, sinks):
     options = {"scale": 0.2, "window": window, "sinks_H": torch.randn(4) if sinks else None}
+    options["chunk"] = chunk
     case = paged_case([(150, 150)], heads=4, kv_heads=2, key_dim=32, value_dim=32)
 
     def run(first: int, last: int) -> torch.Tensor:

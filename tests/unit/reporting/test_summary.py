@@ -285,7 +285,7 @@ def test_the_plan_is_printed_and_written_where_there_is_one():
         layers=[PlanLayerReport(3, 0.98, 0.8, 0.25)],
         text=["Placement plan.yaml: share 0.80", "Plan again: [loads] have drifted"],
     )
-    first = replace(rank(0), expert_cost=ExpertCost([2], [64.0], [0.001]))
+    first = replace(rank(0), expert_cost=ExpertCost([2], [64.0], [0.001]), state_bytes=4096)
     job = summary(run_report(first, rank(1), plan=plan))
     out = console()
     print_summary(out, job)
@@ -299,7 +299,8 @@ def test_the_plan_is_printed_and_written_where_there_is_one():
     )
     assert run["plan"]["layers"] == [{"layer": 3, "promised": 0.98, "share": 0.8, "distance": 0.25}]
     assert run["ranks"][0]["expert_cost"] == {"calls": [2], "rows": [64.0], "seconds": [0.001]}
-    assert "expert_cost" not in run["ranks"][1]
+    assert run["ranks"][0]["state_bytes"] == 4096
+    assert not {"expert_cost", "state_bytes"} & set(run["ranks"][1])
 
 
 def test_the_file_with_the_error_records_is_named_where_it_is_another():

@@ -104,6 +104,17 @@ def test_a_strided_destination_is_filled_and_its_neighbours_are_not(tmp_path, dt
     assert (stacked[:, :2] == 7).all() and (stacked[:, 6:] == 7).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_offset_is_added_in_float32_before_rounding(tmp_path, dtype):
+    source = torch.tensor([0.0, -0.75, 2**-9 + 2**-12, -1.0], dtype=torch.bfloat16)
+    save(tmp_path, {"w": source})
+    target = torch.zeros(3, dtype=dtype)
+    shifted = slot("w", target, (4,), (slice(1, 4),), offset=1.0)
+    load_weights(tmp_path, [shifted])
+    assert torch.equal(target, (source[1:].float() + 1).to(dtype))
+    assert target[0] == 0.25 and target[2] == 0
+
+
 def test_a_parameter_that_requires_grad_is_filled(tmp_path):
     save(tmp_path, {"w": torch.ones(3, 3)})
     parameter = torch.nn.Parameter(torch.zeros(3, 3))
