@@ -28,8 +28,8 @@ from engine.config import (
 from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout, layout_policy
 from engine.request import Completion, SamplingParams
-from tests.helpers.batch_case import infer, records, report
-from tests.helpers.ranks import run_ranks
+from tests.helpers.batch_case import committed, infer, records, report
+from tests.helpers.ranks import RanksFailed, run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
 DRAW = random.Random(7)
@@ -225,6 +225,22 @@ def test_what_states_do_not_allow_is_refused_with_what_to_do(
     assert code and other
     assert re.search(text, said.replace("\n", " ")), said
     assert "Traceback" not in said
+
+
+def test_a_job_that_was_killed_has_the_same_records_when_it_is_resumed(job: list[str]) -> None:
+    argv = [*job, "--set", "scheduler.max_sequences=3", "--set", "scheduler.max_batch_tokens=32"]
+    output = Path(job[-1])
+    with pytest.raises(RanksFailed):
+        run_ranks(infer, 1, argv, (0, 2, "kill after"))
+    before = len(committed(output, 1))
+    assert 0 < before < len(PROMPTS)
+    ((code, out, said),) = run_ranks(infer, 1, argv)
+    assert code == 0, said
+    assert f"{before} of them by earlier runs" in out
+    resumed = [record["token_ids"] for record in records(output)]
+    ((code, _, said),) = run_ranks(infer, 1, [*argv, "--overwrite"])
+    assert code == 0, said
+    assert [record["token_ids"] for record in records(output)] == resumed
 
 
 def test_a_job_does_not_deal_lines_by_prefixes_that_nothing_shares(job: list[str]) -> None:
