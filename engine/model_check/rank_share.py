@@ -34,6 +34,7 @@ class RankShare:
     stored_bytes: int = 0  # of the same weights as the files have them
     row_bytes: int = 0  # of what is kept for rows of MoE layers, at the default settings
     kv_bytes: int = 0  # per token
+    state_bytes: int = 0  # of recurrent states, per sequence
     kv_tokens: Mapping[float, int] | None = None  # GiB of a GPU -> tokens; 0: no room
 
     @property
@@ -52,6 +53,7 @@ class RankShare:
             "stored_bytes": self.stored_bytes,
             "row_bytes": self.row_bytes,
             "kv_bytes_per_token": self.kv_bytes,
+            "state_bytes_per_sequence": self.state_bytes,
             "kv_tokens": {f"{gib:g}": tokens for gib, tokens in (self.kv_tokens or {}).items()},
         }
 
@@ -128,10 +130,12 @@ def share_of_rank(
         most, fewest = sizes
         rows = _row_bytes(model, ranks, most, dtype)
     per_token = model.kv_spec.bytes_per_block(1, dtype)
-    weights = sum(parts.values())
+    weights, limits = sum(parts.values()), SchedulerConfig()
+    # Every sequence that may run has its states, whatever runs.
+    states = model.kv_spec.state_bytes * min(limits.max_sequences, limits.max_batch_tokens)
     tokens = {}
     for gib in gpu_gib:
-        free = int((gib * _GIB - weights) * CUDA_SHARE) - rows
+        free = int((gib * _GIB - weights) * CUDA_SHARE) - rows - states
         tokens[gib] = max(0, free // per_token)
     return RankShare(
         ranks,
@@ -140,6 +144,7 @@ def share_of_rank(
         stored_bytes=int(as_stored),
         row_bytes=rows,
         kv_bytes=per_token,
+        state_bytes=model.kv_spec.state_bytes,
         kv_tokens=tokens,
     )
 

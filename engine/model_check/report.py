@@ -22,6 +22,7 @@ from engine.model_check.shapes import describe_shapes
 from engine.model_check.stored_tensors import StoredTensors, compare, read_stored
 from engine.model_check.text import lines_of
 from engine.models.decoder import CausalLM
+from engine.models.registry import unread_parts
 from engine.models.spec import ModelSpec, SparseSpec
 
 GPU_GIB = (79.0, 139.0)  # what the driver leaves of 80 and 141 GB
@@ -76,6 +77,8 @@ def check(
     }
     model, own = None, torch.bfloat16
     if reading.hf_config is not None:
+        if unread := unread_parts(folder):
+            report["remarks"].append(unread)
         own = model_dtype(dtype, reading.hf_config, torch.device("cuda"))
         try:
             model = build_on_meta(reading.hf_config, own)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from engine.layers.attention import AttentionSpec
+from engine.layers.gated_delta import GatedDeltaSpec
 from engine.models.registry import family_module
 from engine.models.spec import ModelSpec, SparseSpec
 
@@ -13,7 +14,9 @@ from engine.models.spec import ModelSpec, SparseSpec
 def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
     """Return the family and the shapes of a model."""
     sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
-    attention = spec.layers[0].attention
+    kinds = [layer.attention for layer in spec.layers]
+    with_keys = [kind for kind in kinds if not isinstance(kind, GatedDeltaSpec)]
+    attention = with_keys[0]
     windows = [getattr(layer.attention, "window", None) for layer in spec.layers]
     return {
         "family": family_module(hf_config.model_type),
@@ -27,6 +30,7 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
             **_fields(attention),
             "window": next((window for window in windows if window), None),
             "window_layers": sum(window is not None for window in windows),
+            "state_layers": len(kinds) - len(with_keys),
         },
         "rope": hf_config.rope_parameters.get("rope_type", "default"),
         "experts": _experts(sparse),

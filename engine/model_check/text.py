@@ -49,6 +49,10 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"GQA: {attention['num_heads']} heads, {attention['num_kv_heads']} key/value heads of "
             f"{attention['head_dim']}{window}",
         )
+    if attention["state_layers"]:
+        every = layers["moe"] + layers["dense"]
+        text = f"gated DeltaNet in {attention['state_layers']} of {every} layers"
+        yield "", f"{text}: a recurrent state per sequence in place of keys and values"
     if (experts := report["experts"]) is not None:
         yield "experts", _experts(experts)
     parameters = report["parameters"]
@@ -107,6 +111,8 @@ def _rank_lines(
     title = f"per rank in {dtype}, in GiB, of the rank that holds most"
     if sound:
         title += f"; KV cache {sound[0]['kv_bytes_per_token'] / 1024:.1f} KiB per token"
+        if states := sound[0]["state_bytes_per_sequence"]:
+            title += f", states {states / (1 << 20):.1f} MiB per sequence"
     yield title
     parts = [part for part in PARTS if any(part in row["bytes"] for row in sound)]
     sizes = list(sound[0]["kv_tokens"]) if sound else []

@@ -5,19 +5,17 @@ Run: pytest tests/distributed/test_gpt_oss_layer.py
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from engine.config import CapacityConfig, Config, ModelConfig
 from engine.distributed import bootstrap
-from engine.distributed.groups import expert_range
 from engine.models.registry import read_spec
 from engine.models.spec import SparseSpec
 from engine.moe.layer import MoELayer, MoESpec
-from engine.moe.router import gate_logits, route
-from tests.helpers import reference
+from engine.moe.router import gate_logits
 from tests.helpers.layer_cases import step_of
+from tests.helpers.layer_reference import decided_weights
 from tests.helpers.model_cases import CASES
 from tests.helpers.ranks import run_ranks
 
@@ -100,43 +98,11 @@ def expected(
     counts: list[int], settings: dict
 ) -> tuple[list[torch.Tensor], list[list[dict[int, float]]]]:
     """Every rank's output, and the weights by which its tokens' experts count."""
-    spec, inputs, xs = spec_of(), [], []
+    spec = spec_of()
     router, weights = spec.router, weights_of(spec)
-    for rank, count in enumerate(counts):
-        xs.append(tokens_of(spec, rank, count))
-        logits = gate_logits(xs[-1], weights["gate"], router, weights["logit_bias"])
-        routing = route(logits, router)
-        inputs.append(
-            reference.RankInput(
-                scores=routing.scores_TE.numpy(),
-                topk_ids=routing.topk_ids_TK.numpy(),
-                weights=routing.topk_weights_TK.numpy(),
-                request=np.full(count, rank),
-                position=np.arange(count),
-                competes=np.ones(count, bool),
-            )
-        )
-    if settings["policy"] == "none":
-        decided = [
-            [
-                dict(zip(ids, of, strict=True))
-                for ids, of in zip(x.topk_ids.tolist(), x.weights.tolist(), strict=True)
-            ]
-            for x in inputs
-        ]
-    else:
-        bounds = [expert_range(router.num_experts, len(counts), r)[0] for r in range(len(counts))]
-        outcome = reference.decide(
-            inputs,
-            reference.Rules(**settings, layer=3),
-            reference.Family(
-                normalize=router.normalize, eps=router.normalize_eps, scale=router.scale
-            ),
-            [*bounds, router.num_experts],
-            router.num_experts,
-            router.top_k,
-        )
-        decided = [rank.weights for rank in outcome.ranks]
+    xs = [tokens_of(spec, rank, count) for rank, count in enumerate(counts)]
+    logits = [gate_logits(x, weights["gate"], router, weights["logit_bias"]) for x in xs]
+    decided = decided_weights(router, logits, settings, layer=3)
     outs = []
     for x, of in zip(xs, decided, strict=True):
         out = torch.zeros_like(x, dtype=torch.float64)

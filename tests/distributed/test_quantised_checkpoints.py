@@ -83,6 +83,21 @@ def test_tokens_are_those_of_the_dequantised_weights_on_one_rank_and_on_two(pair
         assert own <= read - header <= 1.02 * own
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
+def test_linear_attention_in_fp8_is_read_whole_and_by_key_heads(family, tmp_path):
+    source, quantised, plain = (tmp_path / name for name in ("source", "quantised", "plain"))
+    make_checkpoint(family, source, overrides={"num_experts": 4, "vocab_size": 97})
+    # The first layer is one of linear attention.
+    quantise_checkpoint(source, "fp8-block", quantised, plain, unquantised="model.layers.1.")
+    with safe_open(quantised / "model.safetensors", "pt") as tensors:
+        assert any(re.search(r"linear_attn\.in_proj_qkv.*scale", name) for name in tensors.keys())
+    (expected,) = run_ranks(generate, 1, plain, 1)
+    (alone,) = run_ranks(generate, 1, quantised, 1)
+    assert alone[:2] == expected[:2], "the same bits on the same ranks"
+    for each in run_ranks(generate, 2, quantised, 2):
+        assert each[0] == expected[0]
+
+
 def bytes_of_half(file: Path) -> tuple[int, int]:
     """Return the bytes of half of the experts and all else, and those of the header."""
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8

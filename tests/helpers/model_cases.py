@@ -78,6 +78,33 @@ class Case:
 
         return getattr(transformers, f"{self.family}Config")(**{**_SMALL, **self.settings})
 
+    def model(self) -> Any:
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_config(
+            self.config(), attn_implementation="eager"
+        )
+
+
+@dataclass(frozen=True)
+class SeeingCase(Case):
+    """A language model of these settings in a checkpoint of a model that sees images too."""
+
+    def config(self) -> Any:
+        import transformers
+
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+        vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+        return getattr(transformers, f"{self.family}Config")(
+            text_config={**_SMALL, **self.settings}, vision_config=vision
+        )
+
+    def model(self) -> Any:
+        import transformers
+
+        family = getattr(transformers, f"{self.family}ForConditionalGeneration")
+        return family._from_config(self.config(), attn_implementation="eager")
+
 
 def _mixtral(**settings: Any) -> Case:
     return Case("Mixtral", {"intermediate_size": 24, "num_local_experts": 4} | settings)
@@ -191,6 +218,11 @@ def _qwen3_next(**settings: Any) -> Case:
 
 def _qwen3_5(**settings: Any) -> Case:
     return Case("Qwen3_5MoeText", _LINEAR | {"num_experts": 6} | settings)
+
+
+def qwen3_5_with_images(**settings: Any) -> Case:
+    """Qwen3.5 as it is published."""
+    return SeeingCase("Qwen3_5Moe", _LINEAR | {"num_experts": 6} | settings)
 
 
 CASES = {
@@ -408,12 +440,8 @@ def make_reference(
 
     dtype: of the checkpoint; transformers computes in float32, on the weights as they are stored.
     """
-    import transformers
-
     generator = torch.Generator().manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(
-        case.config(), attn_implementation="eager"
-    )
+    model = case.model()
     redraw(model, generator)
     model.eval()
     if dtype != torch.float32:
@@ -423,7 +451,8 @@ def make_reference(
     copy.deepcopy(model).to(dtype).save_pretrained(path, **save)
     sequences, logits = [], []
     for length in PROMPT_LENGTHS:
-        tokens = torch.randint(0, model.config.vocab_size, (1, length), generator=generator)
+        vocab_size = model.config.get_text_config().vocab_size
+        tokens = torch.randint(0, vocab_size, (1, length), generator=generator)
         with torch.inference_mode():
             for _ in range(NEW_TOKENS):
                 # Without a cache: the reference is the whole sequence at once.

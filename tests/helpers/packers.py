@@ -255,10 +255,12 @@ def slow_mxfp4(stored: Tensors) -> torch.Tensor:
     return torch.tensor(values).view(*scales.shape[:-1], -1)
 
 
-def quantise_checkpoint(source: Path, kind: str, out: Path, plain: Path) -> None:
+def quantise_checkpoint(
+    source: Path, kind: str, out: Path, plain: Path, unquantised: str = "model.layers.0."
+) -> None:
     """Write a checkpoint quantised to a format, and one of its dequantised weights in float32.
 
-    Projections are quantised, of the first layer only those of the experts.
+    Projections are quantised, of the layer whose names begin with `unquantised` only the experts'.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(source / "model.safetensors")
@@ -267,7 +269,7 @@ def quantise_checkpoint(source: Path, kind: str, out: Path, plain: Path) -> None
         tensors = stack_experts(tensors)
     for name, tensor in tensors.items():
         is_expert = ".experts." in name
-        chosen = is_expert or ("_proj" in name and not name.startswith("model.layers.0."))
+        chosen = is_expert or ("_proj" in name and not name.startswith(unquantised))
         if kind == "mxfp4" and is_expert:
             stored = mxfp4(tensor, generator)
             quantised |= {f"{name}{suffix}": value for suffix, value in stored.items()}

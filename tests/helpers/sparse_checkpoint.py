@@ -253,6 +253,88 @@ def deepseek_v3(*, fp8: bool, layers: int = 61) -> tuple[dict[str, Any], Tensors
     return config, tensors
 
 
+def qwen3_5_35b() -> tuple[dict[str, Any], Tensors]:
+    """Return configuration and tensors of Qwen3.5-35B-A3B, which sees images; of what does, and of
+    multi-token prediction, one tensor each.
+    """
+    text = {
+        "model_type": "qwen3_5_moe_text",
+        "attention_bias": False,
+        "dtype": "bfloat16",
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "shared_expert_intermediate_size": 512,
+        "vocab_size": 248320,
+    }
+    config = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "image_token_id": 248056,
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "vision_config": {"depth": 27, "hidden_size": 1152, "model_type": "qwen3_5_moe"},
+    }
+    shapes, wide = _ends(248320, 2048), {}
+    for layer in range(40):
+        prefix = f"model.layers.{layer}"
+        if layer % 4 == 3:
+            shapes |= _gqa(prefix, 2048, 16, 2, 256)
+            shapes[f"{prefix}.self_attn.q_proj.weight"] = (2 * 16 * 256, 2048)
+            for letter in "qk":
+                shapes[f"{prefix}.self_attn.{letter}_norm.weight"] = (256,)
+        else:
+            linear = f"{prefix}.linear_attn"
+            shapes |= {
+                f"{prefix}.input_layernorm.weight": (2048,),
+                f"{prefix}.post_attention_layernorm.weight": (2048,),
+                f"{linear}.in_proj_qkv.weight": (2 * 2048 + 4096, 2048),
+                f"{linear}.in_proj_z.weight": (4096, 2048),
+                f"{linear}.in_proj_b.weight": (32, 2048),
+                f"{linear}.in_proj_a.weight": (32, 2048),
+                f"{linear}.conv1d.weight": (2 * 2048 + 4096, 1, 4),
+                f"{linear}.norm.weight": (128,),
+                f"{linear}.out_proj.weight": (2048, 4096),
+            }
+            wide |= {f"{linear}.A_log": (32,), f"{linear}.dt_bias": (32,)}
+        shapes |= _gated(f"{prefix}.mlp.shared_expert", 2048, 512)
+        shapes |= {
+            f"{prefix}.mlp.shared_expert_gate.weight": (1, 2048),
+            f"{prefix}.mlp.gate.weight": (256, 2048),
+            f"{prefix}.mlp.experts.gate_up_proj": (256, 2 * 512, 2048),
+            f"{prefix}.mlp.experts.down_proj": (256, 2048, 512),
+        }
+    found: Tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
+    found |= {name: ("F32", shape) for name, shape in wide.items()}
+    nested = {
+        name.replace("model.", "model.language_model.", 1): each for name, each in found.items()
+    }
+    nested["model.visual.patch_embed.proj.weight"] = ("BF16", (1152, 3, 2, 16, 16))
+    nested["mtp.fc.weight"] = ("BF16", (2048, 2 * 2048))
+    return config, nested
+
+
 def _ends(vocabulary: int, hidden: int) -> dict[str, tuple[int, ...]]:
     return {
         "model.embed_tokens.weight": (vocabulary, hidden),
