@@ -172,13 +172,14 @@ def build_cache(
         ValueError: when the memory does not suffice.
     """
     settings, device, spec = config.scheduler, topology.device, model.kv_spec
+    rows, states, fewer = most_running(settings), "", ""
+    if spec.has_states:
+        states, fewer = f" beside the recurrent states of {rows} sequences", " or max_sequences"
     with memory_in_words(
-        f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated; lower it, or "
-        "scheduler.kv_cache_gib"
+        f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated{states}; "
+        f"lower it, or scheduler.kv_cache_gib{fewer}"
     ):
-        cache = KVCache(
-            spec, num_blocks, settings.block_size, device, model.dtype, most_running(settings)
-        )
+        cache = KVCache(spec, num_blocks, settings.block_size, device, model.dtype, rows)
     pool = BlockPool(num_blocks, settings.block_size)
     scheduler = Scheduler(settings, pool, model.max_model_len, has_states=spec.has_states)
     return Runner(model, cache, device), scheduler

@@ -26,6 +26,9 @@ sends K rows per token and, with Expanded Drop, the extras of its own experts. F
           + received * D                   on CUDA, where the experts return a tensor of their own
           + sent * D                       where there may be rounds, whose results are collected
 
+Recurrent states, a row per sequence that may run at once, come before the KV cache too: both are
+allocated together, and a sequence needs its row whatever its length.
+
 Copies of experts (moe.placement) take memory before the cache does: their weights are allocated
 with the others, and what is free is read after them, so they need no term here. Low-bit experts,
 homes or copies, are quantised row by row while they are read. e counts homes and copies. The report

@@ -32,6 +32,7 @@ from tests.helpers.ops_cases import needs_native
 from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import FAMILIES, make_checkpoint
 
+WITH_STATES = {"qwen3_next", "qwen3_5_moe_text"}  # share nothing: test_recurrent_states.py
 DRAW = random.Random(24)
 PREFIXES = [[DRAW.randrange(90) for _ in range(length)] for length in (16, 23, 8)]
 PROMPTS = [
@@ -113,7 +114,7 @@ def checkpoint(tmp_path_factory):
 
 @needs_native
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - WITH_STATES))
 def test_results_are_equal_to_the_bit_and_a_prefix_runs_once_per_rank(family, world, checkpoint):
     plain, cached, (all_tokens, fewer_tokens), _ = run(checkpoint(family), world)
     assert_same_to_the_bit(plain, cached)

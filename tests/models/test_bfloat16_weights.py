@@ -39,6 +39,7 @@ FAMILIES = [
     "qwen3-moe-bias-dense-layer-window-tied",
     "deepseek-v2-groups-q-lora-biases",
     "deepseek-v3",
+    "qwen3-next",
 ]
 SHARDED = ["mixtral", "qwen2-moe", "deepseek-v3"]
 
@@ -122,8 +123,8 @@ def test_matrices_are_bfloat16_and_all_else_is_float32(case, models):
     model = models(case)
     assert model.dtype == torch.float32 and model.weight_dtype == BFLOAT16
     for name, parameter in model.named_parameters():
-        # Gates, and MLA's up-projection that is absorbed into queries and outputs.
-        small = name.endswith(("gate_weight_ED", "output_gate_1D", "kv_up_HOC"))
+        # Gates, MLA's up-projection that is absorbed into queries and outputs, and taps.
+        small = name.endswith(("gate_weight_ED", "output_gate_1D", "kv_up_HOC", "conv_C1W"))
         is_matrix = parameter.dim() > 1 and not small
         assert parameter.dtype == (BFLOAT16 if is_matrix else torch.float32), name
     assert model.rotary.table_PR.dtype == torch.float32
