@@ -27,7 +27,7 @@ from engine.layers.kv_cache import KVCache
 from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
-from engine.layers.step_inputs import StepTensors
+from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.models.decoder_layer import DecoderLayer
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import ModelSpec
@@ -246,8 +246,9 @@ class CausalLM(nn.Module):
                 residual_TD = residual_TD.index_select(0, read.rows_R)
             x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
+                token_ids_T = _token_ids(step, read) if layer.mlp.table_VK is not None else None
                 x_TD = yield from layer.mlp.steps(
-                    x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies
+                    x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T
                 )
             else:
                 x_TD = layer.mlp(x_TD)
@@ -308,6 +309,11 @@ class CausalLM(nn.Module):
         layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
         heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
         return (*_BUFFERS, *self.spec.ignored, *heads)
+
+
+def _token_ids(step: StepTensors, read: ReadRows | None) -> torch.Tensor:
+    """Return the token ids of the rows that a layer runs, int64. read: None: all."""
+    return step.token_ids_T if read is None else step.token_ids_T.index_select(0, read.rows_R)
 
 
 def _norm_slot(name: str, target: torch.Tensor) -> WeightSlot:

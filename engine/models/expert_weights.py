@@ -48,6 +48,12 @@ def moe_slots(
     if moe.expert_scale_E is not None:
         name = f"{block}.{names.expert_scale}"
         yield WeightSlot(name, moe.expert_scale_E, (num_experts,), kind="norm")
+    if moe.table_VK is not None:
+        name, alias = f"{block}.{names.table}", f"{prefix}.mlp.{names.table}"
+        aliases, shape = () if alias == name else (alias,), tuple(moe.table_VK.shape)
+        yield WeightSlot(
+            name, moe.table_VK, shape, kind="ids", ids_below=num_experts, aliases=aliases
+        )
     if moe.gate_bias_E is not None:
         name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
         aliases = () if alias == name else (alias,)

@@ -58,6 +58,7 @@ class MoENames:
     # matrices that are not quantised are transposed.
     alternating: bool = False
     expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
+    table: str = "gate.tid2eid"  # the experts of each token id, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 
@@ -75,3 +76,19 @@ class ModelSpec:
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
     # Whether layers past the last may be multi-token prediction heads, which are not needed.
     mtp_layers: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the tables of token ids.
+
+        Raises:
+            ValueError: one has no row for some token id.
+        """
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer.mlp, SparseSpec):
+                continue
+            rows = layer.mlp.moe.router.token_table
+            if rows is not None and rows < self.vocab_size:
+                raise ValueError(
+                    f"vocab_size: {self.vocab_size} exceeds the {rows} rows of layer {index}'s "
+                    "table of token ids; check the checkpoint's config.json"
+                )

@@ -60,7 +60,7 @@ from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.placement.row_split import SplitRule
-from engine.moe.router import RouterSpec, Routing, gate_logits, route
+from engine.moe.router import RouterSpec, Routing, gate_logits, route, route_by_table
 from engine.moe.stats import DropStats
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import TokenShard
@@ -115,6 +115,7 @@ class MoELayer(nn.Module):
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
     logit_bias_E: nn.Parameter | None  # of the gate, in the dtype of its weights
     expert_scale_E: nn.Parameter | None  # float32, multiplies the combine weights
+    table_VK: nn.Parameter | None  # int64, the experts of each token id
     experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
     # come in rounds (`rounds.py`); None: no limit
@@ -189,6 +190,10 @@ class MoELayer(nn.Module):
             if spec.router.expert_scale
             else None
         )
+        self.table_VK = None
+        if spec.router.token_table is not None:
+            shape = (spec.router.token_table, spec.router.top_k)
+            self.table_VK = _empty(*shape, device=device, dtype=torch.int64)
         widths = (spec.width, spec.ffn)
         num_homes = instances.num_homes(group.rank)
         self.experts = LocalExperts(
@@ -305,13 +310,17 @@ class MoELayer(nn.Module):
         self.agreement.set_capacity(config)
 
     def forward(
-        self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
+        self,
+        x_TD: torch.Tensor,
+        step: MoEStep | None = None,
+        group_tokens: int | None = None,
+        token_ids_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the layer's output [T, D] in x's dtype. See `steps` for the arguments.
 
         Collective over EP: every rank must call, T may be 0.
         """
-        return run_to_end(self.steps(x_TD, step, group_tokens))
+        return run_to_end(self.steps(x_TD, step, group_tokens, token_ids_T=token_ids_T))
 
     def steps(
         self,
@@ -321,6 +330,7 @@ class MoELayer(nn.Module):
         micro_batch: int | None = None,
         tunes: bool = True,
         uses_copies: bool = True,
+        token_ids_T: torch.Tensor | None = None,
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward` for two-batch overlap: yields while rows are in flight.
 
@@ -334,11 +344,12 @@ class MoELayer(nn.Module):
             micro_batch: 0 or 1 in a step of two, None for a whole step, which never yields.
             tunes: see `LayoutPolicy.begin_trial`.
             uses_copies: whether rows may move to copies, the same on every rank.
+            token_ids_T: int64, read where the router's spec has a token_table.
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
         clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
-        routing = self.route(x_tD)
+        routing = self.route(x_tD, token_ids_T)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
         x_tD, routing = self.rows.before(x_tD, routing)
         trial = Trial(1)
@@ -393,9 +404,16 @@ class MoELayer(nn.Module):
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
 
-    def route(self, x_tD: torch.Tensor) -> Routing:
-        """Step 2: return the scores, experts and combine weights of this rank's tokens."""
+    def route(self, x_tD: torch.Tensor, token_ids_T: torch.Tensor | None = None) -> Routing:
+        """Step 2: return the scores, experts and combine weights of this rank's tokens.
+
+        token_ids_T: of the tensor group's tokens; see `steps`.
+        """
         logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router, self.logit_bias_E)
+        if self.table_VK is not None:
+            assert token_ids_T is not None, "a layer with a token table needs token ids"
+            token_ids_t = self._token_shard.scatter(token_ids_T)
+            return route_by_table(logits_tE, self.spec.router, self.table_VK, token_ids_t)
         return route(logits_tE, self.spec.router, self.gate_bias_E)
 
 

@@ -18,7 +18,10 @@ gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen log
 softmax of all, normalised over the chosen. The weights here are before the scales of single experts
 (`expert_scale`), by which `layer_agreement.py` multiplies what capacity has left of them.
 
-Legend: T tokens on this rank, D model dim, E experts, K top-k.
+DeepSeek-V4's first layers choose experts by a table of token ids (`token_table`). Scores exist for
+all experts there too, and weights follow from those of the chosen, as in its other layers.
+
+Legend: T tokens on this rank, D model dim, E experts, K top-k, V token ids.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import torch
 from engine.ops.linear import linear
 from engine.ops.select_experts import Score, SelectionRule, select_experts, weigh_scores
 from engine.ops.sigmoid import soft_cap_by_row
+from engine.ops.table_experts import table_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,8 @@ class RouterSpec:
     logit_cap: float | None = None  # logits, float32 then, become cap * tanh(logits / cap)
     expert_scale: bool = False  # each expert's combine weight is multiplied by a number of its own
     weights_on_input: bool = False  # they multiply the experts' input, not their output (Llama 4)
+    token_table: int | None = None  # rows of a table that gives each token id its experts, whatever
+    # their scores (DeepSeek-V4); None: the best are chosen
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -87,6 +93,12 @@ class RouterSpec:
                 f"router_logit_softcapping: {self.logit_cap} must be a positive number; check the "
                 "checkpoint's config.json"
             )
+        if self.token_table is not None and (self.correction_bias or self.num_groups > 1):
+            raise ValueError(
+                "a layer whose experts come from a table of token ids chooses nothing: it has "
+                f"neither a correction bias nor groups of experts (n_group: {self.num_groups}); "
+                "check the checkpoint's config.json"
+            )
         reachable = self.top_groups * (self.num_experts // self.num_groups)
         if self.top_k > reachable:
             raise ValueError(
@@ -115,7 +127,7 @@ class Routing:
     """The router's result for this rank's tokens."""
 
     scores_TE: torch.Tensor  # float32, before any top-k normalisation (S_te in the paper)
-    topk_ids_TK: torch.Tensor  # int64, the chosen experts, best first
+    topk_ids_TK: torch.Tensor  # int64, the chosen experts, best first or in the table's order
     topk_weights_TK: torch.Tensor  # float32, the combine weights
 
 
@@ -154,6 +166,21 @@ def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None
     """
     assert (bias_E is not None) == spec.correction_bias, "correction bias and spec disagree"
     return Routing(*select_experts(logits_TE, bias_E, spec.rule))
+
+
+def route_by_table(
+    logits_TE: torch.Tensor, spec: RouterSpec, table_VK: torch.Tensor, token_ids_T: torch.Tensor
+) -> Routing:
+    """Return scores of gate logits [T, E], and the experts that a table gives the tokens' ids.
+
+    Args:
+        logits_TE: gate logits.
+        spec: with a token_table.
+        table_VK: int64, different experts in every row.
+        token_ids_T: int64, rows of the table.
+    """
+    assert spec.token_table is not None, "token table and spec disagree"
+    return Routing(*table_experts(logits_TE, table_VK, token_ids_T, spec.rule))
 
 
 def score_weights(

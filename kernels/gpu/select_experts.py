@@ -14,6 +14,24 @@ from engine.ops.select_experts import SelectionRule
 
 
 @triton.jit
+def score_logits(x, exists, SCORE: tl.constexpr):
+    """Return the scores of one token's logits, float32; what does not exist is -inf in them."""
+    if SCORE == "softmax":
+        e = tl.exp(x - tl.max(x, axis=0))
+        score = e / tl.sum(tl.where(exists, e, 0.0), axis=0)
+    elif SCORE == "sigmoid":
+        score = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        # log(1 + e^x) without the loss of log near 1, by the larger of its two terms.
+        tail = tl.exp(-tl.abs(x))
+        near = 1.0 + tail
+        over = tl.where(near == 1.0, 1.0, near - 1.0)
+        log = tl.where(near == 1.0, tail, tl.log(near) * tail / over)
+        score = tl.sqrt(tl.where(x > 0.0, x, 0.0) + log)
+    return score
+
+
+@triton.jit
 def _select_experts_kernel(
     logits,
     bias,
@@ -40,19 +58,7 @@ def _select_experts_kernel(
     expert = tl.arange(0, BLOCK_E)
     exists = expert < num_experts
     x = tl.load(logits + token * logits_stride + expert, mask=exists, other=-float("inf"))
-    x = x.to(tl.float32)
-    if SCORE == "softmax":
-        e = tl.exp(x - tl.max(x, axis=0))
-        score = e / tl.sum(tl.where(exists, e, 0.0), axis=0)
-    elif SCORE == "sigmoid":
-        score = 1.0 / (1.0 + tl.exp(-x))
-    else:
-        # log(1 + e^x) without the loss of log near 1, by the larger of its two terms.
-        tail = tl.exp(-tl.abs(x))
-        near = 1.0 + tail
-        over = tl.where(near == 1.0, 1.0, near - 1.0)
-        log = tl.where(near == 1.0, tail, tl.log(near) * tail / over)
-        score = tl.sqrt(tl.where(x > 0.0, x, 0.0) + log)
+    score = score_logits(x.to(tl.float32), exists, SCORE)
     tl.store(scores + token * num_experts + expert, score, mask=exists)
     choice = score
     if HAS_BIAS:

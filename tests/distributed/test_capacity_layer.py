@@ -26,12 +26,15 @@ from tests.helpers.layer_cases import (
     MINIMAX,
     MIXTRAL,
     OLMOE,
+    TABLE,
     Doubled,
     build,
     correction_of,
     expert_scale_of,
     logit_bias_of,
     step_of,
+    table_of,
+    token_ids_of,
     tokens_of,
     weights_of,
 )
@@ -52,6 +55,9 @@ def run_layer(
     topology = bootstrap.start(config)
     layer = build(topology, config, spec, Doubled() if with_shared else None)
     x = tokens_of(topology.data_rank, counts[topology.data_rank])
+    ids = None
+    if spec.token_table is not None:
+        ids = token_ids_of(topology.data_rank, len(x), spec.token_table)
     if poison == rank:
         x[0] = float("nan")
     results = []
@@ -60,7 +66,7 @@ def run_layer(
         entries = layer.telemetry.decisions.start()
         layer.telemetry.loads.clear()
         bytes_before, calls_before = layer.bytes_sent, layer.num_collectives
-        out = layer(x, step_of(topology, counts, tensor))
+        out = layer(x, step_of(topology, counts, tensor), token_ids_T=ids)
         results.append(
             {
                 "out": out,
@@ -81,16 +87,29 @@ def expected(
     """Every rank's output in float64 from the reference's decision, and the decision."""
     gate, w13, w2 = weights_of(spec.num_experts)
     world, inputs, xs = len(counts), [], []
+    family = reference.Family(
+        normalize=spec.normalize,
+        eps=spec.normalize_eps,
+        scale=spec.scale,
+        minimum=spec.normalize_min,
+        expert_scale=expert_scale_of(spec.num_experts).tolist() if spec.expert_scale else None,
+    )
     for rank, count in enumerate(counts):
         x = tokens_of(rank, count)
         bias = logit_bias_of(spec.num_experts) if spec.logit_bias else None
         correction = correction_of(spec.num_experts) if spec.correction_bias else None
         routing = route(gate_logits(x, gate, spec, bias), spec, correction)
+        scores, topk_ids = routing.scores_TE.numpy(), routing.topk_ids_TK.numpy()
+        weights = routing.topk_weights_TK.numpy()
+        if spec.token_table is not None:
+            table = table_of(spec.token_table, spec.num_experts, spec.top_k).numpy()
+            ids = token_ids_of(rank, count, spec.token_table).numpy()
+            topk_ids, weights = reference.route_by_table(scores, table, ids, family)
         inputs.append(
             reference.RankInput(
-                scores=routing.scores_TE.numpy(),
-                topk_ids=routing.topk_ids_TK.numpy(),
-                weights=routing.topk_weights_TK.numpy(),
+                scores=scores,
+                topk_ids=topk_ids,
+                weights=weights,
                 request=np.full(count, rank),
                 position=np.arange(count),
                 competes=np.ones(count, bool),
@@ -101,13 +120,7 @@ def expected(
     outcome = reference.decide(
         inputs,
         reference.Rules(**settings, layer=3),
-        reference.Family(
-            normalize=spec.normalize,
-            eps=spec.normalize_eps,
-            scale=spec.scale,
-            minimum=spec.normalize_min,
-            expert_scale=expert_scale_of(spec.num_experts).tolist() if spec.expert_scale else None,
-        ),
+        family,
         [*starts, spec.num_experts],
         spec.num_experts,
         spec.top_k,
@@ -130,6 +143,7 @@ SETTINGS = [
     {"policy": "token_drop", "factor": "1.2", "consensus": "quota", "scope": "rank"},
     {"policy": "token_drop", "factor": "1", "consensus": "local", "order": "last"},
     {"policy": "token_drop", "factor": "0.5", "order": "random", "renormalize": True},
+    {"policy": "token_drop", "factor": "0.7", "scope": "rank", "renormalize": True},
     {"policy": "expanded_drop", "factor": "1"},
     {"policy": "expanded_drop", "factor": "1", "tiers": "one", "scope": "rank"},
     {"policy": "expanded_drop", "factor": "1", "extras": "dropped", "consensus": "quota"},
@@ -146,6 +160,9 @@ SETTINGS = [
         ([8, 5, 10], MINIMAX),
         ([9, 12], ERNIE),
         ([8, 5, 11], CAPPED),
+        ([20], TABLE),
+        ([13, 9], TABLE),
+        ([7, 0, 12], TABLE),
     ],
 )
 def test_layers_compute_what_the_reference_decides(counts, spec):

@@ -84,6 +84,20 @@ class Outcome:
         return [sum(self.computed[a:b]) for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
 
 
+def route_by_table(
+    scores: np.ndarray, table: np.ndarray, token_ids: np.ndarray, family: Family
+) -> tuple[np.ndarray, np.ndarray]:
+    """The experts [T, K] that a table gives the tokens, and their weights [T, K] float32."""
+    topk_ids = np.zeros((len(token_ids), table.shape[1]), dtype=np.int64)
+    weights = np.zeros(topk_ids.shape, dtype=np.float32)
+    for t, token_id in enumerate(token_ids):
+        topk_ids[t] = table[token_id]
+        chosen = [float(scores[t, expert]) for expert in topk_ids[t]]
+        divisor = max(sum(chosen) + family.eps, family.minimum) if family.normalize else 1.0
+        weights[t] = [score / divisor * family.scale for score in chosen]
+    return topk_ids, weights
+
+
 def capacity_of(factor: str, num_tokens: int, top_k: int, num_experts: int) -> int:
     """max(1, ceil(gamma * T * K / E)) on the decimal that was written."""
     return max(1, math.ceil(Fraction(factor) * num_tokens * top_k / num_experts))

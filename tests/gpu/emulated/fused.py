@@ -25,6 +25,7 @@ from engine.ops import (
     silu_and_mul,
     sort_by_expert,
     store_kv,
+    table_experts,
     triton_support,
     unique_rows,
 )
@@ -72,6 +73,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "sort_by_expert": sort_by_expert.sort_by_expert_reference,
     "spread_weights": unique_rows.spread_weights_reference,
     "store_kv": store_kv.store_kv_reference,
+    "table_experts": table_experts.table_experts_reference,
     "unpack_rows": permute.unpack_rows_reference,
 }
 _MODULES = {
