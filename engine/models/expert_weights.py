@@ -75,7 +75,7 @@ def expert_names(spec: ModelSpec) -> dict[int, tuple[list[str], list[str]]]:
     for index, layer in enumerate(spec.layers):
         if isinstance(layer.mlp, SparseSpec):
             experts = range(layer.mlp.moe.router.num_experts)
-            prefix = f"model.layers.{index}.{names.block}.experts"
+            prefix = f"{spec.prefix(index)[0]}.{names.block}.experts"
             found[index] = (
                 [f"{prefix}.{e}.{each}.weight" for e in experts for each in (names.w1, names.w3)],
                 [f"{prefix}.{e}.{names.w2}.weight" for e in experts],
