@@ -133,12 +133,12 @@ def build(
         precision=precision,
         speeds_W=speeds_W,
     )
-    gate, w13, w2 = weights_of(spec.num_experts)
+    gate, w13, w2 = weights_of(spec.num_logits)
     layer.gate_weight_ED.copy_(gate)
     if layer.gate_bias_E is not None:
-        layer.gate_bias_E.copy_(correction_of(spec.num_experts))
+        layer.gate_bias_E.copy_(correction_of(spec.num_logits))
     if layer.logit_bias_E is not None:
-        layer.logit_bias_E.copy_(logit_bias_of(spec.num_experts))
+        layer.logit_bias_E.copy_(logit_bias_of(spec.num_logits))
     if layer.expert_scale_E is not None:
         layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
     if layer.table_VK is not None:
@@ -199,4 +199,10 @@ TABLE = RouterSpec(
     normalize_eps=1e-20,
     scale=1.5,
     token_table=13,
+)
+
+
+# Some tokens choose zero experts alone.
+LONGCAT = RouterSpec(
+    num_experts=7, top_k=3, scale=1.5, correction_bias=True, num_zero_experts=4, float32_logits=True
 )
