@@ -356,7 +356,7 @@ class MoELayer(nn.Module):
         routing = self.route(x_tD, token_ids_T)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
         own_tD, zero_t = x_tD, routing.zero_weight_T
-        x_tD, routing = self.rows.before(x_tD, routing)
+        x_tD = self.rows.before(x_tD, routing, self.expert_scale_E)
         trial = Trial(1)
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
@@ -374,7 +374,9 @@ class MoELayer(nn.Module):
         decision, plans = self.agreement.agree(
             routing, step, self.telemetry, early, layout, micro_batch, on_order, uses_copies
         )
-        if self.expert_scale_E is not None:
+        if self.rows.weights_on_input:
+            decision = self.rows.counted_once(decision)
+        elif self.expert_scale_E is not None:
             decision = self.agreement.scaled(decision, self.expert_scale_E)
         with trial:
             terms = plans[0].terms(decision.weights_TM)

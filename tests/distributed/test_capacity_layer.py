@@ -20,6 +20,7 @@ from tests.helpers import reference
 from tests.helpers.layer_cases import (
     CAPPED,
     DEEPSEEK,
+    DEEPSEEK_V3,
     ERNIE,
     FFN,
     HIDDEN,
@@ -164,6 +165,8 @@ SETTINGS = [
         ([8, 5, 10], MINIMAX),
         ([9, 12], ERNIE),
         ([8, 5, 11], CAPPED),
+        ([12, 7], DEEPSEEK_V3),
+        ([9, 0, 11], replace(MINIMAX, score="sqrt_softplus", scale=1.5)),
         ([20], TABLE),
         ([13, 9], TABLE),
         ([7, 0, 12], TABLE),

@@ -186,6 +186,21 @@ DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_group
 MINIMAX = RouterSpec(num_experts=9, top_k=3, score="sigmoid", normalize=True, correction_bias=True)
 
 
+# The best of groups by a bias, which scores and weights are without.
+DEEPSEEK_V3 = RouterSpec(
+    num_experts=8,
+    top_k=3,
+    score="sigmoid",
+    normalize=True,
+    normalize_eps=1e-20,
+    scale=2.5,
+    num_groups=4,
+    top_groups=2,
+    group_score="top2",
+    correction_bias=True,
+)
+
+
 # A minimum that some tokens' sums do not reach.
 ERNIE = RouterSpec(num_experts=8, top_k=2, normalize=True, normalize_min=0.6, correction_bias=True)
 
