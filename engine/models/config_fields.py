@@ -96,6 +96,9 @@ _FIELDS = {
             "linear_num_value_heads",
             "linear_key_head_dim",
             "linear_value_head_dim",
+            "moe_topk",
+            "ffn_hidden_size",
+            "expert_ffn_hidden_size",
         ),
         _whole(1),
     ),
@@ -107,10 +110,11 @@ _FIELDS = {
             "max_window_layers",
             "moe_num_shared_experts",
             "moe_layer_start_index",
+            "zero_expert_num",
         ),
         _whole(0),
     ),
-    "num_hidden_layers": _whole(1, _MOST_PARTS),
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), _whole(1, _MOST_PARTS)),
     **dict.fromkeys(("n_routed_experts", "moe_num_experts"), _whole(1, _MOST_PARTS)),
     "moe_layer_end_index": _whole(-1),
     "linear_conv_kernel_dim": _whole(2),  # taps: the token's own, and of those before it
@@ -125,10 +129,13 @@ _FIELDS = {
         (
             "attention_bias",
             "attn_temperature_tuning",
+            "mla_scale_kv_lora",
+            "mla_scale_q_lora",
             "mlp_bias",
             "norm_topk_prob",
             "qkv_bias",
             "rope_interleave",
+            "router_bias",
             "tie_word_embeddings",
             "use_bias",
             "use_qk_norm",
@@ -136,7 +143,9 @@ _FIELDS = {
         ),
         _FLAG,
     ),
-    **dict.fromkeys(("hidden_act", "model_type", "scoring_func", "topk_method"), _TEXT),
+    **dict.fromkeys(
+        ("hidden_act", "model_type", "scoring_func", "topk_method", "zero_expert_type"), _TEXT
+    ),
     **dict.fromkeys(
         ("mlp_only_layers", "attn_type_list", "moe_layers", "no_rope_layers"), _LIST_OF_WHOLE
     ),

@@ -28,7 +28,7 @@ from engine.layers.kv_cache import KVCache
 from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
-from engine.layers.step_inputs import StepTensors
+from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.models.decoder_layer import DecoderLayer, cache_of
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import ModelSpec
@@ -160,6 +160,8 @@ class CausalLM(nn.Module):
             on_progress()
             layer.attention.finalize_weights()
             layer.mlp.finalize_weights()
+            if layer.beside is not None:
+                layer.beside.finalize_weights()
         if self.head_VD is not self.embedding_VD:
             to_panels(self.head_VD)
 
@@ -227,7 +229,7 @@ class CausalLM(nn.Module):
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD).to(self.dtype)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
         next_norms = [*(layer.input_norm_D for layer in layers[1:]), self.final_norm_D]
-        read = None
+        read = shortcut_TD = None
         for index, (layer, k_cache, v_cache, next_norm_D) in enumerate(
             zip(layers, kv.keys, kv.values, next_norms, strict=True)
         ):
@@ -246,13 +248,22 @@ class CausalLM(nn.Module):
             clock.enter(Phase.OTHER, index)
             if read is not None:
                 residual_TD = residual_TD.index_select(0, read.rows_R)
+                if shortcut_TD is not None:
+                    shortcut_TD = shortcut_TD.index_select(0, read.rows_R)
             x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                x_TD = yield from layer.mlp.steps(
-                    x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies
+                token_ids_T = _token_ids(step, read) if layer.mlp.table_VK is not None else None
+                routed_TD = yield from layer.mlp.steps(
+                    x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T
                 )
+                if layer.beside is None:
+                    x_TD = routed_TD
+                else:
+                    x_TD, shortcut_TD = layer.beside(x_TD), routed_TD
             else:
                 x_TD = layer.mlp(x_TD)
+                if shortcut_TD is not None:
+                    x_TD, shortcut_TD = x_TD.add_(shortcut_TD), None
             x_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
         if read is None and step.read is not None:
             x_TD = x_TD.index_select(0, step.read.rows_R)
@@ -283,17 +294,20 @@ class CausalLM(nn.Module):
         embedding, offset = self.embedding_VD, self.spec.norm_offset
         yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
         for index, layer in enumerate(self._layers):
-            prefix = f"model.layers.{index}"
+            prefix, part = self.spec.prefix(index)
+            dense = f"{prefix}.mlps{part}" if part else f"{prefix}.{self.spec.names.block}"
             for name, norm_D in (
                 ("input_layernorm", layer.input_norm_D),
                 ("post_attention_layernorm", layer.mlp_norm_D),
             ):
-                yield _norm_slot(f"{prefix}.{name}.weight", norm_D, offset)
-            yield from layer.attention.weight_slots(f"{prefix}.{layer.attention_name}")
+                yield _norm_slot(f"{prefix}.{name}{part}.weight", norm_D, offset)
+            yield from layer.attention.weight_slots(f"{prefix}.{layer.attention_name}{part}")
             if isinstance(layer.mlp, MoELayer):
                 yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
             else:
-                yield from layer.mlp.weight_slots(f"{prefix}.{self.spec.names.block}")
+                yield from layer.mlp.weight_slots(dense)
+            if layer.beside is not None:
+                yield from layer.beside.weight_slots(dense)
         yield _norm_slot("model.norm.weight", self.final_norm_D, offset)
         if not tied:
             yield WeightSlot(_HEAD, self.head_VD, shape)
@@ -313,6 +327,11 @@ class CausalLM(nn.Module):
         layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
         heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
         return (*_BUFFERS, *self.spec.ignored, *heads)
+
+
+def _token_ids(step: StepTensors, read: ReadRows | None) -> torch.Tensor:
+    """Return the token ids of the rows that a layer runs, int64. read: None: all."""
+    return step.token_ids_T if read is None else step.token_ids_T.index_select(0, read.rows_R)
 
 
 def _norm_slot(name: str, target: torch.Tensor, offset: float) -> WeightSlot:

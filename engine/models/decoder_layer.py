@@ -56,6 +56,9 @@ class DecoderLayer(nn.Module):
         self.attention_name = (
             "linear_attn" if isinstance(self.attention, GatedDelta) else "self_attn"
         )
+        self.beside = None
+        if spec.beside is not None:
+            self.beside = DenseMLP(hidden, spec.beside.ffn, device, dtype, bias=spec.beside.bias)
         if isinstance(spec.mlp, DenseSpec):
             self.mlp = DenseMLP(hidden, spec.mlp.ffn, device, dtype, bias=spec.mlp.bias)
             return

@@ -29,6 +29,7 @@ from engine.models.families import (
     glm4_moe,
     gpt_oss,
     llama4,
+    longcat_flash,
     minimax_m2,
     mixtral,
     olmoe,
@@ -61,6 +62,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "qwen3_next": qwen3_next.read_spec,
     "qwen3_5_moe_text": qwen3_5_moe.read_spec,
     "qwen3_5_moe": qwen3_5_moe.read_spec,
+    "longcat_flash": longcat_flash.read_spec,
 }
 # Model types without a class in transformers whose config.json is that of another one. Their own
 # classes are code in the checkpoint, which is never run.

@@ -37,6 +37,9 @@ class LayerSpec:
 
     attention: AttentionSpec | MLASpec | GatedDeltaSpec
     mlp: DenseSpec | SparseSpec
+    # Beside a sparse `mlp`, on the same input: this is the layer's output then, and that of the
+    # experts is added to the next layer's, which is dense (the shortcut of LongCat-Flash).
+    beside: DenseSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,7 @@ class MoENames:
     # Whether experts that are stacked have their matrices transposed (Llama 4).
     transposed: bool = False
     expert_scale: str = "gate.per_expert_scale"  # of the combine weights, below the block
+    table: str = "gate.tid2eid"  # the experts of each token id, below the block
     bias_rows: int | None = None  # a first dimension of 1 of the bias (ERNIE-4.5); None: none
 
 
@@ -76,6 +80,31 @@ class ModelSpec:
     rotary_dim: int  # rotated dims of a head
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
+    # Layers here per layer of the checkpoint, which numbers their norms, attention and dense MLPs.
+    sublayers: int = 1
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
     # Whether layers past the last may be multi-token prediction heads, which are not needed.
     mtp_layers: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the tables of token ids.
+
+        Raises:
+            ValueError: one has no row for some token id.
+        """
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer.mlp, SparseSpec):
+                continue
+            rows = layer.mlp.moe.router.token_table
+            if rows is not None and rows < self.vocab_size:
+                raise ValueError(
+                    f"vocab_size: {self.vocab_size} exceeds the {rows} rows of layer {index}'s "
+                    "table of token ids; check the checkpoint's config.json"
+                )
+
+    def prefix(self, layer: int) -> tuple[str, str]:
+        """Return a layer's name in the checkpoint, as in model.layers.0, and what comes behind the
+        names of its norms, attention and dense MLP, as in .1 or nothing.
+        """
+        number, part = divmod(layer, self.sublayers)
+        return f"model.layers.{number}", f".{part}" if self.sublayers > 1 else ""

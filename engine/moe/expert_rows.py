@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from engine.moe.capacity.decision import Decision
 from engine.moe.router import Routing
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
@@ -44,7 +45,7 @@ class ExpertRows(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._weights_on_input = weights_on_input
+        self.weights_on_input = weights_on_input
         self.down_LD = self.up_DL = None
         if latent is not None:
             shapes = ((latent, hidden), (hidden, latent))
@@ -58,15 +59,26 @@ class ExpertRows(nn.Module):
         for weight in self.parameters():
             to_panels(weight)
 
-    def before(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing]:
-        """Return the rows [T, L] to send of each token, and the routing that weighs results."""
+    def before(
+        self, x_TD: torch.Tensor, routing: Routing, scale_E: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the rows [T, L] to send of each token.
+
+        scale_E: float32, by which weights on the input are multiplied; None: by nothing.
+        """
         if self.down_LD is not None:
             x_TD = linear(x_TD, self.down_LD)
-        if self._weights_on_input:
+        if self.weights_on_input:
             weights_T1 = routing.topk_weights_TK
+            if scale_E is not None:
+                weights_T1 = weights_T1 * scale_E[routing.topk_ids_TK]
             x_TD = x_TD * weights_T1.to(x_TD.dtype)
-            routing = replace(routing, topk_weights_TK=torch.ones_like(weights_T1))
-        return x_TD, routing
+        return x_TD
+
+    def counted_once(self, decision: Decision) -> Decision:
+        """Return a decision whose results count with the weight 1, which rows already bear."""
+        once_TM = torch.ge(decision.ids_TM, 0, out=torch.empty_like(decision.weights_TM))
+        return replace(decision, weights_TM=once_TM)
 
     def after(self, out_TL: torch.Tensor) -> torch.Tensor:
         """Return the outputs [T, D] of combined rows."""

@@ -15,7 +15,9 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
     6. experts   the local experts' feed-forward                            local_experts.py
     7. combine   all-to-all back, then each token sums its experts' rows    pipeline.py
                  by weight, k = 0 .. K - 1, then its extras
-    8. shared    the shared expert, if there is one, is added (it ran
+    8. shared    tokens are added by the weights of their zero experts,   zero_experts.py
+                 which no step between saw (`router.py`); then the
+                 shared expert, if there is one, is added (it ran
                  during step 3, or where it is balanced during steps 5
                  and 6); a tensor group gathers its tokens            shared_rows.py
 
@@ -60,11 +62,12 @@ from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.placement.row_split import SplitRule
-from engine.moe.router import RouterSpec, Routing, gate_logits, route
+from engine.moe.router import RouterSpec, Routing, gate_logits, route, route_by_table
 from engine.moe.stats import DropStats
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import TokenShard
 from engine.ops.permute import combine_rows
+from engine.ops.zero_experts import add_zero_experts
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 
@@ -115,6 +118,7 @@ class MoELayer(nn.Module):
     gate_bias_E: nn.Parameter | None  # float32, the correction bias
     logit_bias_E: nn.Parameter | None  # of the gate, in the dtype of its weights
     expert_scale_E: nn.Parameter | None  # float32, multiplies the combine weights
+    table_VK: nn.Parameter | None  # int64, the experts of each token id
     experts: LocalExperts  # of this rank's instances
     row_limit: int | None = None  # rows that a rank may receive at once, equal on every rank; more
     # come in rounds (`rounds.py`); None: no limit
@@ -175,20 +179,25 @@ class MoELayer(nn.Module):
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
         gate_dtype = torch.float32 if spec.router.float32_logits else wide
-        self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=gate_dtype)
+        logits = spec.router.num_logits
+        self.gate_weight_ED = _empty(logits, spec.hidden, device=device, dtype=gate_dtype)
         self.gate_bias_E = (
-            _empty(num_experts, device=device, dtype=torch.float32)
+            _empty(logits, device=device, dtype=torch.float32)
             if spec.router.correction_bias
             else None
         )
         self.logit_bias_E = (
-            _empty(num_experts, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
+            _empty(logits, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
         )
         self.expert_scale_E = (
             _empty(num_experts, device=device, dtype=torch.float32)
             if spec.router.expert_scale
             else None
         )
+        self.table_VK = None
+        if spec.router.token_table is not None:
+            shape = (spec.router.token_table, spec.router.top_k)
+            self.table_VK = _empty(*shape, device=device, dtype=torch.int64)
         widths = (spec.width, spec.ffn)
         num_homes = instances.num_homes(group.rank)
         self.experts = LocalExperts(
@@ -305,13 +314,17 @@ class MoELayer(nn.Module):
         self.agreement.set_capacity(config)
 
     def forward(
-        self, x_TD: torch.Tensor, step: MoEStep | None = None, group_tokens: int | None = None
+        self,
+        x_TD: torch.Tensor,
+        step: MoEStep | None = None,
+        group_tokens: int | None = None,
+        token_ids_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the layer's output [T, D] in x's dtype. See `steps` for the arguments.
 
         Collective over EP: every rank must call, T may be 0.
         """
-        return run_to_end(self.steps(x_TD, step, group_tokens))
+        return run_to_end(self.steps(x_TD, step, group_tokens, token_ids_T=token_ids_T))
 
     def steps(
         self,
@@ -321,6 +334,7 @@ class MoELayer(nn.Module):
         micro_batch: int | None = None,
         tunes: bool = True,
         uses_copies: bool = True,
+        token_ids_T: torch.Tensor | None = None,
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward` for two-batch overlap: yields while rows are in flight.
 
@@ -334,13 +348,15 @@ class MoELayer(nn.Module):
             micro_batch: 0 or 1 in a step of two, None for a whole step, which never yields.
             tunes: see `LayoutPolicy.begin_trial`.
             uses_copies: whether rows may move to copies, the same on every rank.
+            token_ids_T: int64, read where the router's spec has a token_table.
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
         clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
-        routing = self.route(x_tD)
+        routing = self.route(x_tD, token_ids_T)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
-        x_tD, routing = self.rows.before(x_tD, routing)
+        own_tD, zero_t = x_tD, routing.zero_weight_T
+        x_tD = self.rows.before(x_tD, routing, self.expert_scale_E)
         trial = Trial(1)
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
@@ -358,7 +374,9 @@ class MoELayer(nn.Module):
         decision, plans = self.agreement.agree(
             routing, step, self.telemetry, early, layout, micro_batch, on_order, uses_copies
         )
-        if self.expert_scale_E is not None:
+        if self.rows.weights_on_input:
+            decision = self.rows.counted_once(decision)
+        elif self.expert_scale_E is not None:
             decision = self.agreement.scaled(decision, self.expert_scale_E)
         with trial:
             terms = plans[0].terms(decision.weights_TM)
@@ -387,15 +405,24 @@ class MoELayer(nn.Module):
                 self.telemetry.loads.add_shared(self.layer, moved)
             clock.enter(Phase.PLAN, self.layer)
             out_tD = self.rows.after(combine_rows(rows_SD, *terms))
+            if zero_t is not None:
+                out_tD = add_zero_experts(out_tD, own_tD, zero_t)
         if shared is not None:
             out_tD = shared.add_to(out_tD)
         out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
 
-    def route(self, x_tD: torch.Tensor) -> Routing:
-        """Step 2: return the scores, experts and combine weights of this rank's tokens."""
+    def route(self, x_tD: torch.Tensor, token_ids_T: torch.Tensor | None = None) -> Routing:
+        """Step 2: return the scores, experts and combine weights of this rank's tokens.
+
+        token_ids_T: of the tensor group's tokens; see `steps`.
+        """
         logits_tE = gate_logits(x_tD, self.gate_weight_ED, self.spec.router, self.logit_bias_E)
+        if self.table_VK is not None:
+            assert token_ids_T is not None, "a layer with a token table needs token ids"
+            token_ids_t = self._token_shard.scatter(token_ids_T)
+            return route_by_table(logits_tE, self.spec.router, self.table_VK, token_ids_t)
         return route(logits_tE, self.spec.router, self.gate_bias_E)
 
 

@@ -33,7 +33,7 @@ class TokenShard:
         self._group = group
 
     def scatter(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return this rank's rows [t, D]; possibly none."""
+        """Return this rank's rows [t, ...] of a tensor [T, ...]; possibly none."""
         if self._group.size == 1:
             return x_TD
         start, end = part_bounds(x_TD.shape[0], self._group.size, self._group.rank)

@@ -34,7 +34,14 @@ _JSON_KEYS = {
     "findings": "verdict",
 }
 # Fields without a key in the JSON file where they are None.
-_ONLY_WHERE_USED = ("placement", "plan", "expert_cost", "shared_rows_moved", "state_bytes")
+_ONLY_WHERE_USED = (
+    "placement",
+    "plan",
+    "expert_cost",
+    "shared_rows_moved",
+    "state_bytes",
+    "zero_assignments",
+)
 _HEADINGS = {"communication": "communi-\ncation"}
 _SHORT = {"attention": "atten-\ntion"}
 

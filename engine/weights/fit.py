@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.weights.id_table import ID_DTYPES
 from engine.weights.reader import DTYPES
 from engine.weights.safetensors_header import INDEX, Catalog
 from engine.weights.slot import WeightSlot
@@ -21,6 +22,10 @@ from engine.weights.slot import WeightSlot
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 10  # names of each kind in one error
+_NOT_IDS = (
+    f"tensors must be integers (read are {', '.join(ID_DTYPES)}): use the files that the "
+    "checkpoint was published with"
+)
 _NO_FLOATS = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
 
 
@@ -32,6 +37,7 @@ class Want:
     aliases: tuple[str, ...]
     tied_to: str | None
     unquantised: tuple[int, ...]  # the shape of a tensor that is not quantised
+    is_ids: bool = False
 
     @classmethod
     def of(cls, slot: WeightSlot) -> Want:
@@ -39,7 +45,7 @@ class Want:
         shapes = [
             tuple(each.file_shape or each.full_shape) for each in (slot, slot.unquantised or slot)
         ]
-        return cls(shapes[0], slot.aliases, slot.tied_to, shapes[1])
+        return cls(shapes[0], slot.aliases, slot.tied_to, shapes[1], slot.kind == "ids")
 
 
 def name_in(catalog: Catalog, name: str, aliases: tuple[str, ...]) -> str | None:
@@ -71,7 +77,11 @@ def mismatches(
             misshapen.append(
                 f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(shape)}"
             )
-        if entry.stored is None and entry.dtype not in DTYPES:
+        if want.is_ids and entry.dtype not in ID_DTYPES:
+            refused.setdefault(_NOT_IDS, []).append(
+                f"{found} in {entry.file.name} is {entry.dtype}"
+            )
+        elif not want.is_ids and entry.stored is None and entry.dtype not in DTYPES:
             refused.setdefault(_why_refused(entry.dtype), []).append(
                 f"{found} in {entry.file.name} is {entry.dtype}"
             )

@@ -36,6 +36,7 @@ from engine.weights.fit import (
     unknown_tensors,
 )
 from engine.weights.formats.grouping import read_weights
+from engine.weights.id_table import dummy_ids
 from engine.weights.reader import ReadJob, hold_equal_values, read_all
 from engine.weights.row_sink import fill_sink
 from engine.weights.safetensors_header import Catalog, CheckpointError
@@ -103,7 +104,8 @@ def _read_job(name: str, entry: TensorEntry, slot: WeightSlot) -> ReadJob:
         slot = slot.unquantised
     if slot.file_shape is not None:
         entry = replace(entry, shape=tuple(slot.full_shape))
-    return ReadJob(name, entry, slot.target, slot.bounds(), slot.sink, slot.offset)
+    sink, offset, ids_below = slot.sink, slot.offset, slot.ids_below
+    return ReadJob(name, entry, slot.target, slot.bounds(), sink, offset, ids_below)
 
 
 def _resolve_tied(
@@ -251,9 +253,10 @@ def fill_dummy(
 ) -> None:
     """Fill every slot with random weights that depend on `seed` and the tensor's name alone.
 
-    Matrices are normal with standard deviation 0.02, norms 1, biases 0. The full tensor is drawn in
-    chunks of rows, each from its own seed, and a shard draws only the chunks it needs, so the
-    values are the same for every number of ranks and every tensor-parallel size. Not collective.
+    Matrices are normal with standard deviation 0.02, norms 1, biases 0, ids equally frequent. The
+    full tensor is drawn in chunks of rows, each from its own seed, and a shard draws only the
+    chunks it needs, so the values are the same for every number of ranks and every tensor-parallel
+    size. Not collective.
 
     Args:
         slots: this rank's.
@@ -272,6 +275,9 @@ def _fill(slot: WeightSlot, seed: int) -> None:
         )
         return
     target, bounds = slot.target.detach(), slot.bounds()
+    if slot.kind == "ids":
+        target.copy_(dummy_ids(slot.full_shape, slot.ids_below))
+        return
     if slot.kind != "matrix" or not bounds:
         target.fill_(0.0 if slot.kind == "bias" else 1.0)
         return

@@ -26,6 +26,7 @@ from engine.distributed.errors import merge_errors
 from engine.distributed.groups import Group
 from engine.distributed.health.progress import OnProgress, ProgressReporter
 from engine.weights.entry import TensorEntry
+from engine.weights.id_table import read_ids
 from engine.weights.reading_buffers import CHUNK_BYTES, Files, Staging
 from engine.weights.row_sink import RowSink, fill_sink
 from engine.weights.safetensors_header import CheckpointError
@@ -57,10 +58,12 @@ class ReadJob:
 
     name: str
     entry: TensorEntry
-    target: torch.Tensor  # of the bounds' shape; float32, bfloat16 or float16, on any device
+    # of the bounds' shape; float32, bfloat16 or float16, of ids int64; on any device
+    target: torch.Tensor
     bounds: tuple[tuple[int, int], ...]  # [start, stop) per dimension of the file's tensor
     sink: RowSink | None = None  # where the values go instead
     offset: float = 0.0  # added to every value, in float32
+    ids_below: int = 0  # of a table of ids, which is read whole; 0: real numbers
 
 
 def read_all(
@@ -188,6 +191,8 @@ def _read_job(job: ReadJob, files: Files, staging: Staging, report: OnProgress) 
             return _read_job(replace(job, target=view, sink=None), files, staging, report)
 
         return fill_sink(sink, target, fill)
+    if job.ids_below:
+        return read_ids(job.name, entry, target, job.ids_below, read, report)
     if entry.stored is not None:
         return read_stored(job.name, entry.stored, target, job.bounds, read, report)
     dtype = DTYPES[entry.dtype]

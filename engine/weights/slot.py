@@ -23,7 +23,9 @@ class WeightSlot:
     full_shape: tuple[int, ...]  # of the tensor in the file
     shard: tuple[slice, ...] | None = None  # this rank's share: slices without step of the first
     # dimensions; None: all of it
-    kind: Literal["matrix", "norm", "bias"] = "matrix"
+    # ids: whole numbers of two dimensions, see `id_table.py`
+    kind: Literal["matrix", "norm", "bias", "ids"] = "matrix"
+    ids_below: int = 0  # of ids, which are from 0 to ids_below - 1 and differ within a row
     aliases: tuple[str, ...] = ()  # other names of the tensor in a file
     # The tensor that the configuration says this one equals. The slot is then filled only where the
     # files hold another tensor under `name`, and `untie` returns memory of its own for it.

@@ -5,7 +5,7 @@ Run: pytest tests/distributed/test_capacity_layer.py
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -20,18 +20,23 @@ from tests.helpers import reference
 from tests.helpers.layer_cases import (
     CAPPED,
     DEEPSEEK,
+    DEEPSEEK_V3,
     ERNIE,
     FFN,
     HIDDEN,
+    LONGCAT,
     MINIMAX,
     MIXTRAL,
     OLMOE,
+    TABLE,
     Doubled,
     build,
     correction_of,
     expert_scale_of,
     logit_bias_of,
     step_of,
+    table_of,
+    token_ids_of,
     tokens_of,
     weights_of,
 )
@@ -52,6 +57,9 @@ def run_layer(
     topology = bootstrap.start(config)
     layer = build(topology, config, spec, Doubled() if with_shared else None)
     x = tokens_of(topology.data_rank, counts[topology.data_rank])
+    ids = None
+    if spec.token_table is not None:
+        ids = token_ids_of(topology.data_rank, len(x), spec.token_table)
     if poison == rank:
         x[0] = float("nan")
     results = []
@@ -60,7 +68,7 @@ def run_layer(
         entries = layer.telemetry.decisions.start()
         layer.telemetry.loads.clear()
         bytes_before, calls_before = layer.bytes_sent, layer.num_collectives
-        out = layer(x, step_of(topology, counts, tensor))
+        out = layer(x, step_of(topology, counts, tensor), token_ids_T=ids)
         results.append(
             {
                 "out": out,
@@ -79,18 +87,34 @@ def expected(
     counts: list[int], spec: RouterSpec, settings: dict
 ) -> tuple[list[torch.Tensor], reference.Outcome]:
     """Every rank's output in float64 from the reference's decision, and the decision."""
-    gate, w13, w2 = weights_of(spec.num_experts)
+    gate, w13, w2 = weights_of(spec.num_logits)
     world, inputs, xs = len(counts), [], []
+    family = reference.Family(
+        normalize=spec.normalize,
+        eps=spec.normalize_eps,
+        scale=spec.scale,
+        minimum=spec.normalize_min,
+        expert_scale=expert_scale_of(spec.num_experts).tolist() if spec.expert_scale else None,
+        zero_experts=spec.num_zero_experts,
+    )
+    # The reference sees zero experts as the router chooses them.
+    plain = replace(spec, num_experts=spec.num_logits, num_zero_experts=0)
     for rank, count in enumerate(counts):
         x = tokens_of(rank, count)
-        bias = logit_bias_of(spec.num_experts) if spec.logit_bias else None
-        correction = correction_of(spec.num_experts) if spec.correction_bias else None
-        routing = route(gate_logits(x, gate, spec, bias), spec, correction)
+        bias = logit_bias_of(spec.num_logits) if spec.logit_bias else None
+        correction = correction_of(spec.num_logits) if spec.correction_bias else None
+        routing = route(gate_logits(x, gate, plain, bias), plain, correction)
+        scores, topk_ids = routing.scores_TE.numpy(), routing.topk_ids_TK.numpy()
+        weights = routing.topk_weights_TK.numpy()
+        if spec.token_table is not None:
+            table = table_of(spec.token_table, spec.num_experts, spec.top_k).numpy()
+            ids = token_ids_of(rank, count, spec.token_table).numpy()
+            topk_ids, weights = reference.route_by_table(scores, table, ids, family)
         inputs.append(
             reference.RankInput(
-                scores=routing.scores_TE.numpy(),
-                topk_ids=routing.topk_ids_TK.numpy(),
-                weights=routing.topk_weights_TK.numpy(),
+                scores=scores,
+                topk_ids=topk_ids,
+                weights=weights,
                 request=np.full(count, rank),
                 position=np.arange(count),
                 competes=np.ones(count, bool),
@@ -101,20 +125,14 @@ def expected(
     outcome = reference.decide(
         inputs,
         reference.Rules(**settings, layer=3),
-        reference.Family(
-            normalize=spec.normalize,
-            eps=spec.normalize_eps,
-            scale=spec.scale,
-            minimum=spec.normalize_min,
-            expert_scale=expert_scale_of(spec.num_experts).tolist() if spec.expert_scale else None,
-        ),
+        family,
         [*starts, spec.num_experts],
         spec.num_experts,
         spec.top_k,
     )
     outs = []
     for x, decided in zip(xs, outcome.ranks, strict=True):
-        out = torch.zeros_like(x)
+        out = torch.tensor(decided.own)[:, None] * x
         for t, weights in enumerate(decided.weights):
             for expert, weight in weights.items():
                 up = w13[expert].double() @ x[t]
@@ -130,6 +148,7 @@ SETTINGS = [
     {"policy": "token_drop", "factor": "1.2", "consensus": "quota", "scope": "rank"},
     {"policy": "token_drop", "factor": "1", "consensus": "local", "order": "last"},
     {"policy": "token_drop", "factor": "0.5", "order": "random", "renormalize": True},
+    {"policy": "token_drop", "factor": "0.7", "scope": "rank", "renormalize": True},
     {"policy": "expanded_drop", "factor": "1"},
     {"policy": "expanded_drop", "factor": "1", "tiers": "one", "scope": "rank"},
     {"policy": "expanded_drop", "factor": "1", "extras": "dropped", "consensus": "quota"},
@@ -146,6 +165,14 @@ SETTINGS = [
         ([8, 5, 10], MINIMAX),
         ([9, 12], ERNIE),
         ([8, 5, 11], CAPPED),
+        ([12, 7], DEEPSEEK_V3),
+        ([9, 0, 11], replace(MINIMAX, score="sqrt_softplus", scale=1.5)),
+        ([20], TABLE),
+        ([13, 9], TABLE),
+        ([7, 0, 12], TABLE),
+        ([21], LONGCAT),
+        ([13, 10], LONGCAT),
+        ([8, 0, 15], LONGCAT),
     ],
 )
 def test_layers_compute_what_the_reference_decides(counts, spec):
@@ -158,11 +185,16 @@ def test_layers_compute_what_the_reference_decides(counts, spec):
             assert one["rows"] == outcome.rank_rows()[rank]
             if one["decision"] is not None:
                 assert (one["decision"]["keep_TK"] == outcome.ranks[rank].keep).all()
-            orphans = [t for t, each in enumerate(outcome.ranks[rank].weights) if not each]
+            decided = outcome.ranks[rank]
+            kept = zip(decided.weights, decided.own, strict=True)
+            orphans = [t for t, (each, own) in enumerate(kept) if not each and not own]
             assert not one["out"][orphans].any(), "an orphan gets exactly zero"
         accounts = [result[index]["account"] for result in results]
         dropped = sum(outcome.before) - sum(outcome.kept)
-        assert sum(account["routed"] for account in accounts) == sum(counts) * spec.top_k
+        routed = sum(account["routed"] for account in accounts)
+        assert routed + outcome.zero == sum(counts) * spec.top_k
+        if outcome.capacity is not None:  # else the step does not count
+            assert sum(account["zero"] for account in accounts) == outcome.zero
         assert sum(account["dropped"] for account in accounts) == dropped
         assert sum(account["orphans"] for account in accounts) == outcome.orphans
         added = sum(outcome.computed) - sum(outcome.kept)

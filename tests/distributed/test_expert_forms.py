@@ -5,6 +5,8 @@ Run: pytest tests/distributed/test_expert_forms.py
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,16 @@ from engine.distributed.groups import Topology, expert_range
 from engine.moe.expert_form import ExpertForm
 from engine.moe.layer import MoELayer, MoESpec
 from engine.moe.router import RouterSpec, gate_logits, route
+from engine.profiling.loads import LayerDrops
 from tests.helpers import reference
-from tests.helpers.layer_cases import FFN, HIDDEN, activated, step_of, tokens_of
+from tests.helpers.layer_cases import (
+    FFN,
+    HIDDEN,
+    activated,
+    expert_scale_of,
+    step_of,
+    tokens_of,
+)
 from tests.helpers.ranks import run_ranks
 
 ROUTER = RouterSpec(num_experts=8, top_k=3, normalize=True)
@@ -26,6 +36,12 @@ CASES = {
     "latent rows and biases": (ROUTER, ExpertForm(activation="gelu_tanh", bias=True, latent=12)),
     "weights on the input": (
         RouterSpec(num_experts=6, top_k=1, score="sigmoid", weights_on_input=True),
+        ExpertForm(bias=True),
+    ),
+    "scaled weights on the input": (
+        RouterSpec(
+            num_experts=6, top_k=1, score="sigmoid", weights_on_input=True, expert_scale=True
+        ),
         ExpertForm(bias=True),
     ),
 }
@@ -58,12 +74,21 @@ def weights_of(spec: MoESpec) -> dict[str, torch.Tensor]:
     return made
 
 
+@dataclass(frozen=True)
+class Result:
+    """One call of a layer."""
+
+    out: torch.Tensor
+    drops: LayerDrops
+    may_share: bool  # whether a step of very many tokens sends one row for several experts
+
+
 def policies_of(router: RouterSpec) -> list[dict]:
     return POLICIES[:3] if router.weights_on_input else POLICIES
 
 
-def run_cases(rank: int, counts: list[int]) -> dict[tuple[str, bool], list[torch.Tensor]]:
-    """Outputs of every case's layer, one per policy, with and without partial sums."""
+def run_cases(rank: int, counts: list[int]) -> dict[tuple[str, bool], list[Result]]:
+    """What every case's layer does under each policy, with and without partial sums."""
     topology, outs = bootstrap.start(Config(model=ModelConfig(path="unused"))), {}
     for name, (router, form) in CASES.items():
         for sums in (False, True):
@@ -92,7 +117,7 @@ def run_layer(
     router: RouterSpec,
     form: ExpertForm,
     policies: list[dict],
-) -> list[torch.Tensor]:
+) -> list[Result]:
     spec = MoESpec(router=router, hidden=HIDDEN, ffn=FFN, experts=form)
     layer = MoELayer(
         spec, layer=3, topology=topology, config=config.moe, device=topology.device,
@@ -100,6 +125,8 @@ def run_layer(
     )  # fmt: skip
     made = weights_of(spec)
     layer.gate_weight_ED.copy_(made["gate"])
+    if layer.expert_scale_E is not None:
+        layer.expert_scale_E.copy_(expert_scale_of(router.num_experts))
     for local, expert in enumerate(layer.local_experts):
         own = [*layer.experts.weights_of(local), *(layer.experts.biases_of(local) or ())]
         for name, weight in zip(("w13", "w2", "b13", "b2"), own, strict=False):
@@ -111,14 +138,18 @@ def run_layer(
     for policy in policies:
         layer.set_capacity(CapacityConfig(**policy))
         x = tokens_of(topology.data_rank, counts[topology.data_rank])
-        outs.append(layer(x, step_of(topology, counts, 1)))
+        out = layer(x, step_of(topology, counts, 1))
+        may_share = layer.layout_policy.choose(10**9).deduplicates
+        outs.append(Result(out, layer.drops.read_and_reset(), may_share))
     return outs
 
 
 def expected(
     counts: list[int], router: RouterSpec, form: ExpertForm, policy: dict
-) -> list[torch.Tensor]:
-    """Every rank's output in float64: what the reference keeps, token by token."""
+) -> list[tuple[torch.Tensor, float, float]]:
+    """Every rank's output in float64: what the reference keeps, token by token; and the sums of the
+    router's weights before and after capacity.
+    """
     spec = MoESpec(router=router, hidden=HIDDEN, ffn=FFN, experts=form)
     made, inputs, tokens, world = weights_of(spec), [], [], len(counts)
     for rank, count in enumerate(counts):
@@ -135,18 +166,19 @@ def expected(
                 competes=np.ones(count, bool),
             )
         )
+    scales = expert_scale_of(router.num_experts).tolist() if router.expert_scale else None
     bounds = [expert_range(router.num_experts, world, rank)[0] for rank in range(world)]
     outcome = reference.decide(
         inputs,
         reference.Rules(**policy, layer=3),
-        reference.Family(normalize=router.normalize),
+        reference.Family(normalize=router.normalize, expert_scale=scales),
         [*bounds, router.num_experts],
         router.num_experts,
         router.top_k,
     )
     double = {name: weight.double() for name, weight in made.items()}
     outs = []
-    for x, decided in zip(tokens, outcome.ranks, strict=True):
+    for x, given, decided in zip(tokens, inputs, outcome.ranks, strict=True):
         out = torch.zeros_like(x)
         for t, weights in enumerate(decided.weights):
             row = x[t] if form.latent is None else double["down"] @ x[t]
@@ -158,7 +190,8 @@ def expected(
                 made_row += form.bias * double["b2"][expert]
                 total += made_row if router.weights_on_input else weight * made_row
             out[t] = total if form.latent is None else double["up"] @ total
-        outs.append(out)
+        kept = given.weights[decided.keep].sum()
+        outs.append((out, float(given.weights.sum()), float(kept)))
     return outs
 
 
@@ -169,9 +202,19 @@ def test_ranks_compute_what_the_definition_says_of_what_is_kept(counts):
         for index, policy in enumerate(policies_of(router)):
             outs = expected(counts, router, form, policy)
             for rank, result in enumerate(results):
+                out, mass, mass_kept = outs[rank]
                 for sums in (False, True):
-                    found = result[name, sums][index].double()
-                    torch.testing.assert_close(found, outs[rank], atol=2e-5, rtol=1e-4)
+                    found = result[name, sums][index]
+                    torch.testing.assert_close(found.out.double(), out, atol=2e-5, rtol=1e-4)
+                    assert found.drops.mass == pytest.approx(mass, rel=1e-5)
+                    assert found.drops.mass_kept == pytest.approx(mass_kept, rel=1e-5)
+
+
+def test_a_row_that_bears_a_weight_is_never_sent_for_two_experts():
+    for result in run_ranks(run_cases, 2, [9, 8]):
+        for (name, _), of_policies in result.items():
+            may_share = "weights on the input" not in name
+            assert all(each.may_share == may_share for each in of_policies), name
 
 
 def test_expansion_is_refused_where_weights_multiply_the_input():

@@ -5,6 +5,7 @@ Run: pytest tests/distributed/test_router_forms.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from engine.moe.router import RouterSpec
 from tests.helpers.layer_cases import (
     CAPPED,
     FFN,
+    TABLE,
     build,
     expert_scale_of,
     logit_bias_of,
     step_of,
+    token_ids_of,
     tokens_of,
     weights_of,
 )
@@ -82,37 +85,51 @@ def test_every_rank_gets_what_plain_loops_compute(form: str, ranks: int) -> None
         assert result["experts"] == loads
 
 
-def run_placements(rank: int, counts: list[int], copies: bool) -> list[torch.Tensor]:
+def run_placements(
+    rank: int, counts: list[int], copies: bool, spec: RouterSpec
+) -> list[torch.Tensor]:
     """Outputs of one layer with contiguous homes and with others, with each policy."""
     config = Config(model=ModelConfig(path="unused"))
     topology = bootstrap.start(config)
-    world, num_experts = topology.expert.size, CAPPED.num_experts
+    world, num_experts = topology.expert.size, spec.num_experts
     homes = tuple(expert % world for expert in reversed(range(num_experts)))
     copied = {9: (0,), 8: tuple(range(1, world))} if copies else {}
     hosts = tuple(
         tuple(host for host in copied.get(expert, ()) if host != homes[expert])
         for expert in range(num_experts)
     )
-    outs = []
+    outs, ids = [], None
+    if spec.token_table is not None:
+        ids = token_ids_of(rank, counts[rank], spec.token_table)
     for placement in (None, LayerPlacement(homes, hosts)):
-        layer = build(topology, config, CAPPED, None, placement=placement)
+        layer = build(topology, config, spec, None, placement=placement)
         for capacity in (
             CapacityConfig(),
             CapacityConfig(policy="token_drop", factor="1", renormalize=True),
         ):
             layer.set_capacity(capacity)
-            outs.append(layer(tokens_of(rank, counts[rank]), step_of(topology, counts, 1)))
+            step = step_of(topology, counts, 1)
+            outs.append(layer(tokens_of(rank, counts[rank]), step, token_ids_T=ids))
     bootstrap.stop(topology)
     return outs
 
 
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("counts", [[40, 25], [12, 0, 31]])
-def test_the_scales_follow_experts_to_their_homes_and_copies(
-    counts: list[int], copies: bool
+@pytest.mark.parametrize(
+    ("counts", "copies", "spec"),
+    [
+        ([40, 25], False, CAPPED),
+        ([12, 0, 31], False, CAPPED),
+        ([40, 25], True, CAPPED),
+        ([12, 0, 31], True, CAPPED),
+        ([40, 25], False, replace(TABLE, num_experts=10)),
+        ([12, 0, 31], True, replace(TABLE, num_experts=10)),
+    ],
+)
+def test_scales_and_tables_follow_experts_to_their_homes_and_copies(
+    counts: list[int], copies: bool, spec: RouterSpec
 ) -> None:
     for contiguous, dropped, placed, placed_dropped in run_ranks(
-        run_placements, len(counts), counts, copies
+        run_placements, len(counts), counts, copies, spec
     ):
         assert torch.equal(placed, contiguous)
         if len(dropped):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from engine.ops.select_experts import SelectionRule, select_experts_reference
+from engine.ops.table_experts import table_experts_reference
 from tests.gpu.test_ops_triton import DEVICE, kernel
+from tests.helpers.layer_cases import table_of
 
 # Experts, groups, groups that may be chosen from, top-k: DeepSeek's ratios, odd ones, single ones.
 GROUPS = [(32, 8, 4, 6), (20, 5, 2, 3), (6, 3, 1, 2), (4, 4, 3, 3), (8, 1, 1, 2)]
@@ -34,6 +36,28 @@ def test_groups_match_the_reference(experts, groups, top_groups, top_k, dtype, g
     for mine, theirs in ((got[0], expected[0]), (got[2], expected[2])):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@kernel
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(0, 4, 2), (3, 8, 2), (5, 60, 6), (1, 1, 1), (2, 6, 6)]
+)
+def test_experts_of_a_table_match_the_reference(tokens, experts, top_k, dtype, score):
+    from engine.ops.gpu.table_experts import table_experts_triton
+
+    logits = torch.randn(tokens, experts + 3)[:, :experts].to(dtype)
+    table, ids = table_of(7, experts, top_k), torch.randint(7, (tokens,))
+    for least in (0.0, 9.0):
+        rule = SelectionRule(top_k, score, True, 1e-20, 1.5, normalize_min=least)
+        given = (logits.to(DEVICE), table.to(DEVICE), ids.to(DEVICE))
+        got = table_experts_triton(*given, rule)
+        expected = table_experts_reference(logits, table, ids, rule)
+        assert torch.equal(got[1].cpu(), expected[1])
+        for mine, theirs in ((got[0], expected[0]), (got[2], expected[2])):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
 
 
 @kernel

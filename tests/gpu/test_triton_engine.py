@@ -39,6 +39,7 @@ FAMILIES = {
     "llama4_text": {"qk_rotary_store", "silu_and_mul"},
     "qwen3_next": {"qk_rotary_store", "silu_and_mul", "gate_output"},
     "qwen3_5_moe_text": {"qk_rotary_store", "silu_and_mul", "gate_output"},
+    "longcat_flash": {"latent_rotary_store", "silu_and_mul", "add_zero_experts"},
 }
 
 

@@ -50,6 +50,19 @@ def expert_scale_of(num_experts: int) -> torch.Tensor:
     return torch.linspace(0.5, 2.0, num_experts)
 
 
+def table_of(num_ids: int, num_experts: int, top_k: int) -> torch.Tensor:
+    """Experts of each token id, in no order of their scores."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(num_ids, num_experts, generator=generator).argsort(1)[:, :top_k].clone()
+
+
+def token_ids_of(rank: int, count: int, num_ids: int) -> torch.Tensor:
+    """Token ids of which half are one and the same, as in a batch with common words."""
+    generator = torch.Generator().manual_seed(200 + rank)
+    ids = torch.randint(num_ids, (count,), generator=generator)
+    return ids.where(torch.rand(count, generator=generator) < 0.5, 3)
+
+
 def tokens_of(rank: int, count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 + rank)
     return torch.randn(count, HIDDEN, generator=generator) + 0.4
@@ -120,14 +133,16 @@ def build(
         precision=precision,
         speeds_W=speeds_W,
     )
-    gate, w13, w2 = weights_of(spec.num_experts)
+    gate, w13, w2 = weights_of(spec.num_logits)
     layer.gate_weight_ED.copy_(gate)
     if layer.gate_bias_E is not None:
-        layer.gate_bias_E.copy_(correction_of(spec.num_experts))
+        layer.gate_bias_E.copy_(correction_of(spec.num_logits))
     if layer.logit_bias_E is not None:
-        layer.logit_bias_E.copy_(logit_bias_of(spec.num_experts))
+        layer.logit_bias_E.copy_(logit_bias_of(spec.num_logits))
     if layer.expert_scale_E is not None:
         layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
+    if layer.table_VK is not None:
+        layer.table_VK.copy_(table_of(len(layer.table_VK), spec.num_experts, spec.top_k))
     for local, expert in enumerate(layer.local_experts):
         layer.experts.set_weights(local, w13[expert], w2[expert])
     if precision != "model":
@@ -171,5 +186,38 @@ DEEPSEEK = RouterSpec(num_experts=8, top_k=3, scale=2.5, num_groups=4, top_group
 MINIMAX = RouterSpec(num_experts=9, top_k=3, score="sigmoid", normalize=True, correction_bias=True)
 
 
+# The best of groups by a bias, which scores and weights are without.
+DEEPSEEK_V3 = RouterSpec(
+    num_experts=8,
+    top_k=3,
+    score="sigmoid",
+    normalize=True,
+    normalize_eps=1e-20,
+    scale=2.5,
+    num_groups=4,
+    top_groups=2,
+    group_score="top2",
+    correction_bias=True,
+)
+
+
 # A minimum that some tokens' sums do not reach.
 ERNIE = RouterSpec(num_experts=8, top_k=2, normalize=True, normalize_min=0.6, correction_bias=True)
+
+
+# DeepSeek-V4's first layers: a table of token ids chooses, the scores weigh.
+TABLE = RouterSpec(
+    num_experts=9,
+    top_k=3,
+    score="sqrt_softplus",
+    normalize=True,
+    normalize_eps=1e-20,
+    scale=1.5,
+    token_table=13,
+)
+
+
+# Some tokens choose zero experts alone.
+LONGCAT = RouterSpec(
+    num_experts=7, top_k=3, scale=1.5, correction_bias=True, num_zero_experts=4, float32_logits=True
+)

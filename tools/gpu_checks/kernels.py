@@ -22,6 +22,7 @@ from engine.ops import (
     select_top,
     silu_and_mul,
     sort_by_expert,
+    table_experts,
     unique_rows,
 )
 from gpu_checks.cache_cases import Case, Op, cache_cases
@@ -147,6 +148,13 @@ def _cases() -> Iterator[Case]:
             lambda x, rule=rule: select_experts.select_experts_reference(x, None, rule),
             [random(65, 60).argsort(1) / 4 - 7.5],  # no two alike in any dtype
         )
+    softplus = select_experts.SelectionRule(6, "sqrt_softplus", True, 1e-20, 1.5)
+    yield (
+        "table_experts",
+        lambda x, table, ids: table_experts.table_experts(x.float(), table, ids, softplus),
+        lambda x, table, ids: table_experts.table_experts_reference(x, table, ids, softplus),
+        [random(65, 60), torch.rand(9, 60).argsort(1)[:, :6].contiguous(), torch.arange(65) % 9],
+    )
     yield (
         "select_top",
         lambda first, second, pool: select_top.select_top([first, second], pool, _need(pool))[0],

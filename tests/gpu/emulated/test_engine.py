@@ -73,6 +73,8 @@ JOBS = {
     ),
     "qwen3.5 two_batch": Job("qwen3_5_moe_text", moe(overlap={"two_batch": True}), uses=TWO_BATCH),
     "qwen3.5 token_drop": Job("qwen3_5_moe_text", drop("token_drop", "gather"), uses=GATHER),
+    "longcat": Job("longcat_flash"),
+    "longcat token_drop": Job("longcat_flash", drop("token_drop", "gather"), uses=GATHER),
     "token_drop gather": Job("mixtral", drop("token_drop", "gather"), uses=GATHER),
     "token_drop radix": Job("mixtral", drop("token_drop", "radix"), uses=RADIX),
     "expanded_drop gather": Job("olmoe", drop("expanded_drop", "gather"), uses=GATHER),

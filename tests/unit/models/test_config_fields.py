@@ -28,6 +28,7 @@ FAMILIES = (
     "llama4",
     "qwen3-next",
     "qwen3-5-moe",
+    "longcat-flash",
 )
 ODD = (None, "64", 64.5, 64.0, True, [64], {"a": 1}, 0, -1, 10**30, float("inf"))
 

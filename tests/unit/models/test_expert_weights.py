@@ -51,6 +51,7 @@ def layer_of(form: ExpertForm) -> Any:
         gate_bias_E=None,
         logit_bias_E=None,
         expert_scale_E=None,
+        table_VK=None,
         shared=None,
     )
 

@@ -53,6 +53,14 @@ def test_the_scales_of_experts_are_float32_below_the_block():
     assert scale.full_shape == (EXPERTS,)
 
 
+def test_a_table_of_token_ids_is_below_the_block_and_holds_experts():
+    layer, slots = router_slots(MoENames(block="ffn"), token_table=11)
+    table = slots["model.layers.0.ffn.gate.tid2eid"]
+    assert table.target is layer.table_VK and table.target.dtype == torch.int64
+    assert (table.full_shape, table.kind, table.ids_below) == ((11, 2), "ids", EXPERTS)
+    assert table.aliases == ("model.layers.0.mlp.gate.tid2eid",)
+
+
 def test_without_a_logit_bias_the_gate_is_its_weight_alone():
     layer, slots = router_slots(MoENames())
     assert list(slots) == ["model.layers.0.mlp.gate.weight"]

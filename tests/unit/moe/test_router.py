@@ -105,6 +105,9 @@ def test_a_logit_cap_bounds_the_logits_and_leaves_the_choice():
         ({"top_k": 1, "num_groups": 3}, "n_group: 3"),
         ({"top_k": 1, "num_groups": 2, "top_groups": 3}, "topk_group: 3"),
         ({"top_k": 3, "num_groups": 2, "top_groups": 1}, "exceeds the 2 experts"),
+        ({"top_k": 1, "token_table": 9, "correction_bias": True}, "has no correction bias"),
+        ({"top_k": 1, "token_table": 9, "num_groups": 2, "top_groups": 2}, "n_group: 2"),
+        ({"top_k": 1, "token_table": 9, "num_zero_experts": 3}, "zero_expert_num: 3"),
     ],
 )
 def test_impossible_router_is_refused_by_name_and_value(fields, message):

@@ -653,6 +653,57 @@ def test_dummy_norms_are_one_and_biases_zero():
     assert (norm == 1).all() and (bias == 0).all()
 
 
+# --- Tables of ids --------------------------------------------------------------------------------
+
+
+def ids_slot(name: str, rows: int, width: int, below: int) -> WeightSlot:
+    target = torch.full((rows, width), -7)
+    return slot(name, target, kind="ids", ids_below=below)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_ids_arrive_as_int64_whatever_integers_the_files_hold(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("engine.weights.id_table.CHUNK_BYTES", 40)  # several pieces
+    table = torch.rand(50, 200).argsort(1)[:, :3].contiguous()
+    save(tmp_path, {"table": table.to(dtype), "w": torch.ones(2)})
+    given = ids_slot("table", 50, 3, 200)
+    report = load_weights(tmp_path, [given, slot("w", torch.zeros(2))])
+    assert torch.equal(given.target, table)
+    assert report.tensors_read == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ([4, 6, 0], "row 30 holds 6, which must be from 0 to 5"),
+        ([-1, 2, 0], "row 30 holds -1, which must be from 0 to 5"),
+        ([5, 2, 5], "row 30 holds 5 twice"),
+    ],
+)
+def test_wrong_ids_are_errors_that_name_tensor_row_and_value(tmp_path, monkeypatch, row, text):
+    monkeypatch.setattr("engine.weights.id_table.CHUNK_BYTES", 7 * 24)
+    table = torch.arange(3).expand(40, 3).clone()
+    table[30] = torch.tensor(row)
+    save(tmp_path, {"gate.tid2eid": table})
+    error = error_of(tmp_path, ids_slot("gate.tid2eid", 40, 3, 6))
+    assert "gate.tid2eid in " in error and text in error
+
+
+def test_a_table_of_ids_must_be_integers_of_its_shape(tmp_path):
+    save(tmp_path, {"table": torch.ones(4, 2)})
+    error = error_of(tmp_path, ids_slot("table", 4, 2, 6))
+    assert "table in model.safetensors is F32" in error and "must be integers" in error
+    save(tmp_path, {"table": torch.ones(4, 2, dtype=torch.int64)})
+    assert "[4, 2], must be [5, 2]" in error_of(tmp_path, ids_slot("table", 5, 2, 6))
+
+
+def test_dummy_ids_are_allowed_ones_and_equally_frequent():
+    given = ids_slot("table", 12, 3, 9)
+    fill_dummy([given], seed=0)
+    assert all(len(set(row)) == 3 for row in given.target.tolist())
+    assert given.target.flatten().bincount().tolist() == [4] * 9
+
+
 def test_dummy_weights_in_bfloat16_are_the_rounded_float32_ones():
     wide, narrow = torch.zeros(64, 64), torch.zeros(64, 64, dtype=torch.bfloat16)
     fill_dummy([slot("w", wide)], seed=0)
