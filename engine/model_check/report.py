@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,12 @@ def _weigh(
     compare(stored, folder, slots, model.ignored_weights(names), is_refused)
     whole = part_bytes(model, names)
     total = sum(slot.target.numel() for slot in slots if slot.tied_to is None)
-    idle = 0
+    idle = Fraction(0)
     for layer in model.moe_layers:
-        moe = layer.spec
-        unchosen = moe.router.num_experts - moe.router.top_k
-        idle += unchosen * (moe.experts.parts + 1) * moe.width * moe.ffn
+        moe, router = layer.spec, layer.spec.router
+        # Of a mean token: zero experts take their share of its choices.
+        chosen = Fraction(router.top_k * router.num_experts, router.num_logits)
+        idle += (router.num_experts - chosen) * (moe.experts.parts + 1) * moe.width * moe.ffn
     shares = [
         share_of_rank(
             reading.hf_config,
@@ -135,7 +137,7 @@ def _weigh(
         )
         for number in ranks
     ]
-    return _Weights(shares, total, total - idle)
+    return _Weights(shares, total, total - int(idle))
 
 
 def _capacity(spec: ModelSpec, shares: Sequence[RankShare]) -> dict[str, Any] | None:

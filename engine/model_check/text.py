@@ -61,7 +61,10 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _experts(experts: Mapping[str, Any]) -> str:
     least, most = experts["least_top_k"], experts["top_k"]
     top_k = f"top-{most}" if least == most else f"top-{least} to top-{most} by layer"
-    text = f"{experts['num_experts']} routed of width {experts['ffn']}, {top_k}"
+    text = f"{experts['num_experts']} routed of width {experts['ffn']}"
+    if experts.get("num_zero_experts"):
+        text += f" and {experts['num_zero_experts']} zero experts"
+    text += f", {top_k}"
     if experts.get("num_groups", 1) > 1:
         text += f" of {experts['top_groups']} of {experts['num_groups']} groups"
     text += f", {experts['score']}" + (" + bias" if experts.get("correction_bias") else "")
