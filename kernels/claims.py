@@ -9,6 +9,7 @@ Legend: T tokens, K top-k, E experts, e experts on this rank, X extra columns, N
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from engine.ops import triton_support
 from engine.ops.claim_keys import Order, sort_keys, sortable
@@ -23,6 +24,7 @@ class ClaimRule(NamedTuple):
     with_expert: bool  # two claims of one token can be in one pool, so the expert is a key
     num_extra: int = 0  # X
     first_expert: int = 0  # the first of this rank's experts
+    some_none: bool = False  # ids may be -1, no claim
 
 
 class ExtraRule(NamedTuple):
@@ -31,6 +33,7 @@ class ExtraRule(NamedTuple):
     first_expert: int
     budget: int
     with_keys: bool = True  # False: their keys are not needed
+    some_none: bool = False  # ids of chosen experts may be -1, none
 
 
 def make_claims(
@@ -74,9 +77,14 @@ def make_claims_reference(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Plain torch form of `make_claims`."""
     num_experts = scores_TE.shape[1]
-    code_TN, score_TN = topk_ids_TK, scores_TE.gather(1, topk_ids_TK)
+    chosen_TK = topk_ids_TK.clamp(min=0) if rule.some_none else topk_ids_TK
+    code_TN, score_TN = topk_ids_TK, scores_TE.gather(1, chosen_TK)
     if eligible_T is not None:
         code_TN = code_TN + num_experts * (~eligible_T[:, None]).long()
+    if rule.some_none:
+        is_none_TK = topk_ids_TK < 0
+        code_TN = code_TN.masked_fill(is_none_TK, 3 * num_experts)
+        score_TN = score_TN.masked_fill(is_none_TK, 0.0)
     if extra_pool_Te is not None:
         extra_TX, score_TX = _extra_columns(scores_TE, extra_pool_Te, rule)
         code_TN = torch.cat((code_TN, extra_TX), dim=1)
@@ -164,6 +172,9 @@ def extra_claims_reference(
     own = slice(rule.first_expert, rule.first_expert + num_local)
     scores_Te = scores_TE[:, own]
     chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    if rule.some_none:  # a column more, for none
+        chosen_TE = F.pad(chosen_TE, (0, 1))
+        topk_ids_TK = topk_ids_TK.where(topk_ids_TK >= 0, scores_TE.shape[1])
     allowed_Te = ~chosen_TE.scatter_(1, topk_ids_TK, True)[:, own]
     if eligible_T is not None:
         allowed_Te = allowed_Te & eligible_T[:, None]

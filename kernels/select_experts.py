@@ -130,7 +130,7 @@ def apply_selection(
     Args:
         keep_TK: bool.
         scores_TE: float32; read for extras alone.
-        topk_ids_TK: int64.
+        topk_ids_TK: int64, -1 for none; where the rule normalises, extras need all of them.
         topk_weights_TK: float32.
         rule: the router's.
         first_expert: the first of this rank's experts.
@@ -162,11 +162,9 @@ def apply_selection_reference(
         num_local = extra_Te.shape[1]
         local_e = torch.arange(num_local, device=keep_TK.device) + first_expert
         ids_TM = torch.cat((ids_TM, local_e.expand_as(extra_Te).where(extra_Te, -1)), dim=1)
-        weights_Te = weigh_scores(
-            scores_TE[:, first_expert : first_expert + num_local],
-            scores_TE.gather(1, topk_ids_TK),
-            rule,
-        )
+        scores_Te = scores_TE[:, first_expert : first_expert + num_local]
+        topk_TK = scores_TE.gather(1, topk_ids_TK) if rule.normalize else scores_Te
+        weights_Te = weigh_scores(scores_Te, topk_TK, rule)
         kept_TM = torch.cat((kept_TM, weights_Te.where(extra_Te, 0.0)), dim=1)
     if not renormalize:
         return ids_TM, kept_TM

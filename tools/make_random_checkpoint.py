@@ -72,6 +72,7 @@ FAMILIES = (
     "minimax_m2",
     "ernie4_5_moe",
     "gpt_oss",
+    "longcat_flash",
 )
 
 
@@ -158,6 +159,8 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
             "head_dim": size.hidden // size.heads,
             "sliding_window": 8,
         }
+    if family == "longcat_flash":
+        return _longcat_fields(fields, size)
     raise ValueError(f"family {family!r} is not known; choose from {', '.join(FAMILIES)}")
 
 
@@ -182,6 +185,26 @@ def _deepseek_fields(family: str, size: Size) -> dict[str, Any]:
     if family == "deepseek_v2":
         return fields | {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
     return fields | {"norm_topk_prob": True}
+
+
+def _longcat_fields(fields: dict[str, Any], size: Size) -> dict[str, Any]:
+    others = ("num_hidden_layers", "num_key_value_heads", "num_experts_per_tok")
+    nope = size.hidden // size.heads
+    return {name: value for name, value in fields.items() if name not in others} | {
+        "num_layers": max(1, size.layers // 2),
+        "ffn_hidden_size": 2 * size.ffn,
+        "expert_ffn_hidden_size": size.ffn,
+        "n_routed_experts": size.experts,
+        "zero_expert_num": size.experts // 2,
+        "moe_topk": size.top_k,
+        "routed_scaling_factor": 1.5,
+        "q_lora_rank": size.hidden // 2,
+        "kv_lora_rank": size.hidden // 2,
+        "qk_nope_head_dim": nope,
+        "qk_rope_head_dim": nope,
+        "v_head_dim": nope,
+        "head_dim": nope,
+    }
 
 
 def make_checkpoint(

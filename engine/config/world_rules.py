@@ -71,12 +71,14 @@ def validate_capacity(
     expert_ranks: int,
     most_local: int | None = None,
     has_copies: bool = False,
+    num_zero_experts: int = 0,
 ) -> None:
     """Check the capacity settings that depend on the model and how its experts are distributed.
 
     Args:
         most_local: experts and copies of the rank that has most; None: without a placement.
         has_copies: whether ranks hold copies of other ranks' experts.
+        num_zero_experts: which a token may choose instead.
 
     Raises `ConfigError`. Pure.
     """
@@ -92,7 +94,7 @@ def validate_capacity(
             f"moe.capacity.expand = {config.expand}: must be at most {most_local}, the experts "
             f"of one rank ({num_experts} experts on {expert_ranks} ranks); null means all of them"
         )
-    if top_k == num_experts:
+    if top_k == num_experts and not num_zero_experts:
         problems.append(
             f"moe.capacity.policy = 'expanded_drop': has nothing to add, because every token "
             f"already chooses all {num_experts} experts of this model; use token_drop"

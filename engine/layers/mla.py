@@ -51,7 +51,8 @@ class MLASpec:
     nope_dim: int  # N
     rope_dim: int  # R
     value_dim: int  # V
-    scale: float  # on the scores, YaRN's factor included
+    scale: float  # on the scores, YaRN's factor and that of the query latent included
+    latent_scale: float = 1.0  # of the normalised latent c (LongCat-Flash)
     interleaved: bool = True  # rotary pairs are (2i, 2i + 1); otherwise (i, i + R / 2)
     bias: bool = False  # on the two down-projections and the output projection
 
@@ -176,7 +177,12 @@ class LatentAttention(nn.Module):
         )
 
     def finalize_weights(self) -> None:
-        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest."""
+        """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest.
+
+        The scale of the latent becomes part of the up-projections of all that is made of it.
+        """
+        if self.spec.latent_scale != 1.0:
+            self.kv_up_HOC.mul_(self.spec.latent_scale)
         for weight in (self.down_OD, self.q_up_OQ, self.out_DO):
             if weight is not None:
                 to_panels(weight)

@@ -36,18 +36,19 @@ def dropless_factors(router: RouterSpec, ranks: int, most_local: int) -> tuple[F
     """Return the capacity factors from which nothing is dropped, in scope expert and scope rank.
 
     An expert gets at most all T tokens, and C = gamma T K / E of them stay: gamma = E / K. A rank
-    of e experts gets at most T min(K, e) assignments, and e C of them stay.
+    of e experts gets at most T min(K, e) assignments, and e C of them stay. With Z zero experts E +
+    Z takes the place of E.
 
     Args:
         ranks: of the expert-parallel group.
         most_local: e, the experts of the rank that has most.
     """
-    experts, top_k = router.num_experts, router.top_k
-    by_expert = Fraction(experts, top_k)
+    logits, top_k = router.num_logits, router.top_k
+    by_expert = Fraction(logits, top_k)
     # The rank with the fewest experts has the least room.
-    least = experts // ranks
+    least = router.num_experts // ranks
     by_rank = max(
-        Fraction(experts * min(top_k, local), local * top_k) for local in {least, most_local}
+        Fraction(logits * min(top_k, local), local * top_k) for local in {least, most_local}
     )
     return by_expert, by_rank
 
@@ -130,7 +131,7 @@ def _answer(refusal: str | None, yes: str = "yes") -> str:
 
 def _priority(router: RouterSpec) -> str:
     """Return the score by which assignments are kept (moe.capacity.order = score), in words."""
-    text = f"{_SCORES[router.score]} over all {router.num_experts} experts"
+    text = f"{_SCORES[router.score]} over all {router.num_logits} experts"
     if router.logit_bias:
         text += ", the gate's bias included"
     if router.logit_cap is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from engine.models.decoder import CausalLM
 from engine.weights.slot import WeightSlot
@@ -25,10 +26,13 @@ def count_parameters(model: CausalLM, slots: Sequence[WeightSlot]) -> Parameters
     slots: all of the model.
     """
     total = sum(slot.target.numel() for slot in slots if slot.tied_to is None)
-    idle = 0
+    idle = Fraction(0)
     for layer in model.moe_layers:
         router, experts = layer.spec.router, layer.experts
+        # Of a mean token: zero experts take their share of its choices.
+        chosen = Fraction(router.top_k * router.num_experts, router.num_logits)
         each = experts.copy_size // experts.stacked.w13_e2FD.element_size()
-        idle += (router.num_experts - router.top_k) * each
+        idle += (router.num_experts - chosen) * each
     other_rows = 0 if model.spec.tied_embeddings else (model.vocab_size - 1) * model.spec.hidden
-    return Parameters(total, total - idle - other_rows, total - idle)
+    active = total - int(idle)
+    return Parameters(total, active - other_rows, active)

@@ -73,6 +73,8 @@ def _experts(experts: Mapping[str, Any]) -> str:
     top_k = f"top-{most}" if least == most else f"top-{least} to top-{most} by layer"
     text = f"{experts['num_experts']} routed of width {experts['ffn']}"
     text += f" ({experts['form']})" if experts["form"] != "plain SwiGLU" else ""
+    if experts.get("num_zero_experts"):
+        text += f" and {experts['num_zero_experts']} zero experts"
     text += f", {top_k}"
     if experts.get("num_groups", 1) > 1:
         text += f" of {experts['top_groups']} of {experts['num_groups']} groups"

@@ -87,6 +87,9 @@ _FIELDS = {
             "v_head_dim",
             "moe_k",
             "moe_layer_interval",
+            "moe_topk",
+            "ffn_hidden_size",
+            "expert_ffn_hidden_size",
         ),
         _whole(1),
     ),
@@ -98,10 +101,11 @@ _FIELDS = {
             "max_window_layers",
             "moe_num_shared_experts",
             "moe_layer_start_index",
+            "zero_expert_num",
         ),
         _whole(0),
     ),
-    "num_hidden_layers": _whole(1, _MOST_PARTS),
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), _whole(1, _MOST_PARTS)),
     **dict.fromkeys(("n_routed_experts", "moe_num_experts"), _whole(1, _MOST_PARTS)),
     "moe_layer_end_index": _whole(-1),
     # 0 in Qwen: every layer is dense. The others refuse it as fewer than num_experts_per_tok.
@@ -114,10 +118,13 @@ _FIELDS = {
     **dict.fromkeys(
         (
             "attention_bias",
+            "mla_scale_kv_lora",
+            "mla_scale_q_lora",
             "mlp_bias",
             "norm_topk_prob",
             "qkv_bias",
             "rope_interleave",
+            "router_bias",
             "tie_word_embeddings",
             "use_bias",
             "use_qk_norm",
@@ -125,7 +132,9 @@ _FIELDS = {
         ),
         _FLAG,
     ),
-    **dict.fromkeys(("hidden_act", "model_type", "scoring_func", "topk_method"), _TEXT),
+    **dict.fromkeys(
+        ("hidden_act", "model_type", "scoring_func", "topk_method", "zero_expert_type"), _TEXT
+    ),
     **dict.fromkeys(("mlp_only_layers", "attn_type_list"), _LIST_OF_WHOLE),
     "layer_types": _Rule(
         "a list of text", lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v)

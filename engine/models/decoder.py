@@ -158,6 +158,8 @@ class CausalLM(nn.Module):
             on_progress()
             layer.attention.finalize_weights()
             layer.mlp.finalize_weights()
+            if layer.beside is not None:
+                layer.beside.finalize_weights()
         if self.head_VD is not self.embedding_VD:
             to_panels(self.head_VD)
 
@@ -225,7 +227,7 @@ class CausalLM(nn.Module):
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD).to(self.dtype)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
         next_norms = [*(layer.input_norm_D for layer in layers[1:]), self.final_norm_D]
-        read = None
+        read = shortcut_TD = None
         for index, (layer, k_cache, v_cache, next_norm_D) in enumerate(
             zip(layers, kv.keys, kv.values, next_norms, strict=True)
         ):
@@ -244,13 +246,21 @@ class CausalLM(nn.Module):
             clock.enter(Phase.OTHER, index)
             if read is not None:
                 residual_TD = residual_TD.index_select(0, read.rows_R)
+                if shortcut_TD is not None:
+                    shortcut_TD = shortcut_TD.index_select(0, read.rows_R)
             x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                x_TD = yield from layer.mlp.steps(
+                routed_TD = yield from layer.mlp.steps(
                     x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies
                 )
+                if layer.beside is None:
+                    x_TD = routed_TD
+                else:
+                    x_TD, shortcut_TD = layer.beside(x_TD), routed_TD
             else:
                 x_TD = layer.mlp(x_TD)
+                if shortcut_TD is not None:
+                    x_TD, shortcut_TD = x_TD.add_(shortcut_TD), None
             x_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
         if read is None and step.read is not None:
             x_TD = x_TD.index_select(0, step.read.rows_R)
@@ -281,14 +291,17 @@ class CausalLM(nn.Module):
         embedding = self.embedding_VD
         yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
         for index, layer in enumerate(self._layers):
-            prefix = f"model.layers.{index}"
-            yield _norm_slot(f"{prefix}.input_layernorm.weight", layer.input_norm_D)
-            yield _norm_slot(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm_D)
-            yield from layer.attention.weight_slots(f"{prefix}.self_attn")
+            prefix, part = self.spec.prefix(index)
+            dense = f"{prefix}.mlps{part}" if part else f"{prefix}.mlp"
+            yield _norm_slot(f"{prefix}.input_layernorm{part}.weight", layer.input_norm_D)
+            yield _norm_slot(f"{prefix}.post_attention_layernorm{part}.weight", layer.mlp_norm_D)
+            yield from layer.attention.weight_slots(f"{prefix}.self_attn{part}")
             if isinstance(layer.mlp, MoELayer):
                 yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
             else:
-                yield from layer.mlp.weight_slots(f"{prefix}.mlp")
+                yield from layer.mlp.weight_slots(dense)
+            if layer.beside is not None:
+                yield from layer.beside.weight_slots(dense)
         yield _norm_slot("model.norm.weight", self.final_norm_D)
         if not tied:
             yield WeightSlot(_HEAD, self.head_VD, shape)

@@ -46,6 +46,9 @@ class DecoderLayer(nn.Module):
             self.attention = Attention(spec.attention, topology.tensor, device, dtype)
         else:
             self.attention = LatentAttention(spec.attention, topology.tensor, device, dtype)
+        self.beside = None
+        if spec.beside is not None:
+            self.beside = DenseMLP(hidden, spec.beside.ffn, device, dtype, bias=spec.beside.bias)
         if isinstance(spec.mlp, DenseSpec):
             self.mlp = DenseMLP(hidden, spec.mlp.ffn, device, dtype, bias=spec.mlp.bias)
             return

@@ -38,16 +38,16 @@ def moe_slots(
         checkpoint: names of the tensors in the checkpoint; empty when there is none.
     """
     spec, block = moe.spec, f"{prefix}.{names.block}"
-    num_experts, hidden = spec.router.num_experts, spec.hidden
+    num_logits, hidden = spec.router.num_logits, spec.hidden
     gate, alias = f"{block}.{names.gate}.weight", f"{prefix}.mlp.gate.weight"
     aliases = () if alias == gate else (alias,)
-    yield WeightSlot(gate, moe.gate_weight_ED, (num_experts, hidden), aliases=aliases)
+    yield WeightSlot(gate, moe.gate_weight_ED, (num_logits, hidden), aliases=aliases)
     if moe.logit_bias_E is not None:
         name = f"{block}.{names.gate}.bias"
-        yield WeightSlot(name, moe.logit_bias_E, (num_experts,), kind="bias")
+        yield WeightSlot(name, moe.logit_bias_E, (num_logits,), kind="bias")
     if moe.expert_scale_E is not None:
         name = f"{block}.{names.expert_scale}"
-        yield WeightSlot(name, moe.expert_scale_E, (num_experts,), kind="norm")
+        yield WeightSlot(name, moe.expert_scale_E, (num_logits,), kind="norm")
     if moe.gate_bias_E is not None:
         name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
         aliases = () if alias == name else (alias,)
@@ -75,7 +75,7 @@ def expert_names(spec: ModelSpec) -> dict[int, tuple[list[str], list[str]]]:
     for index, layer in enumerate(spec.layers):
         if isinstance(layer.mlp, SparseSpec):
             experts = range(layer.mlp.moe.router.num_experts)
-            prefix = f"model.layers.{index}.{names.block}.experts"
+            prefix = f"{spec.prefix(index)[0]}.{names.block}.experts"
             found[index] = (
                 [f"{prefix}.{e}.{each}.weight" for e in experts for each in (names.w1, names.w3)],
                 [f"{prefix}.{e}.{names.w2}.weight" for e in experts],

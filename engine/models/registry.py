@@ -28,6 +28,7 @@ from engine.models.families import (
     ernie4_5_moe,
     glm4_moe,
     gpt_oss,
+    longcat_flash,
     minimax_m2,
     mixtral,
     olmoe,
@@ -53,6 +54,7 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "ernie4_5_moe": ernie4_5_moe.read_spec,
     "minimax_m2": minimax_m2.read_spec,
     "gpt_oss": gpt_oss.read_spec,
+    "longcat_flash": longcat_flash.read_spec,
 }
 # Model types without a class in transformers whose config.json is that of another one. Their own
 # classes are code in the checkpoint, which is never run.

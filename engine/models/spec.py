@@ -36,6 +36,9 @@ class LayerSpec:
 
     attention: AttentionSpec | MLASpec
     mlp: DenseSpec | SparseSpec
+    # Beside a sparse `mlp`, on the same input: this is the layer's output then, and that of the
+    # experts is added to the next layer's, which is dense (the shortcut of LongCat-Flash).
+    beside: DenseSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,15 @@ class ModelSpec:
     rotary_dim: int  # rotated dims of a head
     layers: tuple[LayerSpec, ...]
     names: MoENames = MoENames()
+    # Layers here per layer of the checkpoint, which numbers their norms, attention and dense MLPs.
+    sublayers: int = 1
     ignored: tuple[str, ...] = ()  # regular expressions of checkpoint tensors that are not needed
     # Whether layers past the last may be multi-token prediction heads, which are not needed.
     mtp_layers: bool = False
+
+    def prefix(self, layer: int) -> tuple[str, str]:
+        """Return a layer's name in the checkpoint, as in model.layers.0, and what comes behind the
+        names of its norms, attention and dense MLP, as in .1 or nothing.
+        """
+        number, part = divmod(layer, self.sublayers)
+        return f"model.layers.{number}", f".{part}" if self.sublayers > 1 else ""

@@ -15,7 +15,9 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
     6. experts   the local experts' feed-forward                            local_experts.py
     7. combine   all-to-all back, then each token sums its experts' rows    pipeline.py
                  by weight, k = 0 .. K - 1, then its extras
-    8. shared    the shared expert, if there is one, is added (it ran
+    8. shared    tokens are added by the weights of their zero experts,   zero_experts.py
+                 which no step between saw (`router.py`); then the
+                 shared expert, if there is one, is added (it ran
                  during step 3, or where it is balanced during steps 5
                  and 6); a tensor group gathers its tokens            shared_rows.py
 
@@ -65,6 +67,7 @@ from engine.moe.stats import DropStats
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import TokenShard
 from engine.ops.permute import combine_rows
+from engine.ops.zero_experts import add_zero_experts
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 
@@ -175,14 +178,15 @@ class MoELayer(nn.Module):
         self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
         self._token_shard = TokenShard(topology.tensor)
         gate_dtype = torch.float32 if spec.router.float32_logits else wide
-        self.gate_weight_ED = _empty(num_experts, spec.hidden, device=device, dtype=gate_dtype)
+        logits = spec.router.num_logits
+        self.gate_weight_ED = _empty(logits, spec.hidden, device=device, dtype=gate_dtype)
         self.gate_bias_E = (
-            _empty(num_experts, device=device, dtype=torch.float32)
+            _empty(logits, device=device, dtype=torch.float32)
             if spec.router.correction_bias
             else None
         )
         self.logit_bias_E = (
-            _empty(num_experts, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
+            _empty(logits, device=device, dtype=gate_dtype) if spec.router.logit_bias else None
         )
         self.expert_scale_E = (
             _empty(num_experts, device=device, dtype=torch.float32)
@@ -340,6 +344,7 @@ class MoELayer(nn.Module):
         clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
         routing = self.route(x_tD)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
+        own_tD, zero_t = x_tD, routing.zero_weight_T
         x_tD, routing = self.rows.before(x_tD, routing)
         trial = Trial(1)
         if micro_batch is None:
@@ -387,6 +392,8 @@ class MoELayer(nn.Module):
                 self.telemetry.loads.add_shared(self.layer, moved)
             clock.enter(Phase.PLAN, self.layer)
             out_tD = self.rows.after(combine_rows(rows_SD, *terms))
+            if zero_t is not None:
+                out_tD = add_zero_experts(out_tD, own_tD, zero_t)
         if shared is not None:
             out_tD = shared.add_to(out_tD)
         out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)

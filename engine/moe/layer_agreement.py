@@ -112,9 +112,20 @@ class LayerAgreement:
                 "experts' input, so a row cannot serve a second expert of another weight; use "
                 "token_drop or none"
             )
+        if (
+            self._router.num_zero_experts
+            and self._router.normalize
+            and config.policy == "expanded_drop"
+        ):
+            raise ValueError(
+                "moe.capacity.policy = expanded_drop: this model divides combine weights by the "
+                "sum of a token's scores, zero experts' included, which are not kept for the "
+                "weight of an extra; use token_drop or none"
+            )
         validate_capacity(
             config,
             num_experts=self._router.num_experts,
+            num_zero_experts=self._router.num_zero_experts,
             top_k=self._router.top_k,
             expert_ranks=len(self._ranks),
             most_local=self.instances.most_local,

@@ -13,12 +13,18 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | MiniMax-M2  | sigmoid | yes       | 1                     | no                        | yes  |
 | ERNIE-4.5   | softmax | yes, min  | 1                     | no                        | yes  |
 | gpt-oss     | softmax | yes       | 1                     | no                        | no   |
+| LongCat     | softmax | no        | routed_scaling_factor | no                        | yes  |
 
 gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen logits: that is the
 softmax of all, normalised over the chosen. The weights here are before the scales of single experts
 (`expert_scale`), by which `layer_agreement.py` multiplies what capacity has left of them.
 
-Legend: T tokens on this rank, D model dim, E experts, K top-k.
+A *zero expert* (LongCat-Flash, arXiv 2509.01322) computes nothing: its output is the
+token itself. The router chooses among E experts and Z zero experts; what it gives to the latter
+becomes one weight per token here, and their assignments become the id -1, no expert, so that no
+later step sees them.
+
+Legend: T tokens on this rank, D model dim, E experts, Z zero experts, K top-k.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ import torch
 from engine.ops.linear import linear
 from engine.ops.select_experts import Score, SelectionRule, select_experts, weigh_scores
 from engine.ops.sigmoid import soft_cap_by_row
+from engine.ops.zero_experts import select_with_zero_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +62,7 @@ class RouterSpec:
     logit_cap: float | None = None  # logits, float32 then, become cap * tanh(logits / cap)
     expert_scale: bool = False  # each expert's combine weight is multiplied by a number of its own
     weights_on_input: bool = False  # they multiply the experts' input, not their output (Llama 4)
+    num_zero_experts: int = 0  # Z, numbered behind the experts; each returns the token itself
 
     def __post_init__(self) -> None:
         """Check the fields against each other.
@@ -72,6 +80,13 @@ class RouterSpec:
                 f"num_experts_per_tok: {self.top_k} is not supported, only 1, where combine "
                 "weights multiply the experts' input: a row is sent once for all experts of a rank"
             )
+        if self.num_zero_experts < 0:
+            raise ValueError(
+                f"zero_expert_num: {self.num_zero_experts} must not be negative; check the "
+                "checkpoint's config.json"
+            )
+        if self.num_zero_experts:
+            self._check_zero_experts()
         if self.num_experts % self.num_groups:
             raise ValueError(
                 f"n_group: {self.num_groups} must divide the number of experts "
@@ -94,6 +109,23 @@ class RouterSpec:
                 f"{self.top_groups} groups; check the checkpoint's config.json"
             )
 
+    def _check_zero_experts(self) -> None:
+        for is_set, name, why in (
+            (self.num_groups > 1, "n_group", "are in none of the groups"),
+            (self.weights_on_input, "weights on the experts' input", "have no input of their own"),
+            (self.expert_scale, "a scale per expert", "have none"),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"zero_expert_num: {self.num_zero_experts} is not supported with {name}: zero "
+                    f"experts {why}"
+                )
+
+    @property
+    def num_logits(self) -> int:
+        """Experts and zero experts, between which the router chooses."""
+        return self.num_experts + self.num_zero_experts
+
     @property
     def rule(self) -> SelectionRule:
         """The rule by which experts are chosen."""
@@ -115,8 +147,9 @@ class Routing:
     """The router's result for this rank's tokens."""
 
     scores_TE: torch.Tensor  # float32, before any top-k normalisation (S_te in the paper)
-    topk_ids_TK: torch.Tensor  # int64, the chosen experts, best first
-    topk_weights_TK: torch.Tensor  # float32, the combine weights
+    topk_ids_TK: torch.Tensor  # int64, the chosen experts, best first; -1 for a zero expert
+    topk_weights_TK: torch.Tensor  # float32, the combine weights, 0 where the id is -1
+    zero_weight_T: torch.Tensor | None = None  # float32, of all chosen zero experts; None: no such
 
 
 def gate_logits(
@@ -125,7 +158,7 @@ def gate_logits(
     spec: RouterSpec,
     logit_bias_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return gate logits [T, E], in float32 where the family does so, else in the dtype of x.
+    """Return gate logits [T, E + Z], in float32 where the family does so, else in the dtype of x.
 
     logit_bias_E: the gate's bias in the dtype of its weights, if and only if the spec has one.
     """
@@ -148,11 +181,14 @@ def _gate(
 
 
 def route(logits_TE: torch.Tensor, spec: RouterSpec, bias_E: torch.Tensor | None = None) -> Routing:
-    """Return scores, chosen experts and combine weights of gate logits [T, E].
+    """Return scores, chosen experts and combine weights of gate logits [T, E + Z].
 
     bias_E: float32, the correction bias, if and only if the spec has one.
     """
     assert (bias_E is not None) == spec.correction_bias, "correction bias and spec disagree"
+    if spec.num_zero_experts:
+        zero = spec.num_zero_experts
+        return Routing(*select_with_zero_experts(logits_TE, bias_E, spec.rule, zero))
     return Routing(*select_experts(logits_TE, bias_E, spec.rule))
 
 

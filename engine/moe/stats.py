@@ -145,7 +145,10 @@ class LayerStats:
             position_T=unknown_T if step is None else step.position_T.cpu().numpy(),
             eligible_T=unknown_T < 0 if eligible_T is None else eligible_T.cpu().numpy(),
             topk_ids_TK=ids_TK.cpu().numpy(),
-            scores_TK=routing.scores_TE.gather(1, ids_TK).cpu().numpy(),
+            scores_TK=routing.scores_TE.gather(1, ids_TK.clamp(min=0))
+            .masked_fill(ids_TK < 0, 0.0)
+            .cpu()
+            .numpy(),
         )
         telemetry.claims.add(self._layer, claims)
 
@@ -154,7 +157,7 @@ class DropStats:
     """A layer's drops over a run, of this rank's tokens."""
 
     def __init__(self) -> None:
-        self._sums: torch.Tensor | None = None  # float64 [6], in the order of LayerDrops
+        self._sums: torch.Tensor | None = None  # float64 [6] or [7], in the order of LayerDrops
 
     def add(
         self,
@@ -186,19 +189,24 @@ class DropStats:
                 added_T = extra_Te.sum(1, dtype=torch.float32)
             orphan_T = (left_T + added_T == 0).float()
         routed_T = torch.full_like(mass_T, weights_TK.shape[1])
-        parts_6T = torch.stack((routed_T, dropped_T, added_T, orphan_T, mass_T, kept_T))
+        parts = [routed_T, dropped_T, added_T, orphan_T, mass_T, kept_T]
+        if routing.zero_weight_T is not None:
+            # Kept, as far as keep_TK says, so neither dropped nor an orphan's; but not experts'.
+            zero_T = (routing.topk_ids_TK < 0).sum(1, dtype=torch.float32)
+            parts = [routed_T - zero_T, *parts[1:], zero_T]
+        parts_NT = torch.stack(parts)
         if step.eligible_T is not None:
-            parts_6T = parts_6T.where(step.eligible_T, 0.0)
+            parts_NT = parts_NT.where(step.eligible_T, 0.0)
         if step.counts is not None:
-            step.counts.dropped_T += parts_6T[1]
-            step.counts.added_T += parts_6T[2]
-            step.counts.mass_T += parts_6T[4]
-            step.counts.mass_kept_T += parts_6T[5]
+            step.counts.dropped_T += parts_NT[1]
+            step.counts.added_T += parts_NT[2]
+            step.counts.mass_T += parts_NT[4]
+            step.counts.mass_kept_T += parts_NT[5]
             if copied_T is not None:
                 step.counts.copied_T += copied_T
         if not step.limited:
             return
-        sums = parts_6T.sum(1, dtype=torch.float64)
+        sums = parts_NT.sum(1, dtype=torch.float64)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def read_and_reset(self) -> LayerDrops:
@@ -206,6 +214,14 @@ class DropStats:
         if self._sums is None:
             return LayerDrops()
         # SYNC: once per run, for its report.
-        routed, dropped, added, orphans, mass, kept = self._sums.tolist()
+        routed, dropped, added, orphans, mass, kept, *zero = self._sums.tolist()
         self._sums = None
-        return LayerDrops(int(routed), int(dropped), int(added), int(orphans), mass, kept)
+        return LayerDrops(
+            routed=int(routed),
+            dropped=int(dropped),
+            added=int(added),
+            orphans=int(orphans),
+            mass=mass,
+            mass_kept=kept,
+            zero=int(zero[0]) if zero else 0,
+        )

@@ -21,8 +21,8 @@ class LayerDecision:
     request_T: np.ndarray  # with position_T the global token id
     position_T: np.ndarray
     eligible_T: np.ndarray  # bool, subject to capacity
-    topk_ids_TK: np.ndarray  # int64
-    keep_TK: np.ndarray  # bool
+    topk_ids_TK: np.ndarray  # int64, -1 for a zero expert
+    keep_TK: np.ndarray  # bool, true for a zero expert
     extra_Te: np.ndarray | None  # bool, of own_experts; None: no expansion
     own_experts: list[int]  # the experts that this rank holds, homes and then copies
     before_WE: np.ndarray  # int64, rows that each rank sends to each expert

@@ -72,12 +72,13 @@ class LayerDrops:
     Of tokens subject to capacity only.
     """
 
-    routed: int = 0  # top-k assignments
+    routed: int = 0  # top-k assignments to experts
     dropped: int = 0  # of them
     added: int = 0  # extras
-    orphans: int = 0  # tokens that kept no expert
+    orphans: int = 0  # tokens that kept no expert, and no zero expert
     mass: float = 0.0  # combine weights of the original top-k
     mass_kept: float = 0.0  # of those that survived
+    zero: int = 0  # assignments to zero experts, in none of the numbers above
 
     def add(self, other: LayerDrops) -> None:
         """Add `other` to this."""
@@ -87,6 +88,7 @@ class LayerDrops:
         self.orphans += other.orphans
         self.mass += other.mass
         self.mass_kept += other.mass_kept
+        self.zero += other.zero
 
 
 @dataclass(slots=True)

@@ -116,7 +116,7 @@ class LayerReport:
     assignments: int = 0  # top-k assignments subject to capacity
     dropped: int = 0  # of them
     added: int = 0  # extras, not counted in `assignments`
-    orphans: int = 0  # tokens that kept no expert
+    orphans: int = 0  # tokens that kept no expert, and no zero expert
     gate_mass_kept: float = 1.0  # share of the combine weights that survived, without extras
     drop_rate: float = 0.0  # dropped / assignments
     bytes_sent: int = 0  # to other ranks, by all ranks of the group
@@ -129,6 +129,9 @@ class LayerReport:
     # group; None: moe.shared_expert is replicated, and report.json has no such key.
     shared_rows_moved: int | None = None
     placement: LayerPlacementReport | None = None  # None: the layer has no copies
+    # Assignments to zero experts of tokens subject to capacity, not counted in `assignments`; None:
+    # there were none, and report.json has no such key.
+    zero_assignments: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,6 +286,7 @@ def _layers(loads: LoadCounter, group: Sequence[_Share], analysis: Analysis) -> 
                 wait=analysis.layers[layer],
                 wait_by_cause=analysis.layer_causes[layer],
                 shared_rows_moved=loads.shared_moved.get(layer),
+                zero_assignments=drops.zero or None,
                 placement=layer_placement(placed, layer, load),
             )
         )

@@ -34,7 +34,7 @@ _JSON_KEYS = {
     "findings": "verdict",
 }
 # Fields without a key in the JSON file where they are None.
-_ONLY_WHERE_USED = ("placement", "plan", "expert_cost", "shared_rows_moved")
+_ONLY_WHERE_USED = ("placement", "plan", "expert_cost", "shared_rows_moved", "zero_assignments")
 _HEADINGS = {"communication": "communi-\ncation"}
 _SHORT = {"attention": "atten-\ntion"}
 

@@ -48,6 +48,7 @@ def _make_claims_kernel(
     ORDER: tl.constexpr,
     WITH_EXPERT: tl.constexpr,
     SOME_ELIGIBLE: tl.constexpr,
+    SOME_NONE: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -73,6 +74,9 @@ def _make_claims_kernel(
     if SOME_ELIGIBLE:
         eligible_T1 = tl.load(eligible_T + token_T1, mask=present_T1, other=0) != 0
         code_TC += tl.where(eligible_T1, 0, num_experts)
+    if SOME_NONE:
+        scored_TC = chosen_TC & (index_TC >= 0)
+        code_TC = tl.where(index_TC < 0, 3 * num_experts, code_TC)
     if COLUMNS > TOP_K:
         local_TC = column_1C - TOP_K + token_T1 * 0
         is_local_TC = present_T1 & (local_TC >= 0) & (local_TC < num_local)
@@ -82,7 +86,7 @@ def _make_claims_kernel(
         )
         code_TC = tl.where(chosen_TC, code_TC, extra_TC.to(tl.int64))
         index_TC = tl.where(is_local_TC, (first_expert + local_TC).to(tl.int64), index_TC)
-        scored_TC = chosen_TC | is_local_TC
+        scored_TC |= is_local_TC
     at_TC = token_T1 * COLUMNS + column_1C
     tl.store(codes + at_TC, code_TC, mask=exists_TC)
 
@@ -158,6 +162,7 @@ def make_claims_triton(
         ORDER=_ORDERS[rule.order],
         WITH_EXPERT=rule.with_expert,
         SOME_ELIGIBLE=eligible_T is not None,
+        SOME_NONE=rule.some_none,
         FIRST=0xBF58476D1CE4E5B9 - 2**64,
         SECOND=0x94D049BB133111EB - 2**64,
         BLOCK_T=block,
@@ -191,3 +196,4 @@ def variants() -> Iterator[Variant]:
     rule = ClaimRule("score", 1, 1, with_expert=True, num_extra=4, first_expert=4)
     yield variant("score, extras, top 2 of 8", 8, 2, rule)
     yield variant("score, extras, top 8 of 128", 128, 8, rule)
+    yield variant("score, some none, top 2 of 8", 8, 2, rule._replace(some_none=True))

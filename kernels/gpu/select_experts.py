@@ -20,14 +20,17 @@ def _select_experts_kernel(
     scores,
     ids,
     weights,
+    zero_weights,
     logits_stride,
     num_experts,
+    num_real,
     eps,
     least,
     scale,
     TOP_K: tl.constexpr,
     SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
@@ -53,7 +56,10 @@ def _select_experts_kernel(
         over = tl.where(near == 1.0, 1.0, near - 1.0)
         log = tl.where(near == 1.0, tail, tl.log(near) * tail / over)
         score = tl.sqrt(tl.where(x > 0.0, x, 0.0) + log)
-    tl.store(scores + token * num_experts + expert, score, mask=exists)
+    if HAS_ZERO:
+        tl.store(scores + token * num_real + expert, score, mask=expert < num_real)
+    else:
+        tl.store(scores + token * num_experts + expert, score, mask=exists)
     choice = score
     if HAS_BIAS:
         choice += tl.load(bias + expert, mask=exists, other=0.0)
@@ -98,6 +104,11 @@ def _select_experts_kernel(
         total = tl.sum(chosen_score, axis=0) + eps
         weight = weight / tl.where(total < least, least, total)
     weight = weight * scale
+    if HAS_ZERO:
+        is_zero = (chosen >= num_real) & (place < TOP_K)
+        tl.store(zero_weights + token, tl.sum(tl.where(is_zero, weight, 0.0), axis=0))
+        chosen = tl.where(is_zero, -1, chosen)
+        weight = tl.where(is_zero, 0.0, weight)
     tl.store(ids + token * TOP_K + place, chosen, mask=place < TOP_K)
     tl.store(weights + token * TOP_K + place, weight, mask=place < TOP_K)
 
@@ -106,12 +117,26 @@ def select_experts_triton(
     logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: SelectionRule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of `select_experts`: same arguments and results."""
+    scores_TE, topk_ids_TK, weights_TK, _ = select_with_zero_experts_triton(
+        logits_TE, bias_E, rule, 0
+    )
+    return scores_TE, topk_ids_TK, weights_TK
+
+
+def select_with_zero_experts_triton(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, rule: SelectionRule, num_zero: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Triton form of `select_with_zero_experts`: same arguments and results; the last is the
+    weights where there are no zero experts.
+    """
     (num_tokens, num_experts), top_k = logits_TE.shape, rule.top_k
-    scores_TE = logits_TE.new_empty(num_tokens, num_experts, dtype=torch.float32)
+    num_real = num_experts - num_zero
+    scores_TE = logits_TE.new_empty(num_tokens, num_real, dtype=torch.float32)
     topk_ids_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int64)
     weights_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.float32)
+    zero_T = weights_TK.new_empty(num_tokens) if num_zero else weights_TK
     if num_tokens == 0:
-        return scores_TE, topk_ids_TK, weights_TK
+        return scores_TE, topk_ids_TK, weights_TK, zero_T
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     _select_experts_kernel[(num_tokens,)](
         logits_TE,
@@ -119,14 +144,17 @@ def select_experts_triton(
         scores_TE,
         topk_ids_TK,
         weights_TK,
+        zero_T,
         logits_TE.stride(0),
         num_experts,
+        num_real,
         rule.normalize_eps,
         rule.normalize_min,
         rule.scale,
         TOP_K=top_k,
         SCORE=rule.score,
         HAS_BIAS=bias_E is not None,
+        HAS_ZERO=num_zero > 0,
         NORMALIZE=rule.normalize,
         NUM_GROUPS=rule.num_groups,
         TOP_GROUPS=rule.top_groups,
@@ -136,7 +164,7 @@ def select_experts_triton(
         BLOCK_K=triton.next_power_of_2(top_k),
         BLOCK_G=triton.next_power_of_2(rule.num_groups),
     )
-    return scores_TE, topk_ids_TK, weights_TK
+    return scores_TE, topk_ids_TK, weights_TK, zero_T
 
 
 def variants() -> Iterator[Variant]:
@@ -158,3 +186,9 @@ def variants() -> Iterator[Variant]:
     yield variant("fp32 sqrt_softplus, 256 experts", 256, softplus, bias=True)
     least = SelectionRule(6, "softmax", normalize=True, normalize_min=1e-12)
     yield variant("fp32 softmax with a bias, 64 experts", 64, least, bias=True)
+
+    def with_zero_experts(tokens: int) -> None:
+        logits_TE, bias_E = (meta(*each, 768, dtype=torch.float32) for each in ((tokens,), ()))
+        select_with_zero_experts_triton(logits_TE, bias_E, SelectionRule(12, scale=6.0), 256)
+
+    yield Variant("fp32 softmax with a bias, 512 experts and 256 zero experts", with_zero_experts)

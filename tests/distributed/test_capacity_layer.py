@@ -5,7 +5,7 @@ Run: pytest tests/distributed/test_capacity_layer.py
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from tests.helpers.layer_cases import (
     ERNIE,
     FFN,
     HIDDEN,
+    LONGCAT,
     MINIMAX,
     MIXTRAL,
     OLMOE,
@@ -79,13 +80,15 @@ def expected(
     counts: list[int], spec: RouterSpec, settings: dict
 ) -> tuple[list[torch.Tensor], reference.Outcome]:
     """Every rank's output in float64 from the reference's decision, and the decision."""
-    gate, w13, w2 = weights_of(spec.num_experts)
+    gate, w13, w2 = weights_of(spec.num_logits)
     world, inputs, xs = len(counts), [], []
+    # The reference sees zero experts as the router chooses them.
+    plain = replace(spec, num_experts=spec.num_logits, num_zero_experts=0)
     for rank, count in enumerate(counts):
         x = tokens_of(rank, count)
-        bias = logit_bias_of(spec.num_experts) if spec.logit_bias else None
-        correction = correction_of(spec.num_experts) if spec.correction_bias else None
-        routing = route(gate_logits(x, gate, spec, bias), spec, correction)
+        bias = logit_bias_of(spec.num_logits) if spec.logit_bias else None
+        correction = correction_of(spec.num_logits) if spec.correction_bias else None
+        routing = route(gate_logits(x, gate, plain, bias), plain, correction)
         inputs.append(
             reference.RankInput(
                 scores=routing.scores_TE.numpy(),
@@ -107,6 +110,7 @@ def expected(
             scale=spec.scale,
             minimum=spec.normalize_min,
             expert_scale=expert_scale_of(spec.num_experts).tolist() if spec.expert_scale else None,
+            zero_experts=spec.num_zero_experts,
         ),
         [*starts, spec.num_experts],
         spec.num_experts,
@@ -114,7 +118,7 @@ def expected(
     )
     outs = []
     for x, decided in zip(xs, outcome.ranks, strict=True):
-        out = torch.zeros_like(x)
+        out = torch.tensor(decided.own)[:, None] * x
         for t, weights in enumerate(decided.weights):
             for expert, weight in weights.items():
                 up = w13[expert].double() @ x[t]
@@ -146,6 +150,9 @@ SETTINGS = [
         ([8, 5, 10], MINIMAX),
         ([9, 12], ERNIE),
         ([8, 5, 11], CAPPED),
+        ([21], LONGCAT),
+        ([13, 10], LONGCAT),
+        ([8, 0, 15], LONGCAT),
     ],
 )
 def test_layers_compute_what_the_reference_decides(counts, spec):
@@ -158,11 +165,16 @@ def test_layers_compute_what_the_reference_decides(counts, spec):
             assert one["rows"] == outcome.rank_rows()[rank]
             if one["decision"] is not None:
                 assert (one["decision"]["keep_TK"] == outcome.ranks[rank].keep).all()
-            orphans = [t for t, each in enumerate(outcome.ranks[rank].weights) if not each]
+            decided = outcome.ranks[rank]
+            kept = zip(decided.weights, decided.own, strict=True)
+            orphans = [t for t, (each, own) in enumerate(kept) if not each and not own]
             assert not one["out"][orphans].any(), "an orphan gets exactly zero"
         accounts = [result[index]["account"] for result in results]
         dropped = sum(outcome.before) - sum(outcome.kept)
-        assert sum(account["routed"] for account in accounts) == sum(counts) * spec.top_k
+        routed = sum(account["routed"] for account in accounts)
+        assert routed + outcome.zero == sum(counts) * spec.top_k
+        if outcome.capacity is not None:  # else the step does not count
+            assert sum(account["zero"] for account in accounts) == outcome.zero
         assert sum(account["dropped"] for account in accounts) == dropped
         assert sum(account["orphans"] for account in accounts) == outcome.orphans
         added = sum(outcome.computed) - sum(outcome.kept)

@@ -51,6 +51,28 @@ def test_claims_equal_the_reference(tokens, order, extras):
 
 
 @kernel
+@pytest.mark.parametrize("order", ["score", "last"])
+@pytest.mark.parametrize("extras", [False, True])
+def test_claims_of_tokens_with_zero_experts_equal_the_reference(order, extras):
+    from engine.ops.gpu.extra_claims import extra_claims_triton
+    from engine.ops.gpu.make_claims import make_claims_triton
+
+    tokens, num_extra = 37, LOCAL.stop - LOCAL.start
+    scores, ids, *numbers = routing(tokens)
+    ids = ids.masked_fill(torch.arange(tokens * TOP_K).view_as(ids) % 4 == 0, -1)
+    eligible = (torch.arange(tokens) % 3 > 0) if extras else None
+    pool = torch.arange(-tokens, 4 * tokens).view(tokens, num_extra) if extras else None
+    rule = ClaimRule(order, 0, 3, extras, num_extra, LOCAL.start, some_none=True)
+    arguments = [scores, ids, *numbers, rule, eligible, pool]
+    expected = claims.make_claims_reference(*arguments)
+    assert (expected[1].view(tokens, -1)[:, :TOP_K][ids < 0] == 3 * EXPERTS).all()
+    equal(make_claims_triton(*on_device(arguments)), expected)
+    more = ExtraRule(LOCAL.start, 2, some_none=True)
+    arguments = [scores, ids, *numbers, torch.tensor([0, 0, 1, 2, 1]), more]
+    equal(extra_claims_triton(*on_device(arguments)), claims.extra_claims_reference(*arguments))
+
+
+@kernel
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_not_finite_is_flagged(bad):
     from engine.ops.gpu.make_claims import make_claims_triton

@@ -36,6 +36,7 @@ FAMILIES = {
     "ernie4_5_moe": {"qk_rotary_store", "silu_and_mul"},
     "glm4_moe": {"qk_rotary_store", "silu_and_mul"},
     "gpt_oss": {"qk_rotary_store"},
+    "longcat_flash": {"latent_rotary_store", "silu_and_mul", "add_zero_experts"},
 }
 
 

@@ -6,7 +6,7 @@ with the slow reference.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -42,12 +42,14 @@ class Case:
     scale: float = 1.0
     score: str = "softmax"
     seed: int = 0
+    zero_experts: int = 0
 
     @property
     def spec(self) -> RouterSpec:
         """The router."""
         return RouterSpec(
             num_experts=self.num_experts,
+            num_zero_experts=self.zero_experts,
             top_k=self.top_k,
             normalize=self.normalize,
             scale=self.scale,
@@ -67,9 +69,12 @@ class Case:
 
 @dataclass
 class Tokens:
-    """All tokens of a case in one pool: who holds them is `owner`."""
+    """All tokens of a case in one pool: who holds them is `owner`. chosen: the routing with zero
+    experts as experts of their own.
+    """
 
     routing: Routing
+    chosen: Routing
     request: np.ndarray
     position: np.ndarray
     competes: np.ndarray
@@ -79,15 +84,19 @@ class Tokens:
 def make_tokens(case: Case) -> Tokens:
     """Draw the case's tokens, the same whatever the number of ranks that hold them."""
     total, random = sum(case.tokens), np.random.default_rng(case.seed)
-    logits = random.integers(0, max(case.levels, 1), (total, case.num_experts)).astype(np.float32)
-    logits += case.skew * np.linspace(2.0, 0.0, case.num_experts, dtype=np.float32)
+    num_logits = case.spec.num_logits
+    logits = random.integers(0, max(case.levels, 1), (total, num_logits)).astype(np.float32)
+    logits += case.skew * np.linspace(2.0, 0.0, num_logits, dtype=np.float32)
     if case.levels == 0:
         logits[:] = 0.25
-    routing = route(torch.from_numpy(logits), case.spec)
+    routing = chosen = route(torch.from_numpy(logits), case.spec)
+    if case.zero_experts:
+        plain = replace(case.spec, num_experts=num_logits, num_zero_experts=0)
+        chosen = route(torch.from_numpy(logits), plain)
     numbers = random.permutation(4 * total)[:total]
     competes = random.random(total) >= case.passing
     owner = np.repeat(np.arange(len(case.tokens)), case.tokens)
-    return Tokens(routing, numbers % 3, numbers // 3, competes, owner)
+    return Tokens(routing, chosen, numbers % 3, numbers // 3, competes, owner)
 
 
 def run_engine(
@@ -138,7 +147,7 @@ def run_engine(
 def expected(case: Case, tokens: Tokens | None = None) -> reference.Outcome:
     """Return the outcome of the reference."""
     tokens = tokens or make_tokens(case)
-    routing = tokens.routing
+    routing = tokens.chosen
     inputs = []
     for rank in range(len(case.tokens)):
         mine = tokens.owner == rank
@@ -152,7 +161,9 @@ def expected(case: Case, tokens: Tokens | None = None) -> reference.Outcome:
                 competes=tokens.competes[mine],
             )
         )
-    family = reference.Family(normalize=case.normalize, scale=case.scale)
+    family = reference.Family(
+        normalize=case.normalize, scale=case.scale, zero_experts=case.zero_experts
+    )
     return reference.decide(
         inputs, case.capacity_rules, family, case.bounds, case.num_experts, case.top_k
     )
@@ -188,7 +199,11 @@ def cases(draw: st.DrawFn, **fixed) -> Case:
     if fixed.get("shares") == "drawn":
         unit = st.integers(256, 2048)
         fixed["shares"] = tuple(draw(st.lists(unit, min_size=world, max_size=world)))
+    zero_experts = fixed.pop("zero_experts", 0)
+    if zero_experts == "drawn":
+        zero_experts = draw(st.integers(1, 6))
     rules |= fixed
+    normalizes = st.just(False) if zero_experts and policy == "expanded_drop" else st.booleans()
     return Case(
         tokens=tuple(draw(st.lists(st.integers(0, 14), min_size=world, max_size=world))),
         num_experts=num_experts,
@@ -198,8 +213,9 @@ def cases(draw: st.DrawFn, **fixed) -> Case:
         levels=draw(st.sampled_from([0, 1, 2, 5, 1000])),
         skew=draw(st.sampled_from([0.0, 1.0, 3.0])),
         passing=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
-        normalize=draw(st.booleans()),
+        normalize=draw(normalizes),
         scale=draw(st.sampled_from([1.0, 2.5])),
         score=draw(st.sampled_from(["softmax", "sigmoid"])),
         seed=draw(st.integers(0, 2**20)),
+        zero_experts=zero_experts,
     )

@@ -120,12 +120,12 @@ def build(
         precision=precision,
         speeds_W=speeds_W,
     )
-    gate, w13, w2 = weights_of(spec.num_experts)
+    gate, w13, w2 = weights_of(spec.num_logits)
     layer.gate_weight_ED.copy_(gate)
     if layer.gate_bias_E is not None:
-        layer.gate_bias_E.copy_(correction_of(spec.num_experts))
+        layer.gate_bias_E.copy_(correction_of(spec.num_logits))
     if layer.logit_bias_E is not None:
-        layer.logit_bias_E.copy_(logit_bias_of(spec.num_experts))
+        layer.logit_bias_E.copy_(logit_bias_of(spec.num_logits))
     if layer.expert_scale_E is not None:
         layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
     for local, expert in enumerate(layer.local_experts):
@@ -173,3 +173,9 @@ MINIMAX = RouterSpec(num_experts=9, top_k=3, score="sigmoid", normalize=True, co
 
 # A minimum that some tokens' sums do not reach.
 ERNIE = RouterSpec(num_experts=8, top_k=2, normalize=True, normalize_min=0.6, correction_bias=True)
+
+
+# Some tokens choose zero experts alone.
+LONGCAT = RouterSpec(
+    num_experts=7, top_k=3, scale=1.5, correction_bias=True, num_zero_experts=4, float32_logits=True
+)

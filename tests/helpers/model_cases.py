@@ -65,7 +65,10 @@ class Case:
     def config(self) -> Any:
         import transformers
 
-        return getattr(transformers, f"{self.family}Config")(**{**_SMALL, **self.settings})
+        settings = _SMALL | self.settings
+        if "num_layers" in settings:  # LongCat-Flash, where num_hidden_layers is twice that
+            del settings["num_hidden_layers"], settings["num_key_value_heads"]
+        return getattr(transformers, f"{self.family}Config")(**settings)
 
 
 def _mixtral(**settings: Any) -> Case:
@@ -171,6 +174,22 @@ def _gpt_oss(**settings: Any) -> Case:
         "rope_parameters": _YARN | {"truncate": False, "factor": 32.0},
     }
     return Case("GptOss", common | settings)
+
+
+def _longcat(**settings: Any) -> Case:
+    common = {name: value for name, value in _LATENT.items() if "interm" not in name} | {
+        "num_layers": 2,
+        "ffn_hidden_size": 40,
+        "expert_ffn_hidden_size": 24,
+        "q_lora_rank": 12,
+        "head_dim": 4,
+        "n_routed_experts": 6,
+        "zero_expert_num": 3,
+        "moe_topk": 3,
+        "routed_scaling_factor": 1.5,
+    }
+    del common["num_experts_per_tok"]
+    return Case("LongcatFlash", common | settings)
 
 
 CASES = {
@@ -300,6 +319,16 @@ CASES = {
         rms_norm_eps=1e-3,
         rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
     ),
+    "longcat-flash": _longcat(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "longcat-flash-biases-one-layer-no-zero-experts-yarn": _longcat(
+        num_layers=1,
+        attention_bias=True,
+        n_routed_experts=5,
+        zero_expert_num=0,
+        rms_norm_eps=1e-3,
+        tie_word_embeddings=True,
+        rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
     # head_dim is written out: without it transformers itself fails on these scaling types.
     "mixtral-dynamic-rope": _mixtral(
         head_dim=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -327,6 +356,7 @@ SHARDED_CASES = (
     "ernie4-5-moe-interval-untied-no-shared",
     "gpt-oss",
     "gpt-oss-windows-first-5-experts-one-kv-head-tied",
+    "longcat-flash",
 )
 
 

@@ -40,6 +40,7 @@ class Family:
     scale: float = 1.0
     minimum: float = 0.0  # of the divisor
     expert_scale: list[float] | None = None  # multiplies what capacity has left
+    zero_experts: int = 0  # choices behind the experts whose output is the token itself
 
 
 @dataclass
@@ -58,13 +59,14 @@ class RankInput:
 
 @dataclass
 class RankOutput:
-    """keep [T, K]; extras: for each token the experts added; weights: for each token expert ->
-    combine weight of what is computed.
+    """keep [T, K], true for zero experts; extras: for each token the experts added; weights: for
+    each token expert -> combine weight of what is computed; own: what the token itself counts.
     """
 
     keep: np.ndarray
     extras: list[list[int]]
     weights: list[dict[int, float]]
+    own: list[float]
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Outcome:
     kept: list[int]  # of those
     computed: list[int]  # rows each expert works on, extras and passing tokens included
     orphans: int = 0
+    zero: int = 0  # assignments to zero experts of tokens that compete
     bounds: list[int] = field(default_factory=list)
 
     def rank_rows(self) -> list[int]:
@@ -133,41 +136,50 @@ def decide(
     num_ranks = len(inputs)
     host = [w for w in range(num_ranks) for _ in range(bounds[w], bounds[w + 1])]
     competing = [int(rank.competes.sum()) for rank in inputs]
-    before = [0] * num_experts
+    before, zero = [0] * num_experts, 0
+    choices = num_experts + family.zero_experts
     for rank in inputs:
         for t in range(len(rank.topk_ids)):
             for expert in rank.topk_ids[t]:
-                before[expert] += bool(rank.competes[t])
+                if expert >= num_experts:
+                    zero += bool(rank.competes[t])
+                else:
+                    before[expert] += bool(rank.competes[t])
     keep = [np.ones(rank.topk_ids.shape, dtype=bool) for rank in inputs]
     extras: list[list[list[int]]] = [[[] for _ in rank.topk_ids] for rank in inputs]
     capacity = None
-    if not is_dropless(rules, top_k, num_experts):
-        capacity = capacity_of(rules.factor, sum(competing), top_k, num_experts)
-        own = [capacity_of(rules.factor, count, top_k, num_experts) for count in competing]
+    if not is_dropless(rules, top_k, choices):
+        capacity = capacity_of(rules.factor, sum(competing), top_k, choices)
+        own = [capacity_of(rules.factor, count, top_k, choices) for count in competing]
         if rules.consensus == "local":
             capacity = own[0]
         _cut(inputs, rules, bounds, host, capacity, own, keep, extras)
-    outputs = [_weigh(rank, keep[w], extras[w], rules, family) for w, rank in enumerate(inputs)]
+    outputs = [
+        _weigh(rank, keep[w], extras[w], rules, family, num_experts)
+        for w, rank in enumerate(inputs)
+    ]
     kept, computed, orphans = [0] * num_experts, [0] * num_experts, 0
     for w, rank in enumerate(inputs):
         for t in range(len(rank.topk_ids)):
             for k, expert in enumerate(rank.topk_ids[t]):
-                kept[expert] += bool(keep[w][t, k] and rank.competes[t])
-                computed[expert] += bool(keep[w][t, k])
+                if expert < num_experts:
+                    kept[expert] += bool(keep[w][t, k] and rank.competes[t])
+                    computed[expert] += bool(keep[w][t, k])
             for expert in extras[w][t]:
                 computed[expert] += 1
             orphans += bool(rank.competes[t]) and not keep[w][t].any() and not extras[w][t]
-    return Outcome(outputs, capacity, before, kept, computed, orphans, bounds)
+    return Outcome(outputs, capacity, before, kept, computed, orphans, zero, bounds)
 
 
 def _cut(inputs, rules, bounds, host, capacity, own, keep, extras) -> None:
     """Apply the policy in place."""
-    claims = _claims(inputs, rules)
+    claims = _claims(inputs, rules, bounds[-1])
     one_tier = rules.policy == "expanded_drop" and rules.tiers == "one"
     if one_tier:
         claims += _one_tier_extras(inputs, rules, bounds)
     for w, rank in enumerate(inputs):  # competing assignments must earn their place
         keep[w][rank.competes] = False
+        keep[w] |= rank.topk_ids >= bounds[-1]  # but zero experts
     pools: dict[int, list[Claim]] = {}
     for claim in claims:
         pools.setdefault(_pool(claim.expert, host, rules), []).append(claim)
@@ -227,7 +239,7 @@ def _slots(rules, bounds, capacity) -> list[int]:
     return [max(1, count) for count in slots]
 
 
-def _claims(inputs: list[RankInput], rules: Rules) -> list[Claim]:
+def _claims(inputs: list[RankInput], rules: Rules, num_experts: int) -> list[Claim]:
     claims = []
     for w, rank in enumerate(inputs):
         for t in range(len(rank.topk_ids)):
@@ -235,6 +247,8 @@ def _claims(inputs: list[RankInput], rules: Rules) -> list[Claim]:
                 continue
             request, position = int(rank.request[t]), int(rank.position[t])
             for k, expert in enumerate(rank.topk_ids[t]):
+                if expert >= num_experts:
+                    continue
                 first = {
                     "score": (-float(rank.scores[t, expert]),),
                     "first": (),
@@ -313,7 +327,7 @@ def _fill(w, inputs, rules, bounds, host, capacity, own, keep, extras) -> None:
             for t in range(len(inputs[v].topk_ids))
             if inputs[v].competes[t]
             for k, chosen in enumerate(inputs[v].topk_ids[t])
-            if _pool(int(chosen), host, rules) == pool
+            if chosen < bounds[-1] and _pool(int(chosen), host, rules) == pool
         )
         free[pool] = slots - used
     wishes: dict[int, list[tuple]] = {}
@@ -336,12 +350,14 @@ def _fill(w, inputs, rules, bounds, host, capacity, own, keep, extras) -> None:
             extras[w][t].append(expert)
 
 
-def _weigh(rank, keep, extras, rules: Rules, family: Family) -> RankOutput:
+def _weigh(rank, keep, extras, rules: Rules, family: Family, num_experts: int) -> RankOutput:
     weights: list[dict[int, float]] = []
     for t in range(len(rank.topk_ids)):
         chosen = rank.topk_ids[t]
         own = {
-            int(expert): float(rank.weights[t, k]) for k, expert in enumerate(chosen) if keep[t, k]
+            int(expert): float(rank.weights[t, k])
+            for k, expert in enumerate(chosen)
+            if keep[t, k] and expert < num_experts
         }
         divisor = 1.0
         if family.normalize:
@@ -350,9 +366,13 @@ def _weigh(rank, keep, extras, rules: Rules, family: Family) -> RankOutput:
             own[expert] = float(rank.scores[t, expert]) / divisor * family.scale
         total, changed = sum(own.values()), not keep[t].all() or bool(extras[t])
         if rules.renormalize and changed and total > 0:
-            wanted = float(rank.weights[t].sum())
+            wanted = float(rank.weights[t][chosen < num_experts].sum())
             own = {expert: weight * wanted / total for expert, weight in own.items()}
         if family.expert_scale is not None:
             own = {expert: weight * family.expert_scale[expert] for expert, weight in own.items()}
         weights.append(own)
-    return RankOutput(keep, extras, weights)
+    itself = [
+        float(of[ids >= num_experts].sum())
+        for of, ids in zip(rank.weights, rank.topk_ids, strict=True)
+    ]
+    return RankOutput(keep, extras, weights, itself)

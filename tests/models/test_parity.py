@@ -126,7 +126,7 @@ def test_three_ranks_share_five_experts(references):
     check_ranks(references("mixtral-5-experts-top-1"), 3)
 
 
-@pytest.mark.parametrize("case", ["glm4-moe", "minimax-m2", "ernie4-5-moe"])
+@pytest.mark.parametrize("case", ["glm4-moe", "minimax-m2", "ernie4-5-moe", "longcat-flash"])
 def test_three_expert_parallel_ranks_agree_with_transformers(case, references):
     check_ranks(references(case), 3)
 

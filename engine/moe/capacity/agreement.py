@@ -93,7 +93,7 @@ class CapacityAgreement:
         )
         self._own = self._claims.own
         self._binds = config.policy != "none" and not cannot_bind(
-            config.exact_factor, router.top_k, router.num_experts
+            config.exact_factor, router.top_k, router.num_logits
         )
         self._expands = config.policy == "expanded_drop" and config.expand != 0
         self._calls_with_all_keys = 0  # that are left, the same on every rank
@@ -278,6 +278,7 @@ class CapacityAgreement:
         # Tokens that are not subject to capacity keep all of theirs.
         if step.eligible_T is not None:
             keep_TK = keep_TK | ~step.eligible_T[:, None]
+        keep_TK = self._with_zero_experts(keep_TK, routing)
         if not self._expands:
             return keep_TK, None
         num_local = self._own.stop - self._own.start
@@ -289,9 +290,15 @@ class CapacityAgreement:
         free_P = claims.limit_P - selection.pool_kept_P
         pool_e = claims.pool_of_code[self._own]
         budget = num_local if self.config.expand is None else self.config.expand
-        rule = ExtraRule(self._own.start, budget)
+        rule = ExtraRule(self._own.start, budget, some_none=self._router.num_zero_experts > 0)
         lost = keep_TK if self.config.extras == "dropped" else None
         return keep_TK, choose_extras(routing, step, pool_e, free_P, rule, lost)
+
+    def _with_zero_experts(self, keep_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return keep_TK with assignments to zero experts, which are not claims, as kept."""
+        if not self._router.num_zero_experts:
+            return keep_TK
+        return keep_TK | (routing.topk_ids_TK < 0)
 
     def _rows(
         self,

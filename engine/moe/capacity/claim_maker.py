@@ -64,10 +64,12 @@ class ClaimMaker:
         )
 
     def capacity(self, num_eligible: int) -> int:
-        """Return C for so many tokens subject to capacity."""
+        """Return C for so many tokens subject to capacity: gamma times the mean load, where zero
+        experts take their share of it.
+        """
         router = self._router
         return expert_capacity(
-            self._config.exact_factor, num_eligible, router.top_k, router.num_experts
+            self._config.exact_factor, num_eligible, router.top_k, router.num_logits
         )
 
     def rank_limits(self, step: MoEStep) -> list[int]:
@@ -89,6 +91,7 @@ class ClaimMaker:
             with_expert=self._has_copies or any(size > 1 for size in self.pools.sizes),
             num_extra=self._most_local,
             first_expert=self.own.start,
+            some_none=self._router.num_zero_experts > 0,
         )
         keys, code_N, non_finite = make_claims(
             routing.scores_TE,
@@ -121,7 +124,12 @@ class ClaimMaker:
             step.request_T,
             step.position_T,
             self._table(routing.topk_ids_TK.device)[self.own],
-            ExtraRule(self.own.start, budget, with_keys=False),
+            ExtraRule(
+                self.own.start,
+                budget,
+                with_keys=False,
+                some_none=self._router.num_zero_experts > 0,
+            ),
             step.eligible_T,
         )
         return pool_Te

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine.config import CapacityConfig
 from engine.distributed.collectives import Collectives, run_overlapped
@@ -172,7 +173,7 @@ class CopiesAgreement(CapacityAgreement):
         num_tokens, top_k = routing.topk_ids_TK.shape
         own = made.instance_WB[self.collectives.rank, : num_tokens * top_k]
         ids_TM = own.view(num_tokens, top_k)
-        keep_TK, extra_Te = ids_TM >= 0, None
+        keep_TK, extra_Te = self._with_zero_experts(ids_TM >= 0, routing), None
         if self._expands and limits is not None:
             extra_Te = self._extras(routing, step, made, limits, keep_TK)
         weights_TM, ids_TM = self._weigh(routing, keep_TK, ids_TM, extra_Te)
@@ -219,7 +220,8 @@ class CopiesAgreement(CapacityAgreement):
         free_P = to_device(torch.tensor([free]), device)
         pool_e = free_P.new_zeros(local.size)
         budget = local.size if self.config.expand is None else self.config.expand
-        rule = ExtraRule(0, min(budget, local.size))
+        some_none = self._router.num_zero_experts > 0
+        rule = ExtraRule(0, min(budget, local.size), some_none=some_none)
         lost = keep_TK if self.config.extras == "dropped" else None
         return choose_extras(local.routing(routing), step, pool_e, free_P, rule, lost)
 
@@ -296,6 +298,6 @@ class LocalOrder:
             order_E = torch.from_numpy(self._order_E)
             self._tables[device] = (
                 to_device(order_E, device),
-                to_device(order_E.argsort(), device),
+                to_device(F.pad(order_E.argsort(), (0, 1), value=-1), device),  # -1 stays
             )
         return self._tables[device]

@@ -31,5 +31,6 @@ class Decision:
     exchanged_Wn: np.ndarray
     before_WE: np.ndarray  # top-k assignments before capacity, per rank and expert
     counts_WE: np.ndarray  # rows per rank and expert after it; extras as in exchanged_Wn
-    keep_TK: torch.Tensor | None = None  # bool; None: nothing could be dropped or added
+    # bool, true for zero experts; None: nothing could be dropped or added
+    keep_TK: torch.Tensor | None = None
     extra_Te: torch.Tensor | None = None  # bool; None: without expansion

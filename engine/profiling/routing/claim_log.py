@@ -23,7 +23,8 @@ class LayerClaims:
     request_T: np.ndarray  # int32
     position_T: np.ndarray  # int32
     eligible_T: np.ndarray  # bool, subject to capacity; all where there is no policy
-    topk_ids_TK: np.ndarray  # int32, the model's expert numbers, best first
+    # int32, the model's expert numbers, best first; -1 with the score 0 for a zero expert
+    topk_ids_TK: np.ndarray
     scores_TK: np.ndarray  # float32, the router's scores of these experts
 
 
@@ -39,11 +40,11 @@ def join_claims(parts: list[LayerClaims], top_k: int) -> LayerClaims:
 
 def without_padding(claims: LayerClaims) -> LayerClaims:
     """Return claims without the columns that no token has."""
-    used = int((claims.topk_ids_TK >= 0).any(0).sum())
-    if not used or used == claims.topk_ids_TK.shape[1]:
+    used_K = (claims.topk_ids_TK >= 0).any(0)
+    if not used_K.any() or used_K.all():
         return claims
     return replace(
-        claims, topk_ids_TK=claims.topk_ids_TK[:, :used], scores_TK=claims.scores_TK[:, :used]
+        claims, topk_ids_TK=claims.topk_ids_TK[:, used_K], scores_TK=claims.scores_TK[:, used_K]
     )
 
 

@@ -27,6 +27,7 @@ from engine.ops import (
     store_kv,
     triton_support,
     unique_rows,
+    zero_experts,
 )
 from tests.gpu.emulated.device import DEVICE, DeviceError, place
 from tests.gpu.emulated.tensors import CudaTensor, leaves
@@ -42,6 +43,7 @@ def _rms_norm(
 
 # By the kernel that it replaces; in a module of engine/ops/gpu of that name unless _MODULES has it.
 _REFERENCES: dict[str, Callable[..., Any]] = {
+    "add_zero_experts": zero_experts.add_zero_experts_reference,
     "apply_selection": select_experts.apply_selection_reference,
     "cells_of_rows": unique_rows.cells_of_rows_reference,
     "combine_rows": permute.combine_rows_reference,
@@ -67,6 +69,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "select_experts": select_experts.select_experts_reference,
     "select_grouped": select_top.select_grouped_reference,
     "select_reduced": select_top.select_top_reference,
+    "select_with_zero_experts": zero_experts.select_with_zero_experts_reference,
     "silu_and_mul": silu_and_mul.silu_and_mul_reference,
     "sort_key": order_claims.sort_key_reference,
     "sort_by_expert": sort_by_expert.sort_by_expert_reference,
@@ -79,6 +82,7 @@ _MODULES = {
     "count_groups": "unique_rows",
     "mark_groups": "unique_rows",
     "pack_headers": "row_headers",
+    "select_with_zero_experts": "select_experts",
     "spread_weights": "row_headers",
 }
 # Launches of those that set memory to zero first, or that have steps; of all others it is one.

@@ -64,6 +64,8 @@ JOBS = {
     "ernie": Job("ernie4_5_moe"),
     "gpt-oss": Job("gpt_oss"),
     "gpt-oss token_drop": Job("gpt_oss", drop("token_drop", "gather"), uses=GATHER),
+    "longcat": Job("longcat_flash"),
+    "longcat token_drop": Job("longcat_flash", drop("token_drop", "gather"), uses=GATHER),
     "token_drop gather": Job("mixtral", drop("token_drop", "gather"), uses=GATHER),
     "token_drop radix": Job("mixtral", drop("token_drop", "radix"), uses=RADIX),
     "expanded_drop gather": Job("olmoe", drop("expanded_drop", "gather"), uses=GATHER),

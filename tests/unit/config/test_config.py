@@ -87,6 +87,7 @@ def test_the_documented_configs_are_shipped():
         "glm45_air_ep8",
         "gpt_oss_120b_ep8",
         "kimi_k2_ep32",
+        "longcat_flash_ep16",
         "minimax_m2_ep8",
         "mixtral_ep8",
         "olmoe_ep8",

@@ -74,6 +74,19 @@ def test_published_models_run_with_their_published_sizes(tmp_path, model, total,
     check_sizes(check(write_sparse(tmp_path, *model(), shards=3)), total, active, kv_bytes)
 
 
+def test_of_longcat_flash_zero_experts_take_their_share_of_a_tokens_choices(tmp_path):
+    # The defaults of transformers' class are the published model's.
+    config = {"model_type": "longcat_flash", "dtype": "bfloat16", "zero_expert_type": "identity"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = check(tmp_path, (16,))
+    assert found["parameters"]["total"] / 1e9 == pytest.approx(560.7, abs=0.05)
+    # 8 of 12 choices are experts.
+    assert found["parameters"]["active_with_embedding"] / 1e9 == pytest.approx(28.0, abs=0.05)
+    assert rows(found)[16]["kv_bytes_per_token"] == (512 + 64) * 56 * 2
+    assert found["capacity"]["dropless_factor"] == {"expert": 64, "rank": 24}
+    assert "512 routed of width 2048 and 256 zero experts, top-12" in "\n".join(lines_of(found))
+
+
 def test_deepseek_v3_has_its_published_size_and_caches_a_latent(v3):
     check_sizes(v3, 671.0, 37.6, (512 + 64) * 61 * 2, float32_gates=58 * 256 * 7168)
 

@@ -25,6 +25,7 @@ FAMILIES = (
     "minimax-m2",
     "ernie4-5-moe",
     "gpt-oss",
+    "longcat-flash",
 )
 ODD = (None, "64", 64.5, 64.0, True, [64], {"a": 1}, 0, -1, 10**30, float("inf"))
 

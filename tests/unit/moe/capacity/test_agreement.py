@@ -40,6 +40,10 @@ def assert_same(case: Case) -> None:
             assert wanted.keep.all() and not any(wanted.extras), "nothing could be dropped or added"
             continue
         np.testing.assert_array_equal(decision.keep_TK.numpy(), wanted.keep)
+        mine = tokens.routing.zero_weight_T
+        if mine is not None:
+            own = mine[torch.from_numpy(tokens.owner == rank)].tolist()
+            assert own == pytest.approx(wanted.own, rel=1e-5)
         got = [[] for _ in wanted.extras]
         if decision.extra_Te is not None:
             for t, e in decision.extra_Te.nonzero().tolist():
@@ -52,7 +56,8 @@ def assert_same(case: Case) -> None:
             assert all(v == 0.0 for e, v in zip(ids, values, strict=True) if e < 0)
     if all(decision is not None for decision in decisions):
         for rank, decision in enumerate(decisions):
-            assert decision.before_WE.sum() == sum(case.tokens) * case.top_k
+            zero = int((tokens.chosen.topk_ids_TK >= case.num_experts).sum())
+            assert decision.before_WE.sum() == sum(case.tokens) * case.top_k - zero
             own = slice(bounds[rank], bounds[rank + 1])
             # Extras stay on their rank, so each rank knows its own experts' rows exactly.
             received = decision.counts_WE.sum(0)[own]
@@ -80,6 +85,12 @@ def test_expanded_drop_is_the_references(case):
 @MANY
 @given(cases(shares="drawn"))
 def test_capacity_shared_out_by_speed_is_the_references(case):
+    assert_same(case)
+
+
+@settings(MANY, max_examples=150)
+@given(cases(zero_experts="drawn"))
+def test_with_zero_experts_every_decision_is_the_references(case):
     assert_same(case)
 
 
