@@ -29,7 +29,7 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
         )
         experts = report["experts"]
         can_be_int4 = is_plain and experts is not None and experts["form"] == "plain SwiGLU"
-        yield from _rank_lines(report["ranks"], report["dtype"], has_stored, can_be_int4)
+        yield from _rank_lines(report["ranks"], has_stored, can_be_int4)
 
 
 def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -136,7 +136,7 @@ def _capacity_rows(capacity: Mapping[str, Any] | None) -> Iterator[tuple[str, st
 
 
 def _rank_lines(
-    ranks: Sequence[Mapping[str, Any]], dtype: str, has_stored: bool, can_be_int4: bool
+    ranks: Sequence[Mapping[str, Any]], has_stored: bool, can_be_int4: bool
 ) -> Iterator[str]:
     """Yield a table: a line per number of ranks, of the rank that holds most.
 
@@ -149,7 +149,7 @@ def _rank_lines(
     unit, name = (_GIB, "GiB") if most_bytes >= _GIB else (_MIB, "MiB")
     title = f"per rank, in {name}, of the rank that holds most"
     if sound:
-        title += f"; KV cache in {dtype}, {sound[0]['kv_bytes_per_token'] / 1024:.1f} KiB per token"
+        title += f"; KV cache {sound[0]['kv_bytes_per_token'] / 1024:.1f} KiB per token"
     yield title
     parts = [part for part in PARTS if any(part in row["bytes"] for row in sound)]
     sizes = list(sound[0]["kv_tokens"]) if sound else []
