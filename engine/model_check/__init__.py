@@ -4,8 +4,8 @@
 
 Reads config.json and the headers of the safetensors files, never the weights, and needs neither a
 GPU nor other ranks: `config_reading.py` collects what is wrong in config.json, `stored_tensors.py`
-compares the files with the model, `rank_share.py` says what a rank holds, `capacity_rules.py` what
-capacity can do, `report.py` prints it.
+compares the files with the model, `parameters.py` counts, `rank_share.py` says what a rank holds,
+`capacity_rules.py` what capacity can do, `report.py` prints it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_QUANTIZATIONS = ("auto", "keep", "dequantize", "int8", "int4", "fp8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="auto",
         help="model.dtype, of weights and KV cache; auto: the checkpoint's, as on CUDA",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quantization", choices=_QUANTIZATIONS, default="auto",
+        help="model.quantization, how the experts are held; auto: as on CUDA",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-gib", type=_gib, action="append", metavar="X", dest="gpu_gib",

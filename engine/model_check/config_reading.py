@@ -34,20 +34,25 @@ _FOREIGN = {
     "vision_config": "images; only text runs",
     "audio_config": "sound; only text runs",
     "index_topk": "sparse attention that an indexer chooses",
-    "attention_chunk_size": "attention in chunks",
-    "linear_num_key_heads": "linear attention (gated DeltaNet), a recurrent state per sequence",
-    "linear_attn_config": "linear attention, a recurrent state per sequence",
-    "mamba_num_heads": "Mamba layers, a recurrent state per sequence",
-    "mamba_n_heads": "Mamba layers, a recurrent state per sequence",
-    "mamba_d_state": "Mamba layers, a recurrent state per sequence",
+    "linear_attn_config": "linear attention of another kind than gated DeltaNet",
+    "mamba_num_heads": "Mamba layers",
+    "mamba_n_heads": "Mamba layers",
+    "mamba_d_state": "Mamba layers",
+    "conv_L_cache": "short convolutions in place of attention",
     "attn_logit_softcapping": "a soft cap on the attention's logits",
     "final_logit_softcapping": "a soft cap on the model's logits",
-    "moe_latent_size": "experts in a latent width",
-    "zero_expert_num": "experts that compute nothing",
     "num_hash_layers": "routing by a table of token ids",
     "hc_mult": "several residual streams (hyper-connections)",
+    "per_layer_config": "layers whose heads have different widths",
+    "hidden_size_per_layer_input": "an embedding of the tokens for each layer",
+    "num_kv_shared_layers": "layers that share keys and values",
 }
-_FULL_ATTENTION = "full_attention"
+# Kinds of layers, activations and router scores that some family has.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_MLPS = {"dense", "sparse", "moe"}
+_ACTIVATIONS = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "relu2"}
+_SCORES = {"softmax", "sigmoid", "sqrtsoftplus"}
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(slots=True)
@@ -56,6 +61,7 @@ class ConfigReading:
 
     values: dict[str, Any]  # of the file
     problems: list[str] = field(default_factory=list)  # why it does not run
+    remarks: list[str] = field(default_factory=list)
     # The transformers configuration, the fields that are refused replaced; None: it has no family,
     # or too much is wrong to know the shapes.
     hf_config: Any = None
@@ -74,8 +80,9 @@ def read_checkpoint_config(folder: Path) -> ConfigReading:
         ValueError: there is no such folder, or no config.json that can be read.
     """
     if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
         raise ValueError(
-            f"DIR = {str(folder)!r}: no such folder; name one with config.json and safetensors"
+            f"DIR = {str(folder)!r}: {what}; name a folder with config.json and safetensors"
         )
     if not is_there(folder / "config.json"):
         raise ValueError(f"DIR = {str(folder)!r}: holds no config.json; name a checkpoint's folder")
@@ -117,28 +124,43 @@ def _collect(reading: ConfigReading, first: str) -> None:
             reading.hf_config = hf_config if are_shapes_known else None
             return
     if reading.values.get("model_type") not in supported_model_types():
-        reading.problems += _foreign_parts(reading)
+        if foreign := list(_foreign_parts(reading)):
+            reading.problems += foreign
+        else:
+            reading.remarks.append(
+                "apart from the model_type nothing in config.json is known to be missing here: a "
+                "family that reads it may be all it takes (CONTRIBUTING.md, Add a model family)"
+            )
 
 
 def _foreign_parts(reading: ConfigReading) -> Iterator[str]:
     """Yield what else a model without a family here has that none of the families has."""
     values = reading.text_values
+    found: dict[str, list[str]] = {}  # what it is -> fields
     for given in {id(each): each for each in (reading.values, values)}.values():
         for key, what in _FOREIGN.items():
-            if given.get(key):
-                yield f"{key} in config.json: {what}"
+            if given.get(key) and key not in found.get(what, ()):
+                found.setdefault(what, []).append(key)
+    yield from (f"{', '.join(keys)} in config.json: {what}" for what, keys in found.items())
+    if not any(_has_experts(each) for each in (values, values.get("ffn_config"))):
+        yield "config.json has no number of experts: only mixture-of-experts models run"
     act = values.get("hidden_act", values.get("hidden_activation", values.get("mlp_hidden_act")))
+    if act is not None and str(act) not in _ACTIVATIONS:
+        yield f"hidden_act in config.json: the activation {act!r}"
     scheme = reading.values.get("quantization_config", values.get("quantization_config"))
-    for asked in ({"hidden_act": act or "silu"}, {"quantization_config": scheme}):
-        try:
-            check_config(SimpleNamespace(**{"hidden_act": "silu", **asked}))
-        except ValueError as error:
-            yield str(error)
-    kinds = values.get("layer_types")
-    if isinstance(kinds, list):
-        others = sorted({str(kind) for kind in kinds} - {_FULL_ATTENTION})
+    try:
+        check_config(SimpleNamespace(hidden_act="silu", quantization_config=scheme))
+    except ValueError as error:
+        yield str(error)
+    is_delta = bool(values.get("linear_num_key_heads"))  # the gated DeltaNet of Qwen3-Next
+    for key, known in (
+        ("layer_types", _ATTENTION | ({"linear_attention"} if is_delta else set())),
+        ("mlp_layer_types", _MLPS),
+    ):
+        kinds = values.get(key)
+        others = {str(kind) for kind in kinds} - known if isinstance(kinds, list) else None
         if others:
-            yield f"layer_types in config.json: attention of the kinds {', '.join(others)}"
+            yield f"{key} in config.json: layers of the kinds {', '.join(sorted(others))}"
     rope = values.get("rope_parameters") or values.get("rope_scaling")
     if isinstance(rope, dict):
         kind = rope.get("rope_type") or rope.get("type")
@@ -146,13 +168,11 @@ def _foreign_parts(reading: ConfigReading) -> Iterator[str]:
             yield "rope_parameters in config.json: more than one rotary embedding"
         elif kind is not None and str(kind) not in _ROPE_TYPES:
             yield f"rope_scaling in config.json: rotary scaling of the type {kind!r}"
-    if values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        yield (
-            f"partial_rotary_factor = {values['partial_rotary_factor']} in config.json: heads that "
-            "are rotated in part"
-        )
-    if values.get("scoring_func", "softmax") not in (None, "softmax", "sigmoid"):
-        yield f"scoring_func in config.json: scores of the kind {values['scoring_func']!r}"
-    for key in ("num_experts_per_tok", "moe_topk"):
-        if isinstance(values.get(key), list):
-            yield f"{key} in config.json: another top-k in each layer"
+    score = values.get("scoring_func")
+    if score is not None and str(score) not in _SCORES:
+        yield f"scoring_func in config.json: scores of the kind {score!r}"
+
+
+def _has_experts(values: Any) -> bool:
+    """Return whether a part of config.json says how many experts there are."""
+    return isinstance(values, Mapping) and any(values.get(key) for key in _NUM_EXPERTS)

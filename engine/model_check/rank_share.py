@@ -6,7 +6,7 @@ The model is built on torch's meta device, as a rank would build it, for groups 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
@@ -19,6 +19,7 @@ from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
 from engine.model_check.stored_tensors import part_of
 from engine.models.decoder import CausalLM
 from engine.models.registry import build_model
+from engine.moe.low_bit_experts import ExpertLayouts
 
 _GIB = 1 << 30
 
@@ -30,7 +31,7 @@ class RankShare:
     ranks: int
     problem: str = ""
     experts: tuple[int, int] = (0, 0)  # per layer, of the rank that has fewest and of it
-    part_bytes: Mapping[str, int] | None = None  # in the model's dtype
+    part_bytes: Mapping[str, int] | None = None  # as the rank holds them
     stored_bytes: int = 0  # of the same weights as the files have them
     row_bytes: int = 0  # of what is kept for rows of MoE layers, at the default settings
     kv_bytes: int = 0  # per token
@@ -39,7 +40,7 @@ class RankShare:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, in the model's dtype."""
+        """Bytes of all weights, as the rank holds them."""
         return sum((self.part_bytes or {}).values())
 
     def as_json(self) -> dict[str, Any]:
@@ -58,17 +59,46 @@ class RankShare:
         }
 
 
-def build_on_meta(hf_config: Any, dtype: torch.dtype, ranks: int = 1, tensor: int = 1) -> CausalLM:
-    """Return the model of rank 0, the one with most experts, without memory. Not collective.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A model and how ranks hold it."""
 
-    Raises:
-        ValueError: it does not run on so many ranks.
-    """
-    if ranks % tensor:
-        raise ValueError(f"parallel.tensor = {tensor}: must divide the number of ranks, {ranks}")
-    device = torch.device("meta")
+    hf_config: Any
+    dtype: torch.dtype
+    tensor: int = 1  # parallel.tensor
+    layouts: Mapping[int, ExpertLayouts] | None = None  # by layer, of experts that are integers
+    names: Collection[str] = ()  # of the checkpoint's tensors
+
+    def build(self, ranks: int | None = None) -> CausalLM:
+        """Return the model of rank 0, the one with most experts, without memory. Not collective.
+
+        ranks: of the expert-parallel group; None: one rank has the whole model.
+
+        Raises:
+            ValueError: it does not run on so many ranks.
+        """
+        tensor = 1 if ranks is None else self.tensor
+        ranks = ranks or 1
+        if ranks % tensor:
+            raise ValueError(
+                f"parallel.tensor = {tensor}: must divide the number of ranks, {ranks}"
+            )
+        topology = topology_on_meta(ranks, tensor)
+        device, layouts = topology.device, self.layouts
+        # One position: the rotary table is no part of the weights.
+        config = Config(model=ModelConfig(path="unused", max_model_len=1))
+        try:
+            return build_model(
+                self.hf_config, config, topology, device, self.dtype, layouts=layouts
+            )
+        except (RuntimeError, OverflowError) as error:  # more bytes than 64 bits count
+            raise ValueError(f"config.json describes tensors beyond any memory: {error}") from error
+
+
+def topology_on_meta(ranks: int, tensor: int = 1) -> Topology:
+    """Return the place of rank 0 among ranks that do not exist."""
     expert, heads = _group(ranks), _group(tensor)
-    topology = Topology(
+    return Topology(
         world=expert,
         expert=expert,
         tensor=heads,
@@ -79,49 +109,51 @@ def build_on_meta(hf_config: Any, dtype: torch.dtype, ranks: int = 1, tensor: in
         data_rank=0,
         num_data=ranks // tensor,
         replica=0,
-        device=device,
+        device=torch.device("meta"),
         store=cast(Any, None),
         local_world_size=ranks,
         host="",
     )
-    # One position: the rotary table is no part of the weights.
-    config = Config(model=ModelConfig(path="unused", max_model_len=1))
-    try:
-        return build_model(hf_config, config, topology, device, dtype)
-    except (RuntimeError, OverflowError) as error:  # more bytes than a number of 64 bits counts
-        raise ValueError(f"config.json describes tensors beyond any memory: {error}") from error
 
 
 def _group(size: int) -> Group:
     return Group(0, size, tuple(range(size)), cast(Any, None))  # nothing communicates
 
 
-def share_of_rank(
-    hf_config: Any,
-    dtype: torch.dtype,
+def shares_of_ranks(
+    setup: Setup,
+    plain: CausalLM,
+    ranks: Sequence[int],
+    stored: Mapping[str, int],
+    gpu_gib: Collection[float],
+) -> list[RankShare]:
+    """Return what the rank with most experts holds, for each number of ranks.
+
+    Args:
+        plain: the whole model, its experts in the model's dtype.
+        ranks: numbers of expert-parallel ranks.
+        stored: part -> bytes in the files.
+        gpu_gib: sizes of GPUs.
+    """
+    alone = setup.build() if setup.layouts else plain
+    whole = part_bytes(alone, setup.names)
+    return [_share_of_rank(setup, alone, number, stored, whole, gpu_gib) for number in ranks]
+
+
+def _share_of_rank(
+    setup: Setup,
+    alone: CausalLM,
     ranks: int,
-    tensor: int,
-    *,
-    names: Collection[str],
     stored: Mapping[str, int],
     whole: Mapping[str, int],
     gpu_gib: Collection[float],
 ) -> RankShare:
-    """Return what the rank with most experts holds.
-
-    Args:
-        ranks: of the expert-parallel group.
-        tensor: parallel.tensor.
-        names: of the checkpoint's tensors.
-        stored: part -> bytes in the files.
-        whole: part -> bytes of the whole model in `dtype`.
-        gpu_gib: sizes of GPUs.
-    """
     try:
-        model = build_on_meta(hf_config, dtype, ranks, tensor)
+        model = alone if ranks == setup.tensor == 1 else setup.build(ranks)
     except ValueError as error:
         return RankShare(ranks, problem=str(error))
-    parts = part_bytes(model, names)
+    dtype = setup.dtype
+    parts = whole if model is alone else part_bytes(model, setup.names)
     as_stored = sum(Fraction(stored.get(part, 0) * parts[part], whole[part]) for part in parts)
     fewest = most = rows = 0
     if model.moe_layers:

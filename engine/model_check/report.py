@@ -7,34 +7,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from engine.config import Config, ModelConfig
 from engine.config.tokenizer_files import FILES, check_tokenizer_files
 from engine.generation.builder import model_dtype
+from engine.generation.quantization import Held, resolve_quantization
+from engine.layers.precision import compute_dtype
 from engine.model_check.capacity_rules import capacity_of
 from engine.model_check.config_reading import ConfigReading, read_checkpoint_config
-from engine.model_check.rank_share import RankShare, build_on_meta, part_bytes, share_of_rank
+from engine.model_check.parameters import count_parameters
+from engine.model_check.rank_share import Setup, shares_of_ranks
 from engine.model_check.shapes import describe_shapes
-from engine.model_check.stored_tensors import StoredTensors, compare, read_stored
+from engine.model_check.stored_tensors import StoredTensors, compare, group_weights, read_stored
 from engine.model_check.text import lines_of
-from engine.models.decoder import CausalLM
 from engine.models.registry import unread_parts
-from engine.models.spec import ModelSpec, SparseSpec
+from engine.models.spec import ModelSpec
 
 GPU_GIB = (79.0, 139.0)  # what the driver leaves of 80 and 141 GB
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What follows from the model and the headers."""
-
-    shares: list[RankShare]
-    total: int  # parameters
-    active: int  # of them per token
+_CUDA = torch.device("cuda")
+_NO_DTYPE = (
+    "config.json names no torch_dtype, so model.dtype = auto is float32 on CUDA; set bfloat16 "
+    "(here --dtype bfloat16) to take half the bytes"
+)
 
 
 def run(
@@ -44,6 +43,7 @@ def run(
     dtype: str = "auto",
     gpu_gib: Sequence[float] | None = None,
     as_json: bool = False,
+    quantization: str = "auto",
 ) -> int:
     """Print the report; return the exit code.
 
@@ -53,17 +53,23 @@ def run(
         dtype: model.dtype.
         gpu_gib: sizes of GPUs; None: `GPU_GIB`.
         as_json: one JSON object instead of text.
+        quantization: model.quantization.
 
     Raises:
         ValueError: the folder holds no config.json that can be read.
     """
-    report = check(folder, ranks, tensor, dtype, gpu_gib or GPU_GIB)
+    report = check(folder, ranks, tensor, dtype, gpu_gib or GPU_GIB, quantization)
     print(json.dumps(report) if as_json else "\n".join(lines_of(report)))
     return 0 if report["runs"] else 1
 
 
 def check(
-    folder: Path, ranks: Sequence[int], tensor: int, dtype: str, gpu_gib: Sequence[float]
+    folder: Path,
+    ranks: Sequence[int],
+    tensor: int,
+    dtype: str,
+    gpu_gib: Sequence[float],
+    quantization: str = "auto",
 ) -> dict[str, Any]:
     """Return the report as what JSON can hold. Takes and raises what `run` does."""
     reading = read_checkpoint_config(folder)
@@ -73,29 +79,42 @@ def check(
         "model_type": reading.values.get("model_type"),
         "runs": False,
         "problems": reading.problems,
-        "remarks": [],
+        "remarks": reading.remarks,
     }
     model, own = None, torch.bfloat16
     if reading.hf_config is not None:
         if unread := unread_parts(folder):
             report["remarks"].append(unread)
-        own = model_dtype(dtype, reading.hf_config, torch.device("cuda"))
+        own = model_dtype(dtype, reading.hf_config, _CUDA)
         try:
-            model = build_on_meta(reading.hf_config, own)
+            model = Setup(reading.hf_config, own).build()
         except ValueError as error:
             reading.problems.append(str(error))
     if model is None:
         compare(stored, folder, None, (), is_quantised=True)
     else:
-        spec = model.spec
-        weights = _weigh(model, reading, stored, folder, ranks, tensor, gpu_gib)
-        report |= describe_shapes(spec, reading.hf_config)
+        is_refused = _is_format_refused(reading)
+        if not is_refused:
+            group_weights(stored, folder)
+        names = (stored.weights or stored.catalog).entries.keys()
+        slots = list(model.weight_slots(names))
+        if dtype == "auto" and getattr(reading.hf_config, "dtype", None) is None:
+            report["remarks"].append(_NO_DTYPE)
+        compare(stored, folder, slots, model.ignored_weights(names), is_refused)
+        held = None
+        if not is_refused:
+            held = _held(quantization, reading, stored, folder, model.spec, own)
+        setup = Setup(reading.hf_config, own, tensor, held and held.layouts, names)
+        shares = shares_of_ranks(setup, model, ranks, stored.part_bytes(), gpu_gib)
+        report |= describe_shapes(model.spec, reading.hf_config)
         report["dtype"] = str(own).removeprefix("torch.")
-        report["parameters"] = {"total": weights.total, "active": weights.active}
-        report["ranks"] = [share.as_json() for share in weights.shares]
-        report["capacity"] = _capacity(spec, weights.shares)
-        if all(share.problem for share in weights.shares):
-            report["problems"] += dict.fromkeys(share.problem for share in weights.shares)
+        report["held"] = {"setting": quantization, "as": held and held.name}
+        report["parameters"] = asdict(count_parameters(model, slots))
+        report["ranks"] = [share.as_json() for share in shares]
+        fitting = [share.ranks for share in shares if not share.problem]
+        report["capacity"] = capacity_of(model.spec, max(fitting)) if fitting else None
+        if all(share.problem for share in shares):
+            report["problems"] += dict.fromkeys(share.problem for share in shares)
     report["stored"] = stored.as_json()
     report["quantization"] = _scheme(reading)
     report["tokenizer"] = _tokenizer(folder, report["remarks"], report["problems"])
@@ -104,52 +123,30 @@ def check(
     return report
 
 
-def _weigh(
-    model: CausalLM,
+def _is_format_refused(reading: ConfigReading) -> bool:
+    return any(each.startswith("quantization_config") for each in reading.problems)
+
+
+def _held(
+    setting: str,
     reading: ConfigReading,
     stored: StoredTensors,
     folder: Path,
-    ranks: Sequence[int],
-    tensor: int,
-    gpu_gib: Sequence[float],
-) -> _Weights:
-    """Compare the files with the model, and return what ranks hold of it."""
-    names = stored.catalog.entries.keys()
-    slots = list(model.weight_slots(names))
-    is_refused = any(each.startswith("quantization_config") for each in reading.problems)
-    compare(stored, folder, slots, model.ignored_weights(names), is_refused)
-    whole = part_bytes(model, names)
-    total = sum(slot.target.numel() for slot in slots if slot.tied_to is None)
-    idle = 0
-    for layer in model.moe_layers:
-        moe = layer.spec
-        unchosen = moe.router.num_experts - moe.router.top_k
-        idle += unchosen * (moe.experts.parts + 1) * moe.width * moe.ffn
-    shares = [
-        share_of_rank(
-            reading.hf_config,
-            model.dtype,
-            number,
-            tensor,
-            names=names,
-            stored=stored.part_bytes(),
-            whole=whole,
-            gpu_gib=gpu_gib,
-        )
-        for number in ranks
-    ]
-    return _Weights(shares, total, total - idle)
-
-
-def _capacity(spec: ModelSpec, shares: Sequence[RankShare]) -> dict[str, Any] | None:
-    """Return what capacity can do on the largest number of ranks that the model runs on."""
-    sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
-    fitting = [share.ranks for share in shares if not share.problem]
-    if not sparse or not fitting:
+    spec: ModelSpec,
+    dtype: torch.dtype,
+) -> Held | None:
+    """Return how the weights are held on CUDA; None where that is refused, which is a problem."""
+    # The headers of files with problems of their own, which are told, say nothing more.
+    model = ModelConfig(
+        path=str(folder),
+        quantization=cast(Any, setting),
+        load_format="dummy" if stored.problems else "safetensors",
+    )
+    try:
+        return resolve_quantization(Config(model=model), spec, _CUDA, compute_dtype(dtype, _CUDA))
+    except ValueError as error:
+        reading.problems.append(str(error))
         return None
-    # Of layers with unequal top-k the one that needs the largest factor to drop nothing.
-    fewest = min(sparse, key=lambda mlp: mlp.moe.router.top_k)
-    return capacity_of(fewest, max(fitting))
 
 
 def _scheme(reading: ConfigReading) -> str | None:

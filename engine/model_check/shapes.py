@@ -47,6 +47,7 @@ def _experts(sparse: list[SparseSpec]) -> dict[str, Any] | None:
     top_k = {mlp.moe.router.top_k for mlp in sparse}
     return {
         "ffn": first.moe.ffn,
+        "form": first.moe.experts.words,
         "shared_ffn": None if first.shared is None else first.shared.ffn,
         **_fields(first.moe.router),
         "top_k": max(top_k),

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ PARTS = ("experts", "attention", "shared, dense", "router", "embedding, head", "
 _SCALES = r"(_scale_inv|_scale|_scales|_packed|_shape|_zero_point|\.scales|\.qzeros|\.g_idx)$"
 
 
+@lru_cache(1 << 17)
 def part_of(name: str) -> str:
     """Return the part of the model, one of `PARTS`, that a tensor belongs to, by its name."""
     if "embed_tokens" in name or name.startswith("lm_head"):
@@ -42,6 +44,7 @@ class StoredTensors:
     """The tensors of a checkpoint's files."""
 
     catalog: Catalog = field(default_factory=lambda: Catalog({}, 0))
+    weights: Catalog | None = None  # of a format that is read, one entry per weight; None: unknown
     problems: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)  # neither needed nor known to be ignored
     num_ignored: int = 0  # known and not needed, such as multi-token prediction heads
@@ -81,6 +84,16 @@ def read_stored(folder: Path) -> StoredTensors:
         return StoredTensors(problems=[str(error)])
 
 
+def group_weights(stored: StoredTensors, folder: Path) -> None:
+    """Find the weights that the tensors make; what does not fit is a problem."""
+    if stored.problems:
+        return
+    try:
+        stored.weights = read_weights(folder, stored.catalog)
+    except CheckpointError as error:
+        stored.problems.append(str(error))
+
+
 def compare(
     stored: StoredTensors,
     folder: Path,
@@ -109,13 +122,9 @@ def compare(
         return
     wanted: Mapping[str, Want] = {slot.name: Want.of(slot) for slot in slots}
     known = (*ignored, _SCALES) if is_quantised else tuple(ignored)
-    weights = catalog
-    if not is_quantised:  # of a format that is read, one entry per weight
-        try:
-            weights = read_weights(folder)
-        except CheckpointError as error:
-            stored.problems.append(str(error))
-            return
+    weights = catalog if is_quantised else stored.weights
+    if weights is None:  # a problem already
+        return
     stored.unused = unknown_tensors(wanted, weights, known)
     if is_quantised:  # shapes and dtypes are the format's
         missing = [

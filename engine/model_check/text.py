@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.model_check.stored_tensors import PARTS
 
-_GIB = 1 << 30
+_GIB, _MIB = 1 << 30, 1 << 20
 _SHOWN = 3
 
 
@@ -23,7 +23,13 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{name:<11} {text}".rstrip() for name, text in rows)
     if "ranks" in report:
         yield ""
-        yield from _rank_lines(report["ranks"], report["dtype"], bool(report["quantization"]))
+        is_plain = report["held"]["as"] in (None, "none", "dequantize")
+        has_stored = bool(report["stored"]["bytes"]) and bool(
+            report["quantization"] or not is_plain
+        )
+        experts = report["experts"]
+        can_be_int4 = is_plain and experts is not None and experts["form"] == "plain SwiGLU"
+        yield from _rank_lines(report["ranks"], has_stored, can_be_int4)
 
 
 def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -49,7 +55,7 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "attention",
             f"GQA: {attention['num_heads']} heads, {attention['num_kv_heads']} key/value heads of "
-            f"{attention['head_dim']}{window}",
+            f"{attention['head_dim']}{window}{', sinks' if attention.get('sinks') else ''}",
         )
     if attention["state_layers"]:
         every = layers["moe"] + layers["dense"]
@@ -57,20 +63,30 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", f"{text}: a recurrent state per sequence in place of keys and values"
     if (experts := report["experts"]) is not None:
         yield "experts", _experts(experts)
-    parameters = report["parameters"]
-    yield (
-        "parameters",
-        f"{_count(parameters['total'])}, {_count(parameters['active'])} active per token",
-    )
+    yield "parameters", _parameters(report["parameters"], report["tied_embeddings"])
+
+
+def _parameters(parameters: Mapping[str, int], is_tied: bool) -> str:
+    text = f"{_count(parameters['total'])}, {_count(parameters['active'])} active per token ("
+    if is_tied:
+        return f"{text}of the experts the top-k; the embedding is the head)"
+    whole = _count(parameters["active_with_embedding"])
+    return f"{text}of the experts the top-k, of the embedding one row; {whole} with all rows)"
 
 
 def _experts(experts: Mapping[str, Any]) -> str:
     least, most = experts["least_top_k"], experts["top_k"]
     top_k = f"top-{most}" if least == most else f"top-{least} to top-{most} by layer"
-    text = f"{experts['num_experts']} routed of width {experts['ffn']}, {top_k}"
+    text = f"{experts['num_experts']} routed of width {experts['ffn']}"
+    text += f" ({experts['form']})" if experts["form"] != "plain SwiGLU" else ""
+    if experts.get("num_zero_experts"):
+        text += f" and {experts['num_zero_experts']} zero experts"
+    text += f", {top_k}"
     if experts.get("num_groups", 1) > 1:
         text += f" of {experts['top_groups']} of {experts['num_groups']} groups"
-    text += f", {experts['score']}" + (" + bias" if experts.get("correction_bias") else "")
+    text += f", {experts['score']}" + (
+        " + correction bias" if experts.get("correction_bias") else ""
+    )
     shared = experts["shared_ffn"]
     return text + (f"; shared expert of width {shared}" if shared else "; no shared expert")
 
@@ -78,6 +94,8 @@ def _experts(experts: Mapping[str, Any]) -> str:
 def _file_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     stored, tokenizer = report["stored"], report["tokenizer"]
     yield "format", report["quantization"] or "not quantised"
+    if "held" in report:
+        yield "held", _held(report["held"], report["dtype"], bool(report["quantization"]))
     yield "files", f"{stored['files']}, of {_size(stored['bytes'])} in all"
     for part in (part for part in PARTS if part in stored["parts"]):
         kinds = sorted(stored["parts"][part].items(), key=lambda item: -item[1])
@@ -91,26 +109,51 @@ def _file_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{', '.join(tokenizer['files']) or 'none'}; {template}"
 
 
+def _held(held: Mapping[str, str | None], dtype: str, is_quantised: bool) -> str:
+    """Return how a rank holds the weights."""
+    setting, name = held["setting"], held["as"]
+    if name is None:
+        return f"refused, see above; the sizes below are those of weights in {dtype}"
+    if name in ("none", "dequantize"):
+        text = f"in {dtype}" + (", dequantised as they are read" if is_quantised else "")
+    else:
+        kept = (
+            "as the checkpoint has them" if name == "keep" else f"in {name}, made from their values"
+        )
+        text = f"experts {kept}; all else in {dtype}"
+    return f"{text} (model.quantization {setting})"
+
+
 def _capacity_rows(capacity: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     if capacity is None:
         return
     factors, ranks = capacity["dropless_factor"], capacity["ranks"]
     yield (
         "capacity",
-        f"token_drop: yes; drops nothing from gamma {factors['expert']:.4g} (E/K) on, in scope "
-        f"rank from {factors['rank']:.4g} on {ranks} ranks",
+        f"token_drop: {capacity['token_drop']}; drops nothing from gamma "
+        f"{factors['expert']:.4g} (E/K) on, in scope rank from {factors['rank']:.4g} on {ranks} "
+        "ranks",
     )
+    yield "", f"router score: {capacity['priority']}"
+    yield "", f"renormalize: {capacity['renormalize']}"
     yield "", f"expanded_drop on {ranks} ranks: {capacity['expanded_drop']}"
     yield "", f"copies of experts: {capacity['copies']}"
     yield "", f"shared expert balanced: {capacity['shared_expert']}"
 
 
 def _rank_lines(
-    ranks: Sequence[Mapping[str, Any]], dtype: str, is_quantised: bool
+    ranks: Sequence[Mapping[str, Any]], has_stored: bool, can_be_int4: bool
 ) -> Iterator[str]:
-    """Yield a table: a line per number of ranks, of the rank that holds most."""
+    """Yield a table: a line per number of ranks, of the rank that holds most.
+
+    Args:
+        has_stored: whether to compare with the same weights as the files have them.
+        can_be_int4: whether the experts can be held in fewer bytes.
+    """
     sound = [row for row in ranks if "problem" not in row]
-    title = f"per rank in {dtype}, in GiB, of the rank that holds most"
+    most_bytes = max((row["bytes"]["total"] for row in sound), default=_GIB)
+    unit, name = (_GIB, "GiB") if most_bytes >= _GIB else (_MIB, "MiB")
+    title = f"per rank, in {name}, of the rank that holds most"
     if sound:
         title += f"; KV cache {sound[0]['kv_bytes_per_token'] / 1024:.1f} KiB per token"
         if states := sound[0]["state_bytes_per_sequence"]:
@@ -118,22 +161,23 @@ def _rank_lines(
     yield title
     parts = [part for part in PARTS if any(part in row["bytes"] for row in sound)]
     sizes = list(sound[0]["kv_tokens"]) if sound else []
-    head = ["ranks", "local experts", *parts, "total", *(["as stored"] if is_quantised else [])]
+    head = ["ranks", "local experts", *parts, "total", *(["as stored"] if has_stored else [])]
     table = [[*head, *(f"tokens, {size} GiB" for size in sizes)]]
     for row in sound:
         few, most = row["experts"]
         sums = [row["bytes"].get(part, 0) for part in (*parts, "total")]
-        sums += [row["stored_bytes"]] if is_quantised else []
+        sums += [row["stored_bytes"]] if has_stored else []
         cells = [f"{row['ranks']}", f"{most}" if few == most else f"{few} or {most}"]
-        cells += [f"{size / _GIB:.2f}" for size in sums]
+        cells += [f"{size / unit:.2f}" for size in sums]
         table.append([*cells, *(f"{n:,}" if n else "no room" for n in row["kv_tokens"].values())])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table if sound else []:
         yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
     yield from (f"{row['ranks']} ranks: {row['problem']}" for row in ranks if "problem" in row)
+    remedy = "; try more --ranks" + (" or --quantization int4" if can_be_int4 else "")
     for size in sizes:
         fits = [row["ranks"] for row in sound if row["kv_tokens"][size]]
-        found = f"fits on {', '.join(map(str, fits))}" if fits else "fits on none of these numbers"
+        found = f"fits on {', '.join(map(str, fits))}" if fits else f"fits on none of these{remedy}"
         yield f"on GPUs of {size} GiB: {found}"
     if sound:
         yield (

@@ -34,7 +34,14 @@ def prepare(args: argparse.Namespace, rank: int) -> Callable[[], int]:
         if rank:
             return 0
         folder = Path(args.folder).expanduser()
-        gpus = args.gpu_gib
-        return report.run(folder, args.ranks, args.tensor, args.dtype, gpus, args.json)
+        return report.run(
+            folder,
+            args.ranks,
+            args.tensor,
+            args.dtype,
+            args.gpu_gib,
+            args.json,
+            args.quantization,
+        )
 
     return run

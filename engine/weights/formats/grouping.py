@@ -24,9 +24,12 @@ _UNUSED = re.compile(r"(\.|_)(input|activation|k|v|q|output)_scale$|\.weight_sha
 _Entries = Mapping[str, TensorEntry]
 
 
-def read_weights(folder: Path) -> Catalog:
-    """Return the weights of a folder. Raises CheckpointError."""
-    catalog = read_catalog(folder)
+def read_weights(folder: Path, catalog: Catalog | None = None) -> Catalog:
+    """Return the weights of a folder. Raises CheckpointError.
+
+    catalog: the folder's, where it is known.
+    """
+    catalog = catalog or read_catalog(folder)
     try:
         scheme = scheme_of(folder)
     except ValueError as error:

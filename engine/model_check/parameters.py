@@ -1,0 +1,38 @@
+"""Parameters: how many a model has, and how many of them a token uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from engine.models.decoder import CausalLM
+from engine.weights.slot import WeightSlot
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Counts of numbers, without scales and other numbers that quantisation adds."""
+
+    total: int
+    active: int  # of them per token: without experts that it does not choose, and of the embedding
+    # one row; where the head is the embedding, all of it
+    active_with_embedding: int  # the same with the whole embedding, as some publishers count
+
+
+def count_parameters(model: CausalLM, slots: Sequence[WeightSlot]) -> Parameters:
+    """Return the counts of a model on one rank, its experts in the model's dtype.
+
+    slots: all of the model.
+    """
+    total = sum(slot.target.numel() for slot in slots if slot.tied_to is None)
+    idle = Fraction(0)
+    for layer in model.moe_layers:
+        router, experts = layer.spec.router, layer.experts
+        # Of a mean token: zero experts take their share of its choices.
+        chosen = Fraction(router.top_k * router.num_experts, router.num_logits)
+        each = experts.copy_size // experts.stacked.w13_e2FD.element_size()
+        idle += (router.num_experts - chosen) * each
+    other_rows = 0 if model.spec.tied_embeddings else (model.vocab_size - 1) * model.spec.hidden
+    active = total - int(idle)
+    return Parameters(total, active - other_rows, active)
