@@ -160,7 +160,7 @@ def test_integers_are_kept_with_their_zero_points_row_by_row():
     assert experts.low_bit is not None
     before, _ = experts.low_bit.values(1)
     sink = experts.target(1, "w13", FFN, FFN)[1]
-    assert sink is not None and sink.keeps_integers
+    assert sink is not None and sink.keeps_stored
     for first in (0, 6, 22):
         own = slice(first, {0: 6, 6: 22, 22: FFN}[first])
         sink.take_integers(first, q_OI[own], scale_OG[own], zero_OG[own])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from engine.ops.grouped_ffn import grouped_ffn_reference
+from engine.ops.grouped_low_bit import low_bit_ffn
 from engine.ops.low_bit_floats import (
     dequantise_floats,
-    grouped_ffn_floats,
     pack_fp8,
     pack_mxfp4,
 )
@@ -74,7 +74,7 @@ def test_the_ffn_is_that_of_the_dequantised_weights(kind):
     plain = (dequantise_floats(w13), dequantise_floats(w2))
     for rows, index, counts in ((x_RD, None, [4, 0, 5]), (x_RD, index_R, [2, 3, 0])):
         outs = [torch.full_like(rows, 7.0) for _ in "ab"]
-        got = grouped_ffn_floats(rows, w13, w2, counts, outs[0], index)
+        got = low_bit_ffn(rows, w13, w2, counts, outs[0], index)
         assert torch.equal(got, grouped_ffn_reference(rows, *plain, counts, outs[1], index))
 
 
