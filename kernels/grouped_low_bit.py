@@ -83,8 +83,11 @@ def grouped_low_bit_reference(
     Returns:
         out_RO.
     """
+    runs: dict[int, tuple[int, int]] = {}  # rows of an expert at once: torch's sums depend on it
     for expert, first, end in tiles_T3.tolist():  # SYNC: the plain form, for tests
-        rows = slice(first, min(first + height, end))
+        runs[expert] = runs.get(expert, (first, end))[0], min(first + height, end)
+    for expert, run in runs.items():
+        rows = slice(*run)
         listed = rows if index_R is None else index_R[rows]
         source, target = (rows, listed) if scatter else (listed, rows)
         weights_OI = weights.dequantised(expert, x_RI.dtype)
