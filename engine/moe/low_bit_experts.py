@@ -100,7 +100,7 @@ class LowBitExperts:
             wide = compute_dtype(dtype, device)
             self.b13_eN = torch.empty(num_local, inner, device=device, dtype=wide)
             self.b2_eD = torch.empty(num_local, hidden, device=device, dtype=wide)
-        self.source = source
+        self.source, self._ffn = source, ffn
         self._between = Between(form.rule, self.b13_eN, self.b2_eD)
 
     @property
@@ -132,12 +132,12 @@ class LowBitExperts:
 
         alternate: whether rows of gate and up alternate in the checkpoint, for what is kept.
         """
-        weights = self.w13_eND if matrix == "w13" else self.w2_eDF
+        weights, part = (self.w13_eND, self._ffn) if matrix == "w13" else (self.w2_eDF, count)
         layout, source = getattr(self.layouts, matrix), None
         if self.source is not None:
             source = getattr(self.source, matrix)
         return SinkOfRows(
-            weights, layout, local, first, count, source, self.layouts.kept, alternate
+            weights, layout, local, first, count, part, source, self.layouts.kept, alternate
         )
 
     def finalize_weights(self) -> None:
@@ -187,12 +187,13 @@ class SinkOfRows:
         local: int,
         first: int,
         count: int,
+        part: int,
         source: Layout | None,
         keeps_stored: bool,
         alternate: bool,
     ) -> None:
         self._weights, self._layout, self._source = weights, layout, source
-        self._local, self._first, self._alternate = local, first, alternate
+        self._local, self._first, self._part, self._alternate = local, first, part, alternate
         self.keeps_stored = keeps_stored
         self.shape = (count, weights.inputs)
         self.device = weights.scale_ePGN.device
@@ -206,14 +207,16 @@ class SinkOfRows:
         """Quantise all rows, some at a time; see `RowSink`."""
         weights, first = self._weights, self._first
         step = max(1, _MOST_WEIGHTS // max(1, weights.inputs))
-        # Blocks of scales begin with the rows and end with them.
+        # A block's rows are rounded together.
         step = -(-step // FP8_BLOCK[0]) * FP8_BLOCK[0]
-        for part_OI in rows_OI.split(step):
-            part_1OI = part_OI[None]
-            if self._source is not None:
-                part_1OI = round_to(part_1OI, self._source).dequantised(0, torch.float32)[None]
-            set_rows(weights, self._local, first, round_to(part_1OI, self._layout))
-            first += len(part_OI)
+        # Blocks begin anew with gate and up, whether a file has them apart or together.
+        for half_OI in rows_OI.split(max(1, self._part)):
+            for part_OI in half_OI.split(step):
+                part_1OI = part_OI[None]
+                if self._source is not None:
+                    part_1OI = round_to(part_1OI, self._source).dequantised(0, torch.float32)[None]
+                set_rows(weights, self._local, first, round_to(part_1OI, self._layout))
+                first += len(part_OI)
 
     def take_integers(
         self,

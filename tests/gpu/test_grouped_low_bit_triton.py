@@ -6,6 +6,7 @@ On a CUDA device, else in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -208,10 +209,13 @@ def test_ops_take_the_kernel_where_triton_serves(monkeypatch):
         lambda *args, **options: called.append(args[1]) or plain(*args, **options),
     )
     x_RD = torch.randn(4, 64, device=DEVICE).half() / 64  # products of MXFP4 fit in float16
-    for op, w13, w2 in (
-        (grouped_ffn_quantised, integers(4, 32, False, 64, 64), integers(4, 32, False, 64, 32)),
-        (low_bit_ffn, mxfp4(64, 64), mxfp4(64, 32)),
-    ):
+    make_int4 = functools.partial(integers, 4, 32, False)
+    ops: list[tuple[Callable[..., torch.Tensor], Callable[[int, int], Weights]]] = [
+        (grouped_ffn_quantised, make_int4),
+        (low_bit_ffn, mxfp4),
+    ]
+    for op, make in ops:
+        w13, w2 = make(64, 64), make(64, 32)
         called.clear()
         given = (x_RD, on_device(w13), on_device(w2), [4, 0, 0, 0])
         assert_near(op(*given), grouped_ffn_low_bit_reference(*given))
