@@ -1,4 +1,4 @@
-"""Expert weights as floats of 4 bits (MXFP4) or 8 bits (FP8 E4M3), and the gated FFN on them.
+"""Expert weights as floats of 4 bits (MXFP4) or 8 bits (FP8 E4M3).
 
 A weight is a small float times a scale:
 
@@ -10,7 +10,7 @@ Scales are [e, P, G, N] likewise; where the outputs of every panel share theirs,
 128 x 128, N is 1.
 
 Legend: e experts, O outputs, I input columns, G groups of a row, P panels, N outputs of a panel,
-C words of a row, B bytes, R rows, D model dim, F expert hidden dim.
+C words of a row, B bytes.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from engine.ops import triton_support
-from engine.ops.grouped_low_bit import grouped_ffn_low_bit, grouped_ffn_low_bit_reference
 from engine.ops.quantised import PANEL, to_panels, unpack
 
 MXFP4_GROUP = 32  # columns that share a scale
 _BITS = {"mxfp4": 4, "fp8": 8}
+_LARGEST = 448.0  # of E4M3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,16 @@ class FloatWeights:
     def dequantised(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix [O, I] of one expert."""
         return dequantise_floats(self, expert, dtype)
+
+
+def shares_scales(height: int, outputs: int) -> bool:
+    """Return whether the outputs of every panel have the same scales.
+
+    Args:
+        height: outputs that share a scale, counted from the first.
+        outputs: O.
+    """
+    return height % PANEL == 0 or height >= outputs
 
 
 def pack_mxfp4(bytes_eOB: torch.Tensor, scale_eOG: torch.Tensor) -> FloatWeights:
@@ -118,7 +127,7 @@ def pack_fp8(
     bytes_eOI = F.pad(bytes_eOI, (0, -inputs % 4)).contiguous()
     scale_eOG = scale_eOG.float()
     device = scale_eOG.device
-    if height % PANEL == 0 or height >= outputs:
+    if shares_scales(height, outputs):
         first_P = torch.arange(0, outputs, PANEL, device=device)
         scale_ePGN = scale_eOG[:, first_P // height].contiguous().unsqueeze(-1)
     else:
@@ -126,6 +135,30 @@ def pack_fp8(
         scale_ePGN = to_panels(scale_eOG[:, output_O // height])
     words_ePCN = to_panels(bytes_eOI.view(torch.int32))
     return FloatWeights("fp8", min(width, inputs), outputs, inputs, words_ePCN, scale_ePGN)
+
+
+def quantise_fp8(weights_eOI: torch.Tensor, block: tuple[int, int]) -> FloatWeights:
+    """Return weights rounded to the nearest of E4M3; the largest of a block becomes 448.
+
+    Args:
+        weights_eOI: any float dtype, on any device. Not changed.
+        block: outputs and columns per scale, as `pack_fp8` takes it.
+
+    Raises:
+        ValueError: weights that are not finite.
+    """
+    experts, outputs, inputs = weights_eOI.shape
+    height, width = min(block[0], max(1, outputs)), min(block[1], max(1, inputs))
+    padding = (0, -inputs % width, 0, -outputs % height)
+    padded = F.pad(weights_eOI.float(), padding)
+    blocks = padded.view(experts, padded.shape[1] // height, height, -1, width)
+    scale = blocks.abs().amax(dim=(2, 4), keepdim=True) / _LARGEST
+    if not scale.isfinite().all():  # SYNC: while weights are loaded
+        raise ValueError("weights_eOI: has values that are not finite; they cannot be quantised")
+    # A block of zeros, or of numbers so small that their scale is none.
+    values = (blocks / scale.where(scale > 0, 1.0)).clamp_(-_LARGEST, _LARGEST)
+    codes_eOI = values.view_as(padded)[:, :outputs, :inputs].to(torch.float8_e4m3fn)
+    return pack_fp8(codes_eOI.contiguous(), scale[:, :, 0, :, 0], block)
 
 
 def dequantise_floats(
@@ -150,17 +183,3 @@ def dequantise_floats(
     scale_eOGg = scale_eOG.unsqueeze(-1).expand(-1, -1, -1, weights.group)
     value_eOI = value_eOI.mul_(scale_eOGg.flatten(2)[:, :, : weights.inputs]).to(dtype)
     return value_eOI if expert is None else value_eOI[0]
-
-
-def grouped_ffn_floats(
-    x_RD: torch.Tensor,
-    w13_e2FD: FloatWeights,
-    w2_eDF: FloatWeights,
-    counts_e: list[int],
-    out_RD: torch.Tensor | None = None,
-    index_R: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`grouped_ffn` with weights in MXFP4 or FP8: the same arguments, the same order of rows."""
-    if triton_support.serves(x_RD):
-        return grouped_ffn_low_bit(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
-    return grouped_ffn_low_bit_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)

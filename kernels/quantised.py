@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from engine.ops import native, triton_support
-from engine.ops.grouped_low_bit import grouped_ffn_low_bit, grouped_ffn_low_bit_reference
+from engine.ops import native
+from engine.ops.grouped_low_bit import grouped_ffn_low_bit_reference, low_bit_ffn
 
 PANEL = 16  # outputs of a panel, as in csrc/kernels.h
 # An int4 group's largest weight in steps of its scale: quantise takes the best for each group.
@@ -203,9 +203,7 @@ def grouped_ffn_quantised(
         return torch.ops.lockstep_cpu.grouped_ffn_quantised(
             x_RD, *_native(w13_e2FD), *_native(w2_eDF), counts_e, out_RD, index_R
         )
-    if triton_support.serves(x_RD):
-        return grouped_ffn_low_bit(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
-    return grouped_ffn_quantised_reference(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
+    return low_bit_ffn(x_RD, w13_e2FD, w2_eDF, counts_e, out_RD, index_R)
 
 
 def grouped_ffn_quantised_reference(

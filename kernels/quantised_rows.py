@@ -1,21 +1,31 @@
-"""Rows of quantised weights: memory for matrices of integers, filled some outputs at a time.
+"""Rows of low-bit weights: memory for matrices of them, filled some outputs at a time.
 
-Experts that are held as integers arrive in parts, by several threads: gate and up rows are tensors
-of their own in a file. Parts are of whole rows, so that no two share a group of columns; they may
-share a panel, whose rows are then written one by one.
+Experts that are held as integers or small floats arrive in parts, by several threads: gate and up
+rows are tensors of their own in a file. Parts are of whole rows, so that no two share a group of
+columns; they may share a panel, whose rows are then written one by one.
 
-Legend: e experts, O outputs, I input columns, G groups of a row, P panels, N = 16 outputs of a
-panel, C words of a row.
+Legend: e experts, O outputs, I input columns, G groups of a row, P panels, N outputs of a panel, 16
+or, of scales that they share, 1, C words of a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from engine.ops.huge_pages import prefer_huge_pages
-from engine.ops.quantised import PANEL, QuantisedWeights
+from engine.ops.low_bit_floats import (
+    FloatWeights,
+    pack_fp8,
+    pack_mxfp4,
+    quantise_fp8,
+    shares_scales,
+)
+from engine.ops.quantised import PANEL, QuantisedWeights, quantise
+
+LowBit = QuantisedWeights | FloatWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +37,80 @@ class IntegerLayout:
     has_zero: bool = False  # whether a group has a zero point of its own
 
 
-def empty_quantised(
-    layout: IntegerLayout, experts: int, outputs: int, inputs: int, device: torch.device
-) -> QuantisedWeights:
-    """Return weights [e, O, I] that are to be filled; their padding is zero."""
-    group = min(layout.group, inputs)
+@dataclass(frozen=True, slots=True)
+class FloatLayout:
+    """How matrices are held as small floats."""
+
+    format: Literal["mxfp4", "fp8"]
+    block: tuple[int, int] = (1, 32)  # outputs and columns that share a scale
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+        return 4 if self.format == "mxfp4" else 8
+
+
+Layout = IntegerLayout | FloatLayout
+
+
+def empty_weights(
+    layout: Layout, experts: int, outputs: int, inputs: int, device: torch.device, part: int
+) -> LowBit:
+    """Return weights [e, O, I] that are to be filled; their padding is zero.
+
+    Args:
+        part: outputs that arrive together at most: blocks of scales begin anew with each part.
+    """
     panels, words = -(-outputs // PANEL), -(-inputs // (32 // layout.bits))
     packed_ePCN = torch.zeros(experts, panels, words, PANEL, dtype=torch.int32, device=device)
     # Decode reads every weight once per step, so memory bandwidth sets its time.
     prefer_huge_pages(packed_ePCN)
-    of_groups = experts, panels, -(-inputs // group), PANEL
-    scale_ePGN = torch.zeros(of_groups, device=device)
-    zero_ePGN = torch.zeros(of_groups, device=device) if layout.has_zero else None
+    group = min(layout.group if isinstance(layout, IntegerLayout) else layout.block[1], inputs)
+    groups = -(-inputs // max(1, group))
+    if isinstance(layout, FloatLayout):
+        aligned = part % PANEL == 0 or part == outputs
+        shared = layout.format == "fp8" and aligned and shares_scales(layout.block[0], part)
+        scale_ePGN = torch.zeros(
+            *(experts, panels, groups, 1 if shared else PANEL),
+            dtype=torch.float32 if layout.format == "fp8" else torch.uint8,
+            device=device,
+        )
+        return FloatWeights(layout.format, group, outputs, inputs, packed_ePCN, scale_ePGN)
+    scale_ePGN = torch.zeros(experts, panels, groups, PANEL, device=device)
+    zero_ePGN = torch.zeros_like(scale_ePGN) if layout.has_zero else None
     return QuantisedWeights(layout.bits, group, outputs, inputs, packed_ePCN, scale_ePGN, zero_ePGN)
 
 
-def set_rows(weights: QuantisedWeights, expert: int, first: int, rows: QuantisedWeights) -> None:
+def round_to(weights_eOI: torch.Tensor, layout: Layout) -> LowBit:
+    """Return weights rounded to a layout. Raises ValueError: values that are not finite."""
+    if isinstance(layout, IntegerLayout):
+        assert not layout.has_zero, "zero points are a checkpoint's"
+        return quantise(weights_eOI, layout.bits, layout.group)
+    assert layout.format == "fp8", "nothing is rounded to MXFP4"
+    return quantise_fp8(weights_eOI, layout.block)
+
+
+def pack_floats(codes_OB: torch.Tensor, scale_OG: torch.Tensor, layout: FloatLayout) -> LowBit:
+    """Return rows of one matrix as weights of one expert.
+
+    Args:
+        codes_OB: uint8, of FP8 a weight per byte, of MXFP4 two.
+        scale_OG: of every row, float32 or the exponents of MXFP4, as uint8.
+    """
+    if layout.format == "mxfp4":
+        return pack_mxfp4(codes_OB[None], scale_OG[None])
+    return pack_fp8(codes_OB[None], scale_OG[None], (1, layout.block[1]))
+
+
+def set_rows(
+    weights: LowBit, expert: int, first: int, rows: LowBit, at_O: torch.Tensor | None = None
+) -> None:
     """Write rows from `first` on of one expert's matrix.
 
     Args:
         weights: written in place.
         rows: one matrix of the same bits, groups and inputs.
+        at_O: int64, where each row goes, counted from `first`; None: one after the other.
     """
     assert (rows.bits, rows.group, rows.inputs) == (weights.bits, weights.group, weights.inputs)
     pairs = [(weights.packed_ePCN, rows.packed_ePCN), (weights.scale_ePGN, rows.scale_ePGN)]
@@ -55,19 +118,29 @@ def set_rows(weights: QuantisedWeights, expert: int, first: int, rows: Quantised
         assert rows.zero_ePGN is not None, "a group has a zero point"
         pairs.append((weights.zero_ePGN, rows.zero_ePGN))
     panel, count = first // PANEL, -(-rows.outputs // PANEL)
-    whole = first % PANEL == 0 and (
-        rows.outputs % PANEL == 0 or first + rows.outputs == weights.outputs
+    whole = (
+        at_O is None
+        and first % PANEL == 0
+        and (rows.outputs % PANEL == 0 or first + rows.outputs == weights.outputs)
     )
-    at_O = torch.arange(first, first + rows.outputs, device=weights.scale_ePGN.device)
+    if at_O is None:
+        at_O = torch.arange(rows.outputs, device=weights.scale_ePGN.device)
+    at_O = first + at_O
     for target, source in pairs:
-        if whole:
+        width = target.shape[3]
+        if whole and width == source.shape[3]:
             target[expert, panel : panel + count].copy_(source[0])
+            continue
+        rows_OC = source[0].transpose(1, 2).expand(-1, PANEL, -1).flatten(0, 1)[: rows.outputs]
+        if width == 1:  # the scales of a panel are those of its first output
+            found_PC = rows_OC[-first % PANEL :: PANEL]
+            begin = -(-first // PANEL)
+            target[expert, begin : begin + len(found_PC), :, 0].copy_(found_PC)
         else:  # the first or last panel has rows of another part
-            rows_OC = source[0].transpose(1, 2).flatten(0, 1)[: rows.outputs]
             target[expert].transpose(1, 2).index_put_((at_O // PANEL, at_O % PANEL), rows_OC)
 
 
-def parts_of(weights: QuantisedWeights, expert: int) -> list[torch.Tensor]:
+def parts_of(weights: LowBit, expert: int) -> list[torch.Tensor]:
     """Return what one expert's matrix consists of: words, scales and zero points, as views."""
     tensors = (weights.packed_ePCN, weights.scale_ePGN, weights.zero_ePGN)
     return [tensor[expert] for tensor in tensors if tensor is not None]

@@ -15,6 +15,11 @@ def serves(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and _installed()
 
 
+def serves_on(device: torch.device) -> bool:
+    """Whether `serves` is true of tensors on a device."""
+    return device.type == "cuda" and _installed()
+
+
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None

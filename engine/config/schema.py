@@ -36,9 +36,9 @@ class ModelConfig:
     # bfloat16 on the CPU: of weight matrices, all else is float32; auto: on the CPU float32, or
     # bfloat16 where the checkpoint is and the processor multiplies it; the checkpoint's own on CUDA
     quantization: Literal["auto", "keep", "dequantize", "int8", "int4", "fp8"] = "auto"  # how
-    # weights are held; dequantize: in dtype; int8, int4: experts as integers, rounded anew, the
-    # rest in dtype; keep: experts as the integers that the checkpoint has; auto: keep where
-    # compiled kernels compute on them (the CPU), else dequantize; fp8: refused so far
+    # weights are held; dequantize: in dtype; int8, int4, fp8: experts rounded anew, the rest in
+    # dtype; keep: experts as the checkpoint stores them (integers, FP8, MXFP4); auto: keep where
+    # compiled kernels compute on them (CUDA; the CPU on integers), else dequantize
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
     # dummy: seeded random numbers
     max_model_len: int | None = field(default=None, metadata=COUNT)  # prompt and new tokens

@@ -73,7 +73,7 @@ class CausalLM(nn.Module):
     Args:
         dtype: of the weight matrices; the model computes in `CausalLM.dtype`.
         placement: of the experts; None: contiguous homes.
-        layouts: by layer, how experts are held as integers; those of other layers are in `dtype`.
+        layouts: by layer, how experts are held in few bits; those of other layers are in `dtype`.
 
     Raises:
         ValueError: when the ranks do not fit the model's heads or experts.

@@ -78,17 +78,30 @@ def moe_slots(
 
 
 def expert_names(spec: ModelSpec) -> dict[int, tuple[list[str], list[str]]]:
-    """Return layer -> names of its experts' gate and up weights and of their down weights, in a
-    checkpoint with one matrix per expert and projection.
+    """Return layer -> names that its experts' gate and up weights may have in a checkpoint, and
+    their down weights: one matrix per expert and projection, or all of them stacked.
     """
     names, found = spec.names, {}
     for index, layer in enumerate(spec.layers):
         if isinstance(layer.mlp, SparseSpec):
             experts = range(layer.mlp.moe.router.num_experts)
-            prefix = f"{spec.prefix(index)[0]}.{names.block}.experts"
+            layer_prefix = spec.prefix(index)[0]
+            prefix = f"{layer_prefix}.{names.block}.experts"
+            stacked = prefix if names.alternating else f"{layer_prefix}.mlp.experts"
+            first = "gate_up_proj" if layer.mlp.moe.experts.gated else "up_proj"
             found[index] = (
-                [f"{prefix}.{e}.{each}.weight" for e in experts for each in (names.w1, names.w3)],
-                [f"{prefix}.{e}.{names.w2}.weight" for e in experts],
+                [
+                    *(
+                        f"{prefix}.{e}.{each}.weight"
+                        for e in experts
+                        for each in (names.w1, names.w3)
+                    ),
+                    f"{stacked}.{first}",
+                ],
+                [
+                    *(f"{prefix}.{e}.{names.w2}.weight" for e in experts),
+                    f"{stacked}.down_proj",
+                ],
             )
     return found
 
@@ -139,16 +152,22 @@ def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
 
 
 def _stacked_sinks(moe: MoELayer, prefix: str, local: int, mine: slice) -> Iterator[WeightSlot]:
-    """Yield the two slots of one instance that is held as integers."""
+    """Yield the two slots of one instance that is held in few bits, and two of biases."""
     num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.width, moe.spec.ffn
+    inner = moe.spec.experts.parts * ffn
     matrices: tuple[tuple[str, Matrix, tuple[int, int]], ...] = (
-        (_first(moe), "w13", (2 * ffn, hidden)),
+        (_first(moe), "w13", (inner, hidden)),
         ("down_proj", "w2", (hidden, ffn)),
     )
     for name, matrix, shape in matrices:
         target, sink = moe.experts.target(local, matrix, 0, shape[0])
         full_shape = (num_experts, *shape)
         yield WeightSlot(f"{prefix}.{name}", target[None], full_shape, (mine,), sink=sink)
+    if (biases := moe.experts.biases_of(local)) is not None:
+        for (name, _, _), bias in zip(matrices, biases, strict=True):
+            full_shape = (num_experts, *bias.shape)
+            name = f"{prefix}.{name}_bias"
+            yield WeightSlot(name, bias[None], full_shape, (mine,), kind="bias")
 
 
 def _transposed_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
@@ -189,7 +208,15 @@ def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     weights = moe.experts.stacked
     for start, run in _runs(moe):
         mine, own = (slice(run[0], run[-1] + 1),), slice(start, start + len(run))
-        w13_e2FD, w2_eDF = weights.w13_e2FD[own].unflatten(1, (2, ffn)), weights.w2_eDF[own]
+        up_sink = down_sink = None
+        if moe.experts.low_bit_of(start) is None:
+            w13_e2FD, w2_eDF = weights.w13_e2FD[own], weights.w2_eDF[own]
+        else:  # a run of one instance
+            target, up_sink = moe.experts.target(start, "w13", 0, 2 * ffn, alternate=True)
+            w13_e2FD = target[None]
+            target, down_sink = moe.experts.target(start, "w2", 0, hidden)
+            w2_eDF = target[None]
+        w13_e2FD = w13_e2FD.unflatten(1, (2, ffn))
         name = f"{prefix}.gate_up_proj"
         plain = WeightSlot(
             name,
@@ -197,6 +224,7 @@ def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
             (num_experts, hidden, ffn, 2),
             mine,
             file_shape=(num_experts, hidden, 2 * ffn),
+            sink=up_sink,
         )
         yield WeightSlot(
             name,
@@ -205,31 +233,37 @@ def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
             mine,
             file_shape=(num_experts, 2 * ffn, hidden),
             unquantised=plain,
+            sink=up_sink,
         )
         name = f"{prefix}.down_proj"
-        plain = WeightSlot(name, w2_eDF.transpose(1, 2), (num_experts, ffn, hidden), mine)
-        yield WeightSlot(name, w2_eDF, (num_experts, hidden, ffn), mine, unquantised=plain)
-        if weights.b13_e2F is not None and weights.b2_eD is not None:
+        plain = WeightSlot(
+            name, w2_eDF.transpose(1, 2), (num_experts, ffn, hidden), mine, sink=down_sink
+        )
+        yield WeightSlot(
+            name, w2_eDF, (num_experts, hidden, ffn), mine, unquantised=plain, sink=down_sink
+        )
+        b13_e2F, b2_eD = weights.b13_e2F, weights.b2_eD
+        if up_sink is not None and (biases := moe.experts.biases_of(start)) is not None:
+            b13_e2F, b2_eD = (bias[None] for bias in biases)
+        elif b13_e2F is not None and b2_eD is not None:
+            b13_e2F, b2_eD = b13_e2F[own], b2_eD[own]
+        if b13_e2F is not None and b2_eD is not None:
             yield WeightSlot(
                 f"{prefix}.gate_up_proj_bias",
-                weights.b13_e2F[own].unflatten(1, (2, ffn)).transpose(1, 2),
+                b13_e2F.unflatten(1, (2, ffn)).transpose(1, 2),
                 (num_experts, ffn, 2),
                 mine,
                 kind="bias",
                 file_shape=(num_experts, 2 * ffn),
             )
             yield WeightSlot(
-                f"{prefix}.down_proj_bias",
-                weights.b2_eD[own],
-                (num_experts, hidden),
-                mine,
-                kind="bias",
+                f"{prefix}.down_proj_bias", b2_eD, (num_experts, hidden), mine, kind="bias"
             )
 
 
 def _runs(moe: MoELayer) -> Iterator[tuple[int, list[int]]]:
     """Yield the runs of consecutive experts among this rank's instances: the first instance, and
-    the experts. Those that are held as integers are runs of their own.
+    the experts. Those that are held in few bits are runs of their own.
     """
     held, start = moe.local_experts, 0
     for end in range(1, len(held) + 1):

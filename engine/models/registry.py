@@ -211,7 +211,7 @@ def build_model(
 
     dtype: of the weight matrices (`layers/precision.py`).
     placement: of the experts (`resolve_placement`); None: contiguous homes.
-    layouts: by layer, how experts are held as integers.
+    layouts: by layer, how experts are held in few bits.
 
     Raises:
         ValueError: the same on every rank, before any collective.

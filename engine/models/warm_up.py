@@ -1,9 +1,9 @@
 """Warm-up: two small steps through the whole model on CUDA, before the KV cache takes what is left.
 
 They compile Triton's kernels, and let cuBLAS and NCCL allocate the workspaces and channels that
-they make at their first call. What deals rows to copies runs besides. Otherwise the cache would
-take that memory first, and ranks would stop for a compilation while the others wait for them. On
-the CPU nothing runs.
+they make at their first call. What deals rows to copies runs besides, and every form of the
+products of low-bit experts. Otherwise the cache would take that memory first, and ranks would stop
+for a compilation while the others wait for them. On the CPU nothing runs.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def warm_up(model: CausalLM, topology: Topology, block_size: int) -> None:
         hidden_RD = model(step, cache, None, GroupTokens(tokens, _SEQUENCES * num_data))
         model.logits(hidden_RD)
     for moe in model.moe_layers:
+        moe.experts.warm_up(model.dtype)
         if moe.instances.has_copies:
             _deal(moe.instances, device)
     torch.cuda.synchronize(device)  # SYNC: before the first step; the memory is measured next

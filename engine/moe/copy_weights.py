@@ -15,8 +15,7 @@ import torch
 
 from engine.moe.local_experts import LocalExperts
 from engine.ops.panels import from_panels
-from engine.ops.quantised import quantise
-from engine.ops.quantised_rows import parts_of
+from engine.ops.quantised_rows import parts_of, round_to
 
 
 def read_home(experts: LocalExperts, local: int) -> list[torch.Tensor]:
@@ -35,7 +34,7 @@ def read_home(experts: LocalExperts, local: int) -> list[torch.Tensor]:
         stacked = experts.stacked
         values = from_panels(stacked.w13_e2FD, local, 2), from_panels(stacked.w2_eDF, local)
     made = [
-        quantise(weights[None], layout.bits, layout.group)
+        round_to(weights[None], layout)
         for weights, layout in zip(values, (layouts.w13, layouts.w2), strict=True)
     ]
     return [_bytes(part) for each in made for part in parts_of(each, 0)]

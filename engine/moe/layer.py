@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
         placement: of the layer's experts; None: contiguous homes.
         precision: of the copies.
         speeds_W: relative speed of each rank, by which rows are split over copies; None: equal.
-        layouts: how the experts are held as integers; None: in `dtype`.
+        layouts: how the experts are held in few bits; None: in `dtype`.
 
     Weights are allocated uninitialised.
 

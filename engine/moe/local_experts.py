@@ -2,7 +2,7 @@
 
 Homes, and copies that are as precise, are stacked in one set of weights that one backend runs.
 Copies of fewer bits are stacked apart; a second product runs them, on the rows behind those of the
-homes. Experts that are held as integers (`low_bit_experts.py`) are quantised while they are loaded,
+homes. Experts that are held in few bits (`low_bit_experts.py`) are quantised while they are loaded,
 and a copy is made from what its home holds, so that it does not matter when.
 
 Legend: R rows, D model dim, F expert hidden dim, e instances on this rank, h homes, c copies.
@@ -33,7 +33,7 @@ class LocalExperts(nn.Module):
         hidden, ffn: D and F.
         backend: the resolved name, never `auto`; of experts in the model's precision.
         device, dtype: of the weights.
-        layouts: how homes are held as integers; None: in `dtype`.
+        layouts: how homes are held in few bits; None: in `dtype`.
         form: what the experts compute.
 
     Weights are allocated uninitialised.
@@ -66,7 +66,6 @@ class LocalExperts(nn.Module):
                 f"model's have {form.words}; plan copies in the model's precision (tools/"
                 "plan_placement.py --precision model)"
             )
-        assert layouts is None or form.is_plain, "model.quantization is refused"
         # How copies are held, on this rank or others, where that is not how homes are.
         self.copy_layouts = _copy_layouts(precision, layouts)
         self.num_homes, self.num_copies = num_homes, num_copies
@@ -76,7 +75,9 @@ class LocalExperts(nn.Module):
         self.stacked = ExpertWeights(num_plain, hidden, ffn, device, dtype, form)
         self.low_bit: LowBitExperts | None = None  # homes, and copies that are as precise
         if layouts is not None:
-            self.low_bit = LowBitExperts(self.num_stacked, hidden, ffn, layouts, device, dtype)
+            self.low_bit = LowBitExperts(
+                self.num_stacked, hidden, ffn, layouts, device, dtype, form=form
+            )
         self.low_bit_copies: LowBitExperts | None = None
         if self.copy_layouts is not None:
             # Of integers that are kept the values are what the home holds.
@@ -126,7 +127,7 @@ class LocalExperts(nn.Module):
         return self.stacked.w13_e2FD[local], self.stacked.w2_eDF[local]
 
     def target(
-        self, local: int, matrix: Matrix, first: int, count: int
+        self, local: int, matrix: Matrix, first: int, count: int, *, alternate: bool = False
     ) -> tuple[torch.Tensor, RowSink | None]:
         """Return the target and the sink, if any, of a `WeightSlot` for some rows of an instance.
 
@@ -134,13 +135,14 @@ class LocalExperts(nn.Module):
             local: the instance.
             matrix: w13 [2F, D] or w2 [D, F].
             first, count: its rows.
+            alternate: whether those of gate and up alternate in the checkpoint.
         """
         held = self.low_bit_of(local)
         if held is None:
             weights = self.weights_of(local)[matrix == "w2"]
             return weights[first : first + count], None
         experts, place = held
-        sink = experts.rows(matrix, place, first, count)
+        sink = experts.rows(matrix, place, first, count, alternate=alternate)
         return torch.empty(sink.shape, dtype=experts.dtype, device="meta"), sink
 
     def set_weights(self, local: int, w13_2FD: torch.Tensor, w2_DF: torch.Tensor) -> None:
@@ -155,8 +157,21 @@ class LocalExperts(nn.Module):
 
     def biases_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the biases to load of an instance, [2F] and [D], as views; None: none."""
-        b13_e2F, b2_eD = self.stacked.b13_e2F, self.stacked.b2_eD
+        if (held := self.low_bit_of(local)) is not None:
+            experts, local = held
+            b13_e2F, b2_eD = experts.b13_eN, experts.b2_eD
+        else:
+            b13_e2F, b2_eD = self.stacked.b13_e2F, self.stacked.b2_eD
         return None if b13_e2F is None or b2_eD is None else (b13_e2F[local], b2_eD[local])
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Run every form that the products of low-bit experts may take in a step.
+
+        dtype: of rows.
+        """
+        for each in (self.low_bit, self.low_bit_copies):
+            if each is not None:
+                each.warm_up(dtype)
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the backend's layout, in place."""

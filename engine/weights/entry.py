@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -111,4 +111,34 @@ class IntegerWeight(StoredWeight, Protocol):
         Raises:
             CheckpointError: groups that are not consecutive inputs.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FloatRows:
+    """Some rows of a matrix of small floats: a weight is its code times a scale."""
+
+    first: int  # row of the matrix
+    codes_OB: (
+        torch.Tensor
+    )  # uint8, of FP8 a weight per byte, of MXFP4 two, the first in the low half
+    scale_OG: torch.Tensor  # of each group of every row: float32, of MXFP4 its exponents as uint8
+
+
+@runtime_checkable
+class FloatWeight(StoredWeight, Protocol):
+    """A weight in FP8 E4M3 or MXFP4, which may be held as it is stored."""
+
+    @property
+    def format(self) -> Literal["mxfp4", "fp8"]:
+        """Return what its codes are."""
+        ...
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Return how many rows and columns share a scale."""
+        ...
+
+    def codes(self, index: int, fetch: Fetch) -> Iterator[FloatRows]:
+        """Yield all rows of one matrix of the stack, piece by piece."""
         ...

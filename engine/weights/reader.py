@@ -30,7 +30,7 @@ from engine.weights.id_table import read_ids
 from engine.weights.reading_buffers import CHUNK_BYTES, Files, Staging
 from engine.weights.row_sink import RowSink, fill_sink
 from engine.weights.safetensors_header import CheckpointError
-from engine.weights.stored_reader import read_integers, read_stored
+from engine.weights.stored_reader import read_kept, read_stored
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -184,8 +184,9 @@ def _read_job(job: ReadJob, files: Files, staging: Staging, report: OnProgress) 
         _read_bytes(files.open(part.file), memory.numpy(), part.offset + begin, where)
 
     if sink is not None:
-        if sink.keeps_integers and entry.stored is not None:
-            return read_integers(job.name, entry.stored, sink, read, report)
+        if sink.keeps_stored and entry.stored is not None:
+            index = job.bounds[0][0] if len(entry.stored.shape) == 3 else 0
+            return read_kept(job.name, entry.stored, index, sink, read, report)
 
         def fill(view: torch.Tensor) -> int:
             return _read_job(replace(job, target=view, sink=None), files, staging, report)

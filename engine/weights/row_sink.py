@@ -25,7 +25,7 @@ class RowSink(Protocol):
 
     device: torch.device  # where values are taken
     shape: tuple[int, int]  # rows and columns
-    keeps_integers: bool  # whether integers of a checkpoint are taken as they are
+    keeps_stored: bool  # whether what a checkpoint holds is taken as it is
     num_bytes: int  # that the rows are held in
 
     def take(self, rows_OI: torch.Tensor) -> None:
@@ -45,6 +45,15 @@ class RowSink(Protocol):
             q_OI: from 0 to 2^bits - 1.
             scale_OG: of each group.
             zero_OG: of each group; None: 2^(bits - 1) everywhere.
+        """
+        ...
+
+    def take_floats(self, first: int, codes_OB: torch.Tensor, scale_OG: torch.Tensor) -> None:
+        """Take some of the rows as FP8 or MXFP4, from row `first` of the sink on.
+
+        Args:
+            codes_OB: uint8, the bytes of each row; all are numbers.
+            scale_OG: of each group of every row, float32 or the exponents of MXFP4, uint8.
         """
         ...
 

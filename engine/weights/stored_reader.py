@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from engine.distributed.health.progress import OnProgress
-from engine.weights.entry import IntegerWeight, Piece, Span, StoredWeight, TensorEntry
+from engine.weights.entry import (
+    FloatRows,
+    FloatWeight,
+    IntegerWeight,
+    Piece,
+    Span,
+    StoredWeight,
+    TensorEntry,
+)
 from engine.weights.row_sink import RowSink
 from engine.weights.safetensors_header import CheckpointError
 
@@ -93,31 +102,57 @@ def read_stored(
     return fetch.num_bytes
 
 
-def read_integers(
-    name: str, stored: StoredWeight, sink: RowSink, read: ReadBytes, report: OnProgress
+def read_kept(
+    name: str,
+    stored: StoredWeight,
+    index: int,
+    sink: RowSink,
+    read: ReadBytes,
+    report: OnProgress,
 ) -> int:
-    """Hand the integers of a whole weight to a sink, as they are; return the bytes read.
+    """Hand a whole matrix to a sink as it is stored; return the bytes read.
 
     Args:
         name: of the weight, for messages.
-        stored: a matrix of integers (`formats/kept.py`).
+        stored: a matrix of integers or small floats (`formats/kept.py`), or a stack of these.
+        index: of the matrix in the stack, 0 where there is no stack.
         read: fills a vector of bytes from a byte of a tensor.
         report: called once per some rows.
 
     Raises:
-        CheckpointError: scales that are not finite, or groups that are not consecutive inputs.
+        CheckpointError: codes or scales that are not finite, or groups that are not consecutive
+            inputs.
     """
-    fetch = _Fetch(read)
-    assert isinstance(stored, IntegerWeight), "no other is kept"
-    for rows in stored.integers(fetch):
-        if not rows.scale_OG.isfinite().all():
-            raise CheckpointError(
-                f"{name} (from {', '.join(stored.parts)}): holds NaN or infinity; the checkpoint "
-                "is damaged or diverged in training"
-            )
-        sink.take_integers(rows.first, rows.q_OI, rows.scale_OG, rows.zero_OG)
-        report()
+    fetch, is_finite = _Fetch(read), True
+    if isinstance(stored, IntegerWeight):
+        for rows in stored.integers(fetch):
+            if is_finite := bool(rows.scale_OG.isfinite().all()):
+                sink.take_integers(rows.first, rows.q_OI, rows.scale_OG, rows.zero_OG)
+            report()
+            if not is_finite:
+                break
+    else:
+        assert isinstance(stored, FloatWeight), "no other is kept"
+        for rows in stored.codes(index, fetch):
+            if is_finite := _are_numbers(rows, stored.format):
+                sink.take_floats(rows.first, rows.codes_OB, rows.scale_OG)
+            report()
+            if not is_finite:
+                break
+    if not is_finite:
+        raise CheckpointError(
+            f"{name} (from {', '.join(stored.parts)}): holds NaN or infinity; the checkpoint "
+            "is damaged or diverged in training"
+        )
     return fetch.num_bytes
+
+
+def _are_numbers(rows: FloatRows, kind: Literal["mxfp4", "fp8"]) -> bool:
+    """Return whether rows have neither a code nor a scale that is not finite."""
+    if kind == "mxfp4":  # every code is a number
+        return not bool((rows.scale_OG == 255).any())
+    is_nan = (rows.codes_OB & 127) == 127
+    return bool(rows.scale_OG.isfinite().all()) and not bool(is_nan.any())
 
 
 def _place(piece: Piece, matrix: torch.Tensor, first_row: int, first_column: int) -> None:

@@ -41,6 +41,7 @@ def _grouped_low_bit_kernel(
     packed,
     scale,
     zero,
+    bias,
     out,
     index,
     tiles,
@@ -55,6 +56,7 @@ def _grouped_low_bit_kernel(
     BITS: tl.constexpr,
     SCALES: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     ONE_GROUP: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
@@ -119,6 +121,9 @@ def _grouped_low_bit_kernel(
         value_KN = tl.reshape(value_CJN, [BLOCK_K, BLOCK_N])
         acc_MN += tl.dot(x_MK, value_KN, input_precision="ieee")
 
+    if HAS_BIAS:
+        bias_N = tl.load(bias + expert * outputs + output_N, mask=output_N < outputs, other=0.0)
+        acc_MN += bias_N.to(tl.float32)[None, :]
     out_MN = out + (target_M * out_stride)[:, None] + output_N[None, :]
     exists_MN = exists_M1 & (output_N < outputs)[None, :]
     tl.store(out_MN, acc_MN.to(out.dtype.element_ty), mask=exists_MN)
@@ -133,6 +138,7 @@ def grouped_low_bit_triton(
     index_R: torch.Tensor | None = None,
     *,
     scatter: bool = False,
+    bias_eO: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Triton form of `grouped_low_bit`: same arguments and result."""
     num_tiles = tiles_T3.shape[0]
@@ -155,6 +161,7 @@ def grouped_low_bit_triton(
         weights.packed_ePCN,
         weights.scale_ePGN,
         weights.scale_ePGN if zero_ePGN is None else zero_ePGN,
+        weights.scale_ePGN if bias_eO is None else bias_eO.contiguous(),
         out_RO,
         tiles_T3 if index_R is None else index_R.contiguous(),
         tiles_T3,
@@ -169,6 +176,7 @@ def grouped_low_bit_triton(
         BITS=weights.bits,
         SCALES=scales,
         HAS_ZERO=zero_ePGN is not None,
+        HAS_BIAS=bias_eO is not None,
         ONE_GROUP=groups == 1 or weights.group % columns == 0,
         GATHER=index_R is not None and not scatter,
         SCATTER=index_R is not None and scatter,
@@ -214,8 +222,15 @@ def variants() -> Iterator[Variant]:
         return _Shapes(kind, bits, group, outputs, inputs, packed, scale_ePGN, zero_ePGN)
 
     def variant(
-        name: str, weights: PackedWeights, dtype: torch.dtype, rows: int, way: str = "in place"
+        name: str,
+        weights: PackedWeights,
+        dtype: torch.dtype,
+        rows: int,
+        way: str = "in place",
+        has_bias: bool = False,
     ) -> Variant:
+        bias_eO = meta(experts, outputs, dtype=dtype) if has_bias else None
+
         def call(num: int) -> None:
             index_R = None if way == "in place" else meta(3 * num, dtype=torch.int64)[num:]
             grouped_low_bit_triton(
@@ -226,6 +241,7 @@ def variants() -> Iterator[Variant]:
                 meta(2 * num, outputs, dtype=dtype),
                 index_R,
                 scatter=way == "scattered",
+                bias_eO=bias_eO,
             )
 
         return Variant(f"{name}, {way}, tile {rows}", call)
@@ -238,6 +254,8 @@ def variants() -> Iterator[Variant]:
         yield variant("bf16 int4", int4, bf16, rows)
         yield variant("bf16 int4 by 128, zeros", shapes("int", 4, 128, has_zero=True), bf16, rows)
         yield variant("bf16 int8", shapes("int", 8, 32), bf16, rows)
-        yield variant("bf16 mxfp4", shapes("mxfp4", 4, 32, torch.uint8), bf16, rows)
+        mxfp4 = shapes("mxfp4", 4, 32, torch.uint8)
+        yield variant("bf16 mxfp4", mxfp4, bf16, rows)
+        yield variant("bf16 mxfp4, biases", mxfp4, bf16, rows, has_bias=True)
         yield variant("bf16 fp8 128x128", shapes("fp8", 8, 128, scales=1), bf16, rows)
         yield variant("bf16 fp8 per channel", shapes("fp8", 8, inputs), bf16, rows)

@@ -6,18 +6,23 @@ On a CUDA device, else in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from engine.moe.expert_form import ExpertForm
 from engine.ops import triton_support
 from engine.ops.grouped_low_bit import (
+    Between,
     grouped_ffn_low_bit,
     grouped_ffn_low_bit_reference,
     grouped_low_bit_reference,
+    low_bit_ffn,
     row_tiles,
 )
-from engine.ops.low_bit_floats import FloatWeights, grouped_ffn_floats, pack_fp8, pack_mxfp4
+from engine.ops.low_bit_floats import FloatWeights, pack_fp8, pack_mxfp4
 from engine.ops.quantised import QuantisedWeights, grouped_ffn_quantised, pack
 from tests.helpers.triton_cases import DEVICE, DTYPES, kernel
 
@@ -58,6 +63,13 @@ def mxfp4(outputs: int, inputs: int) -> Weights:
     )
 
 
+MAKE: dict[str, Callable[[int, int], Weights]] = {
+    "int4": lambda outputs, inputs: integers(4, 32, True, outputs, inputs),
+    "mxfp4": mxfp4,
+    "fp8": lambda outputs, inputs: fp8((128, 128), outputs, inputs),
+}
+
+
 def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert got.dtype == expected.dtype and got.isfinite().all()
     error = (got.cpu().float() - expected.cpu().float()).abs().max()
@@ -95,6 +107,46 @@ def test_products_with_fp8_match_the_reference(block, dtype):
     check_product(fp8(block, 139, 150), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["int4", "mxfp4", "fp8"])
+def test_the_bias_of_each_expert_is_added_to_its_rows_alone(kind, dtype):
+    from engine.ops.gpu.grouped_low_bit import grouped_low_bit_triton
+
+    weights, (tiles, height) = on_device(MAKE[kind](75, 96)), row_tiles(COUNTS)
+    given = (weights, tiles.to(DEVICE), height)
+    x_RI = torch.zeros(sum(COUNTS), 96, dtype=dtype, device=DEVICE)
+    bias_eO = torch.randn(4, 75).to(dtype).to(DEVICE)
+    outs = [torch.full((len(x_RI), 75), 7.0, device=DEVICE).to(dtype) for _ in "ab"]
+    got = grouped_low_bit_triton(x_RI, *given, outs[0], bias_eO=bias_eO)
+    experts = torch.repeat_interleave(torch.tensor(COUNTS)).to(DEVICE)
+    assert torch.equal(got, bias_eO[experts])
+    x_RI = torch.randn(sum(COUNTS), 96).to(dtype).to(DEVICE)
+    got = grouped_low_bit_triton(x_RI, *given, outs[0], bias_eO=bias_eO)
+    assert_near(got, grouped_low_bit_reference(x_RI, *given, outs[1], bias_eO=bias_eO))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ExpertForm(activation="gpt_oss", bias=True, limit=0.7),
+        ExpertForm(activation="relu2", gated=False),
+        ExpertForm(gated=True, bias=True),
+    ],
+    ids=["gpt-oss", "relu2", "biases"],
+)
+def test_the_ffn_of_every_form_is_the_references(form):
+    inner = 2 * 32 if form.gated else 32
+    w13, w2 = on_device(mxfp4(inner, 64)), on_device(mxfp4(64, 32))
+    biases = (torch.randn(4, inner).to(DEVICE), torch.randn(4, 64).to(DEVICE))
+    between = Between(form.rule, *(biases if form.bias else (None, None)))
+    x_RD = torch.randn(30, 64, device=DEVICE) / 8
+    index_R = torch.randperm(30)[: sum(COUNTS)].to(DEVICE)
+    given = (x_RD, w13, w2, COUNTS)
+    outs = [torch.full_like(x_RD, 7.0) for _ in "ab"]
+    got = grouped_ffn_low_bit(*given, outs[0], index_R, between)
+    assert_near(got, grouped_ffn_low_bit_reference(*given, outs[1], index_R, between))
+
+
 def test_every_code_of_mxfp4_and_fp8_is_its_value():
     from engine.ops.gpu.grouped_low_bit import grouped_low_bit_triton
 
@@ -130,11 +182,7 @@ def test_tiles_are_the_expert_the_first_row_and_the_end_of_its_rows():
 
 @pytest.mark.parametrize("kind", ["int4", "mxfp4", "fp8"])
 def test_the_ffn_reads_and_writes_rows_where_the_index_says_and_no_others(kind):
-    make = {
-        "int4": lambda outputs, inputs: integers(4, 32, True, outputs, inputs),
-        "mxfp4": mxfp4,
-        "fp8": lambda outputs, inputs: fp8((128, 128), outputs, inputs),
-    }[kind]
+    make = MAKE[kind]
     w13, w2 = on_device(make(64, 64)), on_device(make(64, 32))
     x_RD = torch.randn(30, 64, device=DEVICE) / 8
     rows = sum(COUNTS)
@@ -161,10 +209,13 @@ def test_ops_take_the_kernel_where_triton_serves(monkeypatch):
         lambda *args, **options: called.append(args[1]) or plain(*args, **options),
     )
     x_RD = torch.randn(4, 64, device=DEVICE).half() / 64  # products of MXFP4 fit in float16
-    for op, w13, w2 in (
-        (grouped_ffn_quantised, integers(4, 32, False, 64, 64), integers(4, 32, False, 64, 32)),
-        (grouped_ffn_floats, mxfp4(64, 64), mxfp4(64, 32)),
-    ):
+    make_int4 = functools.partial(integers, 4, 32, False)
+    ops: list[tuple[Callable[..., torch.Tensor], Callable[[int, int], Weights]]] = [
+        (grouped_ffn_quantised, make_int4),
+        (low_bit_ffn, mxfp4),
+    ]
+    for op, make in ops:
+        w13, w2 = make(64, 64), make(64, 32)
         called.clear()
         given = (x_RD, on_device(w13), on_device(w2), [4, 0, 0, 0])
         assert_near(op(*given), grouped_ffn_low_bit_reference(*given))

@@ -17,10 +17,11 @@ import torch
 from engine.config import Config, ModelConfig, ParallelConfig, RuntimeConfig
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
+from engine.generation.quantization import resolve_quantization
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import CausalLM
-from engine.models.registry import build_model, read_config
+from engine.models.registry import build_model, read_config, read_spec
 from engine.weights.formats.grouping import read_weights
 from engine.weights.loader import load_weights
 
@@ -49,9 +50,9 @@ def one_by_one(lengths: Sequence[int]) -> Schedule:
     return [[(s, i, 1) for s, n in enumerate(lengths) if i < n] for i in range(max(lengths))]
 
 
-def make_config(path: Path, **parallel: Any) -> Config:
+def make_config(path: Path, quantization: Any = "dequantize", **parallel: Any) -> Config:
     return Config(
-        model=ModelConfig(path=str(path), dtype="float32"),
+        model=ModelConfig(path=str(path), dtype="float32", quantization=quantization),
         parallel=ParallelConfig(**parallel),
         runtime=RuntimeConfig(device="cpu", timeout_s=30.0, threads=1),
     )
@@ -60,7 +61,9 @@ def make_config(path: Path, **parallel: Any) -> Config:
 def load_model(config: Config, topology: Topology, dtype: torch.dtype = torch.float32) -> CausalLM:
     """Build this rank's share of a checkpoint, its weights in dtype, and fill it."""
     hf_config = read_config(Path(config.model.path))
-    model = build_model(hf_config, config, topology, topology.device, dtype)
+    held = resolve_quantization(config, read_spec(hf_config), topology.device, dtype)
+    layouts = held.layouts
+    model = build_model(hf_config, config, topology, topology.device, dtype, layouts=layouts)
     names = read_weights(Path(config.model.path)).entries.keys()
     load_weights(
         config.model.path,
@@ -170,11 +173,12 @@ def logits_on_this_rank(
     parallel: dict[str, int],
     last: int,
     dtype: torch.dtype = torch.float32,
+    quantization: str = "dequantize",
 ) -> dict[tuple[str, int | None], dict[int, torch.Tensor]]:
     """Load the checkpoint and run every schedule; return this rank's logits, of all tokens and of
     the `last` ones.
     """
-    config = make_config(path, **parallel)
+    config = make_config(path, quantization, **parallel)
     topology = bootstrap.start(config, os.environ)
     model = load_model(config, topology, dtype)
     found = {

@@ -27,6 +27,7 @@ from engine.ops import (
 )
 from gpu_checks.cache_cases import Case, Op, cache_cases
 from gpu_checks.check import Check, at_most, guarded, relative_error
+from gpu_checks.low_bit import low_bit_cases
 
 GROUP = "kernels"
 # Relative error of the whole output: one rounding of the result, and of inputs that stay as given.
@@ -188,6 +189,7 @@ def _cases() -> Iterator[Case]:
         silu_and_mul.gate_output_reference,
         [random(9, 256), random(9, 256), random(1, 256) / 16],
     )
+    yield from low_bit_cases()
     yield from _unique_row_cases()
     yield from cache_cases()
 

@@ -10,18 +10,20 @@ import torch
 
 from engine.weights.entry import Span, TensorEntry
 
+PANEL = 16  # rows that low-bit weights hold together: pieces of these are written at once
 _PIECE_VALUES = 1 << 19  # of one piece: 2 MiB in float32, a few of which live per reading thread
 
 
-def split(span: Span, width: int) -> Iterator[Span]:
-    """Yield consecutive ranges of `span`, of an even length but for the last one.
+def split(span: Span, width: int, multiple: int = 2) -> Iterator[Span]:
+    """Yield consecutive ranges of `span`, of a length that is a multiple but for the last one.
 
     Args:
         span: to cut.
         width: values that each of its lines holds; a range has about `_PIECE_VALUES` values.
+        multiple: of lines.
     """
     start, stop = span
-    step = max(2, _PIECE_VALUES // max(1, width) // 2 * 2)
+    step = max(multiple, _PIECE_VALUES // max(1, width) // multiple * multiple)
     for low in range(start, stop, step):
         yield low, min(low + step, stop)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from engine.weights.entry import Fetch, Piece, Span, TensorEntry
-from engine.weights.formats.blocks import covering, matrix_of, split, spread
+from engine.weights.entry import Fetch, FloatRows, Piece, Span, TensorEntry
+from engine.weights.formats.blocks import PANEL, covering, matrix_of, split, spread
 from engine.weights.formats.scaled import as_float
 from engine.weights.safetensors_header import CheckpointError
 
@@ -35,6 +36,26 @@ class Mxfp4Weight:
         """Return the shape of the weight."""
         *rows, groups = self.scales.shape
         return (*rows, groups * _GROUP)
+
+    @property
+    def format(self) -> Literal["mxfp4"]:
+        """Return what its codes are."""
+        return "mxfp4"
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Return how many rows and columns share a scale."""
+        return 1, _GROUP
+
+    def codes(self, index: int, fetch: Fetch) -> Iterator[FloatRows]:
+        """Yield all rows of one matrix as they are stored; see `FloatWeight`."""
+        stacked = len(self.shape) == 3
+        blocks = matrix_of(self.blocks, index, stacked)
+        scales = matrix_of(self.scales, index, stacked)
+        rows, width = blocks.shape
+        for part in split((0, rows), self.shape[-1], PANEL):
+            exponents = fetch(scales, part, (0, scales.shape[1]))
+            yield FloatRows(part[0], fetch(blocks, part, (0, width)), exponents.view(torch.uint8))
 
     def pieces(self, index: int, rows: Span, columns: Span, fetch: Fetch) -> Iterator[Piece]:
         """Yield dequantised pieces; see `StoredWeight`."""

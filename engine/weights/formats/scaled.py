@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from engine.weights.entry import Fetch, Piece, Span, TensorEntry
-from engine.weights.formats.blocks import covering, matrix_of, split, spread
+from engine.weights.entry import Fetch, FloatRows, Piece, Span, TensorEntry
+from engine.weights.formats.blocks import PANEL, covering, matrix_of, split, spread
 from engine.weights.safetensors_header import CheckpointError
 
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -35,6 +36,24 @@ class ScaledWeight:
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the weight."""
         return self.weight.shape
+
+    @property
+    def format(self) -> Literal["fp8"]:
+        """Return what its codes are."""
+        return "fp8"
+
+    def codes(self, index: int, fetch: Fetch) -> Iterator[FloatRows]:
+        """Yield all rows of one matrix as they are stored; see `FloatWeight`."""
+        stacked = len(self.shape) == 3
+        weight = matrix_of(self.weight, index, stacked)
+        scale = matrix_of(self.scale, index, stacked)
+        rows, width = weight.shape
+        height, across = self.block[0], (0, scale.shape[1])
+        for part in split((0, rows), width, PANEL):
+            scale_OG = as_float(fetch(scale, covering(part, height), across))
+            scale_OG = spread(scale_OG, part, height, 0).expand(part[1] - part[0], -1)
+            codes_OB = fetch(weight, part, (0, width)).view(torch.uint8)
+            yield FloatRows(part[0], codes_OB, scale_OG)
 
     def pieces(self, index: int, rows: Span, columns: Span, fetch: Fetch) -> Iterator[Piece]:
         """Yield dequantised pieces; see `StoredWeight`."""

@@ -55,6 +55,7 @@ class Row:
     model: dict[str, Any] = field(default_factory=dict)  # of the checkpoint's config.json
     is_prefill: bool = False
     placement: Placed | None = None
+    quantization: str = "auto"
 
 
 _PLAIN = {"dispatch": {"deduplicate": False}}
@@ -118,6 +119,8 @@ ROWS = (
         True,
         _LOW_BIT,
     ),
+    Row("qwen3_moe decode, fp8 experts", "qwen3_moe", _PLAIN, quantization="fp8"),
+    Row("gpt_oss decode, int4 experts", "gpt_oss", _PLAIN, quantization="int4"),
 )
 
 
@@ -211,6 +214,8 @@ def _count(rank: int, guard: Path, path: Path, row: Row) -> Step:
 
 def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
     moe = {"experts": {"backend": "grouped_mm"}, **row.moe}
+    if row.quantization != "auto":
+        moe["experts"] = {"backend": "auto"}
     if row.placement is not None:
         layers = tuple(range(json.loads((path / "config.json").read_text())["num_hidden_layers"]))
         placed = replace(row.placement, layers=layers)
@@ -218,7 +223,12 @@ def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
     # In prefill a step is one prompt; for decode all prompts fit into the first step.
     tokens = _PROMPT if row.is_prefill else _PROMPT * _SEQUENCES
     return {
-        "model": {"path": str(path), "max_model_len": 64, "dtype": "bfloat16"},
+        "model": {
+            "path": str(path),
+            "max_model_len": 64,
+            "dtype": "bfloat16",
+            "quantization": row.quantization,
+        },
         "moe": moe,
         "scheduler": {"kv_cache_blocks": 256, "block_size": 4, "max_batch_tokens": tokens},
         "runtime": {"device": "cuda", "timeout_s": 60.0},

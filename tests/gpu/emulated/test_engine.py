@@ -5,8 +5,6 @@ Run: pytest tests/gpu/emulated/test_engine.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +21,7 @@ from engine.moe.experts import GroupedMMExperts
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.row_split import RowSplit
 from tests.gpu.emulated.guard import obstacle
-from tests.gpu.emulated.runs import SCATTERED, Job, Placed, Result, on_both
-from tests.helpers.ranks import run_ranks
+from tests.gpu.emulated.runs import SCATTERED, Job, Placed
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
 
@@ -161,32 +158,6 @@ JOBS = {
         "mixtral", {"scheduler": {"kv_cache_blocks": 13}}, sampling={"max_new_tokens": 20}
     ),
 }
-
-
-def assert_close(cuda: list[dict[str, Any]], cpu: list[dict[str, Any]]) -> None:
-    """The CPU computes in float32 on bfloat16 weights, CUDA in bfloat16: the first tokens of the
-    same requests are about as likely.
-    """
-    assert [each["id"] for each in cuda] == [each["id"] for each in cpu]
-    for one, other in zip(cuda, cpu, strict=True):
-        assert abs(one["logprobs"][0] - other["logprobs"][0]) < 0.05
-
-
-@pytest.fixture
-def on_both_devices(guard: Path, checkpoint: Callable[[str], Path]):
-    def run(job: Job, world: int = 2) -> list[tuple[Result, Result]]:
-        """Run a job on the CPU and on emulated CUDA; return what each rank saw."""
-        results = run_ranks(on_both, world, guard, checkpoint(job.family), job, timeout=120)
-        for cpu, cuda in results:
-            assert cuda.kernels > 0 == cpu.kernels
-            if job.settings.get("model", {}).get("dtype") == "bfloat16":
-                assert_close(cuda.done, cpu.done)
-            else:
-                assert cuda.done == cpu.done
-            assert not any("error" in record for record in cuda.done)
-        return results
-
-    return run
 
 
 # What combines two features that other jobs have alone runs in `make test-long`.

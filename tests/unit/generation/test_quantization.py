@@ -12,8 +12,9 @@ from engine.generation import quantization
 from engine.generation.quantization import Held, resolve_quantization
 from engine.models.registry import read_config, read_spec
 from engine.moe.low_bit_experts import ExpertLayouts
-from engine.ops.quantised_rows import IntegerLayout
-from tests.helpers.packers import GROUP, quantise_checkpoint
+from engine.ops import triton_support
+from engine.ops.quantised_rows import FloatLayout, IntegerLayout
+from tests.helpers.packers import BLOCK, GROUP, quantise_checkpoint
 from tools.make_random_checkpoint import make_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,7 +24,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     make_checkpoint("qwen3_moe", root / "none", overrides={"num_experts": 4, "vocab_size": 97})
-    for kind in ("int4", "int4-g-idx", "awq", "mxfp4", "fp8-block"):
+    kinds = ("int4", "int4-g-idx", "awq", "mxfp4", "fp8-block", "fp8-channel", "fp8-tensor")
+    for kind in kinds:
         quantise_checkpoint(root / "none", kind, root / kind, root / f"{kind}-plain")
     return {each.name: each for each in root.iterdir()}
 
@@ -42,12 +44,17 @@ def resolved(
     return resolve_quantization(config, read_spec(read_config(folder)), device, dtype)
 
 
-def test_what_is_not_quantised_is_as_it_is_unless_integers_are_asked_for(folders):
+def test_what_is_not_quantised_is_as_it_is_unless_few_bits_are_asked_for(folders):
     for setting in ("auto", "dequantize", "keep"):
         assert resolved(folders["none"], setting) == Held("none")
         assert resolved(folders["int4"], setting, load_format="dummy") == Held("none")
-    for setting, bits in (("int8", 8), ("int4", 4)):
-        layouts = dict.fromkeys(range(2), ExpertLayouts.of_bits(bits, 32))
+    fp8 = FloatLayout("fp8", (128, 128))
+    for setting, made in (
+        ("int8", ExpertLayouts.of_bits(8, 32)),
+        ("int4", ExpertLayouts.of_bits(4, 32)),
+        ("fp8", ExpertLayouts(fp8, fp8)),
+    ):
+        layouts = dict.fromkeys(range(2), made)
         for folder in ("none", "int4", "mxfp4"):
             assert resolved(folders[folder], setting) == Held(setting, layouts)
 
@@ -60,34 +67,45 @@ def test_integers_are_kept_with_their_groups_and_zero_points(folders):
         assert resolved(folders[kind], "dequantize") == Held("dequantize")
 
 
+@pytest.mark.parametrize(
+    ("kind", "up", "down"),
+    [
+        ("mxfp4", FloatLayout("mxfp4"), FloatLayout("mxfp4")),
+        ("fp8-block", FloatLayout("fp8", BLOCK), FloatLayout("fp8", BLOCK)),
+        ("fp8-channel", FloatLayout("fp8", (1, 64)), FloatLayout("fp8", (1, 64))),
+        ("fp8-tensor", FloatLayout("fp8", (64, 64)), FloatLayout("fp8", (64, 64))),
+    ],
+)
+def test_small_floats_are_kept_with_their_blocks(kind, up, down, folders, monkeypatch):
+    kept = Held("keep", dict.fromkeys(range(2), ExpertLayouts(up, down, kept=True)))
+    assert resolved(folders[kind], "keep") == kept
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    assert resolved(folders[kind], "auto", device=CUDA, dtype=torch.bfloat16) == kept
+
+
 def test_auto_keeps_what_a_compiled_kernel_computes_on(folders, monkeypatch):
     monkeypatch.setattr(quantization.native, "available", lambda: True)
     assert resolved(folders["int4"], "auto").name == "keep"
     for kind in ("int4-g-idx", "mxfp4", "fp8-block"):
         assert resolved(folders[kind], "auto") == Held("dequantize")
-    assert resolved(folders["int4"], "auto", device=CUDA) == Held("dequantize")
     assert resolved(folders["int4"], "auto", dtype=torch.bfloat16) == Held("dequantize")
     assert resolved(folders["int4"], "auto", backend="grouped_mm") == Held("dequantize")
     monkeypatch.setattr(quantization.native, "available", lambda: False)
     assert resolved(folders["int4"], "auto") == Held("dequantize")
+    for installed, name in ((True, "keep"), (False, "dequantize")):
+        monkeypatch.setattr(triton_support, "_installed", lambda installed=installed: installed)
+        assert resolved(folders["int4"], "auto", device=CUDA).name == name
+        assert resolved(folders["int4-g-idx"], "auto", device=CUDA) == Held("dequantize")
 
 
-@pytest.mark.parametrize("setting", ["int8", "int4", "keep"])
+@pytest.mark.parametrize("setting", ["int8", "int4", "fp8", "keep"])
 @pytest.mark.parametrize("backend", ["te", "grouped_mm"])
 def test_backends_of_other_weights_are_refused(backend, setting, folders):
     with pytest.raises(ValueError, match=f"moe.experts.backend: '{backend}'.*{setting}.*to auto"):
         resolved(folders["int4"], setting, backend=backend)
 
 
-@pytest.mark.parametrize(
-    ("kind", "setting", "words"),
-    [
-        ("fp8-block", "keep", "'keep': fp8: model.layers.0.*no matrix of integers"),
-        ("int4-g-idx", "keep", "'keep': compressed-tensors: .*g_idx.*are kept"),
-        ("mxfp4", "keep", "'keep': mxfp4, such as model.layers.0.*experts.*are kept"),
-        ("none", "fp8", "'fp8': needs an experts backend that computes on FP8"),
-    ],
-)
-def test_what_is_not_held_is_refused_with_what_to_set(kind, setting, words, folders):
+def test_what_cannot_be_kept_is_refused_with_what_to_set(folders):
+    words = "'keep': compressed-tensors: .*g_idx.*are kept"
     with pytest.raises(ValueError, match=f"model.quantization: {words}.*set model.quantization to"):
-        resolved(folders[kind], setting)
+        resolved(folders["int4-g-idx"], "keep")

@@ -7,17 +7,20 @@ import torch
 
 from engine.moe.copy_weights import copy_parts, read_home
 from engine.moe.local_experts import LocalExperts
-from engine.moe.low_bit_experts import ExpertLayouts
+from engine.moe.low_bit_experts import ExpertLayouts, LowBitExperts
 from engine.moe.placement.placement import Precision
 from engine.ops.grouped_ffn import grouped_ffn_reference
+from engine.ops.low_bit_floats import dequantise_floats, pack_mxfp4
 from engine.ops.quantised import dequantise, quantise
-from engine.ops.quantised_rows import IntegerLayout
+from engine.ops.quantised_rows import FloatLayout, IntegerLayout
 from engine.weights.row_sink import fill_sink
 
 HIDDEN, FFN = 64, 40  # 40 rows of gate end in the middle of a panel
 HOMES = 3
+CPU, FLOAT = torch.device("cpu"), torch.float32
 WEIGHTS = 3 * FFN * HIDDEN  # of an expert
 INT8, INT4 = ExpertLayouts.of_bits(8, 32), ExpertLayouts.of_bits(4, 32)
+FP8 = ExpertLayouts.of_fp8()
 
 
 def values_of(local: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +113,7 @@ def test_instances_compute_on_values_of_their_precision(layouts, precision, home
 
 
 @pytest.mark.parametrize("precision", ["model", "int8", "int4"])
-@pytest.mark.parametrize("layouts", [None, INT8, INT4], ids=["model", "int8", "int4"])
+@pytest.mark.parametrize("layouts", [None, INT8, INT4, FP8], ids=["model", "int8", "int4", "fp8"])
 def test_a_copy_that_moves_in_is_the_one_that_is_loaded(layouts, precision):
     experts = filled(precision, layouts=layouts)
     experts.finalize_weights()
@@ -121,7 +124,7 @@ def test_a_copy_that_moves_in_is_the_one_that_is_loaded(layouts, precision):
         assert sum(part.numel() for part in made) == experts.copy_size
 
 
-@pytest.mark.parametrize("layouts", [INT8, INT4], ids=["int8", "int4"])
+@pytest.mark.parametrize("layouts", [INT8, INT4, FP8], ids=["int8", "int4", "fp8"])
 def test_homes_of_integers_have_no_memory_for_their_values(layouts):
     experts = filled("model", copies=0, layouts=layouts)
     assert sum(each.numel() for each in experts.parameters()) == 0
@@ -160,12 +163,49 @@ def test_integers_are_kept_with_their_zero_points_row_by_row():
     assert experts.low_bit is not None
     before, _ = experts.low_bit.values(1)
     sink = experts.target(1, "w13", FFN, FFN)[1]
-    assert sink is not None and sink.keeps_integers
+    assert sink is not None and sink.keeps_stored
     for first in (0, 6, 22):
         own = slice(first, {0: 6, 6: 22, 22: FFN}[first])
         sink.take_integers(first, q_OI[own], scale_OG[own], zero_OG[own])
     after, _ = experts.low_bit.values(1)
     assert torch.equal(after[FFN:], expected) and torch.equal(after[:FFN], before[:FFN])
+
+
+@pytest.mark.parametrize("ffn", [40, 48])  # gate rows end in the middle of a panel, or at its end
+@pytest.mark.parametrize("block", [(16, 32), (1, 64), (20, 64), (1000, 64)])
+def test_small_floats_are_kept_with_the_scales_of_their_rows(block, ffn):
+    height, width = block
+    layout = FloatLayout("fp8", block)
+    held = LowBitExperts(2, HIDDEN, ffn, ExpertLayouts(layout, layout, kept=True), CPU, FLOAT)
+    generator = torch.Generator().manual_seed(3)
+    expected = []
+    for half in range(2):  # gate and up, whose blocks begin anew
+        codes_OI = torch.randn(ffn, HIDDEN, generator=generator).to(torch.float8_e4m3fn)
+        scale = torch.rand(-(-ffn // height), -(-HIDDEN // width), generator=generator)
+        rows_O, columns_I = torch.arange(ffn) // height, torch.arange(HIDDEN) // width
+        expected.append(codes_OI.float() * scale[rows_O][:, columns_I])
+        sink = held.rows("w13", 1, half * ffn, ffn)
+        assert sink.keeps_stored
+        for first, end in ((0, 6), (6, 22), (22, ffn)):
+            own = slice(first, end)
+            sink.take_floats(first, codes_OI[own].view(torch.uint8), scale[rows_O[own]])
+    assert torch.equal(held.values(1)[0], torch.cat(expected))
+    assert not held.values(0)[0].any()
+    shares = height in (16, 1000) and ffn == 48
+    assert held.w13_eND.scale_ePGN.shape[3] == (1 if shares else 16)
+
+
+def test_rows_of_gate_and_up_that_alternate_are_put_apart():
+    layout = FloatLayout("mxfp4")
+    held = LowBitExperts(1, HIDDEN, FFN, ExpertLayouts(layout, layout, kept=True), CPU, FLOAT)
+    codes_OB = torch.randint(256, (2 * FFN, HIDDEN // 2), dtype=torch.uint8)
+    scale_OG = torch.randint(120, 130, (2 * FFN, HIDDEN // 32), dtype=torch.uint8)
+    stored = dequantise_floats(pack_mxfp4(codes_OB[None], scale_OG[None]), 0)
+    sink = held.rows("w13", 0, 0, 2 * FFN, alternate=True)
+    for first in (0, 32):
+        own = slice(first, {0: 32, 32: None}[first])
+        sink.take_floats(first, codes_OB[own], scale_OG[own])
+    assert torch.equal(held.values(0)[0], torch.cat((stored[::2], stored[1::2])))
 
 
 def test_copies_of_bfloat16_weights_take_half_of_float32_ones():

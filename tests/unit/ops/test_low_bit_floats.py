@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from engine.ops.grouped_ffn import grouped_ffn_reference
+from engine.ops.grouped_low_bit import low_bit_ffn
 from engine.ops.low_bit_floats import (
     dequantise_floats,
-    grouped_ffn_floats,
     pack_fp8,
     pack_mxfp4,
+    quantise_fp8,
 )
 from engine.weights.formats.scaled import as_float, decode
 from tests.helpers.packers import mxfp4, slow_mxfp4
@@ -60,6 +61,30 @@ def test_every_number_of_e4m3_is_read():
     assert torch.equal(dequantise_floats(weights)[0, 0], decode(codes))
 
 
+@pytest.mark.parametrize("block", [(128, 128), (1, 1000), (20, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_rounded_to_the_nearest_number_of_their_block(block, dtype):
+    values = random_weights(2, 150, 139)[0].to(dtype)
+    made = dequantise_floats(quantise_fp8(values, block))
+    height, width = block
+    for top in range(0, 150, height):
+        for left in range(0, 139, width):
+            own = (slice(None), slice(top, top + height), slice(left, left + width))
+            part = values[own].float()
+            scale = part.abs().amax(dim=(1, 2), keepdim=True) / 448
+            codes = (part / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            assert torch.equal(made[own], decode(codes) * scale)
+    error = (made - values.float()).norm() / values.float().norm()
+    assert error < 0.03  # four bits of each number are kept
+
+
+def test_zeros_stay_zeros_in_fp8_and_what_is_not_finite_is_refused():
+    assert not dequantise_floats(quantise_fp8(torch.zeros(1, 20, 20), (16, 16))).any()
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            quantise_fp8(torch.full((1, 4, 4), value), (128, 128))
+
+
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
 def test_the_ffn_is_that_of_the_dequantised_weights(kind):
     def make(outputs: int, inputs: int):
@@ -74,7 +99,7 @@ def test_the_ffn_is_that_of_the_dequantised_weights(kind):
     plain = (dequantise_floats(w13), dequantise_floats(w2))
     for rows, index, counts in ((x_RD, None, [4, 0, 5]), (x_RD, index_R, [2, 3, 0])):
         outs = [torch.full_like(rows, 7.0) for _ in "ab"]
-        got = grouped_ffn_floats(rows, w13, w2, counts, outs[0], index)
+        got = low_bit_ffn(rows, w13, w2, counts, outs[0], index)
         assert torch.equal(got, grouped_ffn_reference(rows, *plain, counts, outs[1], index))
 
 
