@@ -286,6 +286,7 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
             "model.quantization": "none",
             "parallel.expert": 2,
             "scheduler.kv_cache_blocks": 64,
+            "scheduler.prefix_cache": True,
             "moe.experts.backend": "torch",
             "moe.overlap.chunks": 1,
             "profiler.every": 1,
