@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_random_checkpoint import FAMILIES, make_checkpoint
 
+from engine.model_check import report
 from tests.helpers.sparse_checkpoint import deepseek_v3, mixtral_8x7b, olmoe_7b, write_sparse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,15 @@ def test_671b_in_bfloat16_runs_and_a_line_per_number_of_ranks_is_printed(tmp_pat
     assert [line.split()[:2] for line in table] == [
         ["1", "256"], ["2", "128"], ["4", "64"], ["8", "32"], ["16", "16"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_checkpoints_that_transformers_writes_run(tmp_path, family):
+    make_checkpoint(family, tmp_path, size="tiny")
+    found = report.check(tmp_path, (1, 2), 1, "auto", (1.0,))
+    assert found["runs"], found["problems"]
+    assert not found["stored"]["unused"] and found["parameters"]["active"] > 0
+    assert not any("problem" in row for row in found["ranks"])
 
 
 def test_a_model_that_does_not_run_ends_with_1_and_says_why(tmp_path):

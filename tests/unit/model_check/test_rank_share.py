@@ -143,10 +143,18 @@ def test_what_the_engine_refuses_to_hold_is_refused_and_sizes_are_those_of_the_d
     assert "held        refused, see above" in "\n".join(lines_of(refused))
 
 
+def test_without_the_files_it_is_told_that_a_format_may_be_kept(tmp_path):
+    config, _ = deepseek_v3(fp8=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = "\n".join(lines_of(report.check(tmp_path, (8,), 1, "auto", (139.0,))))
+    assert "what could be kept as it is only the files' headers tell" in text
+    assert "as stored" not in text
+
+
 def test_int4_experts_make_deepseek_v3_fit_where_bfloat16_does_not(tmp_path):
     config, tensors = deepseek_v3(fp8=True, layers=61)
     names = [name for name in tensors if ".experts." not in name or ".experts.0." in name]
-    folder = write_sparse(tmp_path, config, {name: tensors[name] for name in names})  # too few
+    folder = write_sparse(tmp_path, config, {name: tensors[name] for name in names})
     wide, narrow = (
         report.check(folder, (8,), 1, "auto", (139.0,), held) for held in ("dequantize", "int4")
     )
