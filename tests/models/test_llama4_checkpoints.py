@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config.loader import config_from_tree
+from engine.layers.attention import AttentionSpec
 from engine.llm import LLM
 from engine.models.registry import model_length, read_config, read_spec
-from engine.models.spec import DenseSpec, SparseSpec
+from engine.models.spec import DenseSpec, LayerSpec, SparseSpec
 from engine.request import SamplingParams
 from tests.helpers.model_cases import CASES, NEW_TOKENS, redraw
 from tests.helpers.model_harness import chunked, logits_on_this_rank, one_by_one, whole
@@ -76,12 +77,17 @@ def write(folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def attention_of(layer: LayerSpec) -> AttentionSpec:
+    assert isinstance(layer.attention, AttentionSpec)
+    return layer.attention
+
+
 def test_the_published_configurations_are_understood(tmp_path):
     config = read_config(write(tmp_path))
     spec = read_spec(config)
     assert config.dtype == torch.bfloat16 and model_length(config, None) == 10485760
     for index, layer in enumerate(spec.layers):
-        attention, mlp, turned = layer.attention, layer.mlp, (index + 1) % 4 != 0
+        attention, mlp, turned = attention_of(layer), layer.mlp, (index + 1) % 4 != 0
         assert (attention.rotary, attention.chunk) == (turned, 8192 if turned else None)
         assert attention.qk_norm == ("unit" if turned else "none")
         assert (attention.query_scale is None) == turned
@@ -90,8 +96,8 @@ def test_the_published_configurations_are_understood(tmp_path):
     maverick = {"interleave_moe_layer_step": 2, "use_qk_norm": False, "rope_scaling": None}
     layers = read_spec(read_config(write(tmp_path, **maverick))).layers
     assert [isinstance(layer.mlp, SparseSpec) for layer in layers] == [False, True] * 24
-    assert layers[0].mlp == DenseSpec(ffn=16384) and layers[0].attention.qk_norm == "none"
-    assert layers[3].attention.query_scale is not None
+    assert layers[0].mlp == DenseSpec(ffn=16384) and attention_of(layers[0]).qk_norm == "none"
+    assert attention_of(layers[3]).query_scale is not None
 
 
 @pytest.mark.parametrize("inner", [..., None, [], "x"])
