@@ -242,7 +242,8 @@ class CausalLM(nn.Module):
                     shortcut_TD = shortcut_TD.index_select(0, read.rows_R)
             x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                token_ids_T = _token_ids(step, read) if layer.mlp.table_VK is not None else None
+                has_table = layer.mlp.gate.table_VK is not None
+                token_ids_T = _token_ids(step, read) if has_table else None
                 routed_TD = yield from layer.mlp.steps(
                     x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T
                 )
