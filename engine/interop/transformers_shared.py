@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from engine.config import CapacityConfig, Config, ModelConfig, MoEConfig, RequestPhase
 from engine.config.validation import ConfigError
+from engine.distributed.collectives import gather_objects
 from engine.distributed.groups import Topology
 from engine.distributed.process_groups import create_groups_beside
 from engine.moe.dispatch.buffers import RowBuffers
@@ -93,10 +94,22 @@ class LockstepExperts:
         return self._made - 1
 
     def shared(self, device_type: str) -> tuple[Topology, RowBuffers]:
-        """Return the groups and the row buffers of all layers. Collective at the first call."""
+        """Return the groups and the row buffers of all layers. Collective at the first call.
+
+        Raises:
+            ValueError: the ranks have different settings, raised on every rank.
+        """
+        topology = _groups(device_type)
         if self._row_buffers is None:
+            settings = gather_objects(repr(self.config), topology.control)
+            other = next((rank for rank, each in enumerate(settings) if each != settings[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f"register: rank {other} has other settings than rank 0 ({settings[other]} "
+                    f"instead of {settings[0]}); give all ranks the same"
+                )
             self._row_buffers = RowBuffers()
-        return _groups(device_type), self._row_buffers
+        return topology, self._row_buffers
 
 
 def check_settings(config: MoEConfig) -> None:

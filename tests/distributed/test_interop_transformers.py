@@ -17,9 +17,9 @@ import torch
 from engine.config import CapacityConfig, MoEConfig
 from tests.helpers import reference
 from tests.helpers.ranks import run_ranks
-from tests.helpers.transformers_case import batch, load, run, write
+from tests.helpers.transformers_case import batch, load, needs_interface, run, write
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, needs_interface]
 
 WORLD = 2
 FAMILIES = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss")
@@ -85,11 +85,20 @@ def run_capacity(rank: int, path: Path) -> dict[str, Any]:
         "gradient": lambda: model(input_ids=ids),
         "saved": lambda: model.save_pretrained(path / "again"),
         "layout": lambda: spread_otherwise(path),
+        "settings": lambda: disagree(rank, path),
     }.items():
         with pytest.raises(Exception) as raised:
             call()
         found[key] = f"{raised.type.__name__}: {raised.value}"
     return found
+
+
+def disagree(rank: int, path: Path) -> None:
+    from engine.interop.transformers_ep import register
+
+    factor = ("1", "1.5")[rank]
+    register(MoEConfig(capacity=CapacityConfig(policy="token_drop", factor=factor)), "differs")
+    load(path, "differs", WORLD)
 
 
 def spread_otherwise(path: Path) -> None:
@@ -197,6 +206,7 @@ def test_a_rank_without_tokens_takes_part():
     [
         ("gradient", "ValueError: Lockstep's experts have no backward pass; call the model under"),
         ("saved", "meta"),
+        ("settings", "ValueError: register: rank 1 has other settings than rank 0 (MoEConfig("),
         ("layout", "ValueError: ep_size = 2, tp_size = 1: Lockstep's experts need one batch on"),
     ],
 )

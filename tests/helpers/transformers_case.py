@@ -5,12 +5,20 @@ Transformers' models take seconds to import, so nothing here does before a funct
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.helpers.model_cases import CASES, make_reference
+
+needs_interface = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None
+    or importlib.util.find_spec("transformers.distributed.expert_parallel") is None,
+    reason="needs accelerate and transformers 5.23",
+)
 
 LENGTHS = (7, 4, 9)
 NEW_TOKENS = 6

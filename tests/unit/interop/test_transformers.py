@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.distributed import expert_parallel
 
 from engine.config import CapacityConfig, MoEConfig, OverlapConfig
 from engine.interop.transformers_ep import WORKS_WITH, register
@@ -18,6 +17,8 @@ from engine.interop.transformers_experts import experts_shape, take_weights
 from engine.moe.expert_form import ExpertForm
 from engine.ops.expert_ffn import expert_ffn
 from tests.helpers.model_cases import CASES
+
+expert_parallel = pytest.importorskip("transformers.distributed.expert_parallel")
 
 
 def experts_of(name: str, **settings: Any) -> Any:
