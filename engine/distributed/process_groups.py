@@ -68,16 +68,76 @@ def create_groups(
         backend="nccl" if is_cuda else "gloo",
         use_shared_memory=config.runtime.shared_memory,
     )
-    everyone = tuple(range(size))
-    world = Group(rank, size, everyone, make.world(device))
+    world = Group(rank, size, tuple(range(size)), make.world(device))
     expert_size = expert_ranks(config.parallel, size)
-    own = layout(rank, size, expert_size, config.parallel.tensor)
+    return _topology(
+        make,
+        world,
+        (expert_size, config.parallel.tensor),
+        device,
+        local_world_size=launch.local_world_size,
+        store_rank=store_rank,
+    )
 
+
+def create_groups_beside(
+    device: torch.device,
+    *,
+    name: str,
+    local_world_size: int,
+    timeout: timedelta,
+    use_shared_memory: bool = True,
+) -> Topology:
+    """Create the groups of a process in which another program has initialised torch.distributed.
+
+    All its ranks are one expert group and one tensor group: every rank has the same tokens.
+    Collective over the world.
+
+    Args:
+        device: of this rank's tensors.
+        name: of this call, the same on every rank; no other call in these processes has it.
+        local_world_size: ranks of this host.
+        timeout: of a collective.
+        use_shared_memory: as runtime.shared_memory.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore(f"lockstep/{name}", dist.distributed_c10d._get_default_store())
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    make = _GroupMaker(rank, size, store, timeout, backend, use_shared_memory)
+    world = dist.group.WORLD
+    assert world is not None
+    return _topology(
+        make,
+        Group(rank, size, tuple(range(size)), world),
+        (size, size),
+        device,
+        local_world_size=local_world_size,
+        store_rank=None,
+    )
+
+
+def _topology(
+    make: _GroupMaker,
+    world: Group,
+    sizes: tuple[int, int],
+    device: torch.device,
+    *,
+    local_world_size: int,
+    store_rank: int | None,
+) -> Topology:
+    """Create the groups inside the world. Collective over it.
+
+    Args:
+        sizes: of expert and tensor groups.
+        store_rank: see `Topology`.
+    """
+    expert_size, size, everyone = sizes[0], world.size, world.ranks
+    own = layout(world.rank, size, *sizes)
     expert = make.group("expert", own.expert)
     tensor = make.group("tensor", own.tensor)
     control = make.group("control", own.expert, "gloo")
     counts, host_world, host_tensor = expert, world, tensor
-    if is_cuda:
+    if device.type == "cuda":
         counts = make.group("counts", own.expert, separate=True)
         all_in_one = expert_size == size
         host_world = control if all_in_one else make.group("host_world", everyone, "gloo")
@@ -94,8 +154,8 @@ def create_groups(
         num_data=own.num_data,
         replica=own.replica,
         device=device,
-        store=store,
-        local_world_size=launch.local_world_size,
+        store=make.store,
+        local_world_size=local_world_size,
         host=socket.gethostname(),
         store_rank=store_rank,
     )

@@ -155,6 +155,30 @@ class LocalExperts(nn.Module):
             else:
                 fill_sink(sink, target, lambda view, weights=weights: view.copy_(weights))
 
+    def use_weights(
+        self,
+        w13_e2FD: torch.Tensor,
+        w2_eDF: torch.Tensor,
+        b13_e2F: torch.Tensor | None = None,
+        b2_eD: torch.Tensor | None = None,
+    ) -> None:
+        """Take tensors in place of the allocated ones, without a copy; before `finalize_weights`,
+        which changes them.
+
+        Args:
+            w13_e2FD, w2_eDF: contiguous, in the model's precision.
+            b13_e2F, b2_eD: where the form has biases, in the dtype that is computed in.
+        """
+        assert self.low_bit is None and not self.num_copies, "homes in the model's precision only"
+        given = {"w13_e2FD": w13_e2FD, "w2_eDF": w2_eDF, "b13_e2F": b13_e2F, "b2_eD": b2_eD}
+        for name, weights in given.items():
+            held = getattr(self.stacked, name)
+            assert (held is None) == (weights is None), name
+            if weights is not None:
+                assert weights.is_contiguous() and weights.shape == held.shape, name
+                setattr(self.stacked, name, nn.Parameter(weights.detach(), requires_grad=False))
+        self._run = make_backend(self.name, self.stacked)
+
     def biases_of(self, local: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the biases to load of an instance, [2F] and [D], as views; None: none."""
         if (held := self.low_bit_of(local)) is not None:

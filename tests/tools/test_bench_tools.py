@@ -161,6 +161,8 @@ def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repos
     paths = {name: c.environment()["PYTHONPATH"].split(":") for name, c in found.items()}
     assert str(REPOSITORY) in paths["lockstep-1-rank"]
     assert str(REPOSITORY) not in paths[REFERENCE]
+    assert str(REPOSITORY) not in paths["transformers-2-ranks-all_to_all"]
+    assert str(REPOSITORY) in paths["transformers-2-ranks-lockstep"]
 
 
 def test_every_candidate_gets_all_cores_and_vllm_needs_an_interpreter() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from engine.moe.placement.placement_file import parse_placement
@@ -45,6 +46,13 @@ def test_two_ranks_complete_what_one_does(tmp_path):
         "2 ranks share the experts\n"
         "sum: 47 + 38 = 85\ncopy: ball water wave town => ball water wave town\n"
     )
+
+
+@pytest.mark.long
+def test_a_transformers_model_prints_what_its_page_shows(tmp_path):
+    out = run(tmp_path, *TORCHRUN, EXAMPLES / "in_transformers.py")
+    page = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    assert f"```\n{out}```" in page
 
 
 def test_the_capacity_sweep_drops_more_with_every_smaller_factor(tmp_path):

@@ -150,6 +150,7 @@ def test_start_up_loads_no_package_that_only_some_runs_need():
 
 def test_interop_loads_no_framework_before_it_is_asked_to():
     assert not modules_after("import engine.interop.megatron") & HEAVY
+    assert "transformers" not in modules_after("import engine.interop.transformers_ep")
 
 
 def test_no_module_outside_interop_loads_a_heavy_package_when_imported():

@@ -14,6 +14,7 @@ from bench.candidate import Candidate
 
 REFERENCE = "transformers-eager"  # whose greedy tokens are right by definition
 PEERS = ("vllm", "transformers", "llama.cpp")
+PLUG_IN = "lockstep"  # this engine's expert parallelism inside transformers
 COMPARED = "lockstep-1-rank"  # --against also runs that of the other commit
 
 
@@ -44,7 +45,7 @@ def generation_candidates(
     ]
     if _has_package(python, "accelerate"):  # transformers refuses to distribute a model without it
         split: dict[str, Any] = {"ranks": 2, "experts": "grouped_mm", **batch}
-        for how in ("all_to_all", "all_reduce"):
+        for how in ("all_to_all", "all_reduce", PLUG_IN):
             name = f"transformers-2-ranks-{how}"
             found.append(_transformers(name, python, half, expert_parallel=how, **split))
     if "vllm" in peers:
@@ -100,6 +101,7 @@ def _transformers(
         ranks=ranks,
         threads=threads,
         load=load,
+        needs_engine=load.get("expert_parallel") == PLUG_IN,
     )
 
 

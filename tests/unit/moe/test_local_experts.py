@@ -220,3 +220,15 @@ def test_a_copy_moved_from_bfloat16_weights_is_the_one_that_was_loaded(precision
     experts.finalize_weights()
     parts = zip(read_home(experts, 0), copy_parts(experts, 0), strict=True)
     assert all(torch.equal(home, copy) for home, copy in parts)
+
+
+def test_weights_of_another_owner_are_run_where_they_lie():
+    w13, w2 = (torch.stack(each) for each in zip(*map(values_of, range(HOMES)), strict=True))
+    rows = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(9))
+    wanted = grouped_ffn_reference(rows, w13, w2, [2, 0, 3])
+    experts = empty("model", 0, None)
+    experts.use_weights(w13, w2)
+    held = [weight.data_ptr() for weight in experts.stacked.tensors]
+    experts.finalize_weights()
+    assert held == [w13.data_ptr(), w2.data_ptr()]
+    torch.testing.assert_close(experts(rows, [2, 0, 3]), wanted)

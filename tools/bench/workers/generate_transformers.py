@@ -31,7 +31,8 @@ class Worker:
 
         Args:
             experts: 'eager' or 'grouped_mm'.
-            expert_parallel: 'all_to_all' or 'all_reduce'; None: one process.
+            expert_parallel: 'all_to_all' or 'all_reduce', or 'lockstep', which is this engine's in
+                transformers; None: one process.
             batch: prompts per call of `generate`; None: all.
             dtype: of the weights and of what is computed.
         """
@@ -47,6 +48,10 @@ class Worker:
 
             # The family's own plans: attention split over heads, experts over ranks. (5.23 refuses
             # an empty tensor plan, for experts alone, when tp_size > 1.)
+            if expert_parallel == "lockstep":
+                from engine.interop.transformers_ep import register
+
+                register()
             ranks = int(os.environ["WORLD_SIZE"])
             extra["distributed_config"] = DistributedConfig(
                 tp_size=ranks, ep_size=ranks, ep_implementation=expert_parallel
