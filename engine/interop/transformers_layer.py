@@ -24,8 +24,9 @@ from engine.interop.transformers_experts import ExpertsShape, experts_shape, tak
 from engine.interop.transformers_shared import LockstepExperts
 from engine.layers.precision import compute_dtype
 from engine.moe.dispatch.buffers import RowBuffers
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec, Routing
+from engine.moe.spec import MoESpec
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import part_bounds
 
@@ -61,7 +62,7 @@ class RoutedLayer(MoELayer):
             dtype=dtype,
             row_buffers=row_buffers,
         )
-        self.gate_weight_ED = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self.gate.weight_ED = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self._size = topology.tensor.size
         self._given: tuple[torch.Tensor, torch.Tensor] | None = None
         self._limits = False

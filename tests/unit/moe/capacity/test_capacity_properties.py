@@ -296,7 +296,9 @@ def test_13_another_request_can_take_a_slot_away():
     both = kept_set(alone, tokens, run_engine(alone, tokens))
     without = dataclasses.replace(
         tokens,
-        routing=Routing(*(part[first_two] for part in (scores, *dataclasses.astuple(routing)[1:]))),
+        routing=Routing(
+            scores[first_two], routing.topk_ids_TK[first_two], routing.topk_weights_TK[first_two]
+        ),
         request=np.array([0, 0]),
         position=np.array([0, 1]),
         competes=np.ones(2, bool),
