@@ -114,7 +114,7 @@ def _held(held: Mapping[str, str | None], dtype: str, is_quantised: bool) -> str
     setting, name = held["setting"], held["as"]
     if name is None:
         return f"refused, see above; the sizes below are those of weights in {dtype}"
-    if name == "none" and is_quantised:  # without the files
+    if name == "none" and is_quantised and setting != "dequantize":  # without the files
         text = f"in {dtype}, dequantised; what could be kept as it is only the files' headers tell"
     elif name in ("none", "dequantize"):
         text = f"in {dtype}" + (", dequantised as they are read" if is_quantised else "")

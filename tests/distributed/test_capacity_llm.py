@@ -268,10 +268,12 @@ def test_more_extras_than_a_rank_has_experts_stop_every_rank(checkpoint):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_keeps_the_same_assignments_on_1_and_2_ranks(family, tmp_path):
     make_checkpoint(family, tmp_path, overrides={"vocab_size": 97})
-    for capacity in (
-        {"policy": "token_drop", "factor": "0.7"},
-        {"policy": "expanded_drop", "factor": "0.7", "scope": "rank", "consensus": "quota"},
-    ):
+    policies: list[dict[str, Any]] = [{"policy": "token_drop", "factor": "0.7"}]
+    if family != "llama4_text":  # refused where weights multiply the experts' input
+        policies.append(
+            {"policy": "expanded_drop", "factor": "0.7", "scope": "rank", "consensus": "quota"}
+        )
+    for capacity in policies:
         done, kept = run(tmp_path, 1, capacity)
         others, other_kept = run(tmp_path, 2, capacity)
         assert any(not all(keep) for _, keep, _ in kept.values())

@@ -111,8 +111,8 @@ def item_in_a_layer(patch: pytest.MonkeyPatch) -> None:
     """Read one number of the router's scores on the host."""
     route = MoELayer.route
 
-    def route_and_read(self: MoELayer, x_tD: torch.Tensor) -> Routing:
-        routing = route(self, x_tD)
+    def route_and_read(self: MoELayer, x_tD: torch.Tensor, *ids_T: torch.Tensor | None) -> Routing:
+        routing = route(self, x_tD, *ids_T)
         routing.scores_TE.sum().item()
         return routing
 
@@ -123,8 +123,10 @@ def mask_in_a_layer(patch: pytest.MonkeyPatch) -> None:
     """Choose rows by a mask, whose number of rows the host has to learn."""
     route = MoELayer.route
 
-    def route_and_choose(self: MoELayer, x_tD: torch.Tensor) -> Routing:
-        routing = route(self, x_tD)
+    def route_and_choose(
+        self: MoELayer, x_tD: torch.Tensor, *ids_T: torch.Tensor | None
+    ) -> Routing:
+        routing = route(self, x_tD, *ids_T)
         routing.scores_TE[routing.scores_TE > 0.5]
         return routing
 
