@@ -9,6 +9,8 @@ Legend: T tokens of the step, S sequences, S1 = S + 1, C channels, W taps, N sta
 import torch
 import torch.nn.functional as F
 
+from engine.ops import triton_support
+
 
 def causal_conv_silu(
     x_TC: torch.Tensor,
@@ -25,6 +27,23 @@ def causal_conv_silu(
     whose context is no longer than its tokens in this step begins with zeros, whatever its row
     holds. Every sequence has at least one token; S and T may be 0. No copy to the host.
     """
+    given = (x_TC, weight_CW, state_NVC, states_S, query_start_S1, context_lens_S)
+    if triton_support.serves(x_TC):
+        from engine.ops.gpu.causal_conv_silu import causal_conv_silu_triton
+
+        return causal_conv_silu_triton(*given)
+    return causal_conv_silu_reference(*given)
+
+
+def causal_conv_silu_reference(
+    x_TC: torch.Tensor,
+    weight_CW: torch.Tensor,
+    state_NVC: torch.Tensor,
+    states_S: torch.Tensor,
+    query_start_S1: torch.Tensor,
+    context_lens_S: torch.Tensor,
+) -> torch.Tensor:
+    """Plain torch form of `causal_conv_silu`."""
     num_tokens, past = x_TC.shape[0], weight_CW.shape[1] - 1
     if not num_tokens:
         return x_TC.clone()
