@@ -10,21 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.gpu.paged_attention import sequence_of
 from engine.ops.gpu.variants import DTYPES, Variant, meta
-
-
-@triton.jit
-def _sequence_of(query_start_S1, num_sequences, block, TOKENS: tl.constexpr):
-    # Blocks of sequence s start at (tokens before s) // TOKENS + s: room for every partial block
-    # without a table from the host. Finds the last sequence that starts at or before `block`.
-    low, high = 0, num_sequences
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_start_S1 + middle) // TOKENS + middle <= block:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
 
 
 @triton.jit(
@@ -49,7 +36,7 @@ def _causal_conv_silu_kernel(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    sequence = _sequence_of(query_start_S1, num_sequences, block, TOKENS)
+    sequence = sequence_of(query_start_S1, 0, num_sequences, block, 1, TOKENS)
     start = tl.load(query_start_S1 + sequence)
     length = tl.load(query_start_S1 + sequence + 1) - start
     first = (block - (start // TOKENS + sequence)) * TOKENS
