@@ -36,6 +36,7 @@ def gated_delta_rule(
     query_start_S1: torch.Tensor,
     context_lens_S: torch.Tensor,
     query_lens: list[int],
+    context_lens: list[int],
 ) -> torch.Tensor:
     """Returns the outputs [T, H, V] in v's dtype and advances the states IN PLACE.
 
@@ -43,16 +44,16 @@ def gated_delta_rule(
     float32. state_NHKV is float32; its rows states_S (int64, all different) belong to the
     sequences. One whose context is no longer than its tokens in this step begins with zeros,
     whatever its row holds. query_lens: tokens of each sequence, at least 1, the same as
-    query_start_S1. Computes in float32, but for the sigmoid of b, which is rounded to b's dtype; no
-    copy to the host.
+    query_start_S1; context_lens: the same as context_lens_S. Computes in float32, but for the
+    sigmoid of b, which is rounded to b's dtype; no copy to the host.
     """
     tokens, decay = (q_TGK, k_TGK, v_THV, a_TH, b_TH), (log_rate_H, rate_bias_H)
     states = (state_NHKV, states_S, query_start_S1, context_lens_S)
     if triton_support.serves(q_TGK):
         from engine.ops.gpu.gated_delta_rule import gated_delta_rule_triton
 
-        return gated_delta_rule_triton(*tokens, *decay, *states, query_lens)
-    return gated_delta_rule_reference(*tokens, *decay, *states, query_lens)
+        return gated_delta_rule_triton(*tokens, *decay, *states, query_lens, context_lens)
+    return gated_delta_rule_reference(*tokens, *decay, *states, query_lens, context_lens)
 
 
 def gated_delta_rule_reference(
@@ -68,6 +69,7 @@ def gated_delta_rule_reference(
     query_start_S1: torch.Tensor,
     context_lens_S: torch.Tensor,
     query_lens: list[int],
+    context_lens: list[int],
 ) -> torch.Tensor:
     """Plain torch form of `gated_delta_rule`."""
     log_decay_TH = -log_rate_H.exp() * F.softplus(a_TH.float() + rate_bias_H)
@@ -75,28 +77,29 @@ def gated_delta_rule_reference(
     q_THK = (_unit(q_TGK) * q_TGK.shape[-1] ** -0.5).repeat_interleave(groups, dim=1)
     k_THK = _unit(k_TGK).repeat_interleave(groups, dim=1)
     tokens = (q_THK, k_THK, v_THV.float(), log_decay_TH, b_TH.sigmoid().float())
-    fresh_S = context_lens_S == query_start_S1.diff()
-    old_SHKV = state_NHKV.index_select(0, states_S).masked_fill(fresh_S[:, None, None, None], 0.0)
+    # Passes over the states take most of a decode step on a CPU: one copy, updated in place.
+    state_SHKV = state_NHKV.index_select(0, states_S)
+    if any(new == whole for new, whole in zip(query_lens, context_lens, strict=True)):
+        fresh_S = context_lens_S == query_start_S1.diff()
+        state_SHKV.masked_fill_(fresh_S[:, None, None, None], 0.0)
     # Decodes come first in a step: they are the leading sequences of one token.
     singles = next((s for s, n in enumerate(query_lens) if n > 1), len(query_lens))
-    outs, states = [], []
+    outs = []
     if singles:
-        out, state = _one_token(tuple(x[:singles] for x in tokens), old_SHKV[:singles])
-        outs.append(out)
-        states.append(state)
+        outs.append(_one_token(tuple(x[:singles] for x in tokens), state_SHKV[:singles]))
     first = singles
     for sequence in range(singles, len(query_lens)):
-        state_HKV, end = old_SHKV[sequence], first + query_lens[sequence]
+        state_HKV, end = state_SHKV[sequence], first + query_lens[sequence]
         for begin in range(first, end, _CHUNK):
             rows = slice(begin, min(begin + _CHUNK, end))
             out, state_HKV = _one_chunk(tuple(x[rows] for x in tokens), state_HKV)
             outs.append(out)
-        states.append(state_HKV.unsqueeze(0))
+        state_SHKV[sequence] = state_HKV
         first = end
     if not outs:
         return torch.empty_like(v_THV)
-    state_NHKV.index_copy_(0, states_S, torch.cat(states))
-    return torch.cat(outs).to(v_THV.dtype)
+    state_NHKV.index_copy_(0, states_S, state_SHKV)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(v_THV.dtype)
 
 
 def _unit(x_TGK: torch.Tensor) -> torch.Tensor:
@@ -104,16 +107,14 @@ def _unit(x_TGK: torch.Tensor) -> torch.Tensor:
     return wide_TGK * torch.rsqrt(wide_TGK.square().sum(-1, keepdim=True) + _EPS)
 
 
-def _one_token(
-    tokens: tuple[torch.Tensor, ...], state_SHKV: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the outputs [S, H, V] of one token per sequence, and the new states."""
+def _one_token(tokens: tuple[torch.Tensor, ...], state_SHKV: torch.Tensor) -> torch.Tensor:
+    """Returns the outputs [S, H, V] of one token per sequence; advances the states IN PLACE."""
     q_SHK, k_SHK, v_SHV, log_decay_SH, beta_SH = tokens
-    state_SHKV = state_SHKV * log_decay_SH.exp()[..., None, None]
+    state_SHKV.mul_(log_decay_SH.exp()[..., None, None])
     known_SHV = (k_SHK.unsqueeze(-2) @ state_SHKV).squeeze(-2)
     d_SHV = (v_SHV - known_SHV) * beta_SH.unsqueeze(-1)
-    state_SHKV = state_SHKV + k_SHK.unsqueeze(-1) * d_SHV.unsqueeze(-2)
-    return (q_SHK.unsqueeze(-2) @ state_SHKV).squeeze(-2), state_SHKV
+    state_SHKV.add_(k_SHK.unsqueeze(-1) * d_SHV.unsqueeze(-2))
+    return (q_SHK.unsqueeze(-2) @ state_SHKV).squeeze(-2)
 
 
 def _one_chunk(

@@ -154,6 +154,7 @@ class GatedDelta(nn.Module):
             start_S1,
             context_S,
             queries.query_lens,
+            queries.context_lens,
         )
         rows_R = None if read is None else read.rows_R
         gated_RO = gated_rms_norm(out_THV, gate_TO, self.norm_V, spec.norm_eps, rows_R)

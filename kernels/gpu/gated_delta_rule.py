@@ -133,6 +133,7 @@ def gated_delta_rule_triton(
     query_start_S1: torch.Tensor,
     context_lens_S: torch.Tensor,
     query_lens: list[int],
+    context_lens: list[int],
 ) -> torch.Tensor:
     """Triton form of `gated_delta_rule`: same arguments and result."""
     num_tokens, heads, value_dim = v_THV.shape
@@ -210,6 +211,7 @@ def variants() -> Iterator[Variant]:
                 meta(len(lens), dtype=torch.int64),
                 meta(len(lens) + 1, dtype=torch.int32),
                 meta(len(lens), dtype=torch.int32),
+                lens,
                 lens,
             )
 

@@ -101,7 +101,19 @@ def delta_inputs(
     for row, old in zip(states, before, strict=True):
         state[row] = state[row] if old else float("nan")
     parts = [x.unflatten(1, (n, -1)) for x, n in ((q, groups), (k, groups), (v, heads_v))]
-    return [*parts, a, b, log_rate, torch.randn(heads_v), state, states, start, context, lens]
+    return [
+        *parts,
+        a,
+        b,
+        log_rate,
+        torch.randn(heads_v),
+        state,
+        states,
+        start,
+        context,
+        lens,
+        context.tolist(),
+    ]
 
 
 def advance(inputs: list[Any], dtype: torch.dtype = torch.float32) -> None:

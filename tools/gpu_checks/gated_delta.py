@@ -81,14 +81,23 @@ def _projections(tokens: int, groups: int, heads: int, dim: int) -> list[torch.T
     return [mixed, rates, torch.rand(heads) - 1, torch.randn(heads)]
 
 
-def _rule(op: Op, groups: int, heads: int, dim: int, lens: list[int] = LENS) -> Op:
+def _rule(
+    op: Op,
+    groups: int,
+    heads: int,
+    dim: int,
+    lens: list[int] = LENS,
+    before: list[int] = BEFORE,
+) -> Op:
+    contexts = [new + old for new, old in zip(lens, before, strict=True)]
+
     def call(mixed: Any, rates: Any, log_rate: Any, bias: Any, state: Any, *step: Any) -> Any:
         parts = mixed.split([groups * dim, groups * dim, heads * dim], dim=1)
         by_head = [x.unflatten(1, (-1, dim)) for x in parts]
         # In float32 whatever the dtype of the case.
         state, log_rate, bias = state.float(), log_rate.float(), bias.float()
         given = (*rates.split(heads, dim=1), log_rate, bias, state, *step)
-        return op(*by_head, *given, lens), state
+        return op(*by_head, *given, lens, contexts), state
 
     return call
 
@@ -100,7 +109,8 @@ def check_gated_delta_speed(settings: Settings, copy_bytes: float) -> Iterator[C
     groups, heads, dim = (2, 4, 16) if tiny else (GROUPS, HEADS, DIM)
     steps = {"decode of 64": [1] * 64, "prefill of 4096": [4096], "prefill of 8 x 512": [512] * 8}
     for name, lens in ({"decode of 4": [1] * 4, "prefill of 9": [9]} if tiny else steps).items():
-        step = [each.to(device) for each in _ragged(lens, [0] * len(lens))]
+        before = [0] * len(lens)
+        step = [each.to(device) for each in _ragged(lens, before)]
         tokens, channels = sum(lens), (2 * groups + heads) * dim
 
         def normal(*shape: int) -> torch.Tensor:
@@ -112,7 +122,7 @@ def check_gated_delta_speed(settings: Settings, copy_bytes: float) -> Iterator[C
         decays = [torch.zeros(heads, device=device) for _ in range(2)]
         gate, norm = normal(tokens, heads * dim), normal(dim)
         by_head = gate.unflatten(1, (heads, -1))
-        rule = _rule(gated_delta_rule, groups, heads, dim, lens)
+        rule = _rule(gated_delta_rule, groups, heads, dim, lens, before)
         given = (mixed, rates, *decays, state, *step)
         states = 8 * len(lens) * heads * dim * dim  # read and written, 4 bytes each
         calls: list[tuple[str, Callable[[], Any], float]] = [

@@ -37,7 +37,7 @@ def run(
     whole = [torch.cat(column) for column in zip(*parts, strict=True)]
     q, k, v, a, b = whole
     given = (q, k, v, a, b, *rates(strength), state, rows, start, context, lens)
-    return list(gated_delta_rule(*given).split(lens))
+    return list(gated_delta_rule(*given, context.tolist()).split(lens))
 
 
 def by_token(part: Tokens, strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,5 +93,7 @@ def test_strong_decay_stays_finite():
 def test_a_step_without_tokens_changes_nothing():
     state, none = torch.ones(2, H, K, V), torch.zeros(0, dtype=torch.int64)
     start = torch.zeros(1, dtype=torch.int32)
-    out = gated_delta_rule(*tokens(0), *rates(), state, none, start, none, [])
+    q, k, v, a, b = tokens(0)
+    given = (q, k, v, a, b, *rates(), state, none, start, none)
+    out = gated_delta_rule(*given, [], [])
     assert out.shape == (0, H, V) and torch.equal(state, torch.ones(2, H, K, V))
