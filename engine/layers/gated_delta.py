@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.distributed.groups import Group
@@ -26,9 +25,9 @@ from engine.layers.precision import compute_dtype
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.causal_conv import causal_conv_silu
 from engine.ops.gated_delta_rule import gated_delta_rule
+from engine.ops.gated_rms_norm import gated_rms_norm
 from engine.ops.linear import linear
 from engine.ops.panels import to_panels
-from engine.ops.rms_norm import rms_norm
 from engine.weights.slot import WeightSlot
 
 
@@ -142,26 +141,24 @@ class GatedDelta(nn.Module):
             qkv_TC, self.conv_C1W.squeeze(1), conv_state, states_S, start_S1, context_S
         )
         q, k, v = mixed_TC.split_with_sizes((keys, keys, spec.values), dim=1)
-        rate_TH = F.softplus(a_TH.float() + self.rate_bias_H)
         out_THV = gated_delta_rule(
             q.unflatten(1, (spec.num_key_heads, -1)),
             k.unflatten(1, (spec.num_key_heads, -1)),
             v.unflatten(1, (heads, -1)),
-            -self.log_rate_H.exp() * rate_TH,
-            b_TH.sigmoid(),
+            a_TH,
+            b_TH,
+            self.log_rate_H,
+            self.rate_bias_H,
             delta_state,
             states_S,
             start_S1,
             context_S,
             queries.query_lens,
+            queries.context_lens,
         )
-        gate_THV = gate_TO.unflatten(1, (heads, -1))
-        if read is not None:
-            out_THV = out_THV.index_select(0, read.rows_R)
-            gate_THV = gate_THV.index_select(0, read.rows_R)
-        normed_THV = rms_norm(out_THV.contiguous(), self.norm_V, spec.norm_eps)
-        gated_THV = (normed_THV * F.silu(gate_THV.float())).to(x_TD.dtype)
-        return project_out(gated_THV.flatten(1), self.out_DO, None, self.sums)
+        rows_R = None if read is None else read.rows_R
+        gated_RO = gated_rms_norm(out_THV, gate_TO, self.norm_V, spec.norm_eps, rows_R)
+        return project_out(gated_RO, self.out_DO, None, self.sums)
 
     def finalize_weights(self) -> None:
         """Rearrange the loaded weights, in place, into the layout that `linear` reads fastest.

@@ -17,12 +17,15 @@ from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
-def _sequence_of(
+def sequence_of(
     query_start_S1, base, num_sequences, block, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    # Blocks of sequence s start at (rows before s) // BLOCK_M + s: room for every partial block
-    # without a table from the host. Finds the last sequence that starts at or before `block`; the
-    # first one starts at token `base`.
+    """Return the sequence of a block of BLOCK_M rows; a token is GROUP rows.
+
+    Blocks of sequence s start at (rows before s) // BLOCK_M + s: room for every partial block
+    without a table from the host. Finds the last sequence that starts at or before `block`; the
+    first one starts at token `base`.
+    """
     low, high = 0, num_sequences
     while low < high:
         middle = (low + high) // 2
@@ -84,7 +87,7 @@ def _paged_attention_kernel(
     kv_head = tl.program_id(1)
     query_start_S1 += first_sequence
     base = tl.load(query_start_S1)
-    sequence = _sequence_of(query_start_S1, base, num_sequences, block, GROUP, BLOCK_M)
+    sequence = sequence_of(query_start_S1, base, num_sequences, block, GROUP, BLOCK_M)
     start = tl.load(query_start_S1 + sequence)
     queries = tl.load(query_start_S1 + sequence + 1) - start
     first_row = (block - ((start - base) * GROUP // BLOCK_M + sequence)) * BLOCK_M

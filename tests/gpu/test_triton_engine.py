@@ -23,6 +23,7 @@ from tools.make_random_checkpoint import make_checkpoint
 pytestmark = [kernel, pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")]
 
 PROMPTS = [[5, 60, 7, 90, 12], [3, 1, 4, 1, 5, 9, 2, 6, 53], [71]]
+DELTA = {"causal_conv_silu", "gated_delta_rule", "gated_rms_norm"}
 # Launchers of the layers, and the families that need them beside those that all need.
 ALL = {"rms_norm", "paged_attention", "combine_rows"}
 FAMILIES = {
@@ -37,8 +38,8 @@ FAMILIES = {
     "glm4_moe": {"qk_rotary_store", "silu_and_mul"},
     "gpt_oss": {"qk_rotary_store"},
     "llama4_text": {"qk_rotary_store", "silu_and_mul"},
-    "qwen3_next": {"qk_rotary_store", "silu_and_mul", "gate_output"},
-    "qwen3_5_moe_text": {"qk_rotary_store", "silu_and_mul", "gate_output"},
+    "qwen3_next": DELTA | {"qk_rotary_store", "silu_and_mul", "gate_output"},
+    "qwen3_5_moe_text": DELTA | {"qk_rotary_store", "silu_and_mul", "gate_output"},
     "longcat_flash": {"latent_rotary_store", "silu_and_mul", "add_zero_experts"},
 }
 

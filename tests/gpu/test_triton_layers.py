@@ -1,4 +1,5 @@
-"""Attention and the dense MLP on the Triton kernels: the torch references' results, few launches.
+"""Attention, linear attention and the dense MLP on the Triton kernels: the torch references'
+results, few launches.
 
 On a CUDA device, else in Triton's interpreter, where CPU tensors are taken for CUDA ones.
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from engine.distributed.groups import Group
 from engine.layers.attention import Attention, AttentionSpec, share_query_scales
+from engine.layers.gated_delta import GatedDelta, GatedDeltaSpec
 from engine.layers.mla import LatentAttention, MLASpec
 from engine.layers.mlp import DenseMLP
 from engine.layers.query_scale import QueryScale
@@ -71,6 +73,7 @@ def queries_of(query_lens: list[int], context_lens: list[int]) -> Queries:
         context_lens=context_lens,
         context_lens_S=torch.tensor(context_lens).int().to(DEVICE),
         block_table_SB=torch.arange(3 * len(query_lens)).view(-1, 3).int().to(DEVICE),
+        states_S=torch.arange(len(query_lens)).flip(0).to(DEVICE),
     )
 
 
@@ -138,7 +141,8 @@ def serve(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
     monkeypatch.setattr(native, "serves", lambda *_: False)
     monkeypatch.setattr(triton_support, "serves", lambda _: triton)
     for op in ("rms_norm", "qk_rotary_store", "latent_rotary_store", "gate_output",
-               "silu_and_mul", "paged_attention"):  # fmt: skip
+               "silu_and_mul", "paged_attention", "causal_conv_silu", "gated_delta_rule",
+               "gated_rms_norm"):  # fmt: skip
         module = importlib.import_module(f"engine.ops.gpu.{op}")
         monkeypatch.setattr(module, f"{op}_triton", one_launch(op, module))
 
@@ -212,3 +216,38 @@ def test_the_dense_mlp_is_that_of_the_torch_references_in_few_launches(gate, mos
     serve(monkeypatch, triton=False)
     torch.testing.assert_close(out, layer(x_TD), rtol=1e-5, atol=1e-5)
     assert launches.by_name.total() <= most, launches.by_name
+
+
+def advance(layer: GatedDelta, lens: tuple[list[int], list[int]], reads: bool) -> tuple[Any, ...]:
+    """Return the output, both states and the launches of one call."""
+    torch.manual_seed(1)
+    shapes, step = layer.state_spec(), step_of(*lens)
+    conv, delta = (torch.randn(4, *s).to(DEVICE) for s in (shapes.conv_shape, shapes.delta_shape))
+    x_TD = torch.randn(step.token_ids_T.shape[0], 24).to(DEVICE)
+    read = read_last(*lens) if reads else None
+    with torch.no_grad(), Launches() as launches:
+        out = layer(x_TD, x_TD, x_TD, step, conv, delta, read)
+    return out.cpu(), conv.cpu(), delta.cpu(), launches.by_name
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["all rows", "the last rows"])
+@pytest.mark.parametrize("lens", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_linear_attention_is_that_of_the_torch_references_in_five_launches(
+    lens, reads, monkeypatch
+):
+    torch.manual_seed(0)
+    spec = GatedDeltaSpec(
+        hidden=24, num_key_heads=2, num_value_heads=4, key_dim=6, value_dim=5, conv_width=4,
+        norm_eps=1e-6,
+    )  # fmt: skip
+    layer = GatedDelta(spec, ALONE, torch.device(DEVICE), torch.float32)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.4)
+    results = []
+    for triton in (True, False):
+        serve(monkeypatch, triton)
+        results.append(advance(layer, lens, reads))
+    (*got, launches), (*expected, _) = results
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+    # Projections, convolution, delta rule, norm with its gate: decodes beside prefills too.
+    assert launches.total() <= 5, launches

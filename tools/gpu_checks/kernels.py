@@ -27,6 +27,7 @@ from engine.ops import (
 )
 from gpu_checks.cache_cases import Case, Op, cache_cases
 from gpu_checks.check import Check, at_most, guarded, relative_error
+from gpu_checks.gated_delta import gated_delta_cases
 from gpu_checks.low_bit import low_bit_cases
 
 GROUP = "kernels"
@@ -192,6 +193,7 @@ def _cases() -> Iterator[Case]:
     yield from low_bit_cases()
     yield from _unique_row_cases()
     yield from cache_cases()
+    yield from gated_delta_cases()
 
 
 def _unique_row_cases() -> Iterator[Case]:

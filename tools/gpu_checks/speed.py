@@ -24,6 +24,7 @@ from engine.moe.experts import ExpertWeights, make_backend
 from engine.request import Request, SamplingParams
 from gpu_checks import virtual_layer
 from gpu_checks.check import Check, Settings, at_most, figure, guarded, not_here
+from gpu_checks.gated_delta import check_gated_delta_speed
 from gpu_checks.launches import budget, count_step
 from gpu_checks.low_bit import check_low_bit_speed
 from gpu_checks.peaks import Peaks, measure_peaks, seconds_of
@@ -60,6 +61,9 @@ def check_speed(settings: Settings) -> Iterator[Check]:
     yield from _listed("experts", _check_backends(settings, peaks))
     _release(device)
     yield from _listed("low-bit experts", check_low_bit_speed(settings))
+    _release(device)
+    rule = check_gated_delta_speed(settings, peaks.copy_bytes)
+    yield from _listed("gated delta rule", rule)
     _release(device)
     yield from _listed("virtual layer", virtual_layer.check_virtual_layer(settings))
 

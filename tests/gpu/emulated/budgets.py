@@ -56,6 +56,8 @@ class Row:
     is_prefill: bool = False
     placement: Placed | None = None
     quantization: str = "auto"
+    # Whether the first layer alone has keys, and all others are of linear attention.
+    linear: bool = False
 
 
 _PLAIN = {"dispatch": {"deduplicate": False}}
@@ -81,6 +83,7 @@ ROWS = (
     Row("deepseek_v2 decode", "deepseek_v2", _PLAIN),
     Row("deepseek_v3 decode", "deepseek_v3", _PLAIN),
     Row("glm4_moe decode", "glm4_moe", _PLAIN),
+    Row("qwen3_next decode, linear layers", "qwen3_next", _PLAIN, linear=True),
     *(
         Row(f"mixtral prefill, {policy} {selection}", "mixtral", _drop(policy, selection), {}, True)
         for policy in ("token_drop", "expanded_drop")
@@ -168,6 +171,9 @@ def count_all(
         for depth in DEPTHS:
             path = paths[row.name, depth] = folder / f"{row.name} {depth}".replace(" ", "_")
             settings = {"vocab_size": 97, "num_hidden_layers": depth, **row.model}
+            if row.linear:
+                kinds = ["full_attention"] + ["linear_attention"] * (depth - 1)
+                settings["layer_types"] = kinds
             make_checkpoint(row.family, path, overrides=settings)
     return run_ranks(_count_rows, 2, guard, paths, rows, timeout=280)[0]
 

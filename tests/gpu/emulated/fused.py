@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from engine.ops import (
+    causal_conv,
     claims,
     deal,
+    gated_delta_rule,
+    gated_rms_norm,
     grouped_low_bit,
     latent_rotary_store,
     order_claims,
@@ -46,6 +49,7 @@ def _rms_norm(
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "add_zero_experts": zero_experts.add_zero_experts_reference,
     "apply_selection": select_experts.apply_selection_reference,
+    "causal_conv_silu": causal_conv.causal_conv_silu_reference,
     "cells_of_rows": unique_rows.cells_of_rows_reference,
     "combine_rows": permute.combine_rows_reference,
     "count_claims": claims.count_claims_reference,
@@ -54,6 +58,8 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "deal_rows": deal.deal_rows_reference,
     "extra_claims": claims.extra_claims_reference,
     "gate_output": silu_and_mul.gate_output_reference,
+    "gated_delta_rule": gated_delta_rule.gated_delta_rule_reference,
+    "gated_rms_norm": gated_rms_norm.gated_rms_norm_reference,
     "gather_rows": permute.gather_rows_reference,
     "grouped_low_bit": grouped_low_bit.grouped_low_bit_reference,
     "latent_rotary_store": latent_rotary_store.latent_rotary_store_reference,

@@ -18,11 +18,16 @@ def tokens(length: int, seed: int = 1) -> Tokens:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(length, *shape, generator=generator)
 
-    decay = -F.softplus(normal(H))
-    return normal(G, K), normal(G, K), normal(H, V), decay, normal(H).sigmoid()
+    return normal(G, K), normal(G, K), normal(H, V), normal(H), normal(H)
 
 
-def run(parts: list[Tokens], before: list[int], state: torch.Tensor) -> list[torch.Tensor]:
+def rates(strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    return (torch.tensor([0.5, 1.0, 2.0, 1.5]) * strength).log(), torch.tensor([0.5, 0.0, -1, 1])
+
+
+def run(
+    parts: list[Tokens], before: list[int], state: torch.Tensor, strength: float = 1.0
+) -> list[torch.Tensor]:
     """Run one step; sequence s has `before[s]` earlier tokens and the state of row s + 1."""
     lens = [len(part[0]) for part in parts]
     lens_S = torch.tensor(lens)
@@ -30,15 +35,16 @@ def run(parts: list[Tokens], before: list[int], state: torch.Tensor) -> list[tor
     context = (lens_S + torch.tensor(before)).int()
     rows = torch.arange(1, len(parts) + 1)
     whole = [torch.cat(column) for column in zip(*parts, strict=True)]
-    q, k, v, decay, beta = whole
-    return list(
-        gated_delta_rule(q, k, v, decay, beta, state, rows, start, context, lens).split(lens)
-    )
+    q, k, v, a, b = whole
+    given = (q, k, v, a, b, *rates(strength), state, rows, start, context, lens)
+    return list(gated_delta_rule(*given, context.tolist()).split(lens))
 
 
-def by_token(part: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+def by_token(part: Tokens, strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the definition token by token and head by head in float64."""
-    q, k, v, decay, beta = (x.double() for x in part)
+    q, k, v, a, b = (x.double() for x in part)
+    log_rate, bias = rates(strength)
+    decay, beta = -log_rate.double().exp() * F.softplus(a + bias), b.sigmoid()
     state, out = torch.zeros(H, K, V).double(), torch.empty_like(v)
     for t in range(len(v)):
         for h in range(H):
@@ -80,16 +86,14 @@ def test_sequences_of_a_step_do_not_touch_each_other():
 
 
 def test_strong_decay_stays_finite():
-    q, k, v, decay, beta = tokens(70)
-    part = (q, k, v, decay * 500, beta)
-    (out,) = run([part], [0], torch.zeros(2, H, K, V))
-    torch.testing.assert_close(out, by_token(part)[0], rtol=1e-4, atol=1e-5)
+    (out,) = run([tokens(70)], [0], torch.zeros(2, H, K, V), 500.0)
+    torch.testing.assert_close(out, by_token(tokens(70), 500.0)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_without_tokens_changes_nothing():
     state, none = torch.ones(2, H, K, V), torch.zeros(0, dtype=torch.int64)
-    q, k, v, decay, beta = tokens(0)
-    out = gated_delta_rule(
-        q, k, v, decay, beta, state, none, torch.zeros(1, dtype=torch.int32), none, []
-    )
+    start = torch.zeros(1, dtype=torch.int32)
+    q, k, v, a, b = tokens(0)
+    given = (q, k, v, a, b, *rates(), state, none, start, none)
+    out = gated_delta_rule(*given, [], [])
     assert out.shape == (0, H, V) and torch.equal(state, torch.ones(2, H, K, V))
