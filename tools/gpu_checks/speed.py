@@ -27,6 +27,7 @@ from gpu_checks.check import Check, Settings, at_most, figure, guarded, not_here
 from gpu_checks.launches import budget, count_step
 from gpu_checks.low_bit import check_low_bit_speed
 from gpu_checks.peaks import Peaks, measure_peaks, seconds_of
+from gpu_checks.scaled import check_scaled_speed
 from gpu_checks.shapes import MIXTRAL, QWEN3, ModelShape, dummy_llm, free_bytes, tiny
 
 GROUP = "speed"
@@ -60,6 +61,8 @@ def check_speed(settings: Settings) -> Iterator[Check]:
     yield from _listed("experts", _check_backends(settings, peaks))
     _release(device)
     yield from _listed("low-bit experts", check_low_bit_speed(settings))
+    _release(device)
+    yield from _listed("scaled_mm", check_scaled_speed(settings))
     _release(device)
     yield from _listed("virtual layer", virtual_layer.check_virtual_layer(settings))
 
