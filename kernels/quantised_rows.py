@@ -24,8 +24,9 @@ from engine.ops.low_bit_floats import (
     shares_scales,
 )
 from engine.ops.quantised import PANEL, QuantisedWeights, quantise
+from engine.ops.scaled_ffn import FP8, RowWeights, round_rows_reference
 
-LowBit = QuantisedWeights | FloatWeights
+LowBit = QuantisedWeights | FloatWeights | RowWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class FloatLayout:
 
     format: Literal["mxfp4", "fp8"]
     block: tuple[int, int] = (1, 32)  # outputs and columns that share a scale
+    in_rows: bool = False  # of FP8 with a scale per output: row by row, for `scaled_ffn`, not in
+    # panels
 
     @property
     def bits(self) -> int:
@@ -61,6 +64,10 @@ def empty_weights(
     Args:
         part: outputs that arrive together at most: blocks of scales begin anew with each part.
     """
+    if isinstance(layout, FloatLayout) and layout.in_rows:
+        codes_eOI = torch.zeros(experts, outputs, inputs, dtype=torch.uint8, device=device)
+        scale_eO = torch.zeros(experts, outputs, device=device)
+        return RowWeights(codes_eOI.view(FP8), scale_eO)
     panels, words = -(-outputs // PANEL), -(-inputs // (32 // layout.bits))
     packed_ePCN = torch.zeros(experts, panels, words, PANEL, dtype=torch.int32, device=device)
     # Decode reads every weight once per step, so memory bandwidth sets its time.
@@ -87,6 +94,14 @@ def round_to(weights_eOI: torch.Tensor, layout: Layout) -> LowBit:
         assert not layout.has_zero, "zero points are a checkpoint's"
         return quantise(weights_eOI, layout.bits, layout.group)
     assert layout.format == "fp8", "nothing is rounded to MXFP4"
+    if layout.in_rows:
+        codes_RI, scale_R = round_rows_reference(weights_eOI.flatten(0, 1))
+        if not scale_R.isfinite().all():  # SYNC: while weights are loaded
+            raise ValueError(
+                "weights_eOI: has values that are not finite; they cannot be quantised"
+            )
+        shape = weights_eOI.shape
+        return RowWeights(codes_RI.view(shape), scale_R.view(shape[:2]))
     return quantise_fp8(weights_eOI, layout.block)
 
 
@@ -99,6 +114,8 @@ def pack_floats(codes_OB: torch.Tensor, scale_OG: torch.Tensor, layout: FloatLay
     """
     if layout.format == "mxfp4":
         return pack_mxfp4(codes_OB[None], scale_OG[None])
+    if layout.in_rows:
+        return RowWeights(codes_OB[None].view(FP8), scale_OG[None, :, 0].float())
     return pack_fp8(codes_OB[None], scale_OG[None], (1, layout.block[1]))
 
 
@@ -113,6 +130,13 @@ def set_rows(
         at_O: int64, where each row goes, counted from `first`; None: one after the other.
     """
     assert (rows.bits, rows.group, rows.inputs) == (weights.bits, weights.group, weights.inputs)
+    if isinstance(weights, RowWeights):
+        assert isinstance(rows, RowWeights), "both lie row by row"
+        place = slice(first, first + rows.outputs) if at_O is None else first + at_O
+        weights.codes_eOI.view(torch.uint8)[expert, place] = rows.codes_eOI.view(torch.uint8)[0]
+        weights.scale_eO[expert, place] = rows.scale_eO[0]
+        return
+    assert not isinstance(rows, RowWeights), "both lie in panels"
     pairs = [(weights.packed_ePCN, rows.packed_ePCN), (weights.scale_ePGN, rows.scale_ePGN)]
     if weights.zero_ePGN is not None:
         assert rows.zero_ePGN is not None, "a group has a zero point"
@@ -140,7 +164,25 @@ def set_rows(
             target[expert].transpose(1, 2).index_put_((at_O // PANEL, at_O % PANEL), rows_OC)
 
 
-def parts_of(weights: LowBit, expert: int) -> list[torch.Tensor]:
-    """Return what one expert's matrix consists of: words, scales and zero points, as views."""
+def tensors_of(weights: LowBit) -> list[torch.Tensor]:
+    """Return what matrices consist of: words, scales and zero points, each [e, ...]."""
+    if isinstance(weights, RowWeights):
+        return [weights.codes_eOI, weights.scale_eO]
     tensors = (weights.packed_ePCN, weights.scale_ePGN, weights.zero_ePGN)
-    return [tensor[expert] for tensor in tensors if tensor is not None]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def parts_of(weights: LowBit, expert: int) -> list[torch.Tensor]:
+    """Return what one expert's matrix consists of, as views; see `tensors_of`."""
+    return [tensor[expert] for tensor in tensors_of(weights)]
+
+
+def bytes_of_rows(weights: LowBit, count: int) -> int:
+    """Return the memory of so many rows of a matrix."""
+    if isinstance(weights, RowWeights):
+        return count * (weights.inputs + weights.scale_eO.itemsize)
+    scales_of = 1 if weights.zero_ePGN is None else 2
+    scale_ePGN = weights.scale_ePGN
+    scale_bytes = scale_ePGN.shape[2] * scale_ePGN.shape[3] * scale_ePGN.itemsize
+    words = 4 * count * weights.packed_ePCN.shape[2]
+    return words + scales_of * count * scale_bytes // PANEL

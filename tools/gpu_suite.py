@@ -8,7 +8,8 @@
     speed      decode steps and prefill at real widths against bandwidth and FLOPs; launches and
                syncs against their budgets; grouped_mm against te; a layer on 8 virtual ranks
     step       a whole step: the host waits only where the source says so
-    experts    backends torch, grouped_mm, te against float64, float32 and bfloat16, skewed loads
+    experts    backends torch, grouped_mm, te against float64, float32 and bfloat16, skewed loads;
+               scaled_mm against its plain form
     pipeline   dispatch, experts and combine in 1 to 3 chunks: equal, and no host sync in between
     capacity   every policy's decisions, device against CPU: identical
     kernels    every op on the device (Triton) against its plain torch reference

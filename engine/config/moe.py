@@ -82,9 +82,11 @@ class CapacityConfig:
 class ExpertsConfig:
     """What computes the experts."""
 
-    backend: Literal["auto", "torch", "grouped_mm", "te"] = "auto"  # torch: the native kernel on
-    # the CPU, else a loop; grouped_mm: torch's grouped GEMM; te: Transformer Engine; auto: on CUDA
-    # in bfloat16 grouped_mm, te where a measurement at start finds it faster; else torch
+    backend: Literal["auto", "torch", "grouped_mm", "te", "scaled_mm"] = "auto"  # torch: the native
+    # kernel on the CPU, else a loop; grouped_mm: torch's grouped GEMM; te: Transformer Engine;
+    # scaled_mm: torch's FP8 grouped GEMM on a GPU like H100, for experts in FP8, rounds activations
+    # to FP8 as well, never taken by auto; auto: on CUDA in bfloat16 grouped_mm, te where a
+    # measurement at start finds it faster; else torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

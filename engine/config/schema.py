@@ -182,3 +182,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
             "moe.experts.backend = 'te': needs runtime.device = cuda (Transformer Engine has no "
             "CPU kernels); use torch, grouped_mm or auto on a CPU"
         )
+    if config.moe.experts.backend == "scaled_mm" and config.runtime.device == "cpu":
+        yield (
+            "moe.experts.backend = 'scaled_mm': needs runtime.device = cuda (torch's FP8 grouped "
+            "product has no CPU kernel); use auto on a CPU"
+        )

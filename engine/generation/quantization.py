@@ -5,9 +5,12 @@
 | dequantize | in model.dtype                                      | in model.dtype   |
 | int8, int4 | as integers made from their values                  | in model.dtype   |
 | fp8        | in E4M3 made from their values, a scale per 128x128 | in model.dtype   |
+|            | (with `scaled_mm` per output)                       |                  |
 | keep       | as the checkpoint stores them: integers, FP8, MXFP4 | in model.dtype   |
 | auto       | keep where a compiled kernel computes on them and   | in model.dtype   |
 |            | they fit, else dequantize                           |                  |
+
+The backend `scaled_mm` takes FP8 with a scale per output alone, made or stored.
 
 Kernels compute on all of them on CUDA, on the CPU on integers of plain SwiGLU experts. Elsewhere
 one expert at a time is dequantised in every step.
@@ -25,10 +28,11 @@ import torch
 from engine.config import Config
 from engine.models.expert_weights import expert_names
 from engine.models.spec import ModelSpec, SparseSpec
+from engine.moe.backend_choice import choose_backend
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import COPY_GROUP
 from engine.ops import native, triton_support
-from engine.ops.quantised_rows import IntegerLayout
+from engine.ops.quantised_rows import FloatLayout, IntegerLayout, Layout
 from engine.weights.formats.grouping import read_weights
 from engine.weights.formats.kept import NotKept, kept_layouts
 from engine.weights.formats.scheme import scheme_of
@@ -67,6 +71,8 @@ def resolve_quantization(
         ValueError: the setting asks for what no backend computes, or contradicts another.
     """
     setting, backend = config.model.quantization, config.moe.experts.backend
+    if backend == "scaled_mm":
+        return _for_scaled_mm(config, spec, device, dtype)
     if setting not in ("auto", "dequantize") and backend not in ("auto", "torch"):
         raise ValueError(
             f"moe.experts.backend: {backend!r} computes on weights in model.dtype, and "
@@ -92,6 +98,66 @@ def resolve_quantization(
                 kept = {layer: ExpertLayouts(*each, kept=True) for layer, each in found.items()}
                 return Held("keep", kept)
     return Held("dequantize")
+
+
+def _for_scaled_mm(
+    config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> Held:
+    """Return how the experts are held for torch's scaled grouped product: FP8 row by row.
+
+    The arguments are those of `resolve_quantization`.
+
+    Raises:
+        ValueError: the device, the setting, the experts or what the checkpoint stores do not fit.
+    """
+    where, setting = "moe.experts.backend: 'scaled_mm'", config.model.quantization
+    sparse = {
+        index: layer.mlp.moe
+        for index, layer in enumerate(spec.layers)
+        if isinstance(layer.mlp, SparseSpec)
+    }
+    for moe in sparse.values():
+        choose_backend("scaled_mm", device, dtype, (moe.width, moe.ffn))
+        if not moe.experts.is_plain:
+            raise ValueError(
+                f"{where} computes plain SwiGLU experts alone, and this model's have "
+                f"{moe.experts.words}; choose 'auto'"
+            )
+    if setting == "fp8":
+        return Held(setting, dict.fromkeys(sparse, ExpertLayouts.of_fp8_rows()))
+    if setting not in ("auto", "keep"):
+        raise ValueError(
+            f"{where} computes on experts in FP8, and model.quantization = {setting} holds them "
+            "otherwise; set model.quantization to fp8, or moe.experts.backend to auto"
+        )
+    folder, others = Path(config.model.path), "set model.quantization to fp8, which rounds them so"
+    scheme = None if config.model.load_format == "dummy" else scheme_of(folder)
+    if scheme is None:
+        raise ValueError(
+            f"{where} computes on experts in FP8, and this checkpoint is not quantised; {others}"
+        )
+    try:
+        found = kept_layouts(read_weights(folder).entries, expert_names(spec), scheme)
+    except NotKept as error:
+        raise ValueError(f"{where} computes on experts in FP8: {error}; {others}") from error
+    held = {}
+    for index, moe in sparse.items():
+        widths = moe.width, moe.ffn
+        rows = [_in_rows(*each) for each in zip(found.get(index, ()), widths, strict=False)]
+        if len(rows) != 2 or rows[0] is None or rows[1] is None:
+            raise ValueError(
+                f"{where} computes on experts in FP8 with a scale per output or matrix, and those "
+                f"of layer {index} are stored otherwise ({scheme.name}); {others}"
+            )
+        held[index] = ExpertLayouts(rows[0], rows[1], kept=True)
+    return Held("keep", held)
+
+
+def _in_rows(layout: Layout, width: int) -> FloatLayout | None:
+    """Return the layout of a matrix row by row, None where a row has no single FP8 scale."""
+    if not isinstance(layout, FloatLayout) or layout.format != "fp8" or layout.block[1] < width:
+        return None
+    return FloatLayout("fp8", (1, width), in_rows=True)
 
 
 def _computes(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> bool:

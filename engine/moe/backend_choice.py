@@ -15,12 +15,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.ops import triton_support
+
 logger = logging.getLogger(__name__)
 
 _GROUPED_MM_ALIGNMENT = 16  # bytes: torch checks the strides of its operands
 # Compute capabilities whose kernel reads the offsets on the device; torch's fallback for others,
 # and for other dtypes than bfloat16, copies them to the host and loops over the experts.
 _GROUPED_MM_MAJORS = (9, 10)
+# torch's product of FP8 with a scale per row and output: its kernel is built for Hopper.
+_SCALED_MM_MAJOR = 9
+_SCALED_MM_MULTIPLE = 16  # of all dims
 
 
 def find_grouped_mm() -> Callable[..., torch.Tensor] | None:
@@ -57,7 +62,8 @@ def choose_backend(
 
     `auto` is `torch` on CPU; on CUDA `grouped_mm` in bfloat16 where torch has a kernel for this
     device and these widths, else `torch`. `te` is taken where it is asked for, or where it was
-    measured to be faster (`experts_trial.py`).
+    measured to be faster (`experts_trial.py`); `scaled_mm`, which rounds activations, only where it
+    is asked for.
 
     Args:
         name: moe.experts.backend.
@@ -83,7 +89,39 @@ def choose_backend(
         import_transformer_engine()
     if name == "grouped_mm":
         _check_grouped_mm(device, dtype, widths)
+    if name == "scaled_mm":
+        _check_scaled_mm(device, dtype, widths)
     return name
+
+
+def _check_scaled_mm(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> None:
+    """Refuse `scaled_mm` where torch cannot run it.
+
+    Raises:
+        ValueError: naming what it needs.
+    """
+    where, found = "moe.experts.backend: 'scaled_mm'", ""
+    if device.type != "cuda":
+        found = f"the device is {device.type}"
+    elif not hasattr(torch, "_scaled_grouped_mm"):
+        found = f"this is torch {torch.__version__}"
+    elif (capability := torch.cuda.get_device_capability(device))[0] != _SCALED_MM_MAJOR:
+        found = f"this GPU's is {capability[0]}.{capability[1]}"
+    elif not triton_support.serves_on(device):
+        found = "Triton is not installed"
+    elif dtype != torch.bfloat16:
+        found = f"model.dtype is {str(dtype).removeprefix('torch.')}"
+    if found:
+        raise ValueError(
+            f"{where} needs a GPU of compute capability 9.0 (H100, H200), torch >= 2.8, Triton "
+            f"and model.dtype bfloat16, and {found}; choose 'auto'"
+        )
+    if (width := next((n for n in widths if n % _SCALED_MM_MULTIPLE), None)) is not None:
+        raise ValueError(
+            f"{where} needs experts whose input and hidden dim are multiples of "
+            f"{_SCALED_MM_MULTIPLE}, and one of this checkpoint is {width} (hidden_size and "
+            "moe_intermediate_size or intermediate_size in config.json); choose 'auto'"
+        )
 
 
 def _check_grouped_mm(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> None:

@@ -19,24 +19,28 @@ import torch
 from engine.layers.precision import compute_dtype
 from engine.moe.expert_form import ExpertForm
 from engine.ops.grouped_low_bit import ROWS_OF_HEIGHTS, Between, low_bit_ffn
-from engine.ops.quantised import PANEL, QuantisedWeights, grouped_ffn_quantised, pack
+from engine.ops.quantised import QuantisedWeights, grouped_ffn_quantised, pack
 from engine.ops.quantised_rows import (
     FloatLayout,
     IntegerLayout,
     Layout,
     LowBit,
+    bytes_of_rows,
     empty_weights,
     pack_floats,
     parts_of,
     round_to,
     set_rows,
+    tensors_of,
 )
+from engine.ops.scaled_ffn import RowWeights, scaled_ffn
 from engine.ops.to_device import to_device
 
 Matrix = Literal["w13", "w2"]
 FP8_BLOCK = (128, 128)  # of experts that are rounded to FP8
 # Quantised at a time: what that takes stays with the allocator, once per thread that reads.
 _MOST_WEIGHTS = 1 << 19
+_WHOLE_ROW = 1 << 30  # columns, of rows of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,18 @@ class ExpertLayouts:
     def of_fp8(cls) -> ExpertLayouts:
         """Return FP8 in blocks of `FP8_BLOCK`."""
         return cls(FloatLayout("fp8", FP8_BLOCK), FloatLayout("fp8", FP8_BLOCK))
+
+    @classmethod
+    def of_fp8_rows(cls) -> ExpertLayouts:
+        """Return FP8 with a scale per output, for the product that rounds rows as well."""
+        layout = FloatLayout("fp8", (1, _WHOLE_ROW), in_rows=True)
+        return cls(layout, layout)
+
+    @property
+    def backend(self) -> str:
+        """The name of what computes on them."""
+        in_rows = isinstance(self.w13, FloatLayout) and self.w13.in_rows
+        return "scaled_mm" if in_rows else "quantised"
 
     @property
     def bits(self) -> int:
@@ -77,7 +93,6 @@ class LowBitExperts:
         form: what the experts compute. Biases are uninitialised.
     """
 
-    name = "quantised"
     takes_some_rows = True
 
     def __init__(
@@ -92,6 +107,7 @@ class LowBitExperts:
         form: ExpertForm = ExpertForm(),  # noqa: B008
     ) -> None:
         self.layouts, self.dtype, self.form = layouts, dtype, form
+        self.name = layouts.backend
         inner = form.parts * ffn
         self.w13_eND = empty_weights(layouts.w13, num_local, inner, hidden, device, ffn)
         self.w2_eDF = empty_weights(layouts.w2, num_local, hidden, ffn, device, hidden)
@@ -106,12 +122,9 @@ class LowBitExperts:
     @property
     def bytes_per_expert(self) -> int:
         """Bytes of one expert's weights."""
-        found = 0
-        for weights in (self.w13_eND, self.w2_eDF):
-            tensors = (weights.packed_ePCN, weights.scale_ePGN, weights.zero_ePGN)
-            found += sum(_bytes_of_one(tensor) for tensor in tensors if tensor is not None)
-        biases = (self.b13_eN, self.b2_eD)
-        return found + sum(_bytes_of_one(bias) for bias in biases if bias is not None)
+        biases = [bias for bias in (self.b13_eN, self.b2_eD) if bias is not None]
+        held = [*tensors_of(self.w13_eND), *tensors_of(self.w2_eDF), *biases]
+        return sum(_bytes_of_one(tensor) for tensor in held)
 
     def parts(self, local: int) -> list[torch.Tensor]:
         """Return the tensors that one expert consists of, as views."""
@@ -152,6 +165,10 @@ class LowBitExperts:
     ) -> torch.Tensor:
         """Run the experts; see `ExpertsBackend`."""
         w13, w2 = self.w13_eND, self.w2_eDF
+        if isinstance(w13, RowWeights):
+            assert isinstance(w2, RowWeights) and self.form.is_plain, "what is held alike"
+            return scaled_ffn(rows_RD, w13, w2, expert_counts, out_RD, index_R)
+        assert not isinstance(w2, RowWeights), "both matrices are held alike"
         if (
             self.form.is_plain
             and isinstance(w13, QuantisedWeights)
@@ -171,7 +188,7 @@ class LowBitExperts:
             return
         for count in ROWS_OF_HEIGHTS:
             shape = count, self.w2_eDF.outputs
-            rows_RD = torch.zeros(shape, dtype=dtype, device=self.w2_eDF.packed_ePCN.device)
+            rows_RD = torch.zeros(shape, dtype=dtype, device=tensors_of(self.w2_eDF)[0].device)
             counts = [count] + [0] * (num_local - 1)
             self(rows_RD, counts)
             self(rows_RD, counts, None, torch.arange(count, device=rows_RD.device))
@@ -196,12 +213,8 @@ class SinkOfRows:
         self._local, self._first, self._part, self._alternate = local, first, part, alternate
         self.keeps_stored = keeps_stored
         self.shape = (count, weights.inputs)
-        self.device = weights.scale_ePGN.device
-        scales_of = 1 if weights.zero_ePGN is None else 2
-        scale_ePGN = weights.scale_ePGN
-        scale_bytes = scale_ePGN.shape[2] * scale_ePGN.shape[3] * scale_ePGN.itemsize
-        words = 4 * count * weights.packed_ePCN.shape[2]
-        self.num_bytes = words + scales_of * count * scale_bytes // PANEL
+        self.device = tensors_of(weights)[0].device
+        self.num_bytes = bytes_of_rows(weights, count)
 
     def take(self, rows_OI: torch.Tensor) -> None:
         """Quantise all rows, some at a time; see `RowSink`."""

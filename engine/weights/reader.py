@@ -186,7 +186,7 @@ def _read_job(job: ReadJob, files: Files, staging: Staging, report: OnProgress) 
     if sink is not None:
         if sink.keeps_stored and entry.stored is not None:
             index = job.bounds[0][0] if len(entry.stored.shape) == 3 else 0
-            return read_kept(job.name, entry.stored, index, sink, read, report)
+            return read_kept(job.name, entry.stored, index, sink, target.dtype, read, report)
 
         def fill(view: torch.Tensor) -> int:
             return _read_job(replace(job, target=view, sink=None), files, staging, report)

@@ -23,6 +23,7 @@ from engine.weights.entry import (
     StoredWeight,
     TensorEntry,
 )
+from engine.weights.formats.scaled import as_float
 from engine.weights.row_sink import RowSink
 from engine.weights.safetensors_header import CheckpointError
 
@@ -35,6 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "I32": torch.int32,
 }
+_LARGEST = {"fp8": 448.0, "mxfp4": 6.0}  # before its scale
 _LEAST_BYTES = 1024  # a shorter part of a row is not read alone: the calls would take longer
 
 ReadBytes = Callable[[TensorEntry, torch.Tensor, int], None]
@@ -107,6 +109,7 @@ def read_kept(
     stored: StoredWeight,
     index: int,
     sink: RowSink,
+    dtype: torch.dtype,
     read: ReadBytes,
     report: OnProgress,
 ) -> int:
@@ -116,17 +119,20 @@ def read_kept(
         name: of the weight, for messages.
         stored: a matrix of integers or small floats (`formats/kept.py`), or a stack of these.
         index: of the matrix in the stack, 0 where there is no stack.
+        dtype: what the matrix is dequantised to where it is multiplied.
         read: fills a vector of bytes from a byte of a tensor.
         report: called once per some rows.
 
     Raises:
-        CheckpointError: codes or scales that are not finite, or groups that are not consecutive
-            inputs.
+        CheckpointError: codes or scales that are not finite, values that the dtype cannot hold, or
+            groups that are not consecutive inputs.
     """
-    fetch, is_finite = _Fetch(read), True
+    fetch, is_finite, largest = _Fetch(read), True, 0.0
+    where = f"{name} (from {', '.join(stored.parts)})"
     if isinstance(stored, IntegerWeight):
         for rows in stored.integers(fetch):
             if is_finite := bool(rows.scale_OG.isfinite().all()):
+                largest = max(largest, (1 << stored.bits) * float(rows.scale_OG.abs().max()))
                 sink.take_integers(rows.first, rows.q_OI, rows.scale_OG, rows.zero_OG)
             report()
             if not is_finite:
@@ -135,15 +141,20 @@ def read_kept(
         assert isinstance(stored, FloatWeight), "no other is kept"
         for rows in stored.codes(index, fetch):
             if is_finite := _are_numbers(rows, stored.format):
+                scale = float(as_float(rows.scale_OG).abs().max())
+                largest = max(largest, _LARGEST[stored.format] * scale)
                 sink.take_floats(rows.first, rows.codes_OB, rows.scale_OG)
             report()
             if not is_finite:
                 break
     if not is_finite:
         raise CheckpointError(
-            f"{name} (from {', '.join(stored.parts)}): holds NaN or infinity; the checkpoint "
-            "is damaged or diverged in training"
+            f"{where}: holds NaN or infinity; the checkpoint is damaged or diverged in training"
         )
+    if largest > torch.finfo(dtype).max:  # by the scales: not all codes need be that large
+        *_, rows, columns = stored.shape
+        for piece in stored.pieces(index, (0, rows), (0, columns), _Fetch(read)):
+            _check(piece, where, dtype)
     return fetch.num_bytes
 
 

@@ -17,9 +17,9 @@ from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
-def _to_float8(x):
-    # Rounds to nearest, ties to even; small numbers by an addition that shifts their bits into
-    # place, at 480 and above NaN (0x7F).
+def to_float8(x):
+    """Return the bytes of float32 numbers in E4M3, rounded to nearest, ties to even."""
+    # Small numbers by an addition that shifts their bits into place; at 480 and above NaN (0x7F).
     bits = x.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits = bits & 0x7FFFFFFF
@@ -29,6 +29,17 @@ def _to_float8(x):
     code = tl.where(bits < 0x3C800000, small, normal)
     code = tl.where(bits >= 0x43F00000, 0x7F, code)
     return (code | sign).to(tl.uint8)
+
+
+@triton.jit
+def row_scale(part):
+    """Return the largest magnitude of a row in float32 / 448."""
+    largest = tl.max(tl.abs(part), axis=0)
+    scale = tl.div_rn(largest, 448.0)
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
+    # A maximum may pass over NaN.
+    is_nan = tl.max((part != part).to(tl.int32), axis=0) > 0
+    return tl.where(is_nan, float("nan"), scale)
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_U"])
@@ -52,15 +63,9 @@ def _pack_rows_kernel(
     out += row * out_stride + column
     if SCALED:
         part = part.to(tl.float32)
-        largest = tl.max(tl.abs(part), axis=0)
-        scale = tl.div_rn(largest, 448.0)
-        scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
-        # A maximum may pass over NaN.
-        is_nan = tl.max((part != part).to(tl.int32), axis=0) > 0
-        scale = tl.where(is_nan, float("nan"), scale)
-        tl.store(
-            out, _to_float8(tl.div_rn(part, scale + tl.zeros([BLOCK], tl.float32))), mask=exists
-        )
+        scale = row_scale(part)
+        code = to_float8(tl.div_rn(part, scale + tl.zeros([BLOCK], tl.float32)))
+        tl.store(out, code, mask=exists)
         tl.store(scales + row * scales_stride, scale)
     else:
         tl.store(out, part.to(out.dtype.element_ty), mask=exists)

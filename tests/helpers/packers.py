@@ -68,7 +68,7 @@ def _integers(
     scales = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.01).half()
     zeros = torch.full((rows, groups), 8)
     if not symmetric:
-        zeros = torch.randint(1, 16, (rows, groups), generator=generator)
+        zeros = torch.randint(0, 16, (rows, groups), generator=generator)
     per_input = scales.float().repeat_interleave(GROUP, 1)
     values = (weight / per_input).round() + zeros.repeat_interleave(GROUP, 1)
     return values.clamp(0, 15).long(), zeros, scales
@@ -112,20 +112,20 @@ def awq(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
     }
 
 
-def gptq(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
+def gptq_v2(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
     values, zeros, scales = _integers(weight, generator, symmetric=False)
-    order = torch.randperm(weight.shape[1], generator=generator)
     return {
         "qweight": _pack(values.T, 0),
-        "qzeros": _pack((zeros - 1).T, 1),
+        "qzeros": _pack(zeros.T, 1),
         "scales": scales.T.contiguous(),
-        "g_idx": (order // GROUP).int(),
+        "g_idx": (torch.arange(weight.shape[1]) // GROUP).int(),
     }
 
 
-def gptq_v2(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
-    stored = gptq(weight, generator)
-    stored["g_idx"] = (torch.arange(weight.shape[1]) // GROUP).int()
+def gptq(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
+    stored = gptq_in_order(weight, generator)
+    order = torch.randperm(weight.shape[1], generator=generator)
+    stored["g_idx"] = (order // GROUP).int()
     return stored
 
 
@@ -141,8 +141,11 @@ def mxfp4(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
 
 
 def gptq_in_order(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
-    stored = gptq(weight, generator)
-    stored["g_idx"] = (torch.arange(weight.shape[1]) // GROUP).int()
+    """GPTQ v1 as GPTQModel writes it: 1 taken from every zero point of whole words of v2."""
+    stored = gptq_v2(weight, generator)
+    words = [[int(word) - 0x11111111 for word in row] for row in stored["qzeros"].tolist()]
+    signed = [[(word + (1 << 31)) % (1 << 32) - (1 << 31) for word in row] for row in words]
+    stored["qzeros"] = torch.tensor(signed, dtype=torch.int32)
     return stored
 
 
@@ -214,6 +217,8 @@ def slow_read(kind: str, stored: Tensors) -> torch.Tensor:
     scales = stored["weight_scale" if packed else "scales"].float().tolist()
     zeros = stored.get("weight_zero_point" if packed else "qzeros")
     zero_words = None if zeros is None else zeros.tolist()
+    if zero_words is not None and kind in ("gptq", "gptq-in-order"):
+        zero_words = [[word + 0x11111111 for word in row] for row in zero_words]
     index = stored.get("weight_g_idx", stored.get("g_idx"))
     of_input = None if index is None else index.tolist()
     num_rows = len(words[0]) * (8 if kind == "awq" else 1)
@@ -237,7 +242,7 @@ def slow_read(kind: str, stored: Tensors) -> torch.Tensor:
             else:
                 assert zero_words is not None
                 value = _nibble(words, k // 8, n, k % 8)
-                zero = _nibble(zero_words, group, n // 8, n % 8) + (kind != "gptq-v2")
+                zero = _nibble(zero_words, group, n // 8, n % 8)
                 scale = scales[group][n]
             result[n, k] = (value - zero) * scale
     return result.float()

@@ -13,6 +13,7 @@ from engine.moe.experts import ExpertWeights, make_backend
 from engine.ops.grouped_ffn import grouped_ffn_reference
 from gpu_checks.check import Check, at_most, guarded, relative_error
 from gpu_checks.copies import check_copied_experts
+from gpu_checks.scaled import check_scaled
 
 GROUP = "experts"
 HIDDEN, FFN = 256, 512
@@ -50,7 +51,7 @@ def check_experts(device: torch.device) -> list[Check]:
                 )
             if dtype == torch.bfloat16:
                 found += check_copied_experts(device, backend)
-    return found
+    return found + guarded(GROUP, "scaled_mm", lambda: [*check_scaled(device)])
 
 
 @torch.inference_mode()

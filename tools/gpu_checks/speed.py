@@ -28,6 +28,7 @@ from gpu_checks.gated_delta import check_gated_delta_speed
 from gpu_checks.launches import budget, count_step
 from gpu_checks.low_bit import check_low_bit_speed
 from gpu_checks.peaks import Peaks, measure_peaks, seconds_of
+from gpu_checks.scaled import check_scaled_speed
 from gpu_checks.shapes import MIXTRAL, QWEN3, ModelShape, dummy_llm, free_bytes, tiny
 
 GROUP = "speed"
@@ -64,6 +65,8 @@ def check_speed(settings: Settings) -> Iterator[Check]:
     _release(device)
     rule = check_gated_delta_speed(settings, peaks.copy_bytes)
     yield from _listed("gated delta rule", rule)
+    _release(device)
+    yield from _listed("scaled_mm", check_scaled_speed(settings))
     _release(device)
     yield from _listed("virtual layer", virtual_layer.check_virtual_layer(settings))
 

@@ -35,7 +35,7 @@ class Scheme:
     block: tuple[int, int] | None = None  # of FP8: rows and columns per scale
     bits: int = 4  # of packed integers
     group_size: int | None = None  # inputs per scale of integers; None: all
-    zero_offset: int = 0  # added to stored zero points
+    zero_offset: int = 0  # 1: to be added to stored zero points
     act_order: bool = False  # whether inputs are in groups by their activations
 
 

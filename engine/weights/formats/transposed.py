@@ -12,6 +12,11 @@
 The first of an order is in the lowest bits of a word.
 
     weight = (value - zero) * scale
+
+Of `gptq`, 1 was taken from each zero point when the eight of a word were packed already: a zero
+point of 0 is stored as 15 and borrows from the next. So 1 is added to each of a whole word, with
+carries. (AutoGPTQ took it before it packed, and asymmetric files of its that hold a zero point of
+0 are damaged; symmetric ones have 8 everywhere.)
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from engine.weights.safetensors_header import CheckpointError
 
 BITS = 4
 _PER_WORD = 32 // BITS
+_ONES = 0x11111111  # 1 in each value of a word
 # Of eight neighbouring outputs, the place in the word of each.
 _AWQ_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
@@ -42,7 +48,7 @@ class TransposedWeight:
     group_index: TensorEntry | None
     group_size: int
     is_awq: bool
-    zero_offset: int  # added to stored zero points
+    zero_offset: int  # 1: to be added to stored zero points, else 0
 
     @property
     def bits(self) -> int:
@@ -66,8 +72,7 @@ class TransposedWeight:
         self._check_order(fetch)
         groups = 0, self.scales.shape[0]
         scale_OG = fetch(self.scales, groups, (0, rows)).float().T
-        zeros = self._outputs(fetch(self.qzeros, groups, covering((0, rows), _PER_WORD)), (0, rows))
-        zero_OG = ((zeros + self.zero_offset) & ((1 << BITS) - 1)).T
+        zero_OG = self._zeros(fetch, groups, (0, rows)).T
         height, width = self.qweight.shape
         words = fetch(self.qweight, (0, height), (0, width))
         for part in split((0, rows), columns):
@@ -100,9 +105,7 @@ class TransposedWeight:
             chosen = fetch(entry, columns, (0, 1)).flatten().long()
             first, last = 0, num_groups
         scales = fetch(self.scales, (first, last), rows).float()
-        zeros = self._outputs(fetch(self.qzeros, (first, last), covering(rows, _PER_WORD)), rows)
-        if self.zero_offset:
-            zeros = (zeros + self.zero_offset) & ((1 << BITS) - 1)
+        zeros = self._zeros(fetch, (first, last), rows)
         for part in split(columns, rows[1] - rows[0]):
             if chosen is None:
                 groups = torch.arange(*part) // self.group_size - first
@@ -116,6 +119,11 @@ class TransposedWeight:
                 values = unpack(stored, BITS, part, 0)
             values = (values - zeros[groups]).float().mul_(scales[groups])
             yield Piece(rows, part, values.T)
+
+    def _zeros(self, fetch: Fetch, groups: Span, rows: Span) -> torch.Tensor:
+        """Return the zero points [groups, outputs] of some groups and outputs."""
+        words = fetch(self.qzeros, groups, covering(rows, _PER_WORD))
+        return self._outputs(words + _ONES if self.zero_offset else words, rows)
 
     def _outputs(self, words: torch.Tensor, rows: Span) -> torch.Tensor:
         """Return the integers of some outputs, which are packed along the columns of `words`."""

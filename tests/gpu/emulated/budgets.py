@@ -123,6 +123,12 @@ ROWS = (
         _LOW_BIT,
     ),
     Row("qwen3_moe decode, fp8 experts", "qwen3_moe", _PLAIN, quantization="fp8"),
+    Row(
+        "qwen3_moe decode, fp8 scaled_mm",
+        "qwen3_moe",
+        {"experts": {"backend": "scaled_mm"}, **_PLAIN},
+        quantization="fp8",
+    ),
     Row("gpt_oss decode, int4 experts", "gpt_oss", _PLAIN, quantization="int4"),
 )
 
@@ -220,7 +226,7 @@ def _count(rank: int, guard: Path, path: Path, row: Row) -> Step:
 
 def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
     moe = {"experts": {"backend": "grouped_mm"}, **row.moe}
-    if row.quantization != "auto":
+    if row.quantization != "auto" and "experts" not in row.moe:
         moe["experts"] = {"backend": "auto"}
     if row.placement is not None:
         layers = tuple(range(json.loads((path / "config.json").read_text())["num_hidden_layers"]))

@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.gpu.emulated.device import DEVICE, Copy, DeviceError, RaceError, place
+from tests.gpu.emulated.scaled_mm import scaled_grouped_mm
 
 KERNELS = {
     "sort": 5,
@@ -29,7 +30,10 @@ KERNELS = {
     "index_put": 2,
     "repeat_interleave": 3,
     "_grouped_mm": 2,  # the second works out its groups
+    "_scaled_grouped_mm": 2,
 }
+# Ops that torch has for CUDA alone.
+_CPU_FORMS: dict[str, Callable[..., Any]] = {"_scaled_grouped_mm": scaled_grouped_mm}
 _NO_KERNEL = {"_unsafe_view", "resize_", "set_", "_local_scalar_dense"}
 # The size of their result depends on values, which the host has to read.
 _SYNCING = {"nonzero", "masked_select", "_unique2", "bincount", "equal", "multinomial"}
@@ -158,7 +162,7 @@ def _run(
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     named = {key: _mapped(unwrap, value) for key, value in kwargs.items()}
-    made = func(*_mapped(unwrap, args), **named)
+    made = _CPU_FORMS.get(name, func)(*_mapped(unwrap, args), **named)
     if not is_view:
         is_empty = any(isinstance(e, torch.Tensor) and not e.numel() for e in leaves((made,)))
         DEVICE.launch(name, 0 if is_empty else KERNELS.get(base, 1))

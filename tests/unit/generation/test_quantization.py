@@ -109,3 +109,56 @@ def test_what_cannot_be_kept_is_refused_with_what_to_set(folders):
     words = "'keep': compressed-tensors: .*g_idx.*are kept"
     with pytest.raises(ValueError, match=f"model.quantization: {words}.*set model.quantization to"):
         resolved(folders["int4-g-idx"], "keep")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU that torch has the scaled grouped product for."""
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def scaled(folder: Path, setting: str, **more) -> Held:
+    options = {"device": CUDA, "dtype": torch.bfloat16, **more}
+    return resolved(folder, setting, backend="scaled_mm", **options)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_scaled_mm_takes_fp8_row_by_row_made_or_stored(folders):
+    made = dict.fromkeys(range(2), ExpertLayouts.of_fp8_rows())
+    for kind in ("none", "int4", "fp8-block"):
+        assert scaled(folders[kind], "fp8") == Held("fp8", made)
+    row = FloatLayout("fp8", (1, 64), in_rows=True)
+    kept = dict.fromkeys(range(2), ExpertLayouts(row, row, kept=True))
+    for kind in ("fp8-channel", "fp8-tensor"):
+        for setting in ("auto", "keep"):
+            assert scaled(folders[kind], setting) == Held("keep", kept)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("kind", "setting", "words"),
+    [
+        ("none", "auto", "this checkpoint is not quantised; set model.quantization to fp8"),
+        ("none", "keep", "this checkpoint is not quantised; set model.quantization to fp8"),
+        ("int4", "auto", "layer 0 are stored otherwise .*; set model.quantization to fp8"),
+        ("fp8-block", "auto", "layer 0 are stored otherwise .*; set model.quantization to fp8"),
+        ("mxfp4", "keep", "layer 0 are stored otherwise .*; set model.quantization to fp8"),
+        ("int4-g-idx", "auto", "g_idx.*; set model.quantization to fp8"),
+        ("fp8-channel", "dequantize", "model.quantization = dequantize holds them otherwise"),
+        ("fp8-channel", "int8", "model.quantization = int8 holds them otherwise"),
+    ],
+)
+def test_what_scaled_mm_does_not_compute_on_is_refused(kind, setting, words, folders):
+    with pytest.raises(ValueError, match=f"moe.experts.backend: 'scaled_mm' .*{words}"):
+        scaled(folders[kind], setting)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_scaled_mm_is_refused_for_other_experts_and_devices(folders, tmp_path):
+    make_checkpoint("gpt_oss", tmp_path / "gpt_oss", overrides={"vocab_size": 97})
+    with pytest.raises(ValueError, match="plain SwiGLU experts alone.*activation gpt_oss, biases"):
+        scaled(tmp_path / "gpt_oss", "fp8")
+    for options in ({"device": CPU}, {"dtype": torch.float16}):
+        with pytest.raises(ValueError, match="'scaled_mm' needs a GPU"):
+            scaled(folders["fp8-channel"], "fp8", **options)

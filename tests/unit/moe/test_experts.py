@@ -1,6 +1,7 @@
 """Which experts backend runs where. Run: pytest tests/unit/moe/test_experts.py"""
 
 import importlib.util
+import re
 import sys
 from types import ModuleType
 
@@ -9,6 +10,7 @@ import torch
 
 from engine.moe.backend_choice import choose_backend
 from engine.moe.experts import ExpertWeights, make_backend
+from engine.ops import triton_support
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -119,6 +121,42 @@ def test_widths_that_grouped_mm_does_not_take_are_found_before_the_model_is_load
     assert "going on with the backend 'torch'" in caplog.text
     assert choose_backend("auto", CUDA, torch.bfloat16, (16, 24)) == "grouped_mm"
     assert choose_backend("grouped_mm", CPU, torch.float32, (4, 20)) == "grouped_mm"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "widths", "capability", "words"),
+    [
+        (CPU, torch.bfloat16, (), (9, 0), "the device is cpu"),
+        (CUDA, torch.float16, (), (9, 0), "model.dtype is float16"),
+        (CUDA, torch.float32, (), (9, 0), "model.dtype is float32"),
+        (CUDA, torch.bfloat16, (), (8, 9), "this GPU's is 8.9"),
+        (CUDA, torch.bfloat16, (), (12, 0), "this GPU's is 12.0"),
+        (CUDA, torch.bfloat16, (64, 24), (9, 0), "one of this checkpoint is 24"),
+    ],
+)
+def test_scaled_mm_is_refused_where_torch_has_no_kernel(
+    monkeypatch, device, dtype, widths, capability, words
+):
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    with pytest.raises(ValueError, match=f"'scaled_mm' needs .*{re.escape(words)}.*choose 'auto'"):
+        choose_backend("scaled_mm", device, dtype, widths)
+
+
+def test_scaled_mm_is_taken_where_it_is_asked_for_and_never_by_auto(monkeypatch):
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    assert choose_backend("scaled_mm", CUDA, torch.bfloat16, (64, 48)) == "scaled_mm"
+    assert choose_backend("auto", CUDA, torch.bfloat16, (64, 48)) == "grouped_mm"
+    with pytest.raises(ValueError, match="in FP8 and these are in bfloat16.*quantization to fp8"):
+        make_backend("scaled_mm", ExpertWeights(2, 64, 48, CPU, torch.bfloat16))
+    monkeypatch.delattr(torch, "_scaled_grouped_mm")
+    with pytest.raises(ValueError, match=r"torch >= 2\.8.*this is torch"):
+        choose_backend("scaled_mm", CUDA, torch.bfloat16, (64, 48))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(triton_support, "_installed", lambda: False)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        choose_backend("scaled_mm", CUDA, torch.bfloat16, (64, 48))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,7 +20,7 @@ HOMES = 3
 CPU, FLOAT = torch.device("cpu"), torch.float32
 WEIGHTS = 3 * FFN * HIDDEN  # of an expert
 INT8, INT4 = ExpertLayouts.of_bits(8, 32), ExpertLayouts.of_bits(4, 32)
-FP8 = ExpertLayouts.of_fp8()
+FP8, FP8_ROWS = ExpertLayouts.of_fp8(), ExpertLayouts.of_fp8_rows()
 
 
 def values_of(local: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +113,11 @@ def test_instances_compute_on_values_of_their_precision(layouts, precision, home
 
 
 @pytest.mark.parametrize("precision", ["model", "int8", "int4"])
-@pytest.mark.parametrize("layouts", [None, INT8, INT4, FP8], ids=["model", "int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "layouts",
+    [None, INT8, INT4, FP8, FP8_ROWS],
+    ids=["model", "int8", "int4", "fp8", "fp8 rows"],
+)
 def test_a_copy_that_moves_in_is_the_one_that_is_loaded(layouts, precision):
     experts = filled(precision, layouts=layouts)
     experts.finalize_weights()
@@ -124,7 +128,9 @@ def test_a_copy_that_moves_in_is_the_one_that_is_loaded(layouts, precision):
         assert sum(part.numel() for part in made) == experts.copy_size
 
 
-@pytest.mark.parametrize("layouts", [INT8, INT4, FP8], ids=["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "layouts", [INT8, INT4, FP8, FP8_ROWS], ids=["int8", "int4", "fp8", "fp8 rows"]
+)
 def test_homes_of_integers_have_no_memory_for_their_values(layouts):
     experts = filled("model", copies=0, layouts=layouts)
     assert sum(each.numel() for each in experts.parameters()) == 0
@@ -193,6 +199,37 @@ def test_small_floats_are_kept_with_the_scales_of_their_rows(block, ffn):
     assert not held.values(0)[0].any()
     shares = height in (16, 1000) and ffn == 48
     assert held.w13_eND.scale_ePGN.shape[3] == (1 if shares else 16)
+
+
+@pytest.mark.parametrize("precision", ["model", "int4"])
+def test_experts_held_row_by_row_are_the_backend_scaled_mm_with_copies(precision):
+    experts, counts = filled(precision, layouts=FP8_ROWS), [3, 0, 5, 2, 9]
+    assert experts.name == "scaled_mm"
+    rows = torch.randn(sum(counts), HIDDEN, generator=torch.Generator().manual_seed(9))
+    weights = [values_of(local % HOMES) for local in range(5)]
+    w13, w2 = (torch.stack(each) for each in zip(*weights, strict=True))
+    expected = grouped_ffn_reference(rows, w13, w2, counts)
+    index = torch.randperm(len(rows))
+    spread = torch.empty_like(rows).index_copy_(0, index, rows)
+    got = experts(spread, counts, torch.empty_like(rows), index)[index]
+    assert torch.allclose(got, experts(rows, counts), atol=1e-6)
+    # FP8 weights and rows; int4 copies lose twice as much.
+    error = (got - expected).norm() / expected.norm()
+    assert 0.01 < error < (0.08 if precision == "model" else 0.12)
+
+
+@pytest.mark.parametrize("block", [(1, HIDDEN), (1000, HIDDEN)])
+def test_fp8_per_row_and_per_matrix_is_kept_row_by_row(block):
+    layout = FloatLayout("fp8", (1, HIDDEN), in_rows=True)
+    held = LowBitExperts(2, HIDDEN, HIDDEN, ExpertLayouts(layout, layout, kept=True), CPU, FLOAT)
+    codes_OI = torch.randn(HIDDEN, HIDDEN).to(torch.float8_e4m3fn)
+    scale_OG = torch.rand(-(-HIDDEN // block[0]), 1).expand(HIDDEN, 1)
+    sink = held.rows("w2", 1, 0, HIDDEN)
+    for first in (0, 22):
+        own = slice(first, {0: 22, 22: None}[first])
+        sink.take_floats(first, codes_OI[own].view(torch.uint8), scale_OG[own])
+    assert torch.equal(held.values(1)[1], codes_OI.float() * scale_OG)
+    assert not held.values(0)[1].any()
 
 
 def test_rows_of_gate_and_up_that_alternate_are_put_apart():
