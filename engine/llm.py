@@ -24,7 +24,7 @@ from engine.config.preflight import check_runnable
 from engine.distributed import bootstrap
 from engine.distributed.clock import measure_clock_offset
 from engine.distributed.collectives import gather_objects
-from engine.distributed.errors import describe_device_error, raise_on_any_rank
+from engine.distributed.errors import RankError, describe_device_error, raise_on_any_rank
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import Progress, ProgressReporter
 from engine.generation import builder
@@ -88,6 +88,14 @@ class LLM:
                 check_runnable(config, os.environ)
             topology = bootstrap.start(config)
         self.topology = topology
+        try:
+            self._load(config, topology)
+        except RankError:  # all ranks leave: the settings may be corrected in the same processes
+            self.close()
+            raise
+
+    def _load(self, config: Config, topology: Topology) -> None:
+        """Check the config, build the model and read its weights. Collective over all ranks."""
         if not self._owns_topology:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
         self._on_all_ranks(lambda: check_exporters(config, topology))

@@ -116,6 +116,8 @@ def _allowed(item: dataclasses.Field[Any], hint: Any) -> str:
             text = re.sub(rf"\b{choice}\b", f"`{choice}`", text)
     elif choices:
         text = ", ".join(f"`{choice}`" for choice in choices)
+        if others := [describe(kind) for kind in kinds if get_origin(kind) is not Literal]:
+            text = f"{' or '.join(others)}, or {text}"
     else:
         text = " or ".join(map(describe, kinds))
     return text + (", or `null`" if len(kinds) < len(alternatives(hint)) else "")

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.batch.input.index import InputIndex
 from engine.batch.records.job_format import format_of
-from engine.config import CONTIGUOUS, Config, DispatchConfig, MoEConfig, SamplingConfig
+from engine.config import (
+    CONTIGUOUS,
+    Config,
+    DispatchConfig,
+    MoEConfig,
+    SamplingConfig,
+)
+from engine.config.validation import type_hints
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.moe.placement.placement_file import digest, read_placement
 from engine.weights.fingerprint import changed_files, fingerprint
@@ -130,10 +137,27 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     was, is_ = old["settings"], new["settings"]
     for key in sorted(was.keys() | is_.keys()):
         if was.get(key) != is_.get(key):
-            found.append(f"{key} was {json.dumps(was.get(key))}, is {json.dumps(is_.get(key))}")
+            before, now = (json.dumps(_value(each, key)) for each in (was, is_))
+            found.append(f"{key} was {before}, is {now}")
     if has_files(old) and has_files(new) and all(was.get(key) == is_.get(key) for key in _MODEL):
         found += changed_files(old["files"], new["files"], is_)
     return found
+
+
+def _value(settings: dict[str, Any], key: str) -> Any:
+    """Return a setting of a manifest, which leaves some out that have their defaults."""
+    if key in settings:
+        return settings[key]
+    section: Any = Config
+    default: Any = None
+    for name in key.split("."):
+        known = {item.name: item.default for item in fields(section)}
+        if name not in known:
+            return None  # of another version
+        default, hint = known[name], type_hints(section)[name]
+        if is_dataclass(hint):
+            section = hint
+    return None if default is MISSING else default
 
 
 def has_files(manifest: dict[str, Any]) -> bool:

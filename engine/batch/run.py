@@ -50,7 +50,7 @@ from engine.generation.builder import import_libraries
 from engine.generation.interrupts import Interrupts, Stopped, StopRequest
 from engine.profiling.report import RunReport, StepReport
 from engine.reporting.summary import Summary, describe_shared, make_console, print_summary
-from engine.request import Completion
+from engine.request import Completion, usage_of
 
 
 class JobFailed(RuntimeError):
@@ -80,9 +80,11 @@ class _Counts:
 
     def add(self, completions: list[Completion]) -> None:
         self.requests += len(completions)
-        self.prompt_tokens += sum(item.prompt_tokens for item in completions)
-        self.generated_tokens += sum(item.completion_tokens for item in completions)
-        self.cached_tokens += sum(item.cached_tokens for item in completions)
+        for item in completions:
+            usage = usage_of(item.choices)
+            self.prompt_tokens += usage["prompt_tokens"]
+            self.generated_tokens += usage["completion_tokens"]
+            self.cached_tokens += usage["cached_tokens"]
 
 
 def run_batch(

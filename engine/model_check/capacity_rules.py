@@ -76,7 +76,7 @@ def capacity_of(spec: ModelSpec, ranks: int) -> dict[str, Any] | None:
         "dropless_factor": {"expert": float(by_expert), "rank": float(by_rank)},
         "priority": _priority(router),
         "token_drop": _answer(refusal(_capacity(policy="token_drop"))),
-        "renormalize": _answer(refusal(_capacity(policy="token_drop", renormalize=True))),
+        "renormalize": _renormalize(max(mlp.moe.router.top_k for mlp in kinds), refusal),
         "expanded_drop": _expanded_drop(router, refusal, most_local),
         "copies": _copies(sparse.moe, refusal, ranks),
         "shared_expert": _shared(sparse, refusal),
@@ -131,7 +131,9 @@ def _answer(refusal: str | None, yes: str = "yes") -> str:
 
 def _priority(router: RouterSpec) -> str:
     """Return the score by which assignments are kept (moe.capacity.order = score), in words."""
-    text = f"{_SCORES[router.score]} over all {router.num_logits} experts"
+    text = f"{_SCORES[router.score]} over all {router.num_experts} experts"
+    if router.num_zero_experts and router.score == "softmax":
+        text += f" and {router.num_zero_experts} zero experts"
     if router.logit_bias:
         text += ", the gate's bias included"
     if router.logit_cap is not None:
@@ -141,6 +143,12 @@ def _priority(router: RouterSpec) -> str:
     without += [f"scale of {router.scale:g}"] if router.scale != 1 else []
     without += ["scales of single experts"] if router.expert_scale else []
     return text + (f"; without {', '.join(without)}" if without else "")
+
+
+def _renormalize(most_top_k: int, refusal: Refusal) -> str:
+    if most_top_k == 1:
+        return "no effect: a token has one expert, which it keeps with all its weight or loses"
+    return _answer(refusal(_capacity(policy="token_drop", renormalize=True)))
 
 
 def _expanded_drop(router: RouterSpec, refusal: Refusal, most_local: int) -> str:

@@ -19,7 +19,7 @@ def lines_of(report: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"  - {problem}" for problem in report["problems"])
     yield from (f"  note: {remark}" for remark in report["remarks"])
     yield ""
-    rows = [*_model_rows(report), *_file_rows(report), *_capacity_rows(report.get("capacity"))]
+    rows = [*_model_rows(report), *_file_rows(report), *_capacity_rows(report)]
     yield from (f"{name:<11} {text}".rstrip() for name, text in rows)
     if "ranks" in report:
         yield ""
@@ -126,15 +126,17 @@ def _held(held: Mapping[str, str | None], dtype: str, is_quantised: bool) -> str
     return f"{text} (model.quantization {setting})"
 
 
-def _capacity_rows(capacity: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    if capacity is None:
+def _capacity_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if (capacity := report.get("capacity")) is None:
         return
     factors, ranks = capacity["dropless_factor"], capacity["ranks"]
+    has_zero_experts = report["experts"]["num_zero_experts"] > 0
+    of_what = "(E + Z)/K, zero experts included" if has_zero_experts else "E/K"
     yield (
         "capacity",
         f"token_drop: {capacity['token_drop']}; drops nothing from gamma "
-        f"{factors['expert']:.4g} (E/K) on, in scope rank from {factors['rank']:.4g} on {ranks} "
-        "ranks",
+        f"{factors['expert']:.4g} ({of_what}) on, in scope rank from {factors['rank']:.4g} on "
+        f"{ranks} ranks",
     )
     yield "", f"router score: {capacity['priority']}"
     yield "", f"renormalize: {capacity['renormalize']}"

@@ -310,6 +310,27 @@ def test_a_weight_that_is_nan_on_one_rank_stops_all_with_its_name(checkpoint, tm
     assert messages[0] == messages[1] and name in messages[0]
 
 
+def load_again(rank: int, path: Path) -> tuple[str, list[list[int]]]:
+    """Correct a setting that only the model can judge, as in a notebook."""
+    config = config_of(path, {}, {})
+    capacity = CapacityConfig(policy="expanded_drop", expand=50)
+    with pytest.raises(ValueError) as refused:
+        LLM(replace(config, moe=MoEConfig(capacity=capacity)))
+    llm = LLM(config)
+    done = llm.generate(PROMPTS[:3], SamplingParams(max_new_tokens=3, ignore_eos=True))
+    llm.close()
+    return str(refused.value), [each.token_ids for each in done]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_after_settings_that_were_refused_the_right_ones_load_in_the_same_process(
+    checkpoint, world
+):
+    for message, tokens in run_ranks(load_again, world, checkpoint):
+        assert "moe.capacity.expand = 50" in message
+        assert [len(each) for each in tokens] == [3, 3, 3]
+
+
 def load_each(rank: int, folder: Path, parallel: dict[str, Any] | None = None) -> str:
     """Every rank has a checkpoint of its own, as on hosts without a common file system."""
     os.chdir(folder / str(rank))

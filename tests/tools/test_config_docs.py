@@ -43,6 +43,7 @@ def test_a_row_has_key_default_allowed_values_and_the_whole_comment():
     assert row in page
     assert "| `expert` | `null` | a whole number, at least 1, or `auto`, or `null` | ranks" in page
     assert "| `phases` | `[prefill]` | a list of phases, not empty and without repeats |" in page
+    assert "| `prefix_cache` | `auto` | true or false, or `auto` | run the" in page
     assert "| `policy` | `none` | `none`, `token_drop`, `expanded_drop` | token_drop:" in page
     assert config_docs.field_comments(ModelConfig)["dtype"].endswith("the checkpoint's own on CUDA")
     assert "\n" not in config_docs.field_comments(CapacityConfig)["factor"]

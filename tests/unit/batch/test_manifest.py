@@ -220,7 +220,10 @@ def test_newer_settings_are_included_only_where_they_differ_so_that_older_ledger
     assert not [key for key in result_settings(config()) if key.startswith(optional)]
     run(output, manifest(output), records=1)
     other = manifest(output, moe={"dispatch": {"dtype": "fp8"}})
-    with pytest.raises(JobError, match=r'moe\.dispatch\.dtype was null, is "fp8"'):
+    with pytest.raises(JobError, match=r'moe\.dispatch\.dtype was "auto", is "fp8"'):
+        run(output, other)
+    other = manifest(output, model={"path": "model", "quantization": "int8"})
+    with pytest.raises(JobError, match=r'model\.quantization was "auto", is "int8"'):
         run(output, other)
     assert run(output, manifest(output)) == "resume"
 

@@ -29,12 +29,18 @@ def spec_of(case: str, form: ExpertForm | None = None, **router: Any) -> ModelSp
 
 def test_what_the_engine_refuses_for_weights_on_the_input_is_told():
     found = capacity_of(spec_of("qwen2-moe", top_k=1, weights_on_input=True), 2)
-    assert found is not None and found["token_drop"] == found["renormalize"] == "yes"
+    assert found is not None and found["token_drop"] == "yes"
     assert found["expanded_drop"].startswith("no: moe.capacity.policy = expanded_drop: this model")
     assert found["shared_expert"].startswith("no: moe.shared_expert = balanced: this model's")
     plain = capacity_of(spec_of("qwen2-moe"), 2)
     assert plain is not None
     assert plain["expanded_drop"].startswith("yes") and plain["shared_expert"].startswith("yes")
+
+
+def test_with_one_expert_per_token_renormalize_is_said_to_have_no_effect():
+    one, two = (capacity_of(spec_of("qwen2-moe", top_k=top_k), 2) for top_k in (1, 2))
+    assert one is not None and one["renormalize"].startswith("no effect: ")
+    assert two is not None and two["renormalize"] == "yes"
 
 
 def test_a_shared_expert_beside_latent_ones_is_not_balanced():
