@@ -29,6 +29,7 @@ from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import ReadRows, StepTensors
+from engine.models.checkpoint_buffers import BUFFERS
 from engine.models.decoder_layer import DecoderLayer, cache_of
 from engine.models.expert_weights import moe_slots
 from engine.models.spec import ModelSpec
@@ -46,13 +47,6 @@ from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 from engine.weights.slot import WeightSlot
 
-# Tensors that exporters save although they are no weights: buffers that follow from the
-# configuration, and what a trainer's module keeps for itself.
-_BUFFERS = (
-    r"(^|\.)rotary_emb\.",
-    r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|position_ids)$",
-    r"(^|\.)(masked_bias|causal_mask|_extra_state)$",
-)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -78,6 +72,8 @@ class CausalLM(nn.Module):
     Raises:
         ValueError: when the ranks do not fit the model's heads or experts.
     """
+
+    runs_last_whole = False  # the last layer runs only the rows that are read, where it can
 
     def __init__(
         self,
@@ -326,7 +322,7 @@ class CausalLM(nn.Module):
         )
         layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
         heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
-        return (*_BUFFERS, *self.spec.ignored, *heads)
+        return (*BUFFERS, *self.spec.ignored, *heads)
 
 
 def _token_ids(step: StepTensors, read: ReadRows | None) -> torch.Tensor:
