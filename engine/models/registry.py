@@ -137,8 +137,11 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
         check_rope(hf_config, rotary_dim)
         rope_frequencies(hf_config, rotary_dim, 1)
     except NotServed as error:
-        raise _refused(folder, _not_served(values["model_type"], error)) from error
+        raise _refused(folder, _not_served(values["model_type"], str(error))) from error
     except Exception as error:  # transformers computes with the values before it checks them
+        if values["model_type"] not in _FAMILIES:
+            why = _not_served(values["model_type"], explain(error, values))
+            raise _refused(folder, why) from error
         example = example_of(folder) if isinstance(error, UnsupportedScheme) else ""
         raise _refused(folder, explain(error, values) + example) from error
     return hf_config
@@ -196,14 +199,14 @@ def _problem(values: Mapping[str, Any], by_transformers: bool) -> str | None:
     )
 
 
-def _not_served(model_type: str, error: NotServed) -> str:
+def _not_served(model_type: str, why: str) -> str:
     """Return why transformers' implementation does not run a model type, and what to do."""
     what = "use a checkpoint of one of " + ", ".join(_FAMILIES)
     if model_type in _FAMILIES:
         what = "set model.implementation to lockstep"
     return (
         f"config.json has model_type = {model_type!r}, which this engine cannot run "
-        f"with transformers' implementation: {error}; {what}"
+        f"with transformers' implementation: {why}; {what}"
     )
 
 
