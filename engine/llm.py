@@ -42,6 +42,7 @@ from engine.generation.tokenizer import load_tokenizer
 from engine.generation.totals import OnStep
 from engine.models.placement import resolve_placement
 from engine.models.registry import read_config, unread_parts
+from engine.models.weight_dtype import agree_dtype, model_dtype
 from engine.profiling.decisions import LayerDecision
 from engine.profiling.device_clocks import make_clock
 from engine.profiling.report import RunReport
@@ -104,9 +105,9 @@ class LLM:
         )
         placement = self._on_all_ranks(lambda: resolve_placement(config, hf_config, topology))
         own = self._on_all_ranks(
-            lambda: builder.model_dtype(config.model.dtype, hf_config, topology.device)
+            lambda: model_dtype(config.model.dtype, hf_config, topology.device)
         )
-        dtype = builder.agree_dtype(own, config, topology)
+        dtype = agree_dtype(own, config, topology)
         self.model = self._on_all_ranks(
             lambda: builder.build(config, hf_config, topology, dtype, placement)
         )

@@ -40,10 +40,12 @@ def select_experts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores gate logits [T, E] in float32 and chooses each token's top_k experts; no host sync.
 
-    bias_E: float32, added for the choice and never to the weights. Returns scores_TE (float32),
-    topk_ids_TK (int64, best first) and topk_weights_TK (float32, see `weigh_scores`). Of equal
-    scores the lower expert comes first, but where torch serves, which promises no order. NaN counts
-    as the largest: the ids of a token are different experts that exist, whatever its logits.
+    The choice is by logits, whose order is that of their scores and which stay apart where scores
+    round to the same number; with a bias or groups it is by scores. bias_E: float32, added for the
+    choice and never to the weights. Returns scores_TE (float32), topk_ids_TK (int64, best first)
+    and topk_weights_TK (float32, see `weigh_scores`). Of equal ones the lower expert comes first,
+    but where torch serves, which promises no order. NaN counts as the largest: the ids of a token
+    are different experts that exist, whatever its logits.
     """
     if triton_support.serves(logits_TE):
         from engine.ops.gpu.select_experts import select_experts_triton
@@ -71,9 +73,9 @@ def select_experts_reference(
     """Plain torch form of `select_experts`."""
     logits_TE = logits_TE.float()
     scores_TE = _score(logits_TE, rule.score)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    choice_TE = logits_TE if bias_E is None else scores_TE + bias_E
     if rule.num_groups > 1:
-        choice_TE = _mask_groups(choice_TE, rule)
+        choice_TE = _mask_groups(scores_TE if bias_E is None else choice_TE, rule)
     topk_ids_TK = choice_TE.topk(rule.top_k, dim=-1).indices
     topk_TK = scores_TE.gather(1, topk_ids_TK)
     return scores_TE, topk_ids_TK, weigh_scores(topk_TK, topk_TK, rule)

@@ -21,9 +21,9 @@ from engine.distributed.groups import Topology
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.doctor.checks import check_installed, check_works
 from engine.doctor.findings import Finding, check_one, table_lines
-from engine.generation.builder import dtype_in_words, model_dtype
 from engine.models.registry import read_config, read_spec
 from engine.models.spec import SparseSpec
+from engine.models.weight_dtype import dtype_in_words, model_dtype
 from engine.moe.backend_choice import choose_backend
 
 _TIMEOUT_S = 60.0

@@ -17,7 +17,6 @@ import torch
 
 from engine.config import Config
 from engine.config.world_rules import validate_world
-from engine.distributed.collectives import gather_objects
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
@@ -35,12 +34,11 @@ from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
+from engine.models.weight_dtype import dtype_in_words
 from engine.moe.placement.placement import Placement
-from engine.ops import native
 from engine.weights import loader
 from engine.weights.formats.grouping import read_weights
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where profiler.every is auto: a stamp on CUDA takes the host some microseconds.
 _CUDA_EVERY = 16
 
@@ -222,44 +220,6 @@ def resolved_settings(
         chunks = {f"from {2**bucket} tokens": each for bucket, each in choices.items()}
         found["moe.overlap.chunks"] = chunks or layers[0].num_chunks
     return found
-
-
-def model_dtype(name: str, hf_config: Any, device: torch.device) -> torch.dtype:
-    """Resolve model.dtype on this rank: `auto` is the checkpoint's own on CUDA; on a CPU bfloat16
-    where that is the checkpoint's and the compiled kernels multiply with it, else float32.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    own = getattr(hf_config, "dtype", None)
-    if device.type == "cuda":
-        return own if own in _DTYPES else torch.float32
-    narrow = own == torch.bfloat16 and native.has_bfloat16_products()
-    return torch.bfloat16 if narrow else torch.float32
-
-
-def agree_dtype(dtype: torch.dtype, config: Config, topology: Topology) -> torch.dtype:
-    """Return the dtype of the weights on every rank, given each rank's `model_dtype`.
-
-    With model.dtype = auto the CPUs of several hosts may differ: float32 then, which all of them
-    multiply, since weights and copies of experts move between ranks.
-
-    Collective over all ranks on the CPU with model.dtype = auto: every rank must call.
-    """
-    if config.model.dtype != "auto" or topology.device.type == "cuda":
-        return dtype
-    found = set(gather_objects(dtype, topology.host_world))
-    return dtype if len(found) == 1 else torch.float32
-
-
-def dtype_in_words(dtype: torch.dtype, device: torch.device) -> str:
-    """Return the dtype of the weights, and where it is another one that of what is computed."""
-    wide = compute_dtype(dtype, device)
-    more = "" if wide == dtype else f" (weights), computes in {_name(wide)}"
-    return f"{_name(dtype)}{more}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> int:

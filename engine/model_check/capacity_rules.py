@@ -20,9 +20,9 @@ from engine.models.decoder_layer import DecoderLayer
 from engine.models.spec import LayerSpec, ModelSpec, SparseSpec
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
-from engine.moe.layer import MoESpec
 from engine.moe.placement.placement import LayerPlacement, Placement, Precision
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 Refusal = Callable[..., str | None]
 _SCORES = {

@@ -41,7 +41,6 @@ _FOREIGN = {
     "conv_L_cache": "short convolutions in place of attention",
     "attn_logit_softcapping": "a soft cap on the attention's logits",
     "final_logit_softcapping": "a soft cap on the model's logits",
-    "num_hash_layers": "routing by a table of token ids",
     "hc_mult": "several residual streams (hyper-connections)",
     "per_layer_config": "layers whose heads have different widths",
     "hidden_size_per_layer_input": "an embedding of the tokens for each layer",
@@ -49,7 +48,7 @@ _FOREIGN = {
 }
 # Kinds of layers, activations and router scores that some family has.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-_MLPS = {"dense", "sparse", "moe"}
+_MLPS = {"dense", "sparse", "moe", "hash_moe"}  # the last: a table of token ids routes
 _ACTIVATIONS = {"silu", "swish", "gelu", "gelu_pytorch_tanh", "relu2"}
 _SCORES = {"softmax", "sigmoid", "sqrtsoftplus"}
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -15,7 +15,6 @@ import torch
 
 from engine.config import Config, ModelConfig
 from engine.config.tokenizer_files import FILES, check_tokenizer_files
-from engine.generation.builder import model_dtype
 from engine.generation.quantization import Held, resolve_quantization
 from engine.layers.precision import compute_dtype
 from engine.model_check.capacity_rules import capacity_of
@@ -27,6 +26,7 @@ from engine.model_check.stored_tensors import StoredTensors, compare, group_weig
 from engine.model_check.text import lines_of
 from engine.models.registry import unread_parts
 from engine.models.spec import ModelSpec
+from engine.models.weight_dtype import model_dtype
 
 GPU_GIB = (79.0, 139.0)  # what the driver leaves of 80 and 141 GB
 _CUDA = torch.device("cuda")

@@ -13,7 +13,6 @@ model dim, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -29,9 +28,8 @@ from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable
 from engine.layers.step_inputs import ReadRows, StepTensors
-from engine.models.checkpoint_buffers import BUFFERS
 from engine.models.decoder_layer import DecoderLayer, cache_of
-from engine.models.expert_weights import moe_slots
+from engine.models.decoder_slots import decoder_slots, ignored_tensors
 from engine.models.spec import ModelSpec
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
@@ -46,8 +44,6 @@ from engine.ops.rms_norm import add_rms_norm, rms_norm
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 from engine.weights.slot import WeightSlot
-
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +244,8 @@ class CausalLM(nn.Module):
                     shortcut_TD = shortcut_TD.index_select(0, read.rows_R)
             x_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             if isinstance(layer.mlp, MoELayer):
-                token_ids_T = _token_ids(step, read) if layer.mlp.table_VK is not None else None
+                has_table = layer.mlp.gate.table_VK is not None
+                token_ids_T = _token_ids(step, read) if has_table else None
                 routed_TD = yield from layer.mlp.steps(
                     x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T
                 )
@@ -277,58 +274,22 @@ class CausalLM(nn.Module):
         return self.head_VD
 
     def weight_slots(self, checkpoint: Collection[str] = ()) -> Iterator[WeightSlot]:
-        """Yield a slot for every checkpoint tensor that this rank needs.
-
-        A checkpoint whose head is tied may hold it under the name of the embedding, of the head, or
-        under both; if they differ, `load_weights` unties the head.
-
-        Args:
-            checkpoint: names of the tensors in the checkpoint; they decide whether experts are read
-                one by one or stacked, and which tensor fills a tied head.
-        """
-        shape, tied = (self.spec.vocab_size, self.spec.hidden), self.spec.tied_embeddings
-        embedding, offset = self.embedding_VD, self.spec.norm_offset
-        yield WeightSlot(_EMBEDDING, embedding, shape, aliases=(_HEAD,) if tied else ())
-        for index, layer in enumerate(self._layers):
-            prefix, part = self.spec.prefix(index)
-            dense = f"{prefix}.mlps{part}" if part else f"{prefix}.{self.spec.names.block}"
-            for name, norm_D in (
-                ("input_layernorm", layer.input_norm_D),
-                ("post_attention_layernorm", layer.mlp_norm_D),
-            ):
-                yield _norm_slot(f"{prefix}.{name}{part}.weight", norm_D, offset)
-            yield from layer.attention.weight_slots(f"{prefix}.{layer.attention_name}{part}")
-            if isinstance(layer.mlp, MoELayer):
-                yield from moe_slots(layer.mlp, prefix, self.spec.names, checkpoint)
-            else:
-                yield from layer.mlp.weight_slots(dense)
-            if layer.beside is not None:
-                yield from layer.beside.weight_slots(dense)
-        yield _norm_slot("model.norm.weight", self.final_norm_D, offset)
-        if not tied:
-            yield WeightSlot(_HEAD, self.head_VD, shape)
-        elif _HEAD in checkpoint and _EMBEDDING in checkpoint:
-            yield WeightSlot(_HEAD, embedding, shape, tied_to=_EMBEDDING, untie=self.untie_head)
+        """Yield a slot for every checkpoint tensor that this rank needs; see `decoder_slots`."""
+        return decoder_slots(
+            self.spec,
+            self._layers,
+            embedding_VD=self.embedding_VD,
+            head_VD=self.head_VD,
+            final_norm_D=self.final_norm_D,
+            untie=self.untie_head,
+            checkpoint=checkpoint,
+        )
 
     def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
-        """Return regular expressions of checkpoint tensors that no rank needs.
-
-        Args:
-            checkpoint: names of the tensors in the checkpoint; they decide which layers past the
-                last one are multi-token prediction heads.
-        """
-        found = (
-            re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name) for name in checkpoint
-        )
-        layers = sorted({int(match[1]) for match in found if match} if self.spec.mtp_layers else ())
-        heads = [rf"^model\.layers\.{n}\." for n in layers if n >= self.num_layers]
-        return (*BUFFERS, *self.spec.ignored, *heads)
+        """Return regular expressions of checkpoint tensors that no rank needs."""
+        return ignored_tensors(self.spec, checkpoint)
 
 
 def _token_ids(step: StepTensors, read: ReadRows | None) -> torch.Tensor:
     """Return the token ids of the rows that a layer runs, int64. read: None: all."""
     return step.token_ids_T if read is None else step.token_ids_T.index_select(0, read.rows_R)
-
-
-def _norm_slot(name: str, target: torch.Tensor, offset: float) -> WeightSlot:
-    return WeightSlot(name, target, tuple(target.shape), kind="norm", offset=offset)

@@ -40,27 +40,27 @@ def moe_slots(
         names: the family's names below it.
         checkpoint: names of the tensors in the checkpoint; empty when there is none.
     """
-    spec, block = moe.spec, f"{prefix}.{names.block}"
+    spec, gate, block = moe.spec, moe.gate, f"{prefix}.{names.block}"
     num_logits, hidden = spec.router.num_logits, spec.hidden
-    gate, alias = f"{block}.{names.gate}.weight", f"{prefix}.mlp.gate.weight"
-    aliases = () if alias == gate else (alias,)
-    yield WeightSlot(gate, moe.gate_weight_ED, (num_logits, hidden), aliases=aliases)
-    if moe.logit_bias_E is not None:
+    name, alias = f"{block}.{names.gate}.weight", f"{prefix}.mlp.gate.weight"
+    aliases = () if alias == name else (alias,)
+    yield WeightSlot(name, gate.weight_ED, (num_logits, hidden), aliases=aliases)
+    if gate.logit_bias_E is not None:
         name = f"{block}.{names.gate}.bias"
-        yield WeightSlot(name, moe.logit_bias_E, (num_logits,), kind="bias")
-    if moe.expert_scale_E is not None:
+        yield WeightSlot(name, gate.logit_bias_E, (num_logits,), kind="bias")
+    if gate.expert_scale_E is not None:
         name = f"{block}.{names.expert_scale}"
-        yield WeightSlot(name, moe.expert_scale_E, (spec.router.num_experts,), kind="norm")
-    if moe.table_VK is not None:
+        yield WeightSlot(name, gate.expert_scale_E, (spec.router.num_experts,), kind="norm")
+    if gate.table_VK is not None:
         name, alias = f"{block}.{names.table}", f"{prefix}.mlp.{names.table}"
-        aliases, shape = () if alias == name else (alias,), tuple(moe.table_VK.shape)
+        aliases, shape = () if alias == name else (alias,), tuple(gate.table_VK.shape)
         below = spec.router.num_experts
-        yield WeightSlot(name, moe.table_VK, shape, kind="ids", ids_below=below, aliases=aliases)
-    if moe.gate_bias_E is not None:
+        yield WeightSlot(name, gate.table_VK, shape, kind="ids", ids_below=below, aliases=aliases)
+    if (bias := gate.correction_bias_E) is not None:
         name, alias = f"{block}.{names.bias}", f"{prefix}.mlp.{names.bias}"
         aliases = () if alias == name else (alias,)
-        bias = moe.gate_bias_E if names.bias_rows is None else moe.gate_bias_E.unsqueeze(0)
-        yield WeightSlot(name, bias, tuple(bias.shape), kind="bias", aliases=aliases)
+        target = bias if names.bias_rows is None else bias.unsqueeze(0)
+        yield WeightSlot(name, target, tuple(target.shape), kind="bias", aliases=aliases)
     for name, weight in zip(names.latent, moe.rows.parameters(), strict=False):
         yield WeightSlot(f"{block}.{name}.weight", weight, tuple(weight.shape))
     if names.alternating:

@@ -11,8 +11,8 @@ from typing import Any
 from engine.layers.attention import AttentionSpec
 from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.spec import LayerSpec, ModelSpec
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.weights.formats.scheme import read_scheme
 
 

@@ -15,7 +15,7 @@ from engine.distributed.groups import Topology, expert_range
 from engine.distributed.link import measure_link
 from engine.models.spec import ModelSpec, SparseSpec
 from engine.moe.experts_trial import TrialShape, faster_backend
-from engine.moe.layer import MoESpec
+from engine.moe.spec import MoESpec
 
 
 def measured_at_start(

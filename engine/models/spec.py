@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from engine.layers.attention import AttentionSpec
 from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
-from engine.moe.layer import MoESpec
+from engine.moe.spec import MoESpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

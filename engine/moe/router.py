@@ -16,6 +16,9 @@ Pure functions on tensors; no collective, no host sync. Every family's routing i
 | Llama 4     | sigmoid | no        | 1                     | no                        | no   |
 | LongCat     | softmax | no        | routed_scaling_factor | no                        | yes  |
 
+Experts are chosen by logits, whose order is that of their scores; with a bias by score + bias, and
+in groups by score.
+
 gpt-oss adds a bias to its logits, and takes the softmax of a token's chosen logits: that is the
 softmax of all, normalised over the chosen. The weights here are before the scales of single experts
 (`expert_scale`), by which `layer_agreement.py` multiplies what capacity has left of them.

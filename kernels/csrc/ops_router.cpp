@@ -64,7 +64,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> select_experts(
       score_row(x + t * experts, experts, score_e);
       if (bias)
         for (int64_t e = 0; e < experts; ++e) biased[e] = score_e[e] + bias[e];
-      top_of(bias ? biased : score_e, experts, top_k, id);
+      // Logits have the order of their scores and stay apart where those round to one number.
+      top_of(bias ? biased : x + t * experts, experts, top_k, id);
       float sum = 0.0f;
       for (int64_t k = 0; k < top_k; ++k) sum += score_e[id[k]];
       sum += static_cast<float>(eps);

@@ -61,7 +61,8 @@ def _select_experts_kernel(
     expert = tl.arange(0, BLOCK_E)
     exists = expert < num_experts
     x = tl.load(logits + token * logits_stride + expert, mask=exists, other=-float("inf"))
-    score = score_logits(x.to(tl.float32), exists, SCORE)
+    x = x.to(tl.float32)
+    score = score_logits(x, exists, SCORE)
     if HAS_ZERO:
         tl.store(scores + token * num_real + expert, score, mask=expert < num_real)
     else:
@@ -69,8 +70,11 @@ def _select_experts_kernel(
     choice = score
     if HAS_BIAS:
         choice += tl.load(bias + expert, mask=exists, other=0.0)
+    elif NUM_GROUPS == 1:
+        # Logits have the order of their scores and stay apart where those round to one number.
+        choice = x
     choice = tl.where(choice == choice, choice, float("inf"))  # NaN is the largest, as in torch
-    choice = tl.where(exists, choice, -float("inf"))
+    left = exists
 
     if NUM_GROUPS > 1:
         group = expert // (num_experts // NUM_GROUPS)
@@ -91,20 +95,20 @@ def _select_experts_kernel(
             winner = tl.min(tl.where(left_G & (group_scores == best), each_G, BLOCK_G), axis=0)
             left_G &= each_G != winner
             allowed |= group == winner
-        choice = tl.where(allowed, choice, -float("inf"))
+        left &= allowed
 
     place = tl.arange(0, BLOCK_K)
     chosen = tl.zeros([BLOCK_K], tl.int64)
     chosen_score = tl.zeros([BLOCK_K], tl.float32)
     for k in range(TOP_K):
-        best = tl.max(choice, axis=0)
+        best = tl.max(tl.where(left, choice, -float("inf")), axis=0)
         # The lowest expert of the best: integers, so that no order of reduction matters.
-        winner = tl.min(tl.where((choice == best) & exists, expert, BLOCK_E), axis=0)
+        winner = tl.min(tl.where(left & (choice == best), expert, BLOCK_E), axis=0)
         is_winner = expert == winner
         won = tl.sum(tl.where(is_winner, score, 0.0), axis=0)
         chosen = tl.where(place == k, winner.to(tl.int64), chosen)
         chosen_score = tl.where(place == k, won, chosen_score)
-        choice = tl.where(is_winner, -float("inf"), choice)
+        left &= ~is_winner
     weight = chosen_score
     if NORMALIZE:
         total = tl.sum(chosen_score, axis=0) + eps

@@ -15,8 +15,9 @@ from engine.config import CapacityConfig, Config, DispatchConfig, ModelConfig, M
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology, expert_range
 from engine.moe.expert_form import ExpertForm
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec, gate_logits, route
+from engine.moe.spec import MoESpec
 from engine.profiling.loads import LayerDrops
 from tests.helpers import reference
 from tests.helpers.layer_cases import (
@@ -124,9 +125,9 @@ def run_layer(
         dtype=torch.float32,
     )  # fmt: skip
     made = weights_of(spec)
-    layer.gate_weight_ED.copy_(made["gate"])
-    if layer.expert_scale_E is not None:
-        layer.expert_scale_E.copy_(expert_scale_of(router.num_experts))
+    layer.gate.weight_ED.copy_(made["gate"])
+    if layer.gate.expert_scale_E is not None:
+        layer.gate.expert_scale_E.copy_(expert_scale_of(router.num_experts))
     for local, expert in enumerate(layer.local_experts):
         own = [*layer.experts.weights_of(local), *(layer.experts.biases_of(local) or ())]
         for name, weight in zip(("w13", "w2", "b13", "b2"), own, strict=False):

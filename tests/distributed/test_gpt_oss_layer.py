@@ -12,8 +12,9 @@ from engine.config import CapacityConfig, Config, ModelConfig
 from engine.distributed import bootstrap
 from engine.models.registry import read_spec
 from engine.models.spec import SparseSpec
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import gate_logits
+from engine.moe.spec import MoESpec
 from tests.helpers.layer_cases import step_of
 from tests.helpers.layer_reference import decided_weights
 from tests.helpers.model_cases import CASES
@@ -69,10 +70,10 @@ def run_layer(rank: int, counts: list[int]) -> list[torch.Tensor]:
     )
     weights, mine = weights_of(spec), layer.local_experts
     stacked = layer.experts.stacked
-    assert layer.logit_bias_E is not None and stacked.b13_e2F is not None
+    assert layer.gate.logit_bias_E is not None and stacked.b13_e2F is not None
     assert stacked.b2_eD is not None
-    layer.gate_weight_ED.copy_(weights["gate"])
-    layer.logit_bias_E.copy_(weights["logit_bias"])
+    layer.gate.weight_ED.copy_(weights["gate"])
+    layer.gate.logit_bias_E.copy_(weights["logit_bias"])
     stacked.w13_e2FD.copy_(weights["w13"][mine])
     stacked.w2_eDF.copy_(weights["w2"][mine])
     stacked.b13_e2F.copy_(weights["b13"][mine])

@@ -71,7 +71,7 @@ def run_layer(rank: int, counts: list[int]) -> list[torch.Tensor]:
         dtype=torch.float32,
         shared=shared,
     )
-    layer.gate_weight_ED.copy_(weights["gate"])
+    layer.gate.weight_ED.copy_(weights["gate"])
     for local, expert in enumerate(layer.local_experts):
         layer.experts.set_weights(local, weights["w13"][expert], weights["w2"][expert])
     layer.finalize_weights()

@@ -8,8 +8,9 @@ import torch
 
 from engine.config import Config, ExpertsConfig, ModelConfig, MoEConfig, ParallelConfig
 from engine.distributed import bootstrap
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from tests.helpers.ranks import run_ranks
 
 HIDDEN, FFN = 16, 24
@@ -61,7 +62,7 @@ def run_layer(
     )
     gate, w13, w2 = full_weights(num_experts)
     local = layer.local_experts
-    layer.gate_weight_ED.copy_(gate)
+    layer.gate.weight_ED.copy_(gate)
     layer.experts.stacked.w13_e2FD.copy_(w13[local])
     layer.experts.stacked.w2_eDF.copy_(w2[local])
     out = layer(tokens_of(topology.data_rank, counts[topology.data_rank]))

@@ -76,7 +76,7 @@ def run_layer(rank: int, counts: list[int]) -> list[torch.Tensor]:
     )
     weights, stacked = weights_of(spec), layer.experts.stacked
     assert shared.output_gate_1D is not None
-    layer.gate_weight_ED.copy_(weights["gate"])
+    layer.gate.weight_ED.copy_(weights["gate"])
     stacked.w13_e2FD.copy_(weights["w13"][layer.local_experts])
     stacked.w2_eDF.copy_(weights["w2"][layer.local_experts])
     shared.gate_up_2FD.copy_(weights["shared w13"])

@@ -1,4 +1,5 @@
-"""The Triton kernel of the router with groups of experts and logits of any dtype, against torch.
+"""The Triton kernel of the router with groups of experts, logits of any dtype and scores that tie,
+against torch.
 
 TRITON_INTERPRET=1 python -m pytest tests/gpu/test_router_triton.py
 """
@@ -10,6 +11,7 @@ from engine.ops.select_experts import SelectionRule, select_experts_reference
 from engine.ops.table_experts import table_experts_reference
 from tests.gpu.test_ops_triton import DEVICE, kernel
 from tests.helpers.layer_cases import table_of
+from tests.helpers.ops_cases import TIED_SCORES
 
 # Experts, groups, groups that may be chosen from, top-k: DeepSeek's ratios, odd ones, single ones.
 GROUPS = [(32, 8, 4, 6), (20, 5, 2, 3), (6, 3, 1, 2), (4, 4, 3, 3), (8, 1, 1, 2)]
@@ -36,6 +38,28 @@ def test_groups_match_the_reference(experts, groups, top_groups, top_k, dtype, g
     for mine, theirs in ((got[0], expected[0]), (got[2], expected[2])):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@kernel
+@pytest.mark.parametrize(("score", "logits", "top_k", "expected"), TIED_SCORES)
+def test_where_scores_tie_the_largest_logits_are_chosen(score, logits, top_k, expected):
+    from engine.ops.gpu.select_experts import select_experts_triton
+
+    logits = torch.tensor([logits], device=DEVICE)
+    scores, ids, weights = select_experts_triton(logits, None, SelectionRule(top_k, score))
+    assert ids.tolist() == [expected]
+    assert torch.equal(weights, scores[:, expected])
+
+
+@kernel
+def test_with_a_bias_equal_scores_are_equal_whatever_the_logits():
+    from engine.ops.gpu.select_experts import select_experts_triton
+
+    logits = torch.tensor([[20.0, 30.0, 25.0, 40.0]], device=DEVICE)  # sigmoid is 1 for all
+    for bias, expected in ([0.0, 0.0, 0.0, 0.0], [0, 1]), ([0.0, 0.0, 0.5, 0.0], [2, 0]):
+        bias = torch.tensor(bias, device=DEVICE)
+        _, ids, _ = select_experts_triton(logits, bias, SelectionRule(2, "sigmoid"))
+        assert ids.tolist() == [expected]
 
 
 @kernel

@@ -9,9 +9,10 @@ from engine.config import Config
 from engine.distributed.collectives import GroupCollectives
 from engine.moe.dispatch.exchange import Exchange
 from engine.moe.expert_form import ExpertForm
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.placement.placement import LayerPlacement, Precision
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import part_bounds
 
@@ -134,15 +135,15 @@ def build(
         speeds_W=speeds_W,
     )
     gate, w13, w2 = weights_of(spec.num_logits)
-    layer.gate_weight_ED.copy_(gate)
-    if layer.gate_bias_E is not None:
-        layer.gate_bias_E.copy_(correction_of(spec.num_logits))
-    if layer.logit_bias_E is not None:
-        layer.logit_bias_E.copy_(logit_bias_of(spec.num_logits))
-    if layer.expert_scale_E is not None:
-        layer.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
-    if layer.table_VK is not None:
-        layer.table_VK.copy_(table_of(len(layer.table_VK), spec.num_experts, spec.top_k))
+    layer.gate.weight_ED.copy_(gate)
+    if layer.gate.correction_bias_E is not None:
+        layer.gate.correction_bias_E.copy_(correction_of(spec.num_logits))
+    if layer.gate.logit_bias_E is not None:
+        layer.gate.logit_bias_E.copy_(logit_bias_of(spec.num_logits))
+    if layer.gate.expert_scale_E is not None:
+        layer.gate.expert_scale_E.copy_(expert_scale_of(spec.num_experts))
+    if layer.gate.table_VK is not None:
+        layer.gate.table_VK.copy_(table_of(len(layer.gate.table_VK), spec.num_experts, spec.top_k))
     for local, expert in enumerate(layer.local_experts):
         layer.experts.set_weights(local, w13[expert], w2[expert])
     if precision != "model":

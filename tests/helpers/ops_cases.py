@@ -1,4 +1,6 @@
-"""What the tests of the ops share: the instruction sets of this processor, and paged caches."""
+"""What the tests of the ops share: the instruction sets of this processor, scores that tie, and
+paged caches.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,6 +29,20 @@ def _supported(isa: str) -> bool:
 BFLOAT16_ISAS_HERE = [isa for isa in native.ISAS if _supported(isa)]
 # Those of the float32 kernels: only products with bfloat16 weights differ in avx512_bf16.
 ISAS_HERE = [isa for isa in BFLOAT16_ISAS_HERE if isa != "avx512_bf16"]
+
+_INF = float("inf")
+# Score, one token's logits, top-k and what is chosen, best first: scores that float32 cannot tell
+# apart, of which the best is not the lowest expert.
+TIED_SCORES = [
+    ("sigmoid", [20.0, 30.0, 25.0, -1.0], 3, [1, 2, 0]),
+    ("sigmoid", [-300.0, -120.0, -200.0, -110.0], 3, [3, 1, 2]),
+    ("sigmoid", [-_INF, -120.0, -_INF, 3.0e38], 4, [3, 1, 0, 2]),
+    ("softmax", [-900.0, -500.0, 0.0, -700.0], 4, [2, 1, 3, 0]),
+    ("softmax", [1.0e30, 2.0e30, 3.0e38, 3.0e30], 3, [2, 3, 1]),
+    ("softmax", [-_INF, -900.0, 5.0, -_INF], 4, [2, 1, 0, 3]),
+    ("sqrt_softplus", [-300.0, -120.0, -200.0, 0.0], 3, [3, 1, 2]),
+    ("sqrt_softplus", [1.0e8, 1.0e8 + 8, 1.0e8 - 8, 0.0], 3, [1, 0, 2]),
+]
 
 
 @contextlib.contextmanager

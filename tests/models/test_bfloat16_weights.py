@@ -124,7 +124,7 @@ def test_matrices_are_bfloat16_and_all_else_is_float32(case, models):
     assert model.dtype == torch.float32 and model.weight_dtype == BFLOAT16
     for name, parameter in model.named_parameters():
         # Gates, MLA's up-projection that is absorbed into queries and outputs, and taps.
-        small = name.endswith(("gate_weight_ED", "output_gate_1D", "kv_up_HOC", "conv_C1W"))
+        small = name.endswith(("gate.weight_ED", "output_gate_1D", "kv_up_HOC", "conv_C1W"))
         is_matrix = parameter.dim() > 1 and not small
         assert parameter.dtype == (BFLOAT16 if is_matrix else torch.float32), name
     assert model.rotary.table_PR.dtype == torch.float32

@@ -19,6 +19,7 @@ from engine.layers.attention import AttentionSpec
 from engine.llm import LLM
 from engine.models.registry import model_length, read_config, read_spec
 from engine.models.spec import DenseSpec, LayerSpec, SparseSpec
+from engine.moe.router import gate_logits, route
 from engine.request import SamplingParams
 from tests.helpers.model_cases import CASES, NEW_TOKENS, redraw
 from tests.helpers.model_harness import chunked, logits_on_this_rank, one_by_one, whole
@@ -115,6 +116,23 @@ def test_a_wrong_field_of_the_text_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"model_type = 'llama5'"):
         (tmp_path / "config.json").write_text(json.dumps(SCOUT | {"model_type": "llama5"}))
         read_config(tmp_path)
+
+
+@torch.inference_mode()
+def test_where_sigmoids_tie_the_expert_is_that_of_transformers():
+    from transformers.models.llama4.modeling_llama4 import Llama4Router
+
+    spec = read_spec(config := CASES["llama4"].config()).layers[1].mlp
+    assert isinstance(spec, SparseSpec)
+    generator, gate = torch.Generator().manual_seed(2), Llama4Router(config)
+    gate.weight.copy_(20 * torch.randn(gate.weight.shape, generator=generator))
+    x = torch.randn(50, gate.weight.shape[1], generator=generator)
+    expected, logits = gate(x)
+    largest = logits.topk(2).values.sigmoid()
+    assert (largest[:, 0] == largest[:, 1]).sum() > 9, "nothing ties"
+    routing = route(gate_logits(x, gate.weight, spec.moe.router), spec.moe.router)
+    got = torch.zeros_like(expected).scatter_(1, routing.topk_ids_TK, routing.topk_weights_TK)
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,9 @@ from engine.distributed.groups import Group, Topology
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.dispatch.plan import DispatchPlan
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.moe.step import MoEStep
 from engine.profiling.device_clocks import NoClock, make_clock
 from engine.profiling.phase_clock import Phase
@@ -115,7 +116,7 @@ class SimulatedRank(MoELayer):
         )
         self.answered = answered
         with torch.no_grad():
-            self.gate_weight_ED.copy_(weights.gate_ED)
+            self.gate.weight_ED.copy_(weights.gate_ED)
             for local, expert in enumerate(self.local_experts):
                 w13_2FD, w2_DF = weights.w13_E2FD[expert], weights.w2_EDF[expert]
                 self.experts.set_weights(local, w13_2FD, w2_DF)

@@ -19,8 +19,9 @@ from engine.distributed.groups import Group
 from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import choose_backend
 from engine.moe.dispatch.two_batch import run_to_end
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.ops.permute import combine_rows
 from engine.profiling.device_clocks import NoClock
 from gpu_checks.check import Check, at_most, guarded, relative_error

@@ -11,8 +11,8 @@ from typing import Any
 from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.hf_config import attention_spec, model_spec
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, MoENames, SparseSpec
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 
 def read_spec(hf_config: Any) -> ModelSpec:

@@ -12,7 +12,7 @@ from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.families.deepseek_v3 import sigmoid_router
 from engine.models.hf_config import attention_spec, model_spec, partial_rotary_dim
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
-from engine.moe.layer import MoESpec
+from engine.moe.spec import MoESpec
 
 
 def read_spec(hf_config: Any) -> ModelSpec:

@@ -13,8 +13,8 @@ from engine.models.config_fields import read
 from engine.models.hf_config import attention_spec, model_spec, window_of
 from engine.models.spec import LayerSpec, ModelSpec, MoENames, SparseSpec
 from engine.moe.expert_form import ExpertForm
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 _WINDOW, _FULL = "sliding_attention", "full_attention"
 

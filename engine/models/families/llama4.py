@@ -17,8 +17,8 @@ from engine.layers.query_scale import QueryScale
 from engine.models.config_fields import read, read_flag
 from engine.models.hf_config import attention_spec, model_spec
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, MoENames, SparseSpec
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
 

@@ -13,8 +13,8 @@ from engine.layers.rotary import yarn_softmax_factor
 from engine.models.config_fields import read, read_flag, read_optional
 from engine.models.hf_config import model_spec
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, MoENames, SparseSpec
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 # What the published models' own code could do otherwise, and transformers does in this way alone.
 _ONLY = {

@@ -10,8 +10,8 @@ from typing import Any
 from engine.models.config_fields import read, read_optional
 from engine.models.hf_config import attention_spec, model_spec, partial_rotary_dim
 from engine.models.spec import LayerSpec, ModelSpec, MoENames, SparseSpec
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 # Fields of the published config.json that transformers does not read: what it runs is this.
 _ONLY = {

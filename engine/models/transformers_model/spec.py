@@ -8,8 +8,8 @@ from typing import Any
 from engine.layers.attention import AttentionSpec
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
 from engine.models.transformers_model.probe import Probed, probe
-from engine.moe.layer import MoESpec
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 
 def read_spec(hf_config: Any) -> ModelSpec:

@@ -24,7 +24,7 @@ def problems_of(tmp_path, model_type: str, **settings) -> list[str]:
     [
         (
             "deepseek_v4",
-            ["an indexer chooses", "hyper-connections", "compressed_sparse", "hash_moe", "rotary"],
+            ["an indexer chooses", "hyper-connections", "compressed_sparse", "rotary"],
         ),
         ("nemotron_h", ["Mamba layers"]),
         ("gemma4", ["different widths", "for each layer", "no number of experts", "rotary"]),

@@ -17,9 +17,10 @@ from engine.models.expert_weights import moe_slots
 from engine.models.spec import MoENames
 from engine.moe.expert_form import ExpertForm
 from engine.moe.expert_rows import ExpertRows
-from engine.moe.layer import MoESpec
+from engine.moe.gate import Gate
 from engine.moe.local_experts import LocalExperts
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.weights.loader import CheckpointError, load_weights
 from tests.helpers import packers
 from tests.helpers.packers import CONFIGS, Tensors, slow_mxfp4
@@ -47,11 +48,7 @@ def layer_of(form: ExpertForm) -> Any:
         experts=experts,
         rows=rows,
         local_experts=LOCAL,
-        gate_weight_ED=torch.empty(EXPERTS, HIDDEN),
-        gate_bias_E=None,
-        logit_bias_E=None,
-        expert_scale_E=None,
-        table_VK=None,
+        gate=Gate(router, HIDDEN, device, dtype),
         shared=None,
     )
 

@@ -6,8 +6,19 @@ Run: pytest tests/unit/ops/test_select_experts.py
 import pytest
 import torch
 
-from engine.ops.select_experts import SelectionRule, select_experts, select_experts_reference
-from tests.helpers.ops_cases import ISAS_HERE, each_isa, needs_native, on_isa
+from engine.ops.select_experts import (
+    SelectionRule,
+    select_experts,
+    select_experts_reference,
+    weigh_scores,
+)
+from tests.helpers.ops_cases import (
+    ISAS_HERE,
+    TIED_SCORES,
+    each_isa,
+    needs_native,
+    on_isa,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -66,6 +77,38 @@ def test_of_equal_scores_the_lower_expert_comes_first():
         [0, 1, 2],
         [1, 3, 0],
     ]
+
+
+@each_isa
+@pytest.mark.parametrize(("score", "logits", "top_k", "expected"), TIED_SCORES)
+def test_where_scores_tie_the_largest_logits_are_chosen(isa, score, logits, top_k, expected):
+    rule = SelectionRule(top_k, score, normalize=True, normalize_eps=1e-3, scale=2.5)
+    logits = torch.tensor([logits])
+    with on_isa(isa):
+        scores, ids, weights = select_experts(logits, None, rule)
+    assert ids.tolist() == [expected]
+    assert torch.equal(weights, weigh_scores(scores[:, expected], scores[:, expected], rule))
+
+
+@pytest.mark.parametrize(("score", "logits", "top_k", "expected"), TIED_SCORES)
+def test_where_scores_tie_the_reference_chooses_the_largest_logits(score, logits, top_k, expected):
+    rule, logits = SelectionRule(top_k, score, scale=2.5), torch.tensor([logits])
+    scores, ids, weights = select_experts_reference(logits, None, rule)
+    finite = [expert for expert in expected if logits[0, expert] > -INF]
+    assert ids[0, : len(finite)].tolist() == finite  # torch promises no order of equal logits
+    assert sorted(ids[0].tolist()) == sorted(expected)
+    assert torch.equal(weights, scores.gather(1, ids) * 2.5)
+
+
+@needs_native
+def test_with_a_bias_or_groups_equal_scores_are_equal_whatever_the_logits():
+    logits = torch.tensor([[20.0, 30.0, 25.0, 40.0]])  # sigmoid is 1 for all
+    rule = SelectionRule(2, "sigmoid")
+    assert select_experts(logits, torch.zeros(4), rule)[1].tolist() == [[0, 1]]
+    bias = torch.tensor([0.0, 0.0, 0.5, 0.0])
+    assert select_experts(logits, bias, rule)[1].tolist() == [[2, 0]]
+    scores = select_experts(logits, None, SelectionRule(2, "sigmoid", num_groups=2))[0]
+    assert scores.tolist() == [[1.0] * 4]
 
 
 @needs_native

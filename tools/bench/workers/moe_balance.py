@@ -20,10 +20,11 @@ from bench.moe_case import MoEShape, make_tokens, make_weights
 from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.placement.placement import LayerPlacement, Placement, Precision
 from engine.moe.placement.search import plan_layer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
 
@@ -63,7 +64,7 @@ def build(
     )
     weights = make_weights(shape, seed)
     with torch.no_grad():
-        layer.gate_weight_ED.copy_(weights.gate_ED)
+        layer.gate.weight_ED.copy_(weights.gate_ED)
         for local, expert in enumerate(layer.local_experts):
             w13_2FD, w2_DF = weights.w13_E2FD[expert], weights.w2_EDF[expert]
             layer.experts.set_weights(local, w13_2FD, w2_DF)

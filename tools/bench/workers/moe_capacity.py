@@ -27,8 +27,9 @@ from engine.config import CapacityConfig
 from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.distributed.collectives import GroupCollectives
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.moe.step import MoEStep, TokenCounts
 from engine.profiling.device_clocks import HostClock, NoClock
 from engine.profiling.phase_clock import Phase
@@ -64,7 +65,7 @@ class Worker:
         layer, weights = self._layer, self._weights
         own = layer.local_experts
         with torch.no_grad():
-            layer.gate_weight_ED.copy_(weights.gate_ED)
+            layer.gate.weight_ED.copy_(weights.gate_ED)
             layer.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
             layer.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
         return memory_mib()

@@ -9,8 +9,9 @@ from bench.protocol import serve
 from bench.workers.moe_base import Layer, MoEWorker
 from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 
 
 class Worker(MoEWorker):
@@ -39,7 +40,7 @@ class Worker(MoEWorker):
         )
         own = layer.local_experts
         with torch.no_grad():
-            layer.gate_weight_ED.copy_(weights.gate_ED)
+            layer.gate.weight_ED.copy_(weights.gate_ED)
             layer.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
             layer.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
         layer.finalize_weights()

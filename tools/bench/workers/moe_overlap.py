@@ -24,8 +24,9 @@ from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.distributed.groups import Topology
 from engine.moe.dispatch.chunk_tuner import ChunkTuner
-from engine.moe.layer import MoELayer, MoESpec
+from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec
+from engine.moe.spec import MoESpec
 from engine.profiling.device_clocks import HostClock
 from engine.profiling.phase_clock import Phase
 
@@ -61,7 +62,7 @@ def build(shape: MoEShape, topology: Topology, name: str, seed: int) -> MoELayer
     )
     weights = make_weights(shape, seed)
     own = layer.local_experts
-    layer.gate_weight_ED.copy_(weights.gate_ED)
+    layer.gate.weight_ED.copy_(weights.gate_ED)
     layer.experts.stacked.w13_e2FD.copy_(weights.w13_E2FD[own])
     layer.experts.stacked.w2_eDF.copy_(weights.w2_EDF[own])
     return layer
