@@ -99,7 +99,9 @@ class LLM:
         if not self._owns_topology:
             self._on_all_ranks(lambda: check_runnable(config, os.environ))
         self._on_all_ranks(lambda: check_exporters(config, topology))
-        hf_config = self._on_all_ranks(lambda: read_config(Path(config.model.path)))
+        hf_config = self._on_all_ranks(
+            lambda: read_config(Path(config.model.path), config.model.implementation)
+        )
         if topology.world.rank == 0 and (unread := unread_parts(Path(config.model.path))):
             logger.warning("model.path = %r: %s", config.model.path, unread)
         every = builder.profiler_every(config, topology.device)

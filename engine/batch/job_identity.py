@@ -71,8 +71,9 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
-    Those of moe.dispatch, moe.shared_expert, model.quantization, the placement and later ones of
-    sampling are left out where they have their defaults, so that older ledgers still resume.
+    Those of moe.dispatch, moe.shared_expert, model.quantization, model.implementation, the
+    placement and later ones of sampling are left out where they have their defaults, so that older
+    ledgers still resume.
     moe.overlap.by = tokens is left out, though it may change results by rounding where the GEMM
     library picks its kernel by the number of rows.
     """
@@ -85,8 +86,9 @@ def result_settings(config: Config) -> dict[str, Any]:
             if key in _FIRST_SAMPLING or value != getattr(SamplingConfig(), key)
         },
     }
-    if config.model.quantization == "auto":
-        del tree["model"]["quantization"]
+    for key in ("quantization", "implementation"):
+        if tree["model"][key] == "auto":
+            del tree["model"][key]
     for key in ("path", "tokenizer"):
         if tree["model"][key] is not None:
             tree["model"][key] = str(Path(tree["model"][key]).resolve())

@@ -39,6 +39,9 @@ class ModelConfig:
     # weights are held; dequantize: in dtype; int8, int4, fp8: experts rounded anew, the rest in
     # dtype; keep: experts as the checkpoint stores them (integers, FP8, MXFP4); auto: keep where
     # compiled kernels compute on them (CUDA; the CPU on integers), else dequantize
+    implementation: Literal["auto", "lockstep", "transformers"] = "auto"  # who builds the decoder;
+    # transformers: its modules, on this engine's cache, dispatch and experts; auto: lockstep where
+    # it has the model's family, else transformers
     load_format: Literal["safetensors", "dummy"] = "safetensors"  # where weights come from;
     # dummy: seeded random numbers
     max_model_len: int | None = field(default=None, metadata=COUNT)  # prompt and new tokens

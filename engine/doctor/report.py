@@ -102,9 +102,9 @@ def _chosen(config: Config, device: torch.device, num_ranks: int) -> Iterator[Fi
         return f"{num_ranks}, in expert-parallel groups of {expert or num_ranks}"
 
     def backend() -> str:
-        hf_config = read_config(Path(config.model.path))
+        hf_config = read_config(Path(config.model.path), config.model.implementation)
         dtype = model_dtype(config.model.dtype, hf_config, device)
-        layers = read_spec(hf_config).layers
+        layers = read_spec(hf_config, config.model.implementation).layers
         sparse = [layer.mlp.moe for layer in layers if isinstance(layer.mlp, SparseSpec)]
         widths = (sparse[0].hidden, sparse[0].ffn) if sparse else ()
         name = choose_backend(config.moe.experts.backend, device, dtype, widths)

@@ -30,7 +30,7 @@ from engine.generation.scheduler import Scheduler, most_running
 from engine.layers.kv_cache import KVCache
 from engine.layers.mlp import DenseMLP
 from engine.layers.precision import compute_dtype
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
@@ -66,7 +66,7 @@ def build(
     topology: Topology,
     dtype: torch.dtype,
     placement: Placement | None = None,
-) -> CausalLM:
+) -> LanguageModel:
     """Build this rank's part of the model, its weights uninitialised.
 
     Args:
@@ -79,7 +79,7 @@ def build(
     Raises:
         ValueError: when the model cannot run on these ranks, with this dtype or this backend.
     """
-    spec = read_spec(hf_config)
+    spec = read_spec(hf_config, config.model.implementation)
     resolve_prefix_cache(config.scheduler.prefix_cache, spec)
     device = topology.device
     held = resolve_quantization(config, spec, device, compute_dtype(dtype, device))
@@ -106,7 +106,7 @@ def checkpoint_names(config: Config) -> frozenset[str]:
 
 
 def load_weights(
-    model: CausalLM,
+    model: LanguageModel,
     config: Config,
     topology: Topology,
     names: frozenset[str],
@@ -135,7 +135,7 @@ def load_weights(
     )
 
 
-def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
+def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
     """Return the KV cache blocks that this rank's memory has room for; reserve the row buffers.
 
     Collective over EP and TP on CUDA: every rank must call.
@@ -159,7 +159,7 @@ def plan_cache(model: CausalLM, config: Config, topology: Topology) -> int:
 
 
 def build_cache(
-    model: CausalLM, config: Config, topology: Topology, num_blocks: int
+    model: LanguageModel, config: Config, topology: Topology, num_blocks: int
 ) -> tuple[Runner, Scheduler]:
     """Build the KV cache, and the runner and scheduler that use it.
 
@@ -194,7 +194,7 @@ def profiler_every(config: Config, device: torch.device) -> int:
 
 
 def resolved_settings(
-    model: CausalLM, topology: Topology, kv_cache_blocks: int, prefix_cache: bool
+    model: LanguageModel, topology: Topology, kv_cache_blocks: int, prefix_cache: bool
 ) -> dict[str, Any]:
     """Return the values that the engine chose for settings left to it: setting -> value.
 
@@ -222,7 +222,7 @@ def resolved_settings(
     return found
 
 
-def reserve_rows(model: CausalLM, config: Config, topology: Topology) -> int:
+def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> int:
     """Limit the rows that a rank receives at once, and allocate the MoE row buffers: on CUDA, and
     where a capacity policy bounds their size.
 

@@ -225,7 +225,9 @@ class GenerationLoop:
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
             limited = moe_step is not None and moe_step.limited
-            in_last = run if limited else min(run, piece.num_read)
+            in_last = (
+                run if limited or self._runner.model.runs_last_whole else min(run, piece.num_read)
+            )
             routed = run * self._routed_before + in_last * self._routed_last
             piece.seq.capacity.add(CapacityUse(routed))
         if moe_step is not None:

@@ -77,7 +77,9 @@ def may_share_prefixes(config: Config) -> bool:
     True where its config cannot be read or the setting is wrong: loading it says so.
     """
     try:
-        spec = read_spec(read_config(Path(config.model.path)))
+        implementation = config.model.implementation
+        hf_config = read_config(Path(config.model.path), implementation)
+        spec = read_spec(hf_config, implementation)
         return resolve_prefix_cache(config.scheduler.prefix_cache, spec)
     except (ValueError, OSError):
         return True

@@ -28,7 +28,7 @@ import torch
 from engine.distributed.collectives import GroupCollectives, Pending, broadcast_object
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.moe.copy_weights import copy_parts, read_bytes, read_home, write_bytes
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.placement.placement import Placement
@@ -89,7 +89,7 @@ class Replanner:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         topology: Topology,
         every: int,
         on_change: OnChange | None = None,

@@ -21,7 +21,8 @@ import torch
 from engine.generation.step import Slice, Step
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
-from engine.models.decoder import CausalLM, GroupTokens
+from engine.models.decoder import GroupTokens
+from engine.models.language_model import LanguageModel
 from engine.moe.dispatch.two_batch import run_to_end
 from engine.moe.step import MoEStep
 from engine.ops.to_device import all_to_device, to_device
@@ -41,7 +42,7 @@ class Runner:
     Which block of `cache` belongs to which sequence is the scheduler's decision.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, model: LanguageModel, cache: KVCache, device: torch.device) -> None:
         self.model = model
         self.cache = cache
         self.device = device

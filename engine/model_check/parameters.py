@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.weights.slot import WeightSlot
 
 
@@ -20,7 +20,7 @@ class Parameters:
     active_with_embedding: int  # the same with the whole embedding, as some publishers count
 
 
-def count_parameters(model: CausalLM, slots: Sequence[WeightSlot]) -> Parameters:
+def count_parameters(model: LanguageModel, slots: Sequence[WeightSlot]) -> Parameters:
     """Return the counts of a model on one rank, its experts in the model's dtype.
 
     slots: all of the model.

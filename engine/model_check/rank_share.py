@@ -17,7 +17,7 @@ from engine.config import CapacityConfig, Config, ModelConfig, SchedulerConfig
 from engine.distributed.groups import Group, Topology, expert_range
 from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
 from engine.model_check.stored_tensors import part_of
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.models.registry import build_model
 from engine.moe.low_bit_experts import ExpertLayouts
 
@@ -69,7 +69,7 @@ class Setup:
     layouts: Mapping[int, ExpertLayouts] | None = None  # by layer, of experts that are integers
     names: Collection[str] = ()  # of the checkpoint's tensors
 
-    def build(self, ranks: int | None = None) -> CausalLM:
+    def build(self, ranks: int | None = None) -> LanguageModel:
         """Return the model of rank 0, the one with most experts, without memory. Not collective.
 
         ranks: of the expert-parallel group; None: one rank has the whole model.
@@ -122,7 +122,7 @@ def _group(size: int) -> Group:
 
 def shares_of_ranks(
     setup: Setup,
-    plain: CausalLM,
+    plain: LanguageModel,
     ranks: Sequence[int],
     stored: Mapping[str, int],
     gpu_gib: Collection[float],
@@ -142,7 +142,7 @@ def shares_of_ranks(
 
 def _share_of_rank(
     setup: Setup,
-    alone: CausalLM,
+    alone: LanguageModel,
     ranks: int,
     stored: Mapping[str, int],
     whole: Mapping[str, int],
@@ -181,7 +181,7 @@ def _share_of_rank(
     )
 
 
-def part_bytes(model: CausalLM, names: Collection[str]) -> dict[str, int]:
+def part_bytes(model: LanguageModel, names: Collection[str]) -> dict[str, int]:
     """Return the bytes of each part of the weights that a rank holds."""
     parts: Counter[str] = Counter()
     for slot in model.weight_slots(names):
@@ -190,7 +190,7 @@ def part_bytes(model: CausalLM, names: Collection[str]) -> dict[str, int]:
     return dict(parts)
 
 
-def _row_bytes(model: CausalLM, ranks: int, most: int, dtype: torch.dtype) -> int:
+def _row_bytes(model: LanguageModel, ranks: int, most: int, dtype: torch.dtype) -> int:
     """Return what a rank keeps on CUDA for the rows of its MoE layers (`generation/memory.py`)."""
     limits, widest = SchedulerConfig(), 0
     for layer in model.moe_layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -35,9 +36,16 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
             "chunk_layers": sum(chunk is not None for chunk in chunks),
             "state_layers": len(kinds) - len(with_keys),
         },
-        "rope": hf_config.rope_parameters.get("rope_type", "default"),
+        "rope": _rope(hf_config),
         "experts": _experts(sparse),
     }
+
+
+def _rope(hf_config: Any) -> str:
+    """Return the type of the rotary embedding; where kinds of layers have their own, all types."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    kinds = [each for each in rope.values() if isinstance(each, Mapping)] or [rope]
+    return ", ".join(sorted({str(each.get("rope_type") or "default") for each in kinds}))
 
 
 def _experts(sparse: list[SparseSpec]) -> dict[str, Any] | None:

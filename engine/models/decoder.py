@@ -69,6 +69,8 @@ class CausalLM(nn.Module):
         ValueError: when the ranks do not fit the model's heads or experts.
     """
 
+    runs_last_whole = False  # the last layer runs only the rows that are read, where it can
+
     def __init__(
         self,
         spec: ModelSpec,

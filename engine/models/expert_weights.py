@@ -68,9 +68,9 @@ def moe_slots(
     elif names.transposed and f"{block}.experts.0.{names.w2}.weight" not in checkpoint:
         yield from _transposed_slots(moe, f"{block}.experts")
     elif f"{prefix}.mlp.experts.{_first(moe)}" in checkpoint:
-        yield from _stacked_slots(moe, f"{prefix}.mlp.experts")
+        yield from stacked_slots(moe, f"{prefix}.mlp.experts")
     else:
-        yield from _single_slots(moe, f"{block}.experts", names)
+        yield from single_slots(moe, f"{block}.experts", names)
     if isinstance(moe.shared, DenseMLP):
         yield from moe.shared.weight_slots(
             f"{block}.{names.shared}", output_gate=f"{block}.{names.shared}_gate.weight"
@@ -106,7 +106,7 @@ def expert_names(spec: ModelSpec) -> dict[int, tuple[list[str], list[str]]]:
     return found
 
 
-def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
+def single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[WeightSlot]:
     """Yield three slots per instance, without a gate two, and as many of biases; gate and up are
     rows of one stacked tensor.
     """
@@ -128,7 +128,7 @@ def _single_slots(moe: MoELayer, prefix: str, names: MoENames) -> Iterator[Weigh
             yield WeightSlot(name, b2_D, (hidden,), kind="bias")
 
 
-def _stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+def stacked_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     """Yield two slots per run of instances, and two of biases, each a range of a tensor that stacks
     all experts.
     """

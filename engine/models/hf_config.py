@@ -122,6 +122,15 @@ def check_config(hf_config: Any, activations: Collection[str] = ("silu", "swish"
             f"hidden_act: {hf_config.hidden_act!r} in config.json is not supported, only {takes}: "
             "the family's experts are computed with no other activation"
         )
+    check_common(hf_config)
+
+
+def check_common(hf_config: Any) -> None:
+    """Check the settings that no model supports, whoever builds it.
+
+    Raises:
+        ValueError: naming the field of config.json, its value and the rule.
+    """
     if not getattr(hf_config, "is_causal", True):  # any false value counts for transformers
         raise ValueError(
             f"is_causal: {hf_config.is_causal!r} in config.json is not supported: a token would "

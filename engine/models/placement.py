@@ -40,7 +40,7 @@ def resolve_placement(config: Config, hf_config: Any, topology: Topology) -> Pla
     """
     if config.moe.placement == CONTIGUOUS:
         return None
-    spec, error, placement = read_spec(hf_config), None, None
+    spec, error, placement = read_spec(hf_config, config.model.implementation), None, None
     try:
         placement = read_placement(config.moe.placement)
         check_placement(placement, spec, config)

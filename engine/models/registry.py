@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,12 +38,18 @@ from engine.models.families import (
     qwen3_moe,
     qwen3_next,
 )
-from engine.models.hf_config import check_config
+from engine.models.hf_config import check_common, check_config
+from engine.models.language_model import LanguageModel
 from engine.models.spec import ModelSpec
+from engine.models.transformers_model.experts_form import NotServed
+from engine.models.transformers_model.model import TransformersModel
+from engine.models.transformers_model.spec import read_spec as read_transformers_spec
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Placement
 from engine.weights.formats.grouping import example_of
 from engine.weights.formats.scheme import UnsupportedScheme
+
+Implementation = Literal["auto", "lockstep", "transformers"]  # model.implementation
 
 _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
     "mixtral": mixtral.read_spec,
@@ -80,14 +86,25 @@ def supported_model_types() -> tuple[str, ...]:
 
 
 def family_module(model_type: str) -> str:
-    """Return the module that reads the configurations of a supported `model_type`."""
-    return _FAMILIES[model_type].__module__
+    """Return the module that reads the configurations of a `model_type` that runs."""
+    family = _FAMILIES.get(model_type, read_transformers_spec)
+    return family.__module__
 
 
-def read_config(folder: Path) -> Any:
+def uses_transformers(model_type: Any, implementation: Implementation) -> bool:
+    """Return whether transformers builds the model; see model.implementation."""
+    known = isinstance(model_type, str) and model_type in _FAMILIES
+    return implementation == "transformers" or (implementation == "auto" and not known)
+
+
+def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
     """Return the transformers configuration of a checkpoint, after checking that it can run.
 
     Runs no code of the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        implementation: model.implementation.
 
     Raises:
         ValueError: naming model.path and what is wrong in config.json.
@@ -98,11 +115,13 @@ def read_config(folder: Path) -> Any:
         values = read_json_object(folder / "config.json")
     except ValueError as error:
         raise _refused(folder, str(error)) from error
-    if problem := _problem(values):
+    by_transformers = uses_transformers(values.get("model_type"), implementation)
+    if problem := _problem(values, by_transformers):
         raise _refused(folder, problem)
     try:
         values = _language_model(values)
-        check_fields(values)
+        if not by_transformers:  # its own classes check their fields
+            check_fields(values)
         model_type = values["model_type"]
         if (model_type := _READ_AS.get(model_type, _TEXT_OF.get(model_type))) is not None:
             values = {name: value for name, value in values.items() if name != "auto_map"}
@@ -110,10 +129,19 @@ def read_config(folder: Path) -> Any:
             hf_config = CONFIG_MAPPING[model_type].from_dict(values)
         else:
             hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        rotary_dim = read_spec(hf_config).rotary_dim
+        if by_transformers:
+            check_common(hf_config)
+            read_transformers_spec(hf_config)
+            return hf_config
+        rotary_dim = read_spec(hf_config, implementation).rotary_dim
         check_rope(hf_config, rotary_dim)
         rope_frequencies(hf_config, rotary_dim, 1)
+    except NotServed as error:
+        raise _refused(folder, _not_served(values["model_type"], str(error))) from error
     except Exception as error:  # transformers computes with the values before it checks them
+        if values["model_type"] not in _FAMILIES:
+            why = _not_served(values["model_type"], explain(error, values))
+            raise _refused(folder, why) from error
         example = example_of(folder) if isinstance(error, UnsupportedScheme) else ""
         raise _refused(folder, explain(error, values) + example) from error
     return hf_config
@@ -152,24 +180,55 @@ def _refused(folder: Path, why: str) -> ValueError:
     return ValueError(f"model.path = {str(folder)!r}: {why}")
 
 
-def _problem(values: Mapping[str, Any]) -> str | None:
-    """Return what is wrong in the text of a config.json, or None; transformers checks the rest."""
+def _problem(values: Mapping[str, Any], by_transformers: bool) -> str | None:
+    """Return what is wrong in the text of a config.json, or None; transformers checks the rest.
+
+    by_transformers: whether it builds the model.
+    """
+    from transformers import CONFIG_MAPPING
+
     model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
-        return (
-            f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
-            f"{', '.join(_FAMILIES)}"
-        )
-    return None
+    if isinstance(model_type, str) and model_type in _FAMILIES:
+        return None
+    if by_transformers and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return None
+    has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
+    return (
+        f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
+        f"{', '.join(_FAMILIES)}"
+    )
 
 
-def read_spec(hf_config: Any) -> ModelSpec:
+def _not_served(model_type: str, why: str) -> str:
+    """Return why transformers' implementation does not run a model type, and what to do."""
+    what = "use a checkpoint of one of " + ", ".join(_FAMILIES)
+    if model_type in _FAMILIES:
+        what = "set model.implementation to lockstep"
+    return (
+        f"config.json has model_type = {model_type!r}, which this engine cannot run "
+        f"with transformers' implementation: {why}; {what}"
+    )
+
+
+def read_spec(hf_config: Any, implementation: Implementation = "auto") -> ModelSpec:
     """Return the `ModelSpec` of a transformers configuration.
 
+    Args:
+        hf_config: the configuration.
+        implementation: model.implementation.
+
     Raises:
-        ValueError: on a model type without a family, or a field that its family cannot run.
+        ValueError: on a model type that does not run, or a field of which the same is true.
     """
+    if uses_transformers(hf_config.model_type, implementation):
+        check_common(hf_config)
+        try:
+            return read_transformers_spec(hf_config)
+        except NotServed as error:
+            raise ValueError(
+                f"model_type: {hf_config.model_type!r} in config.json is not supported: {error}; "
+                f"supported: {', '.join(_FAMILIES)}"
+            ) from error
     family = _FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ValueError(
@@ -190,7 +249,8 @@ def model_length(hf_config: Any, max_model_len: int | None) -> int:
     if max_model_len is None:
         return context
     # Only dynamic scaling is defined past the context length.
-    if max_model_len > context and hf_config.rope_parameters.get("rope_type") != "dynamic":
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    if max_model_len > context and rope.get("rope_type") != "dynamic":
         raise ValueError(
             f"model.max_model_len: {max_model_len} exceeds the checkpoint's context of {context} "
             f"tokens (max_position_embeddings in config.json); set it to at most {context}"
@@ -206,7 +266,7 @@ def build_model(
     dtype: torch.dtype,
     placement: Placement | None = None,
     layouts: Mapping[int, ExpertLayouts] | None = None,
-) -> CausalLM:
+) -> LanguageModel:
     """Build this rank's share of the model, its weights uninitialised.
 
     dtype: of the weight matrices (`layers/precision.py`).
@@ -216,8 +276,19 @@ def build_model(
     Raises:
         ValueError: the same on every rank, before any collective.
     """
-    spec = read_spec(hf_config)
     length = model_length(hf_config, config.model.max_model_len)
+    if uses_transformers(hf_config.model_type, config.model.implementation):
+        return TransformersModel(
+            hf_config,
+            max_model_len=length,
+            topology=topology,
+            config=config,
+            device=device,
+            dtype=dtype,
+            placement=placement,
+            layouts=layouts,
+        )
+    spec = read_spec(hf_config, "lockstep")
     with memory_in_words(
         f"model.max_model_len = {length}: a table of that many positions does not fit into memory; "
         "lower it"

@@ -13,7 +13,8 @@ import torch
 from engine.distributed.groups import Topology
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
-from engine.models.decoder import CausalLM, GroupTokens
+from engine.models.decoder import GroupTokens
+from engine.models.language_model import LanguageModel
 from engine.moe.placement.instances import Instances
 from engine.ops.deal import deal_claims, deal_rows, list_claims, parts_of_list
 from engine.ops.order_claims import order_claims
@@ -26,7 +27,7 @@ _PROMPT = 128  # tokens: prefill attention takes larger tiles than decode
 
 
 @torch.inference_mode()
-def warm_up(model: CausalLM, topology: Topology, block_size: int) -> None:
+def warm_up(model: LanguageModel, topology: Topology, block_size: int) -> None:
     """Run a prefill and a decode step of a few tokens; leave nothing of them in the measurements.
 
     Collective over EP and TP on CUDA: every rank must call.

@@ -32,7 +32,8 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self._spec = spec
-        logits, dtype = spec.num_logits, torch.float32 if spec.float32_logits else dtype
+        logits = 0 if spec.external else spec.num_logits
+        dtype = torch.float32 if spec.float32_logits else dtype
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:
             tensor = torch.empty(*shape, device=device, dtype=dtype)

@@ -76,6 +76,7 @@ class MoELayer(LayerParts):
         tunes: bool = True,
         uses_copies: bool = True,
         token_ids_T: torch.Tensor | None = None,
+        routing: Routing | None = None,
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward` for two-batch overlap: yields while rows are in flight.
 
@@ -90,11 +91,14 @@ class MoELayer(LayerParts):
             tunes: see `LayoutPolicy.begin_trial`.
             uses_copies: whether rows may move to copies, the same on every rank.
             token_ids_T: int64, read where the router's spec has a token_table.
+            routing: of this rank's tokens, if and only if the router is external.
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
-        clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
-        routing = self.route(x_tD, token_ids_T)
+        assert (routing is not None) == self.spec.router.external, "routing and spec disagree"
+        if routing is None:
+            clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
+            routing = self.route(x_tD, token_ids_T)
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
         own_tD, zero_t = x_tD, routing.zero_weight_T
         x_tD = self.rows.before(x_tD, routing, self.gate.expert_scale_E)

@@ -112,6 +112,12 @@ class LayerAgreement:
                 "experts' input, so a row cannot serve a second expert of another weight; use "
                 "token_drop or none"
             )
+        if self._router.external and config.policy == "expanded_drop":
+            raise ValueError(
+                "moe.capacity.policy = expanded_drop: the router is a module of transformers "
+                "(model.implementation), which gives the weights of chosen experts alone, so an "
+                "extra would have none; use token_drop or none"
+            )
         if (
             self._router.num_zero_experts
             and self._router.normalize

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.moe.placement.placement_file import digest
 from engine.profiling.loads import LayerLoad, LoadCounter
 from engine.profiling.report import LayerPlacementReport, RankPlacement, RunPlacement
@@ -29,7 +29,7 @@ class OwnPlacement:
     copy_bytes: int  # memory of this rank's copies
 
 
-def own_placement(model: CausalLM, file: str) -> OwnPlacement | None:
+def own_placement(model: LanguageModel, file: str) -> OwnPlacement | None:
     """Return the placement of this rank's model; None without one.
 
     file: moe.placement.

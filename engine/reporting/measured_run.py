@@ -25,7 +25,7 @@ from engine.generation.request_source import Sink
 from engine.generation.scheduler import Scheduler
 from engine.generation.step_profiler import StepProfiler
 from engine.generation.totals import Totals
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.profiling.collector import Collector
 from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
@@ -42,7 +42,7 @@ class MeasuredRun:
 
     config: Config
     topology: Topology
-    model: CausalLM
+    model: LanguageModel
     scheduler: Scheduler  # its preemptions are counted
     telemetry: Telemetry  # the clock and the counters of the layers; its loads are reset
     exporters: Exporters  # open ones; closed at the end of the block, also after an error

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine.config import Config, ModelConfig
 from engine.distributed.clock import ClockOffset
 from engine.distributed.groups import Topology
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.profiling.deepspeed_comms import open_deepspeed_comms
 from engine.profiling.exporters import Exporters, check_listen
 from engine.profiling.routing.recorder import RecorderGroup, RoutingRecorder
@@ -59,7 +59,7 @@ def check_exporters(config: Config, topology: Topology) -> None:
 def open_exporters(
     config: Config,
     topology: Topology,
-    model: CausalLM,
+    model: LanguageModel,
     offset: ClockOffset,
     routing_end: TraceEnd | None = None,
 ) -> Exporters:
@@ -143,7 +143,7 @@ def join_routing_ends(ends: Sequence[TraceEnd | None]) -> TraceEnd | None:
 
 
 def _open_routing(
-    config: Config, folder: Path, topology: Topology, model: CausalLM, end: TraceEnd
+    config: Config, folder: Path, topology: Topology, model: LanguageModel, end: TraceEnd
 ) -> RoutingRecorder:
     """Open this rank's files of the routing trace."""
     profiler, layers = config.profiler, model.moe_layers
@@ -218,7 +218,7 @@ def _metrics_in_words(config: Config, topology: Topology) -> Iterator[None]:
 
 
 def _header(
-    config: Config, topology: Topology, model: CausalLM, offset: ClockOffset
+    config: Config, topology: Topology, model: LanguageModel, offset: ClockOffset
 ) -> SpanFileHeader:
     layers = model.moe_layers
     return SpanFileHeader(

@@ -20,7 +20,7 @@ from engine.distributed.groups import Topology
 from engine.generation.quantization import resolve_quantization
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
-from engine.models.decoder import CausalLM
+from engine.models.language_model import LanguageModel
 from engine.models.registry import build_model, read_config, read_spec
 from engine.weights.formats.grouping import read_weights
 from engine.weights.loader import load_weights
@@ -50,18 +50,27 @@ def one_by_one(lengths: Sequence[int]) -> Schedule:
     return [[(s, i, 1) for s, n in enumerate(lengths) if i < n] for i in range(max(lengths))]
 
 
-def make_config(path: Path, quantization: Any = "dequantize", **parallel: Any) -> Config:
+def make_config(
+    path: Path, quantization: Any = "dequantize", implementation: Any = "auto", **parallel: Any
+) -> Config:
+    model = ModelConfig(
+        path=str(path), dtype="float32", quantization=quantization, implementation=implementation
+    )
     return Config(
-        model=ModelConfig(path=str(path), dtype="float32", quantization=quantization),
+        model=model,
         parallel=ParallelConfig(**parallel),
         runtime=RuntimeConfig(device="cpu", timeout_s=30.0, threads=1),
     )
 
 
-def load_model(config: Config, topology: Topology, dtype: torch.dtype = torch.float32) -> CausalLM:
+def load_model(
+    config: Config, topology: Topology, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """Build this rank's share of a checkpoint, its weights in dtype, and fill it."""
-    hf_config = read_config(Path(config.model.path))
-    held = resolve_quantization(config, read_spec(hf_config), topology.device, dtype)
+    implementation = config.model.implementation
+    hf_config = read_config(Path(config.model.path), implementation)
+    spec = read_spec(hf_config, implementation)
+    held = resolve_quantization(config, spec, topology.device, dtype)
     layouts = held.layouts
     model = build_model(hf_config, config, topology, topology.device, dtype, layouts=layouts)
     names = read_weights(Path(config.model.path)).entries.keys()
@@ -77,7 +86,7 @@ def load_model(config: Config, topology: Topology, dtype: torch.dtype = torch.fl
 
 @torch.inference_mode()
 def run_schedule(
-    model: CausalLM,
+    model: LanguageModel,
     topology: Topology,
     sequences: list[list[int]],
     schedule: Schedule,
@@ -174,11 +183,12 @@ def logits_on_this_rank(
     last: int,
     dtype: torch.dtype = torch.float32,
     quantization: str = "dequantize",
+    implementation: str = "auto",
 ) -> dict[tuple[str, int | None], dict[int, torch.Tensor]]:
     """Load the checkpoint and run every schedule; return this rank's logits, of all tokens and of
     the `last` ones.
     """
-    config = make_config(path, quantization, **parallel)
+    config = make_config(path, quantization, implementation, **parallel)
     topology = bootstrap.start(config, os.environ)
     model = load_model(config, topology, dtype)
     found = {

@@ -88,6 +88,7 @@ def settings(cls: type, prefix: str = "") -> set[str]:
 def test_every_setting_that_a_docstring_of_the_engine_names_exists():
     known = settings(Config) | {f"model.{name}" for name in ("path", "tokenizer", "dtype")}
     known |= {f"model.{name}" for name in ("load_format", "max_model_len", "quantization")}
+    known.add("model.implementation")
     wrong = {}
     for path in SOURCES:
         if path.is_relative_to(ROOT / "engine"):

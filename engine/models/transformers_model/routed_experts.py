@@ -1,0 +1,77 @@
+"""Routed experts: this engine's MoE layer in the place of transformers' experts module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.layers.kv_cache import KVCache
+from engine.layers.step_inputs import StepTensors
+from engine.moe.dispatch.two_batch import run_to_end
+from engine.moe.layer import MoELayer
+from engine.moe.router import Routing
+from engine.moe.step import MoEStep
+
+
+@dataclass(slots=True)
+class RunningStep:
+    """What the layers of a model need of the step that runs, beside its hidden states."""
+
+    step: StepTensors | None = None
+    kv: KVCache | None = None
+    moe_step: MoEStep | None = None
+    group_tokens: int | None = None
+    uses_copies: bool = True
+
+
+class RoutedExperts(nn.Module):
+    """Runs a token's experts on the ranks that have them.
+
+    The model's own router chooses; what it returns for the chosen experts are the scores by which
+    capacity decides, since no others are known here.
+
+    Args:
+        moe: the layer, with an external router.
+        running: shared by the layers of a model.
+    """
+
+    def __init__(self, moe: MoELayer, running: RunningStep) -> None:
+        super().__init__()
+        self.moe = moe
+        self._running = running
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of each token's experts by weight, [T, D].
+
+        Args:
+            hidden_states: [T, D]; T may be 0.
+            top_k_index: int64 [T, K], experts.
+            top_k_weights: [T, K], combine weights.
+
+        Collective over EP: every rank must call.
+        """
+        running, weights_TK = self._running, top_k_weights.float()
+        num_experts = self.moe.spec.router.num_experts
+        scores_TE = weights_TK.new_zeros(hidden_states.shape[0], num_experts)
+        scores_TE.scatter_(1, top_k_index, weights_TK)
+        return run_to_end(
+            self.moe.steps(
+                hidden_states,
+                running.moe_step,
+                running.group_tokens,
+                uses_copies=running.uses_copies,
+                routing=Routing(scores_TE, top_k_index, weights_TK),
+            )
+        )
+
+    def run_empty(self, hidden_states: torch.Tensor) -> None:
+        """Take part in the collectives of a step without tokens; hidden_states: [0, D].
+
+        Collective over EP: every rank must call.
+        """
+        ids_TK = hidden_states.new_zeros((0, self.moe.spec.router.top_k), dtype=torch.int64)
+        self(hidden_states, ids_TK, hidden_states.new_zeros(ids_TK.shape))
