@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 import torch
@@ -41,7 +41,7 @@ class LanguageModel(Protocol):
     runs_last_whole: bool  # whether the last layer runs rows that are not read, too
 
     @property
-    def top_k(self) -> Sequence[int]:
+    def top_k(self) -> list[int]:
         """Experts per token in each layer, 0 in a dense one."""
         ...
 
