@@ -94,7 +94,7 @@ setup(
         # Written by tools and tests. The engine reads the format with code of its own
         # (engine/weights/safetensors_header.py says why); transformers needs the package too.
         "safetensors>=0.5,<1",
-        "transformers>=5.20,<6",  # config.json and tokenizers; the reference in tests/models
+        "transformers>=5.23,<6",  # config.json and tokenizers; the reference in tests/models
         # A tokenizer.model without a tokenizer.json is converted with these two.
         "sentencepiece>=0.2,<1",
         "protobuf>=5,<8",

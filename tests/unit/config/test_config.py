@@ -83,6 +83,7 @@ def test_every_shipped_config_loads_and_is_supported_on_its_number_of_ranks(name
 def test_the_documented_configs_are_shipped():
     assert SHIPPED == [
         "deepseek_v2_lite_ep8",
+        "deepseek_v3_ep8",
         "ernie45_21b_ep4",
         "glm45_air_ep8",
         "gpt_oss_120b_ep8",
@@ -503,7 +504,7 @@ def test_a_config_that_is_not_there_is_refused_with_the_nearest_name(tmp_path, m
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="mixtral_ep4.*did you mean mixtral_ep8"):
         load_config("mixtral_ep4.yaml")
-    with pytest.raises(ConfigError, match="there are: deepseek_v2_lite_ep8, ernie45_21b_ep4, "):
+    with pytest.raises(ConfigError, match="there are: deepseek_v2_lite_ep8, deepseek_v3_ep8, "):
         load_config("/no/where")
 
 
