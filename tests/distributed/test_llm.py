@@ -353,7 +353,10 @@ def test_what_one_replica_cannot_load_stops_the_others_too(checkpoint, tmp_path,
     ("broken", "message"),
     [
         ("{", "rank 1: model.path = '.': config.json is not valid JSON"),
-        ('{"model_type": "gpt2"}', "model_type = 'gpt2', which this engine cannot run; use a"),
+        (
+            '{"model_type": "gpt2"}',
+            "model_type = 'gpt2', which this engine cannot run with transformers'",
+        ),
         (None, "rank 1 on {host}: this config cannot run here:"),
     ],
     ids=["json", "model_type", "absent"],

@@ -136,7 +136,9 @@ def mask_in_a_layer(patch: pytest.MonkeyPatch) -> None:
 def table_on_the_host(patch: pytest.MonkeyPatch) -> None:
     """Add a tensor of the host to one on the GPU."""
     route = MoELayer.route
-    patch.setattr(MoELayer, "route", lambda self, x: route(self, x + torch.zeros(x.shape[1])))
+    patch.setattr(
+        MoELayer, "route", lambda self, x, *ids: route(self, x + torch.zeros(x.shape[1]), *ids)
+    )
 
 
 def forgotten_wait_for_claims(patch: pytest.MonkeyPatch) -> None:
