@@ -193,7 +193,7 @@ VICTIMS = pytest.mark.parametrize(
     [
         pytest.param(1, (), id="a rank"),
         pytest.param(0, (), id="the rank with the store"),
-        pytest.param(1, OVER_GLOO, id="a rank, over gloo"),
+        pytest.param(1, OVER_GLOO, id="a rank, over gloo", marks=pytest.mark.long),
     ],
 )
 
@@ -357,7 +357,9 @@ def under_torchrun(folder: Path, output: Path, fault: str, victim: int) -> str:
 @pytest.mark.parametrize(
     ("fault", "rank", "quoted"),
     [
-        ("kill", "1", r"Signal 9 \(SIGKILL\) received by PID \d+"),
+        pytest.param(
+            "kill", "1", r"Signal 9 \(SIGKILL\) received by PID \d+", marks=pytest.mark.long
+        ),
         pytest.param(
             "raise",
             "1",

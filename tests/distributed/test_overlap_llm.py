@@ -74,7 +74,7 @@ SETTINGS = [PLAIN, {}, AUTO, TOKENS, {**PLAIN, **DROP}, {**AUTO, **DROP}, {**TOK
     ("world", "parallel"),
     [
         (2, {}),
-        (4, {"tensor": 2}),
+        pytest.param(4, {"tensor": 2}, marks=pytest.mark.long),
         pytest.param(4, {"expert": 2}, marks=pytest.mark.long),
     ],
 )

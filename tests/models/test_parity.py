@@ -113,7 +113,7 @@ def check_ranks(reference: Reference, world: int, **parallel: int) -> None:
 
 
 # Of two cases of one family, one runs in `make test-long`.
-LONG = ("qwen3-next", "qwen3-5-moe-one-kv-head-5-experts-tied")
+LONG = ("llama4", "qwen3-next", "qwen3-5-moe-one-kv-head-5-experts-tied")
 SHARDED = [
     pytest.param(case, marks=pytest.mark.long) if case in LONG else case for case in SHARDED_CASES
 ]
@@ -133,8 +133,12 @@ def test_three_ranks_share_five_experts(references):
     check_ranks(references("mixtral-5-experts-top-1"), 3)
 
 
+THREE = ("glm4-moe", "minimax-m2", "qwen3-next")
+THREE_LONG = ("ernie4-5-moe", "llama4", "longcat-flash")
+
+
 @pytest.mark.parametrize(
-    "case", ["glm4-moe", "minimax-m2", "ernie4-5-moe", "qwen3-next", "llama4", "longcat-flash"]
+    "case", [*THREE, *(pytest.param(case, marks=pytest.mark.long) for case in THREE_LONG)]
 )
 def test_three_expert_parallel_ranks_agree_with_transformers(case, references):
     check_ranks(references(case), 3)

@@ -140,7 +140,7 @@ def run(
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(1, {}), (2, {"tensor": 2}), (3, {})],
+    [(1, {}), pytest.param(2, {"tensor": 2}, marks=pytest.mark.long), (3, {})],
     ids=["1", "2 as a tensor group", "3"],
 )
 def test_logits_are_those_of_transformers_routers(checkpoint, reference, ranks, parallel):

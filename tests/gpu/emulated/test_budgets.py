@@ -38,6 +38,7 @@ def exceeding(counted: dict[str, tuple[Step, Step]], budgets: dict[str, list[flo
     return found
 
 
+@pytest.mark.long
 def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
     """One test, so that the steps are counted once however many processes run tests."""
     counted = count_all(tmp_path, guard)
