@@ -127,6 +127,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",  # make test-cluster
             "hypothesis>=6.100,<7",
+            "compressed-tensors>=0.20,<0.21",  # what tests compare its format with
             "openai>=3.50,<4",  # its types read what batch jobs write in OpenAI's form
             # The CUDA kernels in Triton's interpreter, and compiled for GPUs that are not there.
             "triton>=3.4,<3.10; platform_system == 'Linux'",
