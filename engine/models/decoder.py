@@ -152,8 +152,8 @@ class CausalLM(nn.Module):
             on_progress()
             layer.attention.finalize_weights()
             layer.mlp.finalize_weights()
-            if layer.beside is not None:
-                layer.beside.finalize_weights()
+            if layer.parallel_dense is not None:
+                layer.parallel_dense.finalize_weights()
         if self.head_VD is not self.embedding_VD:
             to_panels(self.head_VD)
 
@@ -249,10 +249,10 @@ class CausalLM(nn.Module):
                 routed_TD = yield from layer.mlp.steps(
                     x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T
                 )
-                if layer.beside is None:
+                if layer.parallel_dense is None:
                     x_TD = routed_TD
                 else:
-                    x_TD, shortcut_TD = layer.beside(x_TD), routed_TD
+                    x_TD, shortcut_TD = layer.parallel_dense(x_TD), routed_TD
             else:
                 x_TD = layer.mlp(x_TD)
                 if shortcut_TD is not None:

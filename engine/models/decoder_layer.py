@@ -56,9 +56,11 @@ class DecoderLayer(nn.Module):
         self.attention_name = (
             "linear_attn" if isinstance(self.attention, GatedDelta) else "self_attn"
         )
-        self.beside = None
-        if spec.beside is not None:
-            self.beside = DenseMLP(hidden, spec.beside.ffn, device, dtype, bias=spec.beside.bias)
+        self.parallel_dense = None
+        if spec.parallel_dense is not None:
+            self.parallel_dense = DenseMLP(
+                hidden, spec.parallel_dense.ffn, device, dtype, bias=spec.parallel_dense.bias
+            )
         if isinstance(spec.mlp, DenseSpec):
             self.mlp = DenseMLP(hidden, spec.mlp.ffn, device, dtype, bias=spec.mlp.bias)
             return

@@ -61,8 +61,8 @@ def decoder_slots(
             yield from moe_slots(layer.mlp, prefix, spec.names, checkpoint)
         else:
             yield from layer.mlp.weight_slots(dense)
-        if layer.beside is not None:
-            yield from layer.beside.weight_slots(dense)
+        if layer.parallel_dense is not None:
+            yield from layer.parallel_dense.weight_slots(dense)
     yield _norm_slot("model.norm.weight", final_norm_D, offset)
     if not tied:
         yield WeightSlot(_HEAD, head_VD, shape)

@@ -37,9 +37,9 @@ class LayerSpec:
 
     attention: AttentionSpec | MLASpec | GatedDeltaSpec
     mlp: DenseSpec | SparseSpec
-    # Beside a sparse `mlp`, on the same input: this is the layer's output then, and that of the
+    # Run parallel to a sparse `mlp`, on the same input: its result is the layer's, and that of the
     # experts is added to the next layer's, which is dense (the shortcut of LongCat-Flash).
-    beside: DenseSpec | None = None
+    parallel_dense: DenseSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,8 +57,8 @@ def test_a_layer_is_two_of_which_the_first_has_the_experts_beside_its_mlp() -> N
     spec = read_spec(CASE.config())
     assert len(spec.layers) == 4
     for first, second in zip(spec.layers[::2], spec.layers[1::2], strict=True):
-        assert isinstance(first.mlp, SparseSpec) and first.beside == second.mlp
-        assert isinstance(second.mlp, DenseSpec) and second.beside is None
+        assert isinstance(first.mlp, SparseSpec) and first.parallel_dense == second.mlp
+        assert isinstance(second.mlp, DenseSpec) and second.parallel_dense is None
 
 
 def logits_of(path: Path, reference: Reference, topology: Topology) -> list[torch.Tensor]:

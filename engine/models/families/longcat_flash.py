@@ -53,7 +53,7 @@ def read_spec(hf_config: Any) -> ModelSpec:
     attention, dense = _attention(hf_config), DenseSpec(ffn=read(hf_config, "ffn_hidden_size"))
     moe = MoESpec(router=router, hidden=hidden, ffn=read(hf_config, "expert_ffn_hidden_size"))
     pair = (
-        LayerSpec(attention=attention, mlp=SparseSpec(moe=moe), beside=dense),
+        LayerSpec(attention=attention, mlp=SparseSpec(moe=moe), parallel_dense=dense),
         LayerSpec(attention=attention, mlp=dense),
     )
     # Transformers has weights for the zero experts too, in one tensor with the others', and saves
