@@ -158,5 +158,6 @@ def _launches(
         name = "olmoe decode" if family == "mixtral" else _DEFAULT_ROWS[phase]
         name = name if phase == "decode" else _DEFAULT_ROWS[phase]
     numbers, count = rows[name], len(COLUMNS)
-    per_layer = dict(zip(COLUMNS, numbers[:count], strict=True))
-    return name, per_layer, dict(zip(COLUMNS, numbers[count:], strict=True))
+    per_layer: dict[str, float] = dict(zip(COLUMNS, numbers[:count], strict=True))
+    per_step: dict[str, float] = dict(zip(COLUMNS, numbers[count:], strict=True))
+    return name, per_layer, per_step

@@ -19,7 +19,14 @@ from engine.layers.mla import MLASpec
 from engine.model_check.stored_tensors import part_of
 from engine.models.language_model import LanguageModel
 
-PARTS = ("attention", "keys and values", "experts", "rows", "router, shared, dense", "head")
+PARTS: tuple[str, ...] = (
+    "attention",
+    "keys and values",
+    "experts",
+    "rows",
+    "router, shared, dense",
+    "head",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +78,7 @@ def work_of(model: LanguageModel, load: Load, names: Collection[str] = ()) -> Wo
         names: of the checkpoint's tensors.
     """
     item = model.dtype.itemsize
-    parts = dict.fromkeys(PARTS, Part())
+    parts: dict[str, Part] = dict.fromkeys(PARTS, Part())
     held = 0
     head = embedding = None
     expert_bytes: dict[str, int] = {}
