@@ -21,7 +21,7 @@ from engine.moe.dispatch.exchange import Exchange
 from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.static_exchange import StaticExchange, serves
-from engine.moe.dispatch.static_layout import StaticLayout
+from engine.moe.dispatch.static_layout import BUCKETS, StaticLayout
 from engine.moe.layer_agreement import LayerAgreement
 from engine.moe.local_experts import LocalExperts
 from engine.moe.router import Routing
@@ -81,7 +81,9 @@ class StaticCalls:
         if setting == "auto" and self.obstacle is None and device.type == "cpu":
             self._tuner = tuner.of_exchange
             self._tuner.register(layer)
+        self._some_none = spec.router.num_zero_experts > 0
         self._made: StaticExchange | None = None
+        self.reset()
 
     @property
     def choices(self) -> dict[int, int]:
@@ -89,22 +91,29 @@ class StaticCalls:
         return {} if self._tuner is None else self._tuner.choices
 
     def reset(self) -> None:
-        """Make the layout anew at the next call: instances have changed."""
-        self._made = None
+        """Make the layout anew, where instances have changed: between steps, so that no call
+        uploads anything. A CUDA graph captured before reads the tables of old.
+        """
+        if self.obstacle is not None:
+            return
+        layout = StaticLayout(
+            self._agreement.instances,
+            self._rank,
+            self._top_k,
+            self._sums,
+            self._device,
+            some_none=self._some_none,
+        )
+        if self._device.type == "cuda":
+            for bucket in BUCKETS:
+                layout.prepare(bucket)
+        self._made = StaticExchange(layout, self._exchange, self._experts, self._layer)
 
     @property
     def exchange(self) -> StaticExchange:
-        """The exchange over the layer's instances."""
-        if self._made is None:
-            layout = StaticLayout(
-                self._agreement.instances, self._rank, self._top_k, self._sums, self._device
-            )
-            self._made = StaticExchange(layout, self._exchange, self._experts, self._layer)
+        """The exchange over the layer's instances, where there is no obstacle."""
+        assert self._made is not None, self.obstacle
         return self._made
-
-    def prepare(self, bucket: int) -> None:
-        """Make what a call of a bucket needs, before a CUDA graph of it is captured."""
-        self.exchange.layout.prepare(bucket)
 
     def begin_trial(
         self,

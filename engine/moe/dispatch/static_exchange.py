@@ -18,7 +18,7 @@ rank sums a token's rows in the order of its experts, and the token's rank the s
 their first k.
 
 Nothing reads a value of the device on the host, and every shape follows from the bucket, so a CUDA
-graph can capture it, once `prepare` and one call have run. On the CPU, where a count costs nothing
+graph can capture it, once a call of the bucket has run. On the CPU, where a count costs nothing
 to read, only the rows that exist are computed.
 
 Legend: T tokens of this rank, B bucket, D model dim, K top-k, N rows gathered (W * B), R places of

@@ -52,10 +52,18 @@ class StaticLayout:
         top_k: K.
         sums: whether the ranks of the experts sum a token's rows (moe.dispatch.partial_sums).
         device: of the tables, which are uploaded here.
+        some_none: whether single assignments of a token may be none, as those to zero experts.
     """
 
     def __init__(
-        self, instances: Instances, rank: int, top_k: int, sums: bool, device: torch.device
+        self,
+        instances: Instances,
+        rank: int,
+        top_k: int,
+        sums: bool,
+        device: torch.device,
+        *,
+        some_none: bool = True,
     ) -> None:
         self._instances, self._device, self._top_k = instances, device, top_k
         self.num_ranks, self.num_instances = instances.num_ranks, instances.num_instances
@@ -65,6 +73,8 @@ class StaticLayout:
         self.sums = sums and width > 1 and self.num_ranks > 1
         self.num_results = 1 if self.sums else width  # m
         self._by_expert = width < top_k  # results by local expert, not by k
+        # Of a token's places this rank's comes first; that of no assignment is -1.
+        self._takes_first = width == 1 and not some_none
         first = np.asarray(instances.first_instances)
         instance_I = np.arange(self.num_instances)
         self.key_I1, self._rank_I1, self._local_I1 = (
@@ -118,7 +128,9 @@ class StaticLayout:
             key_NK: its key; those of this rank are below e.
             num_rows: rows by expert, at least 1.
         """
-        if self._by_expert:
+        if self._by_expert and self._takes_first:
+            slot_NK = slot_NK.amin(1)
+        elif self._by_expert:
             most = self.num_results
             # What is not this rank's goes into one column more, which is left out.
             at_NK = key_NK.where(key_NK >= 0, most).clamp_(max=most)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.moe.dispatch.static_layout import BUCKETS, StaticLayout, bucket_for, deal_table
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement
+from engine.ops.sort_by_expert import sort_by_expert
 
 CPU = torch.device("cpu")
 
@@ -38,19 +39,24 @@ def test_home_slots_follow_the_worked_example():
     top_k=st.integers(1, 6),
     bucket=st.sampled_from(BUCKETS[:5]),
     sums=st.booleans(),
+    some_none=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_a_term_is_read_where_the_rank_of_its_expert_has_put_it(
-    num_ranks, per_rank, more, top_k, bucket, sums, seed
+    num_ranks, per_rank, more, top_k, bucket, sums, some_none, seed
 ):
     num_experts = num_ranks * per_rank + min(more, num_ranks - 1)
     top_k = min(top_k, num_experts)
     instances = Instances(LayerPlacement.contiguous(num_experts, num_ranks), num_ranks)
-    layouts = [StaticLayout(instances, rank, top_k, sums, CPU) for rank in range(num_ranks)]
+    layouts = [
+        StaticLayout(instances, rank, top_k, sums, CPU, some_none=some_none)
+        for rank in range(num_ranks)
+    ]
     generator = torch.Generator().manual_seed(seed)
     ids_WBK = torch.rand(num_ranks, bucket, num_experts, generator=generator).argsort(2)
     ids_WBK = ids_WBK[..., :top_k].contiguous()
-    ids_WBK[torch.rand(ids_WBK.shape, generator=generator) < 0.2] = -1
+    shape = ids_WBK.shape if some_none else (num_ranks, bucket)  # else of whole tokens
+    ids_WBK[torch.rand(shape, generator=generator) < 0.2] = -1
     results = layouts[0].num_results
     assert results == (1 if layouts[0].sums else min(top_k, instances.most_local))
     for home, layout in enumerate(layouts):
@@ -70,12 +76,13 @@ def test_a_term_is_read_where_the_rank_of_its_expert_has_put_it(
                 # The rank of the expert: row n is of token `token` of rank `home`.
                 place = home * bucket + token
                 keys = layouts[rank].key_I1[ids_WBK.view(-1, top_k)]
-                numbers = torch.arange(keys.numel()).view_as(keys)
+                # As if sorted: this rank's first, and nothing for no assignment.
+                numbers = sort_by_expert(keys, instances.num_instances)[1]
                 rows = layouts[rank].local_slots(numbers, keys, keys.numel())
                 own = rows.view(num_ranks * bucket, results)[place]
                 source, offset = divmod(slot, bucket * results)
                 assert source == rank and offset // results == token
-                assert own[offset % results] == place * top_k + k
+                assert own[offset % results] == numbers[place, k]
 
 
 def test_each_host_takes_its_turn_by_token_and_rank():
