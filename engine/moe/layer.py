@@ -35,6 +35,7 @@ decision (K, with extras one more per local expert), E experts, e experts on thi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -80,6 +81,7 @@ class MoELayer(LayerParts):
         token_ids_T: torch.Tensor | None = None,
         bucket: int | None = None,
         routing: Routing | None = None,
+        live_T: torch.Tensor | None = None,
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward` for two-batch overlap: yields while rows are in flight.
 
@@ -96,6 +98,8 @@ class MoELayer(LayerParts):
             token_ids_T: int64, read where the router's spec has a token_table.
             bucket: of a step that may take the static exchange; see `layer_static.py`.
             routing: of this rank's tokens, if and only if the router is external.
+            live_T: bool, read where the static exchange is taken: tokens that exist, among those
+                that a CUDA graph was captured with; None: all. Outputs of others mean nothing.
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
@@ -108,6 +112,9 @@ class MoELayer(LayerParts):
         x_tD = self.rows.before(x_tD, routing, self.gate.expert_scale_E)
         way = self.static.begin_trial(bucket, step, micro_batch, group_tokens, tunes)
         if bucket is not None and way.chunks == STATIC:
+            if live_T is not None:
+                ids_TK = routing.topk_ids_TK.where(self._token_shard.scatter(live_T)[:, None], -1)
+                routing = replace(routing, topk_ids_TK=ids_TK)
             weights_TK = self._result_weights(routing)
             early = None if shared is None else shared.run
             with way:

@@ -19,6 +19,7 @@ from engine.config import (
     RuntimeConfig,
 )
 from engine.distributed import bootstrap
+from engine.layers.mlp import DenseMLP
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.static_layout import bucket_for
 from engine.moe.dispatch.two_batch import run_to_end
@@ -27,6 +28,8 @@ from engine.moe.router import RouterSpec
 from tests.helpers.layer_cases import (
     CAPPED,
     DEEPSEEK,
+    FFN,
+    HIDDEN,
     MIXTRAL,
     OLMOE,
     Doubled,
@@ -78,6 +81,17 @@ def outputs(
                 "own": loads.layers[3].own_after.tolist(),
                 "rows": loads.take_rows()[0],
             }
+        # Padded by the caller, with tokens that do not exist between those that do.
+        holes = torch.zeros(2 * len(x), HIDDEN).index_copy_(0, 2 * torch.arange(len(x)), x) + 1e-3
+        live = torch.arange(2 * len(x)) % 2 == 0
+        holes[live] = x
+        layer.telemetry.loads.clear()
+        wide = bucket_for(-(-2 * max(counts) // tensor))
+        out = run_to_end(layer.steps(holes, None, 10**9, bucket=wide, live_T=live))
+        found["holes"] = {
+            "out": out[live],
+            "own": layer.telemetry.loads.layers[3].own_after.tolist(),
+        }
         bootstrap.stop(topology)
     return found
 
@@ -112,6 +126,8 @@ def test_no_bit_of_a_result_and_no_load_differs_from_the_counted_way(counts, spe
             counted[name] for name in ("experts", "own", "rows")
         ]
         assert static["collectives"] == (2 if len(counts) * tensor > 1 else 0)
+        assert result["holes"]["own"] == static["own"], "tokens that do not exist have no rows"
+        assert torch.equal(result["holes"]["out"], static["out"])
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -139,3 +155,26 @@ def test_copies_take_rows_by_the_deal_and_change_no_bit():
     own, copy = results[0]["static"]["own"][0], results[0]["static"]["own"][2]
     everything = results[0]["static"]["experts"]
     assert 0 < own < everything[0] and 0 < copy < everything[1]
+
+
+def refused(rank: int, moe: MoEConfig, shared: bool) -> str:
+    config = Config(model=ModelConfig(path="unused"), moe=moe)
+    topology = bootstrap.start(config)
+    mlp = DenseMLP(HIDDEN, FFN, topology.device, torch.float32) if shared else None
+    with pytest.raises(ValueError) as error:
+        build(topology, config, MIXTRAL, mlp)
+    bootstrap.stop(topology)
+    return str(error.value)
+
+
+def test_a_layer_that_needs_counts_is_refused_in_words_on_every_rank():
+    sums = DispatchConfig(exchange="static", partial_sums=True)
+    balanced = MoEConfig(dispatch=sums, shared_expert="balanced")
+    rounded = MoEConfig(dispatch=DispatchConfig(exchange="static", dtype="bf16"))
+    for moe, shared, words in (
+        (balanced, True, "moe.shared_expert = balanced"),
+        (rounded, False, "moe.dispatch.dtype"),
+    ):
+        for text in run_ranks(refused, 2, moe, shared):
+            assert text.startswith(f"moe.dispatch.exchange = 'static': {words}")
+            assert text.endswith("; use auto")

@@ -31,6 +31,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.distributed.collectives import run_overlapped
 from engine.moe.dispatch.exchange import AllToAll, Exchange
 from engine.moe.dispatch.static_layout import StaticLayout
 from engine.moe.local_experts import LocalExperts
@@ -83,21 +84,12 @@ class StaticExchange:
         top_k, num_sums = instance_TK.shape[1], layout.num_results
         clock.enter(Phase.PLAN, layer)
         packed_BL = self._pack(x_TD, instance_TK, weights_TK, bucket)
-        arrival = None
-        if overlap is None:
-            clock.enter_collective(Phase.DISPATCH, layer, bucket)
-        else:
-            arrival = clock.record_arrival()
         sent = exchange.collectives.bytes_sent
-        pending = exchange.gather(packed_BL)
-        try:
-            if overlap is not None:
-                clock.enter(Phase.EXPERTS, layer)
-                overlap()
-                clock.enter_collective(Phase.DISPATCH, layer, bucket, arrival)
-            clock.sent(exchange.collectives.bytes_sent - sent)
-        finally:  # one that is never waited for outlives its buffers
-            rows_NL = pending.wait()
+        pending = run_overlapped(
+            lambda: exchange.gather(packed_BL), overlap, clock, layer, phase=Phase.DISPATCH
+        )
+        clock.sent(exchange.collectives.bytes_sent - sent)
+        rows_NL = pending.wait()
         clock.enter(Phase.PLAN, layer)
         ids_at = x_TD.shape[1] * x_TD.element_size()
         instance_NK = _part(rows_NL, ids_at, top_k, torch.int64)
