@@ -41,9 +41,11 @@ def generate(
     settings: list[dict[str, Any]],
     parallel: dict[str, int],
     slower: int | None = None,
+    model: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Completions and loads of one job under each setting of `moe`.
 
+    model: further settings of the model.
     slower: the way that takes ten times as long, by the tuner's clock.
     """
     patch = pytest.MonkeyPatch()
@@ -67,7 +69,7 @@ def generate(
     for setting in settings:
         calls.clear()
         config = Config(
-            model=ModelConfig(path=str(path), max_model_len=64),
+            model=ModelConfig(path=str(path), max_model_len=64, **(model or {})),
             scheduler=SchedulerConfig(kv_cache_blocks=128, block_size=4, max_batch_tokens=24),
             moe=config_from_tree({"model": {"path": "."}, "moe": setting}).moe,
             parallel=ParallelConfig(**parallel),
@@ -128,6 +130,27 @@ def test_ranks_keep_what_the_tuner_measures_faster_and_take_it_in_decode_alone(c
             assert auto["chosen"][0] and set(auto["chosen"][0].values()) == {chosen}
         assert results[0][1]["chosen"] == results[1][1]["chosen"]
         assert results[0][1]["static"] == results[1][1]["static"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("mixtral", {"quantization": "int8"}),
+        ("mixtral", {"implementation": "transformers"}),
+        ("gpt_oss", {}),
+        ("longcat_flash", {}),
+        ("llama4_text", {}),
+        ("qwen2_moe", {"dtype": "bfloat16"}),
+    ],
+)
+def test_experts_and_routers_of_every_form_take_it(family, model, tmp_path):
+    make_checkpoint(family, tmp_path, overrides={"vocab_size": 97})
+    settings = [way("counted"), way("static")]
+    for counted, static in run_ranks(generate, 2, tmp_path, settings, {}, None, model, timeout=240):
+        assert counted["done"] == static["done"]
+        assert counted["loads"] == static["loads"]
+        assert static["static"]
 
 
 @pytest.mark.long
