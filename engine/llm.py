@@ -283,6 +283,7 @@ class LLM:
                 top_k=self.model.top_k,
                 capacity_phases=() if capacity.policy == "none" else capacity.phases,
                 copies=self._copies_use(),
+                exchange=self.config.moe.dispatch.exchange,
                 replanner=self._replanner,
             )
             try:

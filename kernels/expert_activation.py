@@ -83,3 +83,16 @@ def _one_by_one(x_RN: torch.Tensor) -> torch.Tensor:
     what is left over in two ways, whose last bits differ; of these it has no vectors.
     """
     return torch.stack((x_RN, x_RN), dim=-1)[..., 0]
+
+
+def add_expert_bias(
+    out_RO: torch.Tensor, bias_eO: torch.Tensor, ends_e: torch.Tensor | None
+) -> None:
+    """Add to each row the bias of its expert, in place; rows past the last have one too.
+
+    ends_e: int32, the end of each expert's rows; given wherever there is a bias.
+    """
+    assert ends_e is not None
+    place_R = torch.arange(out_RO.shape[0], dtype=torch.int32, device=out_RO.device)
+    # Rows past the last end are the last expert's: there are such where the host knows no counts.
+    out_RO.add_(bias_eO[torch.searchsorted(ends_e[:-1], place_R, right=True)])

@@ -40,6 +40,18 @@ def all_gather_rows(part: torch.Tensor, group: Group) -> torch.Tensor:
     return out
 
 
+def start_all_gather(part: torch.Tensor, group: Group) -> Pending:
+    """Start gathering contiguous parts [n, ...] of equal shape; the result is [W * n, ...], in rank
+    order, the part itself in a group of one.
+
+    Collective over `group`: every rank must call.
+    """
+    if group.size == 1:
+        return Done(part)
+    out = part.new_empty((group.size * part.shape[0], *part.shape[1:]))
+    return Started(_all_gather(out, part, group=group.handle, async_op=True), out)
+
+
 def broadcast_object(value: Any, group: Group) -> Any:
     """Return rank 0's value on every rank (pickled; for small host data).
 

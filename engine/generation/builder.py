@@ -35,6 +35,7 @@ from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
 from engine.models.weight_dtype import dtype_in_words
+from engine.moe.layer_static import COUNTED, STATIC
 from engine.moe.placement.placement import Placement
 from engine.weights import loader
 from engine.weights.formats.grouping import read_weights
@@ -219,6 +220,10 @@ def resolved_settings(
         choices = layers[0].layout_policy.choices
         chunks = {f"from {2**bucket} tokens": each for bucket, each in choices.items()}
         found["moe.overlap.chunks"] = chunks or layers[0].num_chunks
+        if ways := layers[0].static.choices:
+            names = {COUNTED: "counted", STATIC: "static"}
+            by_tokens = {f"from {2**bucket} tokens": names[way] for bucket, way in ways.items()}
+            found["moe.dispatch.exchange"] = by_tokens
     return found
 
 

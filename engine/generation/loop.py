@@ -30,9 +30,11 @@ from engine.generation.detokenizer import TokenDecoder
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.moe_step import (
     CopiesUse,
+    ExchangeWay,
     build_moe_step,
     capacity_uses,
     count_eligible,
+    static_bucket,
 )
 from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
@@ -77,6 +79,7 @@ class GenerationLoop:
         capacity_phases: Collection[RequestPhase] = (),
         copies: CopiesUse | None = None,
         replanner: Replanner | None = None,
+        exchange: ExchangeWay = "counted",
     ) -> None:
         """Build the loop of one run.
 
@@ -88,7 +91,9 @@ class GenerationLoop:
                 capacity policy.
             copies: when experts' copies take rows; None: there are none.
             replanner: changes the copies as the job runs; None: they stay.
+            exchange: moe.dispatch.exchange.
         """
+        self._exchange: ExchangeWay = exchange
         self._replanner = replanner
         self.totals = Totals()
         self._step_profiler = step_profiler
@@ -148,12 +153,14 @@ class GenerationLoop:
                 self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
+            loads.end_step()
             report = step_report(self.totals.steps, messages, loads.reset_step(), started_at)
             self._step_profiler.update(report)
             if on_step is not None:
                 on_step(report)
             clock.close_step()
         clock.close_step()
+        loads.late.flush()
         self._step_profiler.finish()
 
     def _admit(self, source: RequestSource, sink: Sink, closed: bool) -> bool:
@@ -213,6 +220,7 @@ class GenerationLoop:
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
             read=sum(message.tokens_read for message in messages),
             use_copies=self._copies is not None and self._copies.take_rows(messages),
+            bucket=static_bucket(messages, self._topology.tensor.size, self._exchange),
         )
         may_split = any(message.running > 1 for message in messages)
         hidden = self._runner.forward(step, moe_step, group, may_split)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from engine.config import RequestPhase
 from engine.distributed.groups import Topology
 from engine.generation.control import ControlMessage
 from engine.generation.step import Slice, Step
+from engine.moe.dispatch.static_layout import bucket_for
 from engine.moe.step import MoEStep, TokenCounts
 from engine.moe.token_shard import TokenShard, part_bounds
 from engine.ops.to_device import all_to_device
@@ -46,6 +47,28 @@ class CopiesUse:
             "decode": sum(message.tokens_decode for message in messages),
         }
         return any(counts[phase] for phase in self.phases)
+
+
+ExchangeWay = Literal["auto", "counted", "static"]  # moe.dispatch.exchange
+
+
+def static_bucket(
+    messages: Sequence[ControlMessage], tensor: int, exchange: ExchangeWay
+) -> int | None:
+    """Return the tokens that every rank's part of a step is padded to where it may take the static
+    exchange; None: it may not. The same on every rank.
+
+    Args:
+        messages: of all ranks; only those of a tensor group's first rank count tokens.
+        tensor: ranks of a tensor group.
+        exchange: moe.dispatch.exchange; auto: steps of decode alone.
+    """
+    if exchange == "counted":
+        return None
+    if exchange == "auto" and any(message.tokens_prefill for message in messages):
+        return None
+    most = max(message.tokens_prefill + message.tokens_decode for message in messages)
+    return bucket_for(-(-most // tensor))
 
 
 def count_eligible(step: Step, phases: Sequence[RequestPhase]) -> int:

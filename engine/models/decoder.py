@@ -53,6 +53,7 @@ class GroupTokens:
     all: int
     read: int  # tokens whose final hidden state is read
     use_copies: bool = True  # whether rows may move to copies of experts
+    bucket: int | None = None  # see `moe_step.static_bucket`
 
 
 class CausalLM(nn.Module):
@@ -217,6 +218,7 @@ class CausalLM(nn.Module):
         num_tokens, last = step.token_ids_T.shape[0], self.num_layers - 1
         group_tokens, tunes = None if group is None else group.all, True
         uses_copies = group is None or group.use_copies
+        bucket = None if group is None else group.bucket
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD).to(self.dtype)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
@@ -246,9 +248,8 @@ class CausalLM(nn.Module):
             if isinstance(layer.mlp, MoELayer):
                 has_table = layer.mlp.gate.table_VK is not None
                 token_ids_T = _token_ids(step, read) if has_table else None
-                routed_TD = yield from layer.mlp.steps(
-                    x_TD, moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T
-                )
+                call = moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T, bucket
+                routed_TD = yield from layer.mlp.steps(x_TD, *call)
                 if layer.parallel_dense is None:
                     x_TD = routed_TD
                 else:

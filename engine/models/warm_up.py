@@ -15,6 +15,7 @@ from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import GroupTokens
 from engine.models.language_model import LanguageModel
+from engine.moe.dispatch.static_layout import bucket_for
 from engine.moe.placement.instances import Instances
 from engine.ops.deal import deal_claims, deal_rows, list_claims, parts_of_list
 from engine.ops.order_claims import order_claims
@@ -52,7 +53,9 @@ def warm_up(model: LanguageModel, topology: Topology, block_size: int) -> None:
             continue
         step = _step(start, end, block_size, blocks, model.vocab_size, device, spec.has_states)
         tokens = _SEQUENCES * (end - start) * num_data
-        hidden_RD = model(step, cache, None, GroupTokens(tokens, _SEQUENCES * num_data))
+        bucket = None if start == 0 else bucket_for(-(-_SEQUENCES // topology.tensor.size))
+        group = GroupTokens(tokens, _SEQUENCES * num_data, bucket=bucket)
+        hidden_RD = model(step, cache, None, group)
         model.logits(hidden_RD)
     for moe in model.moe_layers:
         moe.experts.warm_up(model.dtype)

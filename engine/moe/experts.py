@@ -29,7 +29,7 @@ from torch import nn
 from engine.layers.precision import compute_dtype
 from engine.moe.backend_choice import find_grouped_mm, import_transformer_engine
 from engine.moe.expert_form import ExpertForm
-from engine.ops.expert_activation import activate
+from engine.ops.expert_activation import activate, add_expert_bias
 from engine.ops.expert_ffn import expert_ffn
 from engine.ops.grouped_ffn import grouped_ffn
 from engine.ops.huge_pages import prefer_huge_pages
@@ -200,13 +200,13 @@ class _GroupedExperts(ExpertsBackend):
         ends_e: int32, the end of each expert's rows, on their device; where there are biases.
         """
         if self._weights.b13_e2F is not None:
-            _add_bias(hidden_RN, self._weights.b13_e2F, ends_e)
+            add_expert_bias(hidden_RN, self._weights.b13_e2F, ends_e)
         return activate(hidden_RN, self._weights.form.rule)
 
     def _after(self, out_RD: torch.Tensor, ends_e: torch.Tensor | None) -> torch.Tensor:
         """Return the experts' outputs, of the results of the second product."""
         if self._weights.b2_eD is not None:
-            _add_bias(out_RD, self._weights.b2_eD, ends_e)
+            add_expert_bias(out_RD, self._weights.b2_eD, ends_e)
         return out_RD
 
 
@@ -221,8 +221,18 @@ class GroupedMMExperts(_GroupedExperts):
         assert grouped_mm is not None, "choose_backend refuses it"
         self._grouped_mm = grouped_mm
 
+    def run_bounded(self, rows_RD: torch.Tensor, load_e: torch.Tensor) -> torch.Tensor:
+        """Return outputs [R, D] of rows grouped from the first on, undefined past the last row.
+
+        load_e: int64, rows of each expert, on the rows' device, where they stay; at most R in all.
+        """
+        return self._run_to(rows_RD, load_e.cumsum(0, dtype=torch.int32))
+
     def _run(self, rows_RD: torch.Tensor, expert_counts: list[int]) -> torch.Tensor:
-        ends = _ends(expert_counts, rows_RD.device)
+        return self._run_to(rows_RD, _ends(expert_counts, rows_RD.device))
+
+    def _run_to(self, rows_RD: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of grouped rows. ends: int32, the end of each expert's rows."""
         # Widened where the rows are wider, on the CPU: grouped_mm takes one dtype.
         w13, w2 = (
             weight.to(rows_RD.dtype).transpose(1, 2)
@@ -269,15 +279,8 @@ def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:
 
 def _ends(expert_counts: list[int], device: torch.device) -> torch.Tensor:
     """Return the end of each expert's rows, int32, without waiting for the device."""
-    counts = torch.tensor(expert_counts, dtype=torch.int32)
-    return to_device(counts.cumsum(0, dtype=torch.int32), device)
-
-
-def _add_bias(out_RO: torch.Tensor, bias_eO: torch.Tensor, ends_e: torch.Tensor | None) -> None:
-    """Add to each row the bias of its expert, in place."""
-    assert ends_e is not None
-    place_R = torch.arange(out_RO.shape[0], dtype=torch.int32, device=out_RO.device)
-    out_RO.add_(bias_eO[torch.searchsorted(ends_e, place_R, right=True)])
+    ends = torch.tensor(expert_counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return to_device(ends, device)
 
 
 def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:
@@ -293,6 +296,5 @@ def _grouped_linear(te: Any, weights_eOI: torch.Tensor) -> Any:
 
 def _empty(*shape: int, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
     weights = torch.empty(*shape, device=device, dtype=dtype)
-    # Decode reads every weight once per step, so memory bandwidth sets its time.
-    prefer_huge_pages(weights)
+    prefer_huge_pages(weights)  # decode reads all once per step, so memory bandwidth sets its time
     return nn.Parameter(weights, requires_grad=False)

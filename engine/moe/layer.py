@@ -21,7 +21,8 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
                  during step 3, or where it is balanced during steps 5
                  and 6); a tensor group gathers its tokens            shared_rows.py
 
-Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads.
+Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads. A
+small step of that kind may take steps 3 to 7 without counts: layer_static.py, static_exchange.py.
 
 The sum in step 7 runs on the token's own rank in the router's order, so a token's result does not
 depend on how many ranks there are. Nor does what is dropped, under `global` consensus. With
@@ -34,6 +35,7 @@ decision (K, with extras one more per local expert), E experts, e experts on thi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -42,6 +44,7 @@ from engine.moe.dispatch.chunk_tuner import Trial
 from engine.moe.dispatch.shared_rows import SharedWork
 from engine.moe.dispatch.two_batch import Steps, run_to_end
 from engine.moe.layer_parts import LayerParts
+from engine.moe.layer_static import STATIC
 from engine.moe.router import Routing
 from engine.moe.step import MoEStep
 from engine.ops.permute import combine_rows
@@ -76,7 +79,9 @@ class MoELayer(LayerParts):
         tunes: bool = True,
         uses_copies: bool = True,
         token_ids_T: torch.Tensor | None = None,
+        bucket: int | None = None,
         routing: Routing | None = None,
+        live_T: torch.Tensor | None = None,
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward` for two-batch overlap: yields while rows are in flight.
 
@@ -91,7 +96,10 @@ class MoELayer(LayerParts):
             tunes: see `LayoutPolicy.begin_trial`.
             uses_copies: whether rows may move to copies, the same on every rank.
             token_ids_T: int64, read where the router's spec has a token_table.
+            bucket: of a step that may take the static exchange; see `layer_static.py`.
             routing: of this rank's tokens, if and only if the router is external.
+            live_T: bool, read where the static exchange is taken: tokens that exist, among those
+                that a CUDA graph was captured with; None: all. Outputs of others mean nothing.
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
@@ -102,6 +110,18 @@ class MoELayer(LayerParts):
         shared = None if self.shared is None else SharedWork(self.shared, x_tD)
         own_tD, zero_t = x_tD, routing.zero_weight_T
         x_tD = self.rows.before(x_tD, routing, self.gate.expert_scale_E)
+        way = self.static.begin_trial(bucket, step, micro_batch, group_tokens, tunes)
+        if bucket is not None and way.chunks == STATIC:
+            if live_T is not None:
+                ids_TK = routing.topk_ids_TK.where(self._token_shard.scatter(live_T)[:, None], -1)
+                routing = replace(routing, topk_ids_TK=ids_TK)
+            weights_TK = self._result_weights(routing)
+            early = None if shared is None else shared.run
+            with way:
+                out_tD = self.static.run(
+                    x_tD, routing, weights_TK, bucket, step, self.telemetry, early, uses_copies
+                )
+            return self._finish(out_tD, own_tD, zero_t, shared, x_TD.shape[0])
         trial = Trial(1)
         if micro_batch is None:
             trial = self.layout_policy.begin_trial(group_tokens, tunes)
@@ -116,6 +136,7 @@ class MoELayer(LayerParts):
         early, late = (None if shared is None else shared.run), None
         if layout.moves_shared:
             early, late = None, early
+        way.start()
         decision, plans = self.agreement.agree(
             routing, step, self.telemetry, early, layout, micro_batch, on_order, uses_copies
         )
@@ -149,12 +170,41 @@ class MoELayer(LayerParts):
                 moved = 0 if moves is None else moves.num_moved_all
                 self.telemetry.loads.add_shared(self.layer, moved)
             clock.enter(Phase.PLAN, self.layer)
-            out_tD = self.rows.after(combine_rows(rows_SD, *terms))
-            if zero_t is not None:
-                out_tD = add_zero_experts(out_tD, own_tD, zero_t)
+            out_tD = combine_rows(rows_SD, *terms)
+        way.stop()
+        return self._finish(out_tD, own_tD, zero_t, shared, x_TD.shape[0])
+
+    def _result_weights(self, routing: Routing) -> torch.Tensor:
+        """Return the weights of the experts' results where nothing is dropped, float32 [T, K]."""
+        weights_TK, scale_E = routing.topk_weights_TK, self.gate.expert_scale_E
+        if self.rows.weights_on_input:
+            return torch.ge(routing.topk_ids_TK, 0, out=torch.empty_like(weights_TK))
+        return weights_TK if scale_E is None else weights_TK * scale_E[routing.topk_ids_TK]
+
+    def _finish(
+        self,
+        out_tD: torch.Tensor,
+        own_tD: torch.Tensor,
+        zero_t: torch.Tensor | None,
+        shared: SharedWork | None,
+        num_tokens: int,
+    ) -> torch.Tensor:
+        """Return the outputs of the tensor group's tokens [T, D].
+
+        Args:
+            out_tD: the combined rows of this rank's tokens.
+            own_tD: its tokens.
+            zero_t: float32, the weights of their zero experts; None: there are none.
+            shared: of the shared expert, which has run; None: there is none.
+            num_tokens: T.
+        """
+        clock = self.telemetry.clock
+        out_tD = self.rows.after(out_tD)
+        if zero_t is not None:
+            out_tD = add_zero_experts(out_tD, own_tD, zero_t)
         if shared is not None:
             out_tD = shared.add_to(out_tD)
-        out_TD = self._token_shard.gather(out_tD, x_TD.shape[0], clock, self.layer)
+        out_TD = self._token_shard.gather(out_tD, num_tokens, clock, self.layer)
         clock.enter(Phase.OTHER, self.layer)
         return out_TD
 

@@ -80,6 +80,15 @@ class LayerAgreement:
         """Whether a policy gives tokens further experts."""
         return self._agreement.adds_extras
 
+    @property
+    def low_bit_copies(self) -> bool:
+        """Whether copies are less precise than homes, and take rows by claims alone."""
+        return self._rule.low_bit
+
+    def applies(self, step: MoEStep | None) -> bool:
+        """Return whether claims decide in a step, the same on every rank."""
+        return step is not None and self._agreement.applies(step)
+
     def costs_exchange(self, step: MoEStep | None) -> bool:
         """Return whether the loads of a step would be exchanged for deduplication alone."""
         return self._agreement.costs_exchange(step)

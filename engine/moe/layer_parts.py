@@ -24,6 +24,7 @@ from engine.moe.dispatch.shared_rows import shared_rows
 from engine.moe.expert_rows import ExpertRows
 from engine.moe.gate import Gate
 from engine.moe.layer_agreement import LayerAgreement
+from engine.moe.layer_static import StaticCalls
 from engine.moe.local_experts import LocalExperts
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.instances import Instances
@@ -119,7 +120,8 @@ class LayerParts(nn.Module):
             shared_rows(config, shared, spec.ffn, group.rank),
         )
         control = GroupCollectives(topology.control)
-        self.layout_policy.tune(layer, tuner or ChunkTuner(device), control)
+        tuner = tuner or ChunkTuner(device)
+        self.layout_policy.tune(layer, tuner, control)
         self._token_shard = TokenShard(topology.tensor)
         self.gate = Gate(spec.router, spec.hidden, device, wide)
         widths = (spec.width, spec.ffn)
@@ -162,6 +164,19 @@ class LayerParts(nn.Module):
             ranks=group.ranks,
             config=config.capacity,
         )
+        self.static = StaticCalls(
+            spec,
+            layer=layer,
+            config=config,
+            rows=rows,
+            policy=self.layout_policy,
+            agreement=self.agreement,
+            exchange=exchange,
+            experts=self.experts,
+            rank=group.rank,
+            device=device,
+            tuner=tuner,
+        )
 
     @property
     def instances(self) -> Instances:
@@ -179,6 +194,7 @@ class LayerParts(nn.Module):
         Homes stay, and every rank has as many copies as before.
         """
         self.agreement.set_instances(instances)
+        self.static.reset()
 
     def finalize_weights(self) -> None:
         """Change the loaded weights to the layout that is read fastest, in place."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine.moe.expert_form import ExpertForm
-from engine.moe.experts import ExpertsBackend, ExpertWeights, make_backend
+from engine.moe.experts import ExpertsBackend, ExpertWeights, GroupedMMExperts, make_backend
 from engine.moe.low_bit_experts import ExpertLayouts, LowBitExperts, Matrix
 from engine.moe.placement.placement import COPY_GROUP, Precision
 from engine.ops.permute import gather_rows
@@ -223,6 +223,30 @@ class LocalExperts(nn.Module):
         out_RD.index_copy_(0, index_R[:split], self._run(grouped_RD[:split], counts_h))
         copied_RD = self._run_copies(grouped_RD[split:], counts_c)
         return out_RD.index_copy_(0, index_R[split:], copied_RD)
+
+    @property
+    def takes_device_counts(self) -> bool:
+        """Whether `run_bounded` reads no count of a CUDA device on the host."""
+        return isinstance(self._run, GroupedMMExperts) and self.copy_layouts is None
+
+    def run_bounded(self, rows_RD: torch.Tensor, load_e: torch.Tensor) -> torch.Tensor:
+        """Run the instances on rows that are grouped from the first on; return [R, D], undefined
+        past the last row. On CUDA only where `takes_device_counts`.
+
+        Args:
+            rows_RD: R places, of which the counts say how many are rows.
+            load_e: int64, rows of each instance, on the rows' device.
+        """
+        if not rows_RD.is_cpu:
+            assert isinstance(self._run, GroupedMMExperts), "needs counts on the host"
+            return self._run.run_bounded(rows_RD, load_e)
+        counts = load_e.tolist()
+        out_RD, end = torch.empty_like(rows_RD), sum(counts)
+        if end:
+            made_RD = self(rows_RD[:end], counts, out_RD[:end])
+            if made_RD.data_ptr() != out_RD.data_ptr():  # a backend may return its own tensor
+                out_RD[:end].copy_(made_RD)
+        return out_RD
 
     def _run_grouped(
         self,

@@ -8,6 +8,7 @@ Legend: T tokens on this rank, K top-k, E experts, e experts on this rank, W exp
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +69,42 @@ class LayerStats:
             self._record_decision(telemetry, routing, decision, decision.keep_TK, step)
         if telemetry.claims.step is not None:
             self._record_claims(telemetry, routing, step)
+
+    def add_static(
+        self, telemetry: Telemetry, routing: Routing, load_I: torch.Tensor, step: MoEStep | None
+    ) -> None:
+        """Add one call of the static exchange, in which nothing was dropped.
+
+        load_I: int64, assignments of every instance over all ranks, this rank's first. On CUDA it
+        is read a step late (`LateLoads`).
+        """
+        if step is not None:
+            self.drops.add(routing, None, step)
+        if telemetry.claims.step is not None:
+            self._record_claims(telemetry, routing, step)
+        instances, rank, own = self._instances, self._rank, self._own_experts
+        first_I = instances.first_instances
+        loads, layer, bounds = telemetry.loads, self._layer, self._bounds
+
+        def record(load_I: np.ndarray, *, is_late: bool) -> None:
+            own_after = load_I[: len(own)].tolist()
+            load_I = np.roll(load_I, first_I[rank])
+            before_E = instances.fold(load_I[None])[0] if instances.has_copies else load_I
+            loads.record(
+                layer,
+                before_E=instances.by_expert(before_E),
+                rank_before=[int(before_E[first:end].sum()) for first, end in bounds],
+                own_after=own_after,
+                own_experts=own,
+                after_W=np.array([load_I[a:b].sum() for a, b in pairwise(first_I)])
+                if is_late
+                else None,
+            )
+
+        if load_I.is_cpu:
+            record(load_I.numpy(), is_late=False)
+        else:
+            loads.late.add(load_I, partial(record, is_late=True))
 
     def _copied(self, decision: Decision) -> torch.Tensor | None:
         """Return how many of each token's assignments a copy computes, float32 [T]; None: none."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.profiling.late_loads import LateLoads
+
 # Of one step: layer -> rows of every expert before capacity, of this rank's own after it.
 StepLoads = dict[int, tuple[np.ndarray, list[int]]]
 
@@ -100,6 +102,7 @@ class LoadCounter:
     # Layer -> rows of the shared expert that moved, of all ranks; empty where none may.
     shared_moved: dict[int, int] = field(default_factory=dict)
     row_times_W: np.ndarray | None = None  # float64, of each rank as planned; None: 1 for all
+    late: LateLoads = field(default_factory=LateLoads)  # counted on a GPU and not read yet
     _rows: dict[int, int] = field(default_factory=dict)
     _taken: list[int] = field(default_factory=list)
     _step_slowest: float = 0.0
@@ -113,6 +116,7 @@ class LoadCounter:
         rank_before: list[int],
         own_after: list[int],
         own_experts: list[int],
+        after_W: np.ndarray | None = None,
     ) -> None:
         """Add one layer of one step.
 
@@ -121,6 +125,8 @@ class LoadCounter:
             rank_before: the same summed over the experts whose home is each rank.
             own_after: rows that each of this rank's experts and copies processes.
             own_experts: their numbers.
+            after_W: int64, rows of every rank where they are known here; None: the ranks exchange
+                theirs (`take_rows`).
         """
         totals = self.layers.get(layer)
         if totals is None:
@@ -132,7 +138,10 @@ class LoadCounter:
             totals.own_after += own_after
         else:
             totals.add_after(own_experts, own_after)
-        self._rows[layer] = sum(own_after)
+        if after_W is None:
+            self._rows[layer] = sum(own_after)
+        else:
+            self._add_after(totals, after_W)
         if self.step is not None:
             self.step[layer] = (before_E, own_after)
         slowest, mean = max(rank_before), sum(rank_before) / len(rank_before)
@@ -158,18 +167,28 @@ class LoadCounter:
     def set_exchanged(self, rows_WL: np.ndarray) -> None:
         """Add the rows of all ranks: int64 [W, L], for the layers of the last `take_rows`."""
         for layer, rows_W in zip(self._taken, rows_WL.T, strict=True):
-            totals = self.layers[layer]
-            totals.slowest_after += float(rows_W.max())
-            totals.mean_after += float(rows_W.mean())
-            times_W = rows_W if self.row_times_W is None else rows_W * self.row_times_W
-            totals.slowest_time += float(times_W.max())
+            self._add_after(self.layers[layer], rows_W)
+
+    def _add_after(self, totals: LayerLoad, rows_W: np.ndarray) -> None:
+        """Add every rank's rows of one layer of one step."""
+        totals.slowest_after += float(rows_W.max())
+        totals.mean_after += float(rows_W.mean())
+        times_W = rows_W if self.row_times_W is None else rows_W * self.row_times_W
+        totals.slowest_time += float(times_W.max())
 
     def clear(self) -> None:
         """Reset all counts."""
         self.layers.clear()
         self.shared_moved.clear()
         self._rows.clear()
+        self.late.clear()
         self._step_slowest = self._step_mean = 0.0
+
+    def end_step(self) -> None:
+        """Read what calls of a GPU have left of the step before this one; of this one where the
+        loads of single steps are recorded.
+        """
+        self.late.end_step(wait=self.step is not None)
 
     def reset_step(self) -> float:
         """Return and reset max over mean of the ranks' rows before capacity, of the last step."""

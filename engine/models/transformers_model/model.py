@@ -216,6 +216,7 @@ class TransformersModel(nn.Module):
         running.step, running.kv, running.moe_step = step, kv, moe_step
         running.group_tokens = None if group is None else group.all
         running.uses_copies = group is None or group.use_copies
+        running.bucket = None if group is None else group.bucket
         if not step.token_ids_T.shape[0]:  # no views of nothing: the experts alone
             weight = self._embedding.weight
             x_TD = weight.new_empty((0, weight.shape[1]), dtype=self.dtype)

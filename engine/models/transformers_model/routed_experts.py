@@ -24,6 +24,7 @@ class RunningStep:
     moe_step: MoEStep | None = None
     group_tokens: int | None = None
     uses_copies: bool = True
+    bucket: int | None = None
 
 
 class RoutedExperts(nn.Module):
@@ -65,6 +66,7 @@ class RoutedExperts(nn.Module):
                 running.group_tokens,
                 uses_copies=running.uses_copies,
                 routing=Routing(scores_TE, top_k_index, weights_TK),
+                bucket=running.bucket,
             )
         )
 

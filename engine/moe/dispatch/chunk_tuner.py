@@ -94,6 +94,14 @@ class Trial:
         self._keep, self._new_timer = keep, new_timer
         self._timer: Timer | None = None
 
+    def start(self) -> None:
+        """Start the timer, where `with` would not do."""
+        self.__enter__()
+
+    def stop(self) -> None:
+        """Stop the timer and keep it."""
+        self.__exit__(None)
+
     def __enter__(self) -> None:
         if self._keep is not None:
             self._timer = self._new_timer()
@@ -122,8 +130,16 @@ class ChunkTuner:
     ) -> None:
         self._layers: list[int] = []
         self._buckets: dict[int, _Bucket] = {}
+        self._of_exchange: ChunkTuner | None = None
         is_cuda = device is not None and device.type == "cuda"
         self._new_timer = new_timer or (CudaEventTimer if is_cuda else HostTimer)
+
+    @property
+    def of_exchange(self) -> ChunkTuner:
+        """The tuner of the model's way to exchange small steps (`layer_static.py`)."""
+        if self._of_exchange is None:
+            self._of_exchange = ChunkTuner(new_timer=self._new_timer)
+        return self._of_exchange
 
     @property
     def choices(self) -> dict[int, int]:
@@ -138,6 +154,8 @@ class ChunkTuner:
     def reset(self) -> None:
         """Discard all times and choices, between steps and alike on every rank."""
         self._buckets.clear()
+        if self._of_exchange is not None:
+            self._of_exchange.reset()
 
     def due(self, layer: int, group_tokens: int) -> list[int] | None:
         """Return this rank's costs of a bucket's candidates where the ranks must now add them and

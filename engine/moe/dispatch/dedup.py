@@ -88,6 +88,13 @@ class Deduplicator:
         token_U, slot_TM, load_G = sort_op.sort_by_expert(first_group_TM, num_groups)
         return UniqueRows(token_U, slot_TM, load_G, bits_TGB, weight_TM)
 
+    def first_groups(self, position_TM: torch.Tensor) -> torch.Tensor:
+        """Return the group of each position that is the first of its token there, int64 [T, M]; -1
+        for others.
+        """
+        table = self._table(position_TM.device)
+        return unique_rows.mark_groups(position_TM, table, self.num_groups, self.num_bytes)[0]
+
     def count(self, position_WTM: torch.Tensor) -> torch.Tensor:
         """Return the unique rows of every rank's groups, int64 [W, G].
 

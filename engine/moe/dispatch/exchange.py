@@ -1,4 +1,4 @@
-"""Exchange: the all-to-alls of one expert-parallel group.
+"""Exchange: the all-to-alls and all-gathers of one expert-parallel group.
 
 Sizes and splits follow from counts that all ranks have exchanged, so every rank starts the same
 collectives with shapes that match, whatever its own load: a rank without tokens sends zero rows and
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from engine.distributed.collectives import Collectives, Done, Pending, Started
+from engine.distributed.collectives import Collectives, Done, Pending, Started, start_all_gather
 from engine.distributed.groups import Group
 
 
@@ -29,7 +29,7 @@ class AllToAll:
 
 
 class Exchange:
-    """Starts all-to-alls and counts them in the `collectives` of the same group."""
+    """Starts collectives of rows and counts them in the `collectives` of the same group."""
 
     def __init__(self, group: Group, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -58,6 +58,18 @@ class Exchange:
         self.collectives.bytes_sent += self.remote_bytes(rows)
         self.collectives.num_collectives += 1
         return Started(work, rows.recv)
+
+    def gather(self, part: torch.Tensor) -> Pending:
+        """Start an all-gather of parts of equal shape [n, L]; `wait` on the result returns all rows
+        [W * n, L] in rank order.
+
+        `part`, contiguous, must not change before the wait. Collective over EP: every rank must
+        call.
+        """
+        if not self.is_single_rank:
+            self.collectives.bytes_sent += part.nbytes * (self._group.size - 1)
+            self.collectives.num_collectives += 1
+        return start_all_gather(part, self._group)
 
     def remote_bytes(self, rows: AllToAll) -> int:
         """Return the bytes that go to other ranks."""

@@ -97,9 +97,10 @@ class LayoutPolicy:
             tuner: shared by the layers of a model.
             control: the host-side collectives on which ranks add their times.
         """
+        self._control = control
         if self._tunes:
             tuner.register(layer)
-            self.tuner, self._layer, self._control = tuner, layer, control
+            self.tuner, self._layer = tuner, layer
 
     @property
     def moves_shared(self) -> bool:
@@ -221,9 +222,12 @@ class LayoutPolicy:
         if not tunes:
             return Trial(1)
         if (costs := tuner.due(self._layer, group_tokens)) is not None:
-            totals = self._control.all_reduce(torch.tensor(costs)).wait().tolist()
-            tuner.choose(group_tokens, totals)
+            tuner.choose(group_tokens, self.add_times(costs))
         return tuner.begin_trial(self._layer, group_tokens, self.candidates)
+
+    def add_times(self, costs: list[int]) -> list[int]:
+        """Return the sums of all ranks' costs. Collective over EP: every rank must call."""
+        return self._control.all_reduce(torch.tensor(costs)).wait().tolist()
 
     def saved_bytes(self, group_tokens: int, num_chunks: int = 1) -> float:
         """Return the bytes that deduplication is expected to save on the mean rank, 0 if off."""

@@ -67,6 +67,10 @@ _COPIES = Placed(SCATTERED, tuple(range(8)))
 _LOW_BIT = Placed(SCATTERED, tuple(range(8)), "int4")
 
 
+_STATIC = {"dispatch": {"exchange": "static"}}
+_SUMS = {"dispatch": {"exchange": "static", "partial_sums": True}}
+
+
 def _drop(policy: str, selection: str, **more: Any) -> dict[str, Any]:
     capacity = {"policy": policy, "factor": "1", "selection": selection, **more}
     return {"capacity": capacity, **_PLAIN}
@@ -74,7 +78,11 @@ def _drop(policy: str, selection: str, **more: Any) -> dict[str, Any]:
 
 ROWS = (
     Row("mixtral decode, one expert per rank", "mixtral", model={"num_local_experts": 2}),
+    Row("mixtral decode, static, one expert", "mixtral", _STATIC, {"num_local_experts": 2}),
     Row("olmoe decode", "olmoe", _PLAIN),
+    Row("olmoe decode, static", "olmoe", _STATIC),
+    Row("qwen3_moe decode, static, partial sums", "qwen3_moe", _SUMS),
+    Row("qwen3_moe decode, static, copies", "qwen3_moe", _STATIC, placement=_COPIES),
     Row("qwen2_moe decode", "qwen2_moe", _PLAIN),
     Row("qwen3_moe decode", "qwen3_moe", _PLAIN),
     Row("qwen3_moe decode, deduplicated", "qwen3_moe"),

@@ -17,6 +17,7 @@ from engine.moe.capacity.copies_agreement import CopiesAgreement
 from engine.moe.dispatch.dedup import Deduplicator
 from engine.moe.dispatch.row_format import RowFormat
 from engine.moe.dispatch.shared_rows import SharedRows
+from engine.moe.dispatch.static_exchange import StaticExchange
 from engine.moe.experts import GroupedMMExperts
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.row_split import RowSplit
@@ -34,6 +35,8 @@ LOW_BIT = (*CLAIMS, (LocalExperts, "_run_copies"))
 COPIED = (0, 2, 5)  # experts that both ranks have
 ALL = tuple(range(8))
 PLAIN = {"dispatch": {"deduplicate": False}}
+GROUPED, GROUPED_MM = {"model": {"dtype": "bfloat16"}}, {"backend": "grouped_mm"}
+STATIC = ((GroupedMMExperts, "_run_to"), (StaticExchange, "__call__"))
 
 
 # Two prefixes of four blocks, each with 3, 7, 0 and 1 tokens behind it.
@@ -91,6 +94,21 @@ JOBS = {
         "qwen3_moe",
         {"model": {"dtype": "bfloat16"}, **moe(experts={"backend": "grouped_mm"})},
         uses=((GroupedMMExperts, "_run"),),
+    ),
+    "static": Job(
+        "mixtral", GROUPED | moe(experts=GROUPED_MM, dispatch={"exchange": "static"}), uses=STATIC
+    ),
+    "static sums": Job(
+        "deepseek_v2",
+        GROUPED
+        | moe(experts=GROUPED_MM, dispatch={"exchange": "static", "partial_sums": True})
+        | {"parallel": {"tensor": 2}},
+    ),
+    "static copies": Job(
+        "qwen3_moe",
+        GROUPED | moe(experts=GROUPED_MM, dispatch={"exchange": "static"}),
+        uses=STATIC,
+        placement=Placed(SCATTERED, COPIED),
     ),
     "homes anywhere": Job("qwen3_moe", placement=Placed(SCATTERED)),
     "copies": Job("mixtral", moe(**PLAIN), uses=MOVED, placement=Placed(SCATTERED, COPIED)),
@@ -181,6 +199,8 @@ LONG = {
     "shared prefixes capacity",
     "shared prefixes latent",
     "shared prefixes two_batch",
+    "static copies",
+    "static sums",
     "token_drop scope expert int4 copies",
 }
 assert LONG <= JOBS.keys()
