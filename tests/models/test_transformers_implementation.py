@@ -48,7 +48,7 @@ from tests.helpers.transformers_cases import FOREIGN_CASES
 from tests.models.test_parity import check, inputs
 
 SCHEDULES = {"whole": whole, "chunked": chunked, "one by one": one_by_one}
-OWN = ("mixtral", "glm4-moe", "qwen2-moe")  # families here that transformers builds as well
+OWN = ("mixtral", "glm4-moe", "qwen2-moe", "gpt-oss")  # families here as well
 ALL = {**{name: CASES[name] for name in OWN}, **FOREIGN_CASES}
 PROMPTS = [list(range(5 + n, 11 + 4 * n)) for n in range(5)]
 NEW = 12

@@ -83,7 +83,7 @@ class TransformersModel(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(config, topology)
-        found = probed(hf_config)
+        self._found = found = probed(hf_config)
         self.spec = read_spec(hf_config)
         self.weight_dtype, self.dtype = dtype, compute_dtype(dtype, device)
         self.placement, self.quantization = placement, "none"
@@ -271,8 +271,9 @@ class TransformersModel(nn.Module):
             tied_at = [name for name, tensor in tensors.items() if tensor is weight][-1]
             del tensors[tied_at]
         slots = list(dense_slots(tensors, sources))
+        layouts = {call.path: call.shape for call in self._found.experts}
         for path, experts in self._experts:
-            slots += expert_slots(experts.moe, path, sources)
+            slots += expert_slots(experts.moe, path, layouts[path], sources)
         if tied_at is not None:
             slots = list(with_tied_head(slots, weight, tied_at, checkpoint, self.untie_head))
         return slots

@@ -16,14 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.models.transformers_model.experts_form import (
-    ExpertsShape,
-    NotServed,
-    is_experts,
-    shape_of,
-)
+from engine.models.transformers_model.experts_form import NotServed, shape_of
 from engine.models.transformers_model.mask_window import window_of
 from engine.models.transformers_model.plug_in import PROBE, MaskRule, plug_in
+from engine.moe.stacked_experts import StackedExperts, is_stacked
 
 _LONGEST = 2**17  # positions at which a mask is looked at
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
@@ -51,7 +47,7 @@ class ExpertsCall:
     path: str  # of the module
     layer: int
     top_k: int
-    shape: ExpertsShape
+    shape: StackedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +162,7 @@ class _Recorder:
         self._windows: dict[int, int | None] = {}  # by id of a mask's function
         for path, module in list(model.named_modules()):
             module.lockstep_attention = self._at(path)
-            if is_experts(module):
+            if is_stacked(module):
                 _set_module(model, path, _Recording(path, shape_of(path, module), self._called))
 
     def _at(self, path: str) -> Callable[..., torch.Tensor]:
@@ -218,7 +214,7 @@ class _Recorder:
             ) from error
 
     def _called(
-        self, path: str, shape: ExpertsShape, x: torch.Tensor, ids: torch.Tensor
+        self, path: str, shape: StackedExperts, x: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         layer = layer_of(path)
         if any(call.layer == layer for call in self._experts):
@@ -264,7 +260,9 @@ class _Recorder:
 class _Recording(nn.Module):
     """In place of experts: records its call."""
 
-    def __init__(self, path: str, shape: ExpertsShape, called: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, path: str, shape: StackedExperts, called: Callable[..., torch.Tensor]
+    ) -> None:
         super().__init__()
         self._path, self._shape, self._called = path, shape, called
 

@@ -19,10 +19,16 @@ from typing import Any
 
 import torch
 
-from engine.models.expert_weights import single_slots, stacked_slots
+from engine.models.expert_weights import (
+    alternating_slots,
+    single_slots,
+    stacked_slots,
+    transposed_slots,
+)
 from engine.models.spec import MoENames
 from engine.models.transformers_model.plug_in import plug_in
 from engine.moe.layer import MoELayer
+from engine.moe.stacked_experts import StackedExperts
 from engine.weights.slot import WeightSlot
 
 _EXPERT = re.compile(r"(?P<prefix>.*)\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight")
@@ -89,9 +95,15 @@ def dense_slots(
 
 
 def expert_slots(
-    moe: MoELayer, path: str, sources: Mapping[str, list[Source]]
+    moe: MoELayer, path: str, layout: StackedExperts, sources: Mapping[str, list[Source]]
 ) -> Iterator[WeightSlot]:
-    """Yield the slots of one layer's experts; path: of the experts' module in the model.
+    """Yield the slots of one layer's experts.
+
+    Args:
+        moe: the layer.
+        path: of the experts' module in the model.
+        layout: of that module.
+        sources: of `KeyMapping.sources`.
 
     Raises:
         ValueError: the mapping computes them in another way than by stacking experts.
@@ -106,8 +118,13 @@ def expert_slots(
         for each, found in ((first, inner), ("down_proj", outer))
         if found
     }
-    for slot in stacked_slots(moe, path):
-        yield replace(slot, name=names.get(slot.name, slot.name))
+    stacked = stacked_slots
+    if layout.transposed:
+        stacked = alternating_slots if layout.alternating else transposed_slots
+    for slot in stacked(moe, path):
+        name = names.get(slot.name, slot.name)
+        plain = None if slot.unquantised is None else replace(slot.unquantised, name=name)
+        yield replace(slot, name=name, unquantised=plain)
 
 
 def with_tied_head(
