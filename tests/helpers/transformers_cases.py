@@ -12,6 +12,14 @@ import transformers
 from tests.helpers.model_cases import Case
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 _KINDS = ["sliding_attention", "full_attention"]
 
 
@@ -174,5 +182,26 @@ FOREIGN_CASES = {
         swiglu_limit=1.5,
         layer_types=["full_attention"] * 2,
         mlp_layer_types=["dense", "sparse"],
+    ),
+    # Frequencies by length: sequences are not longer than what the first choice holds for.
+    "granitemoe-dynamic": _case(
+        "GraniteMoe",
+        num_local_experts=4,
+        rope_parameters=_ROPE | {"rope_type": "dynamic", "factor": 2.0},
+    ),
+    "phimoe-longrope": _case(
+        "Phimoe",
+        num_local_experts=4,
+        rope_parameters=_LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3},
+    ),
+    "exaone-moe-longrope": _case(
+        "ExaoneMoe",
+        moe_intermediate_size=24,
+        num_experts=6,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=_KINDS,
+        mlp_layer_types=["dense", "sparse"],
+        rope_parameters=_LONGROPE,
     ),
 }

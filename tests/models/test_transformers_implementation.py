@@ -196,11 +196,6 @@ def test_mixtral_is_the_same_model_in_both_implementations(references: Any) -> N
 REFUSED = {
     "a recurrent state": ("GraniteMoeHybrid", {"num_local_experts": 4}, "layer_types|layers"),
     "a dense model": ("Llama", {}, "no experts"),
-    "frequencies by length": (
-        "GraniteMoe",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "rope_type: .dynamic.",
-    ),
     "an encoder": ("SwitchTransformers", {}, "causal language model|encoder"),
 }
 

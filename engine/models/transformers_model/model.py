@@ -24,6 +24,7 @@ from engine.layers.step_inputs import StepTensors
 from engine.models.checkpoint_buffers import BUFFERS
 from engine.models.decoder import GroupTokens
 from engine.models.spec import SparseSpec
+from engine.models.transformers_model.fixed_rotary import fix_lengths
 from engine.models.transformers_model.materialize import materialize
 from engine.models.transformers_model.paged_layer import PagedLayer
 from engine.models.transformers_model.plug_in import ATTENTION
@@ -125,6 +126,7 @@ class TransformersModel(nn.Module):
             module.lockstep_attention = PagedLayer(layer, call.window, self._running)
             module.register_forward_pre_hook(self._enters(Phase.ATTENTION, layer))
             module.register_forward_hook(self._enters(Phase.OTHER, layer))
+        fix_lengths(causal, max_model_len, device, self.dtype)
         materialize(causal, device, self.dtype)
         causal.requires_grad_(False)
         experts_at = tuple(f"{path}." for path, _ in self._experts)

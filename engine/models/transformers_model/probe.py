@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from engine.models.transformers_model.experts_form import NotServed, shape_of
+from engine.models.transformers_model.fixed_rotary import fix_lengths
 from engine.models.transformers_model.mask_window import window_of
 from engine.models.transformers_model.plug_in import PROBE, MaskRule, plug_in
 from engine.moe.stacked_experts import StackedExperts, is_stacked
 
 _LONGEST = 2**17  # positions at which a mask is looked at
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 _SERVED_LAYERS = ("full_attention", "sliding_attention")
 # Arguments of an attention call that are served, or say nothing about its result.
 _SERVED = ("dropout", "sliding_window", "position_ids", "s_aux", "is_causal", "cache_position")
@@ -105,6 +105,7 @@ def probe(hf_config: Any) -> Probed:
     body = getattr(model, model.base_model_prefix)
     ids_1T = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     try:
+        fix_lengths(model, ids_1T.shape[1], ids_1T.device, torch.float32)
         # A mask, or transformers would look for packed sequences, which reads the positions.
         with torch.no_grad():
             body(
@@ -142,14 +143,6 @@ def _check_config(hf_config: Any) -> None:
             f"layer_types in config.json: layers of the kinds {', '.join(sorted(map(str, kinds)))} "
             f"are not served, only {' and '.join(_SERVED_LAYERS)}"
         )
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    nested = [each for each in rope.values() if isinstance(each, Mapping)]
-    for each in [rope, *nested]:
-        if (kind := each.get("rope_type")) in _ROPE_BY_LENGTH:
-            raise NotServed(
-                f"rope_type: {kind!r} in config.json is not served by model.implementation = "
-                "transformers: the frequencies would follow from the longest sequence of a step"
-            )
 
 
 class _Recorder:
