@@ -204,4 +204,16 @@ FOREIGN_CASES = {
         mlp_layer_types=["dense", "sparse"],
         rope_parameters=_LONGROPE,
     ),
+    "mimo-v2-flash": _case(
+        "MiMoV2Flash",
+        head_dim=8,
+        v_head_dim=6,
+        num_key_value_heads=1,  # twice as many in layers with a window
+        moe_intermediate_size=24,
+        n_routed_experts=6,
+        sliding_window=5,
+        layer_types=_KINDS,
+        mlp_layer_types=["dense", "sparse"],
+        rope_parameters=dict.fromkeys(_KINDS, _ROPE | {"partial_rotary_factor": 0.5}),
+    ),
 }

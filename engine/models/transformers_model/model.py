@@ -145,7 +145,7 @@ class TransformersModel(nn.Module):
         first = found.attention[0]
         self.kv_spec = KVSpec(
             num_layers=self.num_layers,
-            num_kv_heads=first.num_kv_heads,
+            num_kv_heads=max(call.num_kv_heads for call in found.attention),
             key_dim=first.key_dim,
             value_dim=first.value_dim,
         )

@@ -238,7 +238,7 @@ class _Recorder:
                 "attention, are not served"
             )
         calls = [self._attention[layer] for layer in range(layers)]
-        if len({(call.num_kv_heads, call.key_dim, call.value_dim) for call in calls}) > 1:
+        if len({(call.key_dim, call.value_dim) for call in calls}) > 1:
             raise NotServed(f"layers of transformers' {name} have keys and values of other widths")
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         return Probed(
