@@ -31,6 +31,7 @@ from engine.models.transformers_model.plug_in import ATTENTION
 from engine.models.transformers_model.probe import build_on_meta
 from engine.models.transformers_model.routed_experts import RoutedExperts, RunningStep
 from engine.models.transformers_model.spec import probed, read_spec
+from engine.models.transformers_model.text_model import OTHER_PARTS
 from engine.models.transformers_model.weights import (
     KeyMapping,
     dense_slots,
@@ -94,7 +95,7 @@ class TransformersModel(nn.Module):
         causal = build_on_meta(hf_config, self.dtype, ATTENTION)
         self._mapping = KeyMapping(causal)
         ignored = getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()
-        self._ignored = (*BUFFERS, *ignored)
+        self._ignored = (*BUFFERS, *OTHER_PARTS, *ignored)
         self._running, tuner = RunningStep(), ChunkTuner(device)
         self._experts: list[tuple[str, RoutedExperts]] = []
         for call in found.experts:

@@ -20,6 +20,7 @@ from engine.models.transformers_model.experts_form import NotServed, shape_of
 from engine.models.transformers_model.fixed_rotary import fix_lengths
 from engine.models.transformers_model.mask_window import window_of
 from engine.models.transformers_model.plug_in import PROBE, MaskRule, plug_in
+from engine.models.transformers_model.text_model import text_class
 from engine.moe.stacked_experts import StackedExperts, is_stacked
 
 _LONGEST = 2**17  # positions at which a mask is looked at
@@ -90,6 +91,8 @@ def class_of(hf_config: Any) -> Any:
         found = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
         if getattr(found, "config_class", None) is type(hf_config):
             return found
+    if (found := text_class(hf_config)) is not None:
+        return found
     raise NotServed(f"transformers {transformers.__version__} has no causal language model for it")
 
 

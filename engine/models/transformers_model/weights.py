@@ -27,6 +27,7 @@ from engine.models.expert_weights import (
 )
 from engine.models.spec import MoENames
 from engine.models.transformers_model.plug_in import plug_in
+from engine.models.transformers_model.text_model import FAMILY_OF
 from engine.moe.layer import MoELayer
 from engine.moe.stacked_experts import StackedExperts
 from engine.weights.slot import WeightSlot
@@ -49,6 +50,8 @@ class KeyMapping:
     def __init__(self, model: Any) -> None:
         plug = plug_in()
         mapping = plug.mapping_of(model)
+        if (family := FAMILY_OF.get(model.config.model_type)) is not None:
+            mapping = [*(plug.mapping_of_type(family) or ()), *mapping]
         self._converters = [each for each in mapping if isinstance(each, plug.converter)]
         self._renamings = [each for each in mapping if not isinstance(each, plug.converter)]
         self._prefix = model.base_model_prefix
@@ -110,7 +113,8 @@ def expert_slots(
     """
     first = "gate_up_proj" if moe.spec.experts.gated else "up_proj"
     inner, outer = sources.get(f"{path}.{first}", []), sources.get(f"{path}.down_proj", [])
-    if any(source.converter is not None for source in (*inner, *outer)):
+    turned = _are_turned(inner, outer)
+    if not turned and any(source.converter is not None for source in (*inner, *outer)):
         yield from _single_slots(moe, inner, outer)
         return
     names = {
@@ -121,7 +125,11 @@ def expert_slots(
     stacked = stacked_slots
     if layout.transposed:
         stacked = alternating_slots if layout.alternating else transposed_slots
-    for slot in stacked(moe, path):
+    slots = list(stacked(moe, path))
+    if turned:
+        both = zip(slots, transposed_slots(moe, path), strict=True)
+        slots = [replace(slot, turned=each) for slot, each in both]
+    for slot in slots:
         name = names.get(slot.name, slot.name)
         plain = None if slot.unquantised is None else replace(slot.unquantised, name=name)
         yield replace(slot, name=name, unquantised=plain)
@@ -180,6 +188,19 @@ def _single_slots(moe: MoELayer, inner: list[Source], outer: list[Source]) -> It
         )
     names = MoENames(w1=found[0], w3=found[parts - 1], w2=w2)
     yield from single_slots(moe, prefix, names)
+
+
+def _are_turned(inner: list[Source], outer: list[Source]) -> bool:
+    """Return whether the mapping turns stacked matrices whose shape is not the model's."""
+    operations = [
+        operation
+        for source in (*inner, *outer)
+        for operation in (() if source.converter is None else source.converter.operations)
+    ]
+    return bool(operations) and all(
+        type(each) is plug_in().transpose and each.check_dims and {each.dim0, each.dim1} == {1, 2}
+        for each in operations
+    )
 
 
 def _operations(converter: Any) -> str:
