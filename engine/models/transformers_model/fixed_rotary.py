@@ -33,8 +33,8 @@ class FixedRotary(nn.Module):
         self, rotary: nn.Module, max_len: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        made: Any = rotary
-        made = type(rotary)(made.config)
+        module: Any = rotary
+        made = type(module)(module.config)
         x, positions_1P = torch.empty(0, dtype=dtype), torch.arange(max_len)[None]
         kinds = made.rope_type if isinstance(made.rope_type, Mapping) else [None]
         self._tables: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {}
