@@ -20,13 +20,14 @@ from transformers.distributed.expert_parallel import EPImplementation
 
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
-from engine.interop.transformers_experts import ExpertsShape, experts_shape, take_weights
+from engine.interop.transformers_experts import experts_shape, take_weights
 from engine.interop.transformers_shared import LockstepExperts
 from engine.layers.precision import compute_dtype
 from engine.moe.dispatch.buffers import RowBuffers
 from engine.moe.layer import MoELayer
 from engine.moe.router import RouterSpec, Routing
 from engine.moe.spec import MoESpec
+from engine.moe.stacked_experts import StackedExperts
 from engine.moe.step import MoEStep
 from engine.moe.token_shard import part_bounds
 
@@ -36,7 +37,7 @@ class RoutedLayer(MoELayer):
 
     def __init__(
         self,
-        shape: ExpertsShape,
+        shape: StackedExperts,
         top_k: int,
         *,
         layer: int,
@@ -46,7 +47,7 @@ class RoutedLayer(MoELayer):
         row_buffers: RowBuffers,
     ) -> None:
         """Build it, with the same arguments on every rank; no collective."""
-        num_experts, device = shape.num_local * topology.expert.size, topology.device
+        num_experts, device = shape.num_experts * topology.expert.size, topology.device
         spec = MoESpec(
             router=RouterSpec(num_experts=num_experts, top_k=top_k),
             hidden=shape.hidden,
@@ -167,7 +168,7 @@ class LockstepEP(EPImplementation):
         return self._layer
 
     def _check_range(self, least: int, most: int) -> None:
-        num_experts = self._shape.num_local * self._topology.expert.size
+        num_experts = self._shape.num_experts * self._topology.expert.size
         if least < 0 or most >= num_experts:
             raise ValueError(
                 f"{type(self._experts).__name__}: the router chose expert {min(least, most)} to "

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+import torch
+
 from engine.layers.mlp import DenseMLP
 from engine.models.spec import ModelSpec, MoENames, SparseSpec
 from engine.moe.layer import MoELayer
@@ -64,9 +66,9 @@ def moe_slots(
     for name, weight in zip(names.latent, moe.rows.parameters(), strict=False):
         yield WeightSlot(f"{block}.{name}.weight", weight, tuple(weight.shape))
     if names.alternating:
-        yield from _alternating_slots(moe, f"{block}.experts")
+        yield from alternating_slots(moe, f"{block}.experts")
     elif names.transposed and f"{block}.experts.0.{names.w2}.weight" not in checkpoint:
-        yield from _transposed_slots(moe, f"{block}.experts")
+        yield from transposed_slots(moe, f"{block}.experts")
     elif f"{prefix}.mlp.experts.{_first(moe)}" in checkpoint:
         yield from stacked_slots(moe, f"{prefix}.mlp.experts")
     else:
@@ -170,18 +172,22 @@ def _stacked_sinks(moe: MoELayer, prefix: str, local: int, mine: slice) -> Itera
             yield WeightSlot(name, bias[None], full_shape, (mine,), kind="bias")
 
 
-def _transposed_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+def transposed_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     """Yield two slots per run of instances, each a range of a tensor that stacks all experts with
-    their matrices transposed.
+    their matrices transposed, and two of biases.
     """
     num_experts, hidden, ffn = moe.spec.router.num_experts, moe.spec.width, moe.spec.ffn
     matrices: tuple[tuple[str, Matrix, tuple[int, int]], ...] = (
-        ("gate_up_proj", "w13", (2 * ffn, hidden)),
+        (_first(moe), "w13", (moe.spec.experts.parts * ffn, hidden)),
         ("down_proj", "w2", (hidden, ffn)),
     )
     weights = moe.experts.stacked
     for start, run in _runs(moe):
         mine, own = (slice(run[0], run[-1] + 1),), slice(start, start + len(run))
+        biases: tuple[torch.Tensor | None, ...] = (weights.b13_e2F, weights.b2_eD)
+        biases = tuple(bias if bias is None else bias[own] for bias in biases)
+        if moe.experts.low_bit_of(start) is not None:  # a run of one instance
+            biases = tuple(bias[None] for bias in moe.experts.biases_of(start) or ())
         for name, matrix, (rows, columns) in matrices:
             sink = None
             if moe.experts.low_bit_of(start) is None:
@@ -191,6 +197,10 @@ def _transposed_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
                 target = held[None]
             shape = (num_experts, columns, rows)
             yield WeightSlot(f"{prefix}.{name}", target.transpose(1, 2), shape, mine, sink=sink)
+        for (name, _, (rows, _)), bias in zip(matrices, biases, strict=False):
+            if bias is not None:
+                name, shape = f"{prefix}.{name}_bias", (num_experts, rows)
+                yield WeightSlot(name, bias, shape, mine, kind="bias")
 
 
 def _first(moe: MoELayer) -> str:
@@ -198,7 +208,7 @@ def _first(moe: MoELayer) -> str:
     return "gate_up_proj" if moe.spec.experts.gated else "up_proj"
 
 
-def _alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
+def alternating_slots(moe: MoELayer, prefix: str) -> Iterator[WeightSlot]:
     """Yield the slots of experts stacked as gpt-oss stores them, per run of instances.
 
     Targets are views of w13 [e, 2, F, D] in the order of the file's dimensions, where F comes

@@ -75,7 +75,13 @@ _FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
 _READ_AS = {"kimi_k2": "deepseek_v3"}
 # Model types whose config.json has the language model in text_config, and its own model type. Only
 # that part is run.
-_TEXT_OF = {"qwen3_5_moe": "qwen3_5_moe_text", "llama4": "llama4_text"}
+_TEXT_OF = {
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "llama4": "llama4_text",
+    "aria": "aria_text",
+    "glm4v_moe": "glm4v_moe_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+}
 # Of these a config.json has fields beside text_config: about the files, or about the head.
 _BESIDE = ("quantization_config", "tie_word_embeddings")
 

@@ -38,6 +38,7 @@ class Want:
     tied_to: str | None
     unquantised: tuple[int, ...]  # the shape of a tensor that is not quantised
     is_ids: bool = False
+    turned: tuple[int, ...] | None = None  # another shape that fits
 
     @classmethod
     def of(cls, slot: WeightSlot) -> Want:
@@ -45,7 +46,9 @@ class Want:
         shapes = [
             tuple(each.file_shape or each.full_shape) for each in (slot, slot.unquantised or slot)
         ]
-        return cls(shapes[0], slot.aliases, slot.tied_to, shapes[1], slot.kind == "ids")
+        turned = None if slot.turned is None else tuple(slot.turned.full_shape)
+        is_ids = slot.kind == "ids"
+        return cls(shapes[0], slot.aliases, slot.tied_to, shapes[1], is_ids, turned)
 
 
 def name_in(catalog: Catalog, name: str, aliases: tuple[str, ...]) -> str | None:
@@ -73,7 +76,8 @@ def mismatches(
             continue
         entry = catalog.entries[found]
         shape = want.unquantised if entry.stored is None else want.shape
-        if entry.shape != shape:
+        fits = (shape,) if entry.stored is not None else (shape, want.turned)
+        if entry.shape not in fits:
             misshapen.append(
                 f"{found} in {entry.file.name} is {list(entry.shape)}, must be {list(shape)}"
             )

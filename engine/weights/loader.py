@@ -102,6 +102,8 @@ def load_weights(
 def _read_job(name: str, entry: TensorEntry, slot: WeightSlot) -> ReadJob:
     if entry.stored is None and slot.unquantised is not None:
         slot = slot.unquantised
+    if slot.turned is not None and entry.shape != slot.full_shape:
+        slot = slot.turned
     if slot.file_shape is not None:
         entry = replace(entry, shape=tuple(slot.full_shape))
     sink, offset, ids_below = slot.sink, slot.offset, slot.ids_below

@@ -40,6 +40,8 @@ class WeightSlot:
     offset: float = 0.0
     # How to read the tensor where the files hold it unquantised in another layout; None: alike.
     unquantised: WeightSlot | None = None
+    # How to read it where the files' shape is this slot's and not this one's; None: it is refused.
+    turned: WeightSlot | None = None
 
     @property
     def num_bytes(self) -> int:

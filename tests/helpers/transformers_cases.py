@@ -12,6 +12,14 @@ import transformers
 from tests.helpers.model_cases import Case
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 _KINDS = ["sliding_attention", "full_attention"]
 
 
@@ -151,5 +159,61 @@ FOREIGN_CASES = {
         n_group=2,
         topk_group=1,
         routed_scaling_factor=1.5,
+    ),
+    "aria": _case("AriaText", moe_num_experts=5, moe_topk=2, intermediate_size=24, head_dim=8),
+    "beam": _case(
+        "Beam",
+        head_dim=8,
+        moe_intermediate_size=24,
+        num_experts=6,
+        n_group=2,
+        topk_group=1,
+        sliding_window=5,
+        layer_types=_KINDS,
+        mlp_layer_types=["dense", "sparse"],
+        rope_parameters={"sliding_attention": _ROPE, "full_attention": None},
+    ),
+    "minimax-m3-vl": _case(
+        "MiniMaxM3VLText",
+        head_dim=8,
+        num_local_experts=6,
+        intermediate_size=24,
+        dense_intermediate_size=40,
+        swiglu_limit=1.5,
+        layer_types=["full_attention"] * 2,
+        mlp_layer_types=["dense", "sparse"],
+    ),
+    # Frequencies by length: sequences are not longer than what the first choice holds for.
+    "granitemoe-dynamic": _case(
+        "GraniteMoe",
+        num_local_experts=4,
+        rope_parameters=_ROPE | {"rope_type": "dynamic", "factor": 2.0},
+    ),
+    "phimoe-longrope": _case(
+        "Phimoe",
+        num_local_experts=4,
+        rope_parameters=_LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3},
+    ),
+    "exaone-moe-longrope": _case(
+        "ExaoneMoe",
+        moe_intermediate_size=24,
+        num_experts=6,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=_KINDS,
+        mlp_layer_types=["dense", "sparse"],
+        rope_parameters=_LONGROPE,
+    ),
+    "mimo-v2-flash": _case(
+        "MiMoV2Flash",
+        head_dim=8,
+        v_head_dim=6,
+        num_key_value_heads=1,  # twice as many in layers with a window
+        moe_intermediate_size=24,
+        n_routed_experts=6,
+        sliding_window=5,
+        layer_types=_KINDS,
+        mlp_layer_types=["dense", "sparse"],
+        rope_parameters=dict.fromkeys(_KINDS, _ROPE | {"partial_rotary_factor": 0.5}),
     ),
 }

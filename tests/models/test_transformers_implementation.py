@@ -48,7 +48,7 @@ from tests.helpers.transformers_cases import FOREIGN_CASES
 from tests.models.test_parity import check, inputs
 
 SCHEDULES = {"whole": whole, "chunked": chunked, "one by one": one_by_one}
-OWN = ("mixtral", "glm4-moe", "qwen2-moe")  # families here that transformers builds as well
+OWN = ("mixtral", "glm4-moe", "qwen2-moe", "gpt-oss")  # families here as well
 ALL = {**{name: CASES[name] for name in OWN}, **FOREIGN_CASES}
 PROMPTS = [list(range(5 + n, 11 + 4 * n)) for n in range(5)]
 NEW = 12
@@ -196,11 +196,6 @@ def test_mixtral_is_the_same_model_in_both_implementations(references: Any) -> N
 REFUSED = {
     "a recurrent state": ("GraniteMoeHybrid", {"num_local_experts": 4}, "layer_types|layers"),
     "a dense model": ("Llama", {}, "no experts"),
-    "frequencies by length": (
-        "GraniteMoe",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "rope_type: .dynamic.",
-    ),
     "an encoder": ("SwitchTransformers", {}, "causal language model|encoder"),
 }
 

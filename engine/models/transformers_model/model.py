@@ -24,12 +24,14 @@ from engine.layers.step_inputs import StepTensors
 from engine.models.checkpoint_buffers import BUFFERS
 from engine.models.decoder import GroupTokens
 from engine.models.spec import SparseSpec
+from engine.models.transformers_model.fixed_rotary import fix_lengths
 from engine.models.transformers_model.materialize import materialize
 from engine.models.transformers_model.paged_layer import PagedLayer
 from engine.models.transformers_model.plug_in import ATTENTION
 from engine.models.transformers_model.probe import build_on_meta
 from engine.models.transformers_model.routed_experts import RoutedExperts, RunningStep
 from engine.models.transformers_model.spec import probed, read_spec
+from engine.models.transformers_model.text_model import OTHER_PARTS
 from engine.models.transformers_model.weights import (
     KeyMapping,
     dense_slots,
@@ -83,7 +85,7 @@ class TransformersModel(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(config, topology)
-        found = probed(hf_config)
+        self._found = found = probed(hf_config)
         self.spec = read_spec(hf_config)
         self.weight_dtype, self.dtype = dtype, compute_dtype(dtype, device)
         self.placement, self.quantization = placement, "none"
@@ -93,7 +95,7 @@ class TransformersModel(nn.Module):
         causal = build_on_meta(hf_config, self.dtype, ATTENTION)
         self._mapping = KeyMapping(causal)
         ignored = getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()
-        self._ignored = (*BUFFERS, *ignored)
+        self._ignored = (*BUFFERS, *OTHER_PARTS, *ignored)
         self._running, tuner = RunningStep(), ChunkTuner(device)
         self._experts: list[tuple[str, RoutedExperts]] = []
         for call in found.experts:
@@ -125,6 +127,7 @@ class TransformersModel(nn.Module):
             module.lockstep_attention = PagedLayer(layer, call.window, self._running)
             module.register_forward_pre_hook(self._enters(Phase.ATTENTION, layer))
             module.register_forward_hook(self._enters(Phase.OTHER, layer))
+        fix_lengths(causal, max_model_len, device, self.dtype)
         materialize(causal, device, self.dtype)
         causal.requires_grad_(False)
         experts_at = tuple(f"{path}." for path, _ in self._experts)
@@ -143,7 +146,7 @@ class TransformersModel(nn.Module):
         first = found.attention[0]
         self.kv_spec = KVSpec(
             num_layers=self.num_layers,
-            num_kv_heads=first.num_kv_heads,
+            num_kv_heads=max(call.num_kv_heads for call in found.attention),
             key_dim=first.key_dim,
             value_dim=first.value_dim,
         )
@@ -272,8 +275,9 @@ class TransformersModel(nn.Module):
             tied_at = [name for name, tensor in tensors.items() if tensor is weight][-1]
             del tensors[tied_at]
         slots = list(dense_slots(tensors, sources))
+        layouts = {call.path: call.shape for call in self._found.experts}
         for path, experts in self._experts:
-            slots += expert_slots(experts.moe, path, sources)
+            slots += expert_slots(experts.moe, path, layouts[path], sources)
         if tied_at is not None:
             slots = list(with_tied_head(slots, weight, tied_at, checkpoint, self.untie_head))
         return slots

@@ -49,6 +49,8 @@ class PagedLayer:
         step, kv = self._running.step, self._running.kv
         assert step is not None and kv is not None and mask is None
         k_cache, v_cache = kv.keys[self._layer], kv.values[self._layer]
+        if key.shape[1] < k_cache.shape[1]:  # the cache has the heads of the layer with most
+            k_cache, v_cache = k_cache[:, : key.shape[1]], v_cache[:, : key.shape[1]]
         k_TGD, v_TGD = (each[0].transpose(0, 1).contiguous() for each in (key, value))
         store_kv(k_TGD, v_TGD, k_cache, v_cache, step.slots_T)
         sinks_H = arguments.get("s_aux")

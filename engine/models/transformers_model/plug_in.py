@@ -25,10 +25,12 @@ class PlugIn:
     """What this engine uses of transformers to read weights."""
 
     mapping_of: Callable[[Any], list[Any]]  # a model's key mapping
+    mapping_of_type: Callable[[str], list[Any] | None]  # of a model type
     rename: Callable[..., tuple[str, str | None]]
     converter: type  # transforms that change tensors; the others change names alone
     merge: type  # operation that stacks the experts of a layer
     concatenate: type  # operation that joins gate and up
+    transpose: type  # operation that turns matrices where the files hold them turned
 
 
 class MaskRule:
@@ -48,10 +50,14 @@ def plug_in() -> PlugIn:
     import transformers
 
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            get_model_conversion_mapping,
+        )
         from transformers.core_model_loading import (
             Concatenate,
             MergeModulelist,
+            Transpose,
             WeightConverter,
             rename_source_key,
         )
@@ -69,10 +75,12 @@ def plug_in() -> PlugIn:
         ) from error
     return PlugIn(
         mapping_of=get_model_conversion_mapping,
+        mapping_of_type=get_checkpoint_conversion_mapping,
         rename=rename_source_key,
         converter=WeightConverter,
         merge=MergeModulelist,
         concatenate=Concatenate,
+        transpose=Transpose,
     )
 
 

@@ -16,17 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.models.transformers_model.experts_form import (
-    ExpertsShape,
-    NotServed,
-    is_experts,
-    shape_of,
-)
+from engine.models.transformers_model.experts_form import NotServed, shape_of
+from engine.models.transformers_model.fixed_rotary import fix_lengths
 from engine.models.transformers_model.mask_window import window_of
 from engine.models.transformers_model.plug_in import PROBE, MaskRule, plug_in
+from engine.models.transformers_model.text_model import text_class
+from engine.moe.stacked_experts import StackedExperts, is_stacked
 
 _LONGEST = 2**17  # positions at which a mask is looked at
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 _SERVED_LAYERS = ("full_attention", "sliding_attention")
 # Arguments of an attention call that are served, or say nothing about its result.
 _SERVED = ("dropout", "sliding_window", "position_ids", "s_aux", "is_causal", "cache_position")
@@ -51,7 +48,7 @@ class ExpertsCall:
     path: str  # of the module
     layer: int
     top_k: int
-    shape: ExpertsShape
+    shape: StackedExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +91,8 @@ def class_of(hf_config: Any) -> Any:
         found = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
         if getattr(found, "config_class", None) is type(hf_config):
             return found
+    if (found := text_class(hf_config)) is not None:
+        return found
     raise NotServed(f"transformers {transformers.__version__} has no causal language model for it")
 
 
@@ -109,6 +108,7 @@ def probe(hf_config: Any) -> Probed:
     body = getattr(model, model.base_model_prefix)
     ids_1T = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     try:
+        fix_lengths(model, ids_1T.shape[1], ids_1T.device, torch.float32)
         # A mask, or transformers would look for packed sequences, which reads the positions.
         with torch.no_grad():
             body(
@@ -146,14 +146,6 @@ def _check_config(hf_config: Any) -> None:
             f"layer_types in config.json: layers of the kinds {', '.join(sorted(map(str, kinds)))} "
             f"are not served, only {' and '.join(_SERVED_LAYERS)}"
         )
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    nested = [each for each in rope.values() if isinstance(each, Mapping)]
-    for each in [rope, *nested]:
-        if (kind := each.get("rope_type")) in _ROPE_BY_LENGTH:
-            raise NotServed(
-                f"rope_type: {kind!r} in config.json is not served by model.implementation = "
-                "transformers: the frequencies would follow from the longest sequence of a step"
-            )
 
 
 class _Recorder:
@@ -166,7 +158,7 @@ class _Recorder:
         self._windows: dict[int, int | None] = {}  # by id of a mask's function
         for path, module in list(model.named_modules()):
             module.lockstep_attention = self._at(path)
-            if is_experts(module):
+            if is_stacked(module):
                 _set_module(model, path, _Recording(path, shape_of(path, module), self._called))
 
     def _at(self, path: str) -> Callable[..., torch.Tensor]:
@@ -218,7 +210,7 @@ class _Recorder:
             ) from error
 
     def _called(
-        self, path: str, shape: ExpertsShape, x: torch.Tensor, ids: torch.Tensor
+        self, path: str, shape: StackedExperts, x: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
         layer = layer_of(path)
         if any(call.layer == layer for call in self._experts):
@@ -249,7 +241,7 @@ class _Recorder:
                 "attention, are not served"
             )
         calls = [self._attention[layer] for layer in range(layers)]
-        if len({(call.num_kv_heads, call.key_dim, call.value_dim) for call in calls}) > 1:
+        if len({(call.key_dim, call.value_dim) for call in calls}) > 1:
             raise NotServed(f"layers of transformers' {name} have keys and values of other widths")
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         return Probed(
@@ -264,7 +256,9 @@ class _Recorder:
 class _Recording(nn.Module):
     """In place of experts: records its call."""
 
-    def __init__(self, path: str, shape: ExpertsShape, called: Callable[..., torch.Tensor]) -> None:
+    def __init__(
+        self, path: str, shape: StackedExperts, called: Callable[..., torch.Tensor]
+    ) -> None:
         super().__init__()
         self._path, self._shape, self._called = path, shape, called
 

@@ -51,7 +51,7 @@ def _spec_of(found: Probed, dense_ffn: int) -> ModelSpec:
                 router=RouterSpec(
                     num_experts=call.shape.num_experts, top_k=call.top_k, external=True
                 ),
-                hidden=call.shape.width,
+                hidden=call.shape.hidden,
                 ffn=call.shape.ffn,
                 experts=call.shape.form,
             )

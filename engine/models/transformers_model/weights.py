@@ -19,10 +19,17 @@ from typing import Any
 
 import torch
 
-from engine.models.expert_weights import single_slots, stacked_slots
+from engine.models.expert_weights import (
+    alternating_slots,
+    single_slots,
+    stacked_slots,
+    transposed_slots,
+)
 from engine.models.spec import MoENames
 from engine.models.transformers_model.plug_in import plug_in
+from engine.models.transformers_model.text_model import FAMILY_OF
 from engine.moe.layer import MoELayer
+from engine.moe.stacked_experts import StackedExperts
 from engine.weights.slot import WeightSlot
 
 _EXPERT = re.compile(r"(?P<prefix>.*)\.(?P<expert>\d+)\.(?P<matrix>\w+)\.weight")
@@ -43,6 +50,8 @@ class KeyMapping:
     def __init__(self, model: Any) -> None:
         plug = plug_in()
         mapping = plug.mapping_of(model)
+        if (family := FAMILY_OF.get(model.config.model_type)) is not None:
+            mapping = [*(plug.mapping_of_type(family) or ()), *mapping]
         self._converters = [each for each in mapping if isinstance(each, plug.converter)]
         self._renamings = [each for each in mapping if not isinstance(each, plug.converter)]
         self._prefix = model.base_model_prefix
@@ -89,16 +98,23 @@ def dense_slots(
 
 
 def expert_slots(
-    moe: MoELayer, path: str, sources: Mapping[str, list[Source]]
+    moe: MoELayer, path: str, layout: StackedExperts, sources: Mapping[str, list[Source]]
 ) -> Iterator[WeightSlot]:
-    """Yield the slots of one layer's experts; path: of the experts' module in the model.
+    """Yield the slots of one layer's experts.
+
+    Args:
+        moe: the layer.
+        path: of the experts' module in the model.
+        layout: of that module.
+        sources: of `KeyMapping.sources`.
 
     Raises:
         ValueError: the mapping computes them in another way than by stacking experts.
     """
     first = "gate_up_proj" if moe.spec.experts.gated else "up_proj"
     inner, outer = sources.get(f"{path}.{first}", []), sources.get(f"{path}.down_proj", [])
-    if any(source.converter is not None for source in (*inner, *outer)):
+    turned = _are_turned(inner, outer)
+    if not turned and any(source.converter is not None for source in (*inner, *outer)):
         yield from _single_slots(moe, inner, outer)
         return
     names = {
@@ -106,8 +122,17 @@ def expert_slots(
         for each, found in ((first, inner), ("down_proj", outer))
         if found
     }
-    for slot in stacked_slots(moe, path):
-        yield replace(slot, name=names.get(slot.name, slot.name))
+    stacked = stacked_slots
+    if layout.transposed:
+        stacked = alternating_slots if layout.alternating else transposed_slots
+    slots = list(stacked(moe, path))
+    if turned:
+        both = zip(slots, transposed_slots(moe, path), strict=True)
+        slots = [replace(slot, turned=each) for slot, each in both]
+    for slot in slots:
+        name = names.get(slot.name, slot.name)
+        plain = None if slot.unquantised is None else replace(slot.unquantised, name=name)
+        yield replace(slot, name=name, unquantised=plain)
 
 
 def with_tied_head(
@@ -163,6 +188,19 @@ def _single_slots(moe: MoELayer, inner: list[Source], outer: list[Source]) -> It
         )
     names = MoENames(w1=found[0], w3=found[parts - 1], w2=w2)
     yield from single_slots(moe, prefix, names)
+
+
+def _are_turned(inner: list[Source], outer: list[Source]) -> bool:
+    """Return whether the mapping turns stacked matrices whose shape is not the model's."""
+    operations = [
+        operation
+        for source in (*inner, *outer)
+        for operation in (() if source.converter is None else source.converter.operations)
+    ]
+    return bool(operations) and all(
+        type(each) is plug_in().transpose and each.check_dims and {each.dim0, each.dim1} == {1, 2}
+        for each in operations
+    )
 
 
 def _operations(converter: Any) -> str:

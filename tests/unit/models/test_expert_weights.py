@@ -131,6 +131,18 @@ def test_llama4s_stacked_experts_are_turned(tmp_path):
     assert torch.equal(weights.w2_eDF, tensors[f"{PREFIX}.down_proj"].mT[LOCAL])
 
 
+def test_turned_experts_have_biases_that_are_as_they_were(tmp_path):
+    tensors = biases() | {
+        f"{PREFIX}.gate_up_proj": drawn(EXPERTS, HIDDEN, 2 * FFN),
+        f"{PREFIX}.down_proj": drawn(EXPERTS, FFN, HIDDEN),
+    }
+    form, names = ExpertForm(bias=True), MoENames(transposed=True)
+    weights = load(tmp_path, form, tensors, names).experts.stacked
+    assert torch.equal(weights.w13_e2FD, tensors[f"{PREFIX}.gate_up_proj"].mT[LOCAL])
+    assert torch.equal(weights.b13_e2F, tensors[f"{PREFIX}.gate_up_proj_bias"][LOCAL])
+    assert torch.equal(weights.b2_eD, tensors[f"{PREFIX}.down_proj_bias"][LOCAL])
+
+
 def test_llama4s_experts_one_by_one_are_as_any_others(tmp_path):
     parts = {"gate_proj": (FFN, HIDDEN), "up_proj": (FFN, HIDDEN), "down_proj": (HIDDEN, FFN)}
     tensors = {

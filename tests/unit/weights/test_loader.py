@@ -136,6 +136,22 @@ def test_sharded_files_aliases_and_ignored_names(tmp_path):
     assert torch.equal(a, first) and torch.equal(b, second)
 
 
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_tensor_is_read_as_it_is_or_turned_by_its_shape_and_refused_in_another(
+    tmp_path, is_turned
+):
+    values = torch.arange(24.0).view(4, 2, 3)
+    save(tmp_path, {"w": values.transpose(1, 2).contiguous() if is_turned else values})
+    target = torch.zeros(2, 2, 3)  # of experts 1 and 2
+    mine = (slice(1, 3),)
+    turned = slot("w", target.transpose(1, 2), (4, 3, 2), mine)
+    load_weights(tmp_path, [slot("w", target, (4, 2, 3), mine, turned=turned)])
+    assert torch.equal(target, values[1:3])
+    other = torch.zeros(4, 2, 4)
+    message = error_of(tmp_path, slot("w", other, turned=slot("w", other.transpose(1, 2))))
+    assert "wrong shape" in message and "must be [4, 2, 4]" in message
+
+
 def test_one_tensor_may_fill_two_slots(tmp_path):
     whole = torch.randn(4, 4)
     save(tmp_path, {"w": whole})
