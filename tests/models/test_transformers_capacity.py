@@ -112,6 +112,8 @@ def test_families_of_the_engine_drop_the_same_in_both_implementations(
             run_ranks(job, ranks, paths(name), 96, capacity, implementation, 256, timeout=120)
             for implementation in ("lockstep", "transformers")
         )
+        assert [found.pop("ranked by") for found in theirs] == ["scores"] * ranks
+        assert [found.pop("ranked by") for found in ours] == [None] * ranks
         assert ours == theirs
         assert ours[0]["dropped"] > 0
 

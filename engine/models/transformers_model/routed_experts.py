@@ -51,7 +51,7 @@ class RoutedExperts(nn.Module):
         """Keep the logits in a module's output, as its forward hook."""
         assert self._scores is not None
         logits = output if self._scores.index is None else output[self._scores.index]
-        self._logits_TE = logits.reshape(-1, logits.shape[-1])
+        self._logits_TE = logits.reshape(-1, logits.shape[-1]).contiguous()
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
