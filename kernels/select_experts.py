@@ -81,11 +81,9 @@ def select_experts_reference(
     return scores_TE, topk_ids_TK, weigh_scores(topk_TK, topk_TK, rule)
 
 
-def score_logits(logits_TE: torch.Tensor, rule: SelectionRule) -> torch.Tensor:
-    """Return the scores that `select_experts` gives gate logits, float32 [T, E]."""
-    if triton_support.serves(logits_TE):  # one launch, for all three scores
-        return select_experts(logits_TE, None, rule)[0]
-    return _score(logits_TE.float(), rule.score)
+def score_logits(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
+    """Return the scores that `select_experts` gives gate logits, the same bits, float32 [T, E]."""
+    return select_experts(logits_TE, None, SelectionRule(1, score))[0]
 
 
 def _score(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:

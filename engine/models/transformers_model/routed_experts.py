@@ -69,7 +69,7 @@ class RoutedExperts(nn.Module):
         router = self.moe.spec.router
         if self._scores is not None:
             assert self._logits_TE is not None, "the router did not run"
-            scores_TE = score_logits(self._logits_TE, router.rule)
+            scores_TE = score_logits(self._logits_TE, router.score)
             self._logits_TE = None
         else:
             scores_TE = weights_TK.new_zeros(hidden_states.shape[0], router.num_experts)

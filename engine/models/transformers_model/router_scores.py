@@ -80,7 +80,7 @@ def _fit_score(
     small: Sequence[float],
 ) -> SelectionRule | None:
     """Return a rule of this score that gives the weights; None: there is none."""
-    topk_NK = score_logits(logits_NE, rule).gather(1, ids_NK)
+    topk_NK = score_logits(logits_NE, rule.score).gather(1, ids_NK)
     usual_N = topk_NK.sum(1) > 1e-2
     small = (*_SMALL, *small)
     changes = ((0.0, 0.0), *((eps, 0.0) for eps in small), *((0.0, least) for least in small))
