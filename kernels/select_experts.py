@@ -81,6 +81,11 @@ def select_experts_reference(
     return scores_TE, topk_ids_TK, weigh_scores(topk_TK, topk_TK, rule)
 
 
+def score_logits(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
+    """Return the scores that `select_experts` gives gate logits, the same bits, float32 [T, E]."""
+    return select_experts(logits_TE, None, SelectionRule(1, score))[0]
+
+
 def _score(logits_TE: torch.Tensor, score: Score) -> torch.Tensor:
     if score == "softmax":
         return logits_TE.softmax(-1)

@@ -131,6 +131,8 @@ def _answer(refusal: str | None, yes: str = "yes") -> str:
 
 def _priority(router: RouterSpec) -> str:
     """Return the score by which assignments are kept (moe.capacity.order = score), in words."""
+    if not router.scores_known:
+        return "the combine weight: the router gives no scores of experts that it did not choose"
     text = f"{_SCORES[router.score]} over all {router.num_experts} experts"
     if router.num_zero_experts and router.score == "softmax":
         text += f" and {router.num_zero_experts} zero experts"

@@ -32,7 +32,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         self._spec = spec
-        logits = 0 if spec.external else spec.num_logits
+        logits = 0 if spec.external is not None else spec.num_logits
         dtype = torch.float32 if spec.float32_logits else dtype
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> nn.Parameter:

@@ -103,7 +103,7 @@ class MoELayer(LayerParts):
         """
         clock = self.telemetry.clock
         x_tD = self._token_shard.scatter(x_TD)
-        assert (routing is not None) == self.spec.router.external, "routing and spec disagree"
+        assert (routing is None) == (self.spec.router.external is None), "routing and spec disagree"
         if routing is None:
             clock.enter(Phase.GATE, self.layer, x_tD.shape[0])
             routing = self.route(x_tD, token_ids_T)

@@ -121,11 +121,11 @@ class LayerAgreement:
                 "experts' input, so a row cannot serve a second expert of another weight; use "
                 "token_drop or none"
             )
-        if self._router.external and config.policy == "expanded_drop":
+        if not self._router.scores_known and config.policy == "expanded_drop":
             raise ValueError(
-                "moe.capacity.policy = expanded_drop: the router is a module of transformers "
-                "(model.implementation), which gives the weights of chosen experts alone, so an "
-                "extra would have none; use token_drop or none"
+                f"moe.capacity.policy = expanded_drop: the router of {self._router.external} gives "
+                "the combine weights of the chosen experts alone, so an extra would have none; use "
+                "token_drop, which ranks assignments by these weights, or none"
             )
         if (
             self._router.num_zero_experts

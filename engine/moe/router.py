@@ -73,9 +73,12 @@ class RouterSpec:
     weights_on_input: bool = False  # they multiply the experts' input, not their output (Llama 4)
     token_table: int | None = None  # rows of a table that gives each token id its experts, whatever
     # their scores (DeepSeek-V4); None: the best are chosen
-    # Something else chooses experts and their weights (`MoELayer.steps`): no gate is held here, and
-    # scores are the combine weights of the chosen experts, 0 of the others.
-    external: bool = False
+    # What chooses experts and their weights in this engine's place (`MoELayer.steps`), in words:
+    # no gate is held here. None: this engine's gate does.
+    external: str | None = None
+    # False, of an external router: scores are the combine weights of the chosen experts, 0 of the
+    # others, and the rule above is not known.
+    scores_known: bool = True
     num_zero_experts: int = 0  # Z, numbered behind the experts; each returns the token itself
 
     def __post_init__(self) -> None:

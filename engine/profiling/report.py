@@ -231,6 +231,9 @@ class RunReport:
     routing: RoutingReport | None = None  # where profiler.routing has recorded; None: it has not
     placement: RunPlacement | None = None  # None: without moe.placement
     plan: PlanReport | None = None  # None: moe.placement has no domains
+    # By what assignments are ranked in a model that transformers builds: "scores", of all experts,
+    # or "combine weights" of the chosen ones, in some layer. None: it is a model of this engine.
+    ranked_by: str | None = None
 
     @property
     def has_copies(self) -> bool:

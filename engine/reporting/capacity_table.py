@@ -56,11 +56,15 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
         f"{run.max_over_mean_after:.2f}): "
     )
     if run.speed_bound >= _NOT_SLOWER:
-        return f"{text}MoE layers at most {run.speed_bound:.2f}x faster."
-    return (
-        f"{text}MoE layers {1 / run.speed_bound:.2f}x SLOWER, because extras fill experts up to "
-        "their capacity; set moe.capacity.extras=dropped, or a moe.capacity.factor nearer to 1."
-    )
+        text += f"MoE layers at most {run.speed_bound:.2f}x faster."
+    else:
+        text += (
+            f"MoE layers {1 / run.speed_bound:.2f}x SLOWER, because extras fill experts up to "
+            "their capacity; set moe.capacity.extras=dropped, or a moe.capacity.factor nearer to 1."
+        )
+    if run.ranked_by == "combine weights" and capacity.order == "score":
+        text += " Assignments were ranked by combine weight: the router gives no other scores."
+    return text
 
 
 def _advice(imbalance: float, has_copies: bool) -> str:

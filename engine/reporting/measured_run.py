@@ -13,7 +13,7 @@ begin of the block are subtracted in the report. Measurements of each step go th
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,17 @@ class MeasuredRun:
             state_bytes=self.model.kv_spec.state_bytes * self.scheduler.max_sequences or None,
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
-        return run_report(measured, collector, loads, self.topology, self._plan)
+        report = run_report(measured, collector, loads, self.topology, self._plan)
+        return replace(report, ranked_by=self._ranked_by())
+
+    def _ranked_by(self) -> str | None:
+        """Return by what a policy ranks assignments, in a model that transformers builds."""
+        routers = [layer.spec.router for layer in self.model.moe_layers]
+        external = any(router.external is not None for router in routers)
+        if not external or self.config.moe.capacity.policy == "none":
+            return None
+        known = all(router.scores_known for router in routers)
+        return "scores" if known else "combine weights"
 
     def _count_traffic(self) -> dict[int, tuple[int, int]]:
         """Return layer -> bytes sent and collectives called since the engine was built."""

@@ -41,6 +41,7 @@ _ONLY_WHERE_USED = (
     "shared_rows_moved",
     "state_bytes",
     "zero_assignments",
+    "ranked_by",
 )
 _HEADINGS = {"communication": "communi-\ncation"}
 _SHORT = {"attention": "atten-\ntion"}

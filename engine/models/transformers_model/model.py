@@ -116,11 +116,13 @@ class TransformersModel(nn.Module):
                 speeds_W=None if placement is None else placement.speeds_W,
                 layouts=(layouts or {}).get(layer),
             )
-            experts = RoutedExperts(moe, self._running)
+            experts = RoutedExperts(moe, self._running, call.scores)
             self._experts.append((call.path, experts))
             parent, _, name = call.path.rpartition(".")
             block = causal.get_submodule(parent)
             setattr(block, name, experts)
+            if call.scores is not None:
+                block.get_submodule(call.scores.name).register_forward_hook(experts.take_logits)
             block.register_forward_pre_hook(self._enters(Phase.GATE, layer))
         for layer, call in enumerate(found.attention):
             module = causal.get_submodule(call.path)

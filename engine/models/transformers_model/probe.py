@@ -10,20 +10,23 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from engine.models.transformers_model.block_record import BlockRecords
 from engine.models.transformers_model.experts_form import NotServed, shape_of
 from engine.models.transformers_model.fixed_rotary import fix_lengths
 from engine.models.transformers_model.mask_window import window_of
 from engine.models.transformers_model.plug_in import PROBE, MaskRule, plug_in
+from engine.models.transformers_model.router_scores import RouterScores
 from engine.models.transformers_model.text_model import text_class
 from engine.moe.stacked_experts import StackedExperts, is_stacked
 
 _LONGEST = 2**17  # positions at which a mask is looked at
+_TOKENS = 2  # of the run
 _SERVED_LAYERS = ("full_attention", "sliding_attention")
 # Arguments of an attention call that are served, or say nothing about its result.
 _SERVED = ("dropout", "sliding_window", "position_ids", "s_aux", "is_causal", "cache_position")
@@ -49,6 +52,7 @@ class ExpertsCall:
     layer: int
     top_k: int
     shape: StackedExperts
+    scores: RouterScores | None = None  # None: the router's combine weights alone are known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +110,7 @@ def probe(hf_config: Any) -> Probed:
     model = build_on_meta(hf_config, torch.float32, PROBE)
     recorder = _Recorder(model, longest_of(hf_config))
     body = getattr(model, model.base_model_prefix)
-    ids_1T = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    ids_1T = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     try:
         fix_lengths(model, ids_1T.shape[1], ids_1T.device, torch.float32)
         # A mask, or transformers would look for packed sequences, which reads the positions.
@@ -156,10 +160,13 @@ class _Recorder:
         self._attention: dict[int, AttentionCall] = {}
         self._experts: list[ExpertsCall] = []
         self._windows: dict[int, int | None] = {}  # by id of a mask's function
+        self._blocks = BlockRecords(model, _TOKENS)
         for path, module in list(model.named_modules()):
             module.lockstep_attention = self._at(path)
             if is_stacked(module):
-                _set_module(model, path, _Recording(path, shape_of(path, module), self._called))
+                shape = shape_of(path, module)
+                _set_module(model, path, _Recording(path, shape, self._called))
+                self._blocks.add(path, shape.num_experts)
 
     def _at(self, path: str) -> Callable[..., torch.Tensor]:
         return lambda *arguments: self._attends(path, *arguments)
@@ -246,10 +253,16 @@ class _Recorder:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         return Probed(
             attention=tuple(calls),
-            experts=tuple(self._experts),
+            experts=self._with_scores(),
             hidden=embedding.weight.shape[1],
             vocab_size=embedding.weight.shape[0],
             tied_embeddings=head is not None and head.weight is embedding.weight,
+        )
+
+    def _with_scores(self) -> tuple[ExpertsCall, ...]:
+        return tuple(
+            replace(call, scores=self._blocks.scores(call.path, call.top_k))
+            for call in self._experts
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.layers.attention import AttentionSpec
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
-from engine.models.transformers_model.probe import Probed, probe
+from engine.models.transformers_model.probe import ExpertsCall, Probed, probe
 from engine.moe.router import RouterSpec
 from engine.moe.spec import MoESpec
 
@@ -18,7 +18,24 @@ def read_spec(hf_config: Any) -> ModelSpec:
     Raises:
         ValueError: naming what of it this engine cannot serve.
     """
-    return _spec_of(probed(hf_config), getattr(hf_config, "intermediate_size", None) or 1)
+    return _spec_of(probed(hf_config), hf_config)
+
+
+def scores_of(hf_config: Any) -> str:
+    """Return, in words, which router scores capacity has for a configuration's model.
+
+    Raises:
+        ValueError: naming what of it this engine cannot serve.
+    """
+    calls = probed(hf_config).experts
+    unknown = [str(call.layer) for call in calls if call.scores is None]
+    if not unknown:
+        return "scores of all experts: token_drop and expanded_drop, by score"
+    where = "" if len(unknown) == len(calls) else f" in layers {', '.join(unknown)}"
+    return (
+        f"combine weights of the chosen experts alone{where}: token_drop, by combine weight; no "
+        "expanded_drop"
+    )
 
 
 def probed(hf_config: Any) -> Probed:
@@ -44,13 +61,32 @@ def _probed(key: _Key) -> Probed:
     return probe(key.hf_config)
 
 
-def _spec_of(found: Probed, dense_ffn: int) -> ModelSpec:
+def _router_of(call: ExpertsCall, model_type: str) -> RouterSpec:
+    """Return a router whose choice is transformers', with the rule of its scores if it is known."""
+    external = f"model_type {model_type!r}, which transformers builds,"
+    num_experts, top_k, scores = call.shape.num_experts, call.top_k, call.scores
+    if scores is None:
+        return RouterSpec(
+            num_experts=num_experts, top_k=top_k, external=external, scores_known=False
+        )
+    return RouterSpec(
+        num_experts=num_experts,
+        top_k=top_k,
+        score=scores.score,
+        normalize=scores.normalize,
+        normalize_eps=scores.normalize_eps,
+        normalize_min=scores.normalize_min,
+        scale=scores.scale,
+        external=external,
+    )
+
+
+def _spec_of(found: Probed, hf_config: Any) -> ModelSpec:
+    dense_ffn = getattr(hf_config, "intermediate_size", None) or 1
     sparse = {
         call.layer: SparseSpec(
             moe=MoESpec(
-                router=RouterSpec(
-                    num_experts=call.shape.num_experts, top_k=call.top_k, external=True
-                ),
+                router=_router_of(call, hf_config.model_type),
                 hidden=call.shape.hidden,
                 ffn=call.shape.ffn,
                 experts=call.shape.form,

@@ -37,6 +37,16 @@ def test_what_the_engine_refuses_for_weights_on_the_input_is_told():
     assert plain["expanded_drop"].startswith("yes") and plain["shared_expert"].startswith("yes")
 
 
+def test_a_router_that_gives_combine_weights_alone_is_told():
+    found = capacity_of(spec_of("mixtral", external="model_type 'x'", scores_known=False), 2)
+    assert found is not None and found["token_drop"] == "yes"
+    assert found["priority"].startswith("the combine weight")
+    assert "the router of model_type 'x' gives the combine weights" in found["expanded_drop"]
+    known = capacity_of(spec_of("mixtral", external="model_type 'x'"), 2)
+    assert known is not None
+    assert known["priority"].startswith("softmax over") and known["expanded_drop"].startswith("yes")
+
+
 def test_with_one_expert_per_token_renormalize_is_said_to_have_no_effect():
     one, two = (capacity_of(spec_of("qwen2-moe", top_k=top_k), 2) for top_k in (1, 2))
     assert one is not None and one["renormalize"].startswith("no effect: ")

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from engine.ops.select_experts import (
+    SCORES,
     SelectionRule,
+    score_logits,
     select_experts,
     select_experts_reference,
     weigh_scores,
@@ -129,6 +131,13 @@ def test_a_logit_of_minus_infinity_has_the_score_zero():
 
 
 @needs_native
+@pytest.mark.parametrize("score", SCORES)
+def test_scores_alone_are_those_of_the_choice_bit_for_bit(score):
+    logits = torch.randn(33, 60, generator=torch.Generator().manual_seed(0))
+    rule = SelectionRule(4, score, normalize=True, scale=2.5)
+    assert torch.equal(score_logits(logits, score), select_experts(logits, None, rule)[0])
+
+
 def test_every_instruction_set_gives_the_same_bits():
     torch.manual_seed(1)
     logits = torch.randn(50, 60) * 4

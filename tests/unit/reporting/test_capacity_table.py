@@ -85,6 +85,16 @@ def test_extras_that_slow_the_layers_down_are_named_with_their_remedy():
     assert not missing_from(text, "1.25x SLOWER", "moe.capacity.extras=dropped")
 
 
+def test_a_router_that_gives_combine_weights_alone_is_named_where_they_rank():
+    report = dataclasses.replace(run([layer(0)]), ranked_by="combine weights")
+    assert describe(report, TOKEN_DROP).endswith(
+        "Assignments were ranked by combine weight: the router gives no other scores."
+    )
+    first = CapacityConfig(policy="token_drop", factor="1.5", order="first")
+    by_score = dataclasses.replace(report, ranked_by="scores")
+    assert "ranked by" not in describe(report, first) + describe(by_score, TOKEN_DROP)
+
+
 def test_the_last_row_is_the_whole_run():
     text = printed(run([layer(number, added=2) for number in range(9)]), TOKEN_DROP)
     (row,) = [line.split() for line in text.splitlines() if "all 9" in line]
