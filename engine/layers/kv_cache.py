@@ -75,6 +75,8 @@ class KVCache:
     Args:
         num_sequences: rows of the recurrent states, one per sequence that may run at once; of no
             effect where no layer has any.
+        has_scratch: allocate one more block, and one more row of states, that no sequence gets:
+            idle rows of a step of fixed shape write there.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
         num_sequences: int = 0,
+        *,
+        has_scratch: bool = False,
     ) -> None:
         self.spec = spec
         self.num_blocks = num_blocks
@@ -92,7 +96,10 @@ class KVCache:
         assert num_sequences or not spec.has_states, "states without rows"
         states = spec.states or (None,) * spec.num_layers
         assert states.count(None) == spec.num_layers, f"{states} of {spec.num_layers} layers"
-        shape = (num_blocks, spec.num_kv_heads, block_size)
+        self.scratch_slot = num_blocks * block_size if has_scratch else None
+        self.scratch_state = num_sequences if has_scratch and spec.has_states else None
+        shape = (num_blocks + has_scratch, spec.num_kv_heads, block_size)
+        num_sequences += has_scratch
 
         def new(width: int) -> torch.Tensor:
             return _zeros((*shape, width), device, dtype)

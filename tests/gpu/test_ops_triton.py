@@ -56,6 +56,22 @@ def test_dtypes_match_the_reference(dtype, lens):
 
 
 @kernel
+@pytest.mark.parametrize("masks", [{}, {"window": 5}, {"chunk": 8}, {"sinks_H": torch.ones(4)}])
+def test_a_row_without_a_context_is_zero_and_leaves_the_others_as_they_are(masks):
+    # As idle rows of a decode step of fixed shape, alone and behind others.
+    for lens in ([(1, 0)], [(1, 20), (1, 0), (1, 9), (1, 0)]):
+        case = paged_case(lens, heads=4, kv_heads=2, key_dim=16, value_dim=16)
+        compare(case, **masks)
+        on_device = {
+            name: getattr(value, "to", lambda _, v=value: v)(DEVICE)
+            for name, value in masks.items()
+        }
+        arguments = {"scale": 1.0, "window": None} | on_device
+        out_THD = run_attention(case, **arguments)
+        assert all(out_THD[row].any() == (context > 0) for row, (_, context) in enumerate(lens))
+
+
+@kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [1, 5, 32, 100])
 def test_sliding_windows_match_the_reference(window, dtype):

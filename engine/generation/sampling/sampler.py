@@ -6,7 +6,7 @@ from a counter-based generator and inverts the distribution's CDF, taken in orde
 order is robust to rounding: logits that differ in the last bit move the CDF by as little, whereas
 in order of probability two near-equal tokens could swap places and change the outcome.
 
-Legend: S rows that sample, V vocabulary, R rows of a subset, C candidates of a row.
+Legend: S rows that sample, V vocabulary, R rows of a subset.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.generation.sampling.likeliest import Likeliest, likeliest_ids, token_logprobs
+from engine.generation.sampling.drawn_rows import Candidates, DrawnRows, invert
+from engine.generation.sampling.likeliest import Likeliest, token_logprobs
 from engine.generation.sampling.logit_adjustments import History, adjust
 from engine.ops.to_device import to_device
 from engine.request import SamplingParams, TopLogprobs
 
-_NUCLEUS_CANDIDATES = 1024  # tokens that top-p looks at before it resorts to sorting them all
+NUCLEUS_CANDIDATES = 1024  # tokens that top-p looks at before it resorts to sorting them all
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -146,31 +147,6 @@ def sample_rows(
     return Sampled(tokens, logprobs, top)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """The rows of a step that sample in one way. All on the logits' device, float64 by default."""
-
-    logits_RV: Tensor  # float32
-    top_R: Tensor  # float32, the largest logit
-    random_R: Tensor  # one draw each, in [0, 1)
-    temperature_R: Tensor
-    top_k_R: Tensor  # V where it is off
-    top_p_R: Tensor
-    min_p_R: Tensor | None  # None where no row has it
-
-    def weights(self, logits_RC: Tensor) -> Tensor:
-        """Return unnormalised probabilities, float32 [R, C]; the row's maximum has weight 1.
-
-        Tokens below min_p have weight 0.
-        """
-        smallest = torch.finfo(torch.float32).tiny
-        temperature_R1 = self.temperature_R.float().clamp(min=smallest)[:, None]
-        weights_RC = ((logits_RC - self.top_R[:, None]) / temperature_R1).exp()
-        if self.min_p_R is not None:
-            weights_RC = weights_RC.masked_fill(weights_RC < self.min_p_R[:, None], 0)
-        return weights_RC
-
-
 def _sample_rows(
     logits_SV: Tensor,
     top_S: Tensor,
@@ -213,7 +189,7 @@ def _sample_rows(
         row_R = row_R.long()
         whole = len(numbers) == len(params)
         logits_RV = logits_SV if whole else logits_SV.index_select(0, row_R)
-        rows = _Rows(
+        rows = DrawnRows(
             logits_RV,
             top_S[row_R],
             random_R,
@@ -223,50 +199,21 @@ def _sample_rows(
             min_p_R if has_min_p else None,
         )
         if numbers is plain:
-            tokens_S[row_R] = _invert(rows.weights(logits_RV), rows.random_R)
+            tokens_S[row_R] = invert(rows.weights(logits_RV), rows.random_R)
         else:
             limits = {top_k[row] for row in numbers}
             nucleus = vocab in limits
-            width = max(limits - {vocab} | ({_NUCLEUS_CANDIDATES} if nucleus else set()))
+            width = max(limits - {vocab} | ({NUCLEUS_CANDIDATES} if nucleus else set()))
             tokens_S[row_R] = _pick_filtered(rows, min(width, vocab), nucleus=nucleus)
 
 
-def _invert(weights_RC: Tensor, random_R: Tensor) -> Tensor:
-    """Return the column [R] where the cumulative weight exceeds the share `random_R` of its total.
+def _pick_filtered(rows: DrawnRows, width: int, *, nucleus: bool) -> Tensor:
+    """Return tokens [R], sampled after filtering; arguments as of `Candidates.of`.
 
-    In float64, where u < 1 makes u * total < total: a column of weight 0 is never chosen.
+    If the top_p of a row needs more candidates than `width`, all tokens are sorted.
     """
-    cdf_RC = weights_RC.cumsum(dim=1, dtype=torch.float64)
-    target_R1 = (random_R * cdf_RC[:, -1])[:, None]
-    column_R1 = torch.searchsorted(cdf_RC, target_R1, right=True)
-    # A row of NaN, reported later, would be past the end.
-    return column_R1[:, 0].clamp(max=weights_RC.shape[1] - 1)
-
-
-def _pick_filtered(rows: _Rows, width: int, *, nucleus: bool) -> Tensor:
-    """Return tokens [R], sampled after filtering by min_p, top_k and then top_p.
-
-    Top-p keeps the fewest of the likeliest tokens whose mass reaches top_p.
-
-    Args:
-        width: number of candidates to sort, at least every top_k that is on.
-        nucleus: whether some rows have no top_k. If their top_p needs more candidates than
-            `width`, all tokens are sorted.
-    """
-    vocab = rows.logits_RV.shape[1]
-    ids_RC = likeliest_ids(rows.logits_RV, width)
-    weights_RC = rows.weights(rows.logits_RV.gather(1, ids_RC))
-    rank_C = torch.arange(width, device=ids_RC.device)
-    weights_RC = weights_RC.masked_fill(rank_C >= rows.top_k_R[:, None], 0)
-    mass_RC = weights_RC.cumsum(dim=1, dtype=torch.float64)
-    total_R = mass_RC[:, -1]
-    if nucleus and width < vocab:
-        all_R = rows.weights(rows.logits_RV).sum(dim=1, dtype=torch.float64)
-        total_R = torch.where(rows.top_k_R < vocab, total_R, all_R)
-        # SYNC: whether to sort the whole vocabulary depends on the values; rare, so worth the wait.
-        if bool((mass_RC[:, -1] < rows.top_p_R * total_R).any()):
-            return _pick_filtered(rows, vocab, nucleus=nucleus)
-    kept_RC = mass_RC - weights_RC < (rows.top_p_R * total_R)[:, None]  # by the mass before a token
-    ids_RC, order_RC = ids_RC.sort(dim=1)
-    weights_RC = (weights_RC * kept_RC).gather(1, order_RC)
-    return ids_RC.gather(1, _invert(weights_RC, rows.random_R)[:, None])[:, 0]
+    candidates = Candidates.of(rows, width, nucleus=nucleus)
+    # SYNC: whether to sort the whole vocabulary depends on the values; rare, so worth the wait.
+    if candidates.lacks_R is not None and bool(candidates.lacks_R.any()):
+        candidates = Candidates.of(rows, rows.logits_RV.shape[1], nucleus=nucleus)
+    return candidates.draw()

@@ -26,6 +26,7 @@ from engine.models import measured_choices
 from tests.gpu.emulated import nccl
 from tests.gpu.emulated.device import DEVICE, DeviceError
 from tests.gpu.emulated.fused import patch_triton
+from tests.gpu.emulated.graphs.cuda_graph import patch_graphs
 from tests.gpu.emulated.tensors import CudaMode, pin
 
 _TOTAL_BYTES = 80 << 30
@@ -41,6 +42,8 @@ class Event:
 
     def record(self, stream: Any = None) -> None:
         """Put the event on the stream."""
+        if self._is_timed:
+            DEVICE.forbid_in_capture("an event with timing is recorded")
         DEVICE.launch("event", 0)
         DEVICE.events += 1
         self._number, self._time_s = DEVICE.issued, time.perf_counter()
@@ -52,6 +55,7 @@ class Event:
 
     def query(self) -> bool:
         """Return whether the event has completed."""
+        DEVICE.forbid_in_capture("an event is queried")
         return self._number is None or self._number <= DEVICE.completed
 
     def elapsed_time(self, end: Event) -> float:
@@ -96,6 +100,7 @@ def emulated_cuda(guard: Path) -> Iterator[None]:
         _patch_groups(patch)
         patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pin(self))
         patch_triton(patch)
+        patch_graphs(patch)
         # A mode belongs to one thread; threads read the weights.
         run_thread = threading.Thread.run
 

@@ -15,11 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 _OWN = os.path.dirname(__file__)
-_MODULES = ("cuda", "device", "fused", "nccl", "scaled_mm", "tensors")
+_MODULES = ("cuda", "device", "fused", "nccl", "nested", "scaled_mm", "tensors")
+_MODULES += ("graphs/cuda_graph", "graphs/recorder")
 _EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in _MODULES}
 _TORCH = os.path.dirname(torch.__file__)
 # A `# SYNC:` comment stands on the line that waits or so many lines above its end.
@@ -36,6 +38,10 @@ class RaceError(DeviceError):
 
 class HostSyncError(DeviceError):
     """The host waits for the device where the source has no `# SYNC:` comment."""
+
+
+class CaptureError(DeviceError):
+    """Something that the capture of a CUDA graph forbids, or that a replay would do wrongly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,8 @@ class Device:
     copies: list[Copy] = field(default_factory=list)
     is_in_kernel: bool = False  # what runs is part of one kernel
     is_strict: bool = False  # the host waits only where the source says so
+    capture: Any = None  # the `Recorder` of the graph that is captured
+    warm: set[str] = field(default_factory=set)  # what has run once and is loaded
     kernels: Counter[str] = field(default_factory=Counter)  # by op
     lines: Counter[str] = field(default_factory=Counter)  # kernels by line of the source
     syncs: Counter[str] = field(default_factory=Counter)  # by kind and line
@@ -87,9 +95,11 @@ class Device:
 
         Raises:
             HostSyncError: the line that waits has no `# SYNC:` comment.
+            CaptureError: a graph is captured.
         """
         if self.is_in_kernel:
             return
+        self.forbid_in_capture(f"the host waits ({what})")
         caller = _caller()
         self.syncs[f"{what} @ {caller}"] += 1
         if self.is_strict and not caller.may_wait():
@@ -100,6 +110,17 @@ class Device:
             self.copies = [copy for copy in self.copies if copy.number > self.completed]
             for copy in due:
                 copy.finish()
+
+    def forbid_in_capture(self, what: str) -> None:
+        """Raise `CaptureError` where a graph is captured."""
+        if self.capture is not None and not self.is_in_kernel:
+            raise CaptureError(f"{place()}: {what} in a capture")
+
+    def load(self, what: str) -> None:
+        """Note that something runs which its first run loads or connects: outside a capture."""
+        if what not in self.warm:
+            self.forbid_in_capture(f"{what} runs for the first time")
+            self.warm.add(what)
 
     @contextmanager
     def one_kernel(self) -> Iterator[None]:
@@ -124,6 +145,7 @@ class Device:
     def reset(self, device: torch.device) -> None:
         """Become another device, with nothing in flight."""
         self.device, self.is_strict, self.claims, self.copies = device, False, [], []
+        self.capture, self.warm = None, set()
         self.reset_counts()
 
     def finish(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +36,8 @@ from engine.ops import (
     zero_experts,
 )
 from tests.gpu.emulated.device import DEVICE, DeviceError, place
-from tests.gpu.emulated.tensors import CudaTensor, leaves
+from tests.gpu.emulated.nested import leaves, mapped
+from tests.gpu.emulated.tensors import CudaTensor
 
 
 def _rms_norm(
@@ -44,6 +46,16 @@ def _rms_norm(
     if residual_TD is None:
         return rms_norm.rms_norm_reference(x_TD, weight_D, eps)
     return rms_norm.add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
+
+
+def _paged_attention(*args: Any, query_lens: list[int], **options: Any) -> torch.Tensor:
+    """Read lengths where the kernel does, on the device: in a replay those of the host are old."""
+    starts, contexts = args[3].tolist(), args[4].tolist()
+    lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    if len(lens) != len(query_lens) or sum(lens) > sum(query_lens):
+        raise DeviceError(f"{place()}: a grid for the queries {query_lens}, and {lens} are there")
+    options["context_lens"] = contexts
+    return paged_attention.paged_attention_reference(*args, query_lens=lens, **options)
 
 
 # By the kernel that it replaces; in a module of engine/ops/gpu of that name unless _MODULES has it.
@@ -69,7 +81,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "mark_groups": unique_rows.mark_groups_reference,
     "pack_headers": unique_rows.pack_headers_reference,
     "pack_rows": permute.pack_rows_reference,
-    "paged_attention": paged_attention.paged_attention_reference,
+    "paged_attention": _paged_attention,
     "qk_rotary_store": qk_rotary_store.qk_rotary_store_reference,
     "quotas": select_top.quotas_reference,
     "rms_norm": _rms_norm,
@@ -132,11 +144,26 @@ def _one_kernel(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         for number, each in enumerate(tensors):
             if isinstance(each, torch.Tensor) and not isinstance(each, CudaTensor):
                 raise DeviceError(f"{place()}: argument {number} of {name} is a CPU tensor")
-        with DEVICE.one_kernel():
-            made = reference(*args, **options)
+        DEVICE.load(f"the kernel {name}")
+        run = partial(_as_kernel, reference)
+        made = run(*args, **options)
+        if DEVICE.capture is not None:
+            DEVICE.capture.record(name, run, args, made, options)
         first = next(each for each in tensors if isinstance(each, torch.Tensor))
         launches = _LAUNCHES[name](*args) if name in _LAUNCHES else 1
         DEVICE.launch(f"triton {name}", launches if first.numel() else 0)
         return made
 
     return launch
+
+
+def _as_kernel(reference: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Run a kernel on emulated tensors, or in a replay on their numbers."""
+    with DEVICE.one_kernel():
+        named = {key: mapped(_on_device, value) for key, value in options.items()}
+        return reference(*mapped(_on_device, args), **named)
+
+
+def _on_device(value: Any) -> Any:
+    is_bare = isinstance(value, torch.Tensor) and not isinstance(value, CudaTensor)
+    return CudaTensor(value) if is_bare else value

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from tests.gpu.emulated.device import DEVICE, Claim, DeviceError, place
+from tests.gpu.emulated.device import DEVICE, CaptureError, Claim, DeviceError, place
 from tests.gpu.emulated.tensors import CudaTensor, unwrap
 
 BACKEND = "emulated_nccl"
@@ -36,10 +36,13 @@ class _Work(dist.Work):
 
     def __init__(self, work: dist.Work, claims: list[Claim]) -> None:
         super().__init__()
-        self._work, self._claims = work, claims
+        self._work, self._claims, self._capture = work, claims, DEVICE.capture
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Let the stream wait for the result, not the host."""
+        if DEVICE.capture is not self._capture:
+            what = self._claims[0].what
+            raise CaptureError(f"{place()}: {what} is waited for on the other side of a capture")
         self._work.wait()
         mine = {id(claim) for claim in self._claims}
         DEVICE.claims = [claim for claim in DEVICE.claims if id(claim) not in mine]
@@ -166,14 +169,25 @@ class NcclGroup(dist.ProcessGroup):
         for number, tensor in enumerate(tensors):
             _check(name, tensor)
             DEVICE.check(unwrap(tensor), number < num_written, name)
+        DEVICE.load(f"the communicator {id(self)}")
         DEVICE.launch("collective")
         DEVICE.collectives[name] += 1
+        if DEVICE.capture is not None:
+            for tensor in tensors[:num_written]:
+                DEVICE.capture.before_write(unwrap(tensor))
+            DEVICE.capture.record(name, lambda *parts: _run_to_end(start, parts), tensors, None)
         parts = [unwrap(tensor) for tensor in tensors]
         what = f"{name} from {place()}"
         claims = [Claim(part, number < num_written, what) for number, part in enumerate(parts)]
         work = start(parts)
         DEVICE.claims = [*DEVICE.claims, *claims]
         return _Work(work, claims)
+
+
+def _run_to_end(
+    start: Callable[[list[torch.Tensor]], dist.Work], parts: tuple[torch.Tensor, ...]
+) -> None:
+    start(list(parts)).wait()
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:

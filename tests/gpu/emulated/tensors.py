@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.gpu.emulated.device import DEVICE, Copy, DeviceError, RaceError, place
+from tests.gpu.emulated.nested import leaves, mapped
 from tests.gpu.emulated.scaled_mm import scaled_grouped_mm
 
 KERNELS = {
@@ -105,6 +106,7 @@ def pin(host: torch.Tensor) -> torch.Tensor:
     """Return a copy of `host` in pinned memory."""
     if isinstance(host, CudaTensor):
         raise DeviceError(f"{place()}: only memory of the host can be pinned")
+    DEVICE.forbid_in_capture("memory is pinned")
     with _disable_current_modes(), torch.inference_mode(False):
         copy = host.clone()
     _pinned.add(copy.untyped_storage())
@@ -157,17 +159,22 @@ def _run(
     is_view = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
     is_view |= name in _NO_KERNEL or name.startswith(("empty", "new_empty"))
     makes_one_like_it = name.startswith("new_") or name.endswith("_like")
-    if DEVICE.claims and not is_view and not makes_one_like_it:
+    is_checked = DEVICE.claims or DEVICE.capture is not None
+    if is_checked and not is_view and not makes_one_like_it:
         _check_races(func, name, args, kwargs)
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    named = {key: _mapped(unwrap, value) for key, value in kwargs.items()}
-    made = _CPU_FORMS.get(name, func)(*_mapped(unwrap, args), **named)
+    named = {key: mapped(unwrap, value) for key, value in kwargs.items()}
+    run = _CPU_FORMS.get(name, func)
+    made = run(*mapped(unwrap, args), **named)
+    if DEVICE.capture is not None:
+        take = DEVICE.capture.own if is_view else DEVICE.capture.record
+        take(name, run, args, made, kwargs)
     if not is_view:
         is_empty = any(isinstance(e, torch.Tensor) and not e.numel() for e in leaves((made,)))
         DEVICE.launch(name, 0 if is_empty else KERNELS.get(base, 1))
     known = {id(each.inner): each for each in cuda}
-    return _mapped(lambda each: _wrap(each, known), made)
+    return mapped(lambda each: _wrap(each, known), made)
 
 
 def _wrap(made: Any, known: dict[int, CudaTensor]) -> Any:
@@ -175,21 +182,6 @@ def _wrap(made: Any, known: dict[int, CudaTensor]) -> Any:
         return made
     found = known.get(id(made))
     return CudaTensor(made) if found is None else found
-
-
-def leaves(values: Any) -> Iterator[Any]:
-    """Yield what lists and tuples hold, at any depth."""
-    for each in values:
-        if isinstance(each, (list, tuple)):
-            yield from leaves(each)
-        else:
-            yield each
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)([_mapped(change, each) for each in value])
-    return change(value)
 
 
 def _check_devices(func: Any, base: str, args: Any, kwargs: Any, flat: list[Any]) -> None:
@@ -219,19 +211,29 @@ def _check_races(func: Any, name: str, args: Any, kwargs: Any) -> None:
         writes = bool(argument.alias_info and argument.alias_info.is_write)
         for each in leaves((value,)):
             if isinstance(each, CudaTensor):
-                DEVICE.check(each.inner, writes, name)
+                _check(each, writes, name)
+
+
+def _check(tensor: CudaTensor, writes: bool, name: str) -> None:
+    DEVICE.check(tensor.inner, writes, name)
+    if writes and DEVICE.capture is not None:
+        DEVICE.capture.before_write(tensor.inner)
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
     for tensor, writes in ((to, True), (source, False)):
         if isinstance(tensor, CudaTensor):
-            DEVICE.check(tensor.inner, writes, "copy_")
+            _check(tensor, writes, "copy_")
     if not isinstance(to, CudaTensor):
         _to_host(to, unwrap(source), non_blocking)
         return to
     to.inner.copy_(unwrap(source))
     if isinstance(source, CudaTensor) or not source.dim():
         DEVICE.launch("copy_", int(to.numel() > 0))
+        if not isinstance(source, CudaTensor):
+            DEVICE.forbid_in_capture("a copy from the host")
+        if DEVICE.capture is not None:
+            DEVICE.capture.record("copy_", torch.Tensor.copy_, (to, source), to)
     else:
         _to_device(source, non_blocking)
     return to
@@ -249,6 +251,8 @@ def _to_copy(func: Any, source: torch.Tensor, kwargs: Any, target: torch.device 
     DEVICE.check(source.inner, False, "to")
     if to_cuda:
         DEVICE.launch("_to_copy", int(made.numel() > 0))
+        if DEVICE.capture is not None:
+            DEVICE.capture.record("_to_copy", func, (source,), made, kwargs)
         return CudaTensor(made)
     # torch takes pinned memory for a result that it does not wait for.
     if non_blocking:
@@ -259,6 +263,7 @@ def _to_copy(func: Any, source: torch.Tensor, kwargs: Any, target: torch.device 
 
 def _to_host(to: torch.Tensor, value: torch.Tensor, non_blocking: bool) -> None:
     """Copy to the host, which waits, or finds nonsense in pinned memory before the copy ran."""
+    DEVICE.forbid_in_capture("a copy to the host")
     DEVICE.launch("copy to the host", 0)
     if not (non_blocking and to.untyped_storage() in _pinned):
         DEVICE.wait("a copy to the host")
@@ -274,6 +279,7 @@ def _to_device(host: torch.Tensor, non_blocking: bool) -> None:
     DEVICE.launch("copy to the device", int(host.numel() > 0))
     if not host.numel():
         return
+    DEVICE.forbid_in_capture("a copy from the host")
     if not (non_blocking and host.untyped_storage() in _pinned):
         DEVICE.wait("a copy from pageable memory")
         return

@@ -67,3 +67,22 @@ def test_the_cache_starts_as_zeros_and_takes_memory_only_where_it_is_written():
 def resident_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def test_the_scratch_block_and_row_of_states_are_behind_all_others():
+    state = StateSpec(conv_shape=(3, 10), delta_shape=(2, 4, 5), conv_dtype=torch.bfloat16)
+    spec = KVSpec(num_layers=1, num_kv_heads=2, key_dim=8, value_dim=6, states=(None, state))
+    cache = KVCache(spec, 5, 4, CPU, torch.bfloat16, num_sequences=7, has_scratch=True)
+    assert cache.num_blocks == 5 and cache.scratch_slot == 20 and cache.scratch_state == 7
+    assert cache.keys[0].shape[0] == 6 and cache.keys[1].shape[0] == 8
+    without = KVCache(spec, 5, 4, CPU, torch.bfloat16, num_sequences=7)
+    assert without.scratch_slot is None and without.scratch_state is None
+    plain = KVCache(
+        KVSpec(num_layers=1, num_kv_heads=1, key_dim=2, value_dim=2),
+        3,
+        4,
+        CPU,
+        torch.float32,
+        has_scratch=True,
+    )
+    assert plain.scratch_slot == 12 and plain.scratch_state is None

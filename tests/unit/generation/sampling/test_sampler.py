@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.generation.sampling import sampler
+from engine.generation.sampling.drawn_rows import invert
 from engine.generation.sampling.likeliest import token_logprobs
 from engine.generation.sampling.sampler import (
     NonFiniteLogitsError,
@@ -175,7 +176,7 @@ def test_every_draw_is_the_one_of_the_oracle(candidates, data):
     positions, indices = list(range(size)), [3 * row for row in range(size)]
     u = uniform([p.seed for p in params], indices, positions)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
+        patch.setattr(sampler, "NUCLEUS_CANDIDATES", candidates)
         tokens, _ = sample(torch.tensor(logits), params, positions, indices)
     assert tokens == [oracle(*row) for row in zip(logits, params, u.tolist(), strict=True)]
 
@@ -207,7 +208,7 @@ def test_a_draw_on_the_border_goes_to_the_next_token_and_never_to_one_of_weight_
     weights = torch.tensor([[0.0, 1.0, 0.0, 1.0]]).expand(4, -1)
     below_one = 1 - 2.0**-53
     u = torch.tensor([0.0, 0.25, 0.5, below_one], dtype=torch.float64)
-    assert sampler._invert(weights, u).tolist() == [1, 1, 3, 3]
+    assert invert(weights, u).tolist() == [1, 1, 3, 3]
 
 
 def test_a_forbidden_token_is_never_drawn():
