@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 _OWN = os.path.dirname(__file__)
-_MODULES = ("cuda", "device", "fused", "nccl", "scaled_mm", "tensors")
+_MODULES = ("cuda", "deep_gemm", "device", "fused", "nccl", "scaled_mm", "tensors")
 _EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in _MODULES}
 _TORCH = os.path.dirname(torch.__file__)
 # A `# SYNC:` comment stands on the line that waits or so many lines above its end.
