@@ -147,18 +147,27 @@ def quantise_fp8(weights_eOI: torch.Tensor, block: tuple[int, int]) -> FloatWeig
     Raises:
         ValueError: weights that are not finite.
     """
-    experts, outputs, inputs = weights_eOI.shape
+    return pack_fp8(*round_to_blocks(weights_eOI, block), block)
+
+
+def round_to_blocks(
+    weights_eOI: torch.Tensor, block: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes float8_e4m3fn [e, O, I] and scales [e, blocks down, blocks across] of
+    `quantise_fp8`: the same arguments.
+    """
+    _, outputs, inputs = weights_eOI.shape
     height, width = min(block[0], max(1, outputs)), min(block[1], max(1, inputs))
     padding = (0, -inputs % width, 0, -outputs % height)
     padded = F.pad(weights_eOI.float(), padding)
-    blocks = padded.view(experts, padded.shape[1] // height, height, -1, width)
+    blocks = padded.unflatten(2, (-1, width)).unflatten(1, (-1, height))
     scale = blocks.abs().amax(dim=(2, 4), keepdim=True) / _LARGEST
     if not scale.isfinite().all():  # SYNC: while weights are loaded
         raise ValueError("weights_eOI: has values that are not finite; they cannot be quantised")
     # A block of zeros, or of numbers so small that their scale is none.
     values = (blocks / scale.where(scale > 0, 1.0)).clamp_(-_LARGEST, _LARGEST)
     codes_eOI = values.view_as(padded)[:, :outputs, :inputs].to(torch.float8_e4m3fn)
-    return pack_fp8(codes_eOI.contiguous(), scale[:, :, 0, :, 0], block)
+    return codes_eOI.contiguous(), scale[:, :, 0, :, 0]
 
 
 def dequantise_floats(

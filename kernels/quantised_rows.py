@@ -15,18 +15,20 @@ from typing import Literal
 
 import torch
 
+from engine.ops.block_scaled_ffn import BLOCK, BlockWeights
 from engine.ops.huge_pages import prefer_huge_pages
 from engine.ops.low_bit_floats import (
     FloatWeights,
     pack_fp8,
     pack_mxfp4,
     quantise_fp8,
+    round_to_blocks,
     shares_scales,
 )
 from engine.ops.quantised import PANEL, QuantisedWeights, quantise
 from engine.ops.scaled_ffn import FP8, RowWeights, round_rows_reference
 
-LowBit = QuantisedWeights | FloatWeights | RowWeights
+LowBit = QuantisedWeights | FloatWeights | RowWeights | BlockWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,18 @@ class FloatLayout:
 
     format: Literal["mxfp4", "fp8"]
     block: tuple[int, int] = (1, 32)  # outputs and columns that share a scale
-    in_rows: bool = False  # of FP8 with a scale per output: row by row, for `scaled_ffn`, not in
-    # panels
+    in_rows: bool = False  # of FP8: row by row, not in panels; with a scale per output for
+    # `scaled_ffn`, per block of 128 x 128 for `block_scaled_ffn`
 
     @property
     def bits(self) -> int:
         """Bits of a weight."""
         return 4 if self.format == "mxfp4" else 8
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is that of `BlockWeights`."""
+        return self.in_rows and self.block == (BLOCK, BLOCK)
 
 
 Layout = IntegerLayout | FloatLayout
@@ -66,6 +73,9 @@ def empty_weights(
     """
     if isinstance(layout, FloatLayout) and layout.in_rows:
         codes_eOI = torch.zeros(experts, outputs, inputs, dtype=torch.uint8, device=device)
+        if layout.in_blocks:
+            shape = experts, -(-outputs // BLOCK), -(-inputs // BLOCK)
+            return BlockWeights(codes_eOI.view(FP8), torch.zeros(shape, device=device))
         scale_eO = torch.zeros(experts, outputs, device=device)
         return RowWeights(codes_eOI.view(FP8), scale_eO)
     panels, words = -(-outputs // PANEL), -(-inputs // (32 // layout.bits))
@@ -94,6 +104,8 @@ def round_to(weights_eOI: torch.Tensor, layout: Layout) -> LowBit:
         assert not layout.has_zero, "zero points are a checkpoint's"
         return quantise(weights_eOI, layout.bits, layout.group)
     assert layout.format == "fp8", "nothing is rounded to MXFP4"
+    if layout.in_blocks:
+        return BlockWeights(*round_to_blocks(weights_eOI, layout.block))
     if layout.in_rows:
         codes_RI, scale_R = round_rows_reference(weights_eOI.flatten(0, 1))
         if not scale_R.isfinite().all():  # SYNC: while weights are loaded
@@ -114,6 +126,8 @@ def pack_floats(codes_OB: torch.Tensor, scale_OG: torch.Tensor, layout: FloatLay
     """
     if layout.format == "mxfp4":
         return pack_mxfp4(codes_OB[None], scale_OG[None])
+    if layout.in_blocks:
+        return BlockWeights(codes_OB[None].view(FP8), scale_OG[None].float(), height=1)
     if layout.in_rows:
         return RowWeights(codes_OB[None].view(FP8), scale_OG[None, :, 0].float())
     return pack_fp8(codes_OB[None], scale_OG[None], (1, layout.block[1]))
@@ -136,7 +150,11 @@ def set_rows(
         weights.codes_eOI.view(torch.uint8)[expert, place] = rows.codes_eOI.view(torch.uint8)[0]
         weights.scale_eO[expert, place] = rows.scale_eO[0]
         return
-    assert not isinstance(rows, RowWeights), "both lie in panels"
+    if isinstance(weights, BlockWeights):
+        assert isinstance(rows, BlockWeights) and at_O is None, "rows of a block lie together"
+        _set_rows_of_blocks(weights, expert, first, rows)
+        return
+    assert not isinstance(rows, RowWeights | BlockWeights), "both lie in panels"
     pairs = [(weights.packed_ePCN, rows.packed_ePCN), (weights.scale_ePGN, rows.scale_ePGN)]
     if weights.zero_ePGN is not None:
         assert rows.zero_ePGN is not None, "a group has a zero point"
@@ -164,10 +182,24 @@ def set_rows(
             target[expert].transpose(1, 2).index_put_((at_O // PANEL, at_O % PANEL), rows_OC)
 
 
+def _set_rows_of_blocks(weights: BlockWeights, expert: int, first: int, rows: BlockWeights) -> None:
+    """Write rows from `first` on, and the scales of the blocks that begin among them."""
+    part = slice(first, first + rows.outputs)
+    weights.codes_eOI.view(torch.uint8)[expert, part] = rows.codes_eOI.view(torch.uint8)[0]
+    assert rows.height == 1 or first % rows.height == 0, "blocks are rounded whole"
+    found_HG = rows.scale_eHG[0]
+    if rows.height == 1:  # a scale for each row, which is that of its block
+        found_HG = found_HG[-first % BLOCK :: BLOCK]
+    begin = -(-first // BLOCK)
+    weights.scale_eHG[expert, begin : begin + len(found_HG)] = found_HG
+
+
 def tensors_of(weights: LowBit) -> list[torch.Tensor]:
     """Return what matrices consist of: words, scales and zero points, each [e, ...]."""
     if isinstance(weights, RowWeights):
         return [weights.codes_eOI, weights.scale_eO]
+    if isinstance(weights, BlockWeights):
+        return [weights.codes_eOI, weights.scale_eHG]
     tensors = (weights.packed_ePCN, weights.scale_ePGN, weights.zero_ePGN)
     return [tensor for tensor in tensors if tensor is not None]
 
@@ -181,6 +213,8 @@ def bytes_of_rows(weights: LowBit, count: int) -> int:
     """Return the memory of so many rows of a matrix."""
     if isinstance(weights, RowWeights):
         return count * (weights.inputs + weights.scale_eO.itemsize)
+    if isinstance(weights, BlockWeights):
+        return count * weights.inputs + -(-count // BLOCK) * weights.scale_eHG[0, 0].nbytes
     scales_of = 1 if weights.zero_ePGN is None else 2
     scale_ePGN = weights.scale_ePGN
     scale_bytes = scale_ePGN.shape[2] * scale_ePGN.shape[3] * scale_ePGN.itemsize

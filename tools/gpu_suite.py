@@ -9,7 +9,7 @@
                syncs against their budgets; grouped_mm against te; a layer on 8 virtual ranks
     step       a whole step: the host waits only where the source says so
     experts    backends torch, grouped_mm, te against float64, float32 and bfloat16, skewed loads;
-               scaled_mm against its plain form
+               scaled_mm and deep_gemm against their plain forms
     pipeline   dispatch, experts and combine in 1 to 3 chunks: equal, and no host sync in between
     capacity   every policy's decisions, device against CPU: identical
     kernels    every op on the device (Triton) against its plain torch reference
@@ -55,7 +55,7 @@ from gpu_checks.worker import run_part
 from make_random_checkpoint import FAMILIES
 
 PACKAGES = ("torch", "transformers", "triton", "transformer_engine", "nvidia-nccl-cu12")
-PACKAGES += ("nvidia-nccl-cu13",)
+PACKAGES += ("nvidia-nccl-cu13", "deep_gemm")
 # Sources that decide the results; a copy of them need not be a git checkout.
 _SOURCES = ("engine", "kernels", "launch", "tools/gpu_checks", "tools/bench")
 

@@ -82,11 +82,13 @@ class CapacityConfig:
 class ExpertsConfig:
     """What computes the experts."""
 
-    backend: Literal["auto", "torch", "grouped_mm", "te", "scaled_mm"] = "auto"  # torch: the native
-    # kernel on the CPU, else a loop; grouped_mm: torch's grouped GEMM; te: Transformer Engine;
-    # scaled_mm: torch's FP8 grouped GEMM on a GPU like H100, for experts in FP8, rounds activations
-    # to FP8 as well, never taken by auto; auto: on CUDA in bfloat16 grouped_mm, te where a
-    # measurement at start finds it faster; else torch
+    backend: Literal["auto", "torch", "grouped_mm", "te", "scaled_mm", "deep_gemm"] = "auto"
+    # torch: the native kernel on the CPU, else a loop; grouped_mm: torch's grouped GEMM; te:
+    # Transformer Engine; scaled_mm: torch's FP8 grouped GEMM on a GPU like H100, for experts in
+    # FP8, rounds activations to FP8 as well, never taken by auto; deep_gemm: DeepGEMM's on a GPU
+    # like H100, for experts in FP8 in blocks of 128x128, rounds activations to FP8 per 128 columns;
+    # auto: on CUDA in bfloat16 grouped_mm, te where a measurement at start finds it faster, for
+    # experts in FP8 blocks deep_gemm where it is installed; else torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

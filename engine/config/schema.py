@@ -190,3 +190,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
             "moe.experts.backend = 'scaled_mm': needs runtime.device = cuda (torch's FP8 grouped "
             "product has no CPU kernel); use auto on a CPU"
         )
+    if config.moe.experts.backend == "deep_gemm" and config.runtime.device == "cpu":
+        yield (
+            "moe.experts.backend = 'deep_gemm': needs runtime.device = cuda (DeepGEMM has no CPU "
+            "kernels); use auto on a CPU"
+        )

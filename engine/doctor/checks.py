@@ -14,11 +14,22 @@ from engine.config import Config
 from engine.doctor.findings import Absent, Finding, check_one
 from engine.moe.backend_choice import choose_backend, find_grouped_mm
 from engine.moe.experts import ExpertWeights, make_backend
-from engine.ops import native, permute, select_experts, silu_and_mul, store_kv, triton_support
+from engine.ops import (
+    deep_gemm_library,
+    native,
+    permute,
+    select_experts,
+    silu_and_mul,
+    store_kv,
+    triton_support,
+)
+from engine.ops.block_scaled_ffn import BLOCK, BlockWeights, block_scaled_ffn
 from engine.ops.grouped_ffn import grouped_ffn, grouped_ffn_reference
+from engine.ops.low_bit_floats import round_to_blocks
 
 _PACKAGES = (
-    "triton", "transformer-engine", "transformers", "deepspeed", "mpi4py", "megatron-core",
+    "triton", "transformer-engine", "deep-gemm", "transformers", "deepspeed", "mpi4py",
+    "megatron-core",
 )  # fmt: skip
 _BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest output; TF32 is refused
 
@@ -92,6 +103,12 @@ def check_works(device: torch.device, config: Config | None) -> Iterator[Finding
             lambda name=name: _run_experts(name, device, dtype),
             is_needed=name == used,
         )
+    yield check_one(
+        "works",
+        "experts: deep_gemm",
+        lambda: _run_deep_gemm(device, dtype),
+        is_needed=used == "deep_gemm",
+    )
     yield check_one("works", "native kernels", _run_native, is_needed=native.available())
     is_used = device.type == "cuda" and triton_support.serves(torch.empty(0, device=device))
     yield check_one("works", "Triton kernels", triton_kernels, is_needed=is_used)
@@ -115,6 +132,29 @@ def _run_experts(name: str, device: torch.device, dtype: torch.dtype) -> str:
     expected = grouped_ffn_reference(rows_RD.float().cpu(), w13, w2, counts)
     _compare(make_backend(name, weights)(rows_RD, counts), expected)
     return f"{str(dtype).removeprefix('torch.')} on {device.type}"
+
+
+@torch.inference_mode()
+def _run_deep_gemm(device: torch.device, dtype: torch.dtype) -> str:
+    if not deep_gemm_library.is_installed():
+        raise Absent("DeepGEMM is not installed")
+    if device.type != "cuda":
+        raise Absent("it needs a GPU")
+    hidden, ffn, counts = 256, 128, [3, 0, 5]
+    choose_backend("deep_gemm", device, dtype, (hidden, ffn))
+    made = []
+    for outputs, inputs in ((2 * ffn, hidden), (hidden, ffn)):
+        weights_eOI = torch.randn(len(counts), outputs, inputs, device=device) / inputs**0.5
+        made.append(BlockWeights(*round_to_blocks(weights_eOI, (BLOCK, BLOCK))))
+    rows_RD = torch.randn(sum(counts), hidden).to(device, dtype)
+    w13, w2 = (
+        torch.stack([each.dequantised(e, torch.float32) for e in range(len(counts))]).cpu()
+        for each in made
+    )
+    expected = grouped_ffn_reference(rows_RD.float().cpu(), w13, w2, counts)
+    # Rows are rounded to four significant bits, twice.
+    _compare(block_scaled_ffn(rows_RD, made[0], made[1], counts), expected, 0.15)
+    return f"float8 on {device.type}; this project has not run it on a GPU yet"
 
 
 @torch.inference_mode()
@@ -162,9 +202,9 @@ def _run_triton_kernels(device: torch.device) -> str:
     return ", ".join(pairs)
 
 
-def _compare(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise unless `got` is `expected` up to rounding."""
-    bound = _BOUNDS[got.dtype] * expected.float().abs().max().item()
+def _compare(got: torch.Tensor, expected: torch.Tensor, share: float | None = None) -> None:
+    """Raise unless `got` is `expected` up to rounding, or to a share of its largest number."""
+    bound = (share or _BOUNDS[got.dtype]) * expected.float().abs().max().item()
     error = (got.float().cpu() - expected.float()).abs().max().item()
     if not error <= bound:  # NaN too
         raise RuntimeError(f"its numbers are wrong: off by {error:.3g}, {bound:.3g} is rounding")

@@ -56,6 +56,8 @@ def import_libraries(config: Config, device: torch.device) -> None:
         names.append("triton")
         if config.moe.experts.backend in ("auto", "te"):
             names.append("transformer_engine.pytorch")
+        if config.moe.experts.backend in ("auto", "deep_gemm"):
+            names.append("deep_gemm")
     for name in names:
         with suppress(Exception):
             importlib.import_module(name)

@@ -10,7 +10,9 @@
 | auto       | keep where a compiled kernel computes on them and   | in model.dtype   |
 |            | they fit, else dequantize                           |                  |
 
-The backend `scaled_mm` takes FP8 with a scale per output alone, made or stored.
+The backend `scaled_mm` takes FP8 with a scale per output alone, made or stored, `deep_gemm` in
+blocks of 128 x 128. `auto` takes `deep_gemm` for such blocks where it runs: the only choice that
+rounds activations.
 
 Kernels compute on all of them on CUDA, on the CPU on integers of plain SwiGLU experts. Elsewhere
 one expert at a time is dequantised in every step.
@@ -19,7 +21,7 @@ one expert at a time is dequantised in every step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -28,9 +30,10 @@ import torch
 from engine.config import Config
 from engine.models.expert_weights import expert_names
 from engine.models.spec import ModelSpec, SparseSpec
-from engine.moe.backend_choice import choose_backend
-from engine.moe.low_bit_experts import ExpertLayouts
+from engine.moe.backend_choice import choose_backend, deep_gemm_serves
+from engine.moe.low_bit_experts import FP8_BLOCK, ExpertLayouts
 from engine.moe.placement.placement import COPY_GROUP
+from engine.moe.spec import MoESpec
 from engine.ops import native, triton_support
 from engine.ops.quantised_rows import FloatLayout, IntegerLayout, Layout
 from engine.weights.formats.grouping import read_weights
@@ -43,6 +46,11 @@ _MADE = {
     "fp8": ExpertLayouts.of_fp8(),
 }
 _OTHERS = "set model.quantization to auto, dequantize, int8, int4 or fp8"
+# Backends that multiply FP8 with FP8: what is made for them, and the scales of what is stored.
+_FP8_PRODUCTS = {
+    "scaled_mm": (ExpertLayouts.of_fp8_rows(), "per output or matrix"),
+    "deep_gemm": (ExpertLayouts.of_fp8_blocks(), "per block of 128x128"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +79,21 @@ def resolve_quantization(
         ValueError: the setting asks for what no backend computes, or contradicts another.
     """
     setting, backend = config.model.quantization, config.moe.experts.backend
-    if backend == "scaled_mm":
-        return _for_scaled_mm(config, spec, device, dtype)
+    if backend in _FP8_PRODUCTS:
+        return _for_fp8_product(backend, config, spec, device, dtype)
     if setting not in ("auto", "dequantize") and backend not in ("auto", "torch"):
         raise ValueError(
             f"moe.experts.backend: {backend!r} computes on weights in model.dtype, and "
             f"model.quantization = {setting} holds the experts in few bits; set "
             "moe.experts.backend to auto, or model.quantization to dequantize"
         )
+    held = _held(config, spec, device, dtype)
+    return _with_deep_gemm(held, spec, device, dtype) if backend == "auto" else held
+
+
+def _held(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Held:
+    """Return `resolve_quantization` of backends with float activations: the same arguments."""
+    setting, backend = config.model.quantization, config.moe.experts.backend
     folder = Path(config.model.path)
     scheme = None if config.model.load_format == "dummy" else scheme_of(folder)
     if setting in _MADE:
@@ -100,31 +115,57 @@ def resolve_quantization(
     return Held("dequantize")
 
 
-def _for_scaled_mm(
-    config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype
-) -> Held:
-    """Return how the experts are held for torch's scaled grouped product: FP8 row by row.
-
-    The arguments are those of `resolve_quantization`.
-
-    Raises:
-        ValueError: the device, the setting, the experts or what the checkpoint stores do not fit.
-    """
-    where, setting = "moe.experts.backend: 'scaled_mm'", config.model.quantization
-    sparse = {
+def _sparse(spec: ModelSpec) -> dict[int, MoESpec]:
+    """Return the MoE layers by their index."""
+    return {
         index: layer.mlp.moe
         for index, layer in enumerate(spec.layers)
         if isinstance(layer.mlp, SparseSpec)
     }
+
+
+def _with_deep_gemm(held: Held, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Held:
+    """Return experts in FP8 in blocks as `deep_gemm` takes them, where it runs; else as given."""
+    layouts = [layout for each in held.layouts.values() for layout in (each.w13, each.w2)]
+    if not layouts or any(_in_blocks(each) is None for each in layouts):
+        return held
+    widths = []
+    for moe in _sparse(spec).values():
+        if not moe.experts.is_plain:
+            return held
+        widths += [moe.width, moe.ffn]
+    if not deep_gemm_serves(device, dtype, widths):
+        return held
+    block = FloatLayout("fp8", FP8_BLOCK, in_rows=True)
+    return Held(
+        held.name, {i: replace(each, w13=block, w2=block) for i, each in held.layouts.items()}
+    )
+
+
+def _for_fp8_product(
+    name: str, config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype
+) -> Held:
+    """Return how the experts are held for a product of FP8 with FP8: row by row.
+
+    Args:
+        name: the backend.
+        config, spec, device, dtype: those of `resolve_quantization`.
+
+    Raises:
+        ValueError: the device, the setting, the experts or what the checkpoint stores do not fit.
+    """
+    where, setting = f"moe.experts.backend: {name!r}", config.model.quantization
+    made, scales = _FP8_PRODUCTS[name]
+    sparse = _sparse(spec)
     for moe in sparse.values():
-        choose_backend("scaled_mm", device, dtype, (moe.width, moe.ffn))
+        choose_backend(name, device, dtype, (moe.width, moe.ffn))
         if not moe.experts.is_plain:
             raise ValueError(
                 f"{where} computes plain SwiGLU experts alone, and this model's have "
                 f"{moe.experts.words}; choose 'auto'"
             )
     if setting == "fp8":
-        return Held(setting, dict.fromkeys(sparse, ExpertLayouts.of_fp8_rows()))
+        return Held(setting, dict.fromkeys(sparse, made))
     if setting not in ("auto", "keep"):
         raise ValueError(
             f"{where} computes on experts in FP8, and model.quantization = {setting} holds them "
@@ -142,11 +183,14 @@ def _for_scaled_mm(
         raise ValueError(f"{where} computes on experts in FP8: {error}; {others}") from error
     held = {}
     for index, moe in sparse.items():
-        widths = moe.width, moe.ffn
-        rows = [_in_rows(*each) for each in zip(found.get(index, ()), widths, strict=False)]
+        pairs = zip(found.get(index, ()), (moe.width, moe.ffn), strict=False)
+        rows = [
+            _in_blocks(layout) if name == "deep_gemm" else _in_rows(layout, width)
+            for layout, width in pairs
+        ]
         if len(rows) != 2 or rows[0] is None or rows[1] is None:
             raise ValueError(
-                f"{where} computes on experts in FP8 with a scale per output or matrix, and those "
+                f"{where} computes on experts in FP8 with a scale {scales}, and those "
                 f"of layer {index} are stored otherwise ({scheme.name}); {others}"
             )
         held[index] = ExpertLayouts(rows[0], rows[1], kept=True)
@@ -158,6 +202,13 @@ def _in_rows(layout: Layout, width: int) -> FloatLayout | None:
     if not isinstance(layout, FloatLayout) or layout.format != "fp8" or layout.block[1] < width:
         return None
     return FloatLayout("fp8", (1, width), in_rows=True)
+
+
+def _in_blocks(layout: Layout) -> FloatLayout | None:
+    """Return the layout of a matrix in blocks row by row, None where it has other scales."""
+    if not isinstance(layout, FloatLayout) or layout.format != "fp8" or layout.block != FP8_BLOCK:
+        return None
+    return FloatLayout("fp8", FP8_BLOCK, in_rows=True)
 
 
 def _computes(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> bool:

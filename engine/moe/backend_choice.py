@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.ops import triton_support
+from engine.ops import deep_gemm_library, triton_support
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ _GROUPED_MM_MAJORS = (9, 10)
 # torch's product of FP8 with a scale per row and output: its kernel is built for Hopper.
 _SCALED_MM_MAJOR = 9
 _SCALED_MM_MULTIPLE = 16  # of all dims
+# On Hopper DeepGEMM takes float32 scales. On SM100 it takes powers of two alone, packed, which the
+# scales of most checkpoints are not.
+_DEEP_GEMM_MAJOR = 9
+_DEEP_GEMM_MULTIPLE = 128  # of all dims: blocks are whole
 
 
 def find_grouped_mm() -> Callable[..., torch.Tensor] | None:
@@ -63,7 +67,7 @@ def choose_backend(
     `auto` is `torch` on CPU; on CUDA `grouped_mm` in bfloat16 where torch has a kernel for this
     device and these widths, else `torch`. `te` is taken where it is asked for, or where it was
     measured to be faster (`experts_trial.py`); `scaled_mm`, which rounds activations, only where it
-    is asked for.
+    is asked for. Experts held in FP8 are no matter of `auto` here: see `deep_gemm_serves`.
 
     Args:
         name: moe.experts.backend.
@@ -91,7 +95,58 @@ def choose_backend(
         _check_grouped_mm(device, dtype, widths)
     if name == "scaled_mm":
         _check_scaled_mm(device, dtype, widths)
+    if name == "deep_gemm":
+        _check_deep_gemm(device, dtype, widths)
     return name
+
+
+def deep_gemm_serves(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
+    """Return whether `auto` takes `deep_gemm` for plain experts in FP8 in blocks of 128 x 128.
+
+    Warns where the library is installed and cannot be used. The arguments are those of
+    `choose_backend`.
+    """
+    if device.type != "cuda" or not deep_gemm_library.is_installed():
+        return False
+    try:
+        _check_deep_gemm(device, dtype, widths)
+    except ValueError as error:
+        _warn_once(f"{str(error).split(';')[0]}; going on without DeepGEMM")
+        return False
+    return True
+
+
+def _check_deep_gemm(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> None:
+    """Refuse `deep_gemm` where the library cannot run.
+
+    Raises:
+        ValueError: naming what it needs.
+    """
+    where, found = "moe.experts.backend: 'deep_gemm'", ""
+    if device.type != "cuda":
+        found = f"the device is {device.type}"
+    elif (capability := torch.cuda.get_device_capability(device))[0] != _DEEP_GEMM_MAJOR:
+        found = f"this GPU's is {capability[0]}.{capability[1]}"
+    elif not triton_support.serves_on(device):
+        found = "Triton is not installed"
+    elif dtype != torch.bfloat16:
+        found = f"model.dtype is {str(dtype).removeprefix('torch.')}"
+    else:
+        try:
+            deep_gemm_library.load_deep_gemm()
+        except ImportError as error:
+            found = str(error)
+    if found:
+        raise ValueError(
+            f"{where} needs a GPU of compute capability 9.0 (H100, H200), DeepGEMM, Triton and "
+            f"model.dtype bfloat16, and {found}; choose 'auto'"
+        )
+    if (width := next((n for n in widths if n % _DEEP_GEMM_MULTIPLE), None)) is not None:
+        raise ValueError(
+            f"{where} needs experts whose input and hidden dim are multiples of "
+            f"{_DEEP_GEMM_MULTIPLE}, and one of this checkpoint is {width} (hidden_size and "
+            "moe_intermediate_size or intermediate_size in config.json); choose 'auto'"
+        )
 
 
 def _check_scaled_mm(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> None:

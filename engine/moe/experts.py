@@ -9,7 +9,7 @@ second copy. Once they are loaded, `finalize_weights` lets the backend change th
 | grouped_mm | CPU, CUDA | torch's grouped matrix product, expert boundaries stay on the device   |
 | te         | CUDA      | Transformer Engine's GroupedLinear over views of the stacked weights   |
 
-`backend_choice.py` says what a setting means on a device, `low_bit_experts.py` has `scaled_mm`.
+`backend_choice.py` says what a setting means on a device, `low_bit_experts.py` has those of FP8.
 
 The table is of plain SwiGLU. Other forms (`expert_form.py`) run on the same backends: `torch`
 expert by expert, the others with an activation and biases between and after their products.
@@ -264,10 +264,10 @@ class TransformerEngineExperts(_GroupedExperts):
 
 
 def make_backend(name: str, weights: ExpertWeights) -> ExpertsBackend:
-    """Build a resolved backend (never `auto`) over the weights. Raises ValueError: `scaled_mm`."""
-    if name == "scaled_mm":
+    """Build a resolved backend (never `auto`) over the weights. Raises ValueError: one of FP8."""
+    if name in ("scaled_mm", "deep_gemm"):
         dtype = str(weights.w13_e2FD.dtype).removeprefix("torch.")
-        text = f"'scaled_mm' computes on experts in FP8 and these are in {dtype}"
+        text = f"{name!r} computes on experts in FP8 and these are in {dtype}"
         raise ValueError(f"moe.experts.backend: {text}; set model.quantization to fp8")
     backends = {
         "torch": TorchExperts if weights.form.is_plain else FormedExperts,

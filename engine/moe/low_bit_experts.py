@@ -18,6 +18,7 @@ import torch
 
 from engine.layers.precision import compute_dtype
 from engine.moe.expert_form import ExpertForm
+from engine.ops.block_scaled_ffn import MASKED_ROWS, BlockWeights, block_scaled_ffn
 from engine.ops.grouped_low_bit import ROWS_OF_HEIGHTS, Between, low_bit_ffn
 from engine.ops.quantised import QuantisedWeights, grouped_ffn_quantised, pack
 from engine.ops.quantised_rows import (
@@ -67,11 +68,18 @@ class ExpertLayouts:
         layout = FloatLayout("fp8", (1, _WHOLE_ROW), in_rows=True)
         return cls(layout, layout)
 
+    @classmethod
+    def of_fp8_blocks(cls) -> ExpertLayouts:
+        """Return FP8 in blocks of `FP8_BLOCK`, for the product that rounds rows as well."""
+        layout = FloatLayout("fp8", FP8_BLOCK, in_rows=True)
+        return cls(layout, layout)
+
     @property
     def backend(self) -> str:
         """The name of what computes on them."""
-        in_rows = isinstance(self.w13, FloatLayout) and self.w13.in_rows
-        return "scaled_mm" if in_rows else "quantised"
+        if not isinstance(self.w13, FloatLayout) or not self.w13.in_rows:
+            return "quantised"
+        return "deep_gemm" if self.w13.in_blocks else "scaled_mm"
 
     @property
     def bits(self) -> int:
@@ -168,7 +176,10 @@ class LowBitExperts:
         if isinstance(w13, RowWeights):
             assert isinstance(w2, RowWeights) and self.form.is_plain, "what is held alike"
             return scaled_ffn(rows_RD, w13, w2, expert_counts, out_RD, index_R)
-        assert not isinstance(w2, RowWeights), "both matrices are held alike"
+        if isinstance(w13, BlockWeights):
+            assert isinstance(w2, BlockWeights) and self.form.is_plain, "what is held alike"
+            return block_scaled_ffn(rows_RD, w13, w2, expert_counts, out_RD, index_R)
+        assert not isinstance(w2, RowWeights | BlockWeights), "both matrices are held alike"
         if (
             self.form.is_plain
             and isinstance(w13, QuantisedWeights)
@@ -186,7 +197,8 @@ class LowBitExperts:
         num_local = self.w2_eDF.num_experts
         if num_local == 0:
             return
-        for count in ROWS_OF_HEIGHTS:
+        more = (num_local, MASKED_ROWS + 1) if isinstance(self.w2_eDF, BlockWeights) else ()
+        for count in (*ROWS_OF_HEIGHTS, *more):
             shape = count, self.w2_eDF.outputs
             rows_RD = torch.zeros(shape, dtype=dtype, device=tensors_of(self.w2_eDF)[0].device)
             counts = [count] + [0] * (num_local - 1)

@@ -7,6 +7,7 @@ value from the definition of the format, in Python's integers, and shares no cod
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -33,11 +34,13 @@ def _spread(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> 
     return full[..., : shape[-2], : shape[-1]]
 
 
-def fp8_block(weight: torch.Tensor, generator: torch.Generator) -> Tensors:
+def fp8_block(
+    weight: torch.Tensor, generator: torch.Generator, block: tuple[int, int] = BLOCK
+) -> Tensors:
     rows, columns = weight.shape
-    grid = (math.ceil(rows / BLOCK[0]), math.ceil(columns / BLOCK[1]))
+    grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
     scales = torch.rand(grid, generator=generator) * 0.01 + 0.001
-    values = _to_fp8(weight, _spread(scales, BLOCK, weight.shape))
+    values = _to_fp8(weight, _spread(scales, block, weight.shape))
     return {"weight": values, "weight_scale_inv": scales}
 
 
@@ -162,6 +165,10 @@ PACKERS: dict[str, Callable[[torch.Tensor, torch.Generator], Tensors]] = {
     "gptq-v2": gptq_v2,
     "gptq-in-order": gptq_in_order,
 }
+# For models that are wider than the tiny ones of most tests.
+WIDE_PACKERS: dict[str, Callable[[torch.Tensor, torch.Generator], Tensors]] = {
+    "fp8-128": functools.partial(fp8_block, block=(128, 128)),
+}
 
 
 def _groups(weights: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -175,6 +182,7 @@ _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": Tru
 _FP8_BLOCK = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
 CONFIGS: dict[str, dict[str, Any]] = {
     "fp8-block": _FP8_BLOCK,
+    "fp8-128": {**_FP8_BLOCK, "weight_block_size": [128, 128]},
     "fp8-ue8m0": {**_FP8_BLOCK, "scale_fmt": "ue8m0"},
     "fp8-tensor": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
     "fp8-channel": _groups(
@@ -202,7 +210,8 @@ def slow_read(kind: str, stored: Tensors) -> torch.Tensor:
         scales = stored.get("weight_scale_inv", stored.get("weight_scale"))
         assert scales is not None
         table = scales.float().reshape(scales.shape or (1, 1)).tolist()
-        high, wide = BLOCK if "weight_scale_inv" in stored else (1, len(values[0]))
+        block = (128, 128) if kind == "fp8-128" else BLOCK
+        high, wide = block if "weight_scale_inv" in stored else (1, len(values[0]))
         if kind == "fp8-tensor":
             high = len(values)
         return torch.tensor(
@@ -280,7 +289,7 @@ def quantise_checkpoint(
             quantised |= {f"{name}{suffix}": value for suffix, value in stored.items()}
             dequantised[name] = slow_mxfp4(stored)
         elif kind != "mxfp4" and chosen and tensor.dim() == 2:
-            stored = PACKERS[kind](tensor, generator)
+            stored = (PACKERS | WIDE_PACKERS)[kind](tensor, generator)
             module = name.removesuffix(".weight")
             quantised |= {f"{module}.{suffix}": value for suffix, value in stored.items()}
             dequantised[name] = slow_read(kind, stored)

@@ -18,7 +18,7 @@ from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.router import RouterSpec, Routing, route
 from engine.moe.step import MoEStep
 from gpu_checks.check import Check, at_most, guarded
-from gpu_checks.copies import check_copies
+from gpu_checks.experts.copies import check_copies
 
 GROUP = "capacity"
 TOKENS = 3000

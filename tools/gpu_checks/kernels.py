@@ -27,8 +27,8 @@ from engine.ops import (
 )
 from gpu_checks.cache_cases import Case, Op, cache_cases
 from gpu_checks.check import Check, at_most, guarded, relative_error
+from gpu_checks.experts.low_bit import low_bit_cases
 from gpu_checks.gated_delta import gated_delta_cases
-from gpu_checks.low_bit import low_bit_cases
 
 GROUP = "kernels"
 # Relative error of the whole output: one rounding of the result, and of inputs that stay as given.

@@ -52,7 +52,7 @@ PARTS = {
     "nccl": Part(115, _of("nccl", "check_nccl")),
     "speed": Part(115, _of("speed", "check_speed")),
     "step": Part(40, _of("step", "check_step")),
-    "experts": Part(20, _on_device("experts", "check_experts")),
+    "experts": Part(20, _on_device("experts.backends", "check_experts")),
     "pipeline": Part(20, _on_device("pipeline", "check_pipeline")),
     "capacity": Part(25, _on_device("capacity", "check_capacity")),
     "kernels": Part(45, _on_device("kernels", "check_kernels")),

@@ -25,7 +25,7 @@ from engine.moe.spec import MoESpec
 from engine.ops.permute import combine_rows
 from engine.profiling.device_clocks import NoClock
 from gpu_checks.check import Check, at_most, guarded, relative_error
-from gpu_checks.experts import BACKENDS
+from gpu_checks.experts.backends import BACKENDS
 
 GROUP = "pipeline"
 HIDDEN, FFN, EXPERTS, TOP_K, TOKENS = 256, 512, 8, 2, 500

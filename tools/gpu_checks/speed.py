@@ -24,11 +24,12 @@ from engine.moe.experts import ExpertWeights, make_backend
 from engine.request import Request, SamplingParams
 from gpu_checks import virtual_layer
 from gpu_checks.check import Check, Settings, at_most, figure, guarded, not_here
+from gpu_checks.experts.deep_gemm import check_deep_gemm_speed
+from gpu_checks.experts.low_bit import check_low_bit_speed
+from gpu_checks.experts.scaled import check_scaled_speed
 from gpu_checks.gated_delta import check_gated_delta_speed
 from gpu_checks.launches import budget, count_step
-from gpu_checks.low_bit import check_low_bit_speed
 from gpu_checks.peaks import Peaks, measure_peaks, seconds_of
-from gpu_checks.scaled import check_scaled_speed
 from gpu_checks.shapes import MIXTRAL, QWEN3, ModelShape, dummy_llm, free_bytes, tiny
 
 GROUP = "speed"
@@ -67,6 +68,8 @@ def check_speed(settings: Settings) -> Iterator[Check]:
     yield from _listed("gated delta rule", rule)
     _release(device)
     yield from _listed("scaled_mm", check_scaled_speed(settings))
+    _release(device)
+    yield from _listed("deep_gemm", check_deep_gemm_speed(settings))
     _release(device)
     yield from _listed("virtual layer", virtual_layer.check_virtual_layer(settings))
 

@@ -137,6 +137,13 @@ ROWS = (
         {"experts": {"backend": "scaled_mm"}, **_PLAIN},
         quantization="fp8",
     ),
+    Row(
+        "qwen3_moe decode, fp8 deep_gemm",
+        "qwen3_moe",
+        {"experts": {"backend": "deep_gemm"}, **_PLAIN},
+        model={"hidden_size": 128, "moe_intermediate_size": 128},
+        quantization="fp8",
+    ),
     Row("gpt_oss decode, int4 experts", "gpt_oss", _PLAIN, quantization="int4"),
 )
 

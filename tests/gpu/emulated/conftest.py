@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.gpu.emulated.guard import compile_guard
 from tests.gpu.emulated.runs import Job, Result, on_both
-from tests.helpers.packers import CONFIGS, PACKERS, mxfp4
+from tests.helpers.packers import CONFIGS, PACKERS, WIDE_PACKERS, mxfp4
 from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
@@ -30,7 +30,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that returns a checkpoint of a family, "family kind" one with experts in a format
-    of `tests/helpers/packers.py`.
+    of `tests/helpers/packers.py`; "family-128" has experts of 128 x 128.
     """
     made: dict[str, Path] = {}
 
@@ -40,7 +40,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             if kind:
                 _store_experts(path_of(family), kind[0], path)
             else:
-                make_checkpoint(family, path, overrides={"vocab_size": 97})
+                wide = {"hidden_size": 128, "moe_intermediate_size": 128}
+                overrides = {"vocab_size": 97, **(wide if family.endswith("-128") else {})}
+                make_checkpoint(family.removesuffix("-128"), path, overrides=overrides)
             made[name] = path
         return made[name]
 
@@ -60,7 +62,7 @@ def _store_experts(source: Path, kind: str, out: Path) -> None:
             module = name.removesuffix("weight")
             stored |= {
                 f"{module}{suffix}": part
-                for suffix, part in PACKERS[kind](tensor, generator).items()
+                for suffix, part in (PACKERS | WIDE_PACKERS)[kind](tensor, generator).items()
             }
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})

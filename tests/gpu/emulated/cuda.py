@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from engine.generation.loop import GenerationLoop
 from engine.models import measured_choices
 from tests.gpu.emulated import nccl
+from tests.gpu.emulated.deep_gemm import emulated_deep_gemm
 from tests.gpu.emulated.device import DEVICE, DeviceError
 from tests.gpu.emulated.fused import patch_triton
 from tests.gpu.emulated.graphs.cuda_graph import patch_graphs
@@ -101,6 +103,7 @@ def emulated_cuda(guard: Path) -> Iterator[None]:
         patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pin(self))
         patch_triton(patch)
         patch_graphs(patch)
+        patch.setitem(sys.modules, "deep_gemm", emulated_deep_gemm())
         # A mode belongs to one thread; threads read the weights.
         run_thread = threading.Thread.run
 

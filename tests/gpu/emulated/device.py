@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 _OWN = os.path.dirname(__file__)
-_MODULES = ("cuda", "device", "fused", "nccl", "nested", "scaled_mm", "tensors")
+_MODULES = ("cuda", "deep_gemm", "device", "fused", "nccl", "nested", "scaled_mm", "tensors")
 _MODULES += ("graphs/cuda_graph", "graphs/recorder")
 _EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in _MODULES}
 _TORCH = os.path.dirname(torch.__file__)

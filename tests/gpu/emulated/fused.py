@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine.ops import (
+    block_scaled_ffn,
     causal_conv,
     claims,
     deal,
@@ -82,6 +83,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "pack_headers": unique_rows.pack_headers_reference,
     "pack_rows": permute.pack_rows_reference,
     "paged_attention": _paged_attention,
+    "place_and_round": block_scaled_ffn.place_and_round_reference,
     "qk_rotary_store": qk_rotary_store.qk_rotary_store_reference,
     "quotas": select_top.quotas_reference,
     "rms_norm": _rms_norm,
@@ -91,6 +93,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "select_grouped": select_top.select_grouped_reference,
     "select_reduced": select_top.select_top_reference,
     "select_with_zero_experts": zero_experts.select_with_zero_experts_reference,
+    "silu_and_place": block_scaled_ffn.silu_and_place_reference,
     "silu_and_round": scaled_ffn.silu_and_round_reference,
     "silu_and_mul": silu_and_mul.silu_and_mul_reference,
     "sort_key": order_claims.sort_key_reference,
@@ -105,7 +108,9 @@ _MODULES = {
     "count_groups": "unique_rows",
     "mark_groups": "unique_rows",
     "pack_headers": "row_headers",
+    "place_and_round": "round_blocks",
     "select_with_zero_experts": "select_experts",
+    "silu_and_place": "round_blocks",
     "silu_and_round": "round_rows",
     "spread_weights": "row_headers",
 }

@@ -393,6 +393,7 @@ def test_a_config_error_survives_pickling_between_ranks():
         (["scheduler.kv_cache_gib=1", "scheduler.kv_cache_blocks=9"], "must be null when"),
         (["moe.experts.backend=te", "runtime.device=cpu"], "needs runtime.device = cuda"),
         (["moe.experts.backend=scaled_mm", "runtime.device=cpu"], "needs runtime.device = cuda"),
+        (["moe.experts.backend=deep_gemm", "runtime.device=cpu"], "needs runtime.device = cuda"),
         (["sampling.top_logprobs=3"], "top_logprobs = 3: needs sampling.logprobs = true"),
         (["sampling.prompt_top_logprobs=3"], "needs sampling.prompt_logprobs = true"),
         (["sampling.min_tokens=200"], "min_tokens = 200: must be at most"),

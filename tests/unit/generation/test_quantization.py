@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from engine.models.registry import read_config, read_spec
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.ops import triton_support
 from engine.ops.quantised_rows import FloatLayout, IntegerLayout
+from tests.helpers.fake_deep_gemm import fake_module
 from tests.helpers.packers import BLOCK, GROUP, quantise_checkpoint
 from tools.make_random_checkpoint import make_checkpoint
 
@@ -27,6 +30,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     kinds = ("int4", "int4-g-idx", "awq", "mxfp4", "fp8-block", "fp8-channel", "fp8-tensor")
     for kind in kinds:
         quantise_checkpoint(root / "none", kind, root / kind, root / f"{kind}-plain")
+    wide = {"num_experts": 2, "vocab_size": 97, "hidden_size": 128, "moe_intermediate_size": 128}
+    make_checkpoint("qwen3_moe", root / "wide", overrides=wide)
+    quantise_checkpoint(root / "wide", "fp8-128", root / "fp8-128", root / "fp8-128-plain")
     return {each.name: each for each in root.iterdir()}
 
 
@@ -162,3 +168,91 @@ def test_scaled_mm_is_refused_for_other_experts_and_devices(folders, tmp_path):
     for options in ({"device": CPU}, {"dtype": torch.float16}):
         with pytest.raises(ValueError, match="'scaled_mm' needs a GPU"):
             scaled(folders["fp8-channel"], "fp8", **options)
+
+
+KEPT_128 = Held(
+    "keep",
+    dict.fromkeys(range(2), replace(ExpertLayouts.of_fp8_blocks(), kept=True)),
+)
+MADE_128 = Held("fp8", dict.fromkeys(range(2), ExpertLayouts.of_fp8_blocks()))
+
+
+@pytest.fixture
+def library(monkeypatch, hopper):
+    """DeepGEMM, and a GPU that it runs on."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", fake_module())
+
+
+def by_library(folder: Path, setting: str, backend: str = "deep_gemm", **more) -> Held:
+    options = {"device": CUDA, "dtype": torch.bfloat16, **more}
+    return resolved(folder, setting, backend=backend, **options)
+
+
+@pytest.mark.usefixtures("library")
+def test_deep_gemm_takes_fp8_in_blocks_of_128_made_or_stored(folders):
+    for setting in ("auto", "keep"):
+        assert by_library(folders["fp8-128"], setting) == KEPT_128
+    for kind in ("fp8-128", "wide"):
+        assert by_library(folders[kind], "fp8") == MADE_128
+    for layouts in (*KEPT_128.layouts.values(), *MADE_128.layouts.values()):
+        assert layouts.backend == "deep_gemm"
+
+
+@pytest.mark.usefixtures("library")
+def test_auto_takes_deep_gemm_for_such_experts_alone_and_torch_never(folders, monkeypatch):
+    for setting in ("auto", "keep"):
+        assert by_library(folders["fp8-128"], setting, "auto") == KEPT_128
+    assert by_library(folders["wide"], "fp8", "auto") == MADE_128
+    others = [
+        by_library(folders["fp8-128"], "keep", "torch"),
+        by_library(folders["fp8-128"], "int8", "auto"),
+        by_library(folders["fp8-block"], "keep", "auto"),
+        by_library(folders["none"], "fp8", "auto"),  # 64 wide
+        by_library(folders["fp8-128"], "keep", "auto", dtype=torch.float16),
+        by_library(folders["fp8-128"], "keep", "auto", device=CPU, dtype=torch.float32),
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    others.append(by_library(folders["fp8-128"], "keep", "auto"))
+    for held in others:
+        assert {each.backend for each in held.layouts.values()} == {"quantised"}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_auto_keeps_its_choice_where_deep_gemm_does_not_import(folders, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    held = by_library(folders["fp8-128"], "auto", "auto")
+    assert held.name == "keep" and held.layouts[0].backend == "quantised"
+    module = fake_module()
+    del module.m_grouped_fp8_gemm_nt_contiguous
+    monkeypatch.setitem(sys.modules, "deep_gemm", module)
+    assert by_library(folders["fp8-128"], "auto", "auto") == held
+    assert "has no m_grouped_fp8_gemm_nt_contiguous" in caplog.text
+    assert "going on without DeepGEMM" in caplog.text
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("kind", "setting", "words"),
+    [
+        ("wide", "auto", "this checkpoint is not quantised; set model.quantization to fp8"),
+        ("fp8-128", "int8", "model.quantization = int8 holds them otherwise"),
+        ("fp8-block", "auto", "multiples of 128, and one of this checkpoint is 64"),
+        ("none", "fp8", "multiples of 128, and one of this checkpoint is 64"),
+    ],
+)
+def test_what_deep_gemm_does_not_compute_on_is_refused(kind, setting, words, folders):
+    with pytest.raises(ValueError, match=f"moe.experts.backend: 'deep_gemm' .*{words}"):
+        by_library(folders[kind], setting)
+
+
+@pytest.mark.usefixtures("library")
+def test_deep_gemm_is_refused_for_other_scales_and_experts(folders, tmp_path):
+    source, stored = folders["wide"], tmp_path / "channel"
+    quantise_checkpoint(source, "fp8-channel", stored, tmp_path / "plain")
+    with pytest.raises(ValueError, match="a scale per block of 128x128, and those of layer 0"):
+        by_library(stored, "keep")
+    wide = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 128}
+    make_checkpoint("gpt_oss", tmp_path / "gpt_oss", overrides=wide)
+    with pytest.raises(ValueError, match="plain SwiGLU experts alone"):
+        by_library(tmp_path / "gpt_oss", "fp8")
+    assert by_library(tmp_path / "gpt_oss", "fp8", "auto").layouts[0].backend == "quantised"

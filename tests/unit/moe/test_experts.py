@@ -8,9 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from engine.moe.backend_choice import choose_backend
+from engine.moe.backend_choice import choose_backend, deep_gemm_serves
 from engine.moe.experts import ExpertWeights, make_backend
 from engine.ops import triton_support
+from tests.helpers.fake_deep_gemm import fake_module
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -157,6 +158,40 @@ def test_scaled_mm_is_taken_where_it_is_asked_for_and_never_by_auto(monkeypatch)
     monkeypatch.setattr(triton_support, "_installed", lambda: False)
     with pytest.raises(ValueError, match="Triton is not installed"):
         choose_backend("scaled_mm", CUDA, torch.bfloat16, (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "widths", "capability", "words"),
+    [
+        (CPU, torch.bfloat16, (), (9, 0), "the device is cpu"),
+        (CUDA, torch.float16, (), (9, 0), "model.dtype is float16"),
+        (CUDA, torch.bfloat16, (), (8, 9), "this GPU's is 8.9"),
+        (CUDA, torch.bfloat16, (), (10, 0), "this GPU's is 10.0"),
+        (CUDA, torch.bfloat16, (256, 192), (9, 0), "one of this checkpoint is 192"),
+    ],
+)
+def test_deep_gemm_is_refused_where_the_library_does_not_run(
+    monkeypatch, device, dtype, widths, capability, words
+):
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "deep_gemm", fake_module())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    with pytest.raises(ValueError, match=f"'deep_gemm' needs .*{re.escape(words)}.*choose 'auto'"):
+        choose_backend("deep_gemm", device, dtype, widths)
+    assert not deep_gemm_serves(device, dtype, widths)
+
+
+def test_deep_gemm_is_refused_without_the_library_and_taken_with_it(monkeypatch):
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    with pytest.raises(ValueError, match="'deep_gemm' needs .*is not installed"):
+        choose_backend("deep_gemm", CUDA, torch.bfloat16, (256, 128))
+    monkeypatch.setitem(sys.modules, "deep_gemm", fake_module())
+    assert choose_backend("deep_gemm", CUDA, torch.bfloat16, (256, 128)) == "deep_gemm"
+    assert deep_gemm_serves(CUDA, torch.bfloat16, (256, 128))
+    with pytest.raises(ValueError, match="in FP8 and these are in bfloat16.*quantization to fp8"):
+        make_backend("deep_gemm", ExpertWeights(2, 128, 128, CPU, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

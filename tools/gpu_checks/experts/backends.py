@@ -12,8 +12,9 @@ from engine.moe.backend_choice import choose_backend
 from engine.moe.experts import ExpertWeights, make_backend
 from engine.ops.grouped_ffn import grouped_ffn_reference
 from gpu_checks.check import Check, at_most, guarded, relative_error
-from gpu_checks.copies import check_copied_experts
-from gpu_checks.scaled import check_scaled
+from gpu_checks.experts.copies import check_copied_experts
+from gpu_checks.experts.deep_gemm import check_deep_gemm
+from gpu_checks.experts.scaled import check_scaled
 
 GROUP = "experts"
 HIDDEN, FFN = 256, 512
@@ -51,7 +52,8 @@ def check_experts(device: torch.device) -> list[Check]:
                 )
             if dtype == torch.bfloat16:
                 found += check_copied_experts(device, backend)
-    return found + guarded(GROUP, "scaled_mm", lambda: [*check_scaled(device)])
+    found += guarded(GROUP, "scaled_mm", lambda: [*check_scaled(device)])
+    return found + guarded(GROUP, "deep_gemm", lambda: [*check_deep_gemm(device)])
 
 
 @torch.inference_mode()
