@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from engine.distributed.groups import Topology
+from engine.layers.attention_backends.backend import plan_step
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import GroupTokens
@@ -43,7 +44,7 @@ def warm_up(model: LanguageModel, topology: Topology, block_size: int) -> None:
     prompt = max(1, min(_PROMPT, model.max_model_len - 1))
     blocks = -(-(prompt + 1) // block_size)
     spec = model.kv_spec
-    cache = KVCache(spec, _SEQUENCES * blocks, block_size, device, model.dtype, _SEQUENCES)
+    cache = KVCache(spec, _SEQUENCES * blocks, block_size, device, model.kv_dtype, _SEQUENCES)
     num_data = topology.expert.size // topology.tensor.size
     telemetry = model.telemetry
     model.set_telemetry(Telemetry())
@@ -51,6 +52,7 @@ def warm_up(model: LanguageModel, topology: Topology, block_size: int) -> None:
         if start == end:  # a model of one position
             continue
         step = _step(start, end, block_size, blocks, model.vocab_size, device, spec.has_states)
+        step = plan_step(model.attention_backend, model.attention_kinds, step)
         tokens = _SEQUENCES * (end - start) * num_data
         hidden_RD = model(step, cache, None, GroupTokens(tokens, _SEQUENCES * num_data))
         model.logits(hidden_RD)
