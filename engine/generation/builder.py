@@ -30,7 +30,7 @@ from engine.generation.scheduler import Scheduler, most_running
 from engine.layers.attention_backends.choose import choose_backend
 from engine.layers.kv_cache import KVCache
 from engine.layers.mlp import DenseMLP
-from engine.layers.precision import compute_dtype
+from engine.layers.precision import cache_dtype, compute_dtype
 from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
@@ -90,6 +90,7 @@ def build(
     config, topology = measured_at_start(config, spec, topology, dtype)
     model = build_model(hf_config, config, topology, device, dtype, placement, held.layouts)
     model.quantization = held.name
+    model.kv_dtype = cache_dtype(config.scheduler.kv_dtype, model.dtype)
     backend = choose_backend(
         config.attention.backend,
         model.attention_kinds,
@@ -224,6 +225,7 @@ def resolved_settings(
         "scheduler.kv_cache_blocks": kv_cache_blocks,
         "scheduler.prefix_cache": prefix_cache,
         "attention.backend": model.attention_backend.name,
+        "scheduler.kv_dtype": str(model.kv_dtype).removeprefix("torch."),
     }
     if layers:
         found["moe.experts.backend"] = layers[0].backend

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.float8_cache import FLOAT8, as_bytes, is_float8
+from engine.ops.gpu.unpack_rows import from_float8
 from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
@@ -82,6 +84,7 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    IS_FLOAT8: tl.constexpr,
 ):
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -132,11 +135,15 @@ def _paged_attention_kernel(
         slot_N = key_N % BLOCK_SIZE
         k_1N = k_cache + (block_N * k_block + kv_head * k_head + slot_N * k_slot)[None, :]
         main_D1 = (main_D < KEY_DIM)[:, None]
-        k_DN = tl.load(k_1N + main_D[:, None], mask=main_D1 & loaded_N[None, :], other=0.0)
+        k_DN = tl.load(k_1N + main_D[:, None], mask=main_D1 & loaded_N[None, :], other=0)
+        if IS_FLOAT8:
+            k_DN = from_float8(k_DN).to(q_main_MD.dtype)
         scores_MN = tl.dot(q_main_MD, k_DN, input_precision="ieee")
         if KEY_REST:
             rest_D1 = (rest_D < KEY_DIM)[:, None]
-            k_DN = tl.load(k_1N + rest_D[:, None], mask=rest_D1 & loaded_N[None, :], other=0.0)
+            k_DN = tl.load(k_1N + rest_D[:, None], mask=rest_D1 & loaded_N[None, :], other=0)
+            if IS_FLOAT8:
+                k_DN = from_float8(k_DN).to(q_rest_MD.dtype)
             scores_MN += tl.dot(q_rest_MD, k_DN, input_precision="ieee")
         seen_MN = (key_N[None, :] <= position_M[:, None]) & (key_N[None, :] >= first_M[:, None])
         scores_MN = tl.where(seen_MN, scores_MN * scale_log2, float("-inf"))
@@ -148,7 +155,9 @@ def _paged_attention_kernel(
         shrink_M = tl.exp2(peak_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
         v_N1 = v_cache + (block_N * v_block + kv_head * v_head + slot_N * v_slot)[:, None]
-        v_ND = tl.load(v_N1 + value_D[None, :], mask=loaded_N[:, None] & value_1D, other=0.0)
+        v_ND = tl.load(v_N1 + value_D[None, :], mask=loaded_N[:, None] & value_1D, other=0)
+        if IS_FLOAT8:
+            v_ND = from_float8(v_ND).to(q_main_MD.dtype)
         acc_MD = acc_MD * shrink_M[:, None]
         acc_MD += tl.dot(weights_MN.to(v_ND.dtype), v_ND, input_precision="ieee")
         peak_M = new_peak_M
@@ -204,8 +213,8 @@ def paged_attention_triton(
         rows = sum(query_lens[first:last]) * group
         _paged_attention_kernel[rows // block_m + last - first, num_kv_heads](
             q_THD,
-            k_cache,
-            v_cache,
+            as_bytes(k_cache),
+            as_bytes(v_cache),
             out_THD,
             query_start_S1,
             context_lens_S,
@@ -237,6 +246,7 @@ def paged_attention_triton(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             HAS_SINKS=sinks_H is not None,
+            IS_FLOAT8=is_float8(k_cache),
             num_warps=8 if wide else 4,
             num_stages=1 if wide else 2,
         )
@@ -262,17 +272,19 @@ def variants() -> Iterator[Variant]:
         kv_heads: int,
         dim: int,
         sinks: bool = False,
+        float8: bool = False,
     ) -> Variant:
         def call(num: int) -> None:
             query_lens = queries[:1] * num + queries[1:]
             sequences, context = len(query_lens), 16 * num + max(queries)
             kind = DTYPES[dtype]
-            cache = meta(256, kv_heads, 16, dim, dtype=kind)
+            held = FLOAT8 if float8 else kind
+            cache = meta(256, kv_heads, 16, dim, dtype=held)
             latent = dim == 576
             paged_attention_triton(
                 meta(sum(query_lens), heads, dim, dtype=kind),
                 cache,
-                cache[..., :512] if latent else meta(256, kv_heads, 16, dim, dtype=kind),
+                cache[..., :512] if latent else meta(256, kv_heads, 16, dim, dtype=held),
                 meta(sequences + 1, dtype=torch.int32),
                 meta(sequences, dtype=torch.int32),
                 meta(sequences, -(-context // 16), dtype=torch.int32),
@@ -293,5 +305,9 @@ def variants() -> Iterator[Variant]:
     yield variant("decode, group 20, head 128", "bf16", [1], 20, 1, 128)
     yield variant("latent 576, 128 heads", "bf16", [1], 128, 1, 576)
     yield variant("decode and prefill, group 8, head 64, sinks", "bf16", [1, 300], 64, 8, 64, True)
+    for label, queries in (("decode", [1]), ("prefill", [300])):
+        name = f"{label}, group 4, head 128, cache in float8"
+        yield variant(name, "bf16", queries, 32, 8, 128, float8=True)
+    yield variant("latent 576, 16 heads, cache in float8", "bf16", [1], 16, 1, 576, float8=True)
     for head in (64, 80, 256):
         yield variant(f"prefill, group 1, head {head}", "bf16", [300], 16, 16, head)
