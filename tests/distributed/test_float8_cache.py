@@ -18,6 +18,8 @@ from engine.request import SamplingParams
 from tests.helpers.ranks import run_ranks
 from tools.make_random_checkpoint import make_checkpoint
 
+pytestmark = pytest.mark.long
+
 PROMPTS = [[7, 3, 9, 4, 1, 8, 2, 6, 5][: 3 + each % 7] * 3 for each in range(8)]
 
 
