@@ -13,6 +13,9 @@ import torch
 from engine.ops import native, triton_support
 from engine.ops.float8_cache import is_float8, widened
 
+# Keys of a program on CUDA where a step's block table is wider; a multiple of every tile.
+SPLIT_KEYS = 2048
+
 
 def paged_attention(
     q_THD: torch.Tensor,
