@@ -11,6 +11,10 @@ dims, B columns of the block table.
 import torch
 
 from engine.ops import native, triton_support
+from engine.ops.float8_cache import is_float8, widened
+
+# Keys of a program on CUDA where a step's block table is wider; a multiple of every tile.
+SPLIT_KEYS = 2048
 
 
 def paged_attention(
@@ -37,8 +41,11 @@ def paged_attention(
     p sees keys 0 .. p, or p - window + 1 .. p with a window; with a chunk, of these only the ones
     of its own chunk, p - p % chunk .. p (chunked attention). The two lists are the host copies of
     the two tensors. T and S may be 0. sinks_H (float32) are logits that take part in their head's
-    softmax as a key without a value would, in every window.
+    softmax as a key without a value would, in every window. Caches may be in float8.
     """
+    on_triton = triton_support.serves(q_THD)
+    if is_float8(k_cache) and not on_triton:
+        k_cache, v_cache, block_table_SB = widened(k_cache, v_cache, block_table_SB, q_THD.dtype)
     if native.serves(q_THD, k_cache, v_cache):
         return torch.ops.lockstep_cpu.paged_attention(
             q_THD,
@@ -53,7 +60,7 @@ def paged_attention(
             chunk or 0,
         )
     attend = paged_attention_reference
-    if triton_support.serves(q_THD):
+    if on_triton:
         from engine.ops.gpu.paged_attention import paged_attention_triton as attend
     return attend(
         q_THD,
@@ -87,6 +94,8 @@ def paged_attention_reference(
     chunk: int | None = None,
 ) -> torch.Tensor:
     """Plain torch form of `paged_attention`: one dense masked softmax a sequence."""
+    if is_float8(k_cache):
+        k_cache, v_cache, block_table_SB = widened(k_cache, v_cache, block_table_SB, q_THD.dtype)
     num_kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     group = q_THD.shape[1] // num_kv_heads
     out_THD = q_THD.new_empty(q_THD.shape[0], q_THD.shape[1], v_cache.shape[3])

@@ -6,6 +6,7 @@ Legend: T tokens, G kv heads, Dk/Dv head dims; a slot is block * block_size + of
 import torch
 
 from engine.ops import native, triton_support
+from engine.ops.float8_cache import as_bytes, is_float8, rounded
 
 
 def store_kv(
@@ -18,7 +19,7 @@ def store_kv(
     """Stores k_TGD [T, G, Dk] and v_TGD [T, G, Dv] at slots_T (int64) of the caches, in place.
 
     k_cache is [num_blocks, G, block_size, Dk], v_cache [num_blocks, G, block_size, Dv]; both may be
-    strided views. Slots are distinct; T may be 0.
+    strided views. Slots are distinct; T may be 0. Caches in float8 take what `rounded` makes.
     """
     if native.serves(k_TGD, v_TGD, k_cache, v_cache):
         torch.ops.lockstep_cpu.store_kv(k_TGD, v_TGD, k_cache, v_cache, slots_T)
@@ -40,5 +41,7 @@ def store_kv_reference(
     """Plain torch form of `store_kv`."""
     block_size = k_cache.shape[2]
     blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
-    k_cache[blocks_T, :, offsets_T] = k_TGD
-    v_cache[blocks_T, :, offsets_T] = v_TGD
+    for cache, rows_TGD in ((k_cache, k_TGD), (v_cache, v_TGD)):
+        if is_float8(cache):
+            rows_TGD = as_bytes(rounded(rows_TGD))
+        as_bytes(cache)[blocks_T, :, offsets_T] = rows_TGD

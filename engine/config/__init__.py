@@ -1,5 +1,6 @@
 """Settings: schema, validation, YAML loading."""
 
+from engine.config.attention import AttentionConfig
 from engine.config.moe import (
     CONTIGUOUS,
     CapacityConfig,

@@ -28,6 +28,8 @@ class SchedulerConfig:
     # KV cache; null: what max_sequences needs, within the memory that is free
     kv_cache_blocks: int | None = field(default=None, metadata=COUNT)  # size of one rank's
     # KV cache in blocks, instead of kv_cache_gib
+    kv_dtype: Literal["auto", "fp8"] = "auto"  # of keys and values in the cache; fp8: float8 E4M3,
+    # numbers stored as they are (scale 1), those beyond 448 as 448; auto: as the model computes
     prefix_cache: bool | Literal["auto"] = "auto"  # run the common prefix of several requests once;
     # a request with prompt_logprobs runs whole; auto: on, off for models with recurrent states
 

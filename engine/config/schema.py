@@ -1,7 +1,7 @@
 """Every setting of the engine: one frozen dataclass per section, checked as a whole.
 
 `Config` checks itself when it is made, so no wrong one exists; all problems are reported at once.
-Larger sections are in `moe.py`, `sampling.py`, `profiler.py` and `runtime.py`.
+Larger sections are in `moe.py`, `attention.py`, `sampling.py`, `profiler.py` and `runtime.py`.
 `loader.py` has YAML, `--set` and the search for config files. What depends on the number of ranks
 is checked by `validate_world`, what depends on the model by `validate_capacity`, what this machine
 lacks by `preflight.py`.
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config.attention import AttentionConfig
 from engine.config.moe import CONTIGUOUS, CapacityConfig, MoEConfig
 from engine.config.profiler import ProfilerConfig
 from engine.config.rules import COUNT, TEXT
@@ -74,6 +75,7 @@ class Config:
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -184,6 +186,11 @@ def _combination_problems(config: Config) -> Iterator[str]:
         yield (
             "moe.experts.backend = 'te': needs runtime.device = cuda (Transformer Engine has no "
             "CPU kernels); use torch, grouped_mm or auto on a CPU"
+        )
+    if config.attention.backend in ("flashinfer", "varlen") and config.runtime.device == "cpu":
+        yield (
+            f"attention.backend = {config.attention.backend!r}: needs runtime.device = cuda (it "
+            "has no CPU kernels); use triton or auto on a CPU, which take the compiled CPU kernels"
         )
     if config.moe.experts.backend == "scaled_mm" and config.runtime.device == "cpu":
         yield (

@@ -27,9 +27,10 @@ from engine.generation.prefix_cache import resolve_prefix_cache
 from engine.generation.quantization import resolve_quantization
 from engine.generation.runner import Runner
 from engine.generation.scheduler import Scheduler, most_running
+from engine.layers.attention_backends.choose import choose_backend
 from engine.layers.kv_cache import KVCache
 from engine.layers.mlp import DenseMLP
-from engine.layers.precision import compute_dtype
+from engine.layers.precision import cache_dtype, compute_dtype
 from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
@@ -92,6 +93,16 @@ def build(
     config, topology = measured_at_start(config, spec, topology, dtype)
     model = build_model(hf_config, config, topology, device, dtype, placement, held.layouts)
     model.quantization = held.name
+    model.kv_dtype = cache_dtype(config.scheduler.kv_dtype, model.dtype)
+    backend = choose_backend(
+        config.attention.backend,
+        model.attention_kinds,
+        device=device,
+        dtype=model.dtype,
+        kv_dtype=model.kv_dtype,
+        block_size=config.scheduler.block_size,
+    )
+    model.set_attention(backend)
     for layer in model.moe_layers[:1]:
         validate_world(config, topology.world.size, layer.spec.router.num_experts)
     return model
@@ -151,7 +162,7 @@ def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
     reserve = reserve_rows(model, config, topology)
     return num_kv_blocks(
         settings,
-        bytes_per_block=spec.bytes_per_block(settings.block_size, model.dtype),
+        bytes_per_block=spec.bytes_per_block(settings.block_size, model.kv_dtype),
         state_bytes=spec.state_bytes,
         max_model_len=model.max_model_len,
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
@@ -180,7 +191,7 @@ def build_cache(
         f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated{states}; "
         f"lower it, or scheduler.kv_cache_gib{fewer}"
     ):
-        cache = KVCache(spec, num_blocks, settings.block_size, device, model.dtype, rows)
+        cache = KVCache(spec, num_blocks, settings.block_size, device, model.kv_dtype, rows)
     pool = BlockPool(num_blocks, settings.block_size)
     scheduler = Scheduler(settings, pool, model.max_model_len, has_states=spec.has_states)
     return Runner(model, cache, device), scheduler
@@ -216,6 +227,8 @@ def resolved_settings(
         "parallel.expert": topology.expert.size,
         "scheduler.kv_cache_blocks": kv_cache_blocks,
         "scheduler.prefix_cache": prefix_cache,
+        "attention.backend": model.attention_backend.name,
+        "scheduler.kv_dtype": str(model.kv_dtype).removeprefix("torch."),
     }
     if layers:
         found["moe.experts.backend"] = layers[0].backend

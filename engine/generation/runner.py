@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from engine.generation.step import Slice, Step
+from engine.layers.attention_backends.backend import plan_step
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import GroupTokens
@@ -70,9 +71,9 @@ class Runner:
         rows_R = _read_rows(step.slices)
         if may_split and moe_step is None and group and self.model.splits_batch(group.all):
             cut = balanced_cut([piece.length for piece in step.slices])
-            batches = self.build(step.slices[:cut]), self.build(step.slices[cut:])
+            batches = self._planned(step.slices[:cut], 0), self._planned(step.slices[cut:], 1)
             return Hidden(self.model.forward_two_batch(batches, self.cache, group), rows_R)
-        tensors = self.build(step.slices)
+        tensors = self._planned(step.slices, 0)
         # The generator itself: one frame less than `CausalLM.forward` between step and kernel.
         steps = self.model.steps(tensors, self.cache, moe_step, group)
         return Hidden(run_to_end(steps), rows_R)
@@ -135,6 +136,11 @@ class Runner:
             queries=_queries(lens_S, ends_S, *sent[3:6], states_S=states_S),
             read=read,
         )
+
+    def _planned(self, slices: Sequence[Slice], micro_batch: int) -> StepTensors:
+        """Return the model's input, with the plans of the attention backend."""
+        model, tensors = self.model, self.build(slices)
+        return plan_step(model.attention_backend, model.attention_kinds, tensors, micro_batch)
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(array), self.device)

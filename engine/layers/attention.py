@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from engine.distributed.groups import Group
+from engine.layers.attention_backends.backend import AttentionBackend, AttentionKind
+from engine.layers.attention_backends.paged_kernels import PAGED_KERNELS
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
 from engine.layers.precision import compute_dtype
 from engine.layers.query_scale import QueryScale
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.linear import linear
-from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
 from engine.ops.qk_rotary_store import QKRule, qk_rotary_store
 from engine.ops.sigmoid import sigmoid_by_row
@@ -71,7 +72,17 @@ class Attention(nn.Module):
         share = share_heads(spec.num_heads, spec.num_kv_heads, tensor)
         self.spec, self.share = spec, share
         self.sums = TensorSum(tensor, calls=2 if spec.qk_norm == "projection" else 1)
-        self.scale = spec.head_dim**-0.5
+        self.backend: AttentionBackend = PAGED_KERNELS
+        self.kind = AttentionKind(
+            num_heads=share.num_heads,
+            num_kv_heads=share.num_kv_heads,
+            key_dim=spec.head_dim,
+            value_dim=spec.head_dim,
+            scale=spec.head_dim**-0.5,
+            window=spec.window,
+            chunk=spec.chunk,
+            has_sinks=spec.sinks,
+        )
         # The norm of a projection that tensor ranks share needs a sum over them.
         self.splits_norm = spec.qk_norm == "projection" and tensor.size > 1
         norm = "none" if self.splits_norm else "head" if spec.qk_norm == "unit" else spec.qk_norm
@@ -150,20 +161,7 @@ class Attention(nn.Module):
             q_THD.mul_(self.query_scale_P.index_select(0, step.positions_T)[:, None, None])
         if read is not None:
             q_THD = q_THD.index_select(0, read.rows_R)
-        out_THD = paged_attention(
-            q_THD,
-            k_cache,
-            v_cache,
-            queries.query_start_S1,
-            queries.context_lens_S,
-            queries.block_table_SB,
-            query_lens=queries.query_lens,
-            context_lens=queries.context_lens,
-            scale=self.scale,
-            window=spec.window,
-            sinks_H=self.sinks_H,
-            chunk=spec.chunk,
-        )
+        out_THD = self.backend.run(self.kind, q_THD, k_cache, v_cache, queries, self.sinks_H)
         out_TO = out_THD.flatten(1)
         for gate_TO in gates:
             gate_TO = gate_TO if read is None else gate_TO.index_select(0, read.rows_R)

@@ -25,13 +25,14 @@ import torch
 from torch import nn
 
 from engine.distributed.groups import Group
+from engine.layers.attention_backends.backend import AttentionBackend, AttentionKind
+from engine.layers.attention_backends.paged_kernels import PAGED_KERNELS
 from engine.layers.kv_cache import KVSpec
 from engine.layers.parallel import TensorSum, empty_parameter, out_slots, project_out, share_heads
 from engine.layers.precision import compute_dtype
 from engine.layers.step_inputs import ReadRows, StepTensors
 from engine.ops.latent_rotary_store import latent_rotary_store
 from engine.ops.linear import linear
-from engine.ops.paged_attention import paged_attention
 from engine.ops.panels import to_panels
 from engine.ops.rms_norm import rms_norm
 from engine.weights.slot import WeightSlot
@@ -76,6 +77,15 @@ class LatentAttention(nn.Module):
         self.q_width = heads * self.head_dim
         self.latent_width = spec.kv_rank + spec.rope_dim
         self.down_q = self.q_width if spec.q_rank is None else spec.q_rank
+        self.backend: AttentionBackend = PAGED_KERNELS
+        self.kind = AttentionKind(
+            num_heads=heads,
+            num_kv_heads=1,
+            key_dim=self.latent_width,
+            value_dim=spec.kv_rank,
+            scale=spec.scale,
+            is_latent=True,
+        )
 
         wide = compute_dtype(dtype, device)
 
@@ -150,18 +160,7 @@ class LatentAttention(nn.Module):
             interleaved=spec.interleaved,
             rows_Q=None if read is None else read.rows_R,
         )
-        mixed_THC = paged_attention(
-            q_THL,
-            k_cache,
-            v_cache,
-            queries.query_start_S1,
-            queries.context_lens_S,
-            queries.block_table_SB,
-            query_lens=queries.query_lens,
-            context_lens=queries.context_lens,
-            scale=spec.scale,
-            window=None,
-        )
+        mixed_THC = self.backend.run(self.kind, q_THL, k_cache, v_cache, queries)
         out_HTV = torch.bmm(mixed_THC.transpose(0, 1), value_up_HVC.transpose(1, 2))
         out_TO = out_HTV.transpose(0, 1).flatten(1)
         return project_out(out_TO, self.out_DO, self.out_bias_D, self.sums)

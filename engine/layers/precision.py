@@ -20,3 +20,13 @@ def compute_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
         device: of the model.
     """
     return torch.float32 if device.type == "cpu" and weights == torch.bfloat16 else weights
+
+
+def cache_dtype(setting: str, computed: torch.dtype) -> torch.dtype:
+    """Return the dtype of keys and values in the cache.
+
+    Args:
+        setting: scheduler.kv_dtype.
+        computed: what the model computes in.
+    """
+    return torch.float8_e4m3fn if setting == "fp8" else computed

@@ -18,6 +18,7 @@ final hidden state is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ class Queries:
     # int64, the row of each sequence in the recurrent states; None where the model has none, and of
     # the rows that are read: a layer with states advances all T tokens.
     states_S: torch.Tensor | None = None
+    plan: Any = None  # of the attention backend, see `attention_backends/backend.py`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

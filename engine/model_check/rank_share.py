@@ -16,6 +16,7 @@ import torch
 from engine.config import CapacityConfig, Config, ModelConfig, SchedulerConfig
 from engine.distributed.groups import Group, Topology, expert_range
 from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
+from engine.layers.precision import cache_dtype
 from engine.model_check.stored_tensors import part_of
 from engine.models.language_model import LanguageModel
 from engine.models.registry import build_model
@@ -35,6 +36,7 @@ class RankShare:
     stored_bytes: int = 0  # of the same weights as the files have them
     row_bytes: int = 0  # of what is kept for rows of MoE layers, at the default settings
     kv_bytes: int = 0  # per token
+    kv_float8_bytes: int = 0  # per token, with scheduler.kv_dtype = fp8
     state_bytes: int = 0  # of recurrent states, per sequence
     kv_tokens: Mapping[float, int] | None = None  # GiB of a GPU -> tokens; 0: no room
 
@@ -54,6 +56,7 @@ class RankShare:
             "stored_bytes": self.stored_bytes,
             "row_bytes": self.row_bytes,
             "kv_bytes_per_token": self.kv_bytes,
+            "kv_fp8_bytes_per_token": self.kv_float8_bytes,
             "state_bytes_per_sequence": self.state_bytes,
             "kv_tokens": {f"{gib:g}": tokens for gib, tokens in (self.kv_tokens or {}).items()},
         }
@@ -176,6 +179,7 @@ def _share_of_rank(
         stored_bytes=int(as_stored),
         row_bytes=rows,
         kv_bytes=per_token,
+        kv_float8_bytes=model.kv_spec.bytes_per_block(1, cache_dtype("fp8", dtype)),
         state_bytes=model.kv_spec.state_bytes,
         kv_tokens=tokens,
     )

@@ -160,6 +160,7 @@ def _rank_lines(
     title = f"per rank, in {name}, of the rank that holds most"
     if sound:
         title += f"; KV cache {sound[0]['kv_bytes_per_token'] / 1024:.1f} KiB per token"
+        title += f" ({sound[0]['kv_fp8_bytes_per_token'] / 1024:.1f} with scheduler.kv_dtype = fp8)"
         if states := sound[0]["state_bytes_per_sequence"]:
             title += f", states {states / (1 << 20):.1f} MiB per sequence"
     yield title

@@ -23,6 +23,9 @@ from torch import nn
 from engine.config import MoEConfig
 from engine.distributed.groups import Topology
 from engine.layers.attention import share_query_scales
+from engine.layers.attention_backends.backend import AttentionBackend
+from engine.layers.attention_backends.paged_kernels import PAGED_KERNELS
+from engine.layers.gated_delta import GatedDelta
 from engine.layers.kv_cache import KVCache
 from engine.layers.parallel import empty_parameter
 from engine.layers.precision import compute_dtype
@@ -119,8 +122,19 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList(self._layers)
         # The MoE layers in order, and the cache that the model needs on this rank.
         self.moe_layers = [layer.mlp for layer in self._layers if isinstance(layer.mlp, MoELayer)]
-        self.kv_spec = cache_of(self._layers)
+        self.kv_spec, self.kv_dtype = cache_of(self._layers), self.dtype
+        self._attentions = [
+            layer.attention for layer in self._layers if not isinstance(layer.attention, GatedDelta)
+        ]
+        self.attention_kinds = tuple(attention.kind for attention in self._attentions)
+        self.attention_backend: AttentionBackend = PAGED_KERNELS
         share_query_scales((layer.attention for layer in self._layers), max_model_len, device)
+
+    def set_attention(self, backend: AttentionBackend) -> None:
+        """Set the kernels that attend, in all layers with keys and values."""
+        self.attention_backend = backend
+        for attention in self._attentions:
+            attention.backend = backend
 
     def set_telemetry(self, telemetry: Telemetry) -> None:
         """Set where this model and its layers record their measurements."""

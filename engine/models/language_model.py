@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from engine.layers.attention_backends.backend import AttentionBackend, AttentionKind
 from engine.layers.kv_cache import KVCache, KVSpec
 from engine.layers.step_inputs import StepTensors
 from engine.models.decoder import GroupTokens
@@ -38,6 +39,9 @@ class LanguageModel(Protocol):
     row_buffers: RowBuffers
     moe_layers: list[MoELayer]
     kv_spec: KVSpec
+    kv_dtype: torch.dtype  # of keys and values in the cache
+    attention_kinds: tuple[AttentionKind, ...]  # of the layers with keys, in order
+    attention_backend: AttentionBackend
     runs_last_whole: bool  # whether the last layer runs rows that are not read, too
 
     @property
@@ -48,6 +52,10 @@ class LanguageModel(Protocol):
     @property
     def max_collectives(self) -> int:
         """Upper bound on the collectives of a step that the phase clock records."""
+        ...
+
+    def set_attention(self, backend: AttentionBackend) -> None:
+        """Set the kernels that attend over the cache."""
         ...
 
     def set_telemetry(self, telemetry: Telemetry) -> None:

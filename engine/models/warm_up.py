@@ -1,4 +1,4 @@
-"""Warm-up: two small steps through the whole model on CUDA, before the KV cache takes what is left.
+"""Warm-up: small steps through the whole model on CUDA, before the KV cache takes what is left.
 
 They compile Triton's kernels, and let cuBLAS and NCCL allocate the workspaces and channels that
 they make at their first call. What deals rows to copies runs besides, and every form of the
@@ -8,9 +8,13 @@ for a compilation while the others wait for them. On the CPU nothing runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 
 from engine.distributed.groups import Topology
+from engine.layers.attention_backends.backend import plan_step
 from engine.layers.kv_cache import KVCache
 from engine.layers.step_inputs import Queries, ReadRows, StepTensors
 from engine.models.decoder import GroupTokens
@@ -19,6 +23,7 @@ from engine.moe.dispatch.static_layout import bucket_for
 from engine.moe.placement.instances import Instances
 from engine.ops.deal import deal_claims, deal_rows, list_claims, parts_of_list
 from engine.ops.order_claims import order_claims
+from engine.ops.paged_attention import SPLIT_KEYS
 from engine.ops.sort_by_expert import sort_by_expert
 from engine.ops.to_device import to_device
 from engine.profiling.telemetry import Telemetry
@@ -44,14 +49,20 @@ def warm_up(model: LanguageModel, topology: Topology, block_size: int) -> None:
     prompt = max(1, min(_PROMPT, model.max_model_len - 1))
     blocks = -(-(prompt + 1) // block_size)
     spec = model.kv_spec
-    cache = KVCache(spec, _SEQUENCES * blocks, block_size, device, model.dtype, _SEQUENCES)
+    cache = KVCache(spec, _SEQUENCES * blocks, block_size, device, model.kv_dtype, _SEQUENCES)
     num_data = topology.expert.size // topology.tensor.size
     telemetry = model.telemetry
     model.set_telemetry(Telemetry())
-    for start, end in ((0, prompt), (prompt, min(prompt + 1, model.max_model_len))):
-        if start == end:  # a model of one position
-            continue
+    spans, last = [(0, prompt, blocks)], min(prompt + 1, model.max_model_len)
+    if prompt < last:  # not a model of one position
+        spans.append((prompt, last, blocks))
+        if model.max_model_len > SPLIT_KEYS:  # decodes with a wide block table have other kernels
+            spans.append((prompt, last, -(-model.max_model_len // block_size)))
+    for start, end, columns in spans:
         step = _step(start, end, block_size, blocks, model.vocab_size, device, spec.has_states)
+        if columns > blocks:
+            step = _widened(step, columns)
+        step = plan_step(model.attention_backend, model.attention_kinds, step)
         tokens = _SEQUENCES * (end - start) * num_data
         bucket = None if start == 0 else bucket_for(-(-_SEQUENCES // topology.tensor.size))
         group = GroupTokens(tokens, _SEQUENCES * num_data, bucket=bucket)
@@ -81,6 +92,13 @@ def _deal(instances: Instances, device: torch.device) -> None:
     ends_EH = torch.zeros_like(hosts_EH1[:, 1:], memory_format=torch.contiguous_format)
     deal_rows(code_WB, code_WB, ends_EH, hosts_EH1)
     deal_claims(code_WB, order_M, slot_M1, ends_EH, hosts_EH1, instances.num_instances)
+
+
+def _widened(step: StepTensors, columns: int) -> StepTensors:
+    """Return a step whose rows are all read, with as many columns of the block table."""
+    table_SB = step.queries.block_table_SB
+    table_SB = F.pad(table_SB, (0, columns - table_SB.shape[1]))
+    return replace(step, queries=replace(step.queries, block_table_SB=table_SB))
 
 
 def _step(

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.float8_cache import as_bytes, is_float8
+from engine.ops.gpu.pack_rows import to_saturated_float8
 from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
@@ -64,6 +66,7 @@ def _latent_rotary_store_kernel(
     HAS_ROWS: tl.constexpr,
     LATENT_PAD: tl.constexpr,
     ROTARY_PAD: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -80,6 +83,9 @@ def _latent_rotary_store_kernel(
         )
         slot = tl.load(slots_T + index)
         to = cache + slot // block_size * cache_block + slot % block_size * cache_slot
+        if FLOAT8:
+            normed_C = to_saturated_float8(normed_C)
+            key_R = to_saturated_float8(key_R.to(out.dtype.element_ty))
         tl.store(to + latent_C, normed_C, mask=latent_C < LATENT)
         tl.store(to + LATENT + dim_R, key_R.to(cache.dtype.element_ty), mask=dim_R < ROTARY)
     elif index < num_queries:
@@ -132,7 +138,7 @@ def latent_rotary_store_triton(
         norm_C,
         cos_TR,
         sin_TR,
-        cache,
+        as_bytes(cache),
         slots_T,
         slots_T if rows_Q is None else rows_Q,
         out_QHL,
@@ -155,6 +161,7 @@ def latent_rotary_store_triton(
         HAS_ROWS=rows_Q is not None,
         LATENT_PAD=latent_pad,
         ROTARY_PAD=rotary_pad,
+        FLOAT8=is_float8(cache),
         num_warps=num_warps,
     )
     return out_QHL

@@ -32,6 +32,14 @@ def to_float8(x):
 
 
 @triton.jit
+def to_saturated_float8(x):
+    """Return the bytes of numbers in E4M3, those beyond its range as its largest number."""
+    x = x.to(tl.float32)
+    # Comparisons, not min and max: NaN stays NaN, as in torch.
+    return to_float8(tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x)))
+
+
+@triton.jit
 def row_scale(part):
     """Return the largest magnitude of a row in float32 / 448."""
     largest = tl.max(tl.abs(part), axis=0)

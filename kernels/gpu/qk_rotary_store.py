@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.float8_cache import as_bytes, is_float8
+from engine.ops.gpu.pack_rows import to_saturated_float8
 from engine.ops.gpu.variants import DTYPES, Variant, meta
 from engine.ops.qk_rotary_store import QKRule
 
@@ -120,6 +122,7 @@ def _qk_rotary_store_kernel(
     PAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -149,6 +152,10 @@ def _qk_rotary_store_kernel(
         block, slot = to // block_size, to % block_size
         k_HD_to = k_cache + block * k_block + slot * k_slot + head_H1 * k_head + dim_1D
         v_HD_to = v_cache + block * v_block + slot * v_slot + head_H1 * v_head + dim_1D
+        if FLOAT8:
+            # Rounded to the model's dtype first, as where norm and rotation are ops of their own.
+            k_HD = to_saturated_float8(k_HD.to(out.dtype.element_ty))
+            v_HD = to_saturated_float8(v_HD)
         tl.store(k_HD_to, k_HD.to(k_cache.dtype.element_ty), mask=exists_HD)
         tl.store(v_HD_to, v_HD, mask=exists_HD)
 
@@ -186,8 +193,8 @@ def qk_rotary_store_triton(
         k_TO if k_norm is None else k_norm,
         cos_TR,
         sin_TR,
-        k_cache,
-        v_cache,
+        as_bytes(k_cache),
+        as_bytes(v_cache),
         slots_T,
         out_THD,
         q_TO.stride(0),
@@ -213,6 +220,7 @@ def qk_rotary_store_triton(
         PAD=pad,
         BLOCK_H=block_h,
         BLOCK=1024,
+        FLOAT8=is_float8(k_cache),
         num_warps=num_warps,
     )
     return out_THD

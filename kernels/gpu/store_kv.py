@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.ops.float8_cache import as_bytes, is_float8
+from engine.ops.gpu.pack_rows import to_saturated_float8
 from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
@@ -34,6 +36,7 @@ def _store_kv_kernel(
     VALUE_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -44,6 +47,8 @@ def _store_kv_kernel(
     value = tl.load(v + token * v_token + head * v_row + value_D, mask=value_D < VALUE_DIM)
     k_at = k_cache + block * k_block + head * k_head + slot * k_slot
     v_at = v_cache + block * v_block + head * v_head + slot * v_slot
+    if FLOAT8:
+        key, value = to_saturated_float8(key), to_saturated_float8(value)
     tl.store(k_at + key_D, key, mask=key_D < KEY_DIM)
     tl.store(v_at + value_D, value, mask=value_D < VALUE_DIM)
 
@@ -65,8 +70,8 @@ def store_kv_triton(
     _store_kv_kernel[(num_tokens, num_heads)](
         k_TGD,
         v_TGD,
-        k_cache,
-        v_cache,
+        as_bytes(k_cache),
+        as_bytes(v_cache),
         slots_T,
         k_cache.shape[2],
         k_TGD.stride(0),
@@ -83,6 +88,7 @@ def store_kv_triton(
         VALUE_DIM=v_TGD.shape[2],
         KEY_PAD=triton.next_power_of_2(key_dim),
         VALUE_PAD=triton.next_power_of_2(v_TGD.shape[2]),
+        FLOAT8=is_float8(k_cache),
     )
 
 

@@ -15,7 +15,8 @@ from engine.ops.gpu.variants import DTYPES, Variant, meta
 
 
 @triton.jit
-def _from_float8(code):
+def from_float8(code):
+    """Return the float32 numbers of bytes in E4M3."""
     code = code.to(tl.int32)
     size = code & 0x7F
     normal = ((size << 20) + 0x3C000000).to(tl.float32, bitcast=True)
@@ -46,7 +47,7 @@ def _unpack_rows_kernel(
         source = tl.load(index_R + row)
     part = tl.load(recv + source * recv_stride + column, mask=exists)
     if SCALED:
-        part = _from_float8(part) * tl.load(scales + source * scales_stride)
+        part = from_float8(part) * tl.load(scales + source * scales_stride)
     tl.store(out + row * out_stride + column, part.to(out.dtype.element_ty), mask=exists)
 
 

@@ -18,6 +18,8 @@ from torch import nn
 
 from engine.config import Config
 from engine.distributed.groups import Topology
+from engine.layers.attention_backends.backend import AttentionBackend, AttentionKind
+from engine.layers.attention_backends.paged_kernels import PAGED_KERNELS
 from engine.layers.kv_cache import KVCache, KVSpec
 from engine.layers.precision import compute_dtype
 from engine.layers.step_inputs import StepTensors
@@ -152,6 +154,19 @@ class TransformersModel(nn.Module):
             key_dim=first.key_dim,
             value_dim=first.value_dim,
         )
+        self.kv_dtype = self.dtype
+        self.attention_kinds = tuple(
+            AttentionKind(
+                num_heads=call.num_heads,
+                num_kv_heads=call.num_kv_heads,
+                key_dim=call.key_dim,
+                value_dim=call.value_dim,
+                scale=None,
+                window=call.window,
+            )
+            for call in found.attention
+        )
+        self.attention_backend: AttentionBackend = PAGED_KERNELS
 
     def _enters(self, phase: Phase, layer: int) -> Callable[..., None]:
         """Return a hook that enters a phase of the clock."""
@@ -165,6 +180,10 @@ class TransformersModel(nn.Module):
                 self.telemetry.clock.enter(phase, layer, num_tokens)
 
         return enter
+
+    def set_attention(self, backend: AttentionBackend) -> None:
+        """Keep this engine's own kernels, the only ones that `choose_backend` gives this model."""
+        assert backend is PAGED_KERNELS
 
     def set_telemetry(self, telemetry: Telemetry) -> None:
         """Set where this model and its layers record their measurements."""

@@ -39,7 +39,8 @@ def test_keys_are_those_of_attention_layers_and_states_are_per_sequence(
     assert whole["state_bytes_per_sequence"] == 30 * (conv + delta)
     assert whole["bytes"]["total"] == whole["stored_bytes"]
     text = "\n".join(lines_of(found))
-    assert "KV cache 20.0 KiB per token, states 61.4 MiB per sequence" in text
+    assert "KV cache 20.0 KiB per token (10.0 with scheduler.kv_dtype = fp8)" in text
+    assert ", states 61.4 MiB per sequence" in text
     assert "gated DeltaNet in 30 of 40 layers: a recurrent state per sequence" in text
     assert "GQA: 16 heads, 2 key/value heads of 256" in text
 

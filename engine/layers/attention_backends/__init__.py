@@ -1,0 +1,1 @@
+"""Attention backends: which kernels attend over the paged cache (attention.backend)."""
