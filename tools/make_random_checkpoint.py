@@ -77,9 +77,7 @@ FAMILIES = (
     "qwen3_5_moe_text",
     "longcat_flash",
 )
-BY_TRANSFORMERS = (
-    "granitemoe",
-)  # families that transformers builds; the GPU suite leaves them out
+BY_TRANSFORMERS = ("granitemoe",)  # families that transformers builds, not in the GPU suite
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
