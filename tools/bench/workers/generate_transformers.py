@@ -51,10 +51,11 @@ class Worker:
             # The family's own plans: attention split over heads, experts over ranks. (5.23 refuses
             # an empty tensor plan, for experts alone, when tp_size > 1.)
             if expert_parallel == "lockstep":
-                from engine.config import CapacityConfig, MoEConfig
+                from engine.config.loader import config_from_tree
                 from engine.interop.transformers_ep import register
 
-                register(MoEConfig(capacity=CapacityConfig(**(capacity or {}))))
+                tree = {"model": {"path": checkpoint}, "moe": {"capacity": capacity or {}}}
+                register(config_from_tree(tree).moe)
             ranks = int(os.environ["WORLD_SIZE"])
             extra["distributed_config"] = DistributedConfig(
                 tp_size=ranks, ep_size=ranks, ep_implementation=expert_parallel
