@@ -45,6 +45,12 @@ adds lockstep-1-rank with another setting to the same rounds, once per --also, a
 to lockstep-1-rank without it; several settings of one candidate are one argument, with spaces
 between them.
 
+    python tools/bench_generate.py --checkpoint DIR --hot 4 --candidates \\
+        transformers-2-ranks-all_to_all,transformers-2-ranks-lockstep-token_drop
+
+makes a checkpoint at DIR whose first rank of two is hot, and compares transformers' own expert
+parallelism with this engine's in transformers under capacity.
+
 Equal counts the prompts whose tokens are exactly those of the reference (transformers eager when
 it takes part, else the first candidate). Peak MiB is each rank's VmHWM so far.
 """
@@ -76,6 +82,7 @@ from bench.generation import (
 )
 from bench.generation_options import add_options
 from bench.generation_tables import job_table, paired_ratios, rank_table, ratio_table
+from bench.hot_rank import heat_first_rank
 from bench.interleave import interleave
 from bench.jobs import Job, make_job
 from bench.other_commit import checkout
@@ -179,6 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--rounds {options.rounds}: {compares[0]} needs at least 2")
     if not (options.checkpoint / "config.json").exists():
         make_checkpoint("mixtral", options.checkpoint, size=options.size)
+        if options.hot != 1.0:
+            heat_first_rank(options.checkpoint, options.hot)
+    elif options.hot != 1.0:
+        raise ValueError(
+            f"--hot {options.hot}: {options.checkpoint} exists, and its router is as it is; name "
+            "another --checkpoint to be made, or leave --hot out"
+        )
     model = json.loads((options.checkpoint / "config.json").read_text())
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     rates = None

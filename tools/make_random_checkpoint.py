@@ -77,6 +77,7 @@ FAMILIES = (
     "qwen3_5_moe_text",
     "longcat_flash",
 )
+BY_TRANSFORMERS = ("granitemoe",)  # families that transformers builds, not in the GPU suite
 
 
 def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def hugging_face_fields(family: str, size: Size) -> dict[str, Any]:
         "pad_token_id": None,
     }
     experts = {"num_experts": size.experts, "moe_intermediate_size": size.ffn}
-    if family == "mixtral":
+    if family in ("mixtral", "granitemoe"):
         return fields | {"num_local_experts": size.experts, "intermediate_size": size.ffn}
     if family == "olmoe":
         return fields | {"num_experts": size.experts, "intermediate_size": size.ffn}
@@ -285,7 +286,7 @@ def make_checkpoint(
 def main() -> None:
     """Parse the command line and write one checkpoint."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--family", choices=FAMILIES, default="mixtral")
+    parser.add_argument("--family", choices=(*FAMILIES, *BY_TRANSFORMERS), default="mixtral")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

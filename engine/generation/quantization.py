@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from engine.config import Config
+from engine.models.expert_tensors import expert_tensors
 from engine.models.expert_weights import expert_names
 from engine.models.spec import ModelSpec, SparseSpec
 from engine.moe.backend_choice import choose_backend, deep_gemm_serves
@@ -38,7 +39,7 @@ from engine.ops import native, triton_support
 from engine.ops.quantised_rows import FloatLayout, IntegerLayout, Layout
 from engine.weights.formats.grouping import read_weights
 from engine.weights.formats.kept import NotKept, kept_layouts
-from engine.weights.formats.scheme import scheme_of
+from engine.weights.formats.scheme import Scheme, scheme_of
 
 _MADE = {
     "int8": ExpertLayouts.of_bits(8, COPY_GROUP),
@@ -103,7 +104,7 @@ def _held(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dt
     may_keep = backend in ("auto", "torch") and _computes(spec, device, dtype)
     if setting == "keep" or (setting == "auto" and may_keep):
         try:
-            found = kept_layouts(read_weights(folder).entries, expert_names(spec), scheme)
+            found = _kept(config, spec, scheme)
         except NotKept as error:
             if setting == "keep":
                 raise ValueError(f"model.quantization: 'keep': {error}; {_OTHERS}") from error
@@ -178,7 +179,7 @@ def _for_fp8_product(
             f"{where} computes on experts in FP8, and this checkpoint is not quantised; {others}"
         )
     try:
-        found = kept_layouts(read_weights(folder).entries, expert_names(spec), scheme)
+        found = _kept(config, spec, scheme)
     except NotKept as error:
         raise ValueError(f"{where} computes on experts in FP8: {error}; {others}") from error
     held = {}
@@ -195,6 +196,17 @@ def _for_fp8_product(
             )
         held[index] = ExpertLayouts(rows[0], rows[1], kept=True)
     return Held("keep", held)
+
+
+def _kept(config: Config, spec: ModelSpec, scheme: Scheme) -> dict[int, tuple[Layout, Layout]]:
+    """Return how the experts' matrices are held as the checkpoint stores them, by layer.
+
+    Raises:
+        NotKept: they cannot be.
+    """
+    folder, entries = Path(config.model.path), read_weights(Path(config.model.path)).entries
+    names = expert_tensors(folder, spec, entries.keys(), config.model.implementation)
+    return kept_layouts(entries, names, scheme)
 
 
 def _in_rows(layout: Layout, width: int) -> FloatLayout | None:

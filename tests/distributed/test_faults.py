@@ -211,6 +211,20 @@ def test_a_killed_rank_is_named_with_its_last_progress_and_the_job_resumes(
     assert resumed(folder, tmp_path) == undisturbed
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["kill", "raise", "hang"])
+def test_a_rank_that_fails_in_transformers_layers_is_named_with_its_layer(folder, start, fault):
+    job = start(fault, 1, "--set", "model.implementation=transformers")
+    report = one_report(job, 1)
+    said = {
+        "kill": "has published no heartbeat",
+        "raise": f"failed in {IN_LAYER}: ArithmeticError: the experts summed to 7",
+        "hang": f"has been at {IN_LAYER} for ",
+    }
+    assert re.match(f"rank 1 on {HOST},? {said[fault]}", report), report
+    assert re.search(IN_LAYER, report), report
+
+
 @VICTIMS
 def test_a_stopped_rank_is_named_and_exits_too_when_it_is_continued(
     folder, undisturbed, start, tmp_path, victim, settings

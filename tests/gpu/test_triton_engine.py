@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pytest
 
 from engine.config.loader import config_from_tree
 from engine.llm import LLM
+from engine.models.transformers_model.spec import read_spec
 from engine.ops import native, triton_support
 from engine.request import Completion, SamplingParams
+from tests.helpers.model_cases import make_reference
+from tests.helpers.transformers_cases import FOREIGN_CASES
 from tests.helpers.triton_cases import INTERPRETED, kernel
 from tools.make_random_checkpoint import make_checkpoint
 
@@ -42,6 +46,7 @@ FAMILIES = {
     "qwen3_5_moe_text": DELTA | {"qk_rotary_store", "silu_and_mul", "gate_output"},
     "longcat_flash": {"latent_rotary_store", "silu_and_mul", "add_zero_experts"},
 }
+TRANSFORMERS_USES = {"paged_attention", "store_kv", "combine_rows"}
 
 
 def generate(path: Path) -> list[Completion]:
@@ -85,6 +90,33 @@ def test_completions_are_those_of_the_torch_references(
     monkeypatch.setattr(triton_support, "serves", lambda _: True)
     got = generate(tmp_path)
     assert set(launched) == ALL | FAMILIES[family]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.token_ids == theirs.token_ids and len(mine.token_ids) == 4
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+# In models that transformers builds rotary embedding and norms are its own; keys of mistral4 are
+# wider than its values.
+@pytest.mark.parametrize("case", [pytest.param("granitemoe", marks=pytest.mark.long), "mistral4"])
+def test_models_that_transformers_builds_attend_and_run_experts_by_our_kernels(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = FOREIGN_CASES[case]
+    if case == "mistral4":
+        made = replace(made, settings=made.settings | {"v_head_dim": 5})
+        assert read_spec(made.config()).layers[0].attention.head_dim == 12
+    make_reference(made, tmp_path)
+    launched: Counter[str] = Counter()
+    for op in TRANSFORMERS_USES:
+        module = importlib.import_module(f"engine.ops.gpu.{op}")
+        launcher = counted(getattr(module, f"{op}_triton"), op, launched)
+        monkeypatch.setattr(module, f"{op}_triton", launcher)
+    monkeypatch.setattr(native, "_serve", lambda *_: False)
+    expected = generate(tmp_path)
+    assert not launched
+    monkeypatch.setattr(triton_support, "serves", lambda _: True)
+    got = generate(tmp_path)
+    assert set(launched) == TRANSFORMERS_USES
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.token_ids == theirs.token_ids and len(mine.token_ids) == 4
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)

@@ -100,9 +100,9 @@ def break_layer(fault: str, call: int) -> None:
     """Raise, hang, stop or die when an MoE layer routes its tokens for the given time."""
     from engine.moe.layer import MoELayer
 
-    route, count = MoELayer.route, 0
+    route, steps, count = MoELayer.route, MoELayer.steps, 0
 
-    def broken(self: MoELayer, *args: Any, **kwargs: Any) -> Any:
+    def breaks() -> None:
         nonlocal count
         count += 1
         if count == call:
@@ -116,9 +116,18 @@ def break_layer(fault: str, call: int) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP)
             if fault == "hang":
                 time.sleep(600)
+
+    def broken(self: MoELayer, *args: Any, **kwargs: Any) -> Any:
+        breaks()
         return route(self, *args, **kwargs)
 
+    def broken_where_routed(self: MoELayer, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("routing") is not None:  # by the router of transformers' model
+            breaks()
+        return steps(self, *args, **kwargs)
+
     MoELayer.route = broken  # pyright: ignore[reportAttributeAccessIssue]
+    MoELayer.steps = broken_where_routed  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def run(argv: list[str]) -> NoReturn:

@@ -19,6 +19,7 @@ from bench.candidate import REPOSITORY, Candidate, WorkerError, select, start
 from bench.environment_record import environment_record
 from bench.generation import REFERENCE, generation_candidates
 from bench.generation_tables import rank_table
+from bench.hot_rank import heat_first_rank
 from bench.interleave import interleave
 from bench.jobs import JOBS, make_job
 from bench.moe_case import (
@@ -31,6 +32,7 @@ from bench.moe_case import (
 )
 from bench.report import cell, emit, table
 from make_random_checkpoint import FAMILIES, SIZES, hugging_face_fields, make_checkpoint
+from safetensors.torch import load_file, save_file
 
 SMALL = MoEShape(hidden=32, ffn=16, experts=6, top_k=3)
 
@@ -163,6 +165,11 @@ def test_several_ranks_start_through_torchrun_and_only_the_engine_sees_the_repos
     assert str(REPOSITORY) not in paths[REFERENCE]
     assert str(REPOSITORY) not in paths["transformers-2-ranks-all_to_all"]
     assert str(REPOSITORY) in paths["transformers-2-ranks-lockstep"]
+    assert str(REPOSITORY) in paths["transformers-2-ranks-lockstep-token_drop"]
+    assert found["lockstep-2-ranks-by-transformers"].load["settings"][-2:] == [
+        "a.b=c",
+        "model.implementation=transformers",
+    ]
 
 
 def test_every_candidate_gets_all_cores_and_vllm_needs_an_interpreter() -> None:
@@ -335,3 +342,21 @@ def test_a_checkpoint_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         make_checkpoint("gpt", tmp_path)
     with pytest.raises(ValueError, match="size 'huge'"):
         make_checkpoint("mixtral", tmp_path, size="huge")
+
+
+def test_a_hot_rank_is_refused_for_a_checkpoint_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="--hot 4.0: .* exists"):
+        bench_generate.main(["--checkpoint", str(tmp_path), "--hot", "4"])
+
+
+def test_the_hot_half_of_a_routers_rows_is_multiplied(tmp_path: Path) -> None:
+    gate = torch.ones(4, 3)
+    save_file(
+        {"mlp.gate.weight": gate.clone(), "x.gate_proj.weight": gate.clone()},
+        tmp_path / "model.safetensors",
+    )
+    heat_first_rank(tmp_path, 4.0)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found["mlp.gate.weight"].tolist() == [[4.0] * 3] * 2 + [[1.0] * 3] * 2
+    assert torch.equal(found["x.gate_proj.weight"], gate)

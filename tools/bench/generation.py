@@ -15,6 +15,14 @@ from bench.candidate import Candidate
 REFERENCE = "transformers-eager"  # whose greedy tokens are right by definition
 PEERS = ("vllm", "transformers", "llama.cpp")
 PLUG_IN = "lockstep"  # this engine's expert parallelism inside transformers
+# The same with token_drop, each rank's rows held to its mean share.
+CAPACITY = {
+    "policy": "token_drop",
+    "scope": "rank",
+    "factor": "1.0",
+    "phases": ["prefill", "decode"],
+}
+BY_TRANSFORMERS = "model.implementation=transformers"
 COMPARED = "lockstep-1-rank"  # --against also runs that of the other commit
 
 
@@ -40,6 +48,8 @@ def generation_candidates(
     found = [
         _lockstep(COMPARED, 1, threads, settings),
         _lockstep("lockstep-2-ranks", 2, half, settings),
+        _lockstep("lockstep-1-rank-by-transformers", 1, threads, [*settings, BY_TRANSFORMERS]),
+        _lockstep("lockstep-2-ranks-by-transformers", 2, half, [*settings, BY_TRANSFORMERS]),
         _transformers(REFERENCE, python, threads, experts="eager", **batch),
         _transformers("transformers-grouped_mm", python, threads, experts="grouped_mm", **batch),
     ]
@@ -48,6 +58,9 @@ def generation_candidates(
         for how in ("all_to_all", "all_reduce", PLUG_IN):
             name = f"transformers-2-ranks-{how}"
             found.append(_transformers(name, python, half, expert_parallel=how, **split))
+        name = f"transformers-2-ranks-{PLUG_IN}-token_drop"
+        load = {**split, "expert_parallel": PLUG_IN, "capacity": CAPACITY}
+        found.append(_transformers(name, python, half, **load))
     if "vllm" in peers:
         found.append(_vllm(peers["vllm"], threads, peer_dtype))
     if "llama.cpp" in peers:

@@ -54,6 +54,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the checkpoint, when it has to be made",
     )
     parser.add_argument(
+        "--hot",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="when the checkpoint has to be made, multiply the router's rows of the first half of "
+        "the experts, which makes the first of two ranks hot; 1: balanced",
+    )
+    parser.add_argument(
         "--transformers-batch",
         type=int,
         metavar="N",

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from engine.config.loader import config_from_tree
 from engine.generation.request_source import ListSource
 from engine.llm import LLM
+from engine.models.registry import Implementation, read_config
 from engine.moe.dispatch import chunk_layout, layout_policy
 from engine.profiling import device_clocks
 from engine.request import Request, SamplingParams
@@ -56,6 +57,7 @@ class Row:
     is_prefill: bool = False
     placement: Placed | None = None
     quantization: str = "auto"
+    implementation: Implementation = "auto"
     # Whether the first layer alone has keys, and all others are of linear attention.
     linear: bool = False
 
@@ -145,6 +147,8 @@ ROWS = (
         quantization="fp8",
     ),
     Row("gpt_oss decode, int4 experts", "gpt_oss", _PLAIN, quantization="int4"),
+    Row("mixtral decode, by transformers", "mixtral", _PLAIN, implementation="transformers"),
+    Row("granitemoe decode, by transformers", "granitemoe", _PLAIN),
 )
 
 
@@ -205,6 +209,8 @@ def _count_rows(
     os.environ["LOCKSTEP_NATIVE"] = "0"
     found = {}
     for row in rows:
+        # Transformers' modules are imported before the emulation replaces types that they annotate.
+        read_config(paths[row.name, DEPTHS[0]], row.implementation)
         shallow, deep = (_count(rank, guard, paths[row.name, depth], row) for depth in DEPTHS)
         found[row.name] = shallow, deep
     return found
@@ -255,6 +261,7 @@ def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
             "max_model_len": 64,
             "dtype": "bfloat16",
             "quantization": row.quantization,
+            "implementation": row.implementation,
         },
         "moe": moe,
         "scheduler": {"kv_cache_blocks": 256, "block_size": 4, "max_batch_tokens": tokens},

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.gpu.emulated.guard import compile_guard
 from tests.gpu.emulated.runs import Job, Result, on_both
+from tests.helpers.model_cases import make_reference
 from tests.helpers.packers import CONFIGS, PACKERS, WIDE_PACKERS, mxfp4
 from tests.helpers.ranks import run_ranks
+from tests.helpers.transformers_cases import FOREIGN_CASES
 from tools.make_random_checkpoint import make_checkpoint
 
 OnBothDevices = Callable[..., list[tuple[Result, Result]]]
@@ -30,14 +32,17 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that returns a checkpoint of a family, "family kind" one with experts in a format
-    of `tests/helpers/packers.py`; "family-128" has experts of 128 x 128.
+    of `tests/helpers/packers.py`; "family-128" has experts of 128 x 128; families that are not ours
+    are of `transformers_cases.py`.
     """
     made: dict[str, Path] = {}
 
     def path_of(name: str) -> Path:
         if name not in made:
             path, (family, *kind) = tmp_path_factory.mktemp("checkpoint") / "made", name.split()
-            if kind:
+            if family in FOREIGN_CASES:
+                make_reference(FOREIGN_CASES[family], path)
+            elif kind:
                 _store_experts(path_of(family), kind[0], path)
             else:
                 wide = {"hidden_size": 128, "moe_intermediate_size": 128}

@@ -34,6 +34,7 @@ MOVED, CLAIMS = ((RowSplit, "instances_of"),), ((CopiesAgreement, "_counts"),)
 LOW_BIT = (*CLAIMS, (LocalExperts, "_run_copies"))
 COPIED = (0, 2, 5)  # experts that both ranks have
 ALL = tuple(range(8))
+BY_TRANSFORMERS = {"model": {"implementation": "transformers"}}
 PLAIN = {"dispatch": {"deduplicate": False}}
 GROUPED, GROUPED_MM = {"model": {"dtype": "bfloat16"}}, {"backend": "grouped_mm"}
 STATIC = ((GroupedMMExperts, "_run_to"), (StaticExchange, "__call__"))
@@ -164,6 +165,15 @@ JOBS = {
         uses=CLAIMS,
         placement=Placed(SCATTERED, COPIED),
     ),
+    "mixtral by transformers": Job("mixtral", BY_TRANSFORMERS),
+    "granite by transformers": Job("granitemoe"),
+    "exaone by transformers token_drop": Job(
+        "exaone-moe", drop("token_drop", "gather"), uses=GATHER
+    ),
+    "mistral4 by transformers": Job("mistral4"),
+    "copies by transformers": Job(
+        "mixtral", {**BY_TRANSFORMERS, **moe(**PLAIN)}, uses=MOVED, placement=Placed(copied=COPIED)
+    ),
     "sampling": Job("mixtral", sampling={"temperature": 0.9, "top_p": 0.8, "top_k": 20}),
     "prompt logprobs": Job("mixtral", sampling={"prompt_logprobs": True}),
     "shared prefixes": Job("qwen3_moe", prompts=SHARED),
@@ -180,16 +190,20 @@ JOBS = {
 
 # What combines two features that other jobs have alone runs in `make test-long`.
 LONG = {
+    "copies by transformers",
     "copies chunks",
     "copies chunks by tokens",
     "copies dedup",
     "copies two_batch",
     "deepseek-v2 tensor",
+    "exaone by transformers token_drop",
     "expanded_drop copies",
     "expanded_drop radix",
     "bfloat16 int8 copies",
     "llama4 token_drop",
     "longcat token_drop",
+    "mistral4 by transformers",
+    "mixtral by transformers",
     "olmoe chunks by tokens",
     "quota",
     "qwen3-next preemption",

@@ -26,6 +26,7 @@ class Worker:
         expert_parallel: str | None = None,
         batch: int | None = None,
         dtype: str = "float32",
+        capacity: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Load the model.
 
@@ -35,6 +36,7 @@ class Worker:
                 transformers; None: one process.
             batch: prompts per call of `generate`; None: all.
             dtype: of the weights and of what is computed.
+            capacity: keys of moe.capacity of this engine's; None: nothing is dropped.
         """
         import torch
         import transformers
@@ -49,9 +51,11 @@ class Worker:
             # The family's own plans: attention split over heads, experts over ranks. (5.23 refuses
             # an empty tensor plan, for experts alone, when tp_size > 1.)
             if expert_parallel == "lockstep":
+                from engine.config.loader import config_from_tree
                 from engine.interop.transformers_ep import register
 
-                register()
+                tree = {"model": {"path": checkpoint}, "moe": {"capacity": capacity or {}}}
+                register(config_from_tree(tree).moe)
             ranks = int(os.environ["WORLD_SIZE"])
             extra["distributed_config"] = DistributedConfig(
                 tp_size=ranks, ep_size=ranks, ep_implementation=expert_parallel
