@@ -18,7 +18,7 @@ from engine.distributed.groups import Group, Topology, expert_range
 from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
 from engine.model_check.stored_tensors import part_of
 from engine.models.language_model import LanguageModel
-from engine.models.registry import build_model
+from engine.models.registry import Implementation, build_model
 from engine.moe.low_bit_experts import ExpertLayouts
 
 _GIB = 1 << 30
@@ -68,6 +68,7 @@ class Setup:
     tensor: int = 1  # parallel.tensor
     layouts: Mapping[int, ExpertLayouts] | None = None  # by layer, of experts that are integers
     names: Collection[str] = ()  # of the checkpoint's tensors
+    implementation: Implementation = "auto"  # model.implementation
 
     def build(self, ranks: int | None = None) -> LanguageModel:
         """Return the model of rank 0, the one with most experts, without memory. Not collective.
@@ -86,7 +87,9 @@ class Setup:
         topology = topology_on_meta(ranks, tensor)
         device, layouts = topology.device, self.layouts
         # One position: the rotary table is no part of the weights.
-        config = Config(model=ModelConfig(path="unused", max_model_len=1))
+        config = Config(
+            model=ModelConfig(path="unused", max_model_len=1, implementation=self.implementation)
+        )
         try:
             return build_model(
                 self.hf_config, config, topology, device, self.dtype, layouts=layouts

@@ -85,6 +85,11 @@ def supported_model_types() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
+def read_as(model_type: str) -> str:
+    """Return the `model_type` as which a config.json is read: of another family, or of a part."""
+    return _READ_AS.get(model_type, _TEXT_OF.get(model_type, model_type))
+
+
 def family_module(model_type: str) -> str:
     """Return the module that reads the configurations of a `model_type` that runs."""
     family = _FAMILIES.get(model_type, read_transformers_spec)
@@ -123,10 +128,10 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
         if not by_transformers:  # its own classes check their fields
             check_fields(values)
         model_type = values["model_type"]
-        if (model_type := _READ_AS.get(model_type, _TEXT_OF.get(model_type))) is not None:
+        if (other := read_as(model_type)) != model_type:
             values = {name: value for name, value in values.items() if name != "auto_map"}
-            values["model_type"] = model_type
-            hf_config = CONFIG_MAPPING[model_type].from_dict(values)
+            values["model_type"] = other
+            hf_config = CONFIG_MAPPING[other].from_dict(values)
         else:
             hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if by_transformers:
