@@ -185,6 +185,8 @@ def _copies(moe: MoESpec, refusal: Refusal, ranks: int) -> str:
 
 
 def _shared(sparse: SparseSpec, refusal: Refusal) -> str:
+    if sparse.moe.router.external:
+        return "no: transformers runs shared experts, if there are any (model.implementation)"
     if sparse.shared is None:
         return "no: the model has no shared expert"
     config = MoEConfig(shared_expert="balanced", dispatch=DispatchConfig(partial_sums=True))

@@ -16,7 +16,7 @@ import torch
 from engine.config import CapacityConfig, Config, ModelConfig, SchedulerConfig
 from engine.distributed.groups import Group, Topology, expert_range
 from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
-from engine.model_check.stored_tensors import part_of
+from engine.model_check.stored_tensors import part_finder
 from engine.models.language_model import LanguageModel
 from engine.models.registry import Implementation, build_model
 from engine.moe.low_bit_experts import ExpertLayouts
@@ -187,9 +187,10 @@ def _share_of_rank(
 def part_bytes(model: LanguageModel, names: Collection[str]) -> dict[str, int]:
     """Return the bytes of each part of the weights that a rank holds."""
     parts: Counter[str] = Counter()
+    find_part = part_finder(model, names)
     for slot in model.weight_slots(names):
         if slot.tied_to is None:
-            parts[part_of(slot.name)] += slot.num_bytes
+            parts[find_part(slot.name)] += slot.num_bytes
     return dict(parts)
 
 

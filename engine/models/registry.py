@@ -198,9 +198,12 @@ def _problem(values: Mapping[str, Any], by_transformers: bool) -> str | None:
     if by_transformers and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return None
     has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
+    other = ""
+    if not by_transformers and model_type in CONFIG_MAPPING:
+        other = ", or set model.implementation to auto, with which transformers may build it"
     return (
         f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
-        f"{', '.join(_FAMILIES)}"
+        f"{', '.join(_FAMILIES)}{other}"
     )
 
 

@@ -277,6 +277,11 @@ class TransformersModel(nn.Module):
             slots = list(with_tied_head(slots, weight, tied_at, checkpoint, self.untie_head))
         return slots
 
+    def places(self, checkpoint: Collection[str]) -> dict[str, str]:
+        """Return tensor of the checkpoint -> the model's tensor that it is, or is a part of."""
+        found = self._mapping.sources(checkpoint)
+        return {source.name: target for target, sources in found.items() for source in sources}
+
     def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
         """Return regular expressions of checkpoint tensors that no rank needs."""
         return self._ignored
