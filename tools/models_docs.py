@@ -21,7 +21,6 @@ from model_table.configurations import configurations  # noqa: E402
 from model_table.published_names import PUBLISHED  # noqa: E402
 from model_table.rows import Row, rows_of  # noqa: E402
 
-from engine.models.registry import read_as  # noqa: E402
 from engine.models.transformers_model.plug_in import VERSIONS  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -102,8 +101,6 @@ def _built_by(row: Row) -> str:
 
 
 def _tested(row: Row) -> str:
-    if (other := read_as(row.model_type)) != row.model_type:
-        return f"of `{other}`, as which it is read"
     if not row.cases:
         return "none; builds without memory"
     more = f" and {len(row.cases) - 1} more" if len(row.cases) > 1 else ""

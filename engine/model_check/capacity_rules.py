@@ -131,15 +131,14 @@ def _answer(refusal: str | None, yes: str = "yes") -> str:
 
 def score_basis(router: RouterSpec) -> str:
     """Return which scores of a router capacity has, in words."""
-    return "combine weights of the chosen" if router.external else "all experts' scores"
+    known = getattr(router, "scores_known", not router.external)
+    return "all experts' scores" if known else "combine weights of the chosen"
 
 
 def _priority(router: RouterSpec) -> str:
     """Return the score by which assignments are kept (moe.capacity.order = score), in words."""
     if router.external:
-        return (
-            f"{score_basis(router)}, by transformers' router: those of other experts are not known"
-        )
+        return "the combine weight: the router gives no scores of experts that it did not choose"
     text = f"{_SCORES[router.score]} over all {router.num_experts} experts"
     if router.num_zero_experts and router.score == "softmax":
         text += f" and {router.num_zero_experts} zero experts"

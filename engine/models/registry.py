@@ -43,6 +43,7 @@ from engine.models.language_model import LanguageModel
 from engine.models.spec import ModelSpec
 from engine.models.transformers_model.experts_form import NotServed
 from engine.models.transformers_model.model import TransformersModel
+from engine.models.transformers_model.plug_in import plug_in
 from engine.models.transformers_model.spec import read_spec as read_transformers_spec
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Placement
@@ -112,7 +113,8 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
         implementation: model.implementation.
 
     Raises:
-        ValueError: naming model.path and what is wrong in config.json.
+        ValueError: naming model.path and what is wrong in config.json, or the versions of
+            transformers that work.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -123,6 +125,8 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
     by_transformers = uses_transformers(values.get("model_type"), implementation)
     if problem := _problem(values, by_transformers):
         raise _refused(folder, problem)
+    if by_transformers:
+        plug_in()
     try:
         values = _language_model(values)
         if not by_transformers:  # its own classes check their fields

@@ -85,7 +85,7 @@ def test_a_row_has_who_builds_the_model_and_what_capacity_can_do():
         assert row.scores in cells and ", ".join(f"`{name}`" for name in row.policies) in cells
 
 
-@pytest.mark.parametrize("model_type", ["jamba", "switch_transformers", "qwen3_vl_moe"])
+@pytest.mark.parametrize("model_type", ["jamba", "switch_transformers", "inkling_mm_model"])
 def test_the_reason_of_a_row_is_the_reason_of_the_refusal(model_type):
     config = transformers.CONFIG_MAPPING[model_type]()
     found = try_out(model_type, config, "auto")

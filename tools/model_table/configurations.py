@@ -55,7 +55,9 @@ def configurations() -> list[Configuration]:
         known = model_type if model_type in CONFIG_MAPPING else read_as(model_type)
         config = first.get(known) or _default(CONFIG_MAPPING[known], model_type)
         if config is not None and has_experts(config):
-            found.append(Configuration(model_type, config, tuple(cases.get(model_type, ()))))
+            # A model type that is read as another one is tested as that.
+            tested = cases.get(model_type) or cases.get(read_as(model_type), [])
+            found.append(Configuration(model_type, config, tuple(tested)))
     return found
 
 
