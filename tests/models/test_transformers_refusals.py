@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 
-from engine.config import Config, ModelConfig, MoEConfig, OverlapConfig
+from engine.config import Config, DispatchConfig, ModelConfig, MoEConfig, OverlapConfig
 from engine.model_check.rank_share import topology_on_meta
 from engine.models.registry import build_model, read_config
 from engine.models.transformers_model.plug_in import MaskRule
@@ -117,8 +117,8 @@ def test_a_mask_that_is_neither_causal_nor_a_window_is_refused_by_layer(
         ),
         (
             1,
-            MoEConfig(shared_expert="balanced"),
-            "moe.shared_expert = balanced: ",
+            MoEConfig(shared_expert="balanced", dispatch=DispatchConfig(partial_sums=True)),
+            "moe.shared_expert = balanced: must be replicated where transformers builds the model",
         ),
     ],
     ids=["tensor", "two-batch", "balanced"],
@@ -137,10 +137,11 @@ def test_a_setting_that_transformers_modules_do_not_honour_is_refused_on_every_r
 def test_two_ranks_end_with_one_sentence_and_without_reading_weights(tmp_path: Path) -> None:
     values = transformers.CONFIG_MAPPING["jamba"]().to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**values, "model_type": "jamba"}))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")  # reading it would fail
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     infer = ["--nproc-per-node", "2", str(ROOT / "launch" / "infer.py")]
     settings = ["--config", "tiny_mixtral_ep2", "--set", f"model.path={tmp_path}"]
-    tokenizer = ["--set", f"model.tokenizer={ROOT / 'configs' / 'tiny_mixtral'}"]
+    tokenizer = ["--set", f"model.tokenizer={ROOT / 'configs/checkpoints/tiny_mixtral'}"]
     done = subprocess.run(
         [*torchrun, *infer, *settings, *tokenizer],
         env=os.environ | {"PYTHONPATH": str(ROOT)},

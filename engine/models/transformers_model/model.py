@@ -303,6 +303,11 @@ def check_settings(config: Config, topology: Topology) -> None:
             "moe.overlap.two_batch = True: must be false where transformers builds the model "
             "(model.implementation), whose layers run a step as a whole; use moe.overlap.chunks"
         )
+    if config.moe.shared_expert == "balanced":
+        raise ValueError(
+            "moe.shared_expert = balanced: must be replicated where transformers builds the model "
+            "(model.implementation), which runs shared experts itself"
+        )
 
 
 class _Given(nn.Module):
