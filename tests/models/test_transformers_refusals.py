@@ -134,6 +134,7 @@ def test_a_setting_that_transformers_modules_do_not_honour_is_refused_on_every_r
     assert "model.implementation" in str(raised.value)
 
 
+@pytest.mark.long
 def test_two_ranks_end_with_one_sentence_and_without_reading_weights(tmp_path: Path) -> None:
     values = transformers.CONFIG_MAPPING["jamba"]().to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**values, "model_type": "jamba"}))

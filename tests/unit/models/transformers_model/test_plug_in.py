@@ -141,6 +141,7 @@ cli.run_and_exit()
 """
 
 
+@pytest.mark.long
 def test_in_a_fresh_process_the_command_prints_the_sentence_and_runs_our_own(
     tmp_path: Path,
 ) -> None:
