@@ -5,6 +5,7 @@ Run: pytest tests/unit/models/transformers_model/test_plug_in.py
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -25,30 +26,33 @@ from tests.helpers.model_cases import CASES
 from tests.helpers.transformers_cases import FOREIGN_CASES
 
 ROOT = Path(__file__).resolve().parents[4]
-# module -> what this engine takes from it, a dot for what it takes of that.
-POINTS = {
-    "transformers": ["MODEL_FOR_CAUSAL_LM_MAPPING"],
-    "transformers.conversion_mapping": ["get_model_conversion_mapping"],
-    "transformers.core_model_loading": [
-        "Concatenate",
-        "MergeModulelist",
-        "WeightConverter",
-        "rename_source_key",
-    ],
-    "transformers.configuration_utils": ["PretrainedConfig.get_text_config"],
-    "transformers.integrations.moe": ["_default_apply_gate", "use_experts_implementation"],
-    "transformers.masking_utils": [
-        "ALL_MASK_ATTENTION_FUNCTIONS",
-        "ALL_MASK_ATTENTION_FUNCTIONS.register",
-    ],
-    "transformers.modeling_outputs": ["MoeModelOutputWithPast"],
-    "transformers.modeling_utils": [
-        "ALL_ATTENTION_FUNCTIONS",
-        "ALL_ATTENTION_FUNCTIONS.register",
-        *(f"PreTrainedModel.{name}" for name in plug_in_module._OF_MODELS),
-    ],
-}
-ALL = [(module, name) for module, names in POINTS.items() for name in names]
+# Of what is imported, that which is used of it, besides.
+MEMBERS = [
+    ("transformers.configuration_utils", "PretrainedConfig.get_text_config"),
+    ("transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS.register"),
+    ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS.register"),
+    *(
+        ("transformers.modeling_utils", f"PreTrainedModel.{name}")
+        for name in plug_in_module._OF_MODELS
+    ),
+]
+
+
+def imported() -> list[tuple[str, str]]:
+    """Return modules of transformers and the names that the engine's module takes from them."""
+    tree = ast.parse(Path(plug_in_module.__file__).read_text(encoding="utf-8"))
+    found = [
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
+        for alias in node.names
+    ]
+    # The bases of all configurations and models, without which there is no transformers.
+    bases = ("PretrainedConfig", "PreTrainedModel")
+    return sorted({(str(module), name) for module, name in found if name not in bases})
+
+
+ALL = [*imported(), *MEMBERS]
 
 
 @pytest.fixture(autouse=True)
