@@ -39,6 +39,7 @@ from engine.config import MoEConfig
 from engine.interop.transformers_shared import LockstepExperts, check_settings
 
 WORKS_WITH = "transformers>=5.23,<5.24"  # the versions that this was tested with
+_MADE = ["self", "experts", "ep_mesh", "tp_mesh"]
 _CALL = ["self", "hidden_states", "top_k_index", "top_k_weights"]
 
 
@@ -83,7 +84,8 @@ def _interface() -> Any:
         made = list(inspect.signature(EPImplementation.__init__).parameters)
         called = list(inspect.signature(EPImplementation.__call__).parameters)
         named = "ep_implementation" in DistributedConfig.__dataclass_fields__
-        is_known = made == ["self", "experts", "ep_mesh", "tp_mesh"] and called == _CALL and named
+        inspect.signature(EPImplementationInterface.register).bind("name", EPImplementation)
+        is_known = made == _MADE and called == _CALL and named
     except (ImportError, AttributeError, TypeError, ValueError):
         is_known = False
     if not is_known:

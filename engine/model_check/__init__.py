@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZATIONS = ("auto", "keep", "dequantize", "int8", "int4", "fp8")
+_IMPLEMENTATIONS = ("auto", "lockstep", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization", choices=_QUANTIZATIONS, default="auto",
         help="model.quantization, how the experts are held; auto: as on CUDA",
+    )  # fmt: skip
+    parser.add_argument(
+        "--implementation", choices=_IMPLEMENTATIONS, default="auto",
+        help="model.implementation, who builds the model; auto: this engine where it has the "
+        "family, else transformers",
     )  # fmt: skip
     parser.add_argument(
         "--gpu-gib", type=_gib, action="append", metavar="X", dest="gpu_gib",

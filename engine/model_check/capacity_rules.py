@@ -129,6 +129,11 @@ def _answer(refusal: str | None, yes: str = "yes") -> str:
     return yes if refusal is None else f"no: {refusal}"
 
 
+def score_basis(router: RouterSpec) -> str:
+    """Return which scores of a router capacity has, in words."""
+    return "all experts' scores" if router.scores_known else "combine weights of the chosen"
+
+
 def _priority(router: RouterSpec) -> str:
     """Return the score by which assignments are kept (moe.capacity.order = score), in words."""
     if not router.scores_known:
@@ -178,6 +183,8 @@ def _copies(moe: MoESpec, refusal: Refusal, ranks: int) -> str:
 
 
 def _shared(sparse: SparseSpec, refusal: Refusal) -> str:
+    if sparse.moe.router.external:
+        return "no: transformers runs shared experts, if there are any (model.implementation)"
     if sparse.shared is None:
         return "no: the model has no shared expert"
     config = MoEConfig(shared_expert="balanced", dispatch=DispatchConfig(partial_sums=True))

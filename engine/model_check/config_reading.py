@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.config.checkpoint_files import is_there, read_json_object
 from engine.models.hf_config import check_config
-from engine.models.registry import read_config, supported_model_types
+from engine.models.registry import Implementation, read_config, supported_model_types
 
 # What every family runs. Neither changes a shape.
 _NEUTRAL: dict[str, Any] = {
@@ -72,8 +72,12 @@ class ConfigReading:
         return inner if isinstance(inner, dict) else self.values
 
 
-def read_checkpoint_config(folder: Path) -> ConfigReading:
+def read_checkpoint_config(folder: Path, implementation: Implementation = "auto") -> ConfigReading:
     """Return what the config.json of a folder says, and all that is wrong with it.
+
+    Args:
+        folder: of the checkpoint.
+        implementation: model.implementation.
 
     Raises:
         ValueError: there is no such folder, or no config.json that can be read.
@@ -87,9 +91,9 @@ def read_checkpoint_config(folder: Path) -> ConfigReading:
         raise ValueError(f"DIR = {str(folder)!r}: holds no config.json; name a checkpoint's folder")
     reading = ConfigReading(read_json_object(folder / "config.json"))
     try:
-        reading.hf_config = read_config(folder)
+        reading.hf_config = read_config(folder, implementation)
     except ValueError as error:
-        _collect(reading, _without_folder(error, folder))
+        _collect(reading, _without_folder(error, folder), implementation)
     return reading
 
 
@@ -97,7 +101,7 @@ def _without_folder(error: ValueError, folder: Path) -> str:
     return str(error).removeprefix(f"model.path = {str(folder)!r}: ")
 
 
-def _collect(reading: ConfigReading, first: str) -> None:
+def _collect(reading: ConfigReading, first: str, implementation: Implementation) -> None:
     """Add all problems; the first is known."""
     repaired, problem, are_shapes_known = dict(reading.values), first, True
     with TemporaryDirectory() as name:
@@ -116,7 +120,7 @@ def _collect(reading: ConfigReading, first: str) -> None:
                 are_shapes_known = False
             (folder / "config.json").write_text(json.dumps(repaired))
             try:
-                hf_config = read_config(folder)
+                hf_config = read_config(folder, implementation)
             except ValueError as error:
                 problem = _without_folder(error, folder)
                 continue

@@ -17,9 +17,9 @@ from engine.config import CapacityConfig, Config, ModelConfig, SchedulerConfig
 from engine.distributed.groups import Group, Topology, expert_range
 from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
 from engine.layers.precision import cache_dtype
-from engine.model_check.stored_tensors import part_of
+from engine.model_check.stored_tensors import part_finder
 from engine.models.language_model import LanguageModel
-from engine.models.registry import build_model
+from engine.models.registry import Implementation, build_model
 from engine.moe.low_bit_experts import ExpertLayouts
 
 _GIB = 1 << 30
@@ -71,6 +71,7 @@ class Setup:
     tensor: int = 1  # parallel.tensor
     layouts: Mapping[int, ExpertLayouts] | None = None  # by layer, of experts that are integers
     names: Collection[str] = ()  # of the checkpoint's tensors
+    implementation: Implementation = "auto"  # model.implementation
 
     def build(self, ranks: int | None = None) -> LanguageModel:
         """Return the model of rank 0, the one with most experts, without memory. Not collective.
@@ -89,7 +90,9 @@ class Setup:
         topology = topology_on_meta(ranks, tensor)
         device, layouts = topology.device, self.layouts
         # One position: the rotary table is no part of the weights.
-        config = Config(model=ModelConfig(path="unused", max_model_len=1))
+        config = Config(
+            model=ModelConfig(path="unused", max_model_len=1, implementation=self.implementation)
+        )
         try:
             return build_model(
                 self.hf_config, config, topology, device, self.dtype, layouts=layouts
@@ -188,9 +191,10 @@ def _share_of_rank(
 def part_bytes(model: LanguageModel, names: Collection[str]) -> dict[str, int]:
     """Return the bytes of each part of the weights that a rank holds."""
     parts: Counter[str] = Counter()
+    find_part = part_finder(model, names)
     for slot in model.weight_slots(names):
         if slot.tied_to is None:
-            parts[part_of(slot.name)] += slot.num_bytes
+            parts[find_part(slot.name)] += slot.num_bytes
     return dict(parts)
 
 

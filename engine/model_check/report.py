@@ -22,10 +22,17 @@ from engine.model_check.config_reading import ConfigReading, read_checkpoint_con
 from engine.model_check.parameters import count_parameters
 from engine.model_check.rank_share import Setup, shares_of_ranks
 from engine.model_check.shapes import describe_shapes
-from engine.model_check.stored_tensors import StoredTensors, compare, group_weights, read_stored
+from engine.model_check.stored_tensors import (
+    StoredTensors,
+    compare,
+    group_weights,
+    part_finder,
+    read_stored,
+)
 from engine.model_check.text import lines_of
-from engine.models.registry import unread_parts
+from engine.models.registry import Implementation, unread_parts
 from engine.models.spec import ModelSpec
+from engine.models.transformers_model.model import TransformersModel
 from engine.models.weight_dtype import model_dtype
 
 GPU_GIB = (79.0, 139.0)  # what the driver leaves of 80 and 141 GB
@@ -44,6 +51,7 @@ def run(
     gpu_gib: Sequence[float] | None = None,
     as_json: bool = False,
     quantization: str = "auto",
+    implementation: Implementation = "auto",
 ) -> int:
     """Print the report; return the exit code.
 
@@ -54,11 +62,12 @@ def run(
         gpu_gib: sizes of GPUs; None: `GPU_GIB`.
         as_json: one JSON object instead of text.
         quantization: model.quantization.
+        implementation: model.implementation.
 
     Raises:
         ValueError: the folder holds no config.json that can be read.
     """
-    report = check(folder, ranks, tensor, dtype, gpu_gib or GPU_GIB, quantization)
+    report = check(folder, ranks, tensor, dtype, gpu_gib or GPU_GIB, quantization, implementation)
     print(json.dumps(report) if as_json else "\n".join(lines_of(report)))
     return 0 if report["runs"] else 1
 
@@ -70,9 +79,10 @@ def check(
     dtype: str,
     gpu_gib: Sequence[float],
     quantization: str = "auto",
+    implementation: Implementation = "auto",
 ) -> dict[str, Any]:
     """Return the report as what JSON can hold. Takes and raises what `run` does."""
-    reading = read_checkpoint_config(folder)
+    reading = read_checkpoint_config(folder, implementation)
     stored = read_stored(folder)
     report: dict[str, Any] = {
         "folder": str(folder),
@@ -87,7 +97,7 @@ def check(
             report["remarks"].append(unread)
         own = model_dtype(dtype, reading.hf_config, _CUDA)
         try:
-            model = Setup(reading.hf_config, own).build()
+            model = Setup(reading.hf_config, own, implementation=implementation).build()
         except ValueError as error:
             reading.problems.append(str(error))
     if model is None:
@@ -100,16 +110,22 @@ def check(
         slots = list(model.weight_slots(names))
         if dtype == "auto" and getattr(reading.hf_config, "dtype", None) is None:
             report["remarks"].append(_NO_DTYPE)
-        compare(stored, folder, slots, model.ignored_weights(names), is_refused)
+        part_of = part_finder(model, names)
+        compare(stored, folder, slots, model.ignored_weights(names), is_refused, part_of)
         held = None
         if not is_refused:
             held = _held(quantization, reading, stored, folder, model.spec, own)
-        setup = Setup(reading.hf_config, own, tensor, held and held.layouts, names)
+        layouts = held and held.layouts
+        setup = Setup(reading.hf_config, own, tensor, layouts, names, implementation)
         shares = shares_of_ranks(setup, model, ranks, stored.part_bytes(), gpu_gib)
-        report |= describe_shapes(model.spec, reading.hf_config)
+        report |= describe_shapes(model, reading.hf_config)
+        report["implementation"] = {
+            "setting": implementation,
+            "as": "transformers" if isinstance(model, TransformersModel) else "lockstep",
+        }
         report["dtype"] = str(own).removeprefix("torch.")
         report["held"] = {"setting": quantization, "as": held and held.name}
-        report["parameters"] = asdict(count_parameters(model, slots))
+        report["parameters"] = asdict(count_parameters(model, slots, part_of))
         report["ranks"] = [share.as_json() for share in shares]
         fitting = [share.ranks for share in shares if not share.problem]
         report["capacity"] = capacity_of(model.spec, max(fitting)) if fitting else None

@@ -8,12 +8,15 @@ from typing import Any
 
 from engine.layers.attention import AttentionSpec
 from engine.layers.gated_delta import GatedDeltaSpec
+from engine.models.language_model import LanguageModel
 from engine.models.registry import family_module
-from engine.models.spec import ModelSpec, SparseSpec
+from engine.models.spec import SparseSpec
+from engine.models.transformers_model.model import TransformersModel
 
 
-def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
+def describe_shapes(model: LanguageModel, hf_config: Any) -> dict[str, Any]:
     """Return the family and the shapes of a model."""
+    spec = model.spec
     sparse = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, SparseSpec)]
     kinds = [layer.attention for layer in spec.layers]
     with_keys = [kind for kind in kinds if not isinstance(kind, GatedDeltaSpec)]
@@ -21,7 +24,7 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
     windows = [getattr(layer.attention, "window", None) for layer in spec.layers]
     chunks = [getattr(layer.attention, "chunk", None) for layer in spec.layers]
     return {
-        "family": family_module(hf_config.model_type),
+        "family": _family(model, hf_config),
         "hidden": spec.hidden,
         "vocabulary": spec.vocab_size,
         "context": getattr(hf_config, "max_position_embeddings", None),
@@ -39,6 +42,13 @@ def describe_shapes(spec: ModelSpec, hf_config: Any) -> dict[str, Any]:
         "rope": _rope(hf_config),
         "experts": _experts(sparse),
     }
+
+
+def _family(model: LanguageModel, hf_config: Any) -> str:
+    """Return the module that reads the configuration, or transformers' class."""
+    if isinstance(model, TransformersModel):
+        return f"{type(model.causal).__name__} of transformers"
+    return family_module(hf_config.model_type)
 
 
 def _rope(hf_config: Any) -> str:

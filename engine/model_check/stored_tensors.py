@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from engine.models.language_model import LanguageModel
+from engine.models.transformers_model.model import TransformersModel
 from engine.weights.fit import Want, mismatches, unknown_tensors
 from engine.weights.formats.grouping import read_weights
 from engine.weights.safetensors_header import Catalog, CheckpointError, read_catalog
@@ -34,9 +36,20 @@ def part_of(name: str) -> str:
         return "attention"
     if ".experts." in name:
         return "experts"
-    if re.search(r"\.(gate|router)\.|correction_bias", name):
+    if re.search(r"\.(gate|router)\.|correction_bias|expert_bias", name):
         return "router"
     return "shared, dense"
+
+
+def part_finder(model: LanguageModel, checkpoint: Collection[str]) -> Callable[[str], str]:
+    """Return what finds the part of a checkpoint's tensor by its place in the model.
+
+    Args:
+        model: transformers' may have other names than the checkpoint.
+        checkpoint: names of its tensors; empty: names are the model's.
+    """
+    places = model.places(checkpoint) if isinstance(model, TransformersModel) else {}
+    return lambda name: part_of(places.get(name, name))
 
 
 @dataclass(slots=True)
@@ -100,6 +113,7 @@ def compare(
     slots: Sequence[WeightSlot] | None,
     ignored: Iterable[str],
     is_quantised: bool,
+    find_part: Callable[[str], str] = part_of,
 ) -> None:
     """Sort the stored tensors by part and add how they differ from those that the model needs.
 
@@ -108,6 +122,7 @@ def compare(
         ignored: regular expressions of tensors that no rank needs.
         is_quantised: whether they are in a format that is refused, so that neither scales nor the
             dtypes of weights are problems of their own.
+        find_part: of a tensor by its name in the files.
     """
     catalog, skip = stored.catalog, [re.compile(pattern) for pattern in ignored]
     is_ignored = {
@@ -116,7 +131,7 @@ def compare(
     stored.num_ignored = sum(is_ignored.values())
     for name, entry in catalog.entries.items():
         if not is_ignored[name]:
-            kinds = stored.bytes_by_part.setdefault(part_of(name), Counter())
+            kinds = stored.bytes_by_part.setdefault(find_part(name), Counter())
             kinds[entry.dtype] += entry.num_bytes
     if slots is None or not catalog.entries:
         return

@@ -37,6 +37,8 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     layers, attention = report["layers"], report["attention"]
     yield "family", report["family"]
+    built = report["implementation"]
+    yield "built by", f"{built['as']} (model.implementation {built['setting']})"
     yield (
         "layers",
         f"{layers['moe']} MoE, {layers['dense']} dense; hidden {report['hidden']}, vocabulary "
@@ -64,9 +66,12 @@ def _model_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (experts := report["experts"]) is not None:
         yield "experts", _experts(experts)
     yield "parameters", _parameters(report["parameters"], report["tied_embeddings"])
+    parts = {name: count for name, count in report["parameters"]["parts"].items() if count}
+    if parts:
+        yield "", ", ".join(f"{name} {_count(count)}" for name, count in parts.items())
 
 
-def _parameters(parameters: Mapping[str, int], is_tied: bool) -> str:
+def _parameters(parameters: Mapping[str, Any], is_tied: bool) -> str:
     text = f"{_count(parameters['total'])}, {_count(parameters['active'])} active per token ("
     if is_tied:
         return f"{text}of the experts the top-k; the embedding is the head)"
@@ -84,6 +89,8 @@ def _experts(experts: Mapping[str, Any]) -> str:
     text += f", {top_k}"
     if experts.get("num_groups", 1) > 1:
         text += f" of {experts['top_groups']} of {experts['num_groups']} groups"
+    if experts.get("external"):
+        return text + ", chosen by transformers' router"
     text += f", {experts['score']}" + (
         " + correction bias" if experts.get("correction_bias") else ""
     )

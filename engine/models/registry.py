@@ -43,6 +43,7 @@ from engine.models.language_model import LanguageModel
 from engine.models.spec import ModelSpec
 from engine.models.transformers_model.experts_form import NotServed
 from engine.models.transformers_model.model import TransformersModel
+from engine.models.transformers_model.plug_in import plug_in
 from engine.models.transformers_model.spec import read_spec as read_transformers_spec
 from engine.moe.low_bit_experts import ExpertLayouts
 from engine.moe.placement.placement import Placement
@@ -91,6 +92,11 @@ def supported_model_types() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
+def read_as(model_type: str) -> str:
+    """Return the `model_type` as which a config.json is read: of another family, or of a part."""
+    return _READ_AS.get(model_type, _TEXT_OF.get(model_type, model_type))
+
+
 def family_module(model_type: str) -> str:
     """Return the module that reads the configurations of a `model_type` that runs."""
     family = _FAMILIES.get(model_type, read_transformers_spec)
@@ -113,7 +119,8 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
         implementation: model.implementation.
 
     Raises:
-        ValueError: naming model.path and what is wrong in config.json.
+        ValueError: naming model.path and what is wrong in config.json, or the versions of
+            transformers that work.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -124,15 +131,17 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
     by_transformers = uses_transformers(values.get("model_type"), implementation)
     if problem := _problem(values, by_transformers):
         raise _refused(folder, problem)
+    if by_transformers:
+        plug_in()
     try:
         values = _language_model(values)
         if not by_transformers:  # its own classes check their fields
             check_fields(values)
         model_type = values["model_type"]
-        if (model_type := _READ_AS.get(model_type, _TEXT_OF.get(model_type))) is not None:
+        if (other := read_as(model_type)) != model_type:
             values = {name: value for name, value in values.items() if name != "auto_map"}
-            values["model_type"] = model_type
-            hf_config = CONFIG_MAPPING[model_type].from_dict(values)
+            values["model_type"] = other
+            hf_config = CONFIG_MAPPING[other].from_dict(values)
         else:
             hf_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if by_transformers:
@@ -199,9 +208,12 @@ def _problem(values: Mapping[str, Any], by_transformers: bool) -> str | None:
     if by_transformers and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return None
     has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
+    other = ""
+    if not by_transformers and model_type in CONFIG_MAPPING:
+        other = ", or set model.implementation to auto, with which transformers may build it"
     return (
         f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
-        f"{', '.join(_FAMILIES)}"
+        f"{', '.join(_FAMILIES)}{other}"
     )
 
 

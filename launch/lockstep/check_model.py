@@ -42,6 +42,7 @@ def prepare(args: argparse.Namespace, rank: int) -> Callable[[], int]:
             args.gpu_gib,
             args.json,
             args.quantization,
+            args.implementation,
         )
 
     return run

@@ -303,6 +303,11 @@ class TransformersModel(nn.Module):
             slots = list(with_tied_head(slots, weight, tied_at, checkpoint, self.untie_head))
         return slots
 
+    def places(self, checkpoint: Collection[str]) -> dict[str, str]:
+        """Return tensor of the checkpoint -> the model's tensor that it is, or is a part of."""
+        found = self._mapping.sources(checkpoint)
+        return {source.name: target for target, sources in found.items() for source in sources}
+
     def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
         """Return regular expressions of checkpoint tensors that no rank needs."""
         return self._ignored
@@ -323,6 +328,11 @@ def check_settings(config: Config, topology: Topology) -> None:
         raise ValueError(
             "moe.overlap.two_batch = True: must be false where transformers builds the model "
             "(model.implementation), whose layers run a step as a whole; use moe.overlap.chunks"
+        )
+    if config.moe.shared_expert == "balanced":
+        raise ValueError(
+            "moe.shared_expert = balanced: must be replicated where transformers builds the model "
+            "(model.implementation), which runs shared experts itself"
         )
 
 

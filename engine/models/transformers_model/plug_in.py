@@ -6,6 +6,7 @@ that has moved some of it fails with one sentence.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,20 @@ from torch import nn
 # and of the one that `probe.py` uses to see which masks a model asks for.
 ATTENTION, PROBE = "lockstep", "lockstep_probe"
 VERSIONS = "5.23"  # of transformers, with which this is tested
+# What is called or read of each model, and of transformers' decorator of experts modules.
+_OF_MODELS = (
+    "_from_config",
+    "_get_dtype_plan",
+    "_init_weights",
+    "base_model_prefix",
+    "get_input_embeddings",
+    "get_output_embeddings",
+)
+_OF_EXPERTS = {"has_gate", "has_bias", "is_concatenated", "is_transposed"}
+
+
+class MovedPlugIn(ValueError):
+    """This version of transformers has moved what this engine plugs into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,7 @@ def plug_in() -> PlugIn:
     """Register this engine's attention with transformers, once, and return its key mapping.
 
     Raises:
-        ValueError: this version of transformers has moved what is needed.
+        MovedPlugIn: this version of transformers has moved what is needed.
     """
     import transformers
 
@@ -64,14 +79,15 @@ def plug_in() -> PlugIn:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+        _check_members()
         for name in (ATTENTION, PROBE):
             ALL_ATTENTION_FUNCTIONS.register(name, _attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(PROBE, _mask_rule)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"model.implementation: transformers {transformers.__version__} has no longer what "
-            f"this engine plugs into ({error}); install transformers {VERSIONS}, or use a model "
-            "that model.implementation = lockstep runs"
+    except (ImportError, AttributeError, TypeError) as error:
+        raise MovedPlugIn(
+            f"model.implementation: transformers {transformers.__version__} has not what this "
+            f"engine plugs into ({' '.join(str(error).split())}); install transformers {VERSIONS}, "
+            "or use a model that model.implementation = lockstep runs"
         ) from error
     return PlugIn(
         mapping_of=get_model_conversion_mapping,
@@ -82,6 +98,33 @@ def plug_in() -> PlugIn:
         concatenate=Concatenate,
         transpose=Transpose,
     )
+
+
+def _check_members() -> None:
+    """Check what is used later, while a model is built, loaded or run.
+
+    Raises:
+        ImportError, AttributeError, TypeError: naming what is not there.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.integrations.moe import _default_apply_gate, use_experts_implementation
+    from transformers.modeling_outputs import MoeModelOutputWithPast
+
+    del MODEL_FOR_CAUSAL_LM_MAPPING, _default_apply_gate, MoeModelOutputWithPast
+    held: list[tuple[Any, tuple[str, ...]]] = [
+        (PreTrainedModel, _OF_MODELS),
+        (PretrainedConfig, ("get_text_config",)),
+    ]
+    for holder, names in held:
+        for name in names:
+            getattr(holder, name)
+    inspect.signature(rename_source_key).bind("name", [], [], "prefix", {})
+    takes = inspect.signature(WeightConverter).parameters.keys()
+    marks = inspect.signature(use_experts_implementation).parameters.keys()
+    missing = {"source_patterns", "operations"} - takes | (_OF_EXPERTS - marks)
+    if missing:
+        raise AttributeError(f"it does not know {', '.join(sorted(missing))}")
 
 
 def _attend(

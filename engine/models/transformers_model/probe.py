@@ -109,6 +109,10 @@ def probe(hf_config: Any) -> Probed:
     _check_config(hf_config)
     model = build_on_meta(hf_config, torch.float32, PROBE)
     recorder = _Recorder(model, longest_of(hf_config))
+    if not recorder.has_experts:
+        raise NotServed(
+            f"transformers' {type(model).__name__} has no experts that this engine can replace"
+        )
     body = getattr(model, model.base_model_prefix)
     ids_1T = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     try:
@@ -143,7 +147,13 @@ def _check_config(hf_config: Any) -> None:
         NotServed: naming the field.
     """
     if getattr(hf_config, "is_encoder_decoder", False):
-        raise NotServed("is_encoder_decoder: true in config.json: encoders are not served")
+        raise NotServed("is_encoder_decoder = true in config.json: encoders are not served")
+    if hf_config.get_text_config() is not hf_config:
+        parts = ", ".join(sorted(hf_config.sub_configs))
+        raise NotServed(
+            f"config.json has the parts {parts}: encoders of images and sound are not served, nor "
+            "is a language model as a part of such a model"
+        )
     kinds = set(getattr(hf_config, "layer_types", None) or ()) - set(_SERVED_LAYERS)
     if kinds:
         raise NotServed(
@@ -161,9 +171,11 @@ class _Recorder:
         self._experts: list[ExpertsCall] = []
         self._windows: dict[int, int | None] = {}  # by id of a mask's function
         self._blocks = BlockRecords(model, _TOKENS)
+        self.has_experts = False  # in the experts interface
         for path, module in list(model.named_modules()):
             module.lockstep_attention = self._at(path)
             if is_stacked(module):
+                self.has_experts = True
                 shape = shape_of(path, module)
                 _set_module(model, path, _Recording(path, shape, self._called))
                 self._blocks.add(path, shape.num_experts)

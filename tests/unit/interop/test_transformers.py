@@ -5,6 +5,7 @@ Run: pytest tests/unit/interop/test_transformers.py
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -60,6 +61,38 @@ def test_a_version_without_the_interface_is_refused_with_the_versions_that_work(
         f"transformers {transformers.__version__} has not the interface for expert parallelism "
         f"that Lockstep's is written for; install {WORKS_WITH}"
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("configuration_utils", "DistributedConfig"),
+        ("expert_parallel", "EPImplementation"),
+        ("expert_parallel", "EPImplementationInterface.register"),
+    ],
+)
+def test_each_point_that_register_takes_from_transformers_is_checked(monkeypatch, module, name):
+    holder = importlib.import_module(f"transformers.distributed.{module}")
+    parent, _, last = name.rpartition(".")
+    holder = getattr(holder, parent) if parent else holder
+    owner = holder if not parent else next(each for each in holder.__mro__ if last in vars(each))
+    monkeypatch.delattr(owner, last)
+    check_versions()
+
+
+def test_a_setting_of_another_name_is_refused_with_the_versions(monkeypatch):
+    configuration = importlib.import_module("transformers.distributed.configuration_utils")
+    renamed = dict(configuration.DistributedConfig.__dataclass_fields__)
+    del renamed["ep_implementation"]
+    monkeypatch.setattr(configuration.DistributedConfig, "__dataclass_fields__", renamed)
+    check_versions()
+
+
+def check_versions():
+    with pytest.raises(ImportError) as raised:
+        register()
+    assert str(raised.value).endswith(f"written for; install {WORKS_WITH}")
+    assert transformers.__version__ in str(raised.value)
 
 
 def test_an_interface_with_other_arguments_is_refused(monkeypatch):

@@ -38,8 +38,9 @@ def test_a_token_uses_its_experts_and_one_row_of_the_embedding(
 ):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = report.check(tmp_path, (8,), 1, "auto", (79.0,))
-    assert list(found["parameters"]) == ["total", "active", "active_with_embedding"]
-    counts = [count / 1e9 for count in found["parameters"].values()]
+    names = ["total", "active", "active_with_embedding"]
+    assert list(found["parameters"]) == [*names, "parts"]
+    counts = [found["parameters"][name] / 1e9 for name in names]
     assert counts == pytest.approx([total, active, all_rows], abs=0.001)
     text = "\n".join(lines_of(found))
     told = "the embedding is the head" if active == all_rows else f"{all_rows:.1f}B with all rows"
