@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from engine.layers.attention import AttentionSpec
 from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
-from engine.model_check.stored_tensors import part_of
+from engine.model_check.stored_tensors import part_finder
 from engine.models.language_model import LanguageModel
 
 PARTS: tuple[str, ...] = (
@@ -79,14 +79,14 @@ def work_of(model: LanguageModel, load: Load, names: Collection[str] = ()) -> Wo
     """
     item = model.dtype.itemsize
     parts: dict[str, Part] = dict.fromkeys(PARTS, Part())
-    held = 0
+    held, find = 0, part_finder(model, names)
     head = embedding = None
     expert_bytes: dict[str, int] = {}
     for slot in model.weight_slots(names):
         if slot.tied_to is not None:
             continue
         held += slot.num_bytes
-        kind = part_of(slot.name)
+        kind = find(slot.name)
         if kind == "embedding, head":
             is_head = slot.name.startswith("lm_head")
             head, embedding = (slot, embedding) if is_head else (head, slot)
