@@ -40,3 +40,10 @@ def all_to_device(hosts: Sequence[torch.Tensor], device: torch.device) -> list[t
         sent[start : start + host.nbytes].view(host.dtype).view(host.shape)
         for start, host in places
     ]
+
+
+def copy_into(target: torch.Tensor, host: torch.Tensor) -> None:
+    """Copy pinned `host` into `target`, on a device, in the order of the current stream. The caller
+    may drop `host` at once and must not change it.
+    """
+    target.copy_(host, non_blocking=True)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from engine.layers.step_inputs import Queries, StepTensors
+from engine.ops.to_device import copy_into
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _ALIGNED = 16  # bytes, at a multiple of which each array begins
@@ -154,7 +155,7 @@ class DecodeInputs:
         sampling_5B[:, used:] = 0  # idle rows are greedy
         of("num_used")[:] = used
         if not is_cpu:
-            self._packed[:num_bytes].copy_(host, non_blocking=True)
+            copy_into(self._packed[:num_bytes], host)
         if width:
             packed_Bw = self._packed[start:num_bytes].view(torch.int32).view(room, width)
             self._table_BC[:, :width].copy_(packed_Bw)
