@@ -129,7 +129,9 @@ class LLM:
             self.model, config, topology, names, self._reporter
         )
         self._on_all_ranks(lambda: self.model.finalize_weights(self._reporter.advance))
-        fitting = self._on_all_ranks(lambda: builder.plan_cache(self.model, config, topology))
+        fitting = self._on_all_ranks(
+            lambda: builder.plan_cache(self.model, config, topology, self.policy)
+        )
         num_blocks = agree_kv_blocks(fitting, topology.host_world)
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: builder.build_cache(self.model, config, topology, num_blocks)

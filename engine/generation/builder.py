@@ -157,8 +157,12 @@ def load_weights(
     )
 
 
-def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
+def plan_cache(
+    model: LanguageModel, config: Config, topology: Topology, policy: Policy | None = None
+) -> int:
     """Return the KV cache blocks that this rank's memory has room for; reserve the row buffers.
+
+    policy: of moe.policy; None: without one.
 
     Collective over EP and TP on CUDA: every rank must call.
 
@@ -167,7 +171,7 @@ def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
     """
     settings, spec = config.scheduler, model.kv_spec
     warm_up(model, topology, settings.block_size)
-    reserve = reserve_rows(model, config, topology)
+    reserve = reserve_rows(model, config, topology, policy)
     return num_kv_blocks(
         settings,
         bytes_per_block=spec.bytes_per_block(settings.block_size, model.kv_dtype),
@@ -250,9 +254,13 @@ def resolved_settings(
     return found
 
 
-def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> int:
+def reserve_rows(
+    model: LanguageModel, config: Config, topology: Topology, policy: Policy | None = None
+) -> int:
     """Limit the rows that a rank receives at once, and allocate the MoE row buffers: on CUDA, and
-    where a capacity policy bounds their size.
+    where a capacity policy bounds their size. Of layers that differ the widest decides.
+
+    policy: of moe.policy; None: moe.capacity holds in all layers.
 
     Returns the bytes that the layers' activations may still take.
 
@@ -280,12 +288,18 @@ def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> in
     )
     limits = config.scheduler
     # By experts per token and capacity settings, in which layers may differ.
-    kinds = {each.layer: (each.spec.router.top_k, each.agreement.capacity) for each in layers}
+    kinds = [
+        (
+            each.spec.router.top_k,
+            config.moe.capacity if policy is None else policy.layer(each.layer),
+        )
+        for each in layers
+    ]
     bounds = {
         (top_k, capacity): row_bound(
             replace(shape, top_k=top_k), capacity, limits.max_batch_tokens, limits.max_sequences
         )
-        for top_k, capacity in set(kinds.values())
+        for top_k, capacity in set(kinds)
     }
     bound = reduce(RowBound.join, bounds.values())
     dtype = model.dtype
@@ -297,10 +311,10 @@ def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> in
         # it has at most the room of that rank's own tokens more.
         widths = shape.hidden + layer.shared.ffn
         needed += limits.max_batch_tokens * 3 * widths * dtype.itemsize
-    for each in layers:
-        own = bounds[kinds[each.layer]]
+    for each, kind in zip(layers, kinds, strict=True):
+        own = bounds[kind]
         each.row_limit = own.received if own.has_rounds else None
-    is_limited = any(capacity.policy != "none" for _, capacity in bounds)
+    is_limited = any(capacity.policy != "none" for _, capacity in kinds)
     if not is_limited and not is_cuda:  # grown to the largest step seen
         return needed
     with memory_in_words(

@@ -76,11 +76,6 @@ class LayerAgreement:
         return self._stats
 
     @property
-    def capacity(self) -> CapacityConfig:
-        """The layer's capacity settings."""
-        return self._agreement.config
-
-    @property
     def adds_extras(self) -> bool:
         """Whether a policy gives tokens further experts."""
         return self._agreement.adds_extras

@@ -5,6 +5,7 @@ Run: pytest tests/distributed/test_policy_llm.py
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -143,59 +144,61 @@ def entries(results: list[dict[str, Any]], layer: int) -> list[list[Any]]:
     return list(by_step.values())
 
 
-def assert_as_the_reference_says(
+def dropped_as_the_reference_says(
     results: list[dict[str, Any]], layer: int, capacity: CapacityConfig
 ) -> int:
-    """Compare what a layer kept with the kept set of its own limits; return how much it dropped."""
+    """Compare what a layer kept with what its own settings keep; return how much it dropped."""
     world, dropped = len(results), 0
+    bounds = [expert_range(EXPERTS, world, rank)[0] for rank in range(world)] + [EXPERTS]
+    assert capacity.order != "score", "the log has no scores"
+    rules = reference.Rules(
+        factor=str(capacity.factor), scope=capacity.scope, order=capacity.order, layer=layer
+    )
     for ranks in entries(results, layer):
-        total = sum(int(each.eligible_T.sum()) for each in ranks)
-        k = ranks[0].topk_ids_TK.shape[1]
-        limit = reference.capacity_of(str(capacity.factor), total, k, EXPERTS)
-        owner = [r for r in range(world) for _ in range(expert_range(EXPERTS, world, r)[1])]
-        pools: dict[int, list[tuple[tuple[int, int], bool]]] = {}
-        for each in ranks:
-            for t, k in np.argwhere(each.eligible_T[:, None] & (each.topk_ids_TK >= 0)):
-                expert = int(each.topk_ids_TK[t, k])
-                pool = owner[expert] if capacity.scope == "rank" else expert
-                key = (int(each.request_T[t]), int(each.position_T[t]))
-                pools.setdefault(pool, []).append((key, bool(each.keep_TK[t, k])))
-            assert each.keep_TK[~each.eligible_T].all()
-        for pool, claims in pools.items():
-            slots = limit * (owner.count(pool) if capacity.scope == "rank" else 1)
-            assert sum(kept for _, kept in claims) == min(len(claims), slots)
-            dropped += sum(not kept for _, kept in claims)
-            if capacity.order == "first" and capacity.scope == "expert":
-                by_place = sorted(claims, key=lambda claim: (claim[0][1], claim[0][0]))
-                assert all(kept == (i < slots) for i, (_, kept) in enumerate(by_place))
+        inputs = [
+            reference.RankInput(
+                scores=np.zeros((len(each.request_T), EXPERTS), dtype=np.float32),
+                topk_ids=each.topk_ids_TK,
+                weights=np.zeros(each.topk_ids_TK.shape, dtype=np.float32),
+                request=each.request_T,
+                position=each.position_T,
+                competes=each.eligible_T,
+            )
+            for each in ranks
+        ]
+        top_k = ranks[0].topk_ids_TK.shape[1]
+        outcome = reference.decide(inputs, rules, reference.Family(), bounds, EXPERTS, top_k)
+        for each, wanted in zip(ranks, outcome.ranks, strict=True):
+            assert (each.keep_TK == wanted.keep).all()
+            dropped += int((~each.keep_TK).sum())
     return dropped
 
 
 def test_each_layer_keeps_what_its_own_limits_say(checkpoint, tmp_path):
     first = CapacityConfig(policy="token_drop", factor="0.7", order="first")
-    second = CapacityConfig(policy="token_drop", factor="0.9", scope="rank")
+    second = CapacityConfig(policy="token_drop", factor="0.9", scope="rank", order="random")
     results = run(checkpoint, policy=written(tmp_path, Policy({0: first, 1: second})))
     lost = [
-        assert_as_the_reference_says(results, i, each) for i, each in enumerate((first, second))
+        dropped_as_the_reference_says(results, i, each) for i, each in enumerate((first, second))
     ]
     assert [each["dropped"] for each in results[0]["layers"]] == lost
     assert min(lost) > 0
     assert sum(each["capacity"]["dropped"] for each in results[0]["records"]) == sum(lost)
 
 
-@pytest.mark.parametrize("tensor_like", [["prefill"], ["decode"]])
-def test_layers_may_limit_different_phases(tensor_like, checkpoint, tmp_path):
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_layers_may_limit_different_phases(phase, checkpoint, tmp_path):
     first = CapacityConfig(
         policy="token_drop", factor="0.5", order="first", phases=("prefill", "decode")
     )
-    second = CapacityConfig(policy="token_drop", factor="0.5", phases=tuple(tensor_like))
+    second = CapacityConfig(policy="token_drop", factor="0.5", order="last", phases=(phase,))
     results = run(checkpoint, chunk=32, policy=written(tmp_path, Policy({0: first, 1: second})))
-    assert assert_as_the_reference_says(results, 0, first) > 0
-    assert assert_as_the_reference_says(results, 1, second) > 0
+    assert dropped_as_the_reference_says(results, 0, first) > 0
+    assert dropped_as_the_reference_says(results, 1, second) > 0
     for rank in results:
         for entry in rank["log"]:
             in_prompt = entry.position_T < [len(PROMPTS[r]) for r in entry.request_T]
-            expected = in_prompt if tensor_like == ["prefill"] else ~in_prompt
+            expected = in_prompt if phase == "prefill" else ~in_prompt
             wanted = np.ones_like(in_prompt) if entry.layer == 0 else expected
             assert (entry.eligible_T == wanted).all()
 
@@ -216,8 +219,12 @@ def test_a_layer_that_drops_nothing_exchanges_what_a_dropless_layer_does(
     # Of the last layer only the rows that are read, though the step is limited.
     rows = [sum(each[0]["layers"][layer]["expert_loads"]) for each in (limited, plain)]
     assert rows[0] == rows[1]
-    routed = [sum(each["capacity"]["assignments"] for each in r[0]["records"]) for r in (limited, plain)]
-    assert routed[0] - routed[1] == (0 if layer == 1 else routed[0] - routed[1])
+    if layer == LAYERS - 1:
+        routed = [
+            [each["capacity"]["assignments"] for each in run[0]["records"]]
+            for run in (limited, plain)
+        ]
+        assert routed[0] == routed[1]
 
 
 def placed(precision: str) -> Placement:
@@ -227,7 +234,9 @@ def placed(precision: str) -> Placement:
 
 def with_placement(folder: Path, policy: Policy, precision: str) -> Policy:
     placement_file.write_placement(placed(precision), folder / "p.yaml")
-    return replace(policy, placement=NamedPlacement("p.yaml", placement_file.digest(placed(precision))))
+    return replace(
+        policy, placement=NamedPlacement("p.yaml", placement_file.digest(placed(precision)))
+    )
 
 
 @pytest.mark.parametrize("precision", ["model", "int4"])
@@ -266,7 +275,7 @@ def test_the_report_has_what_the_policy_promised(checkpoint, tmp_path):
     assert report.expected == asdict(expected)
     assert report.data == {"text.jsonl": "9a1b"}
     assert report.layers[0]["factor"] == "1"
-    assert 0 < report.share <= 1
+    assert report.share > 0
 
 
 WRONG: dict[str, tuple[Policy, str, dict[str, Any]]] = {
@@ -308,11 +317,13 @@ def test_another_placement_than_the_named_one_is_refused(checkpoint, tmp_path):
 
 
 def generate_from(rank: int, path: Path, folder: Path) -> None:
-    generate(rank, path, {"policy": str(folder / f"{rank}.yaml")}, 2048)
+    os.chdir(folder / str(rank))  # as on hosts of their own
+    generate(rank, path, {"policy": "policy.yaml"}, 2048)
 
 
 def test_different_files_on_the_ranks_are_refused(checkpoint, tmp_path):
     for rank, factor in enumerate(("1", "1.5")):
-        written(tmp_path, equal(replace(DROP, factor=factor)), f"{rank}.yaml")
+        (tmp_path / str(rank)).mkdir()
+        written(tmp_path / str(rank), equal(replace(DROP, factor=factor)))
     with pytest.raises(RanksFailed, match="hold different files"):
         run_ranks(generate_from, 2, checkpoint, tmp_path, timeout=60)

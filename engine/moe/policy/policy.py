@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from engine.config import CapacityConfig, RequestPhase
 from engine.config.validation import rule
 
-_SHARE = rule("above 0 and at most 1", lambda value: 0 < value <= 1)
+_SHARE = rule("finite and above 0", lambda value: 0 < value < float("inf"))
 _FINITE = rule("a finite number", lambda value: abs(value) < float("inf"))
 
 
@@ -23,7 +23,7 @@ class Expected:
     """What a policy is expected to give, on the text that it was made with."""
 
     share: float | None = field(default=None, metadata=_SHARE)  # of perfect balance: the mean
-    # rank's rows before capacity over the most loaded rank's after
+    # rank's rows before capacity over the most loaded rank's after; with gamma below 1 above 1
     loss: float | None = field(default=None, metadata=_FINITE)  # added by the policy over that of
     # dropless, as a share of it: 0.001 is 0.1%
     bound: float | None = field(default=None, metadata=_FINITE)  # one-sided, of the same on
