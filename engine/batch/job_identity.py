@@ -77,6 +77,7 @@ def make_manifest(
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
+    moe.policy is there by its hash, and moe.capacity is left out then.
     Those of moe.dispatch, moe.shared_expert, model.quantization, model.implementation, the
     placement and later ones of sampling are left out where they have their defaults, so that older
     ledgers still resume.
@@ -149,7 +150,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if format_of(old) != format_of(new):
         found.append(f"batch.format was {format_of(old)}, is {format_of(new)}")
     was, is_ = old["settings"], new["settings"]
+    # A manifest with a policy has no moe.capacity, whose place it takes.
+    other_way = ("moe.policy" in was) != ("moe.policy" in is_)
     for key in sorted(was.keys() | is_.keys()):
+        if other_way and key.startswith("moe.capacity."):
+            continue
         if was.get(key) != is_.get(key):
             before, now = (json.dumps(_value(each, key)) for each in (was, is_))
             found.append(f"{key} was {before}, is {now}")

@@ -21,6 +21,7 @@ from engine.config import (
     ModelConfig,
     MoEConfig,
     OverlapConfig,
+    ParallelConfig,
     SchedulerConfig,
 )
 from engine.distributed.groups import expert_range
@@ -50,8 +51,10 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def generate(rank: int, path: Path, moe: dict[str, Any], chunk: int) -> dict[str, Any]:
+    moe = dict(moe)
     config = Config(
-        model=ModelConfig(path=str(path), max_model_len=64),
+        model=ModelConfig(path=str(path), max_model_len=64, **moe.pop("model", {})),
+        parallel=ParallelConfig(**moe.pop("parallel", {})),
         # Each rank runs a common prefix once, so its decisions depend on the number of ranks.
         scheduler=SchedulerConfig(
             kv_cache_blocks=128, block_size=4, max_batch_tokens=chunk, prefix_cache=False
@@ -125,6 +128,35 @@ def test_equal_layers_give_what_the_global_setting_gives(world, settings, checkp
     for one, other in zip(by_policy, globally, strict=True):
         same(one, other)
         assert one["policy"].file == file
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"implementation": "transformers"}},
+        {"parallel": {"expert": 2, "tensor": 2}},
+    ],
+    ids=str,
+)
+def test_tensor_ranks_and_models_of_transformers_take_a_policy(settings, checkpoint, tmp_path):
+    world = 4 if "parallel" in settings else 2
+    both = CapacityConfig(policy="token_drop", factor="0.5", phases=("prefill", "decode"))
+    globally = run(checkpoint, world, chunk=32, capacity=both, **settings)
+    by_policy = run(checkpoint, world, chunk=32, policy=written(tmp_path, equal(both)), **settings)
+    for one, other in zip(by_policy, globally, strict=True):
+        same(one, other)
+    for phases in (("prefill",), ("decode",)):
+        differs = Policy({0: both, 1: replace(both, phases=phases)})
+        results = run(checkpoint, world, chunk=32, policy=written(tmp_path, differs), **settings)
+        assert all(each["dropped"] > 0 for each in results[0]["layers"])
+        for rank in results:
+            for entry in rank["log"]:
+                in_prompt = entry.position_T < [len(PROMPTS[r]) for r in entry.request_T]
+                wanted = in_prompt if phases == ("prefill",) else ~in_prompt
+                assert entry.layer == 0 or (entry.eligible_T == wanted).all()
+    results = run(checkpoint, world, policy=written(tmp_path, Policy({0: both})), **settings)
+    assert [each["dropped"] > 0 for each in results[0]["layers"]] == [True, False]
 
 
 def test_a_policy_without_layers_gives_what_a_dropless_job_gives(checkpoint, tmp_path):

@@ -39,7 +39,7 @@ def topology() -> Any:
 
 
 def step_of(decoding: list[int], prompts: list[int]) -> Step:
-    """A step of one token for each sequence that decodes, then of whole prompts, by their lengths."""
+    """A step of one token per sequence that decodes, then of whole prompts, by their lengths."""
     slices = []
     for index, length in enumerate([*decoding, *prompts]):
         request = Request(
