@@ -109,17 +109,23 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
         np.testing.assert_equal(asdict(a), asdict(b))
 
 
+EQUAL: list[dict[str, Any]] = [
+    {"factor": "1", "scope": "rank"},
+    {"factor": "0.8", "order": "random", "phases": ("prefill", "decode")},
+    {"factor": "1", "policy": "expanded_drop", "phases": ("decode",)},
+    {"factor": "inf"},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("world", "settings"),
     [
-        {"factor": "1", "scope": "rank"},
-        {"factor": "0.8", "order": "random", "phases": ("prefill", "decode")},
-        {"factor": "1", "policy": "expanded_drop", "phases": ("decode",)},
-        {"factor": "inf"},
+        pytest.param(world, settings, marks=() if settings is EQUAL[0] else pytest.mark.long)
+        for world in (1, 2, 3)
+        for settings in EQUAL
     ],
     ids=str,
 )
-@pytest.mark.parametrize("world", [1, 2, 3])
 def test_equal_layers_give_what_the_global_setting_gives(world, settings, checkpoint, tmp_path):
     capacity = CapacityConfig(**{"policy": "token_drop", **settings})
     file = written(tmp_path, equal(capacity))
@@ -271,8 +277,15 @@ def with_placement(folder: Path, policy: Policy, precision: str) -> Policy:
     )
 
 
-@pytest.mark.parametrize("precision", ["model", "int4"])
-@pytest.mark.parametrize("replan", ["off", 2])
+@pytest.mark.parametrize(
+    ("precision", "replan"),
+    [
+        ("model", "off"),
+        pytest.param("int4", "off", marks=pytest.mark.long),
+        pytest.param("model", 2, marks=pytest.mark.long),
+        pytest.param("int4", 2, marks=pytest.mark.long),
+    ],
+)
 def test_a_policy_with_a_placement_gives_what_the_two_settings_give(
     precision, replan, checkpoint, tmp_path
 ):
