@@ -323,6 +323,25 @@ def test_the_report_has_what_the_policy_promised(checkpoint, tmp_path):
     assert report.share > 0
 
 
+def capacity_set_later(rank: int, path: Path, file: str | None) -> tuple[Any, ...]:
+    moe = MoEConfig(policy=file) if file is not None else MoEConfig(capacity=DROP)
+    llm = LLM(Config(model=ModelConfig(path=str(path), max_model_len=64), moe=moe))
+    llm.set_capacity(DROP)
+    done = llm.generate(PROMPTS, SamplingParams(max_new_tokens=4, ignore_eos=True))
+    report, policy = llm.report, llm.policy
+    llm.close()
+    assert report is not None and report.policy is policy is None
+    return [item.record() for item in done], [each.dropped for each in report.layers]
+
+
+def test_a_capacity_set_between_runs_takes_the_place_of_the_policy(checkpoint, tmp_path):
+    file = written(tmp_path, Policy({0: replace(DROP, factor="0.6")}))
+    later, globally = (
+        run_ranks(capacity_set_later, 2, checkpoint, given, timeout=120) for given in (file, None)
+    )
+    assert later == globally and min(later[0][1]) > 0
+
+
 WRONG: dict[str, tuple[Policy, str, dict[str, Any]]] = {
     "a layer that is not there": (Policy({9: DROP}), "layers.9: is no MoE layer", {}),
     "another model": (equal(DROP, fingerprint="0123"), "was made for another model", {}),
