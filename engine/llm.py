@@ -33,7 +33,7 @@ from engine.generation.detokenizer import load_eos_token_ids
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop
 from engine.generation.memory import agree_kv_blocks
-from engine.generation.moe_step import CopiesUse
+from engine.generation.moe_step import CopiesUse, LayerPhases
 from engine.generation.prefix_order import deal_requests
 from engine.generation.prompt_encoder import PromptEncoder
 from engine.generation.replanner import OnChange, Replanner
@@ -41,6 +41,7 @@ from engine.generation.request_source import ListSource, RequestSource, Sink, pa
 from engine.generation.tokenizer import load_tokenizer
 from engine.generation.totals import OnStep
 from engine.models.placement import resolve_placement
+from engine.models.policy import in_place_of, resolve_policy
 from engine.models.registry import read_config, unread_parts
 from engine.models.weight_dtype import agree_dtype, model_dtype
 from engine.profiling.decisions import LayerDecision
@@ -102,6 +103,9 @@ class LLM:
         hf_config = self._on_all_ranks(
             lambda: read_config(Path(config.model.path), config.model.implementation)
         )
+        self.policy = self._on_all_ranks(lambda: resolve_policy(config, hf_config, topology))
+        if self.policy is not None:
+            self.config = config = in_place_of(self.policy, config)
         if topology.world.rank == 0 and (unread := unread_parts(Path(config.model.path))):
             logger.warning("model.path = %r: %s", config.model.path, unread)
         every = builder.profiler_every(config, topology.device)
@@ -117,7 +121,7 @@ class LLM:
         )
         dtype = agree_dtype(own, config, topology)
         self.model = self._on_all_ranks(
-            lambda: builder.build(config, hf_config, topology, dtype, placement)
+            lambda: builder.build(config, hf_config, topology, dtype, placement, self.policy)
         )
         self.model.set_telemetry(self._telemetry)
         names = self._on_all_ranks(lambda: builder.checkpoint_names(config))
@@ -125,7 +129,9 @@ class LLM:
             self.model, config, topology, names, self._reporter
         )
         self._on_all_ranks(lambda: self.model.finalize_weights(self._reporter.advance))
-        fitting = self._on_all_ranks(lambda: builder.plan_cache(self.model, config, topology))
+        fitting = self._on_all_ranks(
+            lambda: builder.plan_cache(self.model, config, topology, self.policy)
+        )
         num_blocks = agree_kv_blocks(fitting, topology.host_world)
         self._runner, self._scheduler = self._on_all_ranks(
             lambda: builder.build_cache(self.model, config, topology, num_blocks)
@@ -267,9 +273,24 @@ class LLM:
             )
         )
         self._reporter.begin("starting the run")
-        capacity = self.config.moe.capacity
+        capacity, copies = self.config.moe.capacity, self._copies_use()
+        phases = () if capacity.policy == "none" else capacity.phases
+        layer_phases = None
+        if self.policy is not None:
+            by_layer = {
+                each.layer: self.policy.phases(each.layer) for each in self.model.moe_layers
+            }
+            low_bit = copies is not None and copies.low_bit
+            layer_phases = LayerPhases(by_layer, self.model.num_layers - 1, low_bit)
+            phases = layer_phases.all
         with MeasuredRun(
-            self.config, self.topology, self.model, self._scheduler, self._telemetry, exporters
+            self.config,
+            self.topology,
+            self.model,
+            self._scheduler,
+            self._telemetry,
+            exporters,
+            self.policy,
         ) as measured:
             loop = GenerationLoop(
                 self._runner,
@@ -281,8 +302,9 @@ class LLM:
                 tokenizer=self.tokenizer,
                 eos_token_ids=self.eos_token_ids,
                 top_k=self.model.top_k,
-                capacity_phases=() if capacity.policy == "none" else capacity.phases,
-                copies=self._copies_use(),
+                capacity_phases=phases,
+                layer_phases=layer_phases,
+                copies=copies,
                 exchange=self.config.moe.dispatch.exchange,
                 replanner=self._replanner,
             )
@@ -316,14 +338,16 @@ class LLM:
     def set_capacity(self, capacity: CapacityConfig) -> None:
         """Change moe.capacity between runs; every rank must pass the same settings.
 
+        It holds in all layers, instead of a policy's; the policy's placement stays.
+
         Raises:
             ValueError: settings that contradict each other, or that this model does not support on
             this many ranks.
         """
-        config = replace(self.config, moe=replace(self.config.moe, capacity=capacity))
+        config = replace(self.config, moe=replace(self.config.moe, capacity=capacity, policy=None))
         for layer in self.model.moe_layers:
             layer.set_capacity(capacity)
-        self.config = config
+        self.config, self.policy = config, None
         builder.reserve_rows(self.model, config, self.topology)
 
     def record_decisions(self) -> list[LayerDecision]:

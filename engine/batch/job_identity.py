@@ -24,6 +24,8 @@ from engine.config import (
 from engine.config.validation import type_hints
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.moe.placement.placement_file import digest, read_placement
+from engine.moe.policy.policy_file import digest as policy_digest
+from engine.moe.policy.policy_file import placement_path, read_policy
 from engine.weights.fingerprint import changed_files, fingerprint
 
 VERSION = 1
@@ -54,6 +56,9 @@ def make_manifest(
     """
     settings = result_settings(config)
     canonical = json.dumps(settings, sort_keys=True).encode()
+    policy = {}
+    if config.moe.policy is not None:  # where it was: its hash is among the settings
+        policy = {"policy": {"path": config.moe.policy, "digest": settings["moe.policy"]}}
     return {
         "version": VERSION,
         "input": {
@@ -65,12 +70,14 @@ def make_manifest(
         "settings": settings,
         "settings_sha256": hashlib.sha256(canonical).hexdigest(),
         "files": fingerprint(config.model, report),
+        **policy,
     }
 
 
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that change results, by dotted name; JSON-ready.
 
+    moe.policy is there by its hash, and moe.capacity is left out then.
     Those of moe.dispatch, moe.shared_expert, model.quantization, model.implementation, the
     placement and later ones of sampling are left out where they have their defaults, so that older
     ledgers still resume.
@@ -102,9 +109,15 @@ def result_settings(config: Config) -> dict[str, Any]:
     }
     if config.moe.shared_expert != MoEConfig().shared_expert:
         tree["moe"]["shared_expert"] = config.moe.shared_expert
-    if config.moe.placement != CONTIGUOUS:
+    placement = config.moe.placement
+    if config.moe.policy is not None:  # takes the place of these two
+        del tree["moe"]["capacity"]
+        policy = read_policy(config.moe.policy)
+        tree["moe"]["policy"] = policy_digest(policy)
+        placement = placement_path(policy, config.moe.policy) or CONTIGUOUS
+    if placement != CONTIGUOUS:
         # What it says, not where it is: a copy of the file elsewhere is the same placement.
-        tree["moe"]["placement"] = digest(read_placement(config.moe.placement))
+        tree["moe"]["placement"] = digest(read_placement(placement))
         copies = asdict(config.moe.copies)
         tree["moe"]["copies"] = {key: copies[key] for key in ("phases", "target", "min_rows")}
     return json.loads(json.dumps(_flat(tree)))
@@ -137,7 +150,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if format_of(old) != format_of(new):
         found.append(f"batch.format was {format_of(old)}, is {format_of(new)}")
     was, is_ = old["settings"], new["settings"]
+    # A manifest with a policy has no moe.capacity, whose place it takes.
+    other_way = ("moe.policy" in was) != ("moe.policy" in is_)
     for key in sorted(was.keys() | is_.keys()):
+        if other_way and key.startswith("moe.capacity."):
+            continue
         if was.get(key) != is_.get(key):
             before, now = (json.dumps(_value(each, key)) for each in (was, is_))
             found.append(f"{key} was {before}, is {now}")

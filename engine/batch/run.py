@@ -37,7 +37,7 @@ from engine.batch.progress import ProgressBar
 from engine.batch.prompt_job import PromptJob
 from engine.batch.retry_rounds import RetryRequest
 from engine.batch.work_queue import WorkQueue
-from engine.config import Config
+from engine.config import CapacityConfig, Config
 from engine.config.loader import to_yaml
 from engine.distributed.collectives import broadcast_object, gather_objects
 from engine.distributed.error_file import record_error
@@ -176,9 +176,11 @@ def _run(
         if done := job.open(key, overwrite=overwrite):
             console.print(done, highlight=False, soft_wrap=True)
             return job.num_errors, job.num_total, job.errors_in()
-        counts, run = _Counts(), None
+        counts, run, capacity = _Counts(), None, config.moe.capacity
         if len(job.lines):
-            run = _generate(job, config, topology, key, counts, interrupts, watchdog, reporter)
+            run, capacity = _generate(
+                job, config, topology, key, counts, interrupts, watchdog, reporter
+            )
         reporter.begin("closing its ledger shard")
         job.close()
         reporter.wait()
@@ -199,7 +201,7 @@ def _run(
                 cached_tokens=sum(each.cached_tokens for each in all_counts),
                 user_keys=dict(sum((each.user_keys for each in all_counts), Counter())),
                 run=run,
-                capacity=config.moe.capacity,
+                capacity=capacity,
                 shared_prefixes=job.shared_prefixes,
                 error_file=job.error_file,
             )
@@ -227,8 +229,12 @@ def _generate(
     interrupts: Interrupts,
     watchdog: Watchdog,
     reporter: ProgressReporter,
-) -> RunReport:
-    """Load the model, run every pending line through it, and add what finished to `counts`."""
+) -> tuple[RunReport, CapacityConfig]:
+    """Load the model, run every pending line through it, and add what finished to `counts`.
+
+    Returns the report and the capacity settings: with moe.policy those of the first layer that it
+    limits.
+    """
     reporter.begin("loading the model")
     from engine.llm import LLM  # the model code, which a job that is refused never needs
 
@@ -296,7 +302,7 @@ def _generate(
             report = llm.run(queue, write, on_step, stop, on_end)
             interrupts.finished()
             counts.user_keys = parse.user_keys.lines
-            return report
+            return report, llm.config.moe.capacity
         except RankError:  # an address or a folder that could be opened before the model was loaded
             raise
         except ValueError as error:

@@ -4,9 +4,10 @@ The YAML read here is the 1.2 core schema: only true and false are booleans, 1e-
 key given twice is an error. A number keeps its written form, so `factor: 1.1` is exactly 11/10.
 
 Paths: a relative `--config` is looked up as it is written, then in configs/ (the suffix .yaml may
-be left out). A relative `model.path`, `model.tokenizer` or `moe.placement` is looked up from the
-working directory, then from the project's root; one that exists in neither is kept as written. `~`
-is expanded in these, in `profiler.spans` and in `profiler.routing`, environment variables are not.
+be left out). A relative `model.path`, `model.tokenizer`, `moe.placement` or `moe.policy` is looked
+up from the working directory, then from the project's root; one that exists in neither is kept as
+written. `~` is expanded in these, in `profiler.spans` and in `profiler.routing`, environment
+variables are not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, get_args, get_origin
 import yaml
 
 from engine.config import CONTIGUOUS, Config, ModelConfig, MoEConfig, ProfilerConfig
-from engine.config.validation import ConfigError, alternatives, type_hints
+from engine.config.validation import ConfigError, alternatives, field_problems, type_hints
 
 _INSTALLED = Path(__file__).resolve().parents[2]
 # Holds configs/: a checkout itself, or what setup.py puts into a wheel.
@@ -121,7 +122,7 @@ def load_config(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
         ConfigError: lists every unknown key, missing key, wrong type and broken rule.
     """
     path = find_config(name_or_path)
-    tree = _parse(_read(path), str(path))
+    tree = parse_yaml(_read(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections of keys ({', '.join(type_hints(Config))})")
     for override in overrides:
@@ -173,6 +174,44 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def dump_yaml(tree: Any) -> str:
+    """Return plain data as YAML, innermost lists and mappings on one line."""
+    return yaml.dump(
+        tree,
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=True,
+        width=100,
+    )
+
+
+def written_number(text: str) -> float:
+    """Return a number that `dump_yaml` writes as this text."""
+    return _WrittenNumber(text)
+
+
+def section_from_tree(section: type, tree: Mapping[Any, Any], prefix: str) -> Any:
+    """Return a settings dataclass without sections of its own from a mapping, as parsed YAML.
+
+    Args:
+        prefix: text before each field's name in errors.
+
+    Raises:
+        ConfigError: lists every unknown key, wrong type and broken rule.
+    """
+    hints = type_hints(section)
+    if unknown := [key for key in tree if key not in hints]:
+        raise ConfigError(
+            f"{prefix}{unknown[0]} = {_shown(tree[unknown[0]])}: unknown key; the keys here are "
+            f"{', '.join(hints)}"
+        )
+    made = section(**{key: _convert(value, hints[key]) for key, value in tree.items()})
+    if problems := list(field_problems(made, prefix)):
+        raise ConfigError(*problems)
+    return made
+
+
 def digest(config: Config) -> str:
     """Return the sha256 (hex) of the config's YAML: equal for equal settings from any source."""
     return hashlib.sha256(to_yaml(config).encode()).hexdigest()
@@ -196,7 +235,13 @@ def _read(path: Path) -> str:
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """Return what a YAML text holds; numbers keep their written form.
+
+    source: of the text, as errors name it.
+
+    Raises `ConfigError`.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except _YAML_ERRORS as error:
@@ -216,7 +261,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise ConfigError(f"--set {override}: {'.'.join(keys[:depth])} holds no keys")
         tree = below
-    tree[keys[-1]] = _parse(text, f"--set {override}")
+    tree[keys[-1]] = parse_yaml(text, f"--set {override}")
     if comment := _comment(text):
         raise ConfigError(
             f"--set {override}: {comment} is a comment in YAML and would be left out; quote the "
@@ -274,6 +319,8 @@ def _construct(section: type, values: Mapping[str, Any]) -> Any:
         built.update({key: _resolve(built[key]) for key in ("path", "tokenizer") if key in built})
     if section is MoEConfig and built.get("placement", CONTIGUOUS) != CONTIGUOUS:
         built["placement"] = _resolve(built["placement"])
+    if section is MoEConfig and built.get("policy") is not None:
+        built["policy"] = _resolve(built["policy"])
     if section is ProfilerConfig:
         for key in ("spans", "routing"):
             if isinstance(built.get(key), str):

@@ -146,6 +146,8 @@ class MoEConfig:
 
     placement: str = field(default=CONTIGUOUS, metadata=PATH)  # which ranks hold which experts:
     # contiguous, or a file that tools/plan_placement.py has written
+    policy: str | None = field(default=None, metadata=PATH)  # a file with capacity per layer and a
+    # placement, which takes the place of moe.capacity and moe.placement; null: these two
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)

@@ -44,8 +44,13 @@ def check_runnable(config: Config, environ: Mapping[str, str]) -> None:
         environ: the launcher's environment, with the number of ranks on this host.
     """
     problems = [*_checkpoint_problems(config), *_device_problems(config, environ)]
-    placement = config.moe.placement
-    if placement != CONTIGUOUS and not os.path.isfile(placement):
+    placement, policy = config.moe.placement, config.moe.policy
+    if policy is not None and not os.path.isfile(policy):
+        problems.append(
+            f"moe.policy = {policy!r}: no such file{_literal(policy)}; name a policy file "
+            "(docs/policy.md), or pass --set moe.policy=null"
+        )
+    elif policy is None and placement != CONTIGUOUS and not os.path.isfile(placement):
         problems.append(
             f"moe.placement = {placement!r}: no such file{_literal(placement)}; name one that "
             "tools/plan_placement.py has written, or pass --set moe.placement=contiguous"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.config.attention import AttentionConfig
 from engine.config.moe import CONTIGUOUS, CapacityConfig, MoEConfig
@@ -21,7 +21,7 @@ from engine.config.profiler import ProfilerConfig
 from engine.config.rules import COUNT, TEXT
 from engine.config.runtime import RuntimeConfig, SchedulerConfig
 from engine.config.sampling import SamplingConfig
-from engine.config.validation import ConfigError, field_problems, rule
+from engine.config.validation import ConfigError, field_problems, rule, type_hints
 
 _NUMBER_OR_AUTO = rule("at least 1, or auto", lambda value: value == "auto" or value >= 1)
 
@@ -108,6 +108,11 @@ def _combination_problems(config: Config) -> Iterator[str]:
         yield (
             f"parallel.tensor = {parallel.tensor}: must divide parallel.expert = {parallel.expert}"
         )
+    if config.moe.policy in get_args(type_hints(CapacityConfig)["policy"]):
+        yield (
+            f"moe.policy = {config.moe.policy!r}: must be the path of a policy file; did you mean "
+            "moe.capacity.policy?"
+        )
     if capacity.policy != "expanded_drop":
         default = CapacityConfig()
         for name in ("expand", "tiers", "extras"):
@@ -167,7 +172,8 @@ def _combination_problems(config: Config) -> Iterator[str]:
             f"capacity, and moe.capacity.policy is {capacity.policy}; use none, or "
             "moe.overlap.chunks instead"
         )
-    if config.moe.copies.replan != "off" and config.moe.placement == CONTIGUOUS:
+    placed = config.moe.placement != CONTIGUOUS or config.moe.policy is not None
+    if config.moe.copies.replan != "off" and not placed:
         yield (
             f"moe.copies.replan = {config.moe.copies.replan}: changes the copies of a placement, "
             "and moe.placement is contiguous; name a file with copies, or set replan to off"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.config import Config
+from engine.config import CapacityConfig, Config
 from engine.config.world_rules import validate_world
 from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
@@ -33,11 +33,13 @@ from engine.layers.mlp import DenseMLP
 from engine.layers.precision import cache_dtype, compute_dtype
 from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
+from engine.models.policy import set_policy
 from engine.models.registry import build_model, read_spec
 from engine.models.warm_up import warm_up
 from engine.models.weight_dtype import dtype_in_words
 from engine.moe.layer_static import COUNTED, STATIC
 from engine.moe.placement.placement import Placement
+from engine.moe.policy.policy import Policy
 from engine.weights import loader
 from engine.weights.formats.grouping import read_weights
 
@@ -70,6 +72,7 @@ def build(
     topology: Topology,
     dtype: torch.dtype,
     placement: Placement | None = None,
+    policy: Policy | None = None,
 ) -> LanguageModel:
     """Build this rank's part of the model, its weights uninitialised.
 
@@ -77,6 +80,7 @@ def build(
         hf_config: the checkpoint's transformers configuration.
         dtype: of the weights, the same on every rank (`agree_dtype`).
         placement: of the experts; None: contiguous homes.
+        policy: of moe.policy; None: without one.
 
     Collective over EP on CUDA: every rank must call.
 
@@ -90,8 +94,12 @@ def build(
     if held.layouts and config.moe.experts.backend == "auto":  # nothing to measure
         experts = replace(config.moe.experts, backend="torch")
         config = replace(config, moe=replace(config.moe, experts=experts))
+    if policy is not None:  # layers get their settings once they are built
+        config = replace(config, moe=replace(config.moe, capacity=CapacityConfig()))
     config, topology = measured_at_start(config, spec, topology, dtype)
     model = build_model(hf_config, config, topology, device, dtype, placement, held.layouts)
+    if policy is not None:
+        set_policy(model, policy, config.moe.policy or "")
     model.quantization = held.name
     model.kv_dtype = cache_dtype(config.scheduler.kv_dtype, model.dtype)
     backend = choose_backend(
@@ -149,8 +157,12 @@ def load_weights(
     )
 
 
-def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
+def plan_cache(
+    model: LanguageModel, config: Config, topology: Topology, policy: Policy | None = None
+) -> int:
     """Return the KV cache blocks that this rank's memory has room for; reserve the row buffers.
+
+    policy: of moe.policy; None: without one.
 
     Collective over EP and TP on CUDA: every rank must call.
 
@@ -159,7 +171,7 @@ def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
     """
     settings, spec = config.scheduler, model.kv_spec
     warm_up(model, topology, settings.block_size)
-    reserve = reserve_rows(model, config, topology)
+    reserve = reserve_rows(model, config, topology, policy)
     return num_kv_blocks(
         settings,
         bytes_per_block=spec.bytes_per_block(settings.block_size, model.kv_dtype),
@@ -242,40 +254,52 @@ def resolved_settings(
     return found
 
 
-def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> int:
+def reserve_rows(
+    model: LanguageModel, config: Config, topology: Topology, policy: Policy | None = None
+) -> int:
     """Limit the rows that a rank receives at once, and allocate the MoE row buffers: on CUDA, and
-    where a capacity policy bounds their size.
+    where a capacity policy bounds their size. Of layers that differ the widest decides.
+
+    policy: of moe.policy; None: moe.capacity holds in all layers.
 
     Returns the bytes that the layers' activations may still take.
 
     Raises:
         ValueError: they do not fit into memory; the text names the setting.
     """
-    if not model.moe_layers:
+    layers = model.moe_layers
+    if not layers:
         return 0
     # Of the layers, which share the buffers, the one with the widest rows: deduplicated ones have
     # the mask of a rank's experts, and tokens of one expert are not deduplicated.
     layer = max(
-        model.moe_layers,
+        layers,
         key=lambda each: (each.spec.router.top_k > 1, each.instances.most_local),
     )
-    capacity = config.moe.capacity
     shape = MoEShape(
         num_ranks=topology.expert.size,
         top_k=layer.spec.router.top_k,
         num_experts=layer.spec.router.num_experts,
-        num_local_experts=max(each.instances.most_local for each in model.moe_layers),
-        num_homes=max(each.instances.most_homes for each in model.moe_layers),
-        has_copies=any(each.instances.has_copies for each in model.moe_layers),
+        num_local_experts=max(each.instances.most_local for each in layers),
+        num_homes=max(each.instances.most_homes for each in layers),
+        has_copies=any(each.instances.has_copies for each in layers),
         hidden=layer.spec.width,
         ffn=layer.spec.ffn,
     )
     limits = config.scheduler
-    bounds = {  # by experts per token, in which layers may differ
-        top_k: row_bound(
+    # By experts per token and capacity settings, in which layers may differ.
+    kinds = [
+        (
+            each.spec.router.top_k,
+            config.moe.capacity if policy is None else policy.layer(each.layer),
+        )
+        for each in layers
+    ]
+    bounds = {
+        (top_k, capacity): row_bound(
             replace(shape, top_k=top_k), capacity, limits.max_batch_tokens, limits.max_sequences
         )
-        for top_k in {each.spec.router.top_k for each in model.moe_layers}
+        for top_k, capacity in set(kinds)
     }
     bound = reduce(RowBound.join, bounds.values())
     dtype = model.dtype
@@ -287,15 +311,17 @@ def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> in
         # it has at most the room of that rank's own tokens more.
         widths = shape.hidden + layer.shared.ffn
         needed += limits.max_batch_tokens * 3 * widths * dtype.itemsize
-    for each in model.moe_layers:
-        own = bounds[each.spec.router.top_k]
+    for each, kind in zip(layers, kinds, strict=True):
+        own = bounds[kind]
         each.row_limit = own.received if own.has_rounds else None
-    if capacity.policy == "none" and not is_cuda:  # grown to the largest step seen
+    is_limited = any(capacity.policy != "none" for _, capacity in kinds)
+    if not is_limited and not is_cuda:  # grown to the largest step seen
         return needed
     with memory_in_words(
         f"scheduler.max_batch_tokens = {limits.max_batch_tokens}: the rows that a rank may have in "
         "one step do not fit into memory; lower it, use more ranks, or "
-        "moe.capacity.policy = none, which reserves nothing"
+        f"{'moe.policy = null' if config.moe.policy else 'moe.capacity.policy = none'}, which "
+        "reserves nothing"
     ):
         layer.reserve(bound.sent, bound.received)
     return needed - model.row_buffers.num_bytes

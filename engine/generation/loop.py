@@ -31,6 +31,7 @@ from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.moe_step import (
     CopiesUse,
     ExchangeWay,
+    LayerPhases,
     build_moe_step,
     capacity_uses,
     count_eligible,
@@ -77,6 +78,7 @@ class GenerationLoop:
         eos_token_ids: Collection[int],
         top_k: list[int],
         capacity_phases: Collection[RequestPhase] = (),
+        layer_phases: LayerPhases | None = None,
         copies: CopiesUse | None = None,
         replanner: Replanner | None = None,
         exchange: ExchangeWay = "counted",
@@ -89,6 +91,8 @@ class GenerationLoop:
             top_k: experts per token in each layer.
             capacity_phases: the phases whose tokens are subject to expert capacity; empty without a
                 capacity policy.
+            layer_phases: the same layer by layer, where they may differ (moe.policy); None: all
+                layers have the same.
             copies: when experts' copies take rows; None: there are none.
             replanner: changes the copies as the job runs; None: they stay.
             exchange: moe.dispatch.exchange.
@@ -106,9 +110,12 @@ class GenerationLoop:
         self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
         self._limited, self._copies = bool(capacity_phases), copies
         self._counts_copies = copies is not None and copies.low_bit
-        self._phases = tuple(capacity_phases)
+        self._phases = self._counted_phases = tuple(capacity_phases)
+        self._layer_phases = layer_phases if self._limited else None
+        if self._layer_phases is not None:
+            self._counted_phases = self._layer_phases.counted
         if copies is not None and copies.low_bit and not self._limited:
-            self._phases = tuple(copies.phases)
+            self._phases = self._counted_phases = tuple(copies.phases)
         self._is_leader = topology.tensor.rank == 0
 
     def run(
@@ -196,7 +203,7 @@ class GenerationLoop:
             waiting=len(scheduler.waiting) * leads,
             finished=self.totals.finished * leads,
             exhausted=exhausted,
-            tokens_eligible=count_eligible(step, self._phases) * leads,
+            tokens_eligible=count_eligible(step, self._counted_phases) * leads,
             signal=stop.signal,
             stop_now=stop.now,
             time_per_row=self._step_profiler.read(),
@@ -213,7 +220,13 @@ class GenerationLoop:
         if self._phases:
             weights_W = self._step_profiler.weights_W
             moe_step = build_moe_step(
-                step, messages, self._phases, self._topology, weights_W, limited=self._limited
+                step,
+                messages,
+                self._phases,
+                self._topology,
+                weights_W,
+                limited=self._limited,
+                layers=self._layer_phases,
             )
         # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(
@@ -232,9 +245,9 @@ class GenerationLoop:
         # last layer runs only the rows that are read (`CausalLM.forward`).
         for piece in step.slices:
             run = piece.length - piece.num_recomputed
-            limited = moe_step is not None and moe_step.limited
+            whole = moe_step is not None and moe_step.runs_last_whole
             in_last = (
-                run if limited or self._runner.model.runs_last_whole else min(run, piece.num_read)
+                run if whole or self._runner.model.runs_last_whole else min(run, piece.num_read)
             )
             routed = run * self._routed_before + in_last * self._routed_last
             piece.seq.capacity.add(CapacityUse(routed))

@@ -10,7 +10,7 @@ Legend: T tokens of this data rank's step, t of this rank's slice, W expert-para
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -49,6 +49,41 @@ class CopiesUse:
         return any(counts[phase] for phase in self.phases)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPhases:
+    """The phases whose tokens compete for capacity, layer by layer (moe.policy)."""
+
+    by_layer: Mapping[int, tuple[RequestPhase, ...]]  # of the MoE layers, in the order of
+    # `RequestPhase`; empty: nothing competes there
+    last: int  # index of the model's last layer
+    low_bit_copies: bool = False  # which take rows of layers that drop nothing, too
+
+    @property
+    def all(self) -> tuple[RequestPhase, ...]:
+        """The phases of which tokens compete in some layer."""
+        found = {phase for phases in self.by_layer.values() for phase in phases}
+        return tuple(phase for phase in get_args(RequestPhase) if phase in found)
+
+    @property
+    def counted(self) -> tuple[RequestPhase, ...]:
+        """The phases whose tokens a rank counts for the others: the rest follows from its tokens of
+        all phases where layers differ.
+        """
+        return ("prefill",) if self.differ else self.all
+
+    @property
+    def differ(self) -> bool:
+        """Whether the layers in which tokens compete have different phases."""
+        return len(set(filter(None, self.by_layer.values()))) > 1
+
+    @property
+    def limits_last(self) -> bool:
+        """Whether the model's last layer runs all rows where tokens compete; as one with a dense
+        MLP does, which has no say.
+        """
+        return bool(self.by_layer.get(self.last, self.all))
+
+
 ExchangeWay = Literal["auto", "counted", "static"]  # moe.dispatch.exchange
 
 
@@ -84,6 +119,7 @@ def build_moe_step(
     weights_W: tuple[int, ...] | None = None,
     *,
     limited: bool = True,
+    layers: LayerPhases | None = None,
 ) -> MoEStep | None:
     """Build the MoE layers' view of this rank's tokens.
 
@@ -93,25 +129,70 @@ def build_moe_step(
         phases: moe.capacity.phases.
         weights_W: share of the capacity per rank; None: equal shares.
         limited: see `MoEStep`.
+        layers: the phases of each layer, `phases` being all of them; None: the same in all layers.
 
     Returns None, on all ranks alike, where no token of the group is eligible.
     """
     tensor = topology.tensor.size
     leaders = [messages[rank // tensor * tensor] for rank in range(len(messages))]
     num_eligible = sum(message.tokens_eligible for message in leaders[::tensor])
+    tokens_W = [message.tokens_prefill + message.tokens_decode for message in leaders]
+    num_counted = num_eligible
+    if layers is not None and layers.differ:
+        num_eligible = sum(tokens_W[::tensor])
     if not num_eligible:
         return None
-    tokens_W = [message.tokens_prefill + message.tokens_decode for message in leaders]
     tokens = _identify(step, phases)
     made = _part(tokens, tokens_W, num_eligible, topology, weights_W, limited=limited)
+    if layers is not None:
+        made = _by_layer(made, step, layers, num_counted, topology)
     # Which of the rows that are read are eligible is known of all ranks only where all are.
-    if limited or set(phases) != set(get_args(RequestPhase)):
+    if layers is not None and not layers.low_bit_copies:
+        return made
+    if made.runs_last_whole or set(phases) != set(get_args(RequestPhase)):
         return made
     read_W = [message.tokens_read for message in leaders]
     rows_R = _read_rows(step)
     read = tuple(each_T[rows_R] for each_T in tokens)
     last = _part(read, read_W, sum(read_W[::tensor]), topology, weights_W, limited=False)
     return replace(made, last=last)
+
+
+def _by_layer(
+    made: MoEStep, step: Step, layers: LayerPhases, num_prefill: int, topology: Topology
+) -> MoEStep:
+    """Return the step with what the layers see of it.
+
+    Args:
+        made: the step of all phases.
+        layers: the phases of each layer.
+        num_prefill: tokens of all ranks in the prefill phase, where the layers differ.
+    """
+    if not layers.differ:
+        return replace(made, limits_last=layers.limits_last)
+    tensor = topology.tensor
+    in_prompt_T = _identify(step, ("prefill",))[2]
+    start, end = part_bounds(len(in_prompt_T), tensor.size, tensor.rank)
+    in_prompt_t = in_prompt_T[start:end]
+    masks = {"prefill": in_prompt_t, "decode": ~in_prompt_t}
+    totals = {"prefill": num_prefill, "decode": made.num_eligible - num_prefill}
+    on_device = all_to_device([torch.from_numpy(mask) for mask in masks.values()], topology.device)
+    of_phase: dict[str, MoEStep | None] = {}
+    for (phase, mask_t), eligible_t in zip(masks.items(), on_device, strict=True):
+        num_own = int(mask_t.sum())
+        of_phase[phase] = None
+        if totals[phase]:
+            of_phase[phase] = replace(
+                made,
+                eligible_T=None if num_own == len(mask_t) else eligible_t,
+                num_own_eligible=num_own,
+                num_eligible=totals[phase],
+            )
+    by_layer = {
+        index: of_phase[phases[0]] for index, phases in layers.by_layer.items() if len(phases) == 1
+    }
+    limits_last = layers.limits_last and by_layer.get(layers.last, made) is not None
+    return replace(made, limits_last=limits_last, by_layer=by_layer)
 
 
 def _part(

@@ -262,5 +262,7 @@ class EvaluationRanks:
 
 
 def _same_but_capacity(one: Config, other: Config) -> bool:
-    """Return whether two configs differ in nothing but moe.capacity."""
-    return one == replace(other, moe=replace(other.moe, capacity=one.moe.capacity))
+    """Return whether two configs differ in nothing but moe.capacity, which moe.policy overrides."""
+    return one.moe.policy is None and one == replace(
+        other, moe=replace(other.moe, capacity=one.moe.capacity)
+    )

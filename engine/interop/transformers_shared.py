@@ -142,6 +142,11 @@ def check_settings(config: MoEConfig) -> None:
             f"moe.placement = {config.placement}: transformers gives each rank the experts of one "
             f"contiguous block; set it to {none.placement}"
         )
+    if config.policy is not None:
+        problems.append(
+            f"moe.policy = {config.policy}: is for models that the engine runs; set it to None and "
+            "give moe.capacity"
+        )
     if config.overlap.chunks == "auto" or config.overlap.two_batch:
         problems.append(
             "moe.overlap: chunks = auto and two_batch need the engine's steps; set chunks to a "

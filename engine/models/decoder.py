@@ -242,7 +242,7 @@ class CausalLM(nn.Module):
             zip(layers, kv.keys, kv.values, next_norms, strict=True)
         ):
             clock.enter(Phase.ATTENTION, index, num_tokens)
-            if index == last and (moe_step is None or not moe_step.limited):
+            if index == last and (moe_step is None or not moe_step.runs_last_whole):
                 # Only the rows that are read; fewer tokens than in the other layers, so such a call
                 # does not tune the chunks.
                 read = step.read

@@ -102,6 +102,7 @@ class MoELayer(LayerParts):
                 that a CUDA graph was captured with; None: all. Outputs of others mean nothing.
         """
         clock = self.telemetry.clock
+        step = None if step is None else step.of(self.layer)
         x_tD = self._token_shard.scatter(x_TD)
         assert (routing is None) == (self.spec.router.external is None), "routing and spec disagree"
         if routing is None:

@@ -1,13 +1,15 @@
 """MoE step: which tokens a step has and which of them are subject to capacity.
 
-All layers of a step share one `MoEStep`. Everything in it that shapes a collective (`num_tokens_W`,
-`num_eligible`) is the same on every rank of the expert-parallel group.
+All layers of a step share one `MoEStep`, but for layers with phases of their own (`by_layer`).
+Everything in it that shapes a collective (`num_tokens_W`, `num_eligible`) is the same on every rank
+of the expert-parallel group.
 
 Legend: T tokens on this rank, W expert-parallel ranks, K top-k.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +54,20 @@ class MoEStep:
     # Where not limited, the same for the last layer, which runs only the rows that are read; None:
     # its rows stay at their homes.
     last: MoEStep | None = None
+    # Whether the last layer runs all rows, because they compete there; else those that are read.
+    limits_last: bool = True
+    # Where the phases that compete differ between layers (moe.policy): the step as a layer sees it,
+    # None where no token competes there; other layers see this one.
+    by_layer: Mapping[int, MoEStep | None] | None = None
+
+    @property
+    def runs_last_whole(self) -> bool:
+        """Whether the last layer runs all rows."""
+        return self.limited and self.limits_last
+
+    def of(self, layer: int) -> MoEStep | None:
+        """Return the step as a layer sees it."""
+        return self if self.by_layer is None else self.by_layer.get(layer, self)
 
     @classmethod
     def whole(

@@ -200,6 +200,22 @@ class PlanReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyReport:
+    """The policy of a run (moe.policy), what it promised and the share that the run got."""
+
+    file: str  # moe.policy
+    digest: str  # equal for equal policies
+    ranks: int | None  # that it was made for; None: any number
+    model: str | None  # fingerprint of the model that it was made for
+    data: dict[str, str]  # fingerprints of its calibration data
+    placement: str | None  # digest of its placement
+    # By layer that may drop something: policy, factor, scope, order, consensus, phases.
+    layers: dict[int, dict[str, Any]]
+    expected: dict[str, Any] | None  # share, loss, bound, confidence, measure; None: not measured
+    share: float  # of perfect balance over all layers, as run
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """The whole run.
 
@@ -234,6 +250,7 @@ class RunReport:
     # By what assignments are ranked in a model that transformers builds: "scores", of all experts,
     # or "combine weights" of the chosen ones, in some layer. None: it is a model of this engine.
     ranked_by: str | None = None
+    policy: PolicyReport | None = None  # None: without moe.policy
 
     @property
     def has_copies(self) -> bool:

@@ -7,11 +7,14 @@ Legend: gamma, the capacity factor.
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 from rich.console import Console
 from rich.table import Table
 
 from engine.config import CapacityConfig
-from engine.profiling.report import LayerReport, RunReport
+from engine.profiling.report import LayerReport, PolicyReport, RunReport
+from engine.reporting.policy_report import describe_promise
 from engine.reporting.table import new_table
 
 _MAX_LAYERS = 8  # of more layers than this only the worst are shown
@@ -21,7 +24,13 @@ _IMBALANCED = 1.3  # max over mean rows of the ranks from which a policy is wort
 
 
 def print_capacity(console: Console, run: RunReport, capacity: CapacityConfig) -> None:
-    """Print what the policy dropped, added and gained, or what one would gain."""
+    """Print what the policy dropped, added and gained, or what one would gain.
+
+    capacity: of the run; with moe.policy, of the first layer that it limits.
+    """
+    if run.policy is not None:
+        line = describe_promise(run.policy)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if capacity.policy == "none":
         # Without copies both are equal: nothing is dropped.
         imbalance = run.max_over_mean_after if run.has_copies else run.max_over_mean
@@ -38,6 +47,8 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
     """Return one sentence: what was dropped and added, and how much faster the layers can be."""
     scope = f"{capacity.scope} scope, {capacity.consensus} consensus"
     name = f"{capacity.policy} at gamma {capacity.factor} ({scope})"
+    if run.policy is not None:
+        name = f"{capacity.policy} by moe.policy ({_layers_and_gammas(run.policy)})"
     routed = sum(layer.assignments for layer in run.layers)
     if not routed:
         phases = " and ".join(capacity.phases)
@@ -65,6 +76,14 @@ def describe(run: RunReport, capacity: CapacityConfig) -> str:
     if run.ranked_by == "combine weights" and capacity.order == "score":
         text += " Assignments were ranked by combine weight: the router gives no other scores."
     return text
+
+
+def _layers_and_gammas(policy: PolicyReport) -> str:
+    """Return how many layers a policy limits, and how far."""
+    factors = sorted({Decimal(str(each["factor"])) for each in policy.layers.values()})
+    gammas = f"gamma {factors[0]}" + (f" to {factors[-1]}" if len(factors) > 1 else "")
+    count = len(policy.layers)
+    return f"{count} {'layer' if count == 1 else 'layers'} at {gammas}"
 
 
 def _advice(imbalance: float, has_copies: bool) -> str:

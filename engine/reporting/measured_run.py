@@ -26,6 +26,7 @@ from engine.generation.scheduler import Scheduler
 from engine.generation.step_profiler import StepProfiler
 from engine.generation.totals import Totals
 from engine.models.language_model import LanguageModel
+from engine.moe.policy.policy import Policy
 from engine.profiling.collector import Collector
 from engine.profiling.exporters import Exporters
 from engine.profiling.report import RunReport
@@ -33,6 +34,7 @@ from engine.profiling.stall_detector import StallDetector
 from engine.profiling.telemetry import Telemetry
 from engine.reporting.copies_report import own_placement
 from engine.reporting.plan_drift import plan_in_use
+from engine.reporting.policy_report import policy_report
 from engine.reporting.run_report import Measurements, run_report
 
 
@@ -46,6 +48,7 @@ class MeasuredRun:
     scheduler: Scheduler  # its preemptions are counted
     telemetry: Telemetry  # the clock and the counters of the layers; its loads are reset
     exporters: Exporters  # open ones; closed at the end of the block, also after an error
+    policy: Policy | None = None  # of moe.policy
 
     def __enter__(self) -> MeasuredRun:
         topology, tensor_ranks = self.topology, self.topology.tensor_rank_offsets
@@ -114,7 +117,10 @@ class MeasuredRun:
         )
         collector, loads = self.step_profiler.collector, self.telemetry.loads
         report = run_report(measured, collector, loads, self.topology, self._plan)
-        return replace(report, ranked_by=self._ranked_by())
+        policy = None
+        if self.policy is not None:
+            policy = policy_report(self.policy, self.config.moe.policy or "", loads.share_after())
+        return replace(report, ranked_by=self._ranked_by(), policy=policy)
 
     def _ranked_by(self) -> str | None:
         """Return by what a policy ranks assignments, in a model that transformers builds."""

@@ -42,6 +42,7 @@ _ONLY_WHERE_USED = (
     "state_bytes",
     "zero_assignments",
     "ranked_by",
+    "policy",
 )
 _HEADINGS = {"communication": "communi-\ncation"}
 _SHORT = {"attention": "atten-\ntion"}

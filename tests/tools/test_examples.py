@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from engine.config.loader import load_config, parse_yaml
 from engine.moe.placement.placement_file import parse_placement
+from engine.moe.policy.policy_file import parse_policy, read_policy
+from engine.weights.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -105,7 +108,33 @@ def test_a_batch_file_of_openai_is_answered_in_its_form_in_two_files(tmp_path):
     assert "temperature = -1" in wrong["response"]["body"]["error"]["message"]
 
 
+def test_the_policy_limits_the_layers_that_it_names(tmp_path):
+    output, policy = tmp_path / "out.jsonl", EXAMPLES / "policy.yaml"
+    files = ["--input", EXAMPLES / "requests.jsonl", "--output", output]
+    config = ["--config", "tiny_mixtral_ep2", "--set", "runtime.device=cpu"]
+    out = run(
+        tmp_path, *TORCHRUN, ROOT / "launch" / "infer.py", *config, *files,
+        "--set", f"moe.policy={policy}",
+    )  # fmt: skip
+    assert f"The policy {policy} (hash " in out and "promised nothing" in out
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())["run"]
+    assert report["policy"]["layers"].keys() == {"0", "2", "3"}
+    assert report["layers"][0]["dropped"] > 0 and report["layers"][1]["dropped"] == 0
+    job = json.loads((tmp_path / "out.jsonl.job.json").read_text())
+    assert job["settings"]["moe.policy"] == report["policy"]["digest"]
+
+
+def test_the_policy_on_its_page_is_one_and_names_the_bundled_model():
+    page = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
+    shown = re.search(r"```yaml\n(.*?)```", page, re.S)
+    assert shown is not None
+    policy = parse_policy(parse_yaml(shown[1], "the page"), "the page")
+    assert policy.layers == read_policy(EXAMPLES / "policy.yaml").layers
+    assert policy.fingerprint == model_fingerprint(load_config("tiny_mixtral").model)
+
+
 def test_the_page_names_every_example():
     page = (EXAMPLES / "index.md").read_text()
     named = set(re.findall(r"\]\(([\w.]+)\)", page))
-    assert named == {file.name for file in EXAMPLES.iterdir() if file.suffix in (".py", ".jsonl")}
+    kinds = (".py", ".jsonl", ".yaml")
+    assert named == {file.name for file in EXAMPLES.iterdir() if file.suffix in kinds}

@@ -18,6 +18,9 @@ from engine.llm import LLM
 from engine.moe.dispatch import chunk_layout, layout_policy
 from engine.moe.placement.placement import LayerPlacement, Placement, Precision
 from engine.moe.placement.placement_file import digest, write_placement
+from engine.moe.policy.policy import Policy
+from engine.moe.policy.policy_file import digest as policy_digest
+from engine.moe.policy.policy_file import write_policy
 from engine.request import SamplingParams
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
@@ -61,6 +64,7 @@ class Job:
     # Methods that the job has to call on every rank, or it does not test what it says.
     uses: tuple[tuple[type, str], ...] = ()
     placement: Placed | None = None
+    policy: Policy | None = None
     prompts: list[list[int]] = field(default_factory=lambda: PROMPTS)
 
 
@@ -132,6 +136,10 @@ def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
     if job.placement is not None:
         file = job.placement.write(path, rank)
         tree["moe"] = {**tree.get("moe", {}), "placement": str(file)}
+    if job.policy is not None:
+        file, own = path / f"policy-{policy_digest(job.policy)}.yaml", path / f"{rank}-policy.yaml"
+        write_policy(job.policy, own)
+        tree["moe"] = {**tree.get("moe", {}), "policy": str(own.replace(file))}
     llm = LLM(config_from_tree(tree))
     layers = llm.model.moe_layers
     before = sum(layer.num_collectives for layer in layers)  # of the warm-up

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import CapacityConfig
 from engine.layers.parallel import TensorSum
 from engine.models.decoder import CausalLM
 from engine.moe.capacity.consensus_global import GatherConsensus, RadixConsensus
@@ -21,6 +22,7 @@ from engine.moe.dispatch.static_exchange import StaticExchange
 from engine.moe.experts import GroupedMMExperts
 from engine.moe.local_experts import LocalExperts
 from engine.moe.placement.row_split import RowSplit
+from engine.moe.policy.policy import Policy
 from tests.gpu.emulated.guard import obstacle
 from tests.gpu.emulated.runs import SCATTERED, Job, Placed
 
@@ -235,6 +237,26 @@ def test_completions_equal_the_cpus_to_the_bit(name: str, on_both_devices) -> No
         assert cached >= 64 or job.prompts is not SHARED
         assert any(use["added"] for use in uses) == name.startswith("expanded_drop")
     assert any(cuda.preemptions for _, cuda in results) == name.endswith("preemption")
+
+
+@pytest.mark.long
+def test_equal_layers_of_a_policy_cost_what_the_global_setting_costs(on_both_devices) -> None:
+    capacity = CapacityConfig(policy="token_drop", factor="1", selection="gather")
+    globally = on_both_devices(Job("mixtral", drop("token_drop", "gather"), uses=GATHER))
+    policy = Policy({0: capacity, 1: capacity})
+    by_policy = on_both_devices(Job("mixtral", policy=policy, uses=GATHER))
+    assert by_policy == globally  # completions, drops, kernels, collectives and syncs
+
+
+@pytest.mark.long
+def test_layers_of_a_policy_that_differ_equal_the_cpus_to_the_bit(on_both_devices) -> None:
+    both = CapacityConfig(policy="token_drop", factor="1", phases=("prefill", "decode"))
+    for policy in (
+        Policy({0: both, 1: CapacityConfig(policy="token_drop", factor="0.7", scope="rank")}),
+        Policy({0: both}),
+    ):
+        for _, cuda in on_both_devices(Job("mixtral", policy=policy, uses=GATHER)):
+            assert any(record["capacity"]["dropped"] for record in cuda.done)
 
 
 def test_two_replicas_of_two_expert_parallel_ranks(on_both_devices) -> None:

@@ -1,6 +1,7 @@
 """How a run treats an existing output or ledger: start, resume, stop or refuse."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,13 @@ from engine.batch.manifest import (
     finalize,
     sibling_path,
 )
+from engine.config import CapacityConfig
 from engine.config.loader import config_from_tree
+from engine.moe.placement.placement import LayerPlacement, Placement
+from engine.moe.placement.placement_file import digest as placement_digest
+from engine.moe.placement.placement_file import write_placement
+from engine.moe.policy.policy import Expected, NamedPlacement, Policy
+from engine.moe.policy.policy_file import digest, write_policy
 from engine.request import Completion, RequestError
 
 BAD_LINE = RequestError("invalid_json", "bad line")
@@ -238,3 +245,36 @@ def test_a_path_is_the_same_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     absolute = config(model={"path": str(tmp_path / "model")})
     assert result_settings(config()) == result_settings(absolute)
+
+
+def test_a_job_is_resumed_with_its_policy_alone(output, tmp_path):
+    placement = Placement(2, 4, {0: LayerPlacement((0, 1, 0, 1), ((),) * 4)})
+    write_placement(placement, tmp_path / "placement.yaml")
+    drop = CapacityConfig(policy="token_drop", factor="1.05")
+    policy = Policy({0: drop}, NamedPlacement("placement.yaml", placement_digest(placement)))
+
+    def job(given: Policy | None, name: str = "policy.yaml", **capacity):
+        file = None
+        if given is not None:
+            write_policy(given, tmp_path / name)
+            file = str(tmp_path / name)
+        return manifest(output, moe={"policy": file, "capacity": capacity})
+
+    first = job(policy)
+    assert first["policy"] == {"path": str(tmp_path / "policy.yaml"), "digest": digest(policy)}
+    assert first["settings"]["moe.placement"] == placement_digest(placement)
+    # moe.capacity has no effect, a copy of the file is the same policy, and what it expects may
+    # have been measured since.
+    assert run(output, first, records=1) == "fresh"
+    measured = replace(policy, expected=Expected(share=0.9))
+    assert run(output, job(measured, "copy.yaml", policy="token_drop"), records=0) == "resume"
+    other = replace(policy, layers={0: replace(drop, factor="1.1")})
+    for wrong, text in (
+        (job(other), f'moe.policy was "{digest(policy)}", is "{digest(other)}"'),
+        (job(None), f'moe.policy was "{digest(policy)}", is null'),
+    ):
+        with pytest.raises(JobError) as error:
+            run(output, wrong)
+        assert text in str(error.value)
+        assert "moe.capacity" not in str(error.value)
+    assert "policy" not in job(None) and "moe.policy" not in job(None)["settings"]

@@ -239,7 +239,7 @@ def test_a_factor_that_is_no_positive_number_is_refused(written):
             "moe.capacity.facter = 2: unknown key; did you mean moe.capacity.fa",
         ),
         ("temperature=1", "temperature = 1: unknown key; did you mean sampling.temperature?"),
-        ("moe.policy=none", "moe.policy = 'none': unknown key; did you mean moe.capacity.policy?"),
+        ("moe.polici=none", "moe.polici = 'none': unknown key; did you mean moe.policy?"),
         ("parallel.qqqq=1", "parallel.qqqq = 1: unknown key; the keys here are expert, tensor"),
     ],
 )
@@ -256,6 +256,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_key(override, message)
             "must be one of auto, float32, bfloat16, float16; did you mean flo",
         ),
         ("moe.capacity.policy=tokendrop", "did you mean token_drop?"),
+        ("moe.policy=token_drop", "the path of a policy file; did you mean moe.capacity.policy?"),
         ("moe.overlap.chunks=atuo", "must be a whole number or auto; did you mean auto?"),
         ("moe.overlap.chunks=0", "must be at least 1, or auto"),
         ("moe.overlap.by=token", "must be one of auto, experts, tokens; did you mean tokens?"),

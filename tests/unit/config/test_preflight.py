@@ -48,6 +48,19 @@ def test_a_checkpoint_on_a_cpu_raises_no_error(checkpoint):
     check_runnable(config_of(checkpoint, tokenizer=str(checkpoint)), {"LOCAL_WORLD_SIZE": "8"})
 
 
+def test_a_policy_that_is_not_there_is_named_and_takes_the_place_of_the_placement(
+    checkpoint, tmp_path
+):
+    config = config_of(checkpoint)
+    wrong = replace(config, moe=replace(config.moe, policy="no/p.yaml", placement="no/place.yaml"))
+    text = refusal(wrong)
+    assert "moe.policy = 'no/p.yaml': no such file; name a policy file" in text
+    assert "moe.placement" not in text
+    (tmp_path / "p.yaml").write_text("")
+    moe = replace(wrong.moe, policy=str(tmp_path / "p.yaml"))
+    check_runnable(replace(config, moe=moe), {})
+
+
 def test_a_real_model_without_gpu_and_checkpoint_names_both_and_the_tiny_config(num_gpus):
     num_gpus(0)
     text = refusal(load_config("mixtral_ep8", ["model.path=/no/such/Mixtral"]))

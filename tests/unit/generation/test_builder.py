@@ -13,6 +13,7 @@ from engine.config.loader import config_from_tree
 from engine.generation.builder import profiler_every, reserve_rows
 from engine.moe.placement.instances import Instances
 from engine.moe.placement.placement import LayerPlacement
+from engine.moe.policy.policy import Policy
 
 
 def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
@@ -104,3 +105,44 @@ def test_rows_come_in_rounds_in_layers_that_exceed_their_own_limit_alone():
     reserve_rows(model, config_from_tree(tree), topology)
     # Of 400 tokens a rank gets at most 400 or 800 rows; the limits are 200 and 1,600.
     assert [each.row_limit for each in layers] == [200, None]
+
+
+def test_of_layers_with_capacities_of_their_own_the_widest_decides():
+    """A policy of two layers: the bounds of each by itself, and buffers that hold either."""
+    reserved: list[tuple[int, int]] = []
+
+    def layers() -> list[Any]:
+        spec = SimpleNamespace(
+            router=SimpleNamespace(top_k=2, num_experts=8), hidden=16, width=16, ffn=32
+        )
+        return [
+            SimpleNamespace(
+                layer=index,
+                spec=spec,
+                instances=Instances(LayerPlacement.contiguous(8, 4), 4),
+                reserve=lambda sent, received: reserved.append((sent, received)),
+                row_limit=None,
+            )
+            for index in range(3)
+        ]
+
+    def reserve(policy: Policy) -> list[int | None]:
+        buffers = SimpleNamespace(num_bytes=0)
+        model: Any = SimpleNamespace(moe_layers=layers(), dtype=torch.float32, row_buffers=buffers)
+        topology: Any = SimpleNamespace(expert=SimpleNamespace(size=4), device=torch.device("cpu"))
+        tree = {"model": {"path": "x"}, "scheduler": {"max_batch_tokens": 100, "max_sequences": 10}}
+        reserve_rows(model, config_from_tree(tree), topology, policy)
+        return [each.row_limit for each in model.moe_layers]
+
+    low, high = (
+        CapacityConfig(policy="token_drop", factor=factor, phases=("prefill", "decode"))
+        for factor in ("1", "1.5")
+    )
+    # 400 tokens of 2 of 8 experts, 2 per rank: 200 and 300 slots, dropless 400 in rounds of 800/2.
+    assert reserve(Policy(dict.fromkeys(range(3), low))) == [None, None, None]
+    assert reserve(Policy(dict.fromkeys(range(3), high))) == [None, None, None]
+    assert reserve(Policy({0: low, 1: high})) == [None, None, 400]
+    assert reserve(Policy({0: low, 1: high, 2: low})) == [None, None, None]
+    assert reserved == [(200, 200), (200, 300), (200, 400), (200, 300)]
+    assert reserve(Policy({})) == [400, 400, 400]
+    assert len(reserved) == 4, "without a limit the buffers grow with the steps"

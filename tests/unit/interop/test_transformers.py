@@ -44,6 +44,7 @@ def experts_of(name: str, **settings: Any) -> Any:
             "moe.capacity.policy = expanded_drop: needs the router's scores of all experts",
         ),
         (MoEConfig(overlap=OverlapConfig(chunks="auto")), "moe.overlap: chunks = auto"),
+        (MoEConfig(policy="p.yaml"), "moe.policy = p.yaml: is for models that the engine runs"),
         (MoEConfig(placement="plan.json"), "moe.placement = plan.json: transformers gives each"),
     ],
 )

@@ -7,8 +7,10 @@ import io
 import json
 
 from engine.config import CapacityConfig
+from engine.moe.policy.policy import Expected, Policy
 from engine.profiling.report import LayerReport, LayerTotals, RankReport, RunReport
 from engine.reporting.capacity_table import describe, print_capacity
+from engine.reporting.policy_report import policy_report
 from engine.reporting.summary import Summary, make_console
 from tests.helpers.texts import missing_from
 
@@ -124,6 +126,60 @@ def test_an_imbalanced_run_without_a_policy_is_advised_to_use_one():
     assert "--set moe.capacity.factor=1," in " ".join(text.split())
     assert printed(run([layer(0)], imbalance=1.2), none) == ""
     assert printed(run([layer(0)], ranks=1), none) == "", "one rank waits for no other"
+
+
+def policy_run(**expected: object) -> RunReport:
+    policy = Policy(
+        {0: TOKEN_DROP, 1: CapacityConfig(policy="token_drop", factor="1.05")},
+        expected=Expected(**expected) if expected else None,  # pyright: ignore[reportArgumentType]
+    )
+    return dataclasses.replace(
+        run([layer(0), layer(1)]), policy=policy_report(policy, "p.yaml", 0.948)
+    )
+
+
+def test_a_line_has_what_the_policy_promised_and_the_share_that_the_run_got():
+    report = policy_run(share=0.951, loss=0.00071, bound=0.00098)
+    assert report.policy is not None
+    first = (
+        f"The policy p.yaml (hash {report.policy.digest}) promised a share of perfect balance of "
+        "0.951, 0.071% of loss added, at most 0.098% of loss added with 95% confidence; this run "
+        "had a share of 0.948."
+    )
+    out = printed(report, TOKEN_DROP)
+    assert first in out.splitlines()
+    assert "token_drop by moe.policy (2 layers at gamma 1.05 to 1.5) dropped" in out
+    kl = policy_run(bound=0.002, confidence=0.9, measure="kl")
+    assert "at most 0.002 nats of KL divergence per token added with 90% con" in printed(
+        kl, TOKEN_DROP
+    )
+    assert "promised nothing; this run" in printed(policy_run(), TOKEN_DROP)
+
+
+def test_the_json_has_the_policy_where_there_is_one():
+    def keys(report: RunReport) -> dict:
+        summary = Summary(
+            total=1,
+            resumed=0,
+            errors=0,
+            requests=1,
+            prompt_tokens=1,
+            generated_tokens=1,
+            run=report,
+        )
+        return json.loads(summary.to_json())["run"]
+
+    assert "policy" not in keys(run([layer(0)]))
+    found = keys(policy_run(share=0.9))["policy"]
+    assert found["file"] == "p.yaml" and found["expected"]["share"] == 0.9
+    assert found["layers"]["1"] == {
+        "policy": "token_drop",
+        "factor": "1.05",
+        "scope": "expert",
+        "order": "score",
+        "consensus": "global",
+        "phases": ["prefill"],
+    }
 
 
 def test_the_json_has_policy_and_layers():
