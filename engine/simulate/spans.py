@@ -94,9 +94,7 @@ def read_calls(folder: Path, skip: int = WARM_UP) -> list[LayerCall]:
     ]
     common = sorted(set.intersection(*(set(each) for each in steps)))
     calls = []
-    for step in common:
-        if step < skip:
-            continue
+    for step in common[skip:]:
         for layer in steps[0][step]:
             ranks = [each[step][layer] for each in steps if layer in each[step]]
             if len(ranks) == len(group) and any(sum(each.rows_e) for each in ranks):
