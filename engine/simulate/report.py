@@ -12,7 +12,7 @@ from engine.reporting.table import new_table
 from engine.simulate.cost_model import CostModel
 from engine.simulate.loads import Traffic
 from engine.simulate.plot import write_plot
-from engine.simulate.predict import Prediction
+from engine.simulate.prediction import Prediction
 
 _GIB = 1 << 30
 _COLUMNS = (
@@ -77,7 +77,7 @@ def print_table(
     console.print(origin(costs), markup=False)
     if not all(found.is_exact for found in predictions):
         console.print(
-            "~: not exact; the order of claims, or which tokens compete, is not in the loads.",
+            "~: not exact; loads do not say which claims come first, compete, or are a rank's.",
             markup=False,
         )
 

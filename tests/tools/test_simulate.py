@@ -27,7 +27,8 @@ from engine.request import SamplingParams
 from engine.simulate import add_arguments, command
 from engine.simulate.loads import read_traffic
 from engine.simulate.placements import Placements
-from engine.simulate.predict import Prediction, Simulator
+from engine.simulate.predict import Simulator
+from engine.simulate.prediction import Prediction
 from engine.simulate.scenario import scenarios
 from tests.helpers.ranks import run_ranks
 
