@@ -85,7 +85,7 @@ setup(
     package_dir={"lockstep": "launch/lockstep", "lockstep.configs": "configs"},
     package_data={
         "engine.ops": ["csrc/*"],  # a source distribution can compile them
-        "lockstep.configs": ["*.yaml", "checkpoints/*.jsonl", "checkpoints/*/*"],
+        "lockstep.configs": ["*.yaml", "devices/*.yaml", "checkpoints/*.jsonl", "checkpoints/*/*"],
     },
     entry_points={"console_scripts": ["lockstep = lockstep.cli:run_and_exit"]},
     install_requires=[

@@ -19,7 +19,7 @@ from typing import NoReturn
 from engine.distributed.error_file import record_error
 from engine.distributed.launch_agent import die_with_agent
 from engine.distributed.standard_streams import make_streams_safe, safe_streams
-from lockstep import check_model, doctor, infer
+from lockstep import check_model, doctor, infer, simulate
 
 _REPORTED = "another rank reports the error"
 
@@ -44,6 +44,8 @@ def command_parser() -> CommandParser:
     doctor.add_to(commands.add_parser("doctor", help=doctor.SUMMARY, allow_abbrev=False))
     check = commands.add_parser("check-model", help=check_model.SUMMARY, allow_abbrev=False)
     check_model.add_to(check)
+    predict = commands.add_parser("simulate", help=simulate.SUMMARY, allow_abbrev=False)
+    simulate.add_to(predict)
     return parser
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the top. Units of one floor do not import each other.
 FLOORS = (
-    {"batch", "interop"},
+    {"batch", "interop", "simulate"},
     {"llm", "doctor", "model_check"},
     {"reporting"},
     {"generation"},

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from engine.moe.capacity.limits import expert_capacity
+from engine.simulate.loads import fit as fit
 
 
 def zipf_loads(num_tokens: int, num_experts: int, top_k: int, exponent: float) -> np.ndarray:
@@ -88,31 +89,6 @@ def recorded_loads(path: Path) -> dict[int, np.ndarray]:
     if not layers:
         raise ValueError(f"{path}: holds no layers; {hint}")
     return {entry["layer"]: np.array(entry["expert_loads"], dtype=np.int64) for entry in layers}
-
-
-def fit(weights_E: np.ndarray, num_tokens: int, top_k: int) -> np.ndarray:
-    """Return whole loads in proportion to weights, none above T, T * K in all.
-
-    What exceeds T is distributed over the others in proportion, repeatedly. Shares are rounded
-    down, and the remaining assignments go to the most loaded experts, one each.
-    """
-    weights = np.asarray(weights_E, dtype=np.float64)
-    full = np.zeros(len(weights), dtype=bool)
-    shares = np.zeros(len(weights))
-    while True:
-        left = num_tokens * (top_k - int(full.sum()))
-        others = weights[~full] if weights[~full].any() else np.ones((~full).sum())
-        shares[full] = num_tokens
-        shares[~full] = others / max(others.sum(), 1e-300) * left
-        if not (shares > num_tokens + 1e-9).any():
-            break
-        full |= shares > num_tokens
-    loads_E = np.minimum(np.floor(shares + 1e-9).astype(np.int64), num_tokens)
-    order = np.argsort(-shares, kind="stable")
-    order = order[loads_E[order] < num_tokens]
-    loads_E[order[: num_tokens * top_k - int(loads_E.sum())]] += 1
-    assert loads_E.sum() == num_tokens * top_k
-    return loads_E
 
 
 def routing_of(loads_E: np.ndarray, num_tokens: int, seed: int = 0) -> torch.Tensor:
