@@ -90,10 +90,8 @@ def test_no_step_exceeds_its_budget(guard: Path, tmp_path: Path) -> None:
     assert layers["mixtral prefill, copies with rows"]["kernels"] <= prefill + 8
 
     # In graphs: two copies of inputs, two graphs, two for the loads that were counted.
-    in_graph = dict(
-        zip(COLUMNS, cells(counted["olmoe decode, graphs"])[len(COLUMNS) :], strict=True)
-    )
-    assert in_graph["kernels"] <= 12 and in_graph["syncs"] <= 1, in_graph
+    kernels, _, syncs, _ = cells(counted["olmoe decode, graphs"])[len(COLUMNS) :]
+    assert kernels <= 12 and syncs <= 1, (kernels, syncs)
 
     # What exceeds its budget is named with the lines of the source.
     kernels = layers["olmoe decode"]["kernels"]

@@ -20,18 +20,22 @@ from engine.config.loader import config_from_tree
 from engine.generation.graphs.steps import GraphSteps
 from engine.generation.sampling.step_outcome import StepOutcome
 from engine.generation.step import Step
+from engine.layers.step_inputs import StepTensors
 from engine.llm import LLM
 from engine.request import SamplingParams
+from tests.gpu.emulated import faults
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
 from tests.gpu.emulated.guard import obstacle
 from tests.gpu.emulated.runs import PROMPTS, SCATTERED, Placed
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import RanksFailed, run_ranks
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"not emulated: {obstacle()}")
 
 # Blocks of two prefixes, and few of their own behind them.
 SHARED = [[*range(first, first + 16), *range(own)] for own in (3, 7, 0, 1) for first in (20, 60)]
+
+Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,10 @@ class Seen:
     setting: Any  # runtime.graphs as resolved
 
 
-def seen_by(rank: int, guard: Path, path: Path, job: Job, graphs: str) -> Seen:
-    """Run a job with or without graphs."""
+def seen_by(
+    rank: int, guard: Path, path: Path, job: Job, graphs: str, plant: Plant | None = None
+) -> Seen:
+    """Run a job with or without graphs. plant: plants a fault."""
     os.environ["LOCKSTEP_NATIVE"] = "0"
     tree: dict[str, Any] = {
         "model": {"path": str(path), "max_model_len": 64, "dtype": "bfloat16"},
@@ -94,6 +100,8 @@ def seen_by(rank: int, guard: Path, path: Path, job: Job, graphs: str) -> Seen:
             return outcome
 
         patch.setattr(GraphSteps, "run", noted)
+        if plant is not None:
+            plant(patch)
         llm = LLM(config_from_tree(tree))
         options = [{"max_new_tokens": 8, "ignore_eos": True, **each} for each in job.sampling]
         each = [SamplingParams(**options[n % len(options)]) for n in range(len(job.prompts))]
@@ -158,7 +166,10 @@ JOBS = {
     "partial sums": Job(
         "qwen3_moe",
         settings={
-            "moe": {"experts": {"backend": "grouped_mm"}, "dispatch": {"partial_sums": True}}
+            "moe": {
+                "experts": {"backend": "grouped_mm"},
+                "dispatch": {"partial_sums": True, "exchange": "auto"},
+            }
         },
     ),
     "tensor 2 of 4": Job("mixtral", 4, {"parallel": {"tensor": 2}}),
@@ -180,6 +191,7 @@ JOBS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", JOBS)
 def test_completions_and_loads_are_those_without_graphs(compared: Run, name: str) -> None:
     both = compared(JOBS[name])
@@ -187,3 +199,78 @@ def test_completions_and_loads_are_those_without_graphs(compared: Run, name: str
     for graphs, _ in both:
         assert max(graphs.syncs) <= 1, "the tokens"
         assert max(graphs.kernels) <= 12
+
+
+def host_wait_in_a_layer(patch: pytest.MonkeyPatch) -> None:
+    """Read one number of the router's scores on the host."""
+    faults.item_in_a_layer(patch)
+
+
+def tables_made_anew(patch: pytest.MonkeyPatch) -> None:
+    """Replace the tables of a layer's exchange once graphs have been captured."""
+    capture = LLM._capture
+
+    def capture_and_reset(self: LLM) -> GraphSteps:
+        graphs = capture(self)
+        for layer in self.model.moe_layers:
+            layer.static.reset()
+        return graphs
+
+    patch.setattr(LLM, "_capture", capture_and_reset)
+
+
+def idle_rows_with_experts(patch: pytest.MonkeyPatch) -> None:
+    """Let rows without a sequence take experts."""
+    patch.setattr(StepTensors, "live_T", None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (host_wait_in_a_layer, r"CaptureError: .*faults\.py:\d+: the host waits"),
+        (tables_made_anew, "CaptureError: .*from before the capture, whose memory is gone"),
+    ],
+)
+def test_what_a_graph_does_not_stand_is_caught(
+    guard: Path, checkpoint: Callable[[str], Path], plant: Plant, words: str
+) -> None:
+    with pytest.raises(RanksFailed, match=words):
+        run_ranks(seen_by, 1, guard, checkpoint("mixtral"), Job("mixtral", 1), "auto", plant)
+
+
+@pytest.mark.long
+def test_idle_rows_would_count_in_the_loads(guard: Path, checkpoint: Callable[[str], Path]) -> None:
+    args = guard, checkpoint("mixtral"), Job("mixtral", 1, prompts=PROMPTS[:3]), "auto"
+    (plain,) = run_ranks(seen_by, 1, *args)
+    (planted,) = run_ranks(seen_by, 1, *args, idle_rows_with_experts)
+    assert planted.done == plain.done and 4 in plain.buckets
+    more = [sum(planted.loads[layer]) - sum(plain.loads[layer]) for layer in plain.loads]
+    assert min(more) > 0
+
+
+def test_the_first_steps_and_every_sixteenth_are_eager(
+    guard: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    job = Job("mixtral", 1, prompts=[[1, 2]], sampling=[{"max_new_tokens": 40}])
+    (seen,) = run_ranks(seen_by, 1, guard, checkpoint("mixtral"), job, "auto")
+    assert seen.replays == 40 - len((0, 1, 2, 16, 32))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"moe": {"dispatch": {"exchange": "counted"}}}, "moe.dispatch.exchange is counted"),
+        ({"moe": {"experts": {"backend": "torch"}}}, "only grouped_mm in the model's precision"),
+        ({"profiler": {"every": 1}}, "profiler.every is 1"),
+        ({"model": {"implementation": "transformers"}}, "transformers builds the model"),
+    ],
+)
+def test_why_there_are_no_graphs_is_said(
+    guard: Path, checkpoint: Callable[[str], Path], settings: dict[str, Any], words: str
+) -> None:
+    job = Job("mixtral", 1, settings, prompts=PROMPTS[:2])
+    (seen,) = run_ranks(seen_by, 1, guard, checkpoint("mixtral"), job, "auto")
+    assert seen.replays == 0
+    assert seen.setting.startswith("off: ") and words in seen.setting
