@@ -30,6 +30,9 @@ from engine.distributed.health.progress import Progress, ProgressReporter
 from engine.generation import builder
 from engine.generation.control import ControlPlane
 from engine.generation.detokenizer import load_eos_token_ids
+from engine.generation.graphs.capture import capture_graphs
+from engine.generation.graphs.setting import exchange_way, graphs_obstacle
+from engine.generation.graphs.steps import GraphSteps
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.loop import NUM_COLLECTIVES, NUM_TENSOR_COLLECTIVES, GenerationLoop
 from engine.generation.memory import agree_kv_blocks
@@ -129,13 +132,21 @@ class LLM:
             self.model, config, topology, names, self._reporter
         )
         self._on_all_ranks(lambda: self.model.finalize_weights(self._reporter.advance))
+        # Why decode steps run without graphs; None: graphs run them.
+        self._graphs_obstacle = graphs_obstacle(config, self.model, topology.device, every)
+        has_graphs = self._graphs_obstacle is None
         fitting = self._on_all_ranks(
-            lambda: builder.plan_cache(self.model, config, topology, self.policy)
+            lambda: builder.plan_cache(
+                self.model, config, topology, self.policy, has_graphs=has_graphs
+            )
         )
         num_blocks = agree_kv_blocks(fitting, topology.host_world)
         self._runner, self._scheduler = self._on_all_ranks(
-            lambda: builder.build_cache(self.model, config, topology, num_blocks)
+            lambda: builder.build_cache(
+                self.model, config, topology, num_blocks, has_graphs=has_graphs
+            )
         )
+        self._graphs = self._on_all_ranks(self._capture) if has_graphs else None
         in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
         stamps = stamps if config.profiler.enabled else 0
@@ -146,6 +157,17 @@ class LLM:
         if every != "off" and placement is not None and placement.num_copies:
             self._replanner = Replanner(self.model, topology, every, self._note_replan)
         self._control = ControlPlane(topology.control, stamps, len(self.model.moe_layers), offset)
+
+    def _capture(self) -> GraphSteps:
+        """Capture the decode graphs. Collective over EP and TP: every rank must call."""
+        copies, most = self._copies_use(), self.config.scheduler.max_sequences
+        return capture_graphs(
+            self.model,
+            self._runner.cache,
+            self.topology,
+            most,
+            use_copies=copies is not None and "decode" in copies.phases,
+        )
 
     @property
     def max_model_len(self) -> int:
@@ -160,6 +182,8 @@ class LLM:
         """
         num_blocks, shares = self._runner.cache.num_blocks, self._scheduler.prefixes.enabled
         found = builder.resolved_settings(self.model, self.topology, num_blocks, shares)
+        obstacle, graphs = self._graphs_obstacle, self._graphs
+        found["runtime.graphs"] = f"off: {obstacle}" if graphs is None else graphs.buckets
         if self.config.profiler.enabled:
             found["profiler.every"] = self._telemetry.clock.every
         return found
@@ -305,7 +329,8 @@ class LLM:
                 capacity_phases=phases,
                 layer_phases=layer_phases,
                 copies=copies,
-                exchange=self.config.moe.dispatch.exchange,
+                exchange=exchange_way(self.config, has_graphs=self._graphs is not None),
+                graphs=self._graphs,
                 replanner=self._replanner,
             )
             try:
@@ -356,6 +381,7 @@ class LLM:
 
     def close(self) -> None:
         """Leave the topology that this engine has joined. Safe to call twice."""
+        self._graphs = None  # before the groups whose collectives they hold
         if self._owns_topology:
             bootstrap.stop(self.topology)
 

@@ -18,6 +18,8 @@
                under torchrun with one rank over NCCL; peak memory against its budget
     memory     a KV cache that the engine sizes; rate of loading weights
     clocks     the profiler's device clock against the host's, over a minute
+    graphs     decode steps as CUDA graphs: tokens of eager ones, and the time of both (at most two
+               minutes more; only by --only graphs)
 
 Every part is a process with a time limit, which is printed: one that exceeds it is stopped and
 reported, and the others go on. Its results are in gpu_suite_DEVICE.json of the folder as soon as it
@@ -50,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ne
 from bench.environment_record import REPOSITORY, environment_record
 from bench.report import cell, table
 from gpu_checks.check import Check, Settings
-from gpu_checks.parts import LIMIT_S, PARTS
+from gpu_checks.parts import DEFAULT, LIMIT_S, PARTS
 from gpu_checks.worker import run_part
 from make_random_checkpoint import FAMILIES
 
@@ -202,7 +204,7 @@ def _write(path: Path, text: str) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", type=_some_of(tuple(PARTS)), default=tuple(PARTS), metavar="A,B")
+    parser.add_argument("--only", type=_some_of(tuple(PARTS)), default=DEFAULT, metavar="A,B")
     parser.add_argument("--families", type=_some_of(FAMILIES), default=FAMILIES, metavar="A,B")
     parser.add_argument("--allow-cpu", action="store_true", help="run on the CPU without CUDA")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to try the suite")

@@ -100,10 +100,10 @@ class DispatchConfig:
     partial_sums: bool = False  # return one row per rank, summed there: results differ by
     # rounding; needs deduplicate
     dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of the rows of dispatch; auto: model.dtype's
-    exchange: Literal["auto", "counted", "static"] = "counted"  # counted: ranks exchange how many
+    exchange: Literal["auto", "counted", "static"] | None = None  # counted: ranks exchange how many
     # rows go where, then the rows; static: small steps without competition are padded to a size
     # all ranks agree on and need no counts; auto: static in decode, on the CPU where it is measured
-    # faster
+    # faster; null: static in decode where runtime.graphs captures them, else counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,5 +58,7 @@ class RuntimeConfig:
     # null: the host's cores / its ranks
     shared_memory: bool = True  # ranks of one host exchange data of the host in shared memory and
     # not over gloo: on the CPU all data, on CUDA the control messages
+    graphs: Literal["auto", "off"] = "auto"  # auto: on CUDA decode steps are replayed as CUDA
+    # graphs, where moe.dispatch.exchange may be static and nothing else keeps them from it
     numa: Literal["auto", "off"] = "auto"  # auto: on CUDA a rank runs on the CPU cores next to its
     # GPU, unless the launcher has bound the ranks of its host to different cores

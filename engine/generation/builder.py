@@ -22,6 +22,7 @@ from engine.distributed.groups import Topology
 from engine.distributed.health.progress import ProgressReporter
 from engine.distributed.shared_memory import SharedMemoryGroup
 from engine.generation.block_pool import BlockPool
+from engine.generation.graphs.capture import graph_bytes
 from engine.generation.memory import MoEShape, RowBound, num_kv_blocks, row_bound
 from engine.generation.prefix_cache import resolve_prefix_cache
 from engine.generation.quantization import resolve_quantization
@@ -158,11 +159,17 @@ def load_weights(
 
 
 def plan_cache(
-    model: LanguageModel, config: Config, topology: Topology, policy: Policy | None = None
+    model: LanguageModel,
+    config: Config,
+    topology: Topology,
+    policy: Policy | None = None,
+    *,
+    has_graphs: bool = False,
 ) -> int:
     """Return the KV cache blocks that this rank's memory has room for; reserve the row buffers.
 
     policy: of moe.policy; None: without one.
+    has_graphs: whether decode graphs will be captured, whose memory comes first.
 
     Collective over EP and TP on CUDA: every rank must call.
 
@@ -172,9 +179,13 @@ def plan_cache(
     settings, spec = config.scheduler, model.kv_spec
     warm_up(model, topology, settings.block_size)
     reserve = reserve_rows(model, config, topology, policy)
+    bytes_per_block = spec.bytes_per_block(settings.block_size, model.kv_dtype)
+    if has_graphs:  # and their scratch
+        reserve += bytes_per_block + spec.state_bytes
+        reserve += graph_bytes(model, topology, settings.block_size, settings.max_sequences)
     return num_kv_blocks(
         settings,
-        bytes_per_block=spec.bytes_per_block(settings.block_size, model.kv_dtype),
+        bytes_per_block=bytes_per_block,
         state_bytes=spec.state_bytes,
         max_model_len=model.max_model_len,
         reserve_bytes=reserve if topology.device.type == "cuda" else 0,
@@ -185,12 +196,18 @@ def plan_cache(
 
 
 def build_cache(
-    model: LanguageModel, config: Config, topology: Topology, num_blocks: int
+    model: LanguageModel,
+    config: Config,
+    topology: Topology,
+    num_blocks: int,
+    *,
+    has_graphs: bool = False,
 ) -> tuple[Runner, Scheduler]:
     """Build the KV cache, and the runner and scheduler that use it.
 
     Args:
         num_blocks: equal on every rank (`agree_kv_blocks`).
+        has_graphs: whether idle rows of decode graphs need a scratch block.
 
     Raises:
         ValueError: when the memory does not suffice.
@@ -203,7 +220,15 @@ def build_cache(
         f"scheduler.kv_cache_blocks = {num_blocks}: the KV cache cannot be allocated{states}; "
         f"lower it, or scheduler.kv_cache_gib{fewer}"
     ):
-        cache = KVCache(spec, num_blocks, settings.block_size, device, model.kv_dtype, rows)
+        cache = KVCache(
+            spec,
+            num_blocks,
+            settings.block_size,
+            device,
+            model.kv_dtype,
+            rows,
+            has_scratch=has_graphs,
+        )
     pool = BlockPool(num_blocks, settings.block_size)
     scheduler = Scheduler(settings, pool, model.max_model_len, has_states=spec.has_states)
     return Runner(model, cache, device), scheduler

@@ -47,6 +47,7 @@ class ControlMessage:
     time_per_row: int = 0  # of this rank's experts, picoseconds; 0: unknown
     tokens_read: int = 0  # tokens whose final hidden state is read
     replan: int = 0  # what this rank has ready for a change of copies (`replanner.py`)
+    graph_bucket: int = 0  # of the CUDA graph that could run the step here (`graphs/`); 0: none
 
 
 _NUM_FIELDS = len(fields(ControlMessage))

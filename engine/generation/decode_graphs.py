@@ -29,6 +29,8 @@ from engine.layers.step_inputs import StepTensors
 
 # Runs before a capture: libraries load, autotuners choose, communicators connect.
 _WARM_UPS = 2
+# What a graph that draws tokens may keep for its rows: float64 and int64 numbers per logit.
+_DRAW_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,18 @@ class DecodeGraphs:
         logits_of: runs a step of fixed shape; returns the logits of all rows, float32 [B, V]. It
             must do all that a capture allows alone, and leave no mark with a time.
         vocab: V.
+        samples: whether this rank samples, as one of each tensor group does.
     """
 
-    def __init__(self, logits_of: Callable[[StepTensors], torch.Tensor], vocab: int) -> None:
+    def __init__(
+        self,
+        logits_of: Callable[[StepTensors], torch.Tensor],
+        vocab: int,
+        *,
+        samples: bool = True,
+    ) -> None:
         self._logits_of = logits_of
-        self._vocab = vocab
+        self._vocab, self._samples = vocab, samples
         self._pool = torch.cuda.graph_pool_handle()
         self._buckets: dict[int, _Bucket] = {}
 
@@ -74,9 +83,11 @@ class DecodeGraphs:
         for each in sorted(inputs, key=lambda each: -each.num_rows):
             fill_inputs(each, (), self._vocab)
             forward = self._captured(partial(self._logits_of, each.step))
+            fits = each.num_rows * self._vocab * 16 <= _DRAW_BYTES
             samplers = {
                 draws: self._captured(partial(choose_tokens, forward.made, each.sampling_5B, draws))
                 for draws in Draws
+                if self._samples and (fits or draws is Draws.GREEDY)
             }
             self._buckets[each.num_rows] = _Bucket(each, forward, samplers)
 
@@ -101,12 +112,28 @@ class DecodeGraphs:
         Raises:
             NonFiniteLogitsError: a ValueError that names the requests with non-finite logits.
         """
+        return self.sample(bucket, slices, self.forward(bucket, slices))
+
+    @torch.inference_mode()
+    def forward(self, bucket: int, slices: Sequence[Slice]) -> Draws:
+        """Run the first half of `run`, up to the logits; return what `sample` takes.
+
+        Collective where the model is: every rank must call with the same bucket.
+        """
         captured = self._buckets[bucket]
         draws = fill_inputs(captured.inputs, slices, self._vocab)
         captured.forward.replay()
+        return draws
+
+    @torch.inference_mode()
+    def sample(self, bucket: int, slices: Sequence[Slice], draws: Draws) -> Sampled:
+        """Run the second half of `run`, on a rank that samples."""
+        captured = self._buckets[bucket]
         if not slices:
             return Sampled([], None, None)
-        sampler = captured.samplers[draws]
+        sampler = captured.samplers.get(draws)
+        if sampler is None:
+            return _sample_eagerly(captured.forward.made[: len(slices)], slices)
         sampler.replay()
         # SYNC: the host needs the tokens to see which sequences end and to schedule the next step.
         tokens = sampler.made[: len(slices)].tolist()
@@ -131,3 +158,15 @@ class DecodeGraphs:
                     logits_1V, [request.params], [length], [request.key]
                 ).tokens
         return tokens
+
+
+def _sample_eagerly(logits_SV: torch.Tensor, slices: Sequence[Slice]) -> Sampled:
+    """Sample rows for which no graph was captured, for what it would keep."""
+    sequences = [piece.seq for piece in slices]
+    return sample_rows(
+        logits_SV,
+        [seq.request.params for seq in sequences],
+        [len(seq.token_ids) for seq in sequences],
+        [seq.request.key for seq in sequences],
+        [seq.request.id for seq in sequences],
+    )

@@ -27,6 +27,7 @@ from engine.distributed.groups import Topology
 from engine.generation.admission import Admission
 from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
+from engine.generation.graphs.steps import GraphSteps
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.moe_step import (
     CopiesUse,
@@ -40,13 +41,14 @@ from engine.generation.moe_step import (
 from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
 from engine.generation.runner import Runner
-from engine.generation.sampling.step_outcome import read_step
+from engine.generation.sampling.step_outcome import StepOutcome, read_step
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import ChoiceGroup, Sequence
 from engine.generation.step import Step
 from engine.generation.step_profiler import StepProfiler
 from engine.generation.totals import OnStep, Totals, step_report
 from engine.models.decoder import GroupTokens
+from engine.moe.step import MoEStep
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 from engine.request import (
@@ -82,6 +84,7 @@ class GenerationLoop:
         copies: CopiesUse | None = None,
         replanner: Replanner | None = None,
         exchange: ExchangeWay = "counted",
+        graphs: GraphSteps | None = None,
     ) -> None:
         """Build the loop of one run.
 
@@ -96,7 +99,9 @@ class GenerationLoop:
             copies: when experts' copies take rows; None: there are none.
             replanner: changes the copies as the job runs; None: they stay.
             exchange: moe.dispatch.exchange.
+            graphs: run decode steps; None: all steps are eager.
         """
+        self._graphs = graphs
         self._exchange: ExchangeWay = exchange
         self._replanner = replanner
         self.totals = Totals()
@@ -160,7 +165,8 @@ class GenerationLoop:
                 self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
-            loads.end_step()
+            reads = step.sampling or step.prompt_rows  # which the host has waited for
+            loads.end_step(waited=self._is_leader and bool(reads))
             report = step_report(self.totals.steps, messages, loads.reset_step(), started_at)
             self._step_profiler.update(report)
             if on_step is not None:
@@ -209,6 +215,7 @@ class GenerationLoop:
             time_per_row=self._step_profiler.read(),
             tokens_read=step.num_read * leads,
             replan=0 if self._replanner is None else self._replanner.stage,
+            graph_bucket=0 if self._graphs is None else self._graphs.wanted(step),
         )
         self.totals.tokens_prefill += message.tokens_prefill
         self.totals.tokens_decode += message.tokens_decode
@@ -228,19 +235,7 @@ class GenerationLoop:
                 limited=self._limited,
                 layers=self._layer_phases,
             )
-        # Of each tensor group only the first rank's counts are not 0.
-        group = GroupTokens(
-            all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
-            read=sum(message.tokens_read for message in messages),
-            use_copies=self._copies is not None and self._copies.take_rows(messages),
-            bucket=static_bucket(messages, self._topology.tensor.size, self._exchange),
-        )
-        may_split = any(message.running > 1 for message in messages)
-        hidden = self._runner.forward(step, moe_step, group, may_split)
-        outcome = None
-        if self._is_leader:
-            outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
-        outcome = self._broadcast(outcome)
+        outcome = self._outcome(step, messages, moe_step)
         # Routed assignments, recomputed tokens left out. Where no token is subject to capacity the
         # last layer runs only the rows that are read (`CausalLM.forward`).
         for piece in step.slices:
@@ -270,6 +265,32 @@ class GenerationLoop:
             outcome.top,
             outcome.prompt_top,
         )
+
+    def _outcome(
+        self, step: Step, messages: list[ControlMessage], moe_step: MoEStep | None
+    ) -> StepOutcome:
+        """Run the model on a step and sample, by a graph where one can run it.
+
+        Collective over EP and TP: every rank must call.
+        """
+        bucket = None
+        if self._graphs is not None and moe_step is None:
+            bucket = self._graphs.agreed(messages)
+        if self._graphs is not None and bucket is not None:
+            return self._broadcast(self._graphs.run(step, bucket, samples=self._is_leader))
+        # Of each tensor group only the first rank's counts are not 0.
+        group = GroupTokens(
+            all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
+            read=sum(message.tokens_read for message in messages),
+            use_copies=self._copies is not None and self._copies.take_rows(messages),
+            bucket=static_bucket(messages, self._topology.tensor.size, self._exchange),
+        )
+        may_split = any(message.running > 1 for message in messages)
+        hidden = self._runner.forward(step, moe_step, group, may_split)
+        outcome = None
+        if self._is_leader:
+            outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
+        return self._broadcast(outcome)
 
     def _broadcast(self, value: Any) -> Any:
         """Return the value of the first rank of the tensor group. Collective over TP."""

@@ -94,6 +94,7 @@ class DecodeInputs:
                 block_table_SB=self._table_BC,
                 states_S=None if scratch_state is None else self._view("states"),
             ),
+            num_live_1=self.num_used_1,
         )
 
     @property

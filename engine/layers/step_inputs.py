@@ -55,3 +55,12 @@ class StepTensors:
     slots_T: torch.Tensor  # int64, cache slot of each token's key: block * block_size + offset
     queries: Queries  # of all T tokens
     read: ReadRows | None = None  # the tokens whose final hidden state is read; None: all
+    # int32 [1], how many of the tokens exist, the first ones, in a step of decodes whose buffers
+    # have room for more; None: all.
+    num_live_1: torch.Tensor | None = None
+
+    @property
+    def live_T(self) -> torch.Tensor | None:
+        """Which tokens exist, bool; None: all. Decode row t starts at t."""
+        num_1 = self.num_live_1
+        return None if num_1 is None else self.queries.query_start_S1[:-1] < num_1

@@ -233,6 +233,7 @@ class CausalLM(nn.Module):
         group_tokens, tunes = None if group is None else group.all, True
         uses_copies = group is None or group.use_copies
         bucket = None if group is None else group.bucket
+        live_T = step.live_T
         cos_TR, sin_TR = self.rotary.rows(step.positions_T)
         residual_TD = F.embedding(step.token_ids_T, self.embedding_VD).to(self.dtype)
         x_TD = rms_norm(residual_TD, layers[0].input_norm_D, eps)
@@ -263,7 +264,7 @@ class CausalLM(nn.Module):
                 has_table = layer.mlp.gate.table_VK is not None
                 token_ids_T = _token_ids(step, read) if has_table else None
                 call = moe_step, group_tokens, micro_batch, tunes, uses_copies, token_ids_T, bucket
-                routed_TD = yield from layer.mlp.steps(x_TD, *call)
+                routed_TD = yield from layer.mlp.steps(x_TD, *call, live_T=live_T)
                 if layer.parallel_dense is None:
                     x_TD = routed_TD
                 else:

@@ -71,7 +71,8 @@ class StaticCalls:
         self._rank, self._device, self._exchange = rank, device, exchange
         self._experts, self._sums = experts, config.dispatch.partial_sums
         self._policy = policy
-        setting = config.dispatch.exchange
+        # Whether a step has a bucket is not known here: null may turn out to be counted.
+        setting = config.dispatch.exchange or ("auto" if device.type == "cuda" else "counted")
         self.obstacle = _obstacle(rows, policy, experts, device)
         if setting == "static" and self.obstacle is not None:
             raise ValueError(f"moe.dispatch.exchange = 'static': {self.obstacle}; use auto")

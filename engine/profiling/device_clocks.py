@@ -69,6 +69,11 @@ class _StampClock(PhaseClock, ABC, Generic[_Stamp]):
         self._step_of_run = 0
         self._step: _Step[_Stamp] = _Step()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all marks of the current step are stamped."""
+        return self._step.complete
+
     @abstractmethod
     def _stamp(self) -> _Stamp:
         """Return a stamp of this moment, of the host or of the current stream."""

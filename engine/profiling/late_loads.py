@@ -2,7 +2,8 @@
 
 The host would wait for the device to read them at once, and what a CUDA graph counts it counts
 again in every replay. So a step's counts are copied out at its end, by one copy for all layers that
-nobody waits for, and read at the end of the next step, whose tokens the host has read since.
+nobody waits for, and read at the end of the next step, whose tokens the host has read since. Where
+it has read none, as on a rank without a sequence, it waits.
 """
 
 from __future__ import annotations
@@ -29,12 +30,22 @@ class LateLoads:
         """
         self._calls.append((counts_N, record))
 
-    def end_step(self, *, wait: bool = False) -> None:
+    def take(self) -> list[tuple[torch.Tensor, Record]]:
+        """Return the counts of this step and forget them: a graph's, added again by each replay."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def end_step(self, *, wait: bool = False, waited: bool = True) -> None:
         """Record the counts of the step before; copy those of this step out.
 
-        wait: record those of this step too.
+        Args:
+            wait: record those of this step too.
+            waited: whether the host has waited for what this step computed.
         """
         if self._copied is not None:
+            if not waited:
+                # SYNC: on a rank that has read no tokens in this step, while others do.
+                torch.cuda.synchronize()
             self._read()
         if self._calls:
             counts_M = torch.cat([counts for counts, _ in self._calls])

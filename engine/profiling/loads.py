@@ -184,11 +184,13 @@ class LoadCounter:
         self.late.clear()
         self._step_slowest = self._step_mean = 0.0
 
-    def end_step(self) -> None:
+    def end_step(self, *, waited: bool = True) -> None:
         """Read what calls of a GPU have left of the step before this one; of this one where the
         loads of single steps are recorded.
+
+        waited: whether the host has waited for what this step computed.
         """
-        self.late.end_step(wait=self.step is not None)
+        self.late.end_step(wait=self.step is not None, waited=waited)
 
     def reset_step(self) -> float:
         """Return and reset max over mean of the ranks' rows before capacity, of the last step."""

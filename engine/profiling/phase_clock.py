@@ -36,13 +36,16 @@ class Phase(IntEnum):
     COMBINE = 7
     CONTROL = 8
     TENSOR = 9
+    GRAPH = 10  # a whole decode step, replayed by a CUDA graph
 
 
-# TENSOR is a collective of one tensor group: its ranks wait for each other only.
+# TENSOR is a collective of one tensor group: its ranks wait for each other only. GRAPH, begun as a
+# collective, is none: the ranks meet within it.
 COLLECTIVE_PHASES = (Phase.CONSENSUS, Phase.DISPATCH, Phase.COMBINE, Phase.CONTROL, Phase.TENSOR)
 NO_LAYER = -1
 # The first steps of a run compile kernels and make connections; they are always complete.
 WARM_UP = 2
+_EVERY_STEPS = 16  # without stamps, from one complete step to the next
 # The collective of a span that waits for none; the stamp of a collective that was skipped.
 NONE = -1
 
@@ -149,6 +152,13 @@ class PhaseClock:
 
     def begin_run(self) -> None:
         """Number the steps from 0 again: their numbers decide which are complete."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the current step is to have all its marks, the same on every rank: then no graph
+        runs it. Without stamps they still are this rank's progress.
+        """
+        return self._steps % _EVERY_STEPS == 0
 
     def enter(self, phase: Phase, layer: int = NO_LAYER, tokens: int = 0) -> None:
         """End the current span and start one of `phase` that processes `tokens`."""

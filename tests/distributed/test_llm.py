@@ -280,6 +280,7 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
         assert rank.resolved_settings == {
             "runtime.device": "cpu",
             "runtime.threads": 1,
+            "runtime.graphs": "off: the model runs on cpu",
             "runtime.shared_memory": lane.available(),
             "model.dtype": "float32",
             "model.max_model_len": 64,

@@ -23,6 +23,7 @@ class Part:
 
     seconds: float  # most that it may take
     run: _Run
+    is_extra: bool = False  # runs where --only names it: the others take all of the time there is
 
 
 def _of(module: str, function: str) -> _Run:
@@ -47,7 +48,7 @@ def _engine(settings: Settings) -> Iterable[Check]:
 
 
 # In the order in which they run: what a short time on a machine should give comes first. The first
-# two take at most 4 minutes, all of them 10.
+# two take at most 4 minutes, all but the extra ones 10.
 PARTS = {
     "nccl": Part(115, _of("nccl", "check_nccl")),
     "speed": Part(115, _of("speed", "check_speed")),
@@ -60,5 +61,7 @@ PARTS = {
     "engine": Part(70, _engine),
     "memory": Part(35, _of("memory", "check_memory")),
     "clocks": Part(75, _of("clocks", "check_clocks")),
+    "graphs": Part(120, _of("graphs", "check_graphs"), is_extra=True),
 }
+DEFAULT = tuple(name for name, part in PARTS.items() if not part.is_extra)
 LIMIT_S = 595.0  # of all parts together, their starts included

@@ -137,12 +137,15 @@ def config_fields(shape: ModelShape) -> dict[str, Any]:
 def dummy_llm(
     shape: ModelShape, folder: Path, device: torch.device, **sections: dict[str, Any]
 ) -> Iterator[LLM]:
-    """Give an engine on one rank with random weights. sections: of the config."""
+    """Give an engine on one rank with random weights, its steps eager.
+
+    sections: of the config.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_fields(shape)), encoding="utf-8")
     tree: dict[str, Any] = {
         "model": {"path": str(folder), "dtype": "bfloat16", "load_format": "dummy"},
-        "runtime": {"device": device.type},
+        "runtime": {"device": device.type, "graphs": "off"},
     }
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}

@@ -101,9 +101,9 @@ def _check_model(
     scheduler = {"max_batch_tokens": max(prompts * length, sequences * context)}
     scheduler |= {"max_sequences": sequences, "kv_cache_blocks": 4096}
     with dummy_llm(shape, folder, settings.device, scheduler=scheduler, moe=_MOE) as llm:
-        requests = _requests(shape, sequences, context, 2 + steps)
-        _step_seconds(llm, _requests(shape, sequences, context, 6))  # compiles and tunes
-        decode = _step_seconds(llm, requests)["decode"]
+        requests = make_requests(shape, sequences, context, 2 + steps)
+        step_seconds(llm, make_requests(shape, sequences, context, 6))  # compiles and tunes
+        decode = step_seconds(llm, requests)["decode"]
         seconds = statistics.median(decode)
         least = shape.decode_bytes(sequences, context + steps / 2)
         yield figure(
@@ -120,9 +120,9 @@ def _check_model(
             f"{least / 1e9:.2f} GB per step",
             1.0,
         )
-        several = [*_requests(shape, 4 * prompts, length, 1)]
-        _step_seconds(llm, several)
-        prefill = statistics.median(_step_seconds(llm, several)["prefill"])
+        several = [*make_requests(shape, 4 * prompts, length, 1)]
+        step_seconds(llm, several)
+        prefill = statistics.median(step_seconds(llm, several)["prefill"])
         prefill /= shape.layers - 1  # the last one runs only the rows that are read
         flops = shape.prefill_flops(prompts, length)
         yield figure(
@@ -139,7 +139,7 @@ def _check_model(
             f"{flops / 1e12:.3f} TFLOP per layer",
             1.0,
         )
-        yield from _check_launches(llm, shape, _requests(shape, sequences, context, 8))
+        yield from _check_launches(llm, shape, make_requests(shape, sequences, context, 8))
 
 
 def _check_launches(llm: LLM, shape: ModelShape, requests: list[Request]) -> Iterator[Check]:
@@ -160,7 +160,7 @@ def _check_launches(llm: LLM, shape: ModelShape, requests: list[Request]) -> Ite
             yield at_most(GROUP, f"{name}, {column}", counts[column], allowed[column], note)
 
 
-def _step_seconds(llm: LLM, requests: list[Request]) -> dict[str, list[float]]:
+def step_seconds(llm: LLM, requests: list[Request]) -> dict[str, list[float]]:
     """Run requests; return the seconds of steps of one kind that follow a step of that kind.
 
     Each step ends when the host has read its tokens.
@@ -181,7 +181,8 @@ def _step_seconds(llm: LLM, requests: list[Request]) -> dict[str, list[float]]:
     return found
 
 
-def _requests(shape: ModelShape, count: int, length: int, new_tokens: int) -> list[Request]:
+def make_requests(shape: ModelShape, count: int, length: int, new_tokens: int) -> list[Request]:
+    """Return so many requests of random prompts of `length` tokens."""
     chance = random.Random(count)
     params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     return [

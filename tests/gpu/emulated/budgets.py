@@ -60,6 +60,7 @@ class Row:
     implementation: Implementation = "auto"
     # Whether the first layer alone has keys, and all others are of linear attention.
     linear: bool = False
+    graphs: bool = False  # whether decode steps are CUDA graphs
 
 
 _PLAIN = {"dispatch": {"deduplicate": False}}
@@ -85,6 +86,7 @@ ROWS = (
     Row("olmoe decode, static", "olmoe", _STATIC),
     Row("qwen3_moe decode, static, partial sums", "qwen3_moe", _SUMS),
     Row("qwen3_moe decode, static, copies", "qwen3_moe", _STATIC, placement=_COPIES),
+    Row("olmoe decode, graphs", "olmoe", graphs=True),
     Row("qwen2_moe decode", "qwen2_moe", _PLAIN),
     Row("qwen3_moe decode", "qwen3_moe", _PLAIN),
     Row("qwen3_moe decode, deduplicated", "qwen3_moe"),
@@ -264,8 +266,13 @@ def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
             "implementation": row.implementation,
         },
         "moe": moe,
-        "scheduler": {"kv_cache_blocks": 256, "block_size": 4, "max_batch_tokens": tokens},
-        "runtime": {"device": "cuda", "timeout_s": 60.0},
+        "scheduler": {"kv_cache_blocks": 256, "block_size": 4, "max_batch_tokens": tokens}
+        | ({"max_sequences": _SEQUENCES} if row.graphs else {}),
+        "runtime": {
+            "device": "cuda",
+            "timeout_s": 60.0,
+            "graphs": "auto" if row.graphs else "off",
+        },
     }
 
 

@@ -129,7 +129,12 @@ def _generate(rank: int, path: Path, job: Job, device: str) -> Result:
     tree: dict[str, Any] = {
         "model": {"path": str(path), "max_model_len": 64, "dtype": "float32"},
         "scheduler": {"kv_cache_blocks": 64, "block_size": 4, "max_batch_tokens": 24},
-        "runtime": {"device": device, "shared_memory": False, "timeout_s": 60.0},
+        "runtime": {
+            "device": device,
+            "shared_memory": False,
+            "timeout_s": 60.0,
+            "graphs": "off",  # every step is eager; `graphs/` has the jobs with graphs
+        },
     }
     for section, values in job.settings.items():
         tree[section] = {**tree.get(section, {}), **values}

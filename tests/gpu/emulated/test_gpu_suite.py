@@ -26,7 +26,7 @@ pytestmark = [
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
 # Those that run in one process; the emulation is not passed on to the ranks of others. Host waits,
 # which `step` is about, are refused in every run of the emulation.
-PARTS = ("speed", "experts", "pipeline", "capacity", "attention", "memory", "clocks")
+PARTS = ("speed", "graphs", "experts", "pipeline", "capacity", "attention", "memory", "clocks")
 
 
 class Profile:

@@ -76,3 +76,25 @@ def test_rows_of_all_ranks_that_are_known_are_not_exchanged_again():
     for one, other in zip(exchanged.layers.values(), known.layers.values(), strict=True):
         assert (one.slowest_after, one.mean_after) == (other.slowest_after, other.mean_after)
         assert (one.slowest_time, one.slowest) == (other.slowest_time, other.slowest)
+
+
+def test_counts_are_read_at_once_where_the_host_has_waited_and_after_a_wait_where_not(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    waits: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(0))
+    late, seen = LateLoads(), []
+    late._copied = torch.tensor([1, 2]), [(2, lambda counts: seen.append(counts.tolist()))]
+    late.end_step(waited=True)
+    assert not waits and seen == [[1, 2]]
+    late._copied = torch.tensor([3]), [(1, lambda counts: seen.append((len(waits), *counts)))]
+    late.end_step(waited=False)
+    assert waits == [0] and seen[1] == (1, 3)
+
+
+def test_taken_counts_are_not_recorded_at_the_end_of_the_step():
+    late = LateLoads()
+    late.add(torch.tensor([1]), lambda _: None)
+    assert [counts.tolist() for counts, _ in late.take()] == [[1]]
+    late.end_step()
+    assert late._copied is None

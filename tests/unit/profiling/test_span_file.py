@@ -79,7 +79,7 @@ def test_the_keys_of_a_span_file_are_those_that_its_readers_know(tmp_path):
     )
     assert list(step) == "step start_ns prefill decode spans before after".split()
     assert first["phases"] == (
-        "other attention gate consensus plan dispatch experts combine control tensor".split()
+        "other attention gate consensus plan dispatch experts combine control tensor graph".split()
     )
 
 
