@@ -21,6 +21,7 @@ from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import shared_rows
+from engine.moe.dispatch.transports.transport import Setup
 from engine.moe.expert_rows import ExpertRows
 from engine.moe.gate import Gate
 from engine.moe.layer_agreement import LayerAgreement
@@ -57,9 +58,9 @@ class LayerParts(nn.Module):
     Weights are allocated uninitialised.
 
     Raises:
-        ValueError: more expert-parallel ranks than experts, a backend that cannot run here, or
-            moe.shared_expert is balanced and there is none, or its rows are not those of the
-            experts.
+        ValueError: more expert-parallel ranks than experts, a backend or transport that cannot run
+            here, or moe.shared_expert is balanced and there is none, or its rows are not those of
+            the experts.
     """
 
     gate: Gate
@@ -141,6 +142,20 @@ class LayerParts(nn.Module):
             dtype=dtype,
             layouts=layouts,
             form=spec.experts,
+        )
+        self.transport = self.row_buffers.transports.get(  # None: counts are on the host
+            Setup(
+                group=group,
+                device=device,
+                dtype=wide,
+                width=spec.width,
+                first_experts=tuple(instances.first_instances),
+                top_k=spec.router.top_k,
+            ),
+            config,
+            experts=self.experts.name,
+            takes_device_counts=self.experts.takes_device_counts,
+            has_copies=instances.has_copies,
         )
         self.rows = ExpertRows(
             spec.hidden, spec.experts.latent, spec.router.weights_on_input, device, dtype
