@@ -80,6 +80,9 @@ class Outgoing(NamedTuple):
     ids_TK: torch.Tensor  # int64, 0 .. E - 1; -1: no assignment, dropped
     weights_TK: torch.Tensor  # float32 combine weights
     order: ExpertOrder  # ids_TK sorted by expert: which row is sent, and how many for each
+    # Rows that no rank receives more of in this call, the same on every rank; None: those of the
+    # limits. A transport may give the experts fewer places by it.
+    most_received: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
