@@ -100,6 +100,10 @@ class DispatchConfig:
     partial_sums: bool = False  # return one row per rank, summed there: results differ by
     # rounding; needs deduplicate
     dtype: Literal["auto", "bf16", "fp8"] = "auto"  # of the rows of dispatch; auto: model.dtype's
+    transport: Literal["auto", "nccl", "symmetric", "deepep", "te_ep"] = "auto"  # what moves rows;
+    # nccl: all-to-alls of NCCL, on the CPU of gloo, by counts on the host; symmetric: torch's
+    # symmetric memory (NVSHMEM), deepep: DeepEP, te_ep: Transformer Engine's, all by counts on the
+    # device and never executed on a GPU; auto: nccl
     exchange: Literal["auto", "counted", "static"] | None = None  # counted: ranks exchange how many
     # rows go where, then the rows; static: small steps without competition are padded to a size
     # all ranks agree on and need no counts; auto: static in decode, on the CPU where it is measured

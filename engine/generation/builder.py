@@ -36,7 +36,7 @@ from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
 from engine.models.policy import set_policy
 from engine.models.registry import build_model, read_spec
-from engine.models.warm_up import warm_up
+from engine.models.warm_up import MOST_TOKENS, warm_up
 from engine.models.weight_dtype import dtype_in_words
 from engine.moe.layer_static import COUNTED, STATIC
 from engine.moe.placement.placement import Placement
@@ -177,8 +177,12 @@ def plan_cache(
         ValueError: when the memory does not suffice.
     """
     settings, spec = config.scheduler, model.kv_spec
+    reserve = None
+    if model.row_buffers.transports.transports:  # their buffers do not grow
+        reserve = reserve_rows(model, config, topology, policy)
     warm_up(model, topology, settings.block_size)
-    reserve = reserve_rows(model, config, topology, policy)
+    if reserve is None:
+        reserve = reserve_rows(model, config, topology, policy)
     bytes_per_block = spec.bytes_per_block(settings.block_size, model.kv_dtype)
     if has_graphs:  # and their scratch
         reserve += bytes_per_block + spec.state_bytes
@@ -322,11 +326,19 @@ def reserve_rows(
     ]
     bounds = {
         (top_k, capacity): row_bound(
-            replace(shape, top_k=top_k), capacity, limits.max_batch_tokens, limits.max_sequences
+            replace(shape, top_k=top_k),
+            capacity,
+            limits.max_batch_tokens,
+            limits.max_sequences,
+            in_rounds=layer.on_device.transport is None,
         )
         for top_k, capacity in set(kinds)
     }
     bound = reduce(RowBound.join, bounds.values())
+    if layer.on_device.transport is not None:
+        most = min(shape.top_k, shape.num_local_experts)
+        received = topology.expert.size * MOST_TOKENS * most
+        bound = bound.join(RowBound(MOST_TOKENS * shape.top_k, received))
     dtype = model.dtype
     is_cuda = topology.device.type == "cuda"
     needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
@@ -348,5 +360,5 @@ def reserve_rows(
         f"{'moe.policy = null' if config.moe.policy else 'moe.capacity.policy = none'}, which "
         "reserves nothing"
     ):
-        layer.reserve(bound.sent, bound.received)
-    return needed - model.row_buffers.num_bytes
+        taken = layer.reserve(bound.sent, bound.received, max(limits.max_batch_tokens, MOST_TOKENS))
+    return needed - taken

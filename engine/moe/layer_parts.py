@@ -21,9 +21,11 @@ from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import shared_rows
+from engine.moe.dispatch.transports.transport import Limits, Setup
 from engine.moe.expert_rows import ExpertRows
 from engine.moe.gate import Gate
 from engine.moe.layer_agreement import LayerAgreement
+from engine.moe.layer_device import DeviceCalls
 from engine.moe.layer_static import StaticCalls
 from engine.moe.local_experts import LocalExperts
 from engine.moe.low_bit_experts import ExpertLayouts
@@ -57,9 +59,9 @@ class LayerParts(nn.Module):
     Weights are allocated uninitialised.
 
     Raises:
-        ValueError: more expert-parallel ranks than experts, a backend that cannot run here, or
-            moe.shared_expert is balanced and there is none, or its rows are not those of the
-            experts.
+        ValueError: more expert-parallel ranks than experts, a backend or transport that cannot run
+            here, or moe.shared_expert is balanced and there is none, or its rows are not those of
+            the experts.
     """
 
     gate: Gate
@@ -142,6 +144,20 @@ class LayerParts(nn.Module):
             layouts=layouts,
             form=spec.experts,
         )
+        transport = self.row_buffers.transports.get(  # None: counts are on the host
+            Setup(
+                group=group,
+                device=device,
+                dtype=wide,
+                width=spec.width,
+                first_experts=tuple(instances.first_instances),
+                top_k=spec.router.top_k,
+            ),
+            config,
+            experts=self.experts.name,
+            takes_device_counts=self.experts.takes_device_counts,
+            has_copies=instances.has_copies,
+        )
         self.rows = ExpertRows(
             spec.hidden, spec.experts.latent, spec.router.weights_on_input, device, dtype
         )
@@ -176,6 +192,14 @@ class LayerParts(nn.Module):
             rank=group.rank,
             device=device,
             tuner=tuner,
+        )
+
+        self.on_device = DeviceCalls(
+            transport,
+            agreement=self.agreement,
+            exchange=exchange,
+            experts=self.experts,
+            layer=layer,
         )
 
     @property
@@ -235,15 +259,24 @@ class LayerParts(nn.Module):
         """Collectives this layer has called."""
         return self._collectives.num_collectives
 
-    def reserve(self, send_rows: int, received_rows: int) -> None:
-        """Allocate the row buffers for at most so many assignments sent and received in a call.
+    def reserve(self, send_rows: int, received_rows: int, max_tokens: int) -> int:
+        """Allocate the row buffers for at most so many assignments sent and received in a call, or
+        those of the transport; return their bytes.
 
-        Layers that share row buffers need it once.
+        Layers that share row buffers need it once. Collective over EP where there is a transport.
+
+        Args:
+            send_rows, received_rows: the same on every rank.
+            max_tokens: of one rank.
         """
+        if transports := self.row_buffers.transports.transports:
+            limits = Limits(tokens=max_tokens, sent=send_rows, received=received_rows)
+            return sum(transport.reserve(limits) for transport in transports)
         if self.layout_policy.moves_shared:  # at most one per token of the largest rank more
             received_rows += -(-send_rows // self.spec.router.top_k)
         sizes = self.layout_policy.buffer_sizes(send_rows, received_rows)
         self.row_buffers.reserve(sizes, self.gate.weight_ED.device)
+        return self.row_buffers.num_bytes
 
     def set_capacity(self, config: CapacityConfig) -> None:
         """Change the capacity policy, between steps and alike on every rank.

@@ -13,6 +13,8 @@ from enum import IntEnum
 
 import torch
 
+from engine.moe.dispatch.transports.choice import TransportPool
+
 
 class Slot(IntEnum):
     """What a buffer holds; see `payload.py`."""
@@ -26,6 +28,7 @@ class RowBuffers:
     """Three buffers of bytes, one per slot."""
 
     def __init__(self) -> None:
+        self.transports = TransportPool()  # with buffers of their own, shared as these are
         self.num_growths = 0  # reallocations since `reserve`
         self._buffers: dict[Slot, torch.Tensor] = {}
         self._last: dict[Slot, tuple[tuple[object, ...], torch.Tensor]] = {}
