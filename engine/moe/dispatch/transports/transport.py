@@ -72,6 +72,16 @@ class Limits:
     sent: int  # rows that a rank sends: one per assignment
     received: int  # rows that a rank receives, all experts together; never more come
 
+    def join(self, other: Limits | None) -> Limits:
+        """Return the limits of calls that keep either."""
+        if other is None:
+            return self
+        return Limits(
+            tokens=max(self.tokens, other.tokens),
+            sent=max(self.sent, other.sent),
+            received=max(self.received, other.received),
+        )
+
 
 class Outgoing(NamedTuple):
     """This rank's part of a call. All tensors are on the device; T may be 0."""
@@ -80,6 +90,8 @@ class Outgoing(NamedTuple):
     ids_TK: torch.Tensor  # int64, 0 .. E - 1; -1: no assignment, dropped
     weights_TK: torch.Tensor  # float32 combine weights
     order: ExpertOrder  # ids_TK sorted by expert: which row is sent, and how many for each
+    most_tokens: int | None = None  # of the rank that has most in this call, the same on every
+    # rank; None: the ranks have not agreed on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
