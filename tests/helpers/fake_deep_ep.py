@@ -55,6 +55,13 @@ def _aligned(count: int) -> int:
     return -(-count // _BUFFER_ALIGNMENT) * _BUFFER_ALIGNMENT
 
 
+class Handle:
+    """What combine takes from dispatch; a tuple of tensors there."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+
 class EventOverlap:
     """What a call returns that waits for nothing."""
 
@@ -88,7 +95,7 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.num_qps_per_rank = low_latency_mode, num_qps_per_rank
         self.explicitly_destroy, self.alive = explicitly_destroy, True
-        self._open: list[tuple] = []  # handles to combine
+        self._open: list[Handle] = []  # handles to combine
         self._is_clean = True
         Buffer.made.append(self)
 
@@ -147,7 +154,7 @@ class Buffer:
         topk_weights: torch.Tensor,
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], tuple, EventOverlap]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int], Handle, EventOverlap]:
         """Send each token to each rank that has one of its experts, once."""
         num_experts = num_tokens_per_expert.shape[0]
         self._check_rows(x, topk_idx, num_experts)
@@ -155,7 +162,7 @@ class Buffer:
         demand(topk_weights.dtype == torch.float32, "weights are float32")
         demand(topk_weights.shape == topk_idx.shape, "a weight per expert")
         demand(topk_weights.is_contiguous(), "weights are contiguous")
-        layout = self.get_dispatch_layout(topk_idx, num_experts)
+        layout = Buffer.get_dispatch_layout(self, topk_idx, num_experts)
         given = (
             num_tokens_per_rank,
             num_tokens_per_rdma_rank,
@@ -190,18 +197,21 @@ class Buffer:
         size = num_worst_tokens or num
         demand(num <= size, f"{num} tokens arrive where num_worst_tokens is {size}")
         recv_x = _padded(torch.cat(rows), size, torch.nan)
-        recv_ids, recv_weights = _padded(place, size, -1), _padded(torch.cat(scales), size, 0.0)
+        recv_ids, recv_weights = (
+            _padded(place, size, -1),
+            _padded(torch.cat(scales), size, torch.nan),
+        )
         source = _padded(torch.cat(sources), size, -1)
-        handle = (num, torch.cat(origins), source, is_token_in_rank)
+        handle = Handle(num, torch.cat(origins), source, is_token_in_rank)
         self._open.append(handle)
         counts = [-(-count // expert_alignment) * expert_alignment for count in counts]
         listed = [] if num_worst_tokens else counts
         return recv_x, recv_ids, recv_weights, listed, handle, EventOverlap()
 
-    def combine(self, x: torch.Tensor, handle: tuple) -> tuple[torch.Tensor, None, EventOverlap]:
+    def combine(self, x: torch.Tensor, handle: Handle) -> tuple[torch.Tensor, None, EventOverlap]:
         """Return the sum over ranks of what they made of each token, without weights."""
         self._close(handle)
-        num, origin, source, in_rank = handle
+        num, origin, source, in_rank = handle.parts
         demand(x.dtype == torch.bfloat16 and x.is_contiguous(), "rows are bfloat16, contiguous")
         demand(x.shape[0] == source.shape[0], "as many rows as were received")
         total = torch.zeros(in_rank.shape[0], x.shape[1])
@@ -224,7 +234,7 @@ class Buffer:
         num_max_dispatch_tokens_per_rank: int,
         num_experts: int,
         use_fp8: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple, EventOverlap, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Handle, EventOverlap, None]:
         """Send each token to each of its experts: [local experts, most tokens * ranks, hidden]."""
         demand(not use_fp8, "not emulated")
         self._check_rows(x, topk_idx, num_experts)
@@ -250,17 +260,17 @@ class Buffer:
                 recv[expert, count[expert]] = xs[source][token]
                 origin[expert, count[expert]] = torch.tensor([source, token, k])
                 count[expert] += 1
-        handle = (count.clone(), origin, most, hidden, num_experts)
+        handle = Handle(count.clone(), origin, most, hidden, num_experts)
         self._open.append(handle)
         demand(len(self._open) <= 2, "two buffers: at most two results are held")
         return recv, count, handle, EventOverlap(), None
 
     def low_latency_combine(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, handle: tuple
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, handle: Handle
     ) -> tuple[torch.Tensor, EventOverlap, None]:
         """Return the weighted sum of each token's results, k = 0 .. K - 1, on its own rank."""
         self._close(handle)
-        count, origin, most, hidden, num_experts = handle
+        count, origin, most, hidden, num_experts = handle.parts
         local = num_experts // self.group_size
         demand(x.shape == (local, most * self.group_size, hidden), "a place per row of dispatch")
         demand(x.dtype == torch.bfloat16 and x.is_contiguous(), "rows are bfloat16, contiguous")
@@ -280,7 +290,7 @@ class Buffer:
             )
         return total.to(x.dtype), EventOverlap(), None
 
-    def _close(self, handle: tuple) -> None:
+    def _close(self, handle: Handle) -> None:
         demand(self.alive, "the buffers are there")
         first = bool(self._open) and self._open.pop(0) is handle
         demand(first, "handles are combined once, in the order of their dispatches")

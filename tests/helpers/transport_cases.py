@@ -49,20 +49,18 @@ class Factors:
     ) -> torch.Tensor:
         """Run grouped rows, or those at the index; see `ExpertsBackend.__call__`."""
         out_RD = torch.empty_like(rows_RD) if out_RD is None else out_RD
-        places_R = torch.arange(len(rows_RD)) if index_R is None else index_R
-        factor_R = torch.repeat_interleave(
-            torch.arange(len(expert_counts)) + self.first + 1, torch.tensor(expert_counts)
-        )[:, None].to(rows_RD.dtype)
-        places_R = places_R[: len(factor_R)]
-        out_RD[places_R] = rows_RD[places_R] * factor_R + factor_R / 2
-        return out_RD
+        load_e = torch.tensor(expert_counts).to(rows_RD.device)
+        grouped_RD = rows_RD if index_R is None else rows_RD[index_R]
+        made_RD = self.run_bounded(grouped_RD, load_e)
+        return out_RD.copy_(made_RD) if index_R is None else out_RD.index_copy_(0, index_R, made_RD)
 
     def run_bounded(self, rows_RD: torch.Tensor, load_e: torch.Tensor) -> torch.Tensor:
         """Run the first rows; the others come out as what nobody may read."""
-        out_RD = torch.full_like(rows_RD, torch.nan)
-        end = int(load_e.sum())
-        self(rows_RD[:end], load_e.tolist(), out_RD[:end])
-        return out_RD
+        place_R = torch.arange(rows_RD.shape[0], device=rows_RD.device)
+        expert_R = torch.searchsorted(load_e.cumsum(0), place_R, right=True)
+        factor_R1 = (expert_R + self.first + 1)[:, None].to(rows_RD.dtype)
+        made_RD = rows_RD * factor_R1 + factor_R1 / 2
+        return made_RD.masked_fill((place_R >= load_e.sum())[:, None], torch.nan)
 
 
 def setup_of(case: Case, group: Group, device: torch.device | None = None) -> Setup:
@@ -85,7 +83,7 @@ def limits_of(case: Case) -> Limits:
     return Limits(tokens=tokens, sent=tokens * case.top_k, received=received)
 
 
-def routed(case: Case, rank: int, seed: int = 0) -> Outgoing:
+def routed(case: Case, rank: int, seed: int = 0, device: str = "cpu") -> Outgoing:
     """Return the tokens of a rank, which prefer the first experts."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     num, total = case.counts[rank], case.first_experts[-1]
@@ -95,6 +93,7 @@ def routed(case: Case, rank: int, seed: int = 0) -> Outgoing:
     lost_TK = torch.rand(num, case.top_k, generator=generator) < case.dropped
     ids_TK = ids_TK.masked_fill(lost_TK, -1)
     weights_TK = torch.rand(num, case.top_k, generator=generator)
+    x_TD, ids_TK, weights_TK = (each.to(device) for each in (x_TD, ids_TK, weights_TK))
     order = ExpertOrder(*sort_by_expert(ids_TK, total))
     return Outgoing(x_TD, ids_TK, weights_TK, order, most_tokens=max(case.counts))
 
@@ -111,14 +110,14 @@ def by_nccl(setup: Setup, outgoing: Outgoing) -> tuple[torch.Tensor, torch.Tenso
     """Return the sums of a rank's tokens the NCCL way, and those of its ranks' partial sums."""
     group, order = setup.group, outgoing.order
     collectives = GroupCollectives(group)
-    counts_WE = collectives.all_gather(order.load_E).wait().view(group.size, -1).numpy()
+    counts_WE = collectives.all_gather(order.load_E).wait().cpu().view(group.size, -1).numpy()
     plan = make_plan(order, counts_WE, group.rank, list(setup.first_experts))
     pipeline = Pipeline(Exchange(group, collectives), Factors(setup), RowBuffers(), 0)  # pyright: ignore[reportArgumentType]
     steps = pipeline.steps(outgoing.x_TD, outgoing.weights_TK, [plan], NoClock())
     rows_SD = run_to_end(steps)
     slot_TK, weights_TK = plan.terms(outgoing.weights_TK)
     whole_TD = combine_rows(rows_SD, slot_TK, weights_TK)
-    total_TD = torch.zeros(outgoing.x_TD.shape)
+    total_TD = torch.zeros_like(outgoing.x_TD, dtype=torch.float32)
     for first, end in zip(setup.first_experts, setup.first_experts[1:], strict=False):
         of_rank = (outgoing.ids_TK >= first) & (outgoing.ids_TK < end)
         place_TK, order_TK = slot_TK.where(of_rank, -1).sort(1)  # in the order of the experts
