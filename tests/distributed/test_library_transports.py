@@ -69,7 +69,8 @@ def results(rank: int, case: Case) -> dict[str, tuple[Any, ...]]:
         with pytest.MonkeyPatch.context() as patch:
             transport = make(kind, setup, patch)
             assert transport.reserve(limits_of(case)) > 0
-            by_transport(transport, setup, routed(case, rank))
+            # The first call is one of throughput, after which low latency needs a clean buffer.
+            by_transport(transport, setup, routed(case, rank)._replace(most_tokens=None))
             outgoing = routed(case, rank, seed=1)
             sums = by_transport(transport, setup, outgoing)
             one = (outgoing.ids_TK >= 0).sum(1) <= 1
