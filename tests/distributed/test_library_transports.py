@@ -102,7 +102,7 @@ def refused(rank: int, kind: str, received: int) -> str:
         transport = make(kind, setup, patch)
         transport.reserve(Limits(tokens=4, sent=8, received=received))
         try:
-            transport.dispatch(routed(case, rank)._replace(most_tokens=None))
+            transport.dispatch(routed(case, rank)._replace(most_received=None, most_tokens=None))
         except ContractError as error:
             return str(error)
     return ""

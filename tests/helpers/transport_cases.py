@@ -6,6 +6,7 @@ the transport did.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def setup_of(case: Case, group: Group, device: torch.device | None = None) -> Se
 def limits_of(case: Case) -> Limits:
     """Return limits that no call exceeds, though one may reach them."""
     tokens = max(case.counts)
-    most = max(b - a for a, b in zip(case.first_experts, case.first_experts[1:], strict=False))
+    most = max(b - a for a, b in pairwise(case.first_experts))
     received = len(case.counts) * tokens * min(case.top_k, most)
     return Limits(tokens=tokens, sent=tokens * case.top_k, received=received)
 
@@ -95,7 +96,15 @@ def routed(case: Case, rank: int, seed: int = 0, device: str = "cpu") -> Outgoin
     weights_TK = torch.rand(num, case.top_k, generator=generator)
     x_TD, ids_TK, weights_TK = (each.to(device) for each in (x_TD, ids_TK, weights_TK))
     order = ExpertOrder(*sort_by_expert(ids_TK, total))
-    return Outgoing(x_TD, ids_TK, weights_TK, order, most_tokens=max(case.counts))
+    most = min(case.top_k, max(b - a for a, b in pairwise(case.first_experts)))
+    return Outgoing(
+        x_TD,
+        ids_TK,
+        weights_TK,
+        order,
+        most_received=sum(case.counts) * most,
+        most_tokens=max(case.counts),
+    )
 
 
 def by_transport(transport: DeviceTransport, setup: Setup, outgoing: Outgoing) -> torch.Tensor:
@@ -118,7 +127,7 @@ def by_nccl(setup: Setup, outgoing: Outgoing) -> tuple[torch.Tensor, torch.Tenso
     slot_TK, weights_TK = plan.terms(outgoing.weights_TK)
     whole_TD = combine_rows(rows_SD, slot_TK, weights_TK)
     total_TD = torch.zeros_like(outgoing.x_TD, dtype=torch.float32)
-    for first, end in zip(setup.first_experts, setup.first_experts[1:], strict=False):
+    for first, end in pairwise(setup.first_experts):
         of_rank = (outgoing.ids_TK >= first) & (outgoing.ids_TK < end)
         place_TK, order_TK = slot_TK.where(of_rank, -1).sort(1)  # in the order of the experts
         total_TD += combine_rows(rows_SD, place_TK, weights_TK.gather(1, order_TK)).float()

@@ -111,7 +111,8 @@ class DeepEP:
             low = setup.width in LOW_LATENCY_WIDTHS and setup.top_k <= LOW_LATENCY_TOP_K
             self._low_tokens = min(LOW_LATENCY_TOKENS, limits.tokens) if low else 0
             self._open()
-            self._place_R = torch.arange(max(self._num_places, self._block), device=setup.device)
+            most_places = max(self._num_places, self._low_places, self._block, limits.tokens)
+            self._place_R = torch.arange(most_places, device=setup.device)
             self._one_T1 = torch.ones(limits.tokens, 1, device=setup.device)
             self._log()
         return self._buffer_bytes + self._received_bytes(self._num_tokens, self._num_places)
@@ -129,8 +130,8 @@ class DeepEP:
         if self._ids_E1 is not None:
             ids_TK = self._ids_E1[ids_TK]
         if most is not None and most <= self._low_tokens:
-            return Ready(self._dispatch_low(outgoing.x_TD, ids_TK, outgoing.weights_TK))
-        return Ready(self._dispatch(outgoing.x_TD, ids_TK, outgoing.weights_TK))
+            return Ready(self._dispatch_low(outgoing, ids_TK))
+        return Ready(self._dispatch(outgoing, ids_TK))
 
     def combine(self, arrived: Arrived, out_RD: torch.Tensor) -> Returned:
         """See `DeviceTransport`."""
@@ -149,56 +150,57 @@ class DeepEP:
         num_tokens = sums_TD.shape[0]
         return Returned(sums_TD, self._place_R[:num_tokens, None], self._one_T1[:num_tokens])
 
-    def _dispatch(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Arrived:
+    def _dispatch(self, outgoing: Outgoing, ids_TK: torch.Tensor) -> Arrived:
         """Send by the throughput kernels, and sort what comes by expert."""
         ids_TK, buffer = ids_TK.contiguous(), self._buffer
+        num_tokens, num_places = self._num_tokens, self._num_places
+        if (most := outgoing.most_received) is not None:
+            num_tokens, num_places = min(num_tokens, most), min(num_places, most)
         per_rank, per_host, per_expert, in_rank, _ = buffer.get_dispatch_layout(
             ids_TK, self._num_experts
         )
         recv_ND, local_NK, weights_NK, _, handle, _ = buffer.dispatch(
-            x_TD,
+            outgoing.x_TD,
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_host,
             is_token_in_rank=in_rank,
             num_tokens_per_expert=per_expert,
             topk_idx=ids_TK,
-            topk_weights=weights_TK.contiguous(),
-            num_worst_tokens=self._num_tokens,
+            topk_weights=outgoing.weights_TK.contiguous(),
+            num_worst_tokens=max(num_tokens, 1),  # 0: the host would wait
         )
         self._is_clean = False
         row_M, slot_NK, load_e = sort_by_expert(local_NK, self._setup.most_local)
-        rows_RD = gather_rows(recv_ND, row_M[: self._num_places])
+        rows_RD = gather_rows(recv_ND, row_M[: max(num_places, 1)])
         load_e = load_e[: self._setup.num_local]
         sent = _Throughput(handle, slot_NK, weights_NK)
         return Arrived(rows_RD=rows_RD, load_e=load_e, places_e=load_e, handle=sent)
 
-    def _dispatch_low(
-        self, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> Arrived:
+    def _dispatch_low(self, outgoing: Outgoing, ids_TK: torch.Tensor) -> Arrived:
         """Send by the low-latency kernels, and close the gaps between the experts' rows."""
         ids_TK, setup = ids_TK.contiguous(), self._setup
         if not self._is_clean:
             self._buffer.clean_low_latency_buffer(self._low_tokens, setup.width, self._num_experts)
             self._is_clean = True
         block_eBD, count_e, handle, _, _ = self._buffer.low_latency_dispatch(
-            x_TD, ids_TK, self._low_tokens, self._num_experts, use_fp8=False
+            outgoing.x_TD, ids_TK, self._low_tokens, self._num_experts, use_fp8=False
         )
-        load_e = count_e.long()
-        rows_RD = block_eBD[0]
+        load_e, num_places = count_e.long(), self._low_places
+        if outgoing.most_received is not None:
+            num_places = max(min(num_places, outgoing.most_received), 1)
+        rows_RD = block_eBD[0, :num_places]
         if block_eBD.shape[0] > 1:
-            place_R = self._place_R[: self._low_places]
+            place_R = self._place_R[:num_places]
             rows_RD = gather_rows(
                 block_eBD.flatten(0, 1), rows_of_places(load_e, self._block, place_R)
             )
-        sent = _LowLatency(handle, ids_TK, weights_TK.contiguous(), load_e)
+        sent = _LowLatency(handle, ids_TK, outgoing.weights_TK.contiguous(), load_e)
         load_e = load_e[: setup.num_local]
         return Arrived(rows_RD=rows_RD, load_e=load_e, places_e=load_e, handle=sent)
 
     def _blocks(self, out_RD: torch.Tensor, load_e: torch.Tensor) -> torch.Tensor:
         """Return results in the blocks that low latency takes, [e, B, D]."""
-        if load_e.shape[0] == 1:
+        if load_e.shape[0] == 1 and out_RD.shape[0] == self._block:
             return out_RD.contiguous()[None]
         slot_B = self._place_R[: self._block]
         index = places_of_rows(load_e, slot_B, out_RD.shape[0])

@@ -161,6 +161,8 @@ class TransformerEngineEP:
             recv_tokens=self._recv_RD,
             recv_topk_weights=self._weight_R,
         )
+        if outgoing.most_received is not None:
+            rows_RD = rows_RD[: max(outgoing.most_received, 1)]
         load_e = count_e[: self._setup.num_local]
         handle = (count_e, weight_R)
         return Ready(Arrived(rows_RD=rows_RD, load_e=load_e, places_e=load_e, handle=handle))
@@ -169,8 +171,8 @@ class TransformerEngineEP:
         """See `DeviceTransport`."""
         assert isinstance(arrived.handle, tuple)
         count_e, weight_R = arrived.handle
-        place_R = self._place_R[: out_RD.shape[0]]
-        # Places past the last row have to be zero.
+        place_R = self._place_R[: weight_R.shape[0]]
+        # The library takes all places, and those past the last row have to be zero.
         slot_R = place_R.where(place_R < count_e.sum(), -1)
         weighted_RD = combine_rows(out_RD, slot_R[:, None], weight_R[:, None])
         num_tokens = self._num_tokens

@@ -90,8 +90,12 @@ class Outgoing(NamedTuple):
     ids_TK: torch.Tensor  # int64, 0 .. E - 1; -1: no assignment, dropped
     weights_TK: torch.Tensor  # float32 combine weights
     order: ExpertOrder  # ids_TK sorted by expert: which row is sent, and how many for each
-    most_tokens: int | None = None  # of the rank that has most in this call, the same on every
-    # rank; None: the ranks have not agreed on it
+    # Rows that no rank receives more of in this call, the same on every rank; None: those of the
+    # limits. A transport may give the experts fewer places by it.
+    most_received: int | None = None
+    # Tokens that no rank has more of in this call, the same on every rank; None: those of the
+    # limits. A transport may take other kernels by it.
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
