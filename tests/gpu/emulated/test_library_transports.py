@@ -5,19 +5,24 @@ Run: pytest tests/gpu/emulated/test_library_transports.py
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from engine.config.loader import config_from_tree
 from engine.distributed import bootstrap
 from engine.moe.dispatch.transports import deep_ep, te_ep
+from engine.moe.dispatch.transports.deep_ep import DeepEP
+from engine.moe.dispatch.transports.te_ep import TransformerEngineEP
 from tests.gpu.emulated.cuda import emulated_cuda
 from tests.gpu.emulated.device import DEVICE
 from tests.gpu.emulated.ep_libraries import patch_libraries
 from tests.gpu.emulated.guard import obstacle
+from tests.gpu.emulated.runs import Job, Result, run
 from tests.helpers import fake_deep_ep
 from tests.helpers.ranks import run_ranks
 from tests.helpers.transport_cases import (
@@ -78,3 +83,51 @@ def test_sums_are_those_of_nccl_and_the_host_reads_nothing(name: str, guard: Pat
             assert 0 < kernels < 50, kind
             if kind == "low latency":
                 assert torch.equal(sums, whole)
+
+
+def with_libraries(patch: pytest.MonkeyPatch, widths: tuple[int, ...]) -> None:
+    """Put the libraries there, DeepEP's low latency with kernels for these widths."""
+    patch_libraries(patch)
+    patch.setattr(deep_ep, "LOW_LATENCY_WIDTHS", widths)
+    patch.setattr(fake_deep_ep, "HIDDEN", widths)
+
+
+def job(transport: str, moe: dict[str, Any]) -> Job:
+    dispatch = {"transport": transport}
+    settings = {
+        "model": {"dtype": "bfloat16"},
+        "moe": {"experts": {"backend": "grouped_mm"}, "dispatch": dispatch, **moe},
+    }
+    uses = {"deepep": ((DeepEP, "combine"),), "te_ep": ((TransformerEngineEP, "combine"),)}
+    return Job("mixtral", settings, uses=uses.get(transport, ()))
+
+
+def of_jobs(
+    rank: int, guard: Path, path: Path, transport: str, widths: tuple[int, ...], moe: dict[str, Any]
+) -> tuple[Result, Result]:
+    """Run a job by NCCL and by a library."""
+    plain = run(rank, guard, path, job("nccl", moe))
+    made = run(
+        rank, guard, path, job(transport, moe), plant=partial(with_libraries, widths=widths)
+    )
+    return plain, made
+
+
+DROPS = {"capacity": {"policy": "token_drop", "factor": "1"}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moe", [{}, DROPS], ids=["dropless", "token_drop"])
+@pytest.mark.parametrize("kind", ["throughput", "low latency", "te_ep"])
+def test_completions_are_those_of_nccl(kind, moe, guard, checkpoint) -> None:
+    path = checkpoint("mixtral")
+    widths = (AutoConfig.from_pretrained(path).hidden_size,) if kind == "low latency" else ()
+    transport = "te_ep" if kind == "te_ep" else "deepep"
+    args = (guard, path, transport, widths, moe)
+    for plain, made in run_ranks(of_jobs, 2, *args, timeout=200):
+        assert made.done
+        for one, other in zip(plain.done, made.done, strict=True):
+            if kind == "low latency":  # sums in the router's order, to the bit
+                assert one == other
+            else:
+                assert abs(one["logprobs"][0] - other["logprobs"][0]) < 0.1
