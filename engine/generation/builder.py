@@ -34,7 +34,7 @@ from engine.layers.precision import cache_dtype, compute_dtype
 from engine.models.language_model import LanguageModel
 from engine.models.measured_choices import measured_at_start
 from engine.models.registry import build_model, read_spec
-from engine.models.warm_up import warm_up
+from engine.models.warm_up import MOST_TOKENS, warm_up
 from engine.models.weight_dtype import dtype_in_words
 from engine.moe.layer_static import COUNTED, STATIC
 from engine.moe.placement.placement import Placement
@@ -158,8 +158,12 @@ def plan_cache(model: LanguageModel, config: Config, topology: Topology) -> int:
         ValueError: when the memory does not suffice.
     """
     settings, spec = config.scheduler, model.kv_spec
+    reserve = None
+    if model.row_buffers.transports.transports:  # their buffers do not grow
+        reserve = reserve_rows(model, config, topology)
     warm_up(model, topology, settings.block_size)
-    reserve = reserve_rows(model, config, topology)
+    if reserve is None:
+        reserve = reserve_rows(model, config, topology)
     return num_kv_blocks(
         settings,
         bytes_per_block=spec.bytes_per_block(settings.block_size, model.kv_dtype),
@@ -273,11 +277,19 @@ def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> in
     limits = config.scheduler
     bounds = {  # by experts per token, in which layers may differ
         top_k: row_bound(
-            replace(shape, top_k=top_k), capacity, limits.max_batch_tokens, limits.max_sequences
+            replace(shape, top_k=top_k),
+            capacity,
+            limits.max_batch_tokens,
+            limits.max_sequences,
+            in_rounds=layer.on_device.transport is None,
         )
         for top_k in {each.spec.router.top_k for each in model.moe_layers}
     }
     bound = reduce(RowBound.join, bounds.values())
+    if layer.on_device.transport is not None:
+        most = min(shape.top_k, shape.num_local_experts)
+        received = topology.expert.size * MOST_TOKENS * most
+        bound = bound.join(RowBound(MOST_TOKENS * shape.top_k, received))
     dtype = model.dtype
     is_cuda = topology.device.type == "cuda"
     needed = bound.activation_bytes(shape, dtype, is_cuda=is_cuda)
@@ -297,5 +309,5 @@ def reserve_rows(model: LanguageModel, config: Config, topology: Topology) -> in
         "one step do not fit into memory; lower it, use more ranks, or "
         "moe.capacity.policy = none, which reserves nothing"
     ):
-        layer.reserve(bound.sent, bound.received)
-    return needed - model.row_buffers.num_bytes
+        taken = layer.reserve(bound.sent, bound.received, max(limits.max_batch_tokens, MOST_TOKENS))
+    return needed - taken

@@ -16,7 +16,8 @@ may keep, whatever the router does:
     received = e * C,  C = max(1, ceil(gamma * W * T * K / E))
 
 8 ranks of 8,192 tokens, Mixtral (E = 8, K = 2, e = 1): 65,536 rows in the worst case, 32,768 at
-once, and 24,576 at gamma = 1.5.
+once, and 24,576 at gamma = 1.5. A transport that leaves counts on the device has no rounds: without
+a capacity policy its buffers are of the worst case.
 `local` consensus rounds up once per rank: e * (W - 1) rows more. With moe.capacity.speed_aware a
 fast rank gets up to twice that. Tokens of a phase without capacity add min(K, e) rows each. A rank
 sends K rows per token and, with Expanded Drop, the extras of its own experts. From the rows:
@@ -95,7 +96,12 @@ class RowBound:
 
 
 def row_bound(
-    shape: MoEShape, capacity: CapacityConfig, max_tokens: int, max_sequences: int
+    shape: MoEShape,
+    capacity: CapacityConfig,
+    max_tokens: int,
+    max_sequences: int,
+    *,
+    in_rounds: bool = True,
 ) -> RowBound:
     """Return the bound that the module's formulas give, the same on every rank of equal experts.
 
@@ -103,10 +109,14 @@ def row_bound(
         max_tokens: T.
         max_sequences: upper bound on the decode tokens per step and rank, which are not subject to
             capacity unless it covers their phase.
+        in_rounds: whether more rows than twice the mean rank's come one part after the other, for
+            which the host has to know the counts.
     """
     num_ranks, most = shape.num_ranks, min(shape.top_k, shape.num_local_experts)
     tokens = num_ranks * max_tokens
-    dropless = _in_rounds(RowBound(max_tokens * shape.top_k, tokens * most), shape, max_tokens)
+    dropless = RowBound(max_tokens * shape.top_k, tokens * most)
+    if in_rounds:
+        dropless = _in_rounds(dropless, shape, max_tokens)
     factor = capacity.exact_factor
     if capacity.policy == "none" or not factor.is_finite():
         return dropless
@@ -135,7 +145,9 @@ def row_bound(
         sent += min(slots, max_tokens * shape.num_local_experts)
     bound = RowBound(sent, min(limit, slots + passing * most))
     # Of the extras that a rank adds for its own experts the others do not know.
-    return bound if capacity.policy == "expanded_drop" else _in_rounds(bound, shape, max_tokens)
+    if capacity.policy == "expanded_drop" or not in_rounds:
+        return bound
+    return _in_rounds(bound, shape, max_tokens)
 
 
 def _in_rounds(bound: RowBound, shape: MoEShape, max_tokens: int) -> RowBound:

@@ -30,6 +30,7 @@ from engine.profiling.telemetry import Telemetry
 
 _SEQUENCES = 2
 _PROMPT = 128  # tokens: prefill attention takes larger tiles than decode
+MOST_TOKENS = _SEQUENCES * _PROMPT  # of a step of it, not subject to capacity
 
 
 @torch.inference_mode()

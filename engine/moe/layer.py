@@ -23,6 +23,7 @@ One call on every rank of the expert-parallel group, whatever tokens each has (n
 
 Without a capacity policy, or in a step in which it cannot bind, step 3 only exchanges the loads. A
 small step of that kind may take steps 3 to 7 without counts: layer_static.py, static_exchange.py.
+With moe.dispatch.transport other than nccl counts stay on the device: layer_device.py, transports/.
 
 The sum in step 7 runs on the token's own rank in the router's order, so a token's result does not
 depend on how many ranks there are. Nor does what is dropped, under `global` consensus. With
@@ -121,6 +122,18 @@ class MoELayer(LayerParts):
                 out_tD = self.static.run(
                     x_tD, routing, weights_TK, bucket, step, self.telemetry, early, uses_copies
                 )
+            return self._finish(out_tD, own_tD, zero_t, shared, x_TD.shape[0])
+        if self.on_device.serves(step, micro_batch):
+            out_tD = self.on_device.run(
+                x_tD,
+                routing,
+                self.gate.expert_scale_E,
+                step,
+                group_tokens,
+                self.telemetry,
+                None if shared is None else shared.run,
+                weights_on_input=self.rows.weights_on_input,
+            )
             return self._finish(out_tD, own_tD, zero_t, shared, x_TD.shape[0])
         trial = Trial(1)
         if micro_batch is None:

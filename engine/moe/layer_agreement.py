@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from engine.config import CapacityConfig
 from engine.config.world_rules import validate_capacity
 from engine.distributed.collectives import Collectives
-from engine.moe.capacity.agreement import CapacityAgreement
 from engine.moe.capacity.copies_agreement import CopiesAgreement
-from engine.moe.capacity.decision import Decision, OnOrder
+from engine.moe.capacity.decision import Decision, DeviceDecision, Kept, OnOrder
+from engine.moe.capacity.device_agreement import DeviceAgreement
 from engine.moe.dispatch.chunk_layout import ExpertLayout
 from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.plan import DispatchPlan
@@ -30,6 +31,8 @@ from engine.moe.router import RouterSpec, Routing
 from engine.moe.stats import LayerStats
 from engine.moe.step import MoEStep
 from engine.profiling.telemetry import Telemetry
+
+_Kept = TypeVar("_Kept", bound=Kept)
 
 
 class LayerAgreement:
@@ -155,7 +158,7 @@ class LayerAgreement:
         if self._split is not None:
             self._agreement = CopiesAgreement(self._router, config, split=self._split, **settings)
         else:
-            self._agreement = CapacityAgreement(self._router, config, **settings)
+            self._agreement = DeviceAgreement(self._router, config, **settings)
         self._policy.reset()
 
     def agree(
@@ -213,7 +216,50 @@ class LayerAgreement:
         self._stats.add(telemetry, routing, decision, plans, step, micro_batch)
         return decision, plans
 
-    def scaled(self, decision: Decision, scale_E: torch.Tensor) -> Decision:
+    def agree_on_device(
+        self,
+        routing: Routing,
+        step: MoEStep | None,
+        telemetry: Telemetry,
+        overlap: Callable[[], None] | None,
+        layout: ExpertLayout,
+    ) -> DeviceDecision:
+        """Step 3 without a host sync: the same decision as `agree`, its counts on the device.
+
+        Collective over EP: every rank must call. See `agree` for the other arguments.
+
+        Args:
+            layout: of one chunk, without unique rows.
+        """
+        clock, agreement, instances = telemetry.clock, self._agreement, self.instances
+        assert isinstance(agreement, DeviceAgreement), "transports refuse copies"
+        if step is not None and agreement.applies(step):
+            decision = agreement.decide_on_device(
+                self._in_home_order(routing), step, clock=clock, overlap=overlap, layout=layout
+            )
+        else:
+            at_home = routing
+            if not instances.has_contiguous_homes:
+                homes_TK = instances.homes(routing.topk_ids_TK)
+                at_home = Routing(routing.scores_TE, homes_TK, routing.topk_weights_TK)
+            decision = agreement.keep_all_on_device(
+                at_home, clock=clock, overlap=overlap, layout=layout
+            )
+        self._stats.add_on_device(telemetry, routing, decision, step)
+        return decision
+
+    def most_received(self, group_tokens: int | None) -> int | None:
+        """Return the rows that no rank receives more of in a call; None: not known. The same on
+        every rank.
+
+        group_tokens: of the call over all ranks; None: not known.
+        """
+        if group_tokens is None:
+            return None
+        most = min(self._router.top_k, self._policy.most_local_experts)
+        return group_tokens * most
+
+    def scaled(self, decision: _Kept, scale_E: torch.Tensor) -> _Kept:
         """Return a decision with combine weights multiplied by their experts' numbers, float32."""
         scale_TM = scale_E[self.instances.experts(decision.ids_TM)]
         return replace(decision, weights_TM=decision.weights_TM * scale_TM)

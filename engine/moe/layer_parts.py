@@ -21,10 +21,11 @@ from engine.moe.dispatch.layout_policy import LayoutPolicy
 from engine.moe.dispatch.pipeline import Pipeline
 from engine.moe.dispatch.row_format import RowFormats
 from engine.moe.dispatch.shared_rows import shared_rows
-from engine.moe.dispatch.transports.transport import Setup
+from engine.moe.dispatch.transports.transport import Limits, Setup
 from engine.moe.expert_rows import ExpertRows
 from engine.moe.gate import Gate
 from engine.moe.layer_agreement import LayerAgreement
+from engine.moe.layer_device import DeviceCalls
 from engine.moe.layer_static import StaticCalls
 from engine.moe.local_experts import LocalExperts
 from engine.moe.low_bit_experts import ExpertLayouts
@@ -143,7 +144,7 @@ class LayerParts(nn.Module):
             layouts=layouts,
             form=spec.experts,
         )
-        self.transport = self.row_buffers.transports.get(  # None: counts are on the host
+        transport = self.row_buffers.transports.get(  # None: counts are on the host
             Setup(
                 group=group,
                 device=device,
@@ -191,6 +192,14 @@ class LayerParts(nn.Module):
             rank=group.rank,
             device=device,
             tuner=tuner,
+        )
+
+        self.on_device = DeviceCalls(
+            transport,
+            agreement=self.agreement,
+            exchange=exchange,
+            experts=self.experts,
+            layer=layer,
         )
 
     @property
@@ -250,15 +259,24 @@ class LayerParts(nn.Module):
         """Collectives this layer has called."""
         return self._collectives.num_collectives
 
-    def reserve(self, send_rows: int, received_rows: int) -> None:
-        """Allocate the row buffers for at most so many assignments sent and received in a call.
+    def reserve(self, send_rows: int, received_rows: int, max_tokens: int) -> int:
+        """Allocate the row buffers for at most so many assignments sent and received in a call, or
+        those of the transport; return their bytes.
 
-        Layers that share row buffers need it once.
+        Layers that share row buffers need it once. Collective over EP where there is a transport.
+
+        Args:
+            send_rows, received_rows: the same on every rank.
+            max_tokens: of one rank.
         """
+        if transports := self.row_buffers.transports.transports:
+            limits = Limits(tokens=max_tokens, sent=send_rows, received=received_rows)
+            return sum(transport.reserve(limits) for transport in transports)
         if self.layout_policy.moves_shared:  # at most one per token of the largest rank more
             received_rows += -(-send_rows // self.spec.router.top_k)
         sizes = self.layout_policy.buffer_sizes(send_rows, received_rows)
         self.row_buffers.reserve(sizes, self.gate.weight_ED.device)
+        return self.row_buffers.num_bytes
 
     def set_capacity(self, config: CapacityConfig) -> None:
         """Change the capacity policy, between steps and alike on every rank.

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from engine.moe.capacity.decision import Decision
+from engine.moe.capacity.decision import Decision, DeviceDecision, Kept
 from engine.moe.dispatch.plan import DispatchPlan
 from engine.moe.placement.instances import Instances
 from engine.moe.router import Routing
@@ -106,6 +106,64 @@ class LayerStats:
         else:
             loads.late.add(load_I, partial(record, is_late=True))
 
+    def add_on_device(
+        self,
+        telemetry: Telemetry,
+        routing: Routing,
+        decision: DeviceDecision,
+        step: MoEStep | None,
+    ) -> None:
+        """Add one call whose counts are on the device: they are read a step late (`LateLoads`).
+
+        Raises:
+            ValueError: from the late reading, on every rank: router scores are NaN or infinite.
+        """
+        if step is not None:
+            self.drops.add(routing, decision, step)
+        loads, layer, own, rank = telemetry.loads, self._layer, self._own_experts, self._rank
+        instances, bounds, num_ranks = self._instances, self._bounds, len(decision.after_WE)
+        parts = [decision.after_WE, decision.before_WE, decision.non_finite_W]
+        counts_Wn = torch.cat(
+            [part.view(num_ranks, -1) for part in parts if part is not None], dim=1
+        )
+        num_experts, limits = decision.after_WE.shape[1], decision.before_WE is not None
+
+        def record(counts_N: np.ndarray) -> None:
+            counts_Wn = counts_N.reshape(num_ranks, -1)
+            after_E = counts_Wn[:, :num_experts].sum(0)
+            before_E = after_E
+            if limits:
+                _check_finite(counts_Wn[:, -1], layer)
+                before_E = counts_Wn[:, num_experts:-1].sum(0)
+            first, end = bounds[rank]
+            loads.record(
+                layer,
+                before_E=instances.by_expert(before_E),
+                rank_before=[int(before_E[first:end].sum()) for first, end in bounds],
+                own_after=after_E[first:end].tolist(),
+                own_experts=own,
+                after_W=np.array([after_E[first:end].sum() for first, end in bounds]),
+            )
+
+        loads.late.add(counts_Wn.flatten(), record)
+        if telemetry.claims.step is not None:
+            self._record_claims(telemetry, routing, step)
+        if step is None or decision.keep_TK is None or telemetry.decisions.entries is None:
+            return
+        assert decision.before_WE is not None
+        # SYNC: only while decisions are recorded.
+        before_WE, after_WE = decision.before_WE.cpu().numpy(), decision.after_WE.cpu().numpy()
+        known = Decision(
+            ids_TM=decision.ids_TM,
+            weights_TM=decision.weights_TM,
+            order=decision.order,
+            keep_TK=decision.keep_TK,
+            exchanged_Wn=after_WE,
+            before_WE=before_WE,
+            counts_WE=after_WE,
+        )
+        self._record_decision(telemetry, routing, known, decision.keep_TK, step)
+
     def _copied(self, decision: Decision) -> torch.Tensor | None:
         """Return how many of each token's assignments a copy computes, float32 [T]; None: none."""
         instances = self._instances
@@ -190,6 +248,17 @@ class LayerStats:
         telemetry.claims.add(self._layer, claims)
 
 
+def _check_finite(flag_W: np.ndarray, layer: int) -> None:
+    """Raise ValueError where a rank's router scores were not finite."""
+    names = [str(rank) for rank in np.flatnonzero(flag_W)]
+    if names:
+        raise ValueError(
+            f"layer {layer}: router scores were NaN or infinite in the step before on "
+            f"expert-parallel rank {', '.join(names)}, so the best assignments are undefined; "
+            "check the checkpoint and its dtype"
+        )
+
+
 class DropStats:
     """A layer's drops over a run, of this rank's tokens."""
 
@@ -199,7 +268,7 @@ class DropStats:
     def add(
         self,
         routing: Routing,
-        decision: Decision | None,
+        decision: Kept | None,
         step: MoEStep,
         copied_T: torch.Tensor | None = None,
     ) -> None:

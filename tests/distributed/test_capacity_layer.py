@@ -346,7 +346,7 @@ def buffers_of(rank: int, settings: dict) -> tuple[int, int, list[int], int, int
         ffn=FFN,
     )
     bound = row_bound(shape, capacity, most, max_sequences=0)
-    layer.reserve(bound.sent, bound.received)
+    layer.reserve(bound.sent, bound.received, most)
     before = layer.row_buffers.num_bytes
     rows = []
     for step in range(6):

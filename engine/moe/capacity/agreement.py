@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from engine.config import CapacityConfig
-from engine.distributed.collectives import Collectives, run_overlapped
+from engine.distributed.collectives import Collectives, Pending, run_overlapped
 from engine.moe.capacity.claim_maker import ClaimMaker
-from engine.moe.capacity.consensus import Claims, Consensus, Selection
+from engine.moe.capacity.consensus import Claims, Consensus, PendingSelection, Selection
 from engine.moe.capacity.consensus_registry import make_consensus
 from engine.moe.capacity.decision import Decision, OnOrder
 from engine.moe.capacity.expansion import choose_extras
@@ -144,40 +144,14 @@ class CapacityAgreement:
         Raises:
             ValueError: a router score is NaN or infinite on some rank; on every rank.
         """
-        clock, consensus, layer = clock or NoClock(), self._consensus, self._layer
-        layout = layout or self._layout
-        sent = self.collectives.bytes_sent
-        clock.enter(Phase.PLAN, layer)
-        claims = self._claims.make(routing, step)
-        if self._calls_with_all_keys:
-            self._calls_with_all_keys -= 1
-            claims = replace(claims, num_primary=len(claims.keys))
-        pending = run_overlapped(
-            lambda: consensus.begin(claims),
-            overlap,
-            clock,
-            layer,
-            phase=Phase.CONSENSUS if consensus.communicates else None,
-        )
-        pending.wait()
-        if consensus.communicates:
-            clock.sent(self.collectives.bytes_sent - sent)
-        if pending.complete and not (layout.has_extra_counts and consensus.counts_only):
-            clock.enter(Phase.PLAN, layer)
+        clock, layout = clock or NoClock(), layout or self._layout
+        all_keys = self._calls_with_all_keys > 0
+        self._calls_with_all_keys -= all_keys
+        claims, pending = self._begin(routing, step, clock, overlap, layout, all_keys)
         exact = False
         while True:
             selection = pending.select(exact=exact)
-            keep_TK, extra_Te = self._apply(selection, routing, step, claims)
-            ids_TM, weights_TM = apply_selection(
-                keep_TK,
-                routing.scores_TE,
-                routing.topk_ids_TK,
-                routing.topk_weights_TK,
-                self._router.rule,
-                self._own.start,
-                self.config.renormalize,
-                extra_Te,
-            )
+            keep_TK, extra_Te, ids_TM, weights_TM = self._chosen(selection, routing, step, claims)
             order = layout.sort(ids_TM)
             rows_Wn2 = self._rows(selection, claims, order, layout, step, clock)
             if on_order is not None:
@@ -233,11 +207,35 @@ class CapacityAgreement:
         on_order: OnOrder | None,
     ) -> Decision:
         """Keep every assignment, at its expert's home. Collective over EP."""
+        sent = self.collectives.bytes_sent
+        order, pending = self._start_loads(routing, clock, overlap, layout, on_order)
+        # SYNC: all_to_all takes its splits as host integers; one copy per layer.
+        exchanged_Wn = pending.wait().cpu().numpy()
+        clock.sent(self.collectives.bytes_sent - sent)
+        clock.enter(Phase.PLAN, self._layer)
+        loads_WE = layout.loads(exchanged_Wn)
+        return Decision(
+            ids_TM=routing.topk_ids_TK,
+            weights_TM=routing.topk_weights_TK,
+            order=order,
+            exchanged_Wn=exchanged_Wn,
+            before_WE=loads_WE,
+            counts_WE=loads_WE,
+        )
+
+    def _start_loads(
+        self,
+        routing: Routing,
+        clock: PhaseClock,
+        overlap: Callable[[], None] | None,
+        layout: ExpertLayout,
+        on_order: OnOrder | None,
+    ) -> tuple[ExpertOrder, Pending]:
+        """Sort all assignments and start to gather every rank's counts. Collective over EP."""
         clock.enter(Phase.PLAN, self._layer)
         order = layout.sort(routing.topk_ids_TK)
         assert order.counts_to_exchange is not None
         counts, collectives = order.counts_to_exchange, self.collectives
-        sent = collectives.bytes_sent
 
         def work() -> None:
             if overlap is not None:
@@ -252,19 +250,56 @@ class CapacityAgreement:
             self._layer,
             phase=Phase.CONSENSUS,
         )
-        # SYNC: all_to_all takes its splits as host integers; one copy per layer.
-        exchanged_Wn = pending.wait().cpu().numpy()
-        clock.sent(collectives.bytes_sent - sent)
-        clock.enter(Phase.PLAN, self._layer)
-        loads_WE = layout.loads(exchanged_Wn)
-        return Decision(
-            ids_TM=routing.topk_ids_TK,
-            weights_TM=routing.topk_weights_TK,
-            order=order,
-            exchanged_Wn=exchanged_Wn,
-            before_WE=loads_WE,
-            counts_WE=loads_WE,
+        return order, pending
+
+    def _begin(
+        self,
+        routing: Routing,
+        step: MoEStep,
+        clock: PhaseClock,
+        overlap: Callable[[], None] | None,
+        layout: ExpertLayout,
+        all_keys: bool,
+    ) -> tuple[Claims, PendingSelection]:
+        """Make this rank's claims and let the ranks exchange theirs. Collective over EP.
+
+        all_keys: compare claims by all keys at once.
+        """
+        consensus, layer, sent = self._consensus, self._layer, self.collectives.bytes_sent
+        clock.enter(Phase.PLAN, layer)
+        claims = self._claims.make(routing, step)
+        if all_keys:
+            claims = replace(claims, num_primary=len(claims.keys))
+        pending = run_overlapped(
+            lambda: consensus.begin(claims),
+            overlap,
+            clock,
+            layer,
+            phase=Phase.CONSENSUS if consensus.communicates else None,
         )
+        pending.wait()
+        if consensus.communicates:
+            clock.sent(self.collectives.bytes_sent - sent)
+        if pending.complete and not (layout.has_extra_counts and consensus.counts_only):
+            clock.enter(Phase.PLAN, layer)
+        return claims, pending
+
+    def _chosen(
+        self, selection: Selection, routing: Routing, step: MoEStep, claims: Claims
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Return keep_TK and extra_Te of a selection, and the ids and weights [T, M] they leave."""
+        keep_TK, extra_Te = self._apply(selection, routing, step, claims)
+        ids_TM, weights_TM = apply_selection(
+            keep_TK,
+            routing.scores_TE,
+            routing.topk_ids_TK,
+            routing.topk_weights_TK,
+            self._router.rule,
+            self._own.start,
+            self.config.renormalize,
+            extra_Te,
+        )
+        return keep_TK, extra_Te, ids_TM, weights_TM
 
     def _apply(
         self, selection: Selection, routing: Routing, step: MoEStep, claims: Claims

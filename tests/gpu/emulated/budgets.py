@@ -72,6 +72,8 @@ _LOW_BIT = Placed(SCATTERED, tuple(range(8)), "int4")
 _STATIC = {"dispatch": {"exchange": "static"}}
 _SUMS = {"dispatch": {"exchange": "static", "partial_sums": True}}
 
+_SYMMETRIC = {"dispatch": {"transport": "symmetric", "deduplicate": False}}
+
 
 def _drop(policy: str, selection: str, **more: Any) -> dict[str, Any]:
     capacity = {"policy": policy, "factor": "1", "selection": selection, **more}
@@ -114,6 +116,15 @@ ROWS = (
     ),
     Row("qwen3_moe decode, copies with rows", "qwen3_moe", _PLAIN, placement=_COPIES),
     Row("mixtral prefill", "mixtral", _PLAIN, {}, True),
+    Row("mixtral prefill, symmetric", "mixtral", _SYMMETRIC, {}, True),
+    Row("qwen3_moe decode, symmetric", "qwen3_moe", _SYMMETRIC),
+    Row(
+        "mixtral prefill, token_drop symmetric",
+        "mixtral",
+        {**_drop("token_drop", "gather"), **_SYMMETRIC},
+        {},
+        True,
+    ),
     Row("mixtral prefill, copies with rows", "mixtral", _PLAIN, {}, True, _COPIES),
     Row(
         "mixtral prefill, token_drop with copies",

@@ -29,6 +29,7 @@ from tests.gpu.emulated.deep_gemm import emulated_deep_gemm
 from tests.gpu.emulated.device import DEVICE, DeviceError
 from tests.gpu.emulated.fused import patch_triton
 from tests.gpu.emulated.graphs.cuda_graph import patch_graphs
+from tests.gpu.emulated.symm_mem import patch_symmetric_memory
 from tests.gpu.emulated.tensors import CudaMode, pin
 
 _TOTAL_BYTES = 80 << 30
@@ -103,6 +104,7 @@ def emulated_cuda(guard: Path) -> Iterator[None]:
         patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pin(self))
         patch_triton(patch)
         patch_graphs(patch)
+        patch_symmetric_memory(patch)
         patch.setitem(sys.modules, "deep_gemm", emulated_deep_gemm())
         # A mode belongs to one thread; threads read the weights.
         run_thread = threading.Thread.run

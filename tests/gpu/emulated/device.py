@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 _OWN = os.path.dirname(__file__)
-_MODULES = ("cuda", "deep_gemm", "device", "fused", "nccl", "nested", "scaled_mm", "tensors")
-_MODULES += ("graphs/cuda_graph", "graphs/recorder")
+_MODULES = ("cuda", "deep_gemm", "device", "fused", "nccl", "nested", "scaled_mm", "symm_mem")
+_MODULES += ("tensors", "graphs/cuda_graph", "graphs/recorder")
 _EMULATOR = {os.path.join(_OWN, f"{name}.py") for name in _MODULES}
 _TORCH = os.path.dirname(torch.__file__)
 # A `# SYNC:` comment stands on the line that waits or so many lines above its end.

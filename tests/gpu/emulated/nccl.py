@@ -77,6 +77,11 @@ class NcclGroup(dist.ProcessGroup):
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cuda")]  # objects of the host are sent from here
 
+    @property
+    def group_name(self) -> str:
+        """The name by which torch registers the group."""
+        return dist.distributed_c10d._world.pg_names[self]
+
     supports_splitting = False
 
     def _get_backend(self, device: torch.device) -> NcclGroup:

@@ -107,9 +107,7 @@ def of_jobs(
 ) -> tuple[Result, Result]:
     """Run a job by NCCL and by a library."""
     plain = run(rank, guard, path, job("nccl", moe))
-    made = run(
-        rank, guard, path, job(transport, moe), plant=partial(with_libraries, widths=widths)
-    )
+    made = run(rank, guard, path, job(transport, moe), plant=partial(with_libraries, widths=widths))
     return plain, made
 
 
