@@ -332,6 +332,7 @@ class LLM:
 
     def close(self) -> None:
         """Leave the topology that this engine has joined. Safe to call twice."""
+        self.model.row_buffers.transports.release()
         if self._owns_topology:
             bootstrap.stop(self.topology)
 

@@ -121,7 +121,7 @@ class TransformerEngineEP:
         setup, held = self._setup, self._limits
         limits = limits.join(held)
         if limits != held:
-            self.close()
+            self.release()
             self._start(limits)
             self._limits = limits
             places, device = self._num_places(limits), setup.device
@@ -136,10 +136,8 @@ class TransformerEngineEP:
             self._log(limits)
         return self._recv_RD.nbytes + self._weight_R.nbytes
 
-    def close(self) -> None:
-        """End the library's use, before the process group is destroyed. Collective over the group:
-        every rank must call.
-        """
+    def release(self) -> None:
+        """End the library's use of the group; see `BorrowsGroup`."""
         if self._limits is not None:
             self._library.ep_finalize()
         self._buffer = self._limits = None

@@ -33,7 +33,7 @@ in the order of their ranks, e experts of this rank, W expert-parallel ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -161,6 +161,15 @@ class DeviceTransport(Protocol):
             arrived: of the last dispatch.
             out_RD: outputs at the places of their rows, anywhere in memory.
         """
+        ...
+
+
+@runtime_checkable
+class BorrowsGroup(Protocol):
+    """A transport whose library uses the group's communicator until it is told to end."""
+
+    def release(self) -> None:
+        """End the library's use of the group; without communication, safe to call twice."""
         ...
 
 

@@ -74,6 +74,19 @@ def test_where_all_is_there_a_transport_is_made(name: str, a_gpu_and_both) -> No
     assert (transport.name, transport.sums) == (name, True)
 
 
+def test_a_pool_ends_the_librarys_use_of_the_group_once(a_gpu_and_both) -> None:
+    asked = {"experts": "grouped_mm", "takes_device_counts": True, "has_copies": False}
+    pool = TransportPool()
+    transport = pool.get(_on_cpu(_setup()), _moe(transport="nccl"), **asked)
+    assert transport is None
+    pool._made["te_ep", _setup()] = made = te_ep.make(_on_cpu(_setup()))
+    made.reserve(Limits(tokens=10, sent=80, received=100))
+    assert fake_te_ep.is_ep_bootstrapped()
+    pool.release()
+    assert not fake_te_ep.is_ep_bootstrapped()
+    pool.release()
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_missing_library_is_named_with_its_version(name: str, a_gpu_and_both) -> None:
     for module in ("deep_ep", *fake_te_ep.fake_modules()):
@@ -208,7 +221,7 @@ def test_transformer_engine_takes_one_shape_per_process(caplog) -> None:
     assert "at most 12000 rows received; all tokens of all ranks would be 64000 rows" in caplog.text
     with pytest.raises(ValueError, match="MoE layers of one shape in a process"):
         other.reserve(limits)
-    one.close()
+    one.release()
     # The library's least capacity is the tokens that a rank sends.
     assert other.reserve(dataclasses.replace(limits, received=10)) == 1_000 * (8192 + 4)
-    other.close()
+    other.release()
