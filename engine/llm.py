@@ -382,6 +382,7 @@ class LLM:
     def close(self) -> None:
         """Leave the topology that this engine has joined. Safe to call twice."""
         self._graphs = None  # before the groups whose collectives they hold
+        self.model.row_buffers.transports.release()
         if self._owns_topology:
             bootstrap.stop(self.topology)
 

@@ -21,6 +21,7 @@ from engine.config import (
     MoEConfig,
     SamplingConfig,
 )
+from engine.config.moe import SUMMING
 from engine.config.validation import type_hints
 from engine.distributed.health.progress import OnProgress, ignore_progress
 from engine.moe.placement.placement_file import digest, read_placement
@@ -107,6 +108,8 @@ def result_settings(config: Config) -> dict[str, Any]:
         for key in ("dtype", "partial_sums")  # deduplicate changes no bit
         if getattr(dispatch, key) != getattr(default, key)
     }
+    if dispatch.transport in SUMMING:  # the others change no bit
+        tree["moe"]["dispatch"]["transport"] = dispatch.transport
     if config.moe.shared_expert != MoEConfig().shared_expert:
         tree["moe"]["shared_expert"] = config.moe.shared_expert
     placement = config.moe.placement

@@ -12,6 +12,8 @@ from engine.config.validation import rule
 CONTIGUOUS = "contiguous"  # of moe.placement: no file
 _MOST_DIGITS = 100  # of a capacity factor, before and behind the point
 RequestPhase = Literal["prefill", "decode"]
+SUMMING = ("deepep", "te_ep")  # of moe.dispatch.transport: add results up on the way, as
+# partial_sums does, and so change them by rounding
 
 
 def _is_factor(value: str | float) -> bool:

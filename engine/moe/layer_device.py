@@ -97,7 +97,7 @@ class DeviceCalls:
             weights_TK = agreement.scaled(decision, scale_E).weights_TM
         most = agreement.most_received(group_tokens)
         clock.enter_collective(Phase.DISPATCH, layer)
-        outgoing = Outgoing(x_TD, decision.ids_TM, weights_TK, decision.order, most)
+        outgoing = Outgoing(x_TD, decision.ids_TM, weights_TK, decision.order, most, group_tokens)
         arrived = transport.dispatch(outgoing).wait()
         clock.enter(Phase.EXPERTS, layer)
         out_RD = self._experts.run_bounded(arrived.rows_RD, arrived.places_e)

@@ -215,6 +215,7 @@ def test_how_a_job_runs_may_change_between_runs(sections):
         {"moe": {"capacity": {"policy": "token_drop", "factor": 1.1}}},
         {"moe": {"dispatch": {"dtype": "fp8"}}},
         {"moe": {"dispatch": {"partial_sums": True}}},
+        {"moe": {"dispatch": {"transport": "deepep"}}},
         {"moe": {"shared_expert": "balanced", "dispatch": {"partial_sums": True}}},
     ],
 )

@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 
 from engine.config import MoEConfig
-from engine.moe.dispatch.transports.transport import DeviceTransport, Setup
+from engine.moe.dispatch.transports.transport import BorrowsGroup, DeviceTransport, Setup
 
 # Each has `obstacle` and `make`: see `transport.py`.
 _MODULES = {
@@ -29,6 +29,12 @@ class TransportPool:
     def transports(self) -> list[DeviceTransport]:
         """All of them, in the order in which layers asked for them."""
         return list(self._made.values())
+
+    def release(self) -> None:
+        """End the use of process groups that transports hold, before these are destroyed."""
+        for each in self._made.values():
+            if isinstance(each, BorrowsGroup):
+                each.release()
 
     def get(
         self,

@@ -33,7 +33,7 @@ in the order of their ranks, e experts of this rank, W expert-parallel ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -72,6 +72,16 @@ class Limits:
     sent: int  # rows that a rank sends: one per assignment
     received: int  # rows that a rank receives, all experts together; never more come
 
+    def join(self, other: Limits | None) -> Limits:
+        """Return the limits of calls that keep either."""
+        if other is None:
+            return self
+        return Limits(
+            tokens=max(self.tokens, other.tokens),
+            sent=max(self.sent, other.sent),
+            received=max(self.received, other.received),
+        )
+
 
 class Outgoing(NamedTuple):
     """This rank's part of a call. All tensors are on the device; T may be 0."""
@@ -83,6 +93,9 @@ class Outgoing(NamedTuple):
     # Rows that no rank receives more of in this call, the same on every rank; None: those of the
     # limits. A transport may give the experts fewer places by it.
     most_received: int | None = None
+    # Tokens that no rank has more of in this call, the same on every rank; None: those of the
+    # limits. A transport may take other kernels by it.
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +161,15 @@ class DeviceTransport(Protocol):
             arrived: of the last dispatch.
             out_RD: outputs at the places of their rows, anywhere in memory.
         """
+        ...
+
+
+@runtime_checkable
+class BorrowsGroup(Protocol):
+    """A transport whose library uses the group's communicator until it is told to end."""
+
+    def release(self) -> None:
+        """End the library's use of the group; without communication, safe to call twice."""
         ...
 
 
