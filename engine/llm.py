@@ -154,6 +154,9 @@ class LLM:
         """
         num_blocks, shares = self._runner.cache.num_blocks, self._scheduler.prefixes.enabled
         found = builder.resolved_settings(self.model, self.topology, num_blocks, shares)
+        found["scheduler.async_scheduling"] = builder.schedules_ahead(
+            self.config, self.model, self.topology
+        )
         if self.config.profiler.enabled:
             found["profiler.every"] = self._telemetry.clock.every
         return found
@@ -285,6 +288,7 @@ class LLM:
                 copies=self._copies_use(),
                 exchange=self.config.moe.dispatch.exchange,
                 replanner=self._replanner,
+                asynchronous=builder.schedules_ahead(self.config, self.model, self.topology),
             )
             try:
                 loop.run(source, measured.timed(sink), on_step, stop)

@@ -12,6 +12,11 @@ One iteration on every rank:
     5. sample     next tokens, log probabilities                    sampling/
     6. commit     append tokens; pass finished requests to the sink scheduler.py, sequence.py
 
+With asynchronous scheduling the tokens of a step stay on the device until the next is queued behind
+it, where none of its sequences needs them on the host: its commit comes after step 5 of the next
+iteration (`late/flight.py`). Each rank decides so for itself, the order of its collectives is the
+same. It commits first where the next step would be empty or preempt, or no more requests are taken.
+
 A rank never leaves the loop alone: step 3 has the same outcome on all of them.
 """
 
@@ -28,6 +33,8 @@ from engine.generation.admission import Admission
 from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
 from engine.generation.interrupts import Stopped, StopRequest
+from engine.generation.late.flight import Flight
+from engine.generation.late.record import Routed, record
 from engine.generation.moe_step import (
     CopiesUse,
     ExchangeWay,
@@ -48,12 +55,7 @@ from engine.generation.totals import OnStep, Totals, step_report
 from engine.models.decoder import GroupTokens
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
-from engine.request import (
-    CapacityUse,
-    Completion,
-    Request,
-    RequestError,
-)
+from engine.request import Completion, Request
 
 # Collectives of a step outside of the model: the control message; in a tensor group the requests,
 # the outcomes and, under a capacity policy or with low-bit copies, the dropped assignments and the
@@ -80,6 +82,7 @@ class GenerationLoop:
         copies: CopiesUse | None = None,
         replanner: Replanner | None = None,
         exchange: ExchangeWay = "counted",
+        asynchronous: bool = False,
     ) -> None:
         """Build the loop of one run.
 
@@ -92,6 +95,8 @@ class GenerationLoop:
             copies: when experts' copies take rows; None: there are none.
             replanner: changes the copies as the job runs; None: they stay.
             exchange: moe.dispatch.exchange.
+            asynchronous: whether steps may be scheduled before the one ahead is committed; not in
+                a tensor group, with capacity phases, low-bit copies or a replanner.
         """
         self._exchange: ExchangeWay = exchange
         self._replanner = replanner
@@ -103,13 +108,16 @@ class GenerationLoop:
         self._topology = topology
         self._telemetry = telemetry
         self._admission = Admission(scheduler, runner.model.vocab_size, tokenizer, eos_token_ids)
-        self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
         self._limited, self._copies = bool(capacity_phases), copies
         self._counts_copies = copies is not None and copies.low_bit
         self._phases = tuple(capacity_phases)
         if copies is not None and copies.low_bit and not self._limited:
             self._phases = tuple(copies.phases)
         self._is_leader = topology.tensor.rank == 0
+        apart = topology.tensor.size == 1 and not self._phases and replanner is None
+        assert apart or not asynchronous, "a step needs what the host reads of the one before"
+        self._routed = Routed(sum(top_k[:-1]), top_k[-1], runner.model.runs_last_whole)
+        self._flight = Flight(runner, scheduler, self._routed, self.totals, enabled=asynchronous)
 
     def run(
         self,
@@ -122,7 +130,7 @@ class GenerationLoop:
 
         Args:
             sink: called on the first rank of each tensor group with the completions of a step,
-                before the next begins.
+                before the next begins, or the one after it where the step was late.
             on_step: called after every step.
             stop: called before every step; returns whether this rank is to stop. Once one rank is,
                 no rank pulls requests any more.
@@ -138,14 +146,21 @@ class GenerationLoop:
         clock, loads = self._telemetry.clock, self._telemetry.loads
         while True:
             clock.enter(Phase.OTHER)
+            if self._flight.is_open and (stop_signal or not self._scheduler.can_look_ahead()):
+                self._deliver(self._flight.land(), sink)
             exhausted = self._admit(source, sink, closed=bool(stop_signal)) or exhausted
             step = self._scheduler.schedule()
+            if self._flight.is_open and not step.slices:  # the room for others is known late
+                self._deliver(self._flight.land(), sink)
+                exhausted = self._admit(source, sink, closed=bool(stop_signal)) or exhausted
+                step = self._scheduler.schedule()
             messages = self._exchange_control(step, exhausted, stop())
             stop_signal = max(message.signal for message in messages)
             has_work = any(message.running + message.waiting for message in messages)
             if not has_work and all(message.exhausted for message in messages):
                 break
             if any(message.stop_now for message in messages) or (stop_signal and not has_work):
+                self._deliver(self._flight.land(), sink)
                 raise Stopped(stop_signal)
             if self._replanner is not None:
                 self._replanner.advance(messages, loads)
@@ -154,6 +169,7 @@ class GenerationLoop:
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
             loads.end_step()
+            self._flight.copy_out()
             report = step_report(self.totals.steps, messages, loads.reset_step(), started_at)
             self._step_profiler.update(report)
             if on_step is not None:
@@ -223,21 +239,20 @@ class GenerationLoop:
             bucket=static_bucket(messages, self._topology.tensor.size, self._exchange),
         )
         may_split = any(message.running > 1 for message in messages)
-        hidden = self._runner.forward(step, moe_step, group, may_split)
+        hidden = self._runner.forward(step, moe_step, group, may_split, self._flight.fed)
+        late = self._flight.launch(step, hidden)
+        finished, void = self._flight.land_behind(step)
+        if late is not None:
+            self._flight.put(late, void)
+            return finished
         outcome = None
         if self._is_leader:
             outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
         outcome = self._broadcast(outcome)
-        # Routed assignments, recomputed tokens left out. Where no token is subject to capacity the
-        # last layer runs only the rows that are read (`CausalLM.forward`).
-        for piece in step.slices:
-            run = piece.length - piece.num_recomputed
-            limited = moe_step is not None and moe_step.limited
-            in_last = (
-                run if limited or self._runner.model.runs_last_whole else min(run, piece.num_read)
-            )
-            routed = run * self._routed_before + in_last * self._routed_last
-            piece.seq.capacity.add(CapacityUse(routed))
+        if finished or void:
+            self._flight.drop_surplus(step, void)
+        limited = moe_step is not None and moe_step.limited
+        self._routed.count(step, limited=limited, void=void)
         if moe_step is not None:
             clock = self._telemetry.clock
             uses = capacity_uses(
@@ -246,17 +261,7 @@ class GenerationLoop:
             clock.enter(Phase.OTHER)
             for piece, use in zip(step.slices, uses, strict=True):
                 piece.seq.capacity.add(use)
-        failed = [step.slices[index].seq for index in outcome.errors]
-        for sequence, message in zip(failed, outcome.errors.values(), strict=True):
-            self._scheduler.abort(sequence, RequestError("non_finite_logits", message))
-        return failed + self._scheduler.commit(
-            step,
-            outcome.tokens,
-            outcome.logprobs,
-            outcome.prompt_logprobs,
-            outcome.top,
-            outcome.prompt_top,
-        )
+        return finished + record(self._scheduler, step, outcome, void=void)
 
     def _broadcast(self, value: Any) -> Any:
         """Return the value of the first rank of the tensor group. Collective over TP."""
