@@ -147,6 +147,10 @@ class LLM:
             )
         )
         self._graphs = self._on_all_ranks(self._capture) if has_graphs else None
+        # Replays take ids that the host has read.
+        self._schedules_ahead = not has_graphs and builder.schedules_ahead(
+            config, self.model, topology
+        )
         in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
         stamps = stamps if config.profiler.enabled else 0
@@ -184,6 +188,7 @@ class LLM:
         found = builder.resolved_settings(self.model, self.topology, num_blocks, shares)
         obstacle, graphs = self._graphs_obstacle, self._graphs
         found["runtime.graphs"] = f"off: {obstacle}" if graphs is None else graphs.buckets
+        found["scheduler.async_scheduling"] = self._schedules_ahead
         if self.config.profiler.enabled:
             found["profiler.every"] = self._telemetry.clock.every
         return found
@@ -332,6 +337,7 @@ class LLM:
                 exchange=exchange_way(self.config, has_graphs=self._graphs is not None),
                 graphs=self._graphs,
                 replanner=self._replanner,
+                asynchronous=self._schedules_ahead,
             )
             try:
                 loop.run(source, measured.timed(sink), on_step, stop)

@@ -30,6 +30,9 @@ class SchedulerConfig:
     # KV cache in blocks, instead of kv_cache_gib
     kv_dtype: Literal["auto", "fp8"] = "auto"  # of keys and values in the cache; fp8: float8 E4M3,
     # numbers stored as they are (scale 1), those beyond 448 as 448; auto: as the model computes
+    async_scheduling: Literal["auto", "on", "off"] = "auto"  # schedule a step while the one before
+    # it runs, whose tokens are then read one step late. on: unless parallel.tensor, a capacity
+    # policy, low-bit copies or moe.copies.replan need them at once; auto: on CUDA, not on the CPU
     prefix_cache: bool | Literal["auto"] = "auto"  # run the common prefix of several requests once;
     # a request with prompt_logprobs runs whole; auto: on, off for models with recurrent states
 

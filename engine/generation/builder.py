@@ -238,6 +238,21 @@ def build_cache(
     return Runner(model, cache, device), scheduler
 
 
+def schedules_ahead(config: Config, model: LanguageModel, topology: Topology) -> bool:
+    """Resolve scheduler.async_scheduling: whether a step may be scheduled while one runs.
+
+    A tensor group broadcasts what it reads; under a policy, tokens that compete depend on which
+    requests are in the step; copies that are counted or moved are read by the host between steps.
+    """
+    setting = config.scheduler.async_scheduling
+    wanted = setting == "on" or (setting == "auto" and topology.device.type == "cuda")
+    low_bit = any(layer.experts.copy_layouts is not None for layer in model.moe_layers)
+    moe = config.moe
+    competes = moe.capacity.policy != "none" or moe.policy is not None
+    apart = topology.tensor.size == 1 and not competes and not low_bit
+    return wanted and apart and moe.copies.replan == "off"
+
+
 def profiler_every(config: Config, device: torch.device) -> int:
     """Resolve profiler.every: steps from one in which every phase is timed to the next."""
     profiler = config.profiler

@@ -12,6 +12,11 @@ One iteration on every rank:
     5. sample     next tokens, log probabilities                    sampling/
     6. commit     append tokens; pass finished requests to the sink scheduler.py, sequence.py
 
+With asynchronous scheduling the tokens of a step stay on the device until the next is queued behind
+it, where none of its sequences needs them on the host: its commit comes after step 5 of the next
+iteration (`late/flight.py`). Each rank decides so for itself, the order of its collectives is the
+same. It commits first where the next step would be empty or preempt, or no more requests are taken.
+
 A rank never leaves the loop alone: step 3 has the same outcome on all of them.
 """
 
@@ -29,6 +34,8 @@ from engine.generation.control import ControlMessage, ControlPlane
 from engine.generation.detokenizer import TokenDecoder
 from engine.generation.graphs.steps import GraphSteps
 from engine.generation.interrupts import Stopped, StopRequest
+from engine.generation.late.flight import Flight
+from engine.generation.late.record import Routed, record
 from engine.generation.moe_step import (
     CopiesUse,
     ExchangeWay,
@@ -40,8 +47,8 @@ from engine.generation.moe_step import (
 )
 from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
-from engine.generation.runner import Runner
-from engine.generation.sampling.step_outcome import StepOutcome, read_step
+from engine.generation.runner import Hidden, Runner
+from engine.generation.sampling.step_outcome import read_step
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import ChoiceGroup, Sequence
 from engine.generation.step import Step
@@ -51,12 +58,7 @@ from engine.models.decoder import GroupTokens
 from engine.moe.step import MoEStep
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
-from engine.request import (
-    CapacityUse,
-    Completion,
-    Request,
-    RequestError,
-)
+from engine.request import Completion, Request
 
 # Collectives of a step outside of the model: the control message; in a tensor group the requests,
 # the outcomes and, under a capacity policy or with low-bit copies, the dropped assignments and the
@@ -85,6 +87,7 @@ class GenerationLoop:
         replanner: Replanner | None = None,
         exchange: ExchangeWay = "counted",
         graphs: GraphSteps | None = None,
+        asynchronous: bool = False,
     ) -> None:
         """Build the loop of one run.
 
@@ -100,6 +103,8 @@ class GenerationLoop:
             replanner: changes the copies as the job runs; None: they stay.
             exchange: moe.dispatch.exchange.
             graphs: run decode steps; None: all steps are eager.
+            asynchronous: whether steps may be scheduled before the one ahead is committed; not in
+                a tensor group, with capacity phases, low-bit copies or a replanner.
         """
         self._graphs = graphs
         self._exchange: ExchangeWay = exchange
@@ -112,7 +117,6 @@ class GenerationLoop:
         self._topology = topology
         self._telemetry = telemetry
         self._admission = Admission(scheduler, runner.model.vocab_size, tokenizer, eos_token_ids)
-        self._routed_before, self._routed_last = sum(top_k[:-1]), top_k[-1]
         self._limited, self._copies = bool(capacity_phases), copies
         self._counts_copies = copies is not None and copies.low_bit
         self._phases = self._counted_phases = tuple(capacity_phases)
@@ -122,6 +126,10 @@ class GenerationLoop:
         if copies is not None and copies.low_bit and not self._limited:
             self._phases = self._counted_phases = tuple(copies.phases)
         self._is_leader = topology.tensor.rank == 0
+        apart = topology.tensor.size == 1 and not self._phases and replanner is None
+        assert apart or not asynchronous, "a step needs what the host reads of the one before"
+        self._routed = Routed(sum(top_k[:-1]), top_k[-1], runner.model.runs_last_whole)
+        self._flight = Flight(runner, scheduler, self._routed, self.totals, enabled=asynchronous)
 
     def run(
         self,
@@ -134,7 +142,7 @@ class GenerationLoop:
 
         Args:
             sink: called on the first rank of each tensor group with the completions of a step,
-                before the next begins.
+                before the next begins, or the one after it where the step was late.
             on_step: called after every step.
             stop: called before every step; returns whether this rank is to stop. Once one rank is,
                 no rank pulls requests any more.
@@ -150,14 +158,22 @@ class GenerationLoop:
         clock, loads = self._telemetry.clock, self._telemetry.loads
         while True:
             clock.enter(Phase.OTHER)
+            was_open = self._flight.is_open
+            if was_open and (stop_signal or not self._scheduler.can_look_ahead()):
+                self._deliver(self._flight.land(), sink)
             exhausted = self._admit(source, sink, closed=bool(stop_signal)) or exhausted
             step = self._scheduler.schedule()
+            if self._flight.is_open and not step.slices:  # the room for others is known late
+                self._deliver(self._flight.land(), sink)
+                exhausted = self._admit(source, sink, closed=bool(stop_signal)) or exhausted
+                step = self._scheduler.schedule()
             messages = self._exchange_control(step, exhausted, stop())
             stop_signal = max(message.signal for message in messages)
             has_work = any(message.running + message.waiting for message in messages)
             if not has_work and all(message.exhausted for message in messages):
                 break
             if any(message.stop_now for message in messages) or (stop_signal and not has_work):
+                self._deliver(self._flight.land(), sink)
                 raise Stopped(stop_signal)
             if self._replanner is not None:
                 self._replanner.advance(messages, loads)
@@ -165,8 +181,8 @@ class GenerationLoop:
                 self._deliver(self._run_step(step, messages), sink)
             self._telemetry.decisions.next_step()
             self.totals.steps += 1
-            reads = step.sampling or step.prompt_rows  # which the host has waited for
-            loads.end_step(waited=self._is_leader and bool(reads))
+            loads.end_step(waited=self._has_waited(step, was_open))
+            self._flight.copy_out()
             report = step_report(self.totals.steps, messages, loads.reset_step(), started_at)
             self._step_profiler.update(report)
             if on_step is not None:
@@ -235,17 +251,30 @@ class GenerationLoop:
                 limited=self._limited,
                 layers=self._layer_phases,
             )
-        outcome = self._outcome(step, messages, moe_step)
-        # Routed assignments, recomputed tokens left out. Where no token is subject to capacity the
-        # last layer runs only the rows that are read (`CausalLM.forward`).
-        for piece in step.slices:
-            run = piece.length - piece.num_recomputed
-            whole = moe_step is not None and moe_step.runs_last_whole
-            in_last = (
-                run if whole or self._runner.model.runs_last_whole else min(run, piece.num_read)
-            )
-            routed = run * self._routed_before + in_last * self._routed_last
-            piece.seq.capacity.add(CapacityUse(routed))
+        bucket = None
+        if self._graphs is not None and moe_step is None:
+            bucket = self._graphs.agreed(messages)
+        finished: list[Sequence] = []
+        void: Collection[int] = ()
+        if self._graphs is not None and bucket is not None:
+            outcome = self._graphs.run(step, bucket, samples=self._is_leader)
+        else:
+            hidden = self._forward(step, messages, moe_step)
+            late = self._flight.launch(step, hidden)
+            finished, void = self._flight.land_behind(step)
+            if late is not None:
+                self._flight.put(late, void)
+                return finished
+            outcome = None
+            if self._is_leader:
+                outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
+        outcome = self._broadcast(outcome)
+        if finished or void:
+            self._flight.drop_surplus(step, void)
+        # Where no token is subject to capacity the last layer runs only the rows that are read
+        # (`CausalLM.forward`).
+        whole = moe_step is not None and moe_step.runs_last_whole
+        self._routed.count(step, whole=whole, void=void)
         if moe_step is not None:
             clock = self._telemetry.clock
             uses = capacity_uses(
@@ -254,30 +283,12 @@ class GenerationLoop:
             clock.enter(Phase.OTHER)
             for piece, use in zip(step.slices, uses, strict=True):
                 piece.seq.capacity.add(use)
-        failed = [step.slices[index].seq for index in outcome.errors]
-        for sequence, message in zip(failed, outcome.errors.values(), strict=True):
-            self._scheduler.abort(sequence, RequestError("non_finite_logits", message))
-        return failed + self._scheduler.commit(
-            step,
-            outcome.tokens,
-            outcome.logprobs,
-            outcome.prompt_logprobs,
-            outcome.top,
-            outcome.prompt_top,
-        )
+        return finished + record(self._scheduler, step, outcome, void=void)
 
-    def _outcome(
+    def _forward(
         self, step: Step, messages: list[ControlMessage], moe_step: MoEStep | None
-    ) -> StepOutcome:
-        """Run the model on a step and sample, by a graph where one can run it.
-
-        Collective over EP and TP: every rank must call.
-        """
-        bucket = None
-        if self._graphs is not None and moe_step is None:
-            bucket = self._graphs.agreed(messages)
-        if self._graphs is not None and bucket is not None:
-            return self._broadcast(self._graphs.run(step, bucket, samples=self._is_leader))
+    ) -> Hidden:
+        """Run the model on a step, eagerly. Collective over EP and TP: every rank must call."""
         # Of each tensor group only the first rank's counts are not 0.
         group = GroupTokens(
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
@@ -286,11 +297,15 @@ class GenerationLoop:
             bucket=static_bucket(messages, self._topology.tensor.size, self._exchange),
         )
         may_split = any(message.running > 1 for message in messages)
-        hidden = self._runner.forward(step, moe_step, group, may_split)
-        outcome = None
-        if self._is_leader:
-            outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
-        return self._broadcast(outcome)
+        return self._runner.forward(step, moe_step, group, may_split, self._flight.fed)
+
+    def _has_waited(self, step: Step, was_open: bool) -> bool:
+        """Return whether the host has read tokens of a step behind what late loads were copied in.
+
+        was_open: whether a step was in flight as the iteration began, which is read in it.
+        """
+        reads = step.sampling or step.prompt_rows
+        return self._is_leader and (was_open or (bool(reads) and not self._flight.is_open))
 
     def _broadcast(self, value: Any) -> Any:
         """Return the value of the first rank of the tensor group. Collective over TP."""

@@ -6,7 +6,7 @@ its own, its `state_row` which row of the recurrent states where layers have any
 tokens still runs the MoE layers, whose collectives need every rank.
 
 Legend: T tokens of the step, R of them that are read, S sequences, B columns of the block table, D
-model dim.
+model dim, F tokens of the step that are pending.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ from engine.models.language_model import LanguageModel
 from engine.moe.dispatch.two_batch import run_to_end
 from engine.moe.step import MoEStep
 from engine.ops.to_device import all_to_device, to_device
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """New tokens of the step before, which this one runs while the host has not read them."""
+
+    tokens_S: torch.Tensor  # int64, on the model's device
+    row_of: dict[int, int]  # id of a sequence -> its row of `tokens_S`
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class Runner:
         moe_step: MoEStep | None = None,
         group: GroupTokens | None = None,
         may_split: bool = False,
+        fed: Fed | None = None,
     ) -> Hidden:
         """Run the step's tokens; return their final hidden states.
 
@@ -65,15 +74,17 @@ class Runner:
             group: tokens of the step over all ranks of the expert-parallel group.
             may_split: whether the step may run as two micro-batches, because some rank has two
                 sequences; the same on every rank.
+            fed: where tokens of the step are pending.
 
         Collective over EP and TP: every rank must call.
         """
         rows_R = _read_rows(step.slices)
         if may_split and moe_step is None and group and self.model.splits_batch(group.all):
             cut = balanced_cut([piece.length for piece in step.slices])
-            batches = self._planned(step.slices[:cut], 0), self._planned(step.slices[cut:], 1)
+            first, second = step.slices[:cut], step.slices[cut:]
+            batches = self._planned(first, 0, fed), self._planned(second, 1, fed)
             return Hidden(self.model.forward_two_batch(batches, self.cache, group), rows_R)
-        tensors = self._planned(step.slices, 0)
+        tensors = self._planned(step.slices, 0, fed)
         # The generator itself: one frame less than `CausalLM.forward` between step and kernel.
         steps = self.model.steps(tensors, self.cache, moe_step, group)
         return Hidden(run_to_end(steps), rows_R)
@@ -93,8 +104,8 @@ class Runner:
             states_RD = states_RD.index_select(0, self._upload(index))
         return self.model.logits(states_RD)
 
-    def build(self, slices: Sequence[Slice]) -> StepTensors:
-        """Flatten slices, in order, into the model's input."""
+    def build(self, slices: Sequence[Slice], fed: Fed | None = None) -> StepTensors:
+        """Flatten slices, in order, into the model's input; `fed` as in `forward`."""
         block_size = self.cache.block_size
         starts_S = np.array([piece.start for piece in slices], dtype=np.int64)
         lens_S = np.array([piece.length for piece in slices], dtype=np.int64)
@@ -109,6 +120,12 @@ class Runner:
         table_SB[np.arange(table_SB.shape[1]) < blocks_S[:, None]] = list(chain(*tables))
         # A token's cache slot follows from its sequence's block table and its position.
         tokens = [piece.seq.token_ids[piece.start : piece.start + piece.length] for piece in slices]
+        rows_F: list[int] = []
+        if fed is not None:
+            # Pending tokens are those of decode slices, of one row each, which come first.
+            rows_F = [row for row, piece in enumerate(slices) if piece.is_pending]
+            for row in rows_F:
+                tokens[row] = [0]
         positions_T = _spans(starts_S, lens_S)
         sequence_T = np.repeat(np.arange(len(slices)), lens_S)
         block_T = table_SB[sequence_T, positions_T // block_size].astype(np.int64)
@@ -123,8 +140,14 @@ class Runner:
             arrays += [rows_R, *_query_arrays(read_S[some], ends_S[some], table_SB[some])]
         if self._has_states:
             arrays.append(np.array([piece.seq.state_row for piece in slices], dtype=np.int64))
+        if fed is not None:
+            sources_F = [fed.row_of[id(slices[row].seq)] for row in rows_F]
+            arrays += [np.array(each, dtype=np.int64) for each in (rows_F, sources_F)]
         # One copy to the device for all of them.
         sent = all_to_device([torch.from_numpy(array) for array in arrays], self.device)
+        if fed is not None:
+            source_F, row_F = sent.pop(), sent.pop()
+            sent[0].index_copy_(0, row_F, fed.tokens_S.index_select(0, source_F))
         states_S = sent.pop() if self._has_states else None
         read = None
         if rows_R is not None:
@@ -137,9 +160,11 @@ class Runner:
             read=read,
         )
 
-    def _planned(self, slices: Sequence[Slice], micro_batch: int) -> StepTensors:
+    def _planned(
+        self, slices: Sequence[Slice], micro_batch: int, fed: Fed | None = None
+    ) -> StepTensors:
         """Return the model's input, with the plans of the attention backend."""
-        model, tensors = self.model, self.build(slices)
+        model, tensors = self.model, self.build(slices, fed)
         return plan_step(model.attention_backend, model.attention_kinds, tensors, micro_batch)
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:

@@ -23,6 +23,12 @@ Where layers have recurrent states (`layers/kv_cache.py`) a sequence also has a 
 its admission until it ends or is preempted: the lowest that is free, the same on every tensor rank.
 A state sums up all tokens before it and cannot be shared, so there every sequence starts at its
 first token.
+
+A step may be scheduled before the one ahead of it is committed (`late/`): `advance()` counts that
+one's tokens as computed and its new ones as pending. What is decided meanwhile holds for any ids: a
+sequence that reaches its longest is left out, none is preempted (`can_look_ahead`), and a block is
+published once all its ids are known. A sequence that turns out to have ended frees its blocks at
+commit; who gets them writes to them behind the step that it still runs in.
 """
 
 from __future__ import annotations
@@ -116,7 +122,7 @@ class Scheduler:
         tokens -= sum(len(seq.token_ids) - seq.num_expected for seq in self.waiting)
         if running:  # the last may have more than one token to run
             last = self.running[-1]
-            tokens -= len(last.token_ids) - last.num_computed - 1
+            tokens -= max(0, last.num_tokens - last.num_computed - 1)
         blocks_for = self.pool.blocks_for
         blocks = self.pool.num_free
         blocks -= sum(blocks_for(len(seq.token_ids) - seq.num_expected) for seq in self.waiting)
@@ -128,21 +134,23 @@ class Scheduler:
     def schedule(self) -> Step:
         """Return the next step, its blocks allocated; preempt when blocks run out. May be empty.
 
-        Every step must be committed before the next is scheduled.
+        Every step must be committed before the next is scheduled, or given to `advance`.
         """
         slices: list[Slice] = []
         budget = self.max_batch_tokens
         block_size, prefixes = self.pool.block_size, self.prefixes
         for seq in self.running:  # preemption shortens the list, but only beyond `seq`, or by it
-            known = len(seq.token_ids)
+            known, start = seq.num_tokens, seq.num_computed
+            if start == known or self._ends(seq):
+                continue  # until the step ahead is committed
             if len(seq.block_ids) * block_size < known and not self._grow(seq):
                 break  # preempted itself: it was the last
-            start = seq.num_computed
             length = min(known - start, budget)
             budget -= length
             slices.append(Slice(seq, start, length, start + length == known < seq.max_length))
-            if length > 1 or known % block_size == 0:
-                prefixes.fill(seq, start + length)
+            # A block whose last token was pending is published a step late.
+            if length > 1 or known % block_size <= 1:
+                prefixes.fill(seq, min(start + length, len(seq.token_ids)))
         num_decode = len(slices)
         if slices and not slices[-1].is_decode:
             num_decode -= 1
@@ -170,6 +178,25 @@ class Scheduler:
             prefixes.fill(seq, start + length)
         return Step.of(slices, num_decode)
 
+    def can_look_ahead(self) -> bool:
+        """Return whether `schedule` preempts none, though a sequence may be about to end."""
+        block_size = self.pool.block_size
+        needed = sum(
+            len(seq.block_ids) * block_size < seq.num_tokens and not self._ends(seq)
+            for seq in self.running
+        )
+        return needed <= self.pool.num_free
+
+    def advance(self, step: Step, void: abc.Collection[int] = ()) -> None:
+        """Count a step's tokens as computed and its new ones as pending, before it is committed.
+
+        void: slices whose rows ran on a wrong token; they stay as they were.
+        """
+        for index, piece in enumerate(step.slices):
+            if piece.seq.status is Status.RUNNING and index not in void:
+                piece.seq.num_computed += piece.length
+                piece.seq.num_pending = int(piece.samples)
+
     def commit(
         self,
         step: Step,
@@ -178,6 +205,8 @@ class Scheduler:
         prompt_logprobs: abc.Sequence[float] = (),
         top: abc.Sequence[TopLogprobs] | None = None,
         prompt_top: abc.Sequence[TopLogprobs] | None = None,
+        advanced: bool = False,
+        void: abc.Collection[int] = (),
     ) -> list[Sequence]:
         """Record a step's results; return the sequences that finished, their blocks freed.
 
@@ -187,6 +216,8 @@ class Scheduler:
             prompt_logprobs: one per row of `step.prompt_rows`.
             top: the likeliest tokens, one list per slice of `step.sampling`; None as `logprobs`.
             prompt_top: the same per row of `step.prompt_rows`.
+            advanced: whether `advance` was called for it.
+            void: slices whose results are left out.
 
         Sequences aborted since `schedule` are skipped.
         """
@@ -203,13 +234,14 @@ class Scheduler:
                     taken += count
         finished: list[Sequence] = []
         taken = 0
-        for piece in step.slices:
+        for index, piece in enumerate(step.slices):
             seq = piece.seq
-            alive = seq.status is Status.RUNNING
-            if alive:
+            alive = seq.status is Status.RUNNING and index not in void
+            if alive and not advanced:
                 seq.num_computed += piece.length
             if piece.samples:
                 if alive:
+                    seq.num_pending = 0
                     seq.append(
                         tokens[taken],
                         None if logprobs is None else logprobs[taken],
@@ -223,6 +255,8 @@ class Scheduler:
         if finished:
             self.running = [seq for seq in self.running if seq.status is Status.RUNNING]
             for seq in finished:
+                if advanced:
+                    self.prefixes.fill(seq, min(seq.num_computed, len(seq.token_ids)))
                 self._release(seq)
         return finished
 
@@ -232,6 +266,10 @@ class Scheduler:
         seq.finish("error", error)
         self.prefixes.forget(seq)
         self._release(seq)
+
+    def _ends(self, seq: Sequence) -> bool:
+        """Return whether the pending token of a sequence is the last that it may have."""
+        return bool(seq.num_pending) and seq.num_tokens == seq.max_length
 
     def _grow(self, seq: Sequence) -> bool:
         """Allocate the next block of a running sequence, preempting the latest arrivals if needed.
@@ -248,6 +286,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         assert self.running, "a single sequence exceeds the cache, which add() rules out"
+        assert not seq.num_pending, "a sequence is preempted while its newest token is unknown"
         self._release(seq)
         seq.num_computed_before = max(seq.num_computed_before, seq.num_computed)
         seq.num_computed = seq.num_expected = 0

@@ -38,10 +38,14 @@ class Status(Enum):
 class Sequence:
     """The state of one request.
 
-    Written from outside: `num_computed`, `num_computed_before`, `num_cached`, `block_ids`,
-    `state_row`, `status` and `max_length` by the scheduler, `block_hashes`, `num_expected` and
-    `num_published` by its prefix cache too, `prompt_logprobs` and `prompt_top_logprobs` (extended)
-    by its `commit`, `capacity` by the loop. Everything else is written by this class alone.
+    Its length, the places of its tokens and its blocks never depend on the id of a token, so its
+    newest one may be pending: chosen on the device, its id not read yet (`late/late_step.py`).
+
+    Written from outside: `num_computed`, `num_computed_before`, `num_cached`, `num_pending`,
+    `block_ids`, `state_row`, `status` and `max_length` by the scheduler, `block_hashes`,
+    `num_expected` and `num_published` by its prefix cache too, `prompt_logprobs` and
+    `prompt_top_logprobs` (extended) by its `commit`, `capacity` by the loop. Everything else is
+    written by this class alone.
 
     Raises:
         RequestError: for stop strings without a tokenizer.
@@ -50,9 +54,9 @@ class Sequence:
     __slots__ = (
         "block_hashes", "block_ids", "capacity", "error", "finish_reason", "group", "history",
         "logprobs", "max_length", "num_cached", "num_computed", "num_computed_before",
-        "num_expected", "num_prompt", "num_published", "prompt_logprobs", "prompt_top_logprobs",
-        "request", "state_row", "status", "stopper", "timing", "token_ids", "tokenizer",
-        "top_logprobs",
+        "num_expected", "num_pending", "num_prompt", "num_published", "prompt_logprobs",
+        "prompt_top_logprobs", "request", "state_row", "status", "stopper", "timing", "token_ids",
+        "tokenizer", "top_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +74,7 @@ class Sequence:
         self.num_computed = 0  # leading tokens whose keys and values are in the cache
         self.num_computed_before = 0  # the same before a preemption; these run a second time
         self.num_cached = 0  # leading prompt tokens that the cache had when it first started
+        self.num_pending = 0  # 0 or 1: tokens behind `token_ids` whose ids the host has not read
         self.num_expected = 0  # the same while it waits, an estimate
         self.num_published = 0  # leading blocks that others may share
         self.block_hashes: list[bytes] = []  # of its leading full blocks, as far as computed
@@ -101,6 +106,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, a pending one included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def text(self) -> str:

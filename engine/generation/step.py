@@ -29,6 +29,11 @@ class Slice:
     samples: bool  # whether the logits of its last token choose the sequence's next one
 
     @property
+    def is_pending(self) -> bool:
+        """Whether the host has not read the id of its only token yet (`late/late_step.py`)."""
+        return self.start == len(self.seq.token_ids)
+
+    @property
     def is_decode(self) -> bool:
         """Whether this is one generated token, the newest: neither prompt nor recomputation."""
         return self.samples and self.length == 1 and self.start >= self.seq.num_prompt

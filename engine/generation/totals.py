@@ -20,6 +20,7 @@ class Totals:
     tokens_prefill: int = 0
     tokens_decode: int = 0
     finished: int = 0  # requests, failed ones included
+    surplus_rows: int = 0  # of sequences that had ended, not in tokens_decode (`late/late_step.py`)
 
 
 def step_report(

@@ -100,6 +100,9 @@ class RankReport:
     expert_cost: ExpertCost | None = None  # None: no call was timed
     # Memory of the recurrent states of all sequences that may run at once; None: the model has none
     state_bytes: int | None = None
+    # Rows of sequences that had ended, which steps scheduled ahead have run (not in tokens_decode);
+    # None: there were none
+    surplus_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,6 +180,7 @@ def _rank(share: _Share, attributed: RankAttribution) -> RankReport:
         placement=rank_placement(measured.placement, profile.loads_after),
         expert_cost=ExpertCost.of(profile.experts),
         state_bytes=measured.state_bytes,
+        surplus_rows=measured.totals.surplus_rows or None,
     )
 
 

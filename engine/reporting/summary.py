@@ -40,6 +40,7 @@ _ONLY_WHERE_USED = (
     "expert_cost",
     "shared_rows_moved",
     "state_bytes",
+    "surplus_rows",
     "zero_assignments",
     "ranked_by",
     "policy",

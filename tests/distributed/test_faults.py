@@ -35,7 +35,8 @@ TIMEOUT_S = 5
 MARGIN_S = 2.0  # for a continued process
 NUM_LINES = 30
 WORLD = 3
-CALL = {"skip": 7, "mismatch": 50}  # exchange and all-to-all of some step in the middle
+# Exchange, all-to-all and late read of some step in the middle.
+CALL = {"skip": 7, "mismatch": 50, "kill reading": 6}
 LAYER_CALL = 26  # of 4 per step: layer 1 of the 7th step
 PROGRESS = r"step \d+, (layer \d+, )?[a-z]+, collective \d+"
 IN_LAYER = r"step 6, layer 1, [a-z]+, collective \d+"
@@ -208,6 +209,19 @@ def test_a_killed_rank_is_named_with_its_last_progress_and_the_job_resumes(
     assert re.match(rf"rank {victim} on {HOST},? {silence}", report), report
     assert re.search(f"last seen in {IN_LAYER}", report), report
     assert job.processes[victim].exitcode == -signal.SIGKILL
+    assert resumed(folder, tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("fault", ["kill reading", pytest.param("kill", marks=pytest.mark.long)])
+def test_a_rank_that_dies_with_a_step_in_flight_is_named_and_the_job_resumes(
+    folder, undisturbed, start, tmp_path, fault
+):
+    job = start(fault, 1, "--set", "scheduler.async_scheduling=on")
+    report = one_report(job, 1)
+    assert re.match(rf"rank 1 on {HOST},? has published no heartbeat", report), report
+    place = IN_LAYER if fault == "kill" else PROGRESS
+    assert re.search(f"last seen in {place}", report), report
+    assert job.processes[1].exitcode == -signal.SIGKILL
     assert resumed(folder, tmp_path) == undisturbed
 
 

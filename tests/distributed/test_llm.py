@@ -288,6 +288,7 @@ def test_the_run_report_accounts_for_every_token_row_and_request(checkpoint):
             "parallel.expert": 2,
             "scheduler.kv_cache_blocks": 64,
             "scheduler.prefix_cache": True,
+            "scheduler.async_scheduling": False,
             "attention.backend": "triton",
             "scheduler.kv_dtype": "float32",
             "moe.experts.backend": "torch",

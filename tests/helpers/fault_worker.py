@@ -38,6 +38,8 @@ def inject(fault: str, victim: int, call: int) -> None:
         skip_exchange(call)
     elif fault == "mismatch":
         skip_all_to_all(call)
+    elif fault == "kill reading":
+        die_reading(call)
     elif fault in HANGS:
         hang_in(*HANGS[fault])
     else:
@@ -82,6 +84,24 @@ def skip_all_to_all(call: int) -> None:
         return all_to_all(*args, **kwargs)
 
     dist.all_to_all_single = skipping
+
+
+def die_reading(call: int) -> None:
+    """Die before the tokens of a step are read that was launched before the one now running."""
+    from engine.generation.late.late_step import LateStep
+
+    read, count = LateStep.read, 0
+
+    def dying(self: LateStep) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            time.sleep(SEEN_S)
+            announce()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self)
+
+    LateStep.read = dying
 
 
 def hang_in(module: str, name: str) -> None:

@@ -35,7 +35,10 @@ from gpu_checks.shapes import MIXTRAL, QWEN3, ModelShape, dummy_llm, free_bytes,
 GROUP = "speed"
 # Rows of the budgets. That of Mixtral has one expert per rank, where nothing is sorted; here all
 # are on one rank, as OLMoE's, whose attention launches more.
-_ROWS = {"mixtral": "olmoe decode", "qwen3_moe": "qwen3_moe decode"}
+_ROWS = {
+    "mixtral": "olmoe decode, asynchronous",
+    "qwen3_moe": "qwen3_moe decode, asynchronous",
+}
 _MOE = {"experts": {"backend": "grouped_mm"}, "dispatch": {"deduplicate": False}}  # as those have
 
 

@@ -61,6 +61,8 @@ class Row:
     # Whether the first layer alone has keys, and all others are of linear attention.
     linear: bool = False
     graphs: bool = False  # whether decode steps are CUDA graphs
+    # Whether its tokens feed back on the device, which adds to a step and to no layer.
+    is_late: bool = False
 
 
 _PLAIN = {"dispatch": {"deduplicate": False}}
@@ -162,6 +164,9 @@ ROWS = (
     Row("gpt_oss decode, int4 experts", "gpt_oss", _PLAIN, quantization="int4"),
     Row("mixtral decode, by transformers", "mixtral", _PLAIN, implementation="transformers"),
     Row("granitemoe decode, by transformers", "granitemoe", _PLAIN),
+    Row("olmoe decode, asynchronous", "olmoe", _PLAIN, is_late=True),
+    Row("qwen3_moe decode, asynchronous", "qwen3_moe", _PLAIN, is_late=True),
+    Row("olmoe decode, static, asynchronous", "olmoe", _STATIC, is_late=True),
 )
 
 
@@ -277,7 +282,12 @@ def _tree(rank: int, path: Path, row: Row) -> dict[str, Any]:
             "implementation": row.implementation,
         },
         "moe": moe,
-        "scheduler": {"kv_cache_blocks": 256, "block_size": 4, "max_batch_tokens": tokens}
+        "scheduler": {
+            "kv_cache_blocks": 256,
+            "block_size": 4,
+            "max_batch_tokens": tokens,
+            "async_scheduling": "on" if row.is_late else "off",
+        }
         | ({"max_sequences": _SEQUENCES} if row.graphs else {}),
         "runtime": {
             "device": "cuda",

@@ -1,0 +1,1 @@
+"""Steps whose tokens the host reads one step late."""
