@@ -17,7 +17,8 @@ from typing import Any
 
 from engine.config.checkpoint_files import is_there, read_json_object
 from engine.models.hf_config import check_config
-from engine.models.registry import Implementation, read_config, supported_model_types
+from engine.models.model_types import Implementation, supported_model_types
+from engine.models.registry import read_config
 
 # What every family runs. Neither changes a shape.
 _NEUTRAL: dict[str, Any] = {

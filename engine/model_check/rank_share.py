@@ -19,7 +19,8 @@ from engine.generation.memory import CUDA_SHARE, MoEShape, row_bound
 from engine.layers.precision import cache_dtype
 from engine.model_check.stored_tensors import part_finder
 from engine.models.language_model import LanguageModel
-from engine.models.registry import Implementation, build_model
+from engine.models.model_types import Implementation
+from engine.models.registry import build_model
 from engine.moe.low_bit_experts import ExpertLayouts
 
 _GIB = 1 << 30

@@ -30,7 +30,8 @@ from engine.model_check.stored_tensors import (
     read_stored,
 )
 from engine.model_check.text import lines_of
-from engine.models.registry import Implementation, unread_parts
+from engine.models.model_types import Implementation
+from engine.models.registry import unread_parts
 from engine.models.spec import ModelSpec
 from engine.models.transformers_model.model import TransformersModel
 from engine.models.weight_dtype import model_dtype

@@ -9,7 +9,7 @@ from typing import Any
 from engine.layers.attention import AttentionSpec
 from engine.layers.gated_delta import GatedDeltaSpec
 from engine.models.language_model import LanguageModel
-from engine.models.registry import family_module
+from engine.models.model_types import family_module
 from engine.models.spec import SparseSpec
 from engine.models.transformers_model.model import TransformersModel
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine.config.checkpoint_files import read_json_object
 from engine.models.expert_weights import expert_names
-from engine.models.registry import Implementation, read_config, uses_transformers
+from engine.models.model_types import Implementation, uses_transformers
+from engine.models.registry import read_config
 from engine.models.spec import ModelSpec
 from engine.models.transformers_model.expert_names import expert_names as transformers_names
 

@@ -1,4 +1,4 @@
-"""Registry: which family reads which `model_type`, and how a checkpoint's config becomes a model.
+"""Registry: how a checkpoint's config becomes a model, of whichever family reads it.
 
 Every rank builds its own share:
 
@@ -8,9 +8,9 @@ Every rank builds its own share:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,24 +22,16 @@ from engine.layers.precision import compute_dtype
 from engine.layers.rotary import RotaryTable, rope_frequencies
 from engine.models.config_fields import check_fields, check_rope, explain, read
 from engine.models.decoder import CausalLM
-from engine.models.families import (
-    deepseek_v2,
-    deepseek_v3,
-    ernie4_5_moe,
-    glm4_moe,
-    gpt_oss,
-    llama4,
-    longcat_flash,
-    minimax_m2,
-    mixtral,
-    olmoe,
-    qwen2_moe,
-    qwen3_5_moe,
-    qwen3_moe,
-    qwen3_next,
-)
 from engine.models.hf_config import check_common, check_config
 from engine.models.language_model import LanguageModel
+from engine.models.model_types import (
+    FAMILIES,
+    TEXT_OF,
+    Implementation,
+    known_model_types,
+    read_as,
+    uses_transformers,
+)
 from engine.models.spec import ModelSpec
 from engine.models.transformers_model.experts_form import NotServed
 from engine.models.transformers_model.model import TransformersModel
@@ -50,63 +42,8 @@ from engine.moe.placement.placement import Placement
 from engine.weights.formats.grouping import example_of
 from engine.weights.formats.scheme import UnsupportedScheme
 
-Implementation = Literal["auto", "lockstep", "transformers"]  # model.implementation
-
-_FAMILIES: dict[str, Callable[[Any], ModelSpec]] = {
-    "mixtral": mixtral.read_spec,
-    "olmoe": olmoe.read_spec,
-    "qwen2_moe": qwen2_moe.read_spec,
-    "qwen3_moe": qwen3_moe.read_spec,
-    "deepseek_v2": deepseek_v2.read_spec,
-    "deepseek_v3": deepseek_v3.read_spec,
-    "kimi_k2": deepseek_v3.read_spec,
-    "glm4_moe": glm4_moe.read_spec,
-    "ernie4_5_moe": ernie4_5_moe.read_spec,
-    "minimax_m2": minimax_m2.read_spec,
-    "gpt_oss": gpt_oss.read_spec,
-    "llama4_text": llama4.read_spec,
-    "llama4": llama4.read_spec,
-    "qwen3_next": qwen3_next.read_spec,
-    "qwen3_5_moe_text": qwen3_5_moe.read_spec,
-    "qwen3_5_moe": qwen3_5_moe.read_spec,
-    "longcat_flash": longcat_flash.read_spec,
-}
-# Model types without a class in transformers whose config.json is that of another one. Their own
-# classes are code in the checkpoint, which is never run.
-_READ_AS = {"kimi_k2": "deepseek_v3"}
-# Model types whose config.json has the language model in text_config, and its own model type. Only
-# that part is run.
-_TEXT_OF = {
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "llama4": "llama4_text",
-    "aria": "aria_text",
-    "glm4v_moe": "glm4v_moe_text",
-    "qwen3_vl_moe": "qwen3_vl_moe_text",
-}
 # Of these a config.json has fields beside text_config: about the files, or about the head.
 _BESIDE = ("quantization_config", "tie_word_embeddings")
-
-
-def supported_model_types() -> tuple[str, ...]:
-    """Return the values of `model_type` in config.json that this engine runs."""
-    return tuple(_FAMILIES)
-
-
-def read_as(model_type: str) -> str:
-    """Return the `model_type` as which a config.json is read: of another family, or of a part."""
-    return _READ_AS.get(model_type, _TEXT_OF.get(model_type, model_type))
-
-
-def family_module(model_type: str) -> str:
-    """Return the module that reads the configurations of a `model_type` that runs."""
-    family = _FAMILIES.get(model_type, read_transformers_spec)
-    return family.__module__
-
-
-def uses_transformers(model_type: Any, implementation: Implementation) -> bool:
-    """Return whether transformers builds the model; see model.implementation."""
-    known = isinstance(model_type, str) and model_type in _FAMILIES
-    return implementation == "transformers" or (implementation == "auto" and not known)
 
 
 def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
@@ -154,7 +91,7 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
     except NotServed as error:
         raise _refused(folder, _not_served(values["model_type"], str(error))) from error
     except Exception as error:  # transformers computes with the values before it checks them
-        if values["model_type"] not in _FAMILIES:
+        if values["model_type"] not in FAMILIES:
             why = _not_served(values["model_type"], explain(error, values))
             raise _refused(folder, why) from error
         example = example_of(folder) if isinstance(error, UnsupportedScheme) else ""
@@ -164,7 +101,7 @@ def read_config(folder: Path, implementation: Implementation = "auto") -> Any:
 
 def _language_model(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the language model, where a config.json has other parts besides."""
-    if values["model_type"] not in _TEXT_OF:
+    if values["model_type"] not in TEXT_OF:
         return values
     if not isinstance(inner := values.get("text_config"), Mapping):
         shown = "null" if inner is None else repr(inner)
@@ -183,7 +120,7 @@ def _language_model(values: dict[str, Any]) -> dict[str, Any]:
 def unread_parts(folder: Path) -> str:
     """Return what of a checkpoint that can run is never used, in words; "" where there is none."""
     model_type = read_json_object(folder / "config.json").get("model_type")
-    if model_type not in _TEXT_OF:
+    if model_type not in TEXT_OF:
         return ""
     return (
         f"the checkpoint is a {model_type}: its language model alone is read and run; prompts are "
@@ -203,24 +140,23 @@ def _problem(values: Mapping[str, Any], by_transformers: bool) -> str | None:
     from transformers import CONFIG_MAPPING
 
     model_type = values.get("model_type")
-    if isinstance(model_type, str) and model_type in _FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return None
     if by_transformers and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return None
     has = "no model_type" if model_type is None else f"model_type = {model_type!r}"
-    other = ""
+    known = known_model_types() if by_transformers else ", ".join(FAMILIES)
     if not by_transformers and model_type in CONFIG_MAPPING:
-        other = ", or set model.implementation to auto, with which transformers may build it"
+        known += ", or set model.implementation to auto, with which transformers may build it"
     return (
-        f"config.json has {has}, which this engine cannot run; use a checkpoint of one of "
-        f"{', '.join(_FAMILIES)}{other}"
+        f"config.json has {has}, which this engine cannot run; use a checkpoint of one of {known}"
     )
 
 
 def _not_served(model_type: str, why: str) -> str:
     """Return why transformers' implementation does not run a model type, and what to do."""
-    what = "use a checkpoint of one of " + ", ".join(_FAMILIES)
-    if model_type in _FAMILIES:
+    what = f"use a checkpoint of one of {known_model_types()}"
+    if model_type in FAMILIES:
         what = "set model.implementation to lockstep"
     return (
         f"config.json has model_type = {model_type!r}, which this engine cannot run "
@@ -245,13 +181,13 @@ def read_spec(hf_config: Any, implementation: Implementation = "auto") -> ModelS
         except NotServed as error:
             raise ValueError(
                 f"model_type: {hf_config.model_type!r} in config.json is not supported: {error}; "
-                f"supported: {', '.join(_FAMILIES)}"
+                f"supported: {known_model_types()}"
             ) from error
-    family = _FAMILIES.get(hf_config.model_type)
+    family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ValueError(
             f"model_type: {hf_config.model_type!r} in config.json is not supported; supported: "
-            f"{', '.join(_FAMILIES)}"
+            f"{', '.join(FAMILIES)}"
         )
     check_config(hf_config)
     return family(hf_config)

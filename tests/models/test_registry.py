@@ -19,7 +19,8 @@ from engine.layers.attention import AttentionSpec
 from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
 from engine.models import registry
-from engine.models.registry import model_length, read_config, read_spec, supported_model_types
+from engine.models.model_types import supported_model_types
+from engine.models.registry import model_length, read_config, read_spec
 from engine.models.spec import DenseSpec, SparseSpec
 from tests.helpers.model_cases import CASES
 

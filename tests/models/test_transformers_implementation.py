@@ -129,6 +129,7 @@ def job(
     capacity: dict[str, Any],
     implementation: Any,
     step_tokens: int = 16,
+    prompts: list[list[int]] = PROMPTS,
 ) -> dict[str, Any]:
     config = Config(
         model=ModelConfig(
@@ -141,7 +142,7 @@ def job(
         runtime=RuntimeConfig(device="cpu", threads=1),
     )
     llm = LLM(config)
-    done = llm.generate(PROMPTS, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+    done = llm.generate(prompts, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
     found = {
         "tokens": [item.token_ids for item in done],
         "preemptions": llm.report.ranks[rank].preemptions if llm.report else 0,

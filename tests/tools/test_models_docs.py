@@ -15,7 +15,7 @@ import transformers
 from model_table.configurations import Configuration
 from model_table.rows import reason_of, row_of, try_out
 
-from engine.models.registry import supported_model_types
+from engine.models.model_types import supported_model_types
 from tests.helpers.model_cases import CASES
 from tests.helpers.transformers_cases import FOREIGN_CASES
 

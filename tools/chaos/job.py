@@ -1,4 +1,4 @@
-"""The job that faults hit: a few hundred greedy requests of the bundled model, and its ledger."""
+"""The job that faults hit: a few hundred greedy requests of a small model, and its ledger."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ _WORDS = ("def", "f(x):", "return", "x", "+", "1", "the", "value", "of", "sum(",
 
 
 class Job:
-    """Files in `folder`: config.yaml and in.jsonl; outputs go to any path."""
+    """Files in `folder`: config.yaml and in.jsonl; outputs go to any path.
 
-    def __init__(self, folder: Path, num_requests: int, timeout_s: float) -> None:
+    model: a checkpoint; by default the bundled one.
+    """
+
+    def __init__(
+        self, folder: Path, num_requests: int, timeout_s: float, model: Path = _MODEL
+    ) -> None:
         self.num_requests = num_requests
         self._config = folder / "config.yaml"
         self._input = folder / "in.jsonl"
         self._config.write_text(
-            f"model: {{path: {_MODEL}, dtype: float32}}\n"
+            f"model: {{path: {model}, dtype: float32}}\n"
             "parallel: {expert: auto}\n"
             "scheduler: {max_sequences: 4}\n"
             "sampling: {ignore_eos: true}\n"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # engine, tests
-from engine.models.registry import read_as, supported_model_types
+from engine.models.model_types import read_as, supported_model_types
 from tests.helpers.model_cases import CASES
+from tests.helpers.seeing_cases import SEEING_CASES
 from tests.helpers.transformers_cases import FOREIGN_CASES
 
 # What the default configuration of a class leaves out, or has otherwise than any published model.
@@ -50,6 +51,11 @@ def configurations() -> list[Configuration]:
         config = case.config()
         cases.setdefault(config.model_type, []).append(name)
         first.setdefault(config.model_type, config)
+    for name, case in SEEING_CASES.items():
+        for config in (case.config(), case.config().text_config):
+            if name not in cases.setdefault(config.model_type, []):
+                cases[config.model_type].append(name)
+            first.setdefault(config.model_type, config)
     found = []
     for model_type in sorted({*CONFIG_MAPPING.keys(), *supported_model_types()}):
         known = model_type if model_type in CONFIG_MAPPING else read_as(model_type)

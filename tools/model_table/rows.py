@@ -15,7 +15,8 @@ import transformers
 
 from engine.model_check.capacity_rules import capacity_of, score_basis
 from engine.model_check.rank_share import Setup
-from engine.models.registry import Implementation, read_config, uses_transformers
+from engine.models.model_types import Implementation, uses_transformers
+from engine.models.registry import read_config
 from engine.models.spec import ModelSpec, SparseSpec
 from model_table.configurations import Configuration
 

@@ -9,12 +9,18 @@ Legend: T tokens of a call, N of all calls, D model dim, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from engine.models.transformers_model.block_stand_ins import (
+    EndsRun,
+    Reached,
+    Returns,
+    random_numbers,
+)
 from engine.models.transformers_model.router_scores import RouterScores, fit_rule
 
 # Of the calls: by how much all logits are moved, and by what their spread is multiplied. Small sums
@@ -132,11 +138,13 @@ class BlockRecord:
         args, kwargs = self._arguments
         found: list[list[torch.Tensor]] = [[] for _ in range(len(places) + 2)]
         for call in _CALLS:
-            given = [_numbers(each, random, common, call) for each in args]
-            named = {key: _numbers(each, random, common, call) for key, each in kwargs.items()}
+            given = [random_numbers(each, random, common, call) for each in args]
+            named = {
+                key: random_numbers(each, random, common, call) for key, each in kwargs.items()
+            }
             try:
                 self._block(*given, **named)
-            except _Reached as reached:
+            except Reached as reached:
                 ids, weights = reached.ids, reached.weights
             else:
                 raise ValueError("the block does not call its experts")
@@ -153,7 +161,7 @@ class BlockRecord:
     def _to_memory(self, wanted: set[str]) -> None:
         """Give the router's modules memory; others of matrices return zeros in their place."""
         block = self._block
-        setattr(block, self._experts, _Experts())
+        setattr(block, self._experts, EndsRun())
         block.to_empty(device="cpu", recurse=False)
         pending = [name for name, _ in block.named_children() if name != self._experts]
         while pending:
@@ -169,7 +177,7 @@ class BlockRecord:
                 module.to_empty(device="cpu")
             else:
                 parent, _, last = name.rpartition(".")
-                block.get_submodule(parent)._modules[last] = _Returns(self._outputs[name])
+                block.get_submodule(parent)._modules[last] = Returns(self._outputs[name])
 
     def _small_numbers(self) -> list[float]:
         """Return the numbers between 0 and 1 that modules of the block hold."""
@@ -232,33 +240,6 @@ class BlockRecords:
         return self._found[key]
 
 
-class _Reached(Exception):
-    """The experts are called."""
-
-    def __init__(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        self.ids, self.weights = ids, weights
-
-
-class _Experts(nn.Module):
-    """In place of experts: ends the block's run."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        raise _Reached(top_k_index, top_k_weights)
-
-
-class _Returns(nn.Module):
-    """In place of a module that has nothing to do with routing: returns zeros."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self._output = output
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return _zeros(self._output)
-
-
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [
         *module.named_parameters(recurse=False),
@@ -285,31 +266,3 @@ def _keeps(caught: dict[str, Any], name: str) -> Callable[..., None]:
         caught[name] = output
 
     return keep
-
-
-def _numbers(
-    given: Any,
-    random: torch.Generator,
-    common: Mapping[int, torch.Tensor],
-    call: tuple[float, float],
-) -> Any:
-    """Return random numbers for a tensor of a recorded call, all else as it is."""
-    if isinstance(given, (tuple, list)):
-        return type(given)(_numbers(each, random, common, call) for each in given)
-    if not isinstance(given, torch.Tensor):
-        return given
-    if not given.is_floating_point():
-        return torch.zeros(given.shape, dtype=given.dtype)
-    (shift, spread), numbers = call, torch.randn(given.shape, generator=random)
-    if (direction := common.get(given.shape[-1] if given.dim() else 0)) is not None:
-        numbers -= (numbers @ direction)[..., None] * direction
-        numbers = spread * numbers + shift * direction
-    return numbers
-
-
-def _zeros(output: Any) -> Any:
-    if isinstance(output, torch.Tensor):
-        return torch.zeros(output.shape, dtype=output.dtype)
-    if isinstance(output, (tuple, list)):
-        return type(output)(_zeros(each) for each in output)
-    return output

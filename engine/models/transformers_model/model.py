@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from engine.config import Config
+from engine.distributed.errors import memory_in_words
 from engine.distributed.groups import Topology
-from engine.layers.attention_backends.backend import AttentionBackend, AttentionKind
+from engine.layers.attention_backends.backend import AttentionBackend
 from engine.layers.attention_backends.paged_kernels import PAGED_KERNELS
 from engine.layers.kv_cache import KVCache, KVSpec
 from engine.layers.precision import compute_dtype
@@ -27,11 +28,13 @@ from engine.models.checkpoint_buffers import BUFFERS
 from engine.models.decoder import GroupTokens
 from engine.models.spec import SparseSpec
 from engine.models.transformers_model.fixed_rotary import fix_lengths
+from engine.models.transformers_model.hooks import Given, enters
 from engine.models.transformers_model.materialize import materialize
 from engine.models.transformers_model.paged_layer import PagedLayer
 from engine.models.transformers_model.plug_in import ATTENTION
 from engine.models.transformers_model.probe import build_on_meta
 from engine.models.transformers_model.routed_experts import RoutedExperts, RunningStep
+from engine.models.transformers_model.settings import check_settings
 from engine.models.transformers_model.spec import probed, read_spec
 from engine.models.transformers_model.text_model import OTHER_PARTS
 from engine.models.transformers_model.weights import (
@@ -98,7 +101,7 @@ class TransformersModel(nn.Module):
         self._mapping = KeyMapping(causal)
         ignored = getattr(causal, "_keys_to_ignore_on_load_unexpected", None) or ()
         self._ignored = (*BUFFERS, *OTHER_PARTS, *ignored)
-        self._running, tuner = RunningStep(), ChunkTuner(device)
+        self.running, tuner = RunningStep(), ChunkTuner(device)
         self._experts: list[tuple[str, RoutedExperts]] = []
         for call in found.experts:
             layer = call.layer
@@ -118,20 +121,24 @@ class TransformersModel(nn.Module):
                 speeds_W=None if placement is None else placement.speeds_W,
                 layouts=(layouts or {}).get(layer),
             )
-            experts = RoutedExperts(moe, self._running, call.scores)
+            experts = RoutedExperts(moe, self.running, call.scores)
             self._experts.append((call.path, experts))
             parent, _, name = call.path.rpartition(".")
             block = causal.get_submodule(parent)
             setattr(block, name, experts)
             if call.scores is not None:
                 block.get_submodule(call.scores.name).register_forward_hook(experts.take_logits)
-            block.register_forward_pre_hook(self._enters(Phase.GATE, layer))
+            block.register_forward_pre_hook(enters(self, Phase.GATE, layer))
         for layer, call in enumerate(found.attention):
             module = causal.get_submodule(call.path)
-            module.lockstep_attention = PagedLayer(layer, call.window, self._running)
-            module.register_forward_pre_hook(self._enters(Phase.ATTENTION, layer))
-            module.register_forward_hook(self._enters(Phase.OTHER, layer))
-        fix_lengths(causal, max_model_len, device, self.dtype)
+            module.lockstep_attention = PagedLayer(layer, call.window, self.running)
+            module.register_forward_pre_hook(enters(self, Phase.ATTENTION, layer))
+            module.register_forward_hook(enters(self, Phase.OTHER, layer))
+        with memory_in_words(
+            f"model.max_model_len = {max_model_len}: a table of that many positions does not fit "
+            "into memory; lower it"
+        ):
+            fix_lengths(causal, max_model_len, device, self.dtype)
         materialize(causal, device, self.dtype)
         causal.requires_grad_(False)
         experts_at = tuple(f"{path}." for path, _ in self._experts)
@@ -144,7 +151,7 @@ class TransformersModel(nn.Module):
         # The head alone is run from final hidden states, through transformers' own code: some
         # families scale or bound their logits there.
         self.body = getattr(causal, causal.base_model_prefix)
-        setattr(causal, causal.base_model_prefix, _Given())
+        setattr(causal, causal.base_model_prefix, Given())
         self.causal = causal
         self.moe_layers = [experts.moe for _, experts in self._experts]
         first = found.attention[0]
@@ -155,31 +162,8 @@ class TransformersModel(nn.Module):
             value_dim=first.value_dim,
         )
         self.kv_dtype = self.dtype
-        self.attention_kinds = tuple(
-            AttentionKind(
-                num_heads=call.num_heads,
-                num_kv_heads=call.num_kv_heads,
-                key_dim=call.key_dim,
-                value_dim=call.value_dim,
-                scale=None,
-                window=call.window,
-            )
-            for call in found.attention
-        )
+        self.attention_kinds = tuple(call.kind for call in found.attention)
         self.attention_backend: AttentionBackend = PAGED_KERNELS
-
-    def _enters(self, phase: Phase, layer: int) -> Callable[..., None]:
-        """Return a hook that enters a phase of the clock."""
-
-        def enter(*_: Any) -> None:
-            step = self._running.step
-            num_tokens = 0 if step is None else step.token_ids_T.shape[0]
-            if phase is Phase.OTHER:
-                self.telemetry.clock.enter(phase, layer)
-            else:
-                self.telemetry.clock.enter(phase, layer, num_tokens)
-
-        return enter
 
     def set_attention(self, backend: AttentionBackend) -> None:
         """Keep this engine's own kernels, the only ones that `choose_backend` gives this model."""
@@ -236,7 +220,7 @@ class TransformersModel(nn.Module):
     ) -> Steps[torch.Tensor]:
         """Generator form of `forward`, which never yields: there are no micro-batches."""
         yield from ()
-        running = self._running
+        running = self.running
         running.step, running.kv, running.moe_step = step, kv, moe_step
         running.group_tokens = None if group is None else group.all
         running.uses_copies = group is None or group.use_copies
@@ -311,36 +295,3 @@ class TransformersModel(nn.Module):
     def ignored_weights(self, checkpoint: Collection[str] = ()) -> tuple[str, ...]:
         """Return regular expressions of checkpoint tensors that no rank needs."""
         return self._ignored
-
-
-def check_settings(config: Config, topology: Topology) -> None:
-    """Check the settings that transformers' modules do not honour.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    if topology.tensor.size > 1:
-        raise ValueError(
-            f"parallel.tensor = {topology.tensor.size}: must be 1 where transformers builds the "
-            "model (model.implementation), whose attention is not shared over ranks"
-        )
-    if config.moe.overlap.two_batch:
-        raise ValueError(
-            "moe.overlap.two_batch = True: must be false where transformers builds the model "
-            "(model.implementation), whose layers run a step as a whole; use moe.overlap.chunks"
-        )
-    if config.moe.shared_expert == "balanced":
-        raise ValueError(
-            "moe.shared_expert = balanced: must be replicated where transformers builds the model "
-            "(model.implementation), which runs shared experts itself"
-        )
-
-
-class _Given(nn.Module):
-    """In place of a body whose final hidden states are known."""
-
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
-        """Return them in the form of transformers' outputs."""
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import nn
 from engine.models.transformers_model.block_record import BlockRecords
 from engine.models.transformers_model.experts_form import NotServed, shape_of
 from engine.models.transformers_model.fixed_rotary import fix_lengths
+from engine.models.transformers_model.layer_calls import AttentionCall, ExpertsCall, Probed
 from engine.models.transformers_model.mask_window import window_of
 from engine.models.transformers_model.plug_in import PROBE, MaskRule, plug_in
-from engine.models.transformers_model.router_scores import RouterScores
 from engine.models.transformers_model.text_model import text_class
 from engine.moe.stacked_experts import StackedExperts, is_stacked
 
@@ -30,40 +30,6 @@ _TOKENS = 2  # of the run
 _SERVED_LAYERS = ("full_attention", "sliding_attention")
 # Arguments of an attention call that are served, or say nothing about its result.
 _SERVED = ("dropout", "sliding_window", "position_ids", "s_aux", "is_causal", "cache_position")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionCall:
-    """How one layer attends."""
-
-    path: str  # of the module
-    num_heads: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsCall:
-    """How one layer calls its experts."""
-
-    path: str  # of the module
-    layer: int
-    top_k: int
-    shape: StackedExperts
-    scores: RouterScores | None = None  # None: the router's combine weights alone are known
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probed:
-    """What a model asks for."""
-
-    attention: tuple[AttentionCall, ...]  # of every layer in order
-    experts: tuple[ExpertsCall, ...]  # in the order in which they are called
-    hidden: int
-    vocab_size: int
-    tied_embeddings: bool
 
 
 def build_on_meta(hf_config: Any, dtype: torch.dtype, attention: str) -> Any:

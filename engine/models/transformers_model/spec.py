@@ -7,7 +7,8 @@ from typing import Any
 
 from engine.layers.attention import AttentionSpec
 from engine.models.spec import DenseSpec, LayerSpec, ModelSpec, SparseSpec
-from engine.models.transformers_model.probe import ExpertsCall, Probed, probe
+from engine.models.transformers_model.layer_calls import ExpertsCall, Probed
+from engine.models.transformers_model.probe import probe
 from engine.moe.router import RouterSpec
 from engine.moe.spec import MoESpec
 

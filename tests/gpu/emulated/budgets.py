@@ -28,7 +28,8 @@ import torch.distributed as dist
 from engine.config.loader import config_from_tree
 from engine.generation.request_source import ListSource
 from engine.llm import LLM
-from engine.models.registry import Implementation, read_config
+from engine.models.model_types import Implementation
+from engine.models.registry import read_config
 from engine.moe.dispatch import chunk_layout, layout_policy
 from engine.profiling import device_clocks
 from engine.request import Request, SamplingParams
