@@ -17,13 +17,14 @@ from engine.moe.policy.policy import Policy
 
 
 def test_rows_that_do_not_fit_into_memory_name_max_batch_tokens():
-    def reserve(sent: int, received: int) -> None:
+    def reserve(sent: int, received: int, most_tokens: int) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
 
     router = SimpleNamespace(top_k=2, num_experts=8)
     layer = SimpleNamespace(
         spec=SimpleNamespace(router=router, hidden=16, width=16, ffn=32),
         instances=Instances(LayerPlacement.contiguous(8, 2), 2),
+        on_device=SimpleNamespace(transport=None),
         reserve=reserve,
     )
     model: Any = SimpleNamespace(moe_layers=[layer], dtype=torch.float32)
@@ -69,7 +70,8 @@ def test_row_buffers_hold_the_layer_with_most_experts_per_token():
                 router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, width=16, ffn=32
             ),
             instances=Instances(LayerPlacement.contiguous(8, 4), 4),
-            reserve=lambda sent, received: reserved.append((top_k, sent, received)),
+            on_device=SimpleNamespace(transport=None),
+            reserve=lambda sent, received, _: reserved.append((top_k, sent, received)) or 0,
             row_limit=None,
         )
 
@@ -95,6 +97,7 @@ def test_rows_come_in_rounds_in_layers_that_exceed_their_own_limit_alone():
                 router=SimpleNamespace(top_k=top_k, num_experts=8), hidden=16, width=16, ffn=32
             ),
             instances=Instances(LayerPlacement.contiguous(8, 4), 4),
+            on_device=SimpleNamespace(transport=None),
             row_limit=None,
         )
 
@@ -120,7 +123,8 @@ def test_of_layers_with_capacities_of_their_own_the_widest_decides():
                 layer=index,
                 spec=spec,
                 instances=Instances(LayerPlacement.contiguous(8, 4), 4),
-                reserve=lambda sent, received: reserved.append((sent, received)),
+                on_device=SimpleNamespace(transport=None),
+                reserve=lambda sent, received, _: reserved.append((sent, received)) or 0,
                 row_limit=None,
             )
             for index in range(3)
