@@ -147,10 +147,7 @@ class LLM:
             )
         )
         self._graphs = self._on_all_ranks(self._capture) if has_graphs else None
-        # Replays take ids that the host has read.
-        self._schedules_ahead = not has_graphs and builder.schedules_ahead(
-            config, self.model, topology
-        )
+        self._schedules_ahead = builder.schedules_ahead(config, self.model, topology)
         in_tensor_group = NUM_TENSOR_COLLECTIVES if topology.tensor.size > 1 else 0
         stamps = NUM_COLLECTIVES + in_tensor_group + self.model.max_collectives
         stamps = stamps if config.profiler.enabled else 0
@@ -388,7 +385,8 @@ class LLM:
     def close(self) -> None:
         """Leave the topology that this engine has joined. Safe to call twice."""
         self._graphs = None  # before the groups whose collectives they hold
-        self.model.row_buffers.transports.release()
+        if (model := getattr(self, "model", None)) is not None:  # None: it was refused
+            model.row_buffers.transports.release()
         if self._owns_topology:
             bootstrap.stop(self.topology)
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from engine.generation.decode_step import fill_inputs
+from engine.generation.runner import Fed
 from engine.generation.sampling.sampler import NonFiniteLogitsError, Sampled, sample_rows
 from engine.generation.sampling.static_sampler import (
     NEEDS_ALL,
@@ -115,15 +116,28 @@ class DecodeGraphs:
         return self.sample(bucket, slices, self.forward(bucket, slices))
 
     @torch.inference_mode()
-    def forward(self, bucket: int, slices: Sequence[Slice]) -> Draws:
+    def forward(self, bucket: int, slices: Sequence[Slice], fed: Fed | None = None) -> Draws:
         """Run the first half of `run`, up to the logits; return what `sample` takes.
+
+        fed: where tokens of the slices are pending.
 
         Collective where the model is: every rank must call with the same bucket.
         """
         captured = self._buckets[bucket]
-        draws = fill_inputs(captured.inputs, slices, self._vocab)
+        draws = fill_inputs(captured.inputs, slices, self._vocab, fed)
         captured.forward.replay()
         return draws
+
+    @torch.inference_mode()
+    def choose(self, bucket: int, slices: Sequence[Slice], draws: Draws) -> torch.Tensor | None:
+        """Return the tokens as `choose_tokens` does, int64, on the device, which no replay
+        overwrites; None where no graph samples such rows.
+        """
+        sampler = self._buckets[bucket].samplers.get(draws)
+        if sampler is None:
+            return None
+        sampler.replay()
+        return sampler.made[: len(slices)].clone()
 
     @torch.inference_mode()
     def sample(self, bucket: int, slices: Sequence[Slice], draws: Draws) -> Sampled:
@@ -152,7 +166,7 @@ class DecodeGraphs:
         tokens = list(tokens)
         for row, token in enumerate(tokens):
             if token == NEEDS_ALL:  # rare
-                request, length = slices[row].seq.request, len(slices[row].seq.token_ids)
+                request, length = slices[row].seq.request, slices[row].start + 1
                 logits_1V = logits_BV[row : row + 1]
                 (tokens[row],) = sample_rows(
                     logits_1V, [request.params], [length], [request.key]
@@ -166,7 +180,7 @@ def _sample_eagerly(logits_SV: torch.Tensor, slices: Sequence[Slice]) -> Sampled
     return sample_rows(
         logits_SV,
         [seq.request.params for seq in sequences],
-        [len(seq.token_ids) for seq in sequences],
+        [piece.start + 1 for piece in slices],
         [seq.request.key for seq in sequences],
         [seq.request.id for seq in sequences],
     )

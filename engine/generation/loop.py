@@ -35,6 +35,7 @@ from engine.generation.detokenizer import TokenDecoder
 from engine.generation.graphs.steps import GraphSteps
 from engine.generation.interrupts import Stopped, StopRequest
 from engine.generation.late.flight import Flight
+from engine.generation.late.late_step import LateStep
 from engine.generation.late.record import Routed, record
 from engine.generation.moe_step import (
     CopiesUse,
@@ -254,20 +255,26 @@ class GenerationLoop:
         bucket = None
         if self._graphs is not None and moe_step is None:
             bucket = self._graphs.agreed(messages)
-        finished: list[Sequence] = []
-        void: Collection[int] = ()
+        flight, outcome, late = self._flight, None, None
         if self._graphs is not None and bucket is not None:
-            outcome = self._graphs.run(step, bucket, samples=self._is_leader)
+            ran = self._graphs.run(
+                step,
+                bucket,
+                samples=self._is_leader,
+                fed=flight.fed,
+                late=flight.may_leave(step, in_graph=True),
+            )
+            late, outcome = (ran, None) if isinstance(ran, LateStep) else (None, ran)
+            finished, void = flight.land_behind(step)
         else:
             hidden = self._forward(step, messages, moe_step)
-            late = self._flight.launch(step, hidden)
-            finished, void = self._flight.land_behind(step)
-            if late is not None:
-                self._flight.put(late, void)
-                return finished
-            outcome = None
-            if self._is_leader:
+            late = flight.launch(step, hidden)
+            finished, void = flight.land_behind(step)
+            if late is None and self._is_leader:
                 outcome = read_step(step, lambda rows: self._runner.logits(hidden, rows))
+        if late is not None:
+            flight.put(late, void)
+            return finished
         outcome = self._broadcast(outcome)
         if finished or void:
             self._flight.drop_surplus(step, void)

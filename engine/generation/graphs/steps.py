@@ -16,7 +16,10 @@ import torch
 from engine.generation.control import ControlMessage
 from engine.generation.decode_graphs import DecodeGraphs
 from engine.generation.decode_step import has_fixed_shape
+from engine.generation.late.late_step import LateStep
+from engine.generation.runner import Fed
 from engine.generation.sampling.sampler import NonFiniteLogitsError
+from engine.generation.sampling.static_sampler import Draws
 from engine.generation.sampling.step_outcome import StepOutcome
 from engine.generation.step import Step
 from engine.layers.decode_inputs import bucket_of
@@ -79,23 +82,47 @@ class GraphSteps:
             return None
         return max(buckets)
 
-    def run(self, step: Step, bucket: int, *, samples: bool) -> StepOutcome:
+    def run(
+        self,
+        step: Step,
+        bucket: int,
+        *,
+        samples: bool,
+        fed: Fed | None = None,
+        late: bool = False,
+    ) -> StepOutcome | LateStep:
         """Run a step and return its outcome, without tokens where this rank does not sample.
+
+        Args:
+            step: of this rank.
+            bucket: that all ranks have agreed on.
+            samples: whether this rank samples.
+            fed: where tokens of the step are pending.
+            late: whether its tokens may stay on the device: then the step in flight is returned,
+                except where no graph samples them.
 
         Collective over EP and TP: every rank must call with the same bucket.
         """
         # One mark: the layers' own are not taken in a replay. Ranks wait for each other within.
         self._telemetry.clock.enter_collective(Phase.GRAPH, tokens=step.num_tokens)
-        outcome, graphs = StepOutcome(), self._graphs
-        draws = graphs.forward(bucket, step.slices)
+        graphs = self._graphs
+        draws = graphs.forward(bucket, step.slices, fed)
         for counts, record in self._counted[bucket]:
             self._telemetry.loads.late.add(counts, record)
         self.num_run += 1
-        if samples:
-            try:
-                outcome.tokens = graphs.sample(bucket, step.slices, draws).tokens
-            except NonFiniteLogitsError as error:
-                outcome.tokens = error.tokens
-                outcome.errors = dict.fromkeys(error.rows, str(error))
+        chosen_S = graphs.choose(bucket, step.slices, draws) if late else None
+        if chosen_S is not None:
+            outcome = LateStep.of_chosen(step, chosen_S)
+        else:
+            outcome = self._sample(step, bucket, draws) if samples else StepOutcome()
         self._telemetry.clock.enter(Phase.OTHER)
+        return outcome
+
+    def _sample(self, step: Step, bucket: int, draws: Draws) -> StepOutcome:
+        outcome = StepOutcome()
+        try:
+            outcome.tokens = self._graphs.sample(bucket, step.slices, draws).tokens
+        except NonFiniteLogitsError as error:
+            outcome.tokens = error.tokens
+            outcome.errors = dict.fromkeys(error.rows, str(error))
         return outcome

@@ -55,11 +55,16 @@ class Flight:
 
     def launch(self, step: Step, hidden: Hidden) -> LateStep | None:
         """Choose a step's tokens on the device; None where the host has to read them at once."""
-        runner, model = self._runner, self._runner.model
-        has_states = runner.cache.spec.has_states
-        if not self._enabled or not can_be_late(step, model.vocab_size, has_states=has_states):
+        if not self.may_leave(step):
             return None
-        return LateStep.launch(step, runner.logits(hidden, step.sample_rows))
+        return LateStep.launch(step, self._runner.logits(hidden, step.sample_rows))
+
+    def may_leave(self, step: Step, *, in_graph: bool = False) -> bool:
+        """Return whether a step may stay in flight; in_graph: its logits are soon overwritten."""
+        if not self._enabled:
+            return False
+        takes_back = not (in_graph or self._runner.cache.spec.has_states)
+        return can_be_late(step, self._runner.model.vocab_size, takes_back=takes_back)
 
     def put(self, late: LateStep, void: Collection[int]) -> None:
         """Leave a launched step in flight; `void` as `land_behind` has returned it."""

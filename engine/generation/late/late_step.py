@@ -42,18 +42,20 @@ from engine.ops.to_device import to_device
 from engine.request import SamplingParams
 
 
-def can_be_late(step: Step, vocab: int, *, has_states: bool) -> bool:
+def can_be_late(step: Step, vocab: int, *, takes_back: bool) -> bool:
     """Return whether the step samples, and the next one needs none of it on the host.
 
     Args:
+        step: of this rank.
         vocab: tokens of the vocabulary.
-        has_states: whether sequences have recurrent states, which cannot take a token back.
+        takes_back: whether a token that was fed on may turn out to be another: recurrent states
+            cannot take one back, and a graph's logits are gone by then.
     """
     if not step.sampling or step.prompt_rows:
         return False
     for piece in step.sampling:
-        takes_back = has_states and _may_need_all(piece.seq.request.params, vocab)
-        if takes_back or needs_host(piece.seq, vocab):
+        is_final = takes_back or not _may_need_all(piece.seq.request.params, vocab)
+        if not is_final or needs_host(piece.seq, vocab):
             return False
     return True
 
@@ -72,7 +74,9 @@ class LateStep:
     void: Collection[int]  # slices whose rows ran on a wrong token, for `Scheduler.commit`
     fed: Fed  # its new tokens, for the step behind it
     _chosen_S: Tensor  # int64, as `choose_tokens` returns them
-    _logits_SV: Tensor
+    # Of rows that may need all tokens sorted; None: no row does, and a graph has made them, which
+    # its next replay overwrites.
+    _logits_SV: Tensor | None
     _copied: tuple[Tensor, torch.cuda.Event] | None = field(default=None)
 
     @classmethod
@@ -97,8 +101,20 @@ class LateStep:
             sampling_5S = to_device(torch.from_numpy(table), device)
         with torch.inference_mode():
             chosen_S = choose_tokens(logits_SV, sampling_5S, draws)
-            # A row without a token runs on any: its result is left out.
-            tokens_S = chosen_S.clamp(min=0)
+        return cls.of_chosen(step, chosen_S, logits_SV)
+
+    @classmethod
+    @torch.inference_mode()
+    def of_chosen(cls, step: Step, chosen_S: Tensor, logits_SV: Tensor | None = None) -> LateStep:
+        """Return the step in flight whose tokens are chosen.
+
+        Args:
+            step: as `can_be_late` wants it.
+            chosen_S: int64, as `choose_tokens` returns them, in the order of `step.sampling`.
+            logits_SV: float32; None where no row may need all tokens sorted.
+        """
+        # A row without a token runs on any: its result is left out.
+        tokens_S = chosen_S.clamp(min=0)
         row_of = {id(piece.seq): row for row, piece in enumerate(step.sampling)}
         return cls(step, (), Fed(tokens_S, row_of), chosen_S, logits_SV)
 
@@ -138,6 +154,7 @@ class LateStep:
                 continue
             if token == NEEDS_ALL:  # rare
                 request = piece.seq.request
+                assert self._logits_SV is not None, "`can_be_late` lets no such row through"
                 try:
                     (tokens[row],) = sample_rows(
                         self._logits_SV[row : row + 1],

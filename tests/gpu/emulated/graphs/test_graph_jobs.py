@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import pytest
 
 from engine.config.loader import config_from_tree
 from engine.generation.graphs.steps import GraphSteps
+from engine.generation.late.late_step import LateStep
 from engine.generation.sampling.step_outcome import StepOutcome
 from engine.generation.step import Step
 from engine.layers.step_inputs import StepTensors
 from engine.llm import LLM
+from engine.models.registry import read_config
 from engine.request import SamplingParams
 from tests.gpu.emulated import faults
 from tests.gpu.emulated.cuda import emulated_cuda
@@ -60,6 +62,7 @@ class Seen:
     replays: int  # steps that graphs ran
     buckets: tuple[int, ...]  # of these steps
     empty: int  # of these steps without a sequence here
+    late: int  # of these steps, whose tokens the host read once the next was queued
     syncs: tuple[int, ...]  # of these steps, where they are
     kernels: tuple[int, ...]  # of these steps, outside of the graphs
     setting: Any  # runtime.graphs as resolved
@@ -85,14 +88,20 @@ def seen_by(
         tree[section] = {**tree.get(section, {}), **values}
     if job.placement is not None:
         tree["moe"] = {**tree["moe"], "placement": str(job.placement.write(path, rank))}
+    # Transformers' modules are imported before the emulation replaces types that they annotate.
+    read_config(path, tree["model"].get("implementation", "auto"))
     buckets: list[int] = []
+    late: list[bool] = []
     empty, syncs, kernels = [], [], []
     with pytest.MonkeyPatch.context() as patch, emulated_cuda(guard):
         replay = GraphSteps.run
 
-        def noted(self: GraphSteps, step: Step, bucket: int, *, samples: bool) -> StepOutcome:
+        def noted(
+            self: GraphSteps, step: Step, bucket: int, **options: Any
+        ) -> StepOutcome | LateStep:
             before = sum(DEVICE.syncs.values()), sum(DEVICE.kernels.values())
-            outcome = replay(self, step, bucket, samples=samples)
+            outcome = replay(self, step, bucket, **options)
+            late.append(isinstance(outcome, LateStep))
             buckets.append(bucket)
             empty.append(not step.slices)
             syncs.append(sum(DEVICE.syncs.values()) - before[0])
@@ -115,6 +124,7 @@ def seen_by(
             replays=len(buckets),
             buckets=tuple(sorted(set(buckets))),
             empty=sum(empty),
+            late=sum(late),
             syncs=tuple(syncs),
             kernels=tuple(kernels),
             setting=llm.resolved_settings["runtime.graphs"],
@@ -199,6 +209,32 @@ def test_completions_and_loads_are_those_without_graphs(compared: Run, name: str
     for graphs, _ in both:
         assert max(graphs.syncs) <= 1, "the tokens"
         assert max(graphs.kernels) <= 12
+
+
+IN_TURN = {"scheduler": {"async_scheduling": "off", "kv_cache_blocks": 64, "block_size": 4}}
+IN_TURN["scheduler"] |= {"max_batch_tokens": 24, "max_sequences": 4}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "stop tokens" else pytest.param(name, marks=pytest.mark.long)
+        for name in ("stop tokens", "mixtral", "olmoe sampled", "qwen3-next", "host rows")
+    ],
+)
+def test_replays_one_behind_the_other_give_what_steps_in_turn_give(
+    guard: Path, checkpoint: Callable[[str], Path], name: str
+) -> None:
+    job = JOBS[name]
+    ahead, in_turn = (
+        run_ranks(seen_by, job.ranks, guard, checkpoint(job.family), each, "auto", timeout=200)
+        for each in (job, replace(job, settings=job.settings | IN_TURN))
+    )
+    assert [seen.done for seen in ahead] == [seen.done for seen in in_turn]
+    assert all(seen.late > 0 for seen in ahead) and not any(seen.late for seen in in_turn)
+    if name != "host rows":
+        assert all(seen.replays - seen.late <= seen.empty for seen in ahead)
+        assert not any(sum(seen.syncs) for seen in ahead), "the host waits behind the next replay"
 
 
 def host_wait_in_a_layer(patch: pytest.MonkeyPatch) -> None:

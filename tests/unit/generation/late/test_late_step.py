@@ -99,18 +99,18 @@ def test_a_row_that_needs_more_tokens_sorted_has_its_token_and_is_named(monkeypa
     ],
 )
 def test_a_step_is_read_at_once_where_the_host_has_a_part_in_a_row(way, late: bool) -> None:
-    assert can_be_late(step_of({}, way), VOCAB, has_states=False) is late
+    assert can_be_late(step_of({}, way), VOCAB, takes_back=True) is late
 
 
 def test_a_step_that_samples_nothing_is_committed_at_once() -> None:
     step = step_of({})
     step = Step.of([Slice(step.slices[0].seq, 0, 2, False)], 0)
-    assert not can_be_late(step, VOCAB, has_states=False)
+    assert not can_be_late(step, VOCAB, takes_back=True)
 
 
 def test_recurrent_states_take_no_token_back() -> None:
     step = step_of(NUCLEUS)
-    assert can_be_late(step, VOCAB, has_states=True), "all candidates are sorted"
-    assert not can_be_late(step, 5000, has_states=True)
-    assert can_be_late(step, 5000, has_states=False)
-    assert can_be_late(step_of({**NUCLEUS, "top_k": 9}), 5000, has_states=True)
+    assert can_be_late(step, VOCAB, takes_back=False), "all candidates are sorted"
+    assert not can_be_late(step, 5000, takes_back=False)
+    assert can_be_late(step, 5000, takes_back=True)
+    assert can_be_late(step_of({**NUCLEUS, "top_k": 9}), 5000, takes_back=False)
