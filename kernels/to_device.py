@@ -3,6 +3,7 @@
 A copy out of pageable memory makes the host wait for everything queued before it: the rows of a
 layer would no longer be dispatched while its experts compute. Out of pinned memory it is queued
 like a kernel. Every host-to-device copy of a step goes through here; a test keeps it so.
+Copies to the host that nobody waits for at once are queued here, too.
 """
 
 from __future__ import annotations
@@ -47,3 +48,14 @@ def copy_into(target: torch.Tensor, host: torch.Tensor) -> None:
     may drop `host` at once and must not change it.
     """
     target.copy_(host, non_blocking=True)
+
+
+def queue_copy_out(source: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """Return pinned memory that a copy of `source`, on a device, is queued into, and what to wait
+    for before it is read.
+    """
+    host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    host.copy_(source, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event

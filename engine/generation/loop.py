@@ -48,7 +48,7 @@ from engine.generation.moe_step import (
 )
 from engine.generation.replanner import Replanner
 from engine.generation.request_source import RequestSource, Sink
-from engine.generation.runner import Hidden, Runner
+from engine.generation.runner import Runner
 from engine.generation.sampling.step_outcome import read_step
 from engine.generation.scheduler import Scheduler
 from engine.generation.sequence import ChoiceGroup, Sequence
@@ -56,7 +56,6 @@ from engine.generation.step import Step
 from engine.generation.step_profiler import StepProfiler
 from engine.generation.totals import OnStep, Totals, step_report
 from engine.models.decoder import GroupTokens
-from engine.moe.step import MoEStep
 from engine.profiling.phase_clock import Phase
 from engine.profiling.telemetry import Telemetry
 from engine.request import Completion, Request
@@ -267,7 +266,9 @@ class GenerationLoop:
             late, outcome = (ran, None) if isinstance(ran, LateStep) else (None, ran)
             finished, void = flight.land_behind(step)
         else:
-            hidden = self._forward(step, messages, moe_step)
+            group = self._group_of(messages)
+            may_split = any(message.running > 1 for message in messages)
+            hidden = self._runner.forward(step, moe_step, group, may_split, flight.fed)
             late = flight.launch(step, hidden)
             finished, void = flight.land_behind(step)
             if late is None and self._is_leader:
@@ -292,19 +293,15 @@ class GenerationLoop:
                 piece.seq.capacity.add(use)
         return finished + record(self._scheduler, step, outcome, void=void)
 
-    def _forward(
-        self, step: Step, messages: list[ControlMessage], moe_step: MoEStep | None
-    ) -> Hidden:
-        """Run the model on a step, eagerly. Collective over EP and TP: every rank must call."""
+    def _group_of(self, messages: list[ControlMessage]) -> GroupTokens:
+        """Return the tokens of a step over all ranks."""
         # Of each tensor group only the first rank's counts are not 0.
-        group = GroupTokens(
+        return GroupTokens(
             all=sum(message.tokens_prefill + message.tokens_decode for message in messages),
             read=sum(message.tokens_read for message in messages),
             use_copies=self._copies is not None and self._copies.take_rows(messages),
             bucket=static_bucket(messages, self._topology.tensor.size, self._exchange),
         )
-        may_split = any(message.running > 1 for message in messages)
-        return self._runner.forward(step, moe_step, group, may_split, self._flight.fed)
 
     def _has_waited(self, step: Step, was_open: bool) -> bool:
         """Return whether the host has read tokens of a step behind what late loads were copied in.

@@ -23,7 +23,7 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.llm import LLM
-from engine.models import registry
+from engine.models import model_types
 from engine.models.spec import ModelSpec, SparseSpec
 from engine.profiling.routing.trace import read_trace
 from engine.reporting import open_exporters
@@ -48,7 +48,7 @@ def with_unequal_top_k(spec: ModelSpec) -> ModelSpec:
 
 def run(rank: int, folder: Path, moe: MoEConfig) -> dict[str, Any]:
     open_exporters.CLAIMS_EVERY = 1
-    families = registry._FAMILIES
+    families = model_types.FAMILIES
     family = families["mixtral"]
     with pytest.MonkeyPatch.context() as patch:
         changed = lambda hf_config: with_unequal_top_k(family(hf_config))  # noqa: E731

@@ -20,7 +20,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashR
 from engine.config import Config, ModelConfig, MoEConfig, OverlapConfig, SchedulerConfig
 from engine.distributed import bootstrap
 from engine.llm import LLM
-from engine.models import registry
+from engine.models import model_types, registry
 from engine.models.spec import ModelSpec, SparseSpec
 from engine.moe.dispatch import chunk_layout
 from engine.request import SamplingParams
@@ -66,8 +66,8 @@ def with_tables(spec: ModelSpec) -> ModelSpec:
 
 
 def patch_family(patch: pytest.MonkeyPatch) -> None:
-    family = registry._FAMILIES["mixtral"]
-    patch.setitem(registry._FAMILIES, "mixtral", lambda config: with_tables(family(config)))
+    family = model_types.FAMILIES["mixtral"]
+    patch.setitem(model_types.FAMILIES, "mixtral", lambda config: with_tables(family(config)))
 
 
 @pytest.fixture(scope="module")

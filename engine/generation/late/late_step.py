@@ -38,7 +38,7 @@ from engine.generation.sampling.static_sampler import (
 from engine.generation.sampling.step_outcome import StepOutcome
 from engine.generation.sequence import Status
 from engine.generation.step import Slice, Step
-from engine.ops.to_device import to_device
+from engine.ops.to_device import queue_copy_out, to_device
 from engine.request import SamplingParams
 
 
@@ -122,12 +122,7 @@ class LateStep:
         """Queue the copy to the host, behind all else of the step that the host reads late."""
         if self._chosen_S.device.type == "cpu":
             return
-        shape, dtype = self._chosen_S.shape, self._chosen_S.dtype
-        host_S = torch.empty(shape, dtype=dtype, pin_memory=True)
-        host_S.copy_(self._chosen_S, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._copied = host_S, event
+        self._copied = queue_copy_out(self._chosen_S)
 
     @torch.inference_mode()
     def read(self) -> tuple[StepOutcome, list[Slice]]:

@@ -1,7 +1,7 @@
 """Jobs of the real engine whose decode steps are graphs: what the same steps give without.
 
 On the emulated device, with nothing set that graphs would need but a precision that the experts'
-kernels take. Without graphs its jobs are compared with the CPU's (`../test_engine.py`).
+kernels take. Jobs without graphs are compared with the CPU's (`tests/gpu/emulated/test_engine.py`).
 
 Run: pytest tests/gpu/emulated/graphs/test_graph_jobs.py
 """
