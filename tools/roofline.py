@@ -85,7 +85,12 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="roofline-") as name:
         setup, family = _setup(options.model, Path(name), options)
         model = setup.build(options.ranks)
-    common = {"ranks": options.ranks, "tensor": options.tensor, "imbalance": options.imbalance}
+    common = {
+        "ranks": options.ranks,
+        "tensor": options.tensor,
+        "imbalance": options.imbalance,
+        "partial_sums": options.partial_sums,
+    }
     loads = {
         "decode": Load(sequences=options.batch, queries=1, context=options.context, **common),
         "prefill": Load(sequences=options.prompts, queries=options.length, context=0, **common),
@@ -110,6 +115,7 @@ def make_report(options: argparse.Namespace) -> dict[str, Any]:
         "batch_per_rank": options.batch,
         "context": options.context,
         "imbalance": options.imbalance,
+        "partial_sums": options.partial_sums,
         "weights_gib": held / 2**30,
         "kv_gib": kv_bytes / 2**30,
         "fits": held + kv_bytes < 0.9 * device.memory_gib * 2**30,
@@ -174,8 +180,9 @@ def _as_json(step: Estimate, assumed: Assumed, load: Load) -> dict[str, Any]:
         "bound": step.bound,
         "device": step.device,
         "eager": step.eager,
-        **({"graph": step.graph(assumed)} if step.phase == "decode" else {}),
     }
+    if (graph := step.graph(assumed)) is not None:
+        times["graph"] = graph
     return {
         "phase": step.phase,
         "tokens_per_rank": load.tokens,
@@ -224,6 +231,11 @@ def _parser() -> argparse.ArgumentParser:
         "--imbalance", type=_factor, default=1.0,
         help="rows of the most loaded rank over the mean (default: 1, even)",
     )  # fmt: skip
+    parser.add_argument(
+        "--partial-sums",
+        action="store_true",
+        help="moe.dispatch.partial_sums: one row home per rank",
+    )
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
     )

@@ -3,7 +3,7 @@
     bound     every part at the slower of memory and products, one after the other
     device    bound, and every exchange between ranks behind it
     eager     the device's time, or the host's where launching takes longer: kernels, host waits
-    graph     the device's time and the start of one CUDA graph per step
+    graph     the device's time with the static exchange, and the start of one CUDA graph per step
 
 The first is the limit of the device; the others are what the engine would reach if the assumptions
 of `device.py` held.
@@ -18,6 +18,7 @@ from gpu_checks.launches import COLUMNS, TABLE_LAYERS, read_table
 from gpu_roofline.device import Assumed, Device
 from gpu_roofline.work import Load, Work
 
+STATIC_COLLECTIVES = 2  # per layer
 _DEFAULT_ROWS = {"decode": "qwen3_moe decode", "prefill": "mixtral prefill"}
 
 
@@ -39,6 +40,7 @@ class Estimate:
     phase: str
     parts: tuple[PartTime, ...]
     exchange: float  # seconds between ranks
+    static_exchange: float | None  # the same by the static exchange; None: it does not serve it
     launches: dict[str, float]  # of COLUMNS, per step
     launches_from: str  # row of the table of counts
     host: float  # seconds of the host in an eager step
@@ -58,9 +60,11 @@ class Estimate:
         """Seconds of an eager step."""
         return max(self.device, self.host)
 
-    def graph(self, assumed: Assumed) -> float:
-        """Return the seconds of a step that is one CUDA graph."""
-        return self.device + assumed.graph_s
+    def graph(self, assumed: Assumed) -> float | None:
+        """Return the seconds of a step that is one CUDA graph, None where there is none."""
+        if self.static_exchange is None or self.phase != "decode":
+            return None
+        return self.bound + self.static_exchange + assumed.graph_s
 
     @property
     def bound_by(self) -> str:
@@ -122,12 +126,17 @@ def estimate(
         + launches["collectives"] * assumed.collective_s
         + assumed.host_s
     )
-    exchange = _exchange(work, load, device, assumed, ranks_per_host)
+    exchange = _exchange(work.sent, work, load, device, assumed, ranks_per_host)
     exchange += launches["collectives"] * assumed.collective_s
+    static = None
+    if work.static_sent is not None:
+        static = _exchange(work.static_sent, work, load, device, assumed, ranks_per_host)
+        static += STATIC_COLLECTIVES * work.num_moe_layers * assumed.collective_s * (load.ranks > 1)
     return Estimate(
         phase=phase,
         parts=tuple(parts),
         exchange=exchange,
+        static_exchange=static,
         launches=launches,
         launches_from=row,
         host=host,
@@ -135,7 +144,7 @@ def estimate(
 
 
 def _exchange(
-    work: Work, load: Load, device: Device, assumed: Assumed, ranks_per_host: int
+    sent: float, work: Work, load: Load, device: Device, assumed: Assumed, ranks_per_host: int
 ) -> float:
     """Return the seconds of the bytes between ranks: within a host and beyond it side by side."""
     if load.ranks == 1:
@@ -143,7 +152,7 @@ def _exchange(
     near = (min(ranks_per_host, load.ranks) - 1) / (load.ranks - 1)
     link = device.link_bytes * assumed.link_share
     network = device.network_bytes * assumed.link_share
-    rows = max(work.sent * near / link, work.sent * (1 - near) / network)
+    rows = max(sent * near / link, sent * (1 - near) / network)
     return rows + work.reduced / link
 
 

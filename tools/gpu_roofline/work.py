@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.layers.attention import AttentionSpec
+from engine.layers.decode_inputs import bucket_of
 from engine.layers.gated_delta import GatedDeltaSpec
 from engine.layers.mla import MLASpec
 from engine.model_check.stored_tensors import part_finder
@@ -39,6 +40,7 @@ class Load:
     context: int  # tokens of a sequence behind the step
     tensor: int = 1  # ranks that share attention heads
     imbalance: float = 1.0  # rows of the most loaded rank over the mean
+    partial_sums: bool = False  # moe.dispatch.partial_sums: one row home per token and rank
 
     @property
     def tokens(self) -> int:
@@ -65,7 +67,8 @@ class Work:
     weight_bytes: int  # that the rank holds
     num_layers: int
     num_moe_layers: int
-    sent: float  # bytes to other ranks over the step, in one direction
+    sent: float  # bytes to other ranks over the step, in one direction, as rows are counted
+    static_sent: float | None  # the same by the static exchange; None: too many tokens for it
     reduced: float  # bytes of tensor ranks' sums that leave this rank
 
 
@@ -102,7 +105,8 @@ def work_of(model: LanguageModel, load: Load, names: Collection[str] = ()) -> Wo
         parts["head"] = Part(last.num_bytes, 2 * load.sequences * last.target.numel())
     for layer in model.spec.layers:
         parts["keys and values"] += _attention(layer.attention, load, item)
-    sent = 0.0
+    sent = static_sent = 0.0
+    bucket = bucket_of(load.tokens)
     for layer, stored in zip(model.moe_layers, expert_bytes.values(), strict=True):
         spec = layer.spec
         router, width = spec.router, spec.width
@@ -119,7 +123,13 @@ def work_of(model: LanguageModel, load: Load, names: Collection[str] = ()) -> Wo
         moved = rows * item * (5 * width + 2 * matrices * spec.ffn)
         parts["rows"] += Part(moved)
         away = 1 - 1 / load.ranks
-        sent += 2 * rows * away * width * item  # there, and as much home
+        home = rows
+        if load.partial_sums:  # at most one per token of the group, and no more than were sent
+            home = min(rows, group_tokens * (1 - (1 - local / router.num_experts) ** top_k))
+        sent += (rows + home) * away * width * item
+        # All rows of the bucket to every rank, and a place home for each result there may be.
+        places = 2 if load.partial_sums else 1 + min(router.top_k, local)
+        static_sent += (load.ranks - 1) * (bucket or 0) * places * width * item
     sums = 2 * (load.tensor - 1) / load.tensor * load.tokens * model.spec.hidden * item
     return Work(
         parts=parts,
@@ -127,6 +137,7 @@ def work_of(model: LanguageModel, load: Load, names: Collection[str] = ()) -> Wo
         num_layers=len(model.spec.layers),
         num_moe_layers=len(model.moe_layers),
         sent=sent,
+        static_sent=static_sent if bucket else None,
         reduced=sums * len(model.spec.layers),
     )
 
