@@ -130,7 +130,7 @@ def test_no_bit_of_a_result_and_no_load_differs_from_the_counted_way(counts, spe
         assert torch.equal(result["holes"]["out"], static["out"])
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("native", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize(
     ("counts", "spec"), [([13, 9], MIXTRAL), ([7, 0, 12], OLMOE), ([1, 5, 2, 30], MANY)]
 )

@@ -32,6 +32,10 @@ POLICIES = [
     {"policy": "expanded_drop", "factor": "1.0", "extras": "dropped", "renormalize": True},
 ]
 
+# One of each kind of score; the others run in `make test-long`.
+FAST = {"granitemoe", "phimoe", "exaone-moe", "laguna"}
+assert FAST <= SCORES.keys()
+
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -65,7 +69,10 @@ def check(name: str, path: Path, settings: dict[str, Any], found: list[Ran]) -> 
         torch.testing.assert_close(rows, wanted.logits[s], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.long) for name in SCORES],
+)
 def test_on_one_rank_policies_keep_and_weigh_as_a_plain_rule_does(
     name: str, paths: Any, one_rank: Topology
 ) -> None:

@@ -50,6 +50,19 @@ from tests.models.test_parity import check, inputs
 SCHEDULES = {"whole": whole, "chunked": chunked, "one by one": one_by_one}
 OWN = ("mixtral", "glm4-moe", "qwen2-moe", "gpt-oss")  # families here as well
 ALL = {**{name: CASES[name] for name in OWN}, **FOREIGN_CASES}
+# One of each kind of layer; the others run in `make test-long`.
+FAST = {
+    "mixtral",
+    "gpt-oss",
+    "granitemoe",
+    "phimoe",
+    "phimoe-longrope",
+    "exaone-moe",
+    "mistral4",
+    "mimo-v2-flash",
+    "laguna",
+}
+assert FAST <= ALL.keys()
 PROMPTS = [list(range(5 + n, 11 + 4 * n)) for n in range(5)]
 NEW = 12
 
@@ -70,7 +83,9 @@ def one_rank() -> Iterator[Topology]:
     bootstrap.stop(topology)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.long) for case in ALL]
+)
 def test_one_rank_gives_the_logits_and_tokens_of_transformers(
     case: str, references: Any, one_rank: Topology
 ) -> None:

@@ -58,7 +58,11 @@ def started(
 
 @pytest.mark.parametrize(
     ("family", "parallel"),
-    [("qwen3_moe", {}), ("deepseek_v2", {"tensor": 2}), ("llama4_text", {})],
+    [
+        ("qwen3_moe", {}),
+        pytest.param("deepseek_v2", {"tensor": 2}, marks=pytest.mark.long),
+        pytest.param("llama4_text", {}, marks=pytest.mark.long),
+    ],
 )
 def test_every_kernel_and_collective_runs_once_before_the_cache_is_sized(
     guard, checkpoint, family, parallel
@@ -71,7 +75,7 @@ def test_every_kernel_and_collective_runs_once_before_the_cache_is_sized(
         assert not any(seen["choices"])
 
 
-@pytest.mark.parametrize("precision", ["model", "int4"])
+@pytest.mark.parametrize("precision", [pytest.param("model", marks=pytest.mark.long), "int4"])
 def test_what_deals_rows_to_copies_runs_before_the_cache_is_sized(guard, checkpoint, precision):
     placement = Placed(copied=(0, 5), precision=precision)
     for seen in run_ranks(started, 2, guard, checkpoint("mixtral"), {}, placement):
