@@ -60,6 +60,11 @@ def memory_in_words(problem: str) -> Iterator[None]:
         raise ValueError(f"{problem} ({why})") from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice, of the host or of a device."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 def describe_device_error(error: BaseException, host: str) -> str | None:
     """Return what to say of an error of memory or of the GPU, with what to do; None: it is another.
 
@@ -68,7 +73,7 @@ def describe_device_error(error: BaseException, host: str) -> str | None:
         host: of this rank.
     """
     why = (str(error).splitlines() or ["out of memory"])[0]
-    if isinstance(error, MemoryError) or any(words in why for words in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return (
             f"{host}: {why}; lower scheduler.max_batch_tokens or scheduler.kv_cache_gib, use more "
             "ranks, or end what else uses the memory there"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.distributed.errors import is_out_of_memory
 from engine.distributed.groups import Topology
 from engine.generation.decode_graphs import DecodeGraphs
 from engine.generation.graphs.steps import GraphSteps
@@ -55,6 +56,9 @@ def capture_graphs(
         use_copies: whether copies of experts take rows in decode.
 
     Collective over EP and TP: every rank must call.
+
+    Raises:
+        ValueError: a capture failed; the text names the setting that does without.
     """
     assert cache.scratch_slot is not None, "a cache without scratch"
     tensor, loads = topology.tensor, model.telemetry.loads
@@ -80,7 +84,15 @@ def capture_graphs(
                 cache.scratch_slot,
                 cache.scratch_state,
             )
-            graphs.capture([inputs])
+            try:
+                graphs.capture([inputs])
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"runtime.graphs = 'auto': steps of {bucket} rows could not be captured as a "
+                    f"CUDA graph ({type(error).__name__}: {error}); set runtime.graphs=off"
+                ) from error
             counted[bucket] = loads.late.take()
     return GraphSteps(graphs, counted, model.telemetry, model.vocab_size, model.splits_batch)
 
