@@ -106,6 +106,7 @@ def infer_slowly(rank: int, argv: list[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_documents_longer_than_the_context_do_not_look_like_a_hang(job, tmp_path):
     """One rank has all it may run and waits; refusing them takes the other longer than it may."""
     good = [{"id": "first", "prompt": "a"}, {"id": "last", "prompt": "b"}]
@@ -189,6 +190,7 @@ def test_a_job_that_can_finish_what_is_left_after_sigterm_is_done(job, undisturb
     assert records(output) == undisturbed
 
 
+@pytest.mark.long
 def test_a_replica_waits_for_another_one_longer_than_for_a_collective(job, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     settings = ["--set", "parallel.expert=1", "--set", "runtime.timeout_s=2"]
@@ -197,6 +199,7 @@ def test_a_replica_waits_for_another_one_longer_than_for_a_collective(job, undis
     assert records(output) == undisturbed
 
 
+@pytest.mark.long
 def test_a_replica_that_waits_for_one_that_was_stopped_exits_too(job, undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     argv = command(job, output, "--set", "parallel.expert=1", "--set", "runtime.drain_s=0")
@@ -564,6 +567,7 @@ def test_a_retry_that_contradicts_itself_is_refused_on_all_ranks(job, tmp_path):
 
 
 @pytest.mark.parametrize("event", ["kill before", "kill inside", "kill after", "SIGTERM"])
+@pytest.mark.long
 def test_lines_that_failed_for_a_small_kv_cache_succeed_in_a_retry_that_is_stopped(
     job, undisturbed, tmp_path, event
 ):

@@ -303,6 +303,7 @@ def test_torchrun_starts_two_ranks_and_an_error_of_one_fails_the_job(tmp_path):
     assert code != 0 and "error: rank 1: no more room" in err
 
 
+@pytest.mark.long
 def test_a_wrong_setting_is_reported_though_rank_0_starts_last(tmp_path):
     """torchrun ends all ranks when the first has exited, and only rank 0 reports."""
     (tmp_path / "sitecustomize.py").write_text(

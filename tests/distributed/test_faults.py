@@ -240,6 +240,7 @@ def test_a_rank_that_fails_in_transformers_layers_is_named_with_its_layer(folder
 
 
 @VICTIMS
+@pytest.mark.long
 def test_a_stopped_rank_is_named_and_exits_too_when_it_is_continued(
     folder, undisturbed, start, tmp_path, victim, settings
 ):
@@ -306,6 +307,7 @@ def test_a_rank_that_is_not_where_the_others_wait_is_named(
         ("merging", 0, "merging the output"),
     ],
 )
+@pytest.mark.long
 def test_a_rank_that_hangs_outside_of_the_steps_is_named_with_what_it_was_doing(
     folder, undisturbed, start, tmp_path, where, victim, doing
 ):
@@ -411,6 +413,7 @@ def test_torchruns_summary_names_the_rank_at_fault_and_quotes_why(
     assert re.search(f"traceback : {quoted}", root, re.DOTALL), stderr
 
 
+@pytest.mark.long
 def test_under_torchrun_the_report_is_printed_though_the_agent_ends_the_survivors(
     folder, undisturbed, tmp_path
 ):

@@ -117,7 +117,13 @@ def run_case(counts, spec, tensor=1, dispatch=None, placement=None, native=True)
     return run_ranks(outputs, world, *args, timeout=120)
 
 
-@pytest.mark.parametrize(("counts", "spec", "tensor"), CASES)
+@pytest.mark.parametrize(
+    ("counts", "spec", "tensor"),
+    [
+        each if n < 5 else pytest.param(*each, marks=pytest.mark.long)
+        for n, each in enumerate(CASES)
+    ],
+)
 def test_no_bit_of_a_result_and_no_load_differs_from_the_counted_way(counts, spec, tensor):
     for result in run_case(counts, spec, tensor):
         counted, static = result["counted"], result["static"]

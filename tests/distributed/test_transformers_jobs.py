@@ -88,6 +88,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
                 assert mine[name] == value
 
 
+@pytest.mark.long
 def test_the_report_and_the_spans_have_every_ranks_time_by_phase_and_every_layers_loads(
     job: Path, tmp_path: Path
 ) -> None:

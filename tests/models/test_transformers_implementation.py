@@ -192,6 +192,7 @@ def test_a_job_gives_transformers_tokens_with_chunked_prefill_and_preemptions(
     assert tight["assignments"] == calm["assignments"]
 
 
+@pytest.mark.long
 def test_token_drop_keeps_the_same_on_one_rank_and_two(references: Any) -> None:
     path = references("solar-open").path
     capacity = {"policy": "token_drop", "factor": "0.5", "phases": ("prefill", "decode")}

@@ -170,6 +170,7 @@ def scenarios_of(*arguments: str) -> list[dict[str, Any]]:
     return json.loads(printed.getvalue())["scenarios"]
 
 
+@pytest.mark.long
 def test_the_command_and_the_tool_print_one_table_and_draw_one_plot(tmp_path):
     plot = tmp_path / "plot.svg"
     given = (*SYNTHETIC, "--tokens", "4096", "--ranks", "8,64", "--device", "h100", *SHAPE)

@@ -278,10 +278,12 @@ def test_layers_of_a_policy_that_differ_equal_the_cpus_to_the_bit(on_both_device
             assert any(record["capacity"]["dropped"] for record in cuda.done)
 
 
+@pytest.mark.long
 def test_two_replicas_of_two_expert_parallel_ranks(on_both_devices) -> None:
     on_both_devices(Job("mixtral", {"parallel": {"expert": 2}}), world=4)
 
 
+@pytest.mark.long
 def test_no_setting_of_sampling_adds_a_sync(on_both_devices) -> None:
     every = {
         "temperature": 0.8,

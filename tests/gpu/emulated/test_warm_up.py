@@ -136,7 +136,10 @@ def products(
 
 @pytest.mark.parametrize(
     ("family", "quantization", "precision"),
-    [("mixtral", "fp8", "int4"), ("gpt_oss mxfp4", "keep", "model")],
+    [
+        ("mixtral", "fp8", "int4"),
+        pytest.param("gpt_oss mxfp4", "keep", "model", marks=pytest.mark.long),
+    ],
 )
 def test_every_form_of_the_low_bit_product_that_a_job_runs_ran_before_the_cache_is_sized(
     guard, checkpoint, family, quantization, precision

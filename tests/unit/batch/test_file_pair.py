@@ -285,6 +285,7 @@ def test_a_slice_without_errors_has_no_error_file_and_all_share_one_time(output,
     assert len({each["response"]["body"]["created"] for each in lines_of(output)}) == 1
 
 
+@pytest.mark.long
 def test_a_merge_of_slices_that_is_killed_anywhere_is_completed_by_any_slice(output):
     for shard in SHARDS[:2]:
         run(output, shard=shard)

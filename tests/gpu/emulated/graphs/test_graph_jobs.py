@@ -215,12 +215,9 @@ IN_TURN = {"scheduler": {"async_scheduling": "off", "kv_cache_blocks": 64, "bloc
 IN_TURN["scheduler"] |= {"max_batch_tokens": 24, "max_sequences": 4}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "stop tokens" else pytest.param(name, marks=pytest.mark.long)
-        for name in ("stop tokens", "mixtral", "olmoe sampled", "qwen3-next", "host rows")
-    ],
+    "name", ["stop tokens", "mixtral", "olmoe sampled", "qwen3-next", "host rows"]
 )
 def test_replays_one_behind_the_other_give_what_steps_in_turn_give(
     guard: Path, checkpoint: Callable[[str], Path], name: str
