@@ -52,7 +52,9 @@ def test_completions_equal_the_cpus_to_the_bit(name: str, on_both_devices) -> No
     on_both_devices(Job(job.family, ON | job.settings, job.sampling, uses=job.uses))
 
 
-def waits_per_step(rank: int, guard: Path, path: Path, setting: str) -> list[list[int]]:
+def waits_per_step(
+    rank: int, guard: Path, path: Path, setting: str, graphs: str
+) -> list[list[int]]:
     """Run a job; return of each step how much work lay behind each point that was waited for."""
     os.environ["LOCKSTEP_NATIVE"] = "0"
     steps: list[list[int]] = []
@@ -65,7 +67,7 @@ def waits_per_step(rank: int, guard: Path, path: Path, setting: str) -> list[lis
                 "max_batch_tokens": 256,
                 "async_scheduling": setting,
             },
-            "runtime": {"device": "cuda", "timeout_s": 60.0},
+            "runtime": {"device": "cuda", "timeout_s": 60.0, "graphs": graphs},
             "profiler": {"enabled": False},
             **STATIC,
         }
@@ -99,12 +101,16 @@ def waits_per_step(rank: int, guard: Path, path: Path, setting: str) -> list[lis
     return steps
 
 
+# With graphs the next step is two of them, and what fills their inputs.
 @pytest.mark.long
-def test_each_step_waits_once_and_the_device_has_the_next_step_meanwhile(guard, tmp_path) -> None:
+@pytest.mark.parametrize(("graphs", "least"), [("off", 21), ("auto", 5)])
+def test_each_step_waits_once_and_the_device_has_the_next_step_meanwhile(
+    graphs, least, guard, tmp_path
+) -> None:
     path = tmp_path / "mixtral"
     make_checkpoint("mixtral", path, overrides={"vocab_size": 97})
-    at_once = run_ranks(waits_per_step, 2, guard, path, "off", timeout=240)
-    late = run_ranks(waits_per_step, 2, guard, path, "auto", timeout=240)
+    at_once = run_ranks(waits_per_step, 2, guard, path, "off", graphs, timeout=240)
+    late = run_ranks(waits_per_step, 2, guard, path, "auto", graphs, timeout=240)
     for own in at_once:
         decode = own[1:]
         assert len(own) == 8 and all(each == [0] for each in decode), own
@@ -112,4 +118,4 @@ def test_each_step_waits_once_and_the_device_has_the_next_step_meanwhile(guard, 
         assert len(own) == 8
         # The first step's tokens are read in the second; the last one's at the end of the run.
         assert [len(each) for each in own[1:]] == [1] * 7
-        assert all(each[0] > 20 for each in own[1:]), own
+        assert all(each[0] >= least for each in own[1:]), own
