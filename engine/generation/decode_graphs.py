@@ -76,7 +76,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def capture(self, inputs: Sequence[DecodeInputs]) -> None:
-        """Capture the graphs of buckets; their rows are idle meanwhile.
+        """Capture the graphs of buckets, with all rows idle.
 
         Graphs share their memory, of which the largest bucket needs the most: it comes first.
         Collective where `logits_of` is: every rank must call with the same buckets.
@@ -96,7 +96,7 @@ class DecodeGraphs:
         for _ in range(_WARM_UPS):
             run()
         graph = torch.cuda.CUDAGraph()
-        # NCCL's own thread asks for events meanwhile, which other modes forbid.
+        # NCCL's watchdog thread queries events, which other modes forbid.
         # SYNC: torch waits for the device before a capture; none is within a step.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             made = run()

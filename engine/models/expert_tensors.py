@@ -1,4 +1,4 @@
-"""Expert tensors: which weights of a checkpoint are experts, whoever builds the model."""
+"""Expert tensors: which weights of a checkpoint are experts, in either implementation."""
 
 from __future__ import annotations
 

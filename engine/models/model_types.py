@@ -76,7 +76,7 @@ def family_module(model_type: str) -> str:
 
 
 def known_model_types() -> str:
-    """Return, in words, the values of `model_type` that run, whoever builds the model."""
+    """Return, in words, the values of `model_type` that run, in either implementation."""
     return f"{', '.join(FAMILIES)}, or of another that docs/models.md lists as running"
 
 

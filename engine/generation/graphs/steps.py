@@ -68,7 +68,7 @@ class GraphSteps:
         return bucket
 
     def agreed(self, messages: Sequence[ControlMessage]) -> int | None:
-        """Return the bucket of a step in which nobody competes, None: it is eager. The same on
+        """Return the bucket of a step without capacity, None: it is eager. The same on
         every rank.
 
         Args:

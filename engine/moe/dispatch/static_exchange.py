@@ -1,6 +1,6 @@
 """Static exchange: steps 3 to 7 of `layer.py` for few tokens, without counts.
 
-One more way beside `agreement` and `pipeline.py`, for steps in which nobody competes. Tokens are
+One more way beside `agreement` and `pipeline.py`, for steps without capacity. Tokens are
 padded to a bucket that the step's control messages agree on, and two collectives of equal parts
 move them:
 
